@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test bench clean
+
+demo: .venv/installed            ## train a small RWKV-8 on real text and generate from it
+	$(BIN)/heron demo
+
+test: .venv/installed-dev        ## the whole suite
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+bench: .venv/installed-dev       ## the figures that README and docs quote
+	$(BIN)/python benchmarks/wkv7_cpu.py
+	$(BIN)/python benchmarks/train_cpu.py
+
+clean:                           ## remove the virtual environment and the runs
+	rm -rf .venv runs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/installed

@@ -1,0 +1,1 @@
+"""Interfaces of older code, kept alive over the one model."""

@@ -1,0 +1,300 @@
+"""What a model is and how it is trained: two frozen dataclasses, the presets, and their YAML form.
+
+Standard library only (PyYAML is imported when YAML is read or written), so that every other module may import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Union
+
+from heron.errors import ConfigError, UnknownKeyError, did_you_mean
+
+VARIANTS = ("v7", "v8")
+DTYPES = ("auto", "fp32", "bf16")
+MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
+LARGEST_SEED = 2**63 - 1
+
+
+def _setting(default: Any, doc: str) -> Any:
+    """A dataclass field whose one line of documentation is also the help text of its command-line flag."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def rank_rule(factor: float, n_embd: int) -> int:
+    """Low-rank width of new models: ``max(32, 32 * round(factor * sqrt(n_embd) / 32))`` (RWKV-LM, train_temp)."""
+    return max(32, 32 * round(factor * math.sqrt(n_embd) / 32))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Fields left at None are filled by the rules that RWKV-LM uses for new models.
+
+    Raises:
+        ConfigError: an unknown variant, a size below 1, or an n_embd that head_size does not divide.
+    """
+
+    variant: str = _setting("v8", "v7 (RWKV-7) or v8 (RWKV-8: v7 plus one DeepEmbed table per layer)")
+    n_layer: int = _setting(12, "number of blocks")
+    n_embd: int = _setting(768, "width of the residual stream (C)")
+    vocab_size: int = _setting(65536, "number of token ids (V)")
+    head_size: int = _setting(64, "channels of one WKV head (N), 16 to 128; it must divide n_embd")
+    ffn_dim: int | None = _setting(None, "hidden width of the channel mix; None: 4 * n_embd")
+    decay_rank: int | None = _setting(None, "rank of att.w1/w2; None: from n_embd")
+    iclr_rank: int | None = _setting(None, "rank of att.a1/a2; None: from n_embd")
+    value_rank: int | None = _setting(None, "rank of att.v1/v2; None: from n_embd")
+    gate_rank: int | None = _setting(None, "rank of att.g1/g2; None: from n_embd")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.variant not in VARIANTS:
+            raise ConfigError(
+                f"variant: wanted one of {', '.join(VARIANTS)}, got {self.variant!r}."
+                f"{did_you_mean(self.variant, VARIANTS)}"
+            )
+        for name, value in _derived_sizes(self.n_embd).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"{field.name}: wanted at least 1, got {value}")
+        if not 16 <= self.head_size <= 128:
+            raise ConfigError(f"head_size: wanted 16 to 128, got {self.head_size}")
+        if self.n_embd % self.head_size:
+            raise ConfigError(f"n_embd {self.n_embd} is not a multiple of head_size {self.head_size}")
+
+    @property
+    def n_head(self) -> int:
+        """Number of WKV heads (H)."""
+        return self.n_embd // self.head_size
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+        """The named preset, with `changes` laid over it. ``heron info --presets`` lists them all."""
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **changes})
+
+    def changed(self, **changes: Any) -> ModelConfig:
+        """A copy with `changes`; ffn_dim and ranks that are as the rules make them follow a new n_embd."""
+        derived = {name: None for name, size in _derived_sizes(self.n_embd).items() if getattr(self, name) == size}
+        return ModelConfig.from_dict({**self.to_dict(), **derived, **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
+        return _from_dict(cls, values, where="model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+
+def _derived_sizes(n_embd: int) -> dict[str, int]:
+    """What the sizes that are left at None become."""
+    width = max(n_embd, 1)
+    return {
+        "ffn_dim": 4 * n_embd,
+        "decay_rank": rank_rule(2.5, width),
+        "iclr_rank": rank_rule(2.5, width),
+        "value_rank": rank_rule(1.7, width),
+        "gate_rank": rank_rule(5.0, width),
+    }
+
+
+def _released(n_layer: int, n_embd: int, ranks: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Sizes of a released RWKV-7 World model; ranks are those of w, a, v, g (no formula gives them)."""
+    names = ("decay_rank", "iclr_rank", "value_rank", "gate_rank")
+    return {"n_layer": n_layer, "n_embd": n_embd, **dict(zip(names, ranks, strict=True))}
+
+
+_RELEASED = {
+    "0.1b": _released(12, 768, (64, 64, 32, 128)),
+    "0.4b": _released(24, 1024, (64, 64, 32, 128)),
+    "1.5b": _released(24, 2048, (96, 96, 64, 256)),
+    "2.9b": _released(32, 2560, (96, 96, 64, 320)),
+    "7.2b": _released(32, 4096, (128, 128, 96, 480)),
+    "13.3b": _released(61, 4096, (192, 192, 128, 384)),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"rwkv7-{size}": {"variant": "v7", **sizes} for size, sizes in _RELEASED.items()},
+    **{f"rwkv8-{size}": {"variant": "v8", **sizes} for size, sizes in _RELEASED.items()},
+    "rwkv8-tiny": {"variant": "v8", "n_layer": 4, "n_embd": 128, "vocab_size": 256},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is a flag of ``heron train`` and a key of the ``config.yaml`` in the run folder.
+
+    Raises:
+        ConfigError: a value out of range, or two fields that contradict each other.
+    """
+
+    model: ModelConfig | str = _setting("rwkv8-tiny", "a ModelConfig, a preset's name, or a checkpoint to start from")
+    data: str = _setting("builtin:python-docs", "txt, jsonl, folder, binidx prefix, builtin:python-docs or -stdlib")
+    val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
+    val_fraction: float | None = _setting(None, "share kept for validation (the end); None: 0.1 for text, 0 for binidx")
+    tokenizer: str = _setting("bytes", "bytes, world, integers:V, a tokenizer.json, or bpe:V (learned from the data)")
+    out: str = _setting("runs/first", "run folder: config, log, plot, samples, checkpoints, final weights")
+    ctx_len: int = _setting(512, "tokens of one sample (T)")
+    micro_bsz: int = _setting(8, "samples of one forward pass (B)")
+    accumulate: int = _setting(1, "forward passes per optimizer step")
+    max_steps: int | None = _setting(None, "stop after this many optimizer steps (give this or max_tokens)")
+    max_tokens: int | None = _setting(None, "stop after this many training tokens (give this or max_steps)")
+    lr_init: float = _setting(6e-4, "learning rate after the warm-up")
+    lr_final: float = _setting(6e-5, "learning rate at the end of the cosine")
+    warmup_steps: int = _setting(10, "steps of linear warm-up from 1% of lr_init")
+    beta1: float = _setting(0.9, "AdamW: decay of the first moment")
+    beta2: float = _setting(0.99, "AdamW: decay of the second moment")
+    adam_eps: float = _setting(1e-18, "AdamW: epsilon")
+    weight_decay: float = _setting(0.1, "AdamW: decoupled decay of the large matrices (the reference group)")
+    grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
+    grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
+    dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
+    device: str = _setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
+    threads: int = _setting(0, "CPU threads; 0: as PyTorch likes. A resume is bit-equal at equal number")
+    magic_prime: int | None = _setting(None, "refuse to start unless the sample order has this prime")
+    seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
+    save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
+    keep: int = _setting(2, "newest checkpoints kept")
+    eval_every: int = _setting(250, "steps between validations (one is always made at the end); 0: only at the end")
+    sample_every: int = _setting(250, "steps between sampled texts; 0: none")
+    sample_prompt: str = _setting("", "prompt of the sampled texts; empty: the first tokens of the validation data")
+    sample_tokens: int = _setting(200, "length of a sampled text, in tokens")
+    log_every: int = _setting(1, "steps between log lines")
+    resume: str = _setting("auto", "auto: go on with the run in out; none: refuse a used folder; or a checkpoint")
+    tensorboard: bool = _setting(False, "also write TensorBoard events (pip install 'heron-rwkv[tensorboard]')")
+    wandb: str = _setting("", "also log to this Weights & Biases project (pip install 'heron-rwkv[wandb]')")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, Mapping):
+            object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
+        _check_types(self)
+        at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
+        for name in ("warmup_steps", "threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
+            at_least[name] = 0
+        for name in ("lr_init", "lr_final", "weight_decay", "grad_clip"):
+            at_least[name] = 0
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}: wanted at least {least}, got {value}")
+        if self.seed > LARGEST_SEED:
+            raise ConfigError(f"seed: wanted at most {LARGEST_SEED}, got {self.seed}")
+        for name in ("beta1", "beta2", "val_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{name}: wanted 0 <= {name} < 1, got {value}")
+        if not self.adam_eps > 0:
+            raise ConfigError(f"adam_eps: wanted more than 0, got {self.adam_eps}")
+        if (self.max_steps is None) == (self.max_tokens is None):
+            raise ConfigError(
+                "give exactly one of max_steps and max_tokens, "
+                f"got max_steps={self.max_steps} and max_tokens={self.max_tokens}"
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.val_data is not None and self.val_fraction:
+            raise ConfigError(
+                f"val_data {self.val_data!r} and val_fraction {self.val_fraction} exclude each other; drop one"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens of one optimizer step."""
+        return self.micro_bsz * self.accumulate * self.ctx_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return -(-self.max_tokens // self.tokens_per_step)
+
+    @property
+    def steps_per_mini_epoch(self) -> int:
+        """Optimizer steps of a mini-epoch of RWKV-LM, at least 1."""
+        return max(1, MINI_EPOCH // (self.micro_bsz * self.accumulate))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A config from plain values; `model` may be a mapping. An unknown key is a ConfigError, as in ModelConfig."""
+        return _from_dict(cls, values, where="config")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainConfig:
+        """Read a ``config.yaml``, for instance the one of an earlier run."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for YAML."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The text of a ``config.yaml`` that gives this config again."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError when it is unreadable or something else."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-40
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: wanted `name: value` lines, got {type(values).__name__}")
+    return values
+
+
+def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
+    """The plain types that field `name` of config class `cls` takes, and whether None is one of its values."""
+    hint = typing.get_type_hints(cls)[name]
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
+
+
+def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            hint = did_you_mean(str(key), known)
+            raise UnknownKeyError(f"{where}: unknown key {key!r}.{hint} Known: {', '.join(known)}")
+    return cls(**values)
+
+
+def _check_types(config: Any) -> None:
+    """Bring each field to its declared type where nothing is lost (8.0 to an int, "6e-4" to a float), else refuse."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kinds, optional = setting_type(type(config), field.name)
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) and bool not in kinds:
+            fits = False
+        elif int in kinds and isinstance(value, float) and value.is_integer():
+            value, fits = int(value), True
+        elif float in kinds and isinstance(value, (int, str)):
+            try:
+                value, fits = float(value), True
+            except ValueError:
+                fits = False
+        else:
+            fits = isinstance(value, kinds)
+        if fits and isinstance(value, float) and not math.isfinite(value):
+            fits = False
+        if not fits:
+            wanted = " or ".join(kind.__name__ for kind in kinds) + (" or nothing" if optional else "")
+            raise ConfigError(f"{field.name}: wanted {wanted}, got {value!r}")
+        object.__setattr__(config, field.name, value)

@@ -1,0 +1,61 @@
+"""What this machine can do, decided once: device and precision. `heron doctor` prints it; a run writes it down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from heron.errors import ConfigError
+
+
+class Choice(NamedTuple):
+    """A decision and the reason for it, as one clause."""
+
+    value: str
+    reason: str
+
+
+def cpu_flags() -> frozenset[str]:
+    """Feature flags of the CPU as Linux names them; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split())
+
+
+def choose_device(wanted: str) -> Choice:
+    """The torch device to run on. `wanted` is TrainConfig.device; ConfigError when it is not there."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return Choice("cuda", f"found {torch.cuda.get_device_name()}")
+        return Choice("cpu", "no CUDA device found")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"device: wanted auto, cpu, cuda or cuda:N, got {wanted!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: wanted auto, cpu, cuda or cuda:N, got {wanted!r}; {device.type} is not tested yet")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {wanted} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return Choice(wanted, "as asked")
+
+
+def choose_dtype(wanted: str, device: torch.device) -> Choice:
+    """fp32 or bf16 for the matrix products of a training run; weights and the WKV state stay in fp32 either way."""
+    if wanted != "auto":
+        return Choice(wanted, "as asked")
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return Choice("bf16", "this GPU has bf16 tensor cores")
+        return Choice("fp32", "this GPU has no bf16 tensor cores")
+    if "amx_bf16" in cpu_flags():
+        return Choice("bf16", "this CPU has bf16 matrix units (AMX)")
+    return Choice("fp32", "this CPU has no bf16 matrix units (AMX)")
+
+
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """The precision context for `dtype`: bf16 matrix products over fp32 weights, or nothing at all."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")

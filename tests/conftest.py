@@ -1,0 +1,111 @@
+"""What several tests share: one thread, `core` on the path, and models in which no weight is at a neutral value."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import heron
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` is not part of the installed package
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Small tensors are faster on one thread, and bit-exact comparisons need one number of threads throughout."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[..., nn.Module]:
+    """A function that gives every parameter of a model a random value under which its whole equation matters."""
+    return _randomize
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., heron.RWKV]:
+    """A function: ModelConfig fields (and `seed`) -> a small fp32 RWKV with random weights and odd sizes."""
+
+    def make(seed: int = 0, **changes) -> heron.RWKV:
+        sizes = dict(n_layer=3, n_embd=32, vocab_size=37, head_size=16, ffn_dim=50)
+        ranks = dict(decay_rank=5, iclr_rank=6, value_rank=7, gate_rank=9)
+        with torch.device("meta"):  # the reference initial values would only be overwritten
+            model = heron.RWKV(heron.ModelConfig(**{"variant": "v8", **sizes, **ranks, **changes}))
+        return _randomize(model.to_empty(device="cpu"), seed)
+
+    return make
+
+
+_PACKAGE_SCRIPT = """
+import sys
+
+import torch
+
+torch.set_num_threads(1)
+from rwkv.model import RWKV
+
+answers = []
+for path, tokens, pieces in torch.load(sys.argv[1]):
+    model, state, logits = RWKV(path, "cpu fp32"), None, []
+    for piece in torch.tensor(tokens).split(pieces):
+        out, state = model.forward(piece.tolist(), state, full_output=True)
+        logits.append(out.reshape(len(piece), -1))
+    answers.append((torch.cat(logits), state))
+torch.save(answers, sys.argv[2])
+"""
+
+
+@pytest.fixture
+def rwkv_package(tmp_path) -> Callable[..., list[tuple[Tensor, list[Tensor]]]]:
+    """A function that runs jobs (path without .pth, token ids, lengths of the pieces) in the `rwkv` package.
+
+    It gives (logits (T, V), state list) of each. In a process of its own, since the package reads its environment once.
+    """
+
+    def run(jobs: list[tuple[Path, list[int], list[int]]], jit: bool = False) -> list[tuple[Tensor, list[Tensor]]]:
+        asked, answered = tmp_path / "jobs.pt", tmp_path / "answers.pt"
+        torch.save([(str(path), tokens, pieces) for path, tokens, pieces in jobs], asked)
+        environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0"}
+        command = [sys.executable, "-c", _PACKAGE_SCRIPT, str(asked), str(answered)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return torch.load(answered)
+
+    return run
+
+
+def _randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            normal = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(_random_value(name, normal, torch.rand(parameter.shape, generator=generator)))
+    return model
+
+
+def _random_value(name: str, normal: Tensor, uniform: Tensor) -> Tensor:
+    leaf = name.split(".")[-1]
+    if name == "emb.weight":
+        return normal
+    if leaf == "bias":
+        return 0.2 * normal
+    if normal.dim() == 1 or name.endswith("enn.weight"):
+        return 1 + 0.3 * normal
+    if leaf == "w0":
+        return 8 * uniform - 6  # decays from 0.586 to 0.9985
+    if leaf == "r_k":
+        return 0.3 * normal
+    if normal.dim() == 3:
+        return 0.5 + 0.3 * normal
+    fan_in = normal.shape[1] if leaf == "weight" else normal.shape[0]
+    return normal / fan_in**0.5

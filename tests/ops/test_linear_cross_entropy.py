@@ -1,0 +1,196 @@
+"""heron.ops.linear_cross_entropy: the definition by finite differences, the chunked form by the definition."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from heron.errors import KernelError
+from heron.ops import linear_cross_entropy
+from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
+
+IMPLS = ("reference", "chunked")
+
+
+def problem(ignored=(3, 8), shape=(2, 7), vocab=11, width=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*shape, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab, shape, generator=generator)
+    targets.view(-1)[list(ignored)] = -100
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_value_is_plain_cross_entropy(impl):
+    hidden, weight, targets = problem()
+    want = F.cross_entropy((hidden @ weight.T).view(-1, 11), targets.view(-1), ignore_index=-100)
+    for l2wrap in (0.0, 1e-4, 10.0):
+        got = linear_cross_entropy(hidden, weight, targets, l2wrap, impl=impl)
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("l2wrap", [0.0, 1e-4, 0.7])
+def test_gradient_by_finite_differences(impl, l2wrap):
+    hidden, weight, targets = problem()
+
+    def objective(hidden, weight):
+        logits = (hidden @ weight.T).view(-1, 11)[targets.view(-1) != -100]
+        kept = targets.view(-1)[targets.view(-1) != -100]
+        c = l2wrap / len(kept)
+        return F.cross_entropy(logits, kept) + c / 2 * logits.amax(dim=-1).square().sum()
+
+    grads = gradients(linear_cross_entropy(hidden, weight, targets, l2wrap, impl=impl), hidden, weight)
+    step = 1e-6
+    for tensor, grad in zip((hidden, weight), grads, strict=True):
+        numeric = torch.empty_like(grad)
+        with torch.no_grad():
+            for i in range(tensor.numel()):
+                values = []
+                for sign in (1, -1):
+                    tensor.view(-1)[i] += sign * step
+                    values.append(objective(hidden, weight))
+                    tensor.view(-1)[i] -= sign * step
+                numeric.view(-1)[i] = (values[0] - values[1]) / (2 * step)
+        torch.testing.assert_close(grad, numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_both_parts_scale_with_the_loss(impl):
+    hidden, weight, targets = problem()
+    once = gradients(linear_cross_entropy(hidden, weight, targets, 0.7, impl=impl), hidden, weight)
+    twice = gradients(linear_cross_entropy(hidden, weight, targets, 0.7, impl=impl) * 2, hidden, weight)
+    torch.testing.assert_close(twice, tuple(2 * grad for grad in once), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 3, 13, 14, 100])
+@pytest.mark.parametrize("l2wrap", [0.0, 0.7])
+def test_chunked_equals_reference_for_any_chunk(chunk_rows, l2wrap):
+    hidden, weight, targets = problem()
+    want = linear_cross_entropy(hidden, weight, targets, l2wrap, impl="reference")
+    got = linear_cross_entropy_chunked(hidden.view(-1, 5), weight, targets.view(-1), l2wrap, chunk_rows)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    for a, b in zip(gradients(got, hidden, weight), gradients(want, hidden, weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_frozen_side(frozen):
+    hidden, weight, targets = problem()
+    want = gradients(linear_cross_entropy(hidden, weight, targets, impl="reference"), hidden, weight)[1 - frozen]
+    sides = [hidden, weight]
+    sides[frozen] = sides[frozen].detach()
+    (got,) = gradients(linear_cross_entropy(*sides, targets), sides[1 - frozen])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ignored_rows_get_no_gradient_and_do_not_count(impl):
+    hidden, weight, targets = problem(ignored=(0, 5, 6, 13))
+    loss = linear_cross_entropy(hidden, weight, targets, 0.7, impl=impl)
+    d_hidden, d_weight = gradients(loss, hidden, weight)
+    kept = targets != -100
+    assert torch.equal(d_hidden[~kept], torch.zeros_like(d_hidden[~kept]))
+    alone = linear_cross_entropy(hidden[kept], weight, targets[kept], 0.7, impl=impl)
+    torch.testing.assert_close(loss, alone, rtol=1e-13, atol=0)
+    torch.testing.assert_close(d_weight, gradients(alone, weight)[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_counted_is_zero(impl):
+    hidden, weight, targets = problem(ignored=range(14))
+    loss = linear_cross_entropy(hidden, weight, targets, impl=impl)
+    assert loss.item() == 0
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_logits_do_not_overflow(impl):
+    hidden, weight, targets = problem(dtype=torch.float32)
+    exact = linear_cross_entropy(hidden.double() * 1e4, weight.double(), targets, impl="reference")
+    loss = linear_cross_entropy(hidden * 1e4, weight, targets, impl=impl)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    assert all(grad.isfinite().all() for grad in gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dtypes(impl):
+    hidden, weight, targets = problem(shape=(4, 50), vocab=40, width=32)
+    want = linear_cross_entropy(hidden, weight, targets, impl="reference")
+    exact = gradients(want, hidden, weight)
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        x, y = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+        loss = linear_cross_entropy(x, y, targets, impl=impl)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), want, rtol=limit, atol=0)
+        for grad, true in zip(gradients(loss, x, y), exact, strict=True):
+            assert grad.dtype == dtype
+            assert (grad - true).norm() / true.norm() < limit
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_multiplies_in_its_dtype_and_sums_in_fp32(impl):
+    hidden, weight, targets = problem(shape=(4, 50), vocab=40, width=32, dtype=torch.float32)
+    exact = linear_cross_entropy(hidden.double(), weight.double(), targets, impl="reference")
+    true = gradients(exact, hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden.bfloat16(), weight, targets, impl=impl)
+    assert loss.dtype == torch.float32
+    rounded = F.cross_entropy(
+        (hidden.bfloat16() @ weight.bfloat16().T).float().view(-1, 40), targets.view(-1), ignore_index=-100
+    )
+    torch.testing.assert_close(loss, rounded, rtol=1e-6, atol=0)
+    for grad, want in zip(gradients(loss, hidden, weight), true, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - want).norm() / want.norm() < 2e-2
+
+
+def test_chunks_keep_the_logits_bounded(monkeypatch):
+    module = importlib.import_module("heron.ops.linear_cross_entropy.chunked")  # the function hides the package
+    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 33)
+    hidden, weight, targets = problem(width=2)
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == 11:
+                largest.append(out.shape[0])
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, targets).backward()
+    assert max(largest) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 7, 5, dtype=torch.int64)}, "hidden must be.*floating.*torch.int64"),
+        ({"weight": torch.zeros(11, 6)}, r"weight must be \(V, C\) with C = 5.*\(11, 6\)"),
+        ({"weight": torch.zeros(11, 5, dtype=torch.bfloat16)}, "dtype of hidden, torch.float32.*torch.bfloat16"),
+        ({"targets": torch.zeros(2, 6, dtype=torch.int64)}, r"targets must be \(2, 7\) int64.*\(2, 6\)"),
+        ({"targets": torch.zeros(2, 7, dtype=torch.int32)}, "int64.*torch.int32"),
+        ({"targets": torch.full((2, 7), 11)}, r"in \[0, 11\).*got 11 at position \[0, 0\]"),
+        ({"targets": torch.arange(14).view(2, 7) - 12}, r"got -12 at position \[0, 0\]"),
+        ({"weight": torch.zeros(11, 5, device="meta")}, "on cpu; weight is on meta"),
+        ({"impl": "fast"}, "impl must be auto, reference, chunked; got 'fast'"),
+    ],
+)
+def test_unfit_arguments_are_refused_in_words(change, message):
+    arguments = {
+        "hidden": torch.zeros(2, 7, 5),
+        "weight": torch.zeros(11, 5),
+        "targets": torch.zeros(2, 7, dtype=torch.int64),
+    }
+    with pytest.raises(KernelError, match=message):
+        linear_cross_entropy(**(arguments | change))

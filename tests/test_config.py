@@ -1,0 +1,178 @@
+"""The two dataclasses: what they accept, what they fill in, what they refuse, and that YAML gives them back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from heron.config import MINI_EPOCH, PRESETS, ModelConfig, TrainConfig, rank_rule, read_yaml, setting_type
+from heron.errors import ConfigError, HeronError, UnknownKeyError
+
+SMALL = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
+
+
+@pytest.mark.parametrize(
+    ("factor", "width", "rank"),
+    [(2.5, 768, 64), (1.7, 768, 32), (5.0, 768, 128), (2.5, 2048, 128), (5.0, 4096, 320), (1.7, 64, 32), (1.7, 1, 32)],
+)
+def test_rank_rule(factor, width, rank):
+    assert rank_rule(factor, width) == rank
+
+
+def test_sizes_that_are_not_given_follow_from_the_width():
+    config = ModelConfig(n_embd=1024)
+    ranks = (config.decay_rank, config.iclr_rank, config.value_rank, config.gate_rank)
+    assert (config.ffn_dim, *ranks, config.n_head) == (4096, 64, 64, 64, 160, 16)
+    assert ModelConfig(n_embd=1024, ffn_dim=100, gate_rank=7).gate_rank == 7
+
+
+def test_changed_sizes_follow_a_new_width_unless_they_are_special():
+    config = ModelConfig(n_embd=128, value_rank=5)
+    wider = config.changed(n_embd=1024)
+    assert wider == ModelConfig(n_embd=1024, value_rank=5)
+    assert wider.ffn_dim == 4096
+    assert config.changed(n_layer=3) == dataclasses.replace(config, n_layer=3)
+    assert config.changed(n_embd=1024, ffn_dim=512).ffn_dim == 512
+    with pytest.raises(UnknownKeyError, match="n_layer"):
+        config.changed(n_layers=3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_model(name):
+    config = ModelConfig.preset(name)
+    assert config.variant == {"rwkv7": "v7", "rwkv8": "v8"}[name.split("-")[0]]
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.preset(name, n_layer=1).n_layer == 1
+
+
+def test_released_ranks_are_those_of_the_files():
+    config = ModelConfig.preset("rwkv7-2.9b")
+    ranks = (config.decay_rank, config.iclr_rank, config.value_rank, config.gate_rank)
+    assert (config.n_layer, config.n_embd, *ranks) == (32, 2560, 96, 96, 64, 320)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(variant="v9"), ["variant", "v7, v8", "'v9'"]),
+        (dict(n_layer=0), ["n_layer", "at least 1", "0"]),
+        (dict(n_layer="4"), ["n_layer", "int", "'4'"]),
+        (dict(n_layer=True), ["n_layer", "True"]),
+        (dict(n_layer=2.5), ["n_layer", "2.5"]),
+        (dict(n_embd=-64), ["-64"]),
+        (dict(vocab_size=0), ["vocab_size"]),
+        (dict(head_size=8), ["head_size", "16 to 128", "8"]),
+        (dict(head_size=256), ["head_size", "256"]),
+        (dict(n_embd=100, head_size=64), ["n_embd 100", "head_size 64"]),
+        (dict(gate_rank=0), ["gate_rank"]),
+    ],
+)
+def test_a_bad_model_is_refused_by_name(values, words):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**values)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_an_unknown_preset_or_key_suggests_the_near_one():
+    with pytest.raises(ConfigError, match="Did you mean 'rwkv8-0.1b'"):
+        ModelConfig.preset("rwkv8-0.1")
+    with pytest.raises(UnknownKeyError, match="model: unknown key 'n_layers'. Did you mean 'n_layer'"):
+        ModelConfig.from_dict({"n_layers": 3})
+    with pytest.raises(UnknownKeyError, match="config: unknown key 'ctx_length'. Did you mean 'ctx_len'"):
+        TrainConfig.from_dict({"max_steps": 3, "ctx_length": 3})
+    with pytest.raises(UnknownKeyError, match="model: unknown key 'n_layers'"):
+        TrainConfig.from_dict({"max_steps": 3, "model": {"n_layers": 3}})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(), ["max_steps", "max_tokens"]),
+        (dict(max_steps=1, max_tokens=1), ["exactly one"]),
+        (dict(max_steps=0), ["max_steps", "at least 1"]),
+        (dict(max_steps=1, micro_bsz=0), ["micro_bsz", "0"]),
+        (dict(max_steps=1, ctx_len=0), ["ctx_len"]),
+        (dict(max_steps=1, lr_init=-1e-3), ["lr_init", "-0.001"]),
+        (dict(max_steps=1, lr_init=float("nan")), ["lr_init", "nan"]),
+        (dict(max_steps=1, lr_final="inf"), ["lr_final", "inf"]),
+        (dict(max_steps=1, lr_init="fast"), ["lr_init", "'fast'"]),
+        (dict(max_steps=1, beta2=1.0), ["beta2", "< 1"]),
+        (dict(max_steps=1, val_fraction=1), ["val_fraction"]),
+        (dict(max_steps=1, adam_eps=0), ["adam_eps"]),
+        (dict(max_steps=1, dtype="fp16"), ["dtype", "fp32, bf16", "'fp16'"]),
+        (dict(max_steps=1, val_data="a.txt", val_fraction=0.1), ["val_data", "val_fraction"]),
+        (dict(max_steps=1, seed=-1), ["seed", "-1"]),
+        (dict(max_steps=1, seed=2**63), ["seed", str(2**63)]),
+        (dict(max_steps=1, tensorboard="yes"), ["tensorboard", "'yes'"]),
+        (dict(max_steps=1, model=7), ["model", "7"]),
+        (dict(max_steps=1, keep=None), ["keep", "None"]),
+    ],
+)
+def test_a_bad_training_setting_is_refused_by_name(values, words):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**values)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_numbers_take_their_type_where_nothing_is_lost():
+    config = TrainConfig(max_steps=3.0, lr_init="6e-4", grad_clip=1)
+    assert (config.max_steps, config.lr_init, config.grad_clip) == (3, 6e-4, 1.0)
+    assert type(config.max_steps) is int
+    assert type(config.grad_clip) is float
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (96, 1), (97, 2), (960, 10)])
+def test_tokens_become_whole_steps(tokens, steps):
+    config = TrainConfig(max_tokens=tokens, micro_bsz=2, accumulate=3, ctx_len=16)
+    assert config.tokens_per_step == 96
+    assert config.total_steps == steps
+
+
+def test_steps_of_a_mini_epoch():
+    assert TrainConfig(max_steps=1, micro_bsz=16, accumulate=2).steps_per_mini_epoch == MINI_EPOCH // 32 == 1260
+    assert TrainConfig(max_steps=1, micro_bsz=50000).steps_per_mini_epoch == 1
+
+
+def test_yaml_gives_an_equal_config(tmp_path):
+    config = TrainConfig(
+        model=ModelConfig(**SMALL, ffn_dim=50), data="a: b #.txt", max_tokens=10**12, adam_eps=1e-18, lr_init=3e-7,
+        sample_prompt="'quoted'\nü", seed=2**62, tensorboard=True,
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"- 1\n- 2\n",
+        b"model: [1, 2",
+        b"\xff\xfe",
+        b"a: 2026-13-40",
+        b"a: !!python/object:os.system x",
+        b"just text",
+    ],
+    ids=["empty", "list", "cut", "encoding", "date", "object", "text"],
+)
+def test_a_file_that_is_no_config_is_refused_by_path(tmp_path, content):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="x.yaml"):
+        read_yaml(tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match="missing.yaml"):
+        read_yaml(tmp_path / "missing.yaml")
+
+
+def test_configs_are_frozen_and_every_field_is_documented():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().n_layer = 3
+    for cls in (ModelConfig, TrainConfig):
+        for field in dataclasses.fields(cls):
+            assert 10 < len(field.metadata["doc"]) < 100
+            assert setting_type(cls, field.name)[0]
+
+
+def test_every_error_is_a_heron_error():
+    assert issubclass(UnknownKeyError, ConfigError)
+    assert issubclass(ConfigError, HeronError)
