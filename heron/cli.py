@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         options = _parser().parse_args(arguments)
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
     except UnknownKeyError as error:
         return _fail(error, EXIT_USAGE)
     except HeronError as error:

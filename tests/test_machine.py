@@ -29,7 +29,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype"), [({"amx_bf16", "avx2"}, "bf16"), ({"avx512_bf16"}, "fp32"), (set(), "fp32")]
+    ("flags", "dtype"), [({"amx_bf16"}, "bf16"), ({"avx2", "avx512_bf16"}, "fp32"), (set(), "fp32")]
 )
 def test_precision_follows_the_cpu_flags(monkeypatch, flags, dtype):
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))

@@ -27,6 +27,7 @@ from heron.data.loader import load_corpus
 from heron.data.sampling import cubic_slot, magic_prime, permuted_starts
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
+from heron.model import rwkv
 from heron.optim import lr_at
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
@@ -537,10 +538,14 @@ def test_bf16_stays_close_to_fp32_and_keeps_the_weights_in_fp32(settings, tmp_pa
     assert {tensor.dtype for tensor in weights(rough).values()} == {torch.float32}
 
 
-def test_recomputing_blocks_changes_no_number(settings, tmp_path):
+def test_recomputing_blocks_changes_no_number(settings, tmp_path, monkeypatch):
     plain, saving = settings(out=str(tmp_path / "plain")), settings(grad_checkpoint=True)
-    for config in (plain, saving):
-        fit(config)
+    recomputed, checkpoint = [], rwkv.checkpoint
+    monkeypatch.setattr(rwkv, "checkpoint", lambda *a, **k: (recomputed.append(1), checkpoint(*a, **k))[1])
+    fit(plain)
+    assert not recomputed
+    fit(saving)
+    assert len(recomputed) == 8 * MODEL.n_layer
     assert_same_run(plain, saving)
 
 

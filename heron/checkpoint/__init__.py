@@ -85,7 +85,7 @@ def weights_file(path: Path) -> Path:
     if run.is_checkpoint(path):
         run.verify(path)
         return path / run.MODEL
-    newest = run.newest(path, say=lambda text: warnings.warn(text, stacklevel=4))
+    newest = run.newest(path, say=lambda text: warnings.warn(text, stacklevel=5))
     if newest is not None:
         return newest / run.MODEL
     if (path / "rwkv-final.pth").exists():

@@ -1,0 +1,599 @@
+"""The command line: every verb on tiny data, every flag of the RWKV-LM scripts, and one line for every bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import heron
+from heron import cli, info, report, tokenizer, train
+from heron.config import MINI_EPOCH, TrainConfig
+from heron.data import binidx
+
+TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
+SIZES = "--n_layer 2 --n_embd 32 --head_size 16 --vocab_size 256"
+SMALL = f"{SIZES} --ctx_len 16 --micro_bsz 2 --threads 1 --device cpu --dtype fp32 --sample_tokens 8"
+VERBS = ("demo", "prepare", "init", "train", "generate", "eval", "convert", "info", "doctor", "plot")
+
+
+@pytest.fixture
+def heron_(capsys):
+    """A function: the words after `heron` -> exit code, standard output, standard error; all in this process."""
+
+    def run(*words):
+        try:
+            code = cli.main(shlex.split(" ".join(words)))
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_picture():
+    """It takes longer than such a run; tests/test_train.py has it drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plot", lambda folders, out: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT)
+    words = f"train {SMALL} --data {folder}/text.txt --out {folder}/run --max_steps 4 --save_every 2".split()
+    assert cli.main(words) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def resolved(heron_):
+    """A function: flags of `heron train` -> the settings that they come to."""
+
+    def run(*words):
+        code, out, err = heron_("train", *words, "--dry_run")
+        assert (code, err) == (0, "")
+        return TrainConfig.from_dict(yaml.safe_load(out))
+
+    return run
+
+
+def assert_one_line(code, err, expected_code, *words):
+    assert code == expected_code
+    assert err.count("\n") == 1, err
+    assert err.startswith("heron")
+    assert "Traceback" not in err
+    assert [word for word in words if word not in err] == [], err
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "run.lock"}
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_a_flag_in_both_spellings(resolved):
+    assert resolved("--max_steps 3 --model.n_layer 2 --n_embd 64").model == heron.ModelConfig(
+        n_layer=2, n_embd=64, vocab_size=256
+    )
+    config = resolved("--max_steps 3 --model rwkv7-0.1b --vocab_size 100 --lr_init 1e-3 --grad_checkpoint --seed 9")
+    assert config.model == heron.ModelConfig.preset("rwkv7-0.1b", vocab_size=100)
+    assert (config.lr_init, config.grad_checkpoint, config.seed, config.max_steps) == (1e-3, True, 9, 3)
+
+
+def test_flags_override_the_file(resolved, tmp_path, trained):
+    (tmp_path / "run.yaml").write_text(
+        "max_steps: 7\nlr_init: 1e-3\ngrad_checkpoint: true\nval_fraction: 0.2\nmodel: {n_layer: 3, n_embd: 64}\n"
+    )
+    file = f"--config {tmp_path}/run.yaml"
+    config = resolved(file)
+    assert (config.max_steps, config.lr_init, config.model) == (7, 1e-3, heron.ModelConfig(n_layer=3, n_embd=64))
+    config = resolved(file, "--lr_init 2e-3 --n_layer 5 --no-grad_checkpoint --proj_dir here --precision bf16")
+    assert (config.lr_init, config.grad_checkpoint, config.out, config.dtype) == (2e-3, False, "here", "bf16")
+    assert config.model == heron.ModelConfig(n_layer=5, n_embd=64)
+    config = resolved(file, "--max_tokens 1000 --val_data x.txt")
+    assert (config.max_steps, config.max_tokens, config.val_fraction, config.val_data) == (None, 1000, None, "x.txt")
+    again = resolved(f"--config {trained}/config.yaml", "--out elsewhere")
+    assert again == TrainConfig.from_dict(
+        {**TrainConfig.from_yaml(trained / "config.yaml").to_dict(), "out": "elsewhere"}
+    )
+    wider = resolved(f"--config {trained}/config.yaml", "--n_embd 64")
+    assert wider.model == heron.ModelConfig(n_layer=2, n_embd=64, head_size=16, vocab_size=256)
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ("--load_model x.pth", dict(model="x.pth")),
+        ("--load_model 0 --model rwkv7-0.1b", dict(model=heron.ModelConfig.preset("rwkv7-0.1b"))),
+        ("--proj_dir runs/x", dict(out="runs/x")),
+        ("--data_file data/minipile --data_type binidx", dict(data="data/minipile")),
+        ("--ctx_len 64 --micro_bsz 3", dict(ctx_len=64, micro_bsz=3)),
+        ("--lr_init 6e-4 --lr_final 2e-5 --warmup_steps 7", dict(lr_init=6e-4, lr_final=2e-5, warmup_steps=7)),
+        ("--beta1 0.8 --beta2 0.95 --adam_eps 1e-8", dict(beta1=0.8, beta2=0.95, adam_eps=1e-8)),
+        ("--weight_decay 0.001 --grad_clip 0.5", dict(weight_decay=0.001, grad_clip=0.5)),
+        ("--grad_cp 1", dict(grad_checkpoint=True)),
+        ("--grad_cp 0", dict(grad_checkpoint=False)),
+        ("--magic_prime 2926181", dict(magic_prime=2926181)),
+        ("--micro_bsz 16 --epoch_save 2", dict(save_every=2 * MINI_EPOCH // 16)),
+        ("--epoch_save 1 --micro_bsz 8 --accumulate 4", dict(save_every=1260)),
+        ("--precision bf16", dict(dtype="bf16")),
+        ("--precision fp32", dict(dtype="fp32")),
+        ("--strategy deepspeed_stage_1 --devices 1 --num_nodes 1", {}),
+        ("--random_seed 5", dict(seed=5)),
+        ("--head_chunk 4096", {}),
+        ("--wandb project", dict(wandb="project")),
+        ("--my_testing x070 --n_layer 12 --n_embd 768 --head_size 64 --vocab_size 65536",
+         dict(model=heron.ModelConfig(variant="v7"))),
+        ("--my_testing x070 --variant v8 --n_layer 3", dict(model=heron.ModelConfig.preset("rwkv8-tiny", n_layer=3))),
+        ("--my_testing x070 --model rwkv8-0.1b", dict(model=heron.ModelConfig.preset("rwkv8-0.1b"))),
+    ],
+)  # fmt: skip
+def test_rwkv_lm_flags_mean_what_they_mean_there(resolved, flags, settings):
+    config = resolved("--max_steps 3", flags)
+    assert {name: getattr(config, name) for name in settings} == settings
+    plain = resolved("--max_steps 3").to_dict()
+    assert {name for name, value in config.to_dict().items() if value != plain[name]} <= {
+        *settings, "accumulate", "micro_bsz", "model" if "my_testing" in flags else "",
+    }  # fmt: skip
+
+
+def test_rwkv_lm_counts_tokens(resolved):
+    config = resolved("--my_exit_tokens 1498226207 --ctx_len 512 --micro_bsz 16")
+    assert (config.max_tokens, config.max_steps) == (1498226207, None)
+    assert config.total_steps == -(-1498226207 // 8192)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--my_testing x060", ["--my_testing x060", "x070"]),
+        ("--devices 8", ["--devices 8", "one device"]),
+        ("--num_nodes 2", ["--num_nodes 2", "one node"]),
+        ("--strategy deepspeed_stage_3", ["--strategy", "needs no sharding"]),
+        ("--data_type numpy", ["--data_type numpy", "binidx"]),
+        ("--precision fp16", ["--precision fp16", "fp32 or bf16"]),
+        ("--grad_cp yes", ["--grad_cp", "'yes'"]),
+        ("--random_seed x", ["--random_seed", "'x'"]),
+        ("--proj_dir a --out b", ["--out", "different values"]),
+        ("--epoch_save 1 --save_every 5", ["--save_every", "--epoch_save"]),
+        ("--load_model x.pth --n_layer 3", ["x.pth", "--n_layer"]),
+    ],
+)
+def test_a_rwkv_lm_flag_that_cannot_be_honoured_is_refused_with_the_reason(heron_, flags, words):
+    code, _, err = heron_("train --max_steps 3 --dry_run", flags)
+    assert_one_line(code, err, 1, *words)
+
+
+# -- usage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(heron_, verb):
+    code, out, err = heron_(verb, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: heron {verb}")
+    assert "None)" not in out
+    if verb not in ("convert", "info", "doctor"):
+        assert "default: " in out
+
+
+def test_help_names_defaults(heron_):
+    out = re.sub(r"\s+", " ", heron_("train --help")[1])
+    assert "learning rate after the warm-up (default: 0.0006)" in out
+    assert "number of blocks (default: 12)" in out
+    assert "keep this many tokens; 0: all (default: 0)" in re.sub(r"\s+", " ", heron_("generate --help")[1])
+
+
+def test_help_lists_the_verbs_and_the_version_is_there(heron_):
+    out = heron_("--help")[1]
+    assert all(f"\n    {verb} " in out for verb in VERBS)
+    assert heron_("--version")[1] == f"heron {heron.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", ["VERB"]),
+        ("trian", ["unknown verb 'trian'", "Did you mean 'train'"]),
+        ("train --n_layr 3", ["--n_layr", "Did you mean '--n_layer'"]),
+        ("train --n_lay 3", ["--n_lay"]),
+        ("train --max_steps many", ["--max_steps", "many"]),
+        ("train --max_steps", ["--max_steps"]),
+        ("generate x.pth --promt hi", ["Did you mean '--prompt'"]),
+        ("generate x.pth --seed -1", ["--seed"]),
+        ("generate x.pth --seed 99999999999999999999", ["--seed"]),
+        ("init --seed x", ["--seed", "x"]),
+        ("prepare", ["required"]),
+        ("convert x.pth", ["required"]),
+        ("eval x.pth", ["--data"]),
+        ("doctor now", ["now"]),
+    ],
+)
+def test_wrong_usage_is_code_2_and_one_line(heron_, command, words):
+    code, _, err = heron_(command)
+    assert_one_line(code, err, 2, "--help", *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        ("ctx_length: 3\nmax_steps: 3\n", 2, ["ctx_length", "Did you mean 'ctx_len'"]),
+        ("max_steps: 3\nmodel: {n_layers: 3}\n", 2, ["n_layers", "Did you mean 'n_layer'"]),
+        ("max_steps: three\n", 1, ["max_steps", "'three'"]),
+        ("max_steps: 3\nmodel: [1]\n", 1, ["model"]),
+        ("model: {n_layer: [1, 2\n", 1, ["bad.yaml"]),
+        ("max_steps: 2026-13-40\n", 1, ["bad.yaml"]),
+        ("", 1, ["bad.yaml"]),
+        ("- 1\n", 1, ["bad.yaml", "list"]),
+    ],
+)
+def test_a_bad_config_file(heron_, tmp_path, content, code, words):
+    (tmp_path / "bad.yaml").write_text(content)
+    got, _, err = heron_(f"train --config {tmp_path}/bad.yaml --dry_run")
+    assert_one_line(got, err, code, *words)
+
+
+def test_a_missing_config_file(heron_):
+    code, _, err = heron_("train --config missing.yaml")
+    assert_one_line(code, err, 1, "missing.yaml")
+
+
+# -- the verbs ------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_then_train_then_everything_else(heron_, tmp_path, text):
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": TEXT}) + "\n" + json.dumps({"text": TEXT[:99]}) + "\n")
+    code, out, err = heron_(f"prepare {text} {tmp_path}/more.jsonl --out {tmp_path}/data --tokenizer bytes --workers 1")
+    assert (code, err) == (0, "")
+    n_bytes = 2 * len(TEXT) + 99
+    assert f"{n_bytes + 3:,} tokens of 3 documents" in out
+    data = binidx.open_binidx(tmp_path / "data")
+    assert data.tokens.tolist() == [*TEXT.encode(), 0, *TEXT.encode(), 0, *TEXT[:99].encode(), 0]
+
+    prime = heron.data.sampling.magic_prime(n_bytes + 3, 16)
+    words = f"train {SMALL} --data_file {tmp_path}/data --data_type binidx --magic_prime {prime} --max_steps 2"
+    words += f" --proj_dir {tmp_path}/run"
+    code, out, err = heron_(words)
+    assert (code, err) == (0, "")
+    assert f"magic prime {prime}" in out
+    assert len(report.read_log(tmp_path / "run")[0]) == 2
+    assert "finished at step 2" in heron_(words)[1]
+
+    code, out, err = heron_(f"eval {tmp_path}/run --data {tmp_path}/data.idx --ctx_len 16")
+    assert (code, err) == (0, "")
+    assert f"{n_bytes + 2:,} tokens in windows of 16" in out
+
+
+def test_init(heron_, tmp_path):
+    code, out, err = heron_(f"init {SIZES} --variant v7 --seed 3 --out {tmp_path}/deep/x.pth")
+    assert (code, err) == (0, "")
+    torch.manual_seed(3)
+    expected = heron.RWKV(heron.ModelConfig(variant="v7", n_layer=2, n_embd=32, head_size=16)
+                          .changed(vocab_size=256)).state_dict()  # fmt: skip
+    found = torch.load(tmp_path / "deep/x.pth", weights_only=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "v7 L2 C32 N16 V256, " in out
+    before = (tmp_path / "deep/x.pth").read_bytes()
+    code, _, err = heron_(f"init {SIZES} --out {tmp_path}/deep/x.pth")
+    assert_one_line(code, err, 1, "x.pth", "exists", "--out")
+    assert (tmp_path / "deep/x.pth").read_bytes() == before
+    code, out, _ = heron_(f"init --model rwkv8-tiny --n_layer 1 --out {tmp_path}/y.safetensors")
+    assert heron.load(tmp_path / "y.safetensors").config == heron.ModelConfig.preset("rwkv8-tiny", n_layer=1)
+
+
+@pytest.mark.parametrize("source", ["", "/rwkv-final.pth", "/checkpoints/step-00000004"])
+def test_generate_is_the_library_s_text(heron_, trained, source):
+    flags = "--max_tokens 20 --temperature 0.9 --top_p 0.8 --top_k 9 --presence_penalty 0.1 --seed 4"
+    code, out, err = heron_(f"generate {trained}{source} --prompt Line {flags}")
+    assert (code, err) == (0, "")
+    expected = heron.generate(
+        heron.load(trained), tokenizer.load("bytes"), "Line", 20, temperature=0.9, top_p=0.8, top_k=9,
+        presence_penalty=0.1, seed=4,
+    )  # fmt: skip
+    assert out == "Line" + expected + "\n"
+
+
+def test_generate_from_nothing_and_to_a_stop(heron_, trained):
+    code, out, _ = heron_(f"generate {trained} --max_tokens 30 --temperature 0")
+    assert code == 0
+    stop = out[9:11]
+    code, cut, _ = heron_(f"generate {trained} --max_tokens 30 --temperature 0 --stop", shlex.quote(stop))
+    assert (code, cut) == (0, out.split(stop)[0] + "\n")
+
+
+def test_the_tokenizer_is_found_beside_the_run(heron_, trained, tmp_path, text, monkeypatch):
+    words = f"train {SMALL} --vocab_size 300 --tokenizer bpe:300 --data {text} --max_steps 1 --out {tmp_path}/bpe"
+    assert heron_(words)[0] == 0
+    expected = heron.generate(
+        heron.load(tmp_path / "bpe"), tokenizer.load(str(tmp_path / "bpe/tokenizer.json")), "Line", 9
+    )
+    for source in ("bpe", "bpe/rwkv-final.pth", "bpe/checkpoints/step-00000001"):
+        assert heron_(f"generate {tmp_path}/{source} --prompt Line --max_tokens 9")[1] == f"Line{expected}\n"
+    monkeypatch.chdir(tmp_path / "bpe" / "checkpoints")
+    assert heron_("generate step-00000001 --prompt Line --max_tokens 9")[1] == f"Line{expected}\n"
+
+    (tmp_path / "config.yaml").write_text("learning_rate: 3\n")  # another program's
+    shutil.copy(trained / "rwkv-final.pth", tmp_path / "plain.pth")
+    assert heron_(f"generate {tmp_path}/plain.pth --prompt Line --max_tokens 9")[0] == 0
+    shutil.copy(tmp_path / "bpe/rwkv-final.pth", tmp_path / "odd.pth")
+    code, _, err = heron_(f"generate {tmp_path}/odd.pth --prompt Line")
+    assert_one_line(code, err, 1, "vocab_size 300", "--tokenizer")
+
+
+def test_eval_is_the_library_s_score(heron_, trained, text):
+    code, out, err = heron_(f"eval {trained} --data {text} --ctx_len 32")
+    assert (code, err) == (0, "")
+    tokens = torch.tensor([*TEXT.encode(), 0]).numpy()
+    score = heron.evaluate.evaluate(heron.load(trained), tokens, 32, len(TEXT) - 1)
+    assert f"{len(TEXT):,} tokens in windows of 32" in out
+    assert f"loss           {score.loss:.4f} nats" in out
+    assert f"perplexity     {score.perplexity:.3f}\n" in out
+    assert f"bits per byte  {score.bits_per_byte:.4f}\n" in out
+
+
+def test_convert_there_and_back(heron_, trained, tmp_path):
+    original = (trained / "rwkv-final.pth").read_bytes()
+    code, out, err = heron_(f"convert {trained}/rwkv-final.pth {tmp_path}/x.safetensors")
+    assert (code, err) == (0, "")
+    assert f"wrote {tmp_path}/x.safetensors: v8 L2 C32 N16 V256" in out
+    assert heron_(f"convert {tmp_path}/x.safetensors {tmp_path}/y.pth")[0] == 0
+    one, other = torch.load(trained / "rwkv-final.pth"), torch.load(tmp_path / "y.pth")
+    assert one.keys() == other.keys() == load_file(tmp_path / "x.safetensors").keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    code, _, err = heron_(f"convert {trained} {tmp_path}/y.pth")
+    assert_one_line(code, err, 1, "y.pth", "exists")
+    code, _, err = heron_(f"convert {trained} {tmp_path}/y.gguf")
+    assert_one_line(code, err, 1, "y.gguf", ".pth or .safetensors")
+    assert not (tmp_path / "y.gguf").exists()
+    assert (trained / "rwkv-final.pth").read_bytes() == original
+
+
+def test_info(heron_, trained, monkeypatch):
+    code, out, err = heron_(f"info {trained}")
+    assert (code, err) == (0, "")
+    assert "variant     v8\n" in out
+    assert "blocks.0" not in out
+    assert "blocks.0.att.w0" in heron_(f"info {trained} --params")[1]
+    monkeypatch.setattr(info, "presets", lambda: "the presets")
+    assert heron_("info")[1] == "the presets\n"
+    assert heron_("info rwkv8-tiny --presets")[1].startswith("the presets\nwhat        rwkv8-tiny\n")
+
+
+def test_doctor(heron_):
+    code, out, err = heron_("doctor")
+    assert (code, err) == (0, "")
+    assert heron.__version__ in out
+
+
+def test_plot(heron_, trained, tmp_path):
+    code, out, err = heron_(f"plot {trained} {trained} --out {tmp_path}/curve.png")
+    assert (code, out, err) == (0, f"wrote {tmp_path}/curve.png\n", "")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
+    demo = pytest.importorskip("heron.demo")
+    settings = demo.config
+
+    def shorter(out):
+        config = settings(out)
+        values = dict(model=config.model.changed(n_layer=1, n_embd=64), ctx_len=32, max_steps=2, threads=1,
+                      sample_tokens=4, val_fraction=0.002, device="cpu", dtype="fp32")  # fmt: skip
+        return TrainConfig.from_dict({**config.to_dict(), **values})
+
+    monkeypatch.setattr(demo, "config", shorter)
+    code, out, _ = heron_(f"demo --out {tmp_path}/demo")
+    assert code == 0
+    assert demo.PROMPT in out
+    assert f"The curve is in {tmp_path}/demo/loss.png" in out
+    commands = re.findall(r"^  (heron .*)$", out, re.MULTILINE)
+    assert len(commands) == 3
+
+
+# -- stopped from outside -------------------------------------------------------------------------------------------
+
+
+def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(heron_, tmp_path, text):
+    words = [*f"train {SMALL} --data {text} --out {tmp_path}/run --max_steps 100000 --sample_every 0".split()]
+    log = tmp_path / "run" / "log.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "heron", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size > 500):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, err) == (75, b"")
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text()) == {"status": "preempted"}
+    done = report.read_log(tmp_path / "run")[0][-1]["step"]
+    assert f"stopped by SIGTERM at step {done}; the same command goes on from here" in out.decode()
+    words[words.index("100000")] = str(done + 2)
+    code, out, err = heron_(*words)
+    assert (code, err) == (0, "")
+    assert [r["step"] for r in report.read_log(tmp_path / "run")[0]] == list(range(1, done + 3))
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(trained, tmp_path):
+    """A function that writes weights of some fault into tmp_path and gives their path."""
+    good = (trained / "rwkv-final.pth").read_bytes()
+    tensors = torch.load(trained / "rwkv-final.pth", weights_only=True)
+
+    def make(fault):
+        path = tmp_path / f"{fault}.pth"
+        if fault == "empty":
+            path.write_bytes(b"")
+        elif fault == "truncated":
+            path.write_bytes(good[: len(good) // 2])
+        elif fault == "foreign":
+            path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
+        elif fault == "other_model":
+            torch.save({"layer.weight": torch.ones(2, 2)}, path)
+        elif fault == "list":
+            torch.save([torch.ones(2)], path)
+        elif fault == "lacks":
+            torch.save({name: t for name, t in tensors.items() if name != "blocks.1.att.k_k"}, path)
+        elif fault == "extra":
+            torch.save({**tensors, "blocks.1.att.k_q": torch.ones(1)}, path)
+        elif fault == "misshaped":
+            torch.save({**tensors, "blocks.1.att.k_k": torch.ones(1, 1, 31)}, path)
+        elif fault == "integers":
+            torch.save({**tensors, "head.weight": tensors["head.weight"].int()}, path)
+        return path
+
+    return make
+
+
+FAULTS = {
+    "missing": ["no such file"],
+    "empty": ["empty"],
+    "truncated": ["not a readable .pth"],
+    "foreign": ["not a readable .pth"],
+    "other_model": ["layer.weight"],
+    "list": ["list"],
+    "lacks": ["blocks.1.att.k_k is missing"],
+    "extra": ["blocks.1.att.k_q"],
+    "misshaped": ["blocks.1.att.k_k", "(1, 1, 32)", "(1, 1, 31)"],
+    "integers": ["head.weight", "int32"],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate {} --prompt a",
+        "eval {} --data {text}",
+        "convert {} {out}.pth",
+        "info {}",
+        "train --load_model {} {more}",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_bad_weights_are_one_line_everywhere(heron_, weights, text, tmp_path, command, fault):
+    path = weights(fault)
+    before = contents(tmp_path)
+    more = f"--max_steps 2 --data {text} --out {tmp_path}/run"
+    code, _, err = heron_(command.format(path, text=text, out=tmp_path / "out", more=more))
+    assert_one_line(code, err, 1, f"{fault}.pth", *FAULTS[fault])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("generate {run} --prompt hi --tokenizer world", ["65536", "256"]),
+        ("generate {run} --prompt hi --tokenizer {text}", ["text.txt"]),
+        ("generate {run} --prompt hi --tokenizer wrld", ["wrld", "Did you mean 'world'"]),
+        ("generate {run} --prompt 300 --tokenizer integers:200", ["300", "199"]),
+        ("generate {run} --tokenizer integers:200", ["prompt", "empty"]),
+        ("generate {run} --prompt a --temperature -1", ["temperature"]),
+        ("generate {run} --prompt a --top_p 2", ["top_p"]),
+        ("generate {run} --prompt a --max_tokens -2", ["max_tokens"]),
+        ("generate {run} --prompt a --device cuda:9", ["cuda:9"]),
+        ("generate {here} --prompt a", ["no weights here"]),
+        ("eval {run} --data {here}/none.txt", ["none.txt"]),
+        ("eval {run} --data {text} --tokenizer world", ["outside the vocabulary of 256"]),
+        ("eval {run} --data {text} --ctx_len 0", ["ctx_len"]),
+        ("eval {run} --data {here}/empty.txt", ["at least 2 tokens"]),
+        ("eval {run} --data {here}/latin.txt", ["latin.txt"]),
+        ("eval {run} --data {here}/bad.jsonl", ["bad.jsonl, line 1"]),
+        ("eval {run} --data {here}/torn.idx", ["torn.idx"]),
+        ("prepare {here}/none.txt --out {here}/x", ["none.txt"]),
+        ("prepare {here}/empty.txt --out {here}/x", ["empty"]),
+        ("prepare {text} --out {text}/x", ["text.txt"]),
+        ("prepare {text} --out {here}/x --workers 0", ["workers"]),
+        ("init --n_embd 33 --out {here}/x.pth", ["n_embd 33", "head_size 64"]),
+        ("init --variant v9 --out {here}/x.pth", ["variant", "v9"]),
+        ("init --out {text}/x.pth --n_layer 1 --n_embd 64 --vocab_size 9", ["text.txt"]),
+        ("init --out {here}/x.bin --n_layer 1 --n_embd 64 --vocab_size 9", ["x.bin", ".pth"]),
+        ("convert {run} {text}/x.pth", ["text.txt"]),
+        ("info nothing", ["nothing", "rwkv8-tiny"]),
+        ("info {here}", ["no weights here"]),
+        ("plot {here}", ["log.jsonl"]),
+        ("plot {run} --out {here}/x.gif", ["x.gif", ".png"]),
+        ("plot {run} --out {text}/x.png", ["text.txt"]),
+        ("train --max_steps 2 --out {text}/run", ["text.txt"]),
+        ("train --max_steps 2 --out {here}/r --data {here}/none.txt", ["none.txt"]),
+        ("train --max_steps 2 --out {here}/r --data {text} --tokenizer bpe:300", ["bpe:300", "--vocab_size 300"]),
+        ("train --out {here}/r", ["max_steps", "max_tokens"]),
+        ("train --max_steps 2 --model rwkv8-tinny", ["rwkv8-tinny"]),
+        ("train --max_steps 2 --out {run} --resume none", ["holds a run already"]),
+        ("train --max_steps 9 --out {run} --n_layer 3 --data {text}", ["n_layer 2 (now 3)"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_damaged(heron_, trained, tmp_path, text, command, words):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 9)
+    (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
+    (tmp_path / "torn.idx").write_bytes(b"MMIDIDX\0\0")
+    (tmp_path / "torn.bin").write_bytes(b"abc")
+    before = contents(tmp_path), contents(trained)
+    code, _, err = heron_(command.format(run=trained, here=tmp_path, text=text))
+    assert_one_line(code, err, 1, *words)
+    after = {path: data for path, data in contents(tmp_path).items() if path.name != "tokenizer.json"}
+    assert (after, contents(trained)) == before
+
+
+def test_an_id_outside_the_vocabulary_in_binidx_data(heron_, tmp_path):
+    binidx.write(tmp_path / "data", [[1, 2, 3] * 30, [4, 300, 5] * 30], 65536)
+    code, _, err = heron_(f"train {SMALL} --data {tmp_path}/data --max_steps 2 --out {tmp_path}/run")
+    assert_one_line(code, err, 1, "id 300 at position 91", "vocabulary of 256")
+
+
+def test_a_damaged_checkpoint_is_a_warning_of_one_line(heron_, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-00000004/model.safetensors").write_bytes(b"")
+    code, out, err = heron_(f"generate {tmp_path}/run --prompt Line --max_tokens 5")
+    assert code == 0
+    assert out.startswith("Line")
+    assert_one_line(0, err, 0, "heron: warning:", "step-00000004", "damaged")
+
+
+def test_text_that_the_terminal_cannot_show_is_replaced(trained, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main(["generate", str(trained), "--prompt", "caf\xe9", "--max_tokens", "3"]) == 0
+    assert terminal.buffer.getvalue().startswith(b"caf?")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "heron", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    process.wait()

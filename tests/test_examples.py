@@ -1,0 +1,60 @@
+"""Each example runs as a stranger would run it, for a step or two, and is short."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import heron
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    """A function: name of an example, its arguments -> what it printed and its globals."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        names = runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out, names
+
+    return run
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_tested_here(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    assert f'example("{path.stem}"' in Path(__file__).read_text(encoding="utf-8")
+
+
+def test_train_your_text(example, tmp_path):
+    (tmp_path / "mine.txt").write_text("One fish, two fish, red fish, blue fish.\n" * 100)
+    arguments = ("--data", tmp_path / "mine.txt", "--out", tmp_path / "run", "--prompt", "One ", "--steps", 2)
+    out, names = example("train_your_text", *arguments)
+    assert out.count("One ") >= 2
+    assert heron.load(tmp_path / "run").config == names["config"].model
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_music_tokens(example):
+    out, names = example("music_tokens", "--steps", 2)
+    assert out.count("loss") == 2
+    assert "[3, 1, 4, 15, 60] -> [" in out
+    inputs, targets = names["pieces"](3, names["generator"])
+    assert inputs.shape == targets.shape == (3, 9)
+    assert (targets[:, :4] == -100).all()
+    assert (targets[:, 4:8] == inputs[:, :4].flip(1) + 12).all()
+    assert (targets[:, 8] == 61).all()
+
+
+def test_state_passing(example):
+    out, names = example("state_passing", "--steps", 3, "--piece", 16)
+    assert re.findall(r"step +(\d+)", out) == ["1", "3"]
+    assert names["at"] == 48
+    assert names["state"].batch_size == 8
+    assert not any(part.requires_grad for part in names["state"].to_list())
