@@ -218,10 +218,19 @@ _FIXED = {
     "my_testing": (("x070",), "RWKV-7, x070, is the oldest that is trained here"),
     "devices": (("1",), "one device per run for now"),
     "num_nodes": (("1",), "one node per run for now"),
-    "strategy": (("auto", "ddp", "deepspeed_stage_1"), "one device needs no sharding; drop the flag"),
+    "strategy": (
+        ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2"),
+        "one device needs no sharding; drop the flag",
+    ),
+    "ds_bucket_mb": (("2", "200"), "there is no DeepSpeed here; drop the flag"),
+    "train_stage": (("3",), "the other stages only write initial weights; type heron init"),
+    "epoch_begin": (("0",), "a run goes on by itself from its newest checkpoint; drop the flag"),
+    "epoch_count": (("999999",), "--my_exit_tokens says when to stop; drop the flag"),
+    "enable_progress_bar": (("True",), "progress is always shown; drop the flag"),
     "data_type": (("binidx", "utf-8"), "give --data a binidx prefix, txt or jsonl; its kind is detected"),
 }
 _EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
+_ACCELERATORS = {"gpu": "cuda", "cpu": "cpu", "auto": "auto"}
 _PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
 
 
@@ -236,6 +245,7 @@ def _add_rwkv_lm_flags(parser: argparse.ArgumentParser) -> None:
     for old, (values, _) in _FIXED.items():
         add(old, f"checked: {' or '.join(values)}")
     for old, text in {
+        "accelerator": "--device: gpu, cpu or auto",
         "precision": "--dtype: bf16 or fp32",
         "grad_cp": "--grad_checkpoint: 0 or 1",
         "epoch_save": f"--save_every, in mini-epochs of {MINI_EPOCH} samples",
@@ -257,10 +267,11 @@ def _from_rwkv_lm(given: dict[str, str]) -> dict[str, Any]:
                 raise ConfigError(f"--{old} {value}: {reason}")
         elif old == "load_model" and value in ("", "0"):
             pass  # upstream's scripts: the newest file of the run, as --resume auto does
-        elif old == "precision":
-            if value not in _PRECISIONS:
-                raise ConfigError(f"--precision {value}: wanted {' or '.join(_PRECISIONS)}")
-            settings["dtype"] = _PRECISIONS[value]
+        elif old in ("accelerator", "precision"):
+            new, values = ("device", _ACCELERATORS) if old == "accelerator" else ("dtype", _PRECISIONS)
+            if value not in values:
+                raise ConfigError(f"--{old} {value}: wanted {' or '.join(values)}")
+            settings[new] = values[value]
         elif old == "grad_cp":
             settings["grad_checkpoint"] = bool(_number("--grad_cp", value))
         elif old == "epoch_save":

@@ -44,7 +44,8 @@ def run(out: Path) -> str:
     text_tokenizer = tokenizer.load(str(out / "tokenizer.json"))
     print(f"\nA sample (the prompt is: {PROMPT!r})\n")
     print(PROMPT, end="", flush=True)
-    for piece in generation.stream(model, text_tokenizer, PROMPT, max_tokens=200):
+    sampling = generation.Sampling(top_p=0.8)
+    for piece in generation.stream(model, text_tokenizer, PROMPT, max_tokens=200, sampling=sampling):
         print(piece, end="", flush=True)
     print(
         f"""

@@ -23,6 +23,7 @@ def report() -> str:
     device = machine.choose_device("auto")
     dtype = machine.choose_dtype("auto", torch.device(device.value))
     wkv7 = _select.wkv7(torch.device(device.value), 512)
+    loss = _select.linear_cross_entropy()
     one_token = _select.wkv7(torch.device(device.value), 1)
     units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in machine.cpu_flags()]
     sections = {
@@ -40,6 +41,7 @@ def report() -> str:
             ("precision", f"{dtype.value}: {dtype.reason}"),
             ("wkv7", f"{wkv7.impl}: {wkv7.reason}"),
             ("wkv7, T=1", f"{one_token.impl}: {one_token.reason}"),
+            ("head and loss", f"{loss.impl}: {loss.reason}"),
         ],
         "packages": [(name, _version(name) or f"MISSING: {_install(name)}") for name in _NEEDED],
         "extras": [(name, _version(name) or f"not installed: {_install(name)}") for name in _EXTRAS],

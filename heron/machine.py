@@ -46,6 +46,8 @@ def choose_device(wanted: str) -> Choice:
 def choose_dtype(wanted: str, device: torch.device) -> Choice:
     """fp32 or bf16 for the matrix products of a training run; weights and the WKV state stay in fp32 either way."""
     if wanted != "auto":
+        if wanted == "bf16" and device.type == "cpu" and not cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+            return Choice(wanted, "as asked, but this CPU has no bf16 units: fp32 is many times faster")
         return Choice(wanted, "as asked")
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):

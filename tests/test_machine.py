@@ -38,11 +38,16 @@ def test_precision_follows_the_cpu_flags(monkeypatch, flags, dtype):
     assert "AMX" in choice.reason
 
 
-@pytest.mark.parametrize("wanted", ["fp32", "bf16"])
-@pytest.mark.parametrize("flags", [{"amx_bf16"}, set()])
-def test_precision_as_asked(monkeypatch, wanted, flags):
+@pytest.mark.parametrize(
+    ("wanted", "flags", "slow"),
+    [("fp32", set(), False), ("bf16", {"amx_bf16"}, False), ("bf16", {"avx512_bf16"}, False), ("bf16", {"avx2"}, True)],
+)
+def test_precision_as_asked_with_a_warning_where_it_is_slow(monkeypatch, wanted, flags, slow):
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
-    assert machine.choose_dtype(wanted, CPU) == (wanted, "as asked")
+    choice = machine.choose_dtype(wanted, CPU)
+    assert choice.value == wanted
+    assert choice.reason.startswith("as asked")
+    assert ("no bf16 units" in choice.reason) == slow
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])

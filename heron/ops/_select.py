@@ -22,3 +22,8 @@ def wkv7(device: torch.device, n_tokens: int) -> Choice:
     if n_tokens == 1:
         return Choice("reference", "one token is one step of the loop")
     return Choice("chunked", f"matrix products over chunks of tokens, in PyTorch; runs on {device.type}")
+
+
+def linear_cross_entropy() -> Choice:
+    """Implementation of :func:`heron.ops.linear_cross_entropy`, whatever the shape and the device."""
+    return Choice("chunked", "a bounded number of logits at a time")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
+from heron.ops import _select
 from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
 from heron.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -40,7 +41,7 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets)
     if impl == "auto":
-        impl = "chunked"
+        impl = _select.linear_cross_entropy().impl
     if impl not in _FORMS:
         raise KernelError(f"linear_cross_entropy: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
     return _FORMS[impl](hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), l2wrap)
