@@ -388,8 +388,7 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, spec: str, limit: int) -> np.n
     if array.min() < 0 or array.max() >= limit:
         position = int(((array < 0) | (array >= limit)).argmax())
         raise DataError(
-            f"tokenizer {spec}: id {array[position]} at position {position} stands for nothing; "
-            f"wanted 0 to {limit - 1}"
+            f"tokenizer {spec}: id {array[position]} at position {position} stands for nothing; wanted 0 to {limit - 1}"
         )
     return array
 

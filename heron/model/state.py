@@ -32,9 +32,7 @@ class State:
         """The state before the first token. `dtype` is that of the activations; the WKV part is at least fp32."""
         wkv_dtype = torch.promote_types(dtype, torch.float32)
         shift = torch.zeros(batch_size, config.n_embd, device=device, dtype=dtype)
-        wkv = torch.zeros(
-            batch_size, config.n_head, config.head_size, config.head_size, device=device, dtype=wkv_dtype
-        )
+        wkv = torch.zeros(batch_size, config.n_head, config.head_size, config.head_size, device=device, dtype=wkv_dtype)
         return cls(tuple(LayerState(shift, wkv, shift) for _ in range(config.n_layer)))
 
     @property

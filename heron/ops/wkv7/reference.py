@@ -24,9 +24,7 @@ def wkv7_reference(
     for t in range(r.shape[1]):
         sa = state @ a[:, t].unsqueeze(-1)  # (B, H, N_value, 1), from the old state
         state = (
-            state * d[:, t].unsqueeze(-2)
-            + sa * b[:, t].unsqueeze(-2)
-            + v[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2)
+            state * d[:, t].unsqueeze(-2) + sa * b[:, t].unsqueeze(-2) + v[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2)
         )
         outputs.append((state @ r[:, t].unsqueeze(-1)).squeeze(-1))
     return torch.stack(outputs, dim=1).to(dtype), state
