@@ -1,0 +1,300 @@
+"""The only place that compiles: native code is built at first use, once for all processes, and kept.
+
+A library lives in a folder ``<name>-<key>`` of the cache (``HERON_CACHE``, by default ``~/.cache/heron``); the key is a
+hash of all that decides its contents: sources, flags, compiler, torch, CUDA, machine. It is built in a private folder
+beside it and renamed into place with its sha256, under a file lock that the operating system frees when its holder
+dies. So a build killed at any instant never blocks the next one, processes that start together compile once, and a
+damaged library is built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from heron.errors import KernelError
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes that start together may compile the same library twice; the first one is kept
+    fcntl = None
+
+LOCK_TIMEOUT_S = 1200
+_COMPILERS = ("c++", "g++", "clang++")
+_thread_lock = threading.RLock()  # flock does not part the threads of one process
+_forbidden: str | None = None
+_outcomes: dict[tuple, object] = {}
+
+
+def forbid(reason: str) -> None:
+    """From here on nothing is compiled in this process; what would be raises KernelError with `reason`."""
+    global _forbidden
+    _forbidden = reason
+
+
+def cache_folder() -> Path:
+    """Where built libraries live: ``HERON_CACHE``, or ``.cache/heron`` in the home folder."""
+    if chosen := os.environ.get("HERON_CACHE"):
+        return Path(chosen)
+    return Path(os.path.expanduser("~")) / ".cache" / "heron"
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that :func:`load_c_library` takes: the first of c++, g++, clang++ that there is."""
+    return next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
+def load_c_library(
+    name: str, sources: Sequence[Path], flags: Sequence[str] = (), depends: Sequence[Path] = ()
+) -> ctypes.CDLL:
+    """Build (once) and load C++ code with a C interface that needs no header of torch; takes seconds.
+
+    Args:
+        name: a short name for the cache and for messages.
+        sources: the C++ files to compile and link into one library.
+        flags: further compiler flags, beside C++17, -O3 and threads.
+        depends: files that the sources include; they count for the key.
+
+    Raises:
+        KernelError: there is no compiler, it failed, or the cache can't be written; one line with the first error.
+    """
+    return _load_c_library(name, tuple(map(Path, sources)), tuple(flags), tuple(map(Path, depends)))
+
+
+def load_op_library(
+    name: str,
+    sources: Sequence[Path],
+    cuda_flags: Sequence[str] = (),
+    cpp_flags: Sequence[str] = (),
+    depends: Sequence[Path] = (),
+) -> None:
+    """Build (once) and load a library that registers ops in ``torch.ops``, through torch.utils.cpp_extension.load.
+
+    Args:
+        name: an identifier, for the cache and for messages.
+        sources: C++ and CUDA files; with a CUDA one, `cuda_flags` must name its architectures (``-gencode ...``).
+        cuda_flags, cpp_flags: further flags for nvcc and for the C++ compiler.
+        depends: files that the sources include; they count for the key.
+
+    Raises:
+        KernelError: there is no compiler, it failed, or the cache can't be written; one line with the first error.
+    """
+    _load_op_library(name, tuple(map(Path, sources)), tuple(cuda_flags), tuple(cpp_flags), tuple(map(Path, depends)))
+
+
+def _once(load: Callable) -> Callable:
+    """Remember what `load` gave for the same arguments in this process: its library, or its KernelError."""
+
+    @functools.wraps(load)
+    def remembered(*arguments):
+        call = (load.__name__, *arguments)
+        with _thread_lock:
+            if call not in _outcomes:
+                try:
+                    _outcomes[call] = load(*arguments)
+                except KernelError as error:
+                    _outcomes[call] = error
+            outcome = _outcomes[call]
+        if isinstance(outcome, KernelError):
+            raise outcome
+        return outcome
+
+    return remembered
+
+
+@_once
+def _load_c_library(
+    name: str, sources: tuple[Path, ...], flags: tuple[str, ...], depends: tuple[Path, ...]
+) -> ctypes.CDLL:
+    compiler = find_compiler()
+    if compiler is None:
+        raise KernelError(f"{name}: no C++ compiler on the path ({', '.join(_COMPILERS)}); install one, such as g++")
+    command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", *flags, *map(str, sources)]
+    key = _key(sources + depends, [_version(compiler), *command[1 : -len(sources)]])
+
+    def compile_into(folder: Path) -> Path:
+        library = folder / f"{name}.so"
+        ran = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, errors="replace")
+        if ran.returncode:
+            raise KernelError(_failure(name, " ".join(command), ran.stderr))
+        return library
+
+    with _published(name, key, compile_into) as library:
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as error:
+            raise KernelError(f"{name}: the built library does not load: {error}") from error
+
+
+@_once
+def _load_op_library(
+    name: str,
+    sources: tuple[Path, ...],
+    cuda_flags: tuple[str, ...],
+    cpp_flags: tuple[str, ...],
+    depends: tuple[Path, ...],
+) -> None:
+    key = _key(sources + depends, [torch.__version__, str(torch.version.cuda), *cuda_flags, "|", *cpp_flags])
+    loaded = False
+
+    def compile_into(folder: Path) -> Path:
+        nonlocal loaded
+        from torch.utils import cpp_extension
+
+        if not cpp_extension.is_ninja_available():
+            python = Path(sys.executable).name
+            raise KernelError(f"{name}: building it needs ninja; type: {python} -m pip install ninja")
+        if any(source.suffix == ".cu" for source in sources):
+            _check_cuda(name, cpp_extension.CUDA_HOME)
+        try:
+            library = cpp_extension.load(
+                name=name,
+                sources=[str(source) for source in sources],
+                extra_cflags=["-O3", *cpp_flags],
+                extra_cuda_cflags=list(cuda_flags),
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+        except (RuntimeError, OSError) as error:
+            raise KernelError(_failure(name, "torch.utils.cpp_extension.load", str(error))) from error
+        loaded = True
+        return Path(library)
+
+    with _published(name, key, compile_into) as library:
+        if not loaded:  # the process that built it has loaded it already, and an op can be registered only once
+            try:
+                torch.ops.load_library(str(library))
+            except OSError as error:
+                raise KernelError(f"{name}: the built library does not load: {error}") from error
+
+
+@contextlib.contextmanager
+def _published(name: str, key: str, compile_into: Callable[[Path], Path]) -> Iterator[Path]:
+    """The library of this key, whole, built by `compile_into` if the cache does not hold it."""
+    home = cache_folder() / f"{name}-{key}"
+    library = home / f"{name}.so"
+    if not _whole(library):
+        if _forbidden is not None:
+            raise KernelError(f"{name}: not compiled: {_forbidden}")
+        try:
+            home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _file_lock(home.with_suffix(".lock"), name):
+                if not _whole(library):
+                    _build(home, library, compile_into)
+        except OSError as error:
+            raise KernelError(
+                f"{name}: the cache for built kernels, {home.parent}, can't be written ({error.strerror or error}); "
+                "set HERON_CACHE to a folder that can"
+            ) from error
+    yield library
+
+
+def _build(home: Path, library: Path, compile_into: Callable[[Path], Path]) -> None:
+    """Compile in a private folder and rename it to `home`; the caller holds the lock of `home`."""
+    for left_over in home.parent.glob(f"{home.name}.building-*"):  # of a process that was killed while it held the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    if home.exists():
+        print(f"heron: the built library {library} is damaged; building it again", file=sys.stderr)
+        shutil.rmtree(home)
+    private = Path(tempfile.mkdtemp(prefix=f"{home.name}.building-", dir=home.parent))
+    try:
+        built = compile_into(private)
+        whole = private / "whole"
+        whole.mkdir()
+        os.replace(built, whole / library.name)
+        (whole / "sha256").write_text(_digest(whole / library.name), encoding="ascii")
+        try:
+            os.rename(whole, home)
+        except OSError:
+            if not _whole(library):  # without file locks another process may have come first
+                raise
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _file_lock(path: Path, name: str) -> Iterator[None]:
+    """Hold the lock file at `path`; while another process builds, say so once and wait."""
+    if fcntl is None:
+        yield
+        return
+    with open(path, "a+", encoding="ascii") as file:
+        waiting_since = time.monotonic()
+        said = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                if not said:
+                    print(f"heron: waiting for process {holder}, which is building {name}", file=sys.stderr)
+                    said = True
+                if time.monotonic() - waiting_since > LOCK_TIMEOUT_S:
+                    raise KernelError(
+                        f"{name}: process {holder} has been building it for {LOCK_TIMEOUT_S} s; stop it and try again"
+                    ) from None
+                time.sleep(0.05)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _whole(library: Path) -> bool:
+    """Whether `library` is there with the very bytes that were built."""
+    try:
+        return (library.parent / "sha256").read_text(encoding="ascii") == _digest(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _key(files: Sequence[Path], facts: Sequence[str]) -> str:
+    facts = [platform.system(), platform.machine(), *facts, *(f"{file.name} {_digest(file)}" for file in files)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+
+
+def _check_cuda(name: str, cuda_home: str | None) -> None:
+    """Raise KernelError unless there is an nvcc whose CUDA is of the major version that torch was built for."""
+    wanted = torch.version.cuda or "any version"
+    nvcc = Path(cuda_home, "bin", "nvcc") if cuda_home else None
+    if nvcc is None or not (nvcc.exists() or nvcc.with_suffix(".exe").exists()):
+        raise KernelError(f"{name}: no nvcc (looked in {cuda_home or 'PATH and CUDA_HOME'}); install CUDA {wanted}")
+    found = re.search(r"release (\d+)\.(\d+)", _version(str(nvcc)))
+    if found and torch.version.cuda and found[1] != wanted.split(".")[0]:
+        raise KernelError(
+            f"{name}: {nvcc} is CUDA {found[1]}.{found[2]} and torch was built for CUDA {wanted}; set CUDA_HOME"
+        )
+
+
+def _failure(name: str, command: str, output: str) -> str:
+    """One line: what was run, and the first line of `output` that looks like the error."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    first = next((line for line in lines if "error" in line.lower() and "Error building" not in line), None)
+    return f"{name}: the build failed: {first or (lines or ['no message'])[0]} (ran: {command})"
