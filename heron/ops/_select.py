@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import NamedTuple
 
 import torch
+
+from heron.errors import KernelError
 
 
 class Choice(NamedTuple):
@@ -27,3 +31,30 @@ def wkv7(device: torch.device, n_tokens: int) -> Choice:
 def linear_cross_entropy() -> Choice:
     """Implementation of :func:`heron.ops.linear_cross_entropy`, whatever the shape and the device."""
     return Choice("chunked", "a bounded number of logits at a time")
+
+
+def rosa(device: torch.device) -> Choice:
+    """Implementation of :func:`heron.ops.rosa` on `device`. Says so, once, when the compiled form can't be built."""
+    if device.type not in ("cpu", "cuda"):
+        return Choice("dp", f"plain PyTorch, quadratic in the length; runs on {device.type}")
+    reason = _why_rosa_cannot_be_built(device)
+    if reason is not None:
+        return Choice("dp", f"plain PyTorch, quadratic in the length; the compiled form can't be built ({reason})")
+    if device.type == "cuda":
+        return Choice("cuda", "all diagonals of a stream at once, in registers")
+    return Choice("cpu", "C++, O(log T) a token on any stream")
+
+
+@functools.cache
+def _why_rosa_cannot_be_built(device: torch.device) -> str | None:
+    from heron.ops.rosa import cpu, cuda
+
+    try:
+        if device.type == "cuda":
+            cuda.library(torch.cuda.get_device_capability(device))
+        else:
+            cpu.library()
+    except KernelError as error:
+        print(f"heron: going on with the slower form of ROSA in PyTorch: {error}", file=sys.stderr)
+        return str(error)
+    return None

@@ -1,0 +1,180 @@
+"""ROSA on this CPU, against a plain suffix automaton in Python and, where it is installed, rosa-torch from PyPI.
+
+``python benchmarks/rosa.py [--threads 2]`` prints best times; quote the ratios. The forms take turns, and each turn of
+a fast one is many runs, so that other work on the machine falls on all of them. rosa-torch (``pip install
+'rosa-torch[numba]' rosa-torch-native``) chooses its own backend and compiles before it is timed. Where there is a GPU,
+its times follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from heron.ops.rosa import RosaStream, rosa, rosa_self
+
+CROWD = (768, 512)
+LENGTHS = (2048, 4096, 8192, 16384)
+ON_GPU = ((9216, 512), (9216, 1024), (9216, 2048), (768, 4096))
+TURN_S = 0.5
+
+
+def python_automaton(x: list[int]) -> list[int]:
+    """Predictions for one stream by the online suffix automaton, with the last end written along all suffix links."""
+    next_state, link, longest, last_end = [{}], [-1], [0], [-1]
+    newest, predicted = 0, []
+    for i, symbol in enumerate(x):
+        state = len(link)
+        next_state.append({})
+        link.append(0)
+        longest.append(longest[newest] + 1)
+        last_end.append(-1)
+        at = newest
+        while at != -1 and symbol not in next_state[at]:
+            next_state[at][symbol] = state
+            at = link[at]
+        if at != -1:
+            there = next_state[at][symbol]
+            if longest[there] != longest[at] + 1:
+                clone = len(link)
+                next_state.append(next_state[there].copy())
+                link.append(link[there])
+                longest.append(longest[at] + 1)
+                last_end.append(last_end[there])
+                link[there] = clone
+                while at != -1 and next_state[at].get(symbol) == there:
+                    next_state[at][symbol] = clone
+                    at = link[at]
+                there = clone
+            link[state] = there
+        newest = at = state
+        while at > 0 and last_end[at] < 0:
+            at = link[at]
+        predicted.append(x[last_end[at] + 1] if at > 0 else -1)
+        at = newest
+        while at > 0:
+            last_end[at] = i
+            at = link[at]
+    return predicted
+
+
+def kinds(n_streams: int, n_tokens: int) -> dict[str, Tensor]:
+    """One-bit streams (S, T)."""
+    random = torch.randint(2, (n_streams, n_tokens))
+    return {
+        "random": random,
+        "constant": torch.ones_like(random),
+        "3 % ones": (torch.rand(n_streams, n_tokens) < 0.03).long(),
+    }
+
+
+def best(rounds: int, *runs: Callable[[], object]) -> list[float]:
+    """The shortest time of each, in seconds."""
+    times = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, taken in zip(runs, times, strict=True):
+            turn_ends = time.perf_counter() + TURN_S
+            while not taken or time.perf_counter() < turn_ends:
+                start = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - start)
+    return [min(taken) for taken in times]
+
+
+def rosa_torch() -> Callable[[Tensor], Tensor] | None:
+    """The predictions by rosa-torch, a fresh state each time, or None where it is not installed."""
+    if importlib.util.find_spec("rosa") is None:
+        return None
+    from rosa import init_inference_state, prefill
+
+    return lambda x: prefill(init_inference_state(*x.shape), x)
+
+
+def crowd(rounds: int) -> None:
+    forms = {
+        "cpu": lambda x: rosa_self(x, impl="cpu")[0],
+        "dp": lambda x: rosa_self(x, impl="dp")[0],
+        "Python": lambda x: torch.tensor([python_automaton(stream) for stream in x.tolist()]),
+    }
+    if theirs := rosa_torch():
+        forms["rosa-torch"] = theirs
+    print("{} one-bit streams of length {}, self form: ms, and times the cpu form".format(*CROWD))
+    print(f"{'streams':<10}{'cpu':>9}" + "".join(f"{name:>20}" for name in list(forms)[1:]))
+    for kind, x in kinds(*CROWD).items():
+        answers = [form(x) for form in forms.values()]
+        for name, answer in zip(forms, answers, strict=True):
+            if not torch.equal(answer, answers[0]):
+                raise SystemExit(f"{name} gives other predictions than the cpu form on {kind} streams")
+        first, *others = best(rounds, *(lambda form=form, x=x: form(x) for form in forms.values()))
+        cells = "".join(f"{1e3 * taken:>11.1f} ({taken / first:>5.1f}x)" for taken in others)
+        print(f"{kind:<10}{1e3 * first:>9.1f}{cells}", flush=True)
+    if theirs is None:
+        print("rosa-torch is not installed")
+
+
+def growth(rounds: int) -> None:
+    print("\nns a token by length, 8 one-bit streams, cpu form; last, times the first")
+    print(f"{'streams':<12}" + "".join(f"{n:>9}" for n in LENGTHS))
+    for name in kinds(1, 1):
+        inputs = [kinds(8, n)[name] for n in LENGTHS]
+        times = best(rounds, *(lambda x=x: rosa(x, x, impl="cpu") for x in inputs))
+        per_token = [1e9 * taken / x.numel() for taken, x in zip(times, inputs, strict=True)]
+        print(f"{name:<12}" + "".join(f"{t:>9.1f}" for t in per_token) + f"   {per_token[-1] / per_token[0]:.2f}x")
+
+
+def streaming() -> None:
+    n_streams, n_tokens = CROWD
+    x = torch.randint(2, CROWD)
+    stream = RosaStream(n_streams, alphabet=2, capacity=n_tokens)
+    taken = []
+    for i in range(n_tokens):
+        start = time.perf_counter()
+        stream.step(x[:, i], x[:, i])
+        taken.append(time.perf_counter() - start)
+    per_token = stream.nbytes / (n_streams * n_tokens)
+    print(f"\nstreaming, {n_streams} one-bit streams, capacity {n_tokens}: {per_token:g} bytes a token and stream")
+    for i in (64, 256, 512):
+        print(f"  step near token {i:>4}: {1e3 * min(taken[i - 16 : i]):.2f} ms")
+
+
+def gpu(runs: int = 20) -> None:
+    print(f"\n{torch.cuda.get_device_name()}: median ms of {runs} runs, one-bit streams, query and key apart")
+    for size in ON_GPU:
+        cells = ""
+        for kind, x in kinds(*size).items():
+            q, k = x.to("cuda", torch.uint8), kinds(*size)[kind].to("cuda", torch.uint8)
+            taken = []
+            for _ in range(runs + 3):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                rosa(q, k, impl="cuda")
+                end.record()
+                taken.append((start, end))
+            torch.cuda.synchronize()
+            cells += f"   {kind} {statistics.median(start.elapsed_time(end) for start, end in taken[3:]):.3f}"
+        print(f"{size[0]:>6} x {size[1]:<6}{cells}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch and of the cpu form (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each form (default 3)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {args.threads} threads, best of {args.rounds}\n")
+    crowd(args.rounds)
+    growth(args.rounds)
+    streaming()
+    if torch.cuda.is_available():
+        gpu()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""ROSA: where the longest suffix of a query stream occurred before in its key stream. README.md derives its forms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heron.errors import KernelError
+from heron.ops import _select
+from heron.ops.rosa.cpu import rosa_cpu
+from heron.ops.rosa.cuda import rosa_cuda
+from heron.ops.rosa.dp import rosa_dp
+from heron.ops.rosa.inputs import MOST_SYMBOLS, check_max_match, check_pair, check_range
+from heron.ops.rosa.reference import rosa_reference
+from heron.ops.rosa.streaming import RosaStream
+
+__all__ = ["RosaStream", "rosa", "rosa_self"]
+
+_FORMS = {"reference": rosa_reference, "dp": rosa_dp, "cpu": rosa_cpu, "cuda": rosa_cuda}
+
+
+def rosa(q: Tensor, k: Tensor, max_match: int | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """For each position of each stream, find the longest suffix of q that occurred before in k, where it ended last::
+
+        len(i, j) = max l <= j + 1 such that q[i-s] == k[j-s] for all 0 <= s < l,   0 <= j < i
+        length[i] = max over j of min(len(i, j), max_match), and 0 where there is no j
+        src[i]    = the largest j that attains it, or -1 where length[i] is 0
+
+    src is the END of the match in k; ROSA hands on the value after it, at ``src + 1 <= i``. Position i depends on q up
+    to i and on k up to i - 1. Source: BlinkDL/RWKV-LM, RWKV-v8 (there without a limit).
+
+    Args:
+        q, k: (S, T) symbols in [0, 2^31) of a signed integer dtype, uint8 or bool; T may be 0. The S streams never mix.
+        max_match: the longest match that counts, at least 1; None: no limit. 1 finds the last place where k is q[i].
+        impl: "reference" (the definition, O(T^3)), "dp" (plain PyTorch, O(T) vector work a token), "cpu" (C++, built at
+            first use, O(log T) a token), "cuda" (built at first use), or "auto": cpu or cuda where the tensors are, dp
+            elsewhere and, with one line on stderr, where those can't be built.
+
+    Returns:
+        src, length: (S, T) int64 each, on the device of `q`.
+
+    Raises:
+        KernelError: shapes, dtypes or devices that do not fit together, a symbol out of range (where that can
+            mislead: on the CPU, and int64 in "cuda"), a `max_match` below 1, or an `impl` that does
+            not exist or can't run here.
+    """
+    check_pair(q, k)
+    check_max_match(max_match)
+    if q.device.type == "cpu":
+        check_range("q", q, MOST_SYMBOLS)
+        check_range("k", k, MOST_SYMBOLS)
+    if impl == "auto":
+        impl = _select.rosa(q.device).impl
+    if impl not in _FORMS:
+        raise KernelError(f"rosa: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
+    return _FORMS[impl](q, k, max_match)
+
+
+def rosa_self(x: Tensor, max_match: int | None = None, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """The prediction of the next symbol of `x`: what followed the longest suffix where it occurred before.
+
+    Args:
+        x, max_match, impl: as `q`, which is `k` as well, and the others of :func:`rosa`.
+
+    Returns:
+        y: (S, T) int64, ``x[src + 1]``, or -1 for no match.
+        src, length: as :func:`rosa`.
+
+    Raises:
+        KernelError: as :func:`rosa`.
+    """
+    src, length = rosa(x, x, max_match, impl)
+    return torch.where(src < 0, -1, x.long().gather(1, src + 1)), src, length

@@ -1,0 +1,53 @@
+"""ROSA by dynamic programming in plain PyTorch: O(T) vector work a token over all streams, on any device.
+
+The common suffix of q[..i] and k[..j] is one longer than that of q[..i-1] and k[..j-1], or empty, so it grows along the
+diagonals ``distance = i - j``. Kept by distance, the lengths are updated in place and need no shift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rosa_dp(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`heron.ops.rosa`. q, k: (S, T) integers; returns src and length, (S, T) int64.
+
+    It holds S x T lengths of :func:`length_dtype` and a copy of k beside its results.
+    """
+    n_streams, n_tokens = q.shape
+    src = torch.full((n_streams, n_tokens), -1, device=q.device)
+    length = torch.zeros_like(src)
+    lengths = torch.zeros(n_streams, n_tokens, dtype=length_dtype(n_tokens), device=q.device)
+    latest_first = k.flip(1)
+    for i in range(1, n_tokens):
+        so_far = lengths[:, :i]
+        advance(so_far, latest_first[:, n_tokens - i :], q[:, i], max_match)
+        src[:, i], length[:, i] = longest_then_latest(so_far)
+    return src, length
+
+
+def length_dtype(n_tokens: int) -> torch.dtype:
+    """The smallest of int16 and int32 that holds every match length of a stream of `n_tokens`."""
+    return torch.int16 if n_tokens <= 2**15 else torch.int32
+
+
+def advance(lengths: Tensor, latest_first: Tensor, symbol: Tensor, max_match: int | None) -> None:
+    """Take the match lengths by distance from q[i-1] to q[i], in place.
+
+    Args:
+        lengths: (S, i), column d - 1 holding the length of the match that ends at i - d; the last one is 0 before.
+        latest_first: (S, i), k[i-1], ..., k[0].
+        symbol: (S,), q[i].
+        max_match: as in :func:`heron.ops.rosa`.
+    """
+    lengths.add_(1).mul_(latest_first == symbol[:, None])
+    if max_match is not None and max_match < lengths.shape[1]:
+        lengths.clamp_(max=max_match)
+
+
+def longest_then_latest(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """src and length at i, (S,) int64 each, from the lengths by distance (S, i) with i >= 1."""
+    best, column = lengths.max(1)  # of equal lengths the first column, which is the nearest and so the latest end
+    src = torch.where(best > 0, lengths.shape[1] - 1 - column, -1)
+    return src, best.long()
