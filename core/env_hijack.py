@@ -19,7 +19,7 @@ for _name, _value in DEFAULTS.items():
 
 
 def check_environment(head_size: int) -> None:
-    """Refuse settings that contradict the loaded model (heron.ConfigError)."""
+    """Do what the variables say; refuse settings that contradict the loaded model (heron.ConfigError)."""
     from heron.errors import ConfigError
 
     version = os.environ["RWKV_MY_TESTING"]
@@ -31,6 +31,10 @@ def check_environment(head_size: int) -> None:
     for name in ("RWKV_CUDA_ON", "RWKV_JIT_ON"):
         if os.environ[name] not in ("0", "1"):
             raise ConfigError(f"{name} is {os.environ[name]!r}; wanted 0 or 1")
+    if os.environ["RWKV_JIT_ON"] == "0":
+        from heron.ops import _build
+
+        _build.forbid("RWKV_JIT_ON is 0")
 
 
 def hijack_windows_cuda_env() -> None:

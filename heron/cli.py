@@ -63,6 +63,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest the near flag or verb."""
 
     def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 - argparse's own signature
+        args = [_with_underscores(argument) for argument in (sys.argv[1:] if args is None else args)]
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             parser = getattr(options, "parser", self)
@@ -77,6 +78,15 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _with_underscores(argument: str) -> str:
+    """``--max-hours=2`` as ``--max_hours=2``; what is no flag as it is."""
+    if not argument.startswith("--"):
+        return argument
+    dashes = "--no-" if argument.startswith("--no-") else "--"
+    flag, equals, value = argument.removeprefix(dashes).partition("=")
+    return dashes + flag.replace("-", "_") + equals + value
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -117,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--tokenizer", default="world", help="world, bytes, integers:V, or a tokenizer.json")
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
+    bad_line_help = "a jsonl line or document that cannot be used: stop, or skip, count and log it"
+    prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
+    prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
 
     init = verb("init", _init, "write fresh weights with the reference initial values")
     init.add_argument("--out", default="rwkv-init.pth", help="a .pth or .safetensors file")
@@ -136,33 +149,46 @@ def _parser() -> argparse.ArgumentParser:
     generate = verb("generate", _generate, "continue a prompt")
     generate.add_argument("model", help="a weights file, a checkpoint or a run folder")
     generate.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
-    generate.add_argument("--tokenizer", help="world, bytes, integers:V, a tokenizer.json; default: the run's own")
-    generate.add_argument("--max_tokens", type=int, default=200, help="stop after this many tokens")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    generate.add_argument("--top_p", type=float, default=0.5, help="keep the likeliest tokens up to this probability")
-    generate.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0: all")
-    generate.add_argument("--presence_penalty", type=float, default=0.0, help="against any repetition")
-    generate.add_argument("--frequency_penalty", type=float, default=0.0, help="against frequent repetition")
-    generate.add_argument("--penalty_decay", type=float, default=0.996, help="how penalties fade per token")
+    generate.add_argument("--probs", type=int, default=0, help="first show this many of the likeliest next tokens")
+    generate.add_argument("--trials", type=int, default=1, help="samples; each counts the seed up by one")
     generate.add_argument(
         "--stop", action="append", default=[], help="end at this text; may be given several times; default: none"
     )
-    generate.add_argument("--seed", type=_seed, default=0, help="same seed, same text")
-    generate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    _add_running(generate, max_tokens=200, top_p=0.5, penalty=0.0)
 
-    evaluate = verb("eval", _eval, "loss, perplexity and bits per byte of a model on a text")
-    evaluate.add_argument("model", help="a weights file, a checkpoint or a run folder")
-    evaluate.add_argument("--data", required=True, help="txt, jsonl, folder, binidx prefix or builtin:NAME; all of it")
+    chat = verb("chat", _chat, "talk with a model in the terminal")
+    chat.add_argument("model", help="a weights file, a checkpoint or a run folder")
+    chat.add_argument("--system", default="", help="what the conversation is about, for the model; default: nothing")
+    chat.add_argument("--think", choices=("on", "off"), default="", help="open answers with a thought, or an empty one")
+    chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
+    _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
+
+    evaluate = verb("eval", _eval, "how well one or more models predict: a text, LAMBADA, multiple choice")
+    evaluate.add_argument("models", nargs="+", metavar="model", help="weights files, checkpoints or run folders")
+    evaluate.add_argument("--data", help="txt, jsonl, folder, binidx prefix or builtin:NAME: loss over all of it")
+    evaluate.add_argument("--lambada", help='a jsonl of {"text": ...}: perplexity and accuracy of the last words')
+    evaluate.add_argument("--choices", help='a jsonl of {"question", "choices", "answer"}: share answered rightly')
+    evaluate.add_argument("--limit", type=int, help="only so many texts and questions; default: all")
+    evaluate.add_argument("--mode", default="gpt", help="gpt: sequences at once; rnn: token by token")
+    evaluate.add_argument("--json", help="also write the figures to this file")
+    evaluate.add_argument("--plot", help="also draw them over the models' steps, to a .png or .svg")
     evaluate.add_argument("--tokenizer", help="world, bytes, integers:V, a tokenizer.json; default: the run's own")
     evaluate.add_argument("--ctx_len", type=int, default=1024, help="window length; each starts from a zero state")
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
 
-    convert = verb("convert", _convert, "rewrite weights in another format")
-    convert.add_argument("input", help="a weights file, a checkpoint or a run folder")
-    convert.add_argument("output", help="the new file; .pth or .safetensors")
+    convert = verb("convert", _convert, "rewrite weights: another format, variant, vocabulary or dtype")
+    convert.add_argument("input", help="a .pth, .safetensors or .gguf, a Hugging Face folder, a checkpoint, a run")
+    convert.add_argument("output", help="the new file or folder")
+    convert.add_argument("--variant", help="v7, v7a, v7b, v8, v8-hybrid: what is new starts neutral")
+    convert.add_argument("--deep_embed_4x", action="store_true", help="give a v8 or v8-hybrid the 4x form")
+    convert.add_argument("--format", help="pth, safetensors, hf (v7) or gguf (v7); default: by the output's suffix")
+    convert.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the input")
+    convert.add_argument("--vocab_size", type=int, help="number of token ids; default: as in the input")
+    convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
+    convert.add_argument("--check", action="store_true", help="compare the logits of both and print the difference")
 
-    info = verb("info", _info, "what a weights file, a run or a preset is")
-    info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, or a preset's name")
+    info = verb("info", _info, "what a weights file, a run, a preset or a dataset is")
+    info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, a preset, or binidx data")
     info.add_argument("--params", action="store_true", help="every parameter: shape, group, lr, decay, initial value")
     info.add_argument("--presets", action="store_true", help="list the presets")
 
@@ -190,6 +216,23 @@ def _add_settings(parser: argparse.ArgumentParser, config: type, prefix: str) ->
         else:
             kind = next((kind for kind in (int, float) if kind in kinds), str)
             parser.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
+
+
+def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
+    """What generate and chat have in common, with the defaults that differ."""
+    parser.add_argument("--tokenizer", help="world, bytes, integers:V, a tokenizer.json; default: the run's own")
+    parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top_p", type=float, default=top_p, help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0: all")
+    parser.add_argument("--presence_penalty", type=float, default=penalty, help="against any repetition")
+    parser.add_argument("--frequency_penalty", type=float, default=penalty, help="against frequent repetition")
+    parser.add_argument("--penalty_decay", type=float, default=0.996, help="how penalties fade per token")
+    parser.add_argument("--seed", type=_seed, default=0, help="same seed, same text")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
+    parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
+    parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
 
 
 def _seed(text: str) -> int:
@@ -338,7 +381,10 @@ def _demo(options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> None:
     from heron.data.prepare import prepare
 
-    stats = prepare(options.inputs, options.out, options.tokenizer, options.workers, overwrite=options.overwrite)
+    stats = prepare(
+        options.inputs, options.out, options.tokenizer, options.workers,
+        overwrite=options.overwrite, on_bad_line=options.on_bad_line, hashes=options.hashes,
+    )  # fmt: skip
     print(stats)
 
 
@@ -370,56 +416,168 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from heron import generation
-    from heron.checkpoint import load
+    import time
 
-    sampling = generation.Sampling(
+    from heron.chat import printable
+    from heron.generation import Request, Snapshot
+
+    if options.trials < 1:
+        raise ConfigError(f"trials: wanted at least 1, got {options.trials}")
+    if options.probs < 0:
+        raise ConfigError(f"probs: wanted at least 0, got {options.probs}")
+    sampling = _sampling(options)
+    engine = _engine(options)
+    shown = printable if sys.stdout.isatty() else str
+    request = Request(options.prompt, options.max_tokens, sampling, tuple(options.stop), options.seed)
+    if options.probs or options.trials > 1:
+        ids = engine.prompt_ids(options.prompt)
+        engine.check(request)
+        snapshot = Snapshot(engine.prefill(ids[:-1]), (ids[-1],))  # the prompt is read once for all
+        request = dataclasses.replace(request, prompt=(), after=snapshot)
+    if options.probs:
+        print(f"the likeliest tokens after {options.prompt!r}")
+        for token, probability in engine.likeliest(snapshot, options.probs):
+            text = engine.tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
+            print(f"{100 * probability:8.3f} %  {token:>6}  {text!r}")
+    for trial in range(options.trials):
+        if options.probs or options.trials > 1:
+            print(f"\n--- trial {trial + 1}, seed {options.seed + trial} ---")
+        print(shown(options.prompt), end="", flush=True)
+        n_tokens, start = 0, time.perf_counter()
+        for piece in engine.run([dataclasses.replace(request, seed=options.seed + trial)]):
+            n_tokens += piece.token is not None
+            print(shown(piece.text), end="", flush=True)
+        print()
+        if options.probs or options.trials > 1:
+            seconds = time.perf_counter() - start
+            print(f"({n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s)")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from heron import chat
+
+    talk = chat.Chat(
+        _engine(options), _sampling(options), options.max_tokens, options.seed, options.system, options.think
+    )
+    if options.load:
+        talk.load(options.load)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    print("Type a message, or /help.")
+    chat.run(talk, input, lambda text: print(text, end="", flush=True))
+
+
+def _sampling(options: argparse.Namespace):  # noqa: ANN202 - heron.generation.Sampling
+    from heron.generation import Sampling
+
+    return Sampling(
         options.temperature, options.top_p, options.top_k,
         options.presence_penalty, options.frequency_penalty, options.penalty_decay,
     )  # fmt: skip
-    model = load(options.model).to(_device(options.device))
-    tokenizer = _tokenizer(options, model.config.vocab_size)
-    print(options.prompt, end="", flush=True)
-    for piece in generation.stream(
-        model, tokenizer, options.prompt, options.max_tokens, sampling, tuple(options.stop), options.seed
-    ):
-        print(piece, end="", flush=True)
-    print()
+
+
+def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
+    """An engine for one sequence, from the flags of `_add_running`."""
+    import torch
+
+    from heron.checkpoint import load, weights_file
+    from heron.generation import Engine
+
+    dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if options.dtype not in dtypes:
+        raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
+    device, file = _device(options.device), options.tables_file
+    model = load(options.model, dtypes[options.dtype])
+    tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size)
+    if options.tables == "disk" and file is None:
+        file = weights_file(Path(options.model)).with_suffix(f".{options.dtype or 'file'}.tables")
+    if options.tables == "device":
+        model = model.to(device)
+    return Engine(model, tokenizer, tables=options.tables, tables_file=file, device=device)
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from heron import evaluate
+
+    if not (options.data or options.lambada or options.choices):
+        options.parser.error("wanted something to score on: --data, --lambada or --choices")
+    results = [_scores(model, options) for model in options.models]
+    if len(results) > 1:
+        print(evaluate.table(results))
+    if options.json:
+        evaluate.write(results, Path(options.json))
+        print(f"wrote {options.json}")
+    if options.plot:
+        print(f"wrote {evaluate.plot(results, Path(options.plot))}")
+
+
+def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model, printed where it is the only one."""
+    from heron import evaluate
     from heron.checkpoint import load
     from heron.data.loader import load_tokens
-    from heron.evaluate import evaluate
 
-    model = load(options.model).to(_device(options.device))
-    tokenizer = _tokenizer(options, model.config.vocab_size)
-    tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size)
-    score = evaluate(model, tokens, options.ctx_len, n_bytes)
-    print(f"{options.data}: {score.n_targets:,} tokens in windows of {options.ctx_len}")
-    print(f"loss           {score.loss:.4f} nats per token")
-    print(f"perplexity     {score.perplexity:.3f}")
-    if score.bits_per_byte is not None:
-        print(f"bits per byte  {score.bits_per_byte:.4f}")
+    model = load(path).to(_device(options.device))
+    tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size)
+    result = {"model": path, "step": evaluate.step_of(path), "mode": options.mode}
+    lines = []
+    if options.data:
+        tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size)
+        score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode)
+        result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
+        result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+        lines += [
+            f"{options.data}: {score.n_targets:,} tokens in windows of {options.ctx_len}",
+            f"loss           {score.loss:.4f} nats per token",
+            f"perplexity     {score.perplexity:.3f}",
+        ]
+        if score.bits_per_byte is not None:
+            lines.append(f"bits per byte  {score.bits_per_byte:.4f}")
+    if options.lambada:
+        last_words = evaluate.lambada(model, tokenizer, options.lambada, options.mode, options.limit)
+        result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
+        result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
+        lines += [
+            f"{options.lambada}: {last_words.n_texts:,} texts",
+            f"perplexity     {last_words.perplexity:.3f} of the last word",
+            f"accuracy       {100 * last_words.accuracy:.2f} %",
+        ]
+    if options.choices:
+        answers = evaluate.multiple_choice(model, tokenizer, options.choices, options.mode, options.limit)
+        result |= {"choices": options.choices, "questions": answers.n_questions}
+        result |= {"accuracy": answers.accuracy, "accuracy_per_byte": answers.accuracy_per_byte}
+        lines += [
+            f"{options.choices}: {answers.n_questions:,} questions",
+            f"accuracy       {100 * answers.accuracy:.2f} %",
+            f"per byte       {100 * answers.accuracy_per_byte:.2f} %",
+        ]
+    if len(options.models) == 1:
+        print("\n".join(lines))
+    return result
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from heron.checkpoint import load, save
+    from heron.convert import convert, largest_difference
 
-    if Path(options.output).exists():
-        raise ConfigError(f"{options.output} exists already; name another file")
-    model = load(options.input)
-    save(model, options.output)
-    print(f"wrote {options.output}: {_sizes(model.config)}")
+    before, after = convert(
+        options.input, options.output, options.variant, options.format, options.dtype,
+        options.vocab_size, options.new_rows, options.deep_embed_4x,
+    )  # fmt: skip
+    print(f"wrote {options.output}: {_sizes(after.config)}")
+    if options.check:
+        difference = largest_difference(before, options.output)
+        print(f"largest difference of a logit, before and after, in fp32: {difference:.3g}")
 
 
 def _info(options: argparse.Namespace) -> None:
     from heron import info
+    from heron.data import binidx
 
     if options.presets or options.model is None:
         print(info.presets())
     if options.model is not None:
-        print(info.describe(options.model, options.params))
+        is_data = binidx.is_binidx(options.model)
+        print(binidx.describe(options.model) if is_data else info.describe(options.model, options.params))
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -444,14 +602,14 @@ def _device(wanted: str) -> str:
     return machine.choose_device(wanted).value
 
 
-def _tokenizer(options: argparse.Namespace, vocab_size: int):  # noqa: ANN202 - heron.tokenizer.Tokenizer
+def _tokenizer(model: str, wanted: str | None, vocab_size: int):  # noqa: ANN202 - heron.tokenizer.Tokenizer
     """The tokenizer that was asked for, else the one of the run that the weights lie in, else by the vocabulary."""
     from heron import tokenizer
     from heron.checkpoint import run
 
-    if options.tokenizer:
-        return tokenizer.load(options.tokenizer)
-    path = Path(options.model).resolve()
+    if wanted:
+        return tokenizer.load(wanted)
+    path = Path(model).resolve()
     if path.is_dir():
         folder = path.parents[1] if run.is_checkpoint(path) else path
     else:

@@ -15,8 +15,11 @@ from typing import Any, Union
 
 from heron.errors import ConfigError, UnknownKeyError, did_you_mean
 
-VARIANTS = ("v7", "v8")
+# Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
+_DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output"}
+VARIANTS = tuple(_DEEP_EMBED)
 DTYPES = ("auto", "fp32", "bf16")
+ON_NONFINITE = ("stop", "skip", "rewind")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
 LARGEST_SEED = 2**63 - 1
 
@@ -36,10 +39,11 @@ class ModelConfig:
     """The shape of a model. Fields left at None are filled by the rules that RWKV-LM uses for new models.
 
     Raises:
-        ConfigError: an unknown variant, a size below 1, or an n_embd that head_size does not divide.
+        ConfigError: an unknown variant, a size below 1, an n_embd that head_size does not divide, or an option that
+            the variant does not have.
     """
 
-    variant: str = _setting("v8", "v7 (RWKV-7) or v8 (RWKV-8: v7 plus one DeepEmbed table per layer)")
+    variant: str = _setting("v8", "v7, v8 (with DeepEmbed), v7a (gated hidden layer), v7b and v8-hybrid (attention)")
     n_layer: int = _setting(12, "number of blocks")
     n_embd: int = _setting(768, "width of the residual stream (C)")
     vocab_size: int = _setting(65536, "number of token ids (V)")
@@ -49,6 +53,8 @@ class ModelConfig:
     iclr_rank: int | None = _setting(None, "rank of att.a1/a2; None: from n_embd")
     value_rank: int | None = _setting(None, "rank of att.v1/v2; None: from n_embd")
     gate_rank: int | None = _setting(None, "rank of att.g1/g2; None: from n_embd")
+    deep_embed_4x: bool = _setting(False, "v8, v8-hybrid: gates on all ffn_dim hidden channels, not on n_embd outputs")
+    has_ln0: bool | None = _setting(None, "normalise the embedding; None: yes, except in a v8-hybrid")
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -57,22 +63,36 @@ class ModelConfig:
                 f"variant: wanted one of {', '.join(VARIANTS)}, got {self.variant!r}."
                 f"{did_you_mean(self.variant, VARIANTS)}"
             )
-        for name, value in _derived_sizes(self.n_embd).items():
+        for name, value in self._derived().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
+            if type(value) is int and value < 1:
                 raise ConfigError(f"{field.name}: wanted at least 1, got {value}")
         if not 16 <= self.head_size <= 128:
             raise ConfigError(f"head_size: wanted 16 to 128, got {self.head_size}")
         if self.n_embd % self.head_size:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of head_size {self.head_size}")
+        if self.deep_embed_4x and _DEEP_EMBED[self.variant] != "output":
+            raise ConfigError(f"deep_embed_4x is an option of v8 and v8-hybrid; variant is {self.variant}")
+        if not self.has_ln0 and self.variant != "v8-hybrid":
+            raise ConfigError(f"has_ln0 False is for v8-hybrid alone; variant {self.variant} always applies ln0")
 
     @property
     def n_head(self) -> int:
         """Number of WKV heads (H)."""
         return self.n_embd // self.head_size
+
+    @property
+    def deep_embed(self) -> str | None:
+        """Where the DeepEmbed gate acts: "output" or "hidden" (a table of gates), "low-rank" (hidden), or nowhere."""
+        return "hidden" if self.deep_embed_4x else _DEEP_EMBED[self.variant]
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether every block has a DeepEmbedAttention branch beside its time mix."""
+        return self.variant in ("v7b", "v8-hybrid")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
@@ -82,8 +102,8 @@ class ModelConfig:
         return cls.from_dict({**PRESETS[name], **changes})
 
     def changed(self, **changes: Any) -> ModelConfig:
-        """A copy with `changes`; ffn_dim and ranks that are as the rules make them follow a new n_embd."""
-        derived = {name: None for name, size in _derived_sizes(self.n_embd).items() if getattr(self, name) == size}
+        """A copy with `changes`; what is as the rules make it (ffn_dim, ranks, has_ln0) follows them."""
+        derived = {name: None for name, value in self._derived().items() if getattr(self, name) == value}
         return ModelConfig.from_dict({**self.to_dict(), **derived, **changes})
 
     @classmethod
@@ -95,17 +115,17 @@ class ModelConfig:
         """Every field by name, ready for YAML or JSON."""
         return dataclasses.asdict(self)
 
-
-def _derived_sizes(n_embd: int) -> dict[str, int]:
-    """What the sizes that are left at None become."""
-    width = max(n_embd, 1)
-    return {
-        "ffn_dim": 4 * n_embd,
-        "decay_rank": rank_rule(2.5, width),
-        "iclr_rank": rank_rule(2.5, width),
-        "value_rank": rank_rule(1.7, width),
-        "gate_rank": rank_rule(5.0, width),
-    }
+    def _derived(self) -> dict[str, int | bool]:
+        """What the fields that are left at None become."""
+        width = max(self.n_embd, 1)
+        return {
+            "ffn_dim": 4 * self.n_embd,
+            "decay_rank": rank_rule(2.5, width),
+            "iclr_rank": rank_rule(2.5, width),
+            "value_rank": rank_rule(1.7, width),
+            "gate_rank": rank_rule(5.0, width),
+            "has_ln0": self.variant != "v8-hybrid",
+        }
 
 
 def _released(n_layer: int, n_embd: int, ranks: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -126,6 +146,11 @@ _RELEASED = {
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"rwkv7-{size}": {"variant": "v7", **sizes} for size, sizes in _RELEASED.items()},
     **{f"rwkv8-{size}": {"variant": "v8", **sizes} for size, sizes in _RELEASED.items()},
+    **{
+        f"{name}-{size}": {"variant": variant, **_RELEASED[size]}
+        for name, variant in (("rwkv7a", "v7a"), ("rwkv7b", "v7b"), ("rwkv8-hybrid", "v8-hybrid"))
+        for size in ("0.1b", "1.5b")
+    },
     "rwkv8-tiny": {"variant": "v8", "n_layer": 4, "n_embd": 128, "vocab_size": 256},
 }
 
@@ -170,6 +195,10 @@ class TrainConfig:
     sample_prompt: str = _setting("", "prompt of the sampled texts; empty: the first tokens of the validation data")
     sample_tokens: int = _setting(200, "length of a sampled text, in tokens")
     log_every: int = _setting(1, "steps between log lines")
+    on_nonfinite: str = _setting("stop", "after a loss or gradient that is not finite: stop, skip the batch, or rewind")
+    spike: float = _setting(0.0, "also treat so a loss this many deviations above the last 128 accepted; 0: never")
+    max_hours: float | None = _setting(None, "save and leave with code 75 before so many hours are over")
+    num_workers: int = _setting(0, "processes that read batches ahead; 0: none, best unless the disk is slow")
     resume: str = _setting("auto", "auto: go on with the run in out; none: refuse a used folder; or a checkpoint")
     tensorboard: bool = _setting(False, "also write TensorBoard events (pip install 'heron-rwkv[tensorboard]')")
     wandb: str = _setting("", "also log to this Weights & Biases project (pip install 'heron-rwkv[wandb]')")
@@ -180,6 +209,8 @@ class TrainConfig:
         _check_types(self)
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
         for name in ("warmup_steps", "threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
+            at_least[name] = 0
+        for name in ("num_workers", "spike", "max_hours"):
             at_least[name] = 0
         for name in ("lr_init", "lr_final", "weight_decay", "grad_clip"):
             at_least[name] = 0
@@ -202,6 +233,11 @@ class TrainConfig:
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.on_nonfinite not in ON_NONFINITE:
+            near = did_you_mean(self.on_nonfinite, ON_NONFINITE)
+            raise ConfigError(
+                f"on_nonfinite: wanted one of {', '.join(ON_NONFINITE)}, got {self.on_nonfinite!r}.{near}"
+            )
         if self.val_data is not None and self.val_fraction:
             raise ConfigError(
                 f"val_data {self.val_data!r} and val_fraction {self.val_fraction} exclude each other; drop one"

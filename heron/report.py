@@ -49,6 +49,7 @@ class Reporter:
         config: the run's settings as plain values, kept by Weights & Biases.
         steps_per_epoch: steps of a mini-epoch (RWKV-LM: 40,320 samples); None: the whole run.
         quiet: print nothing.
+        owed: what the last of the finished steps has yet to do; a "validation" of it is cut off as well.
 
     Raises:
         ConfigError: TensorBoard or Weights & Biases is asked for and not installed. The logs are as they were.
@@ -65,6 +66,7 @@ class Reporter:
         config: dict[str, Any] | None = None,
         steps_per_epoch: int | None = None,
         quiet: bool = False,
+        owed: Sequence[str] = (),
     ):
         self.folder = Path(folder)
         self.total_steps = total_steps
@@ -75,12 +77,17 @@ class Reporter:
         self._weight_decay = (config or {}).get("weight_decay")
         self._console = None if quiet else _Console(total_steps, first_step)
 
-        kept = _cut_log(self.folder / "log.jsonl", first_step)
-        _cut_train_log(self.folder / "train_log.txt", first_step // self.steps_per_epoch)
-        self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8", newline="\n")
-        self._train_log = (self.folder / "train_log.txt").open("a", encoding="utf-8", newline="\n")
-        begun = first_step - first_step % self.steps_per_epoch
-        self._epoch = [record for record in kept if "loss" in record and record["step"] > begun]
+        self._open(first_step, owed)
+
+    def rewind(self, step: int) -> None:
+        """Go on after an earlier step: the records of those that come again are cut off."""
+        self._log.close()
+        self._train_log.close()
+        self._open(step, ())
+
+    def sync(self) -> None:
+        """Force the log onto the disk."""
+        os.fsync(self._log.fileno())
 
     def header(self, rows: Sequence[tuple[str, str]]) -> None:
         """Print what the run is: (name, value) pairs, aligned."""
@@ -127,6 +134,10 @@ class Reporter:
         if self._wandb:
             self._wandb.log(values, step=record["step"])
 
+    def refused(self, record: dict[str, Any]) -> None:
+        """Log a batch that was passed over: its record goes to log.jsonl as it is."""
+        self._write(record)
+
     def sample(self, step: int, text: str) -> None:
         """Keep a sampled text in ``samples/`` and print its beginning."""
         path = self.folder / "samples" / f"step-{step:08d}.txt"
@@ -160,6 +171,14 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open(self, first_step: int, owed: Sequence[str]) -> None:
+        kept = _cut_log(self.folder / "log.jsonl", first_step, owed)
+        _cut_train_log(self.folder / "train_log.txt", first_step // self.steps_per_epoch)
+        self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8", newline="\n")
+        self._train_log = (self.folder / "train_log.txt").open("a", encoding="utf-8", newline="\n")
+        begun = first_step - first_step % self.steps_per_epoch
+        self._epoch = [record for record in kept if "loss" in record and record["step"] > begun]
 
     def _write(self, record: dict[str, Any]) -> None:
         strict = {
@@ -419,10 +438,15 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
-def _cut_log(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Leave only the records up to `first_step` in the log, and give them."""
+def _cut_log(path: Path, first_step: int, owed: Sequence[str]) -> list[dict[str, Any]]:
+    """Leave only the records up to `first_step` in the log, without its validation if that is owed, and give them."""
     parsed = _parse(path) if first_step and path.exists() else []
-    kept = [(line, record) for line, record in parsed if record["step"] <= first_step]
+    last = {"val_loss"} if "validation" in owed else set()
+    kept = [
+        (line, record)
+        for line, record in parsed
+        if record["step"] < first_step or record["step"] == first_step and not last & record.keys()
+    ]
     _replace(path, b"".join(line + b"\n" for line, _ in kept))
     return [record for _, record in kept]
 

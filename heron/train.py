@@ -6,36 +6,105 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from heron import machine, tokenizer
+import heron
+from heron import faults, guards, machine, tokenizer
 from heron.checkpoint import atomic, load, run, save
+from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
+from heron.data.background import Stream
 from heron.data.loader import Batches, Corpus, load_corpus, training_text
 from heron.data.sampling import magic_prime
 from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.evaluate import evaluate
 from heron.generation import generate
+from heron.guards import Guard, is_bad
 from heron.model import RWKV
 from heron.ops import _select
 from heron.optim import build_optimizer, lr_at, set_lr
+from heron.preemption import Preemption
 from heron.report import Reporter, plot
 
+_STATE = ("step", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
 _EXACT = (  # settings that the numbers of every later step depend on
     "tokenizer", "seed", "ctx_len", "micro_bsz", "accumulate", "max_steps", "max_tokens",
     "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip",
+    "on_nonfinite", "spike",
 )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Progress:
+    """Where a run is: what its last accepted step left, and what that step has not done yet.
+
+    Attributes:
+        cursor: number of the next batch's first sample. Steps alone do not tell it: bad batches are passed over.
+        owed: of the step: "validation", "sample".
+        saved: whether a checkpoint holds all this.
+        begun, settled: perf_counter readings: when the run would have begun without pauses; the end of the last step.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    seconds: float = 0.0
+    owed: list[str] = dataclasses.field(default_factory=list)
+    saved: bool = False
+    begun: float = 0.0
+    settled: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a running training consists of."""
+
+    model: RWKV
+    optimizer: torch.optim.Optimizer
+    tokenizer: tokenizer.Tokenizer
+    corpus: Corpus
+    batches: Batches
+    guard: Guard
+    stop: Preemption
+    reporter: Reporter
+
+
+class _Gradients(NamedTuple):
+    """A forward and backward pass that was started: its loss, on the device, and the samples it is of."""
+
+    loss: Tensor
+    samples: list[tuple[Tensor, Tensor]]
+    first: int
+    begun: float
+
+
+class _Update(NamedTuple):
+    """An update that was started. A GPU makes it later; `read` waits until then."""
+
+    gradients: _Gradients
+    lr: float
+    limit: float
+    numbers: Tensor  # loss, gradient norm, whether they are bad
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> tuple[float, float, bool]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, grad_norm, bad = self.numbers.tolist()
+        return loss, grad_norm, bool(bad)
+
+
+class _NotWanted(Exception):
+    """Leaves a validation or a sample when the run is asked to stop."""
 
 
 class Trainer:
@@ -44,11 +113,13 @@ class Trainer:
     Args:
         config: a TrainConfig.
         say: takes one line for the user at a time; default: print.
+        _fault: for Heron's own tests, which alone can make it be accepted (:mod:`heron.faults`).
     """
 
-    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print):
+    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print, *, _fault: str | None = None):
         self.say = say
         self.out = Path(config.out)
+        self._fault = None if _fault is None else faults.parse(_fault)
         device = machine.choose_device(config.device)
         self.device = torch.device(device.value)
         self.dtype = machine.choose_dtype(config.dtype, self.device)
@@ -61,35 +132,37 @@ class Trainer:
             dtype=self.dtype.value,
             threads=torch.get_num_threads(),
         )
-        self._stop_signal: str | None = None
 
     def fit(self) -> str:
-        """Train to the end, or until a signal asks to stop.
+        """Train to the end, or until a signal or `max_hours` asks to stop.
 
         Returns:
-            "finished", or "preempted" after SIGINT, SIGTERM or SIGUSR1 (state saved; the same call goes on from there).
+            "finished", or "preempted" (state saved; the same call goes on from there). It also stands in
+            run_status.json, with the step and the newest checkpoint.
 
         Raises:
             HeronError: bad settings, data or checkpoints; a loss that is not finite.
         """
-        self._stop_signal = None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            with run.lock(self.out), self._signals():
-                return self._fit()
+            with run.lock(self.out), Preemption(self.config.max_hours) as stop:
+                atomic.sweep(self.out)
+                return self._fit(stop)
         except OSError as error:
             raise CheckpointError(f"{error.filename or self.out}: {error.strerror or error}") from error
 
-    def _fit(self) -> str:
+    def _fit(self, stop: Preemption) -> str:
         config = self.config
         resume_from = self._resume_point()
         model_config = self._resolved_model(resume_from)
-        if resume_from is not None and run.trainer_of(resume_from)["step"] >= config.total_steps:
-            self.say(
-                f"{self.out}: finished at step {run.trainer_of(resume_from)['step']}; nothing to do. "
-                "Raise --max_steps to train longer, or name another --out."
-            )
-            return "finished"
+        if resume_from is not None:
+            earlier = run.trainer_of(resume_from)
+            if earlier["step"] >= config.total_steps and not earlier["owed"]:
+                self.say(
+                    f"{self.out}: finished at step {earlier['step']}; nothing to do. "
+                    "Raise --max_steps to train longer, or name another --out."
+                )
+                return "finished"
 
         # [1] text -> ids, [2] ids -> batches
         text_tokenizer = self._tokenizer(resume_from)
@@ -117,9 +190,11 @@ class Trainer:
         optimizer = build_optimizer(
             model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps
         )
-        record = {"step": 0, "seconds": 0.0}
+        if self._fault is not None:
+            faults.install(model, self._fault)
+        guard, progress = Guard(config.on_nonfinite, config.spike), _Progress()
         if resume_from is not None:
-            record = run.restore(resume_from, model, optimizer)
+            record = self._restore(resume_from, model, optimizer, guard, progress)
             for reason in self._differences(record, corpus):
                 self.say(f"resuming, but not bit-exact because {reason}")
         else:
@@ -129,97 +204,252 @@ class Trainer:
         reporter = Reporter(
             self.out,
             config.total_steps,
-            first_step=record["step"],
+            first_step=progress.step,
             tensorboard=config.tensorboard,
             wandb=config.wandb,
             config=config.to_dict(),
             steps_per_epoch=config.steps_per_mini_epoch,
+            owed=progress.owed,
         )
+        parts = _Parts(model, optimizer, text_tokenizer, corpus, batches, guard, stop, reporter)
+        self._write_status("running", progress)
         status = "failed"
         try:
             with contextlib.closing(reporter):
                 reporter.header(self._header(model, corpus, batches, resume_from))
-                status = self._loop(model, optimizer, text_tokenizer, corpus, batches, reporter, record)
+                status = self._loop(parts, progress)
         finally:
-            self._write(self.out / "run_status.json", json.dumps({"status": status}))
+            self._write_status(status, progress)
         plot([self.out], self.out / "loss.png")
         return status
 
-    def _loop(
-        self,
-        model: RWKV,
-        optimizer: torch.optim.Optimizer,
-        text_tokenizer: tokenizer.Tokenizer,
-        corpus: Corpus,
-        batches: Batches,
-        reporter: Reporter,
-        record: dict[str, Any],
-    ) -> str:
-        config = self.config
-        prompt = self._prompt(text_tokenizer, corpus) if config.sample_every else []
-        started = time.perf_counter() - record["seconds"]
-        for step in range(record["step"], config.total_steps):
-            step_started = time.perf_counter()
-            lr = lr_at(step, config)
-            set_lr(optimizer, lr)
-            loss, grad_norm = self._step(step, model, optimizer, batches)
-            done, now = step + 1, time.perf_counter()
-            finished = done == config.total_steps
-            stopped = self._stop_signal is not None and not finished
-            if finished or stopped or done % config.log_every == 0:
-                reporter.step(
-                    {
-                        "step": done,
-                        "tokens": done * config.tokens_per_step,
-                        "loss": loss,
-                        "lr": lr,
-                        "grad_norm": grad_norm,
-                        "tokens_per_s": config.tokens_per_step / (now - step_started),
-                        "time": now - started,
-                    }
-                )
-            if corpus.val is not None and (finished or _due(done, config.eval_every)):
-                precision = machine.autocast(config.dtype, self.device)
-                score = evaluate(model, corpus.val, config.ctx_len, corpus.val_bytes, precision)
-                seconds = time.perf_counter() - started
-                reporter.validation(
-                    {"step": done, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}
-                )
-            if config.sample_every and (finished or _due(done, config.sample_every)):
-                reporter.sample(done, self._sample(model, text_tokenizer, prompt))
-            if finished:  # before the last checkpoint: with that one in place, the run counts as finished
-                save(model, self.out / "rwkv-final.pth")
-                reporter.note(f"wrote {self.out / 'rwkv-final.pth'}")
-            if finished or stopped or _due(done, config.save_every):
-                progress = {"step": done, "seconds": time.perf_counter() - started, "model": model.config.to_dict()}
-                state = {**progress, **self._record(corpus)}
-                folder = run.save(self.out, done, model, optimizer, state, config.to_yaml(), config.keep)
-                reporter.note(f"saved {folder}")
-            if stopped:
-                reporter.note(f"stopped by {self._stop_signal} at step {done}; the same command goes on from here")
-                return "preempted"
-        return "finished"
+    def _loop(self, parts: _Parts, progress: _Progress) -> str:
+        progress.begun = time.perf_counter() - progress.seconds
+        if progress.owed:  # the run was stopped within this step
+            self._close_step(parts, progress)
+        elif progress.step == 0 and self.config.on_nonfinite == "rewind":
+            self._save(parts, progress)  # so that there is something to go back to
+        while progress.step < self.config.total_steps and not parts.stop.reason:
+            self._train(parts, progress)
+        if progress.step == self.config.total_steps and not progress.owed:
+            return "finished"
+        if not progress.saved:
+            self._save(parts, progress)
+        parts.reporter.note(
+            f"stopped by {parts.stop.reason} at step {progress.step}; the same command goes on from here"
+        )
+        return "preempted"
 
-    def _step(self, step: int, model: RWKV, optimizer: torch.optim.Optimizer, batches: Batches) -> tuple[float, float]:
-        """One optimizer step; returns the mean loss and the gradient norm before clipping."""
+    def _train(self, parts: _Parts, progress: _Progress) -> None:
+        """Train until the run ends, is asked to stop, or has gone back to a checkpoint.
+
+        A GPU is never waited for: whether a step was good is read while it is busy with the next one, of which only
+        the forward and backward pass are on their way. The host waits at once where something is due after the step,
+        and on a CPU, where the numbers are there anyway.
+        """
         config = self.config
-        first_sample = step * config.micro_bsz * config.accumulate
+        workers, stopped = config.num_workers, lambda: parts.stop.reason
+        with Stream(parts.batches, progress.cursor, config.micro_bsz, workers, stopped) as stream:
+            update = None
+            while not parts.stop.reason and progress.step + (update is not None) < config.total_steps:
+                gradients = self._gradients(parts, stream)
+                if gradients is None:
+                    break
+                if update is not None and self._settle(parts, progress, update) == "went back":
+                    return
+                update = self._update(parts, progress, gradients)
+                if self.device.type == "cpu" or self._due(parts, progress.step + 1):
+                    if self._settle(parts, progress, update) == "went back":
+                        return
+                    update = None
+            if update is not None:
+                self._settle(parts, progress, update)
+
+    def _gradients(self, parts: _Parts, stream: Stream) -> _Gradients | None:
+        """Start the forward and backward passes of a step. None: the run was asked to stop while data were awaited."""
+        config, begun, first = self.config, time.perf_counter(), stream.next_sample
         loss = torch.zeros((), device=self.device)
-        for micro in range(config.accumulate):
-            x, y = batches.batch(first_sample + micro * config.micro_bsz, config.micro_bsz)
+        samples = []
+        for _ in range(config.accumulate):
+            batch = stream.take()
+            if batch is None:
+                return None
+            samples.append(batch)
+            x, y = (_onto(self.device, part) for part in batch)
             with machine.autocast(config.dtype, self.device):
-                micro_loss = model.loss(x.to(self.device), y.to(self.device)) / config.accumulate
+                micro_loss = parts.model.loss(x, y) / config.accumulate
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = _clip(list(model.parameters()), config.grad_clip)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise HeronError(
-                f"step {step + 1}: loss {float(loss)}, gradient norm {float(grad_norm)}; nothing of this step was "
-                "kept. Try a lower --lr_init or --beta2 0.95; the checkpoints before it are whole"
+        return _Gradients(loss, samples, first, begun)
+
+    def _update(self, parts: _Parts, progress: _Progress, gradients: _Gradients) -> _Update:
+        """Start the optimizer step, which changes nothing if loss or gradients are bad."""
+        lr, limit = lr_at(progress.step, self.config), parts.guard.limit()
+        grad_norm = _clip(list(parts.model.parameters()), self.config.grad_clip)
+        bad = is_bad(gradients.loss, grad_norm, limit)
+        set_lr(parts.optimizer, lr)
+        parts.optimizer.found_inf = bad  # AdamW's own means of holding back weights, moments and step counter
+        parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)
+        numbers, arrived = torch.stack((gradients.loss, grad_norm, bad)), None
+        if self.device.type == "cuda":
+            numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Update(gradients, lr, limit, numbers, arrived)
+
+    def _settle(self, parts: _Parts, progress: _Progress, update: _Update) -> str:
+        """Read what a step gave, and do what follows: "accepted", "skipped" or "went back"."""
+        config = self.config
+        loss, grad_norm, bad = update.read()
+        if bad:
+            return self._refuse(parts, progress, update, loss, grad_norm)
+        parts.guard.accept(loss)
+        progress.step += 1
+        progress.cursor = update.gradients.first + config.micro_bsz * config.accumulate
+        progress.saved = False
+        now = time.perf_counter()
+        parts.stop.step_ended()
+        done, finished = progress.step, progress.step == config.total_steps
+        if finished or parts.stop.reason or done % config.log_every == 0:
+            seconds = now - max(update.gradients.begun, progress.settled)
+            parts.reporter.step(
+                {
+                    "step": done,
+                    "tokens": done * config.tokens_per_step,
+                    "loss": loss,
+                    "lr": update.lr,
+                    "grad_norm": grad_norm,
+                    "tokens_per_s": config.tokens_per_step / seconds,
+                    "time": now - progress.begun,
+                }
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss), float(grad_norm)
+        if parts.corpus.val is not None and (finished or _every(config.eval_every, done)):
+            progress.owed.append("validation")
+        if config.sample_every and (finished or _every(config.sample_every, done)):
+            progress.owed.append("sample")
+        self._close_step(parts, progress)
+        progress.settled = time.perf_counter()
+        return "accepted"
+
+    def _close_step(self, parts: _Parts, progress: _Progress) -> None:
+        """Validate, sample and save, where that is due. What a stop prevents stays owed."""
+        work = {"validation": self._validate, "sample": self._sample}
+        for name in list(progress.owed):
+            with _until_stopped(parts):
+                work[name](parts, progress)
+                progress.owed.remove(name)
+                progress.saved = False
+        finished = progress.step == self.config.total_steps and not progress.owed
+        if finished:  # before the last checkpoint: with that one in place, the run counts as finished
+            save(parts.model, self.out / "rwkv-final.pth")
+            parts.reporter.note(f"wrote {self.out / 'rwkv-final.pth'}")
+        if finished or _every(self.config.save_every, progress.step):
+            self._save(parts, progress)
+
+    def _due(self, parts: _Parts, step: int) -> bool:
+        """Whether something follows that step, so that its weights are needed before they change."""
+        config = self.config
+        periods = (config.save_every, config.sample_every, config.eval_every if parts.corpus.val is not None else 0)
+        return step == config.total_steps or any(_every(period, step) for period in periods)
+
+    def _validate(self, parts: _Parts, progress: _Progress) -> None:
+        precision = machine.autocast(self.config.dtype, self.device)
+        score = evaluate(parts.model, parts.corpus.val, self.config.ctx_len, parts.corpus.val_bytes, precision)
+        seconds = time.perf_counter() - progress.begun
+        parts.reporter.validation(
+            {"step": progress.step, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}
+        )
+
+    def _sample(self, parts: _Parts, progress: _Progress) -> None:
+        """A prompt and its continuation, under the same seed each time."""
+        config = self.config
+        if config.sample_prompt:
+            prompt = parts.tokenizer.encode(config.sample_prompt)
+        else:
+            prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
+        separator = "" if parts.tokenizer.is_text else " "
+        continuation = generate(parts.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed)
+        parts.reporter.sample(progress.step, parts.tokenizer.decode(prompt) + separator + continuation)
+
+    def _save(self, parts: _Parts, progress: _Progress) -> None:
+        progress.seconds = time.perf_counter() - progress.begun
+        state = {
+            "step": progress.step,
+            "cursor": progress.cursor,
+            "seconds": progress.seconds,
+            "owed": progress.owed,
+            "guard": parts.guard.state(),
+            "model": parts.model.config.to_dict(),
+            "exact": self._exact(parts.corpus),
+        }
+        parts.reporter.sync()  # a checkpoint whose steps are not in the log would leave a gap there
+        yaml = self.config.to_yaml()
+        folder = run.save(self.out, progress.step, parts.model, parts.optimizer, state, yaml, self.config.keep)
+        progress.saved = True
+        parts.reporter.note(f"saved {folder}")
+
+    def _restore(
+        self, folder: Path, model: RWKV, optimizer: torch.optim.Optimizer, guard: Guard, progress: _Progress
+    ) -> dict[str, Any]:
+        """Take up the state in a verified checkpoint; gives the trainer's record."""
+        record = run.restore(folder, model, optimizer)
+        run.check_names(folder / run.TRAINER, record, _STATE)
+        run.check_names(folder / run.TRAINER, record["guard"], guard.state())
+        guard.restore(record["guard"])
+        progress.step, progress.cursor, progress.seconds = record["step"], record["cursor"], record["seconds"]
+        progress.owed, progress.saved = record["owed"], True
+        return record
+
+    def _refuse(self, parts: _Parts, progress: _Progress, update: _Update, loss: float, grad_norm: float) -> str:
+        """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
+        config, first, step = self.config, update.gradients.first, progress.step + 1
+        action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.model.parameters()))
+        tokens, targets = (torch.cat(half) for half in zip(*update.gradients.samples, strict=True))
+        kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
+        with atomic.new_file(kept) as temporary:
+            safetensors.write({"tokens": tokens, "targets": targets}, temporary)
+        what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        if math.isfinite(update.limit):
+            what += f", limit of the loss {update.limit:.4f}"
+        if action == guards.STOP:
+            raise HeronError(
+                f"{what}; nothing of this step was kept ({reason}). Its samples are in {kept}; the checkpoints before "
+                "it are whole. Try a lower --lr_init or --beta2 0.95, or --on_nonfinite skip"
+            )
+        progress.cursor = first + config.micro_bsz * config.accumulate
+        progress.saved = False
+        if action == guards.REWIND:
+            folder = run.newest(self.out, self.say)
+            if folder is None:
+                raise HeronError(f"{what}; there is no checkpoint to go back to ({reason}). Try --on_nonfinite rewind")
+            cursor = progress.cursor
+            self._restore(folder, parts.model, parts.optimizer, parts.guard, progress)
+            progress.cursor = cursor
+            parts.reporter.rewind(progress.step)
+        verb = "went back" if action == guards.REWIND else "skipped"
+        parts.reporter.refused(
+            {
+                "step": progress.step if action == guards.REWIND else step,
+                "refused": step,
+                "action": verb,
+                "bad_loss": str(loss),
+                "bad_grad_norm": str(grad_norm),
+                "samples": [first, len(tokens)],
+            }
+        )
+        parts.reporter.note(f"{what}: {verb} ({reason}); its samples are in {kept}")
+        if action == guards.REWIND:
+            self._save(parts, progress)  # a run that is killed now must not meet the same batch again
+        return verb
+
+    def _write_status(self, status: str, progress: _Progress) -> None:
+        folders = sorted((self.out / "checkpoints").glob("step-*"), key=lambda folder: folder.stat().st_mtime)
+        content = {"status": status, "step": progress.step, "checkpoint": folders[-1].name if folders else None}
+        try:
+            self._write(self.out / "run_status.json", json.dumps(content))
+        except CheckpointError as error:  # a full disk, of which the error that ends the run tells more
+            self.say(f"{error} (it would say: {status})")
 
     def _check_prime(self, corpus: Corpus) -> None:
         wanted = self.config.magic_prime
@@ -231,19 +461,6 @@ class Trainer:
                 f"magic_prime: {wanted} was given, {corpus.name} with ctx_len {self.config.ctx_len} has {prime}; "
                 "drop the flag, it is computed"
             )
-
-    def _prompt(self, text_tokenizer: tokenizer.Tokenizer, corpus: Corpus) -> list[int]:
-        """The ids that every sampled text begins with."""
-        if self.config.sample_prompt:
-            return text_tokenizer.encode(self.config.sample_prompt)
-        return (corpus.train if corpus.val is None else corpus.val)[:32].tolist()
-
-    def _sample(self, model: RWKV, text_tokenizer: tokenizer.Tokenizer, prompt: list[int]) -> str:
-        """The prompt and its continuation, under the same seed each time."""
-        config = self.config
-        separator = "" if text_tokenizer.is_text else " "
-        continuation = generate(model, text_tokenizer, prompt, config.sample_tokens, seed=config.seed)
-        return text_tokenizer.decode(prompt) + separator + continuation
 
     def _tokenizer(self, resume_from: Path | None) -> tokenizer.Tokenizer:
         """The tokenizer of the run. One that is a file, or is learned now, is kept in the run folder.
@@ -315,24 +532,33 @@ class Trainer:
             )
         return saved
 
-    def _record(self, corpus: Corpus) -> dict[str, Any]:
+    def _exact(self, corpus: Corpus) -> dict[str, Any]:
         """What decides whether a resume can be bit-exact."""
         config = self.config
+        units = sorted(machine.cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
         return {
             "data": corpus.fingerprint,
             "threads": config.threads,
             "device": str(self.device),
             "dtype": config.dtype,
+            "heron": heron.__version__,
             "torch": torch.__version__,
-            "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "numpy": np.__version__,
+            "cpu": " ".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *units)),
+            "cuda": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+            "MKL_CBWR": os.environ.get("MKL_CBWR"),
+            "wkv7": _select.wkv7(self.device, config.ctx_len).impl,
             **{name: getattr(config, name) for name in _EXACT},
         }
 
     def _differences(self, record: dict[str, Any], corpus: Corpus) -> list[str]:
         """Each thing that is not as it was when the checkpoint was written, as a clause."""
-        now = self._record(corpus)
-        return [
-            f"{name} was {record.get(name)} and is {value}" for name, value in now.items() if record.get(name) != value
+        before, now = record["exact"], self._exact(corpus)
+        unknown = [f"{name} was not written down" for name in now if name not in before]
+        return unknown + [
+            f"{name} was {before[name]} and is {value}"
+            for name, value in now.items()
+            if name in before and before[name] != value
         ]
 
     def _header(self, model: RWKV, corpus: Corpus, batches: Batches, resume_from: Path | None) -> list[tuple[str, str]]:
@@ -353,27 +579,22 @@ class Trainer:
             ("out", f"{self.out}" + (f", going on from {resume_from.name}" if resume_from else "")),
         ]  # fmt: skip
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT, SIGTERM or SIGUSR1 asks to stop after the current step; a second one ends at once."""
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-            yield
-            return
-        before = {name: signal.getsignal(getattr(signal, name)) for name in names}
 
-        def ask_to_stop(number: int, _frame: Any) -> None:
-            self._stop_signal = signal.Signals(number).name
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+@contextlib.contextmanager
+def _until_stopped(parts: _Parts) -> Iterator[None]:
+    """Leave the block at its next forward pass once the run is asked to stop."""
 
-        for name in names:
-            signal.signal(getattr(signal, name), ask_to_stop)
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+    def look(*_: object) -> None:
+        if parts.stop.reason:
+            raise _NotWanted
+
+    hook = parts.model.emb.register_forward_pre_hook(look)
+    try:
+        yield
+    except _NotWanted:
+        return
+    finally:
+        hook.remove()
 
 
 def _model_config(model: ModelConfig | str) -> ModelConfig | str:
@@ -381,8 +602,13 @@ def _model_config(model: ModelConfig | str) -> ModelConfig | str:
     return ModelConfig.preset(model) if isinstance(model, str) and model in PRESETS else model
 
 
-def _due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
+def _every(period: int, step: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def _onto(device: torch.device, tensor: Tensor) -> Tensor:
+    """Copy to a device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _content(path: Path) -> str | None:

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import random
+import re
 import shutil
 import signal
 
@@ -146,7 +147,7 @@ def reshaped(name, *shape, dtype=torch.float32):
         (without("blocks.2.att.x_g"), r"blocks\.2\.att\.x_g is missing"),
         (without("blocks.1.att.v1"), r"blocks\.1\.att\.v1 is missing"),
         (without("blocks.1.ffn.enn.weight"), r"variant v8.*blocks\.1\.ffn\.enn\.weight is missing"),
-        (without("blocks.0.ffn.enn.weight"), r"blocks\.1\.ffn\.enn\.weight is not part of a v7 model"),
+        (without("blocks.0.ffn.enn.weight"), r"variant v8.*blocks\.0\.ffn\.enn\.weight is missing"),
         (without("blocks.0.att.w1"), r"blocks\.0\.att\.w1 is missing"),
         (reshaped("blocks.1.att.extra", 1), r"blocks\.1\.att\.extra is not part of a v8 model"),
         (reshaped("blocks.4.att.k_k", 1, 1, 32), r"blocks\.4\.att\.k_k is not part|blocks\.3\..* is missing"),
@@ -158,7 +159,7 @@ def reshaped(name, *shape, dtype=torch.float32):
         (reshaped("blocks.0.att.r_k", 4, 8), r"head_size: wanted 16 to 128, got 8"),
         (reshaped("blocks.0.att.r_k", 2, 17), r"n_embd 32 is not a multiple of head_size 17"),
         (reshaped("head.weight", 37, 32, dtype=torch.int32), r"head\.weight must be floating, got torch\.int32"),
-        (reshaped("blocks.0.ffn.s_emb.weight", 3), r"this is a v7a file; v7 and v8"),
+        (reshaped("blocks.0.ffn.s_emb.weight", 3), r"variant v7a.*blocks\.0\.ffn\.s_emb_x\.weight is missing"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(random_model, tmp_path, damage, words):
@@ -242,8 +243,8 @@ def test_a_truncated_safetensors(random_model, tmp_path):
     [
         ("missing.pth", "no such file"),
         ("file/x.pth", "no such file"),
-        ("file", "wanted a file name ending in .pth or .safetensors, got ''"),
-        ("x.bin", "wanted a file name ending in .pth or .safetensors, got '.bin'"),
+        ("file", "wanted a file name ending in .pth, .safetensors, .gguf, got ''"),
+        ("x.bin", "wanted a file name ending in .pth, .safetensors, .gguf, got '.bin'"),
         ("folder", "no weights here.*checkpoints/step"),
     ],
 )
@@ -289,8 +290,8 @@ def test_a_full_disk_leaves_the_old_file_whole(random_model, tmp_path, suffix):
         ("file/x.pth", "cannot be written: .*file is not a folder"),
         ("file/sub/x.safetensors", "cannot be written: Not a directory"),
         ("folder.pth", "cannot be written: Is a directory"),
-        ("new/x.bin", "wanted a file name ending in .pth or .safetensors, got '.bin'"),
-        ("new/x", "wanted a file name ending in .pth or .safetensors, got ''"),
+        ("new/x.bin", "wanted a file name ending in .pth, .safetensors, .gguf, got '.bin'"),
+        ("new/x", "wanted a file name ending in .pth, .safetensors, .gguf, got ''"),
     ],
 )
 def test_paths_that_cannot_be_written(random_model, tmp_path, name, words):
@@ -383,7 +384,7 @@ def test_the_optimizer_of_another_model_is_refused(trained, random_model, tmp_pa
     tensors = load_file(folder / run.OPTIMIZER)
     tensors["exp_avg.blocks.7.att.w0"] = tensors.pop("exp_avg.blocks.1.att.w0")
     save_file(tensors, folder / run.OPTIMIZER)
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: exp_avg\.blocks\.7\.att\.w0"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: .*exp_avg\.blocks\.7\.att\.w0 is not known"):
         run.restore(folder, *trained)
 
 
@@ -429,9 +430,10 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(trained, tmp_path, d
         (None, "manifest.json: missing or damaged"),
         ("{", "manifest.json: missing or damaged"),
         ("[]", "manifest.json: missing or damaged"),
-        ('{"format": 1}', "manifest.json: missing or damaged"),
-        ('{"format": 1, "files": {}}', "does not list model.safetensors"),
-        ('{"format": 2, "files": {}}', "wanted checkpoint format 1, got 2"),
+        ('{"format": 2}', "manifest.json: missing or damaged"),
+        ('{"format": 2, "seq": 1, "files": {}}', "its own sha256 does not confirm it"),
+        ('{"format": 1, "seq": 1, "files": {}}', "wanted checkpoint format 2, got 1"),
+        (run._sealed({"format": 2, "seq": 1, "files": {}}).decode(), r"config\.yaml is missing; model\.safetensors is"),
     ],
 )
 def test_a_folder_whose_manifest_does_not_fit_is_no_checkpoint(trained, tmp_path, manifest, words):
@@ -461,13 +463,70 @@ def test_what_a_killed_process_left_is_swept(trained, tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == [folder]
 
 
-def test_a_whole_checkpoint_is_never_overwritten_and_a_damaged_one_is_replaced(trained, tmp_path):
-    folder = save_step(tmp_path, 5, *trained)
-    with pytest.raises(CheckpointError, match=f"^{folder}: exists already"):
-        save_step(tmp_path, 5, *trained)
-    flip(folder / run.MODEL)
-    assert save_step(tmp_path, 5, *trained) == folder
-    run.verify(folder)
+def test_a_checkpoint_is_never_overwritten_and_the_last_that_was_written_is_the_newest(trained, tmp_path):
+    first = save_step(tmp_path, 5, *trained)
+    later = save_step(tmp_path, 10, *trained)
+    flip(later / run.MODEL)
+    assert run.newest(tmp_path) == first
+    again = save_step(tmp_path, 5, *trained)
+    flip(later / run.MODEL)  # whole once more, as after a reading error
+    assert re.fullmatch(r"step-00000005-[0-9a-f]{8}", again.name)
+    assert run.newest(tmp_path) == again  # though there is a higher step
+    assert json.loads((again / run.MANIFEST).read_text())["seq"] == 3
+    assert sorted((tmp_path / "checkpoints").iterdir()) == [first, again, later]
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_the_whole_ones_that_are_kept(trained, tmp_path):
+    folders = [save_step(tmp_path, n, *trained, keep=2) for n in (5, 10)]
+    flip(folders[1] / run.OPTIMIZER)
+    last = save_step(tmp_path, 15, *trained, keep=2)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == [*folders, last]
+    flip(last / run.MODEL)
+    said = []
+    assert run.newest(tmp_path, said.append) == folders[0]
+    assert [str(last / run.MODEL) in said[0], str(folders[1] / run.OPTIMIZER) in said[1]] == [True, True]
+    again = [save_step(tmp_path, n, *trained, keep=2) for n in (20, 25)]
+    assert sorted((tmp_path / "checkpoints").iterdir()) == again
+
+
+def test_what_was_verified_is_not_read_again_until_it_changes(trained, tmp_path, monkeypatch):
+    save_step(tmp_path, 5, *trained, keep=2)
+    monkeypatch.setattr(run, "_sha256", None)
+    save_step(tmp_path, 10, *trained, keep=2)
+    touched = save_step(tmp_path, 15, *trained, keep=3)
+    (touched / run.TRAINER).touch()
+    with pytest.raises(TypeError):
+        save_step(tmp_path, 20, *trained, keep=2)
+
+
+def test_the_files_are_what_the_safetensors_package_writes(trained, tmp_path):
+    model, optimizer = trained
+    folder = save_step(tmp_path, 5, model, optimizer)
+    mine = load_file(folder / run.MODEL)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "theirs")
+    assert_equal(model, mine)
+    assert (folder / run.MODEL).stat().st_size == pytest.approx((tmp_path / "theirs").stat().st_size, abs=64)
+    moments = load_file(folder / run.OPTIMIZER)
+    assert moments["unused.blocks.0.att.v0"].shape == (0,)
+    assert torch.equal(moments["exp_avg.head.weight"], optimizer.state[model.head.weight]["exp_avg"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_any_dtype_is_serialized(tmp_path, dtype):
+    tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.arange(7), "c": torch.zeros(0), "d": torch.tensor(2.5)}
+    (tmp_path / "x").write_bytes(b"".join(run._serialized(tensors)))
+    read = load_file(tmp_path / "x")
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["exp_avg.head.weight", "unused.blocks.0.att.v1", "step.emb.weight"])
+def test_a_moment_that_is_missing_is_named(trained, tmp_path, name):
+    folder = save_step(tmp_path, 2, *trained)
+    tensors = load_file(folder / run.OPTIMIZER)
+    del tensors[name]
+    save_file(tensors, folder / run.OPTIMIZER)
+    with pytest.raises(CheckpointError, match=rf"{name.removeprefix('unused.')} is missing"):
+        run.restore(folder, *trained)
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(trained, tmp_path):
@@ -480,7 +539,13 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(train
 
 def test_a_failed_save_leaves_the_older_checkpoints(trained, tmp_path):
     older = save_step(tmp_path, 5, *trained, keep=1)
-    with full_disk(), pytest.raises(CheckpointError, match="step-00000010: cannot be written: .*File too large"):
+    with (
+        full_disk(),
+        pytest.raises(
+            CheckpointError,
+            match=r"step-00000010: cannot be written: .*File too large.* needs [\d,]+ bytes, [\d,]+ are free",
+        ),
+    ):
         save_step(tmp_path, 10, *trained, keep=1)
     assert list((tmp_path / "checkpoints").iterdir()) == [older]
     run.verify(older)

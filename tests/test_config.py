@@ -38,10 +38,35 @@ def test_changed_sizes_follow_a_new_width_unless_they_are_special():
         config.changed(n_layers=3)
 
 
+def test_whether_ln0_is_applied_follows_the_variant_unless_it_was_said():
+    assert [ModelConfig(variant=variant).has_ln0 for variant in ("v7", "v7a", "v7b", "v8")] == [True] * 4
+    assert ModelConfig(variant="v8-hybrid").has_ln0 is False
+    assert ModelConfig(variant="v7").changed(variant="v8-hybrid").has_ln0 is False
+    assert ModelConfig(variant="v8-hybrid").changed(variant="v8").has_ln0 is True
+    assert ModelConfig(variant="v8-hybrid", has_ln0=True).changed(n_layer=3).has_ln0 is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "deep_embed", "has_attention"),
+    [
+        (dict(variant="v7"), None, False),
+        (dict(variant="v7a"), "low-rank", False),
+        (dict(variant="v7b"), "low-rank", True),
+        (dict(variant="v8"), "output", False),
+        (dict(variant="v8", deep_embed_4x=True), "hidden", False),
+        (dict(variant="v8-hybrid"), "output", True),
+        (dict(variant="v8-hybrid", deep_embed_4x=True), "hidden", True),
+    ],
+)
+def test_the_variant_decides_the_parts(changes, deep_embed, has_attention):
+    config = ModelConfig(**changes)
+    assert (config.deep_embed, config.has_attention) == (deep_embed, has_attention)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_model(name):
     config = ModelConfig.preset(name)
-    assert config.variant == {"rwkv7": "v7", "rwkv8": "v8"}[name.split("-")[0]]
+    assert config.variant == name.removeprefix("rwk").rpartition("-")[0]
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert ModelConfig.preset(name, n_layer=1).n_layer == 1
 
@@ -55,7 +80,10 @@ def test_released_ranks_are_those_of_the_files():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (dict(variant="v9"), ["variant", "v7, v8", "'v9'"]),
+        (dict(variant="v9"), ["variant", "v7, v7a, v7b, v8, v8-hybrid", "'v9'"]),
+        (dict(variant="v7a", deep_embed_4x=True), ["deep_embed_4x", "v8 and v8-hybrid", "v7a"]),
+        (dict(variant="v7", has_ln0=False), ["has_ln0 False", "v8-hybrid", "v7"]),
+        (dict(deep_embed_4x=1), ["deep_embed_4x", "bool", "1"]),
         (dict(n_layer=0), ["n_layer", "at least 1", "0"]),
         (dict(n_layer="4"), ["n_layer", "int", "'4'"]),
         (dict(n_layer=True), ["n_layer", "True"]),

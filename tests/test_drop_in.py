@@ -20,9 +20,11 @@ import heron
 from core.rwkv_training.rwkv_v8_model import RWKV_x070
 from heron.compat import x070
 from heron.errors import CheckpointError, ConfigError, DataError
+from heron.ops import _build
 
 REPOSITORY = Path(__file__).parents[1]
 NEVER_USED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
+NO_LN0 = {"blocks.0.ln0.weight", "blocks.0.ln0.bias"}  # in a v8-hybrid file, not used either
 IDS = [5, 1, 36, 0, 5, 5, 12, 30, 7, 7, 2, 19, 20, 21, 22, 3, 9, 14]
 
 
@@ -31,7 +33,7 @@ def args_for(path=None, **settings):
     return types.SimpleNamespace(MODEL_NAME=name, **settings)
 
 
-@pytest.fixture(params=["v7", "v8"])
+@pytest.fixture(params=["v7", "v7a", "v7b", "v8", "v8-hybrid"])
 def file(request, random_model, tmp_path):
     """A file of random fp32 weights: 3 layers, C 32, head size 16, V 37."""
     path = tmp_path / "weights.pth"
@@ -42,6 +44,10 @@ def file(request, random_model, tmp_path):
 @pytest.fixture
 def model(file):
     return RWKV_x070(args_for(file))
+
+
+def never_used(model):
+    return NEVER_USED if model.config.has_ln0 else NEVER_USED | NO_LN0
 
 
 def one_by_one(model, ids, state=None):
@@ -78,6 +84,7 @@ def test_a_sequence_is_its_tokens_one_by_one(file, dtype, tolerance):
         logits, state = model.forward_seq(IDS, None, full_output=True)
         singles, single_state = one_by_one(model, IDS)
         assert logits.shape == (len(IDS), 37)
+        tolerance *= max(1.0, *(float(part.abs().max()) for part in (logits, *state) if part.is_floating_point()))
         assert max_error([logits, *state], [singles, *single_state]) < tolerance
         for split in (1, 9, 17):  # prefill, then decode
             last, middle = model.forward_seq(IDS[:split])
@@ -103,7 +110,10 @@ def test_the_state_is_upstreams_list_and_stays_as_it_was(model):
     with torch.no_grad():
         _, state = model.forward_seq(IDS)
         assert type(state) is list
-        assert [tuple(part.shape) for part in state] == [(32,), (2, 16, 16), (32,)] * 3
+        n, codes = len(IDS), [(len(IDS), 32)] * 6
+        context = {"v7b": [(n,), *codes, *[(256,)] * 3], "v8-hybrid": [(n,), *codes]}
+        want = [(32,), (2, 16, 16), (32,)] * 3 + context.get(model.config.variant, [])
+        assert [tuple(part.shape) for part in state] == want
         kept = [part.clone() for part in state]
         parts = list(state)
         for call in (lambda: model.forward_one(3, state), lambda: model.forward_seq(IDS, state)):
@@ -119,7 +129,8 @@ def test_the_wkv_state_is_fp32_in_half_precision(file, dtype):
     model = RWKV_x070(args_for(file, dtype=dtype))
     with torch.no_grad():
         _, state = model.forward_one(3)
-    assert [part.dtype for part in state] == [dtype, torch.float32, dtype] * 3
+    assert [part.dtype for part in state[:9]] == [dtype, torch.float32, dtype] * 3
+    assert [part.dtype for part in state[9:]] == [torch.int64, *[dtype] * len(state[10:])][: len(state[9:])]
 
 
 def test_hidden_states_is_the_batched_form(model):
@@ -229,14 +240,14 @@ def loss_of(model, ids):
 def test_every_parameter_gets_a_gradient_and_moves(model):
     loss_of(model, IDS).backward()
     for name, parameter in model.named_parameters():
-        if name in NEVER_USED:
+        if name in never_used(model):
             assert parameter.grad is None or not parameter.grad.any()
         else:
             assert torch.isfinite(parameter.grad).all(), name
             assert parameter.grad.any(), name
     before = {name: value.clone() for name, value in model.state_dict().items()}
     heron.build_optimizer(model).step()
-    assert {name for name, value in model.state_dict().items() if torch.equal(value, before[name])} == NEVER_USED
+    assert {name for name, value in model.state_dict().items() if torch.equal(value, before[name])} == never_used(model)
 
 
 def test_the_loss_of_a_file_falls_over_20_steps(model):
@@ -256,11 +267,16 @@ def test_the_loss_of_a_file_falls_over_20_steps(model):
 
 def test_gradients_flow_through_the_state_and_into_the_first_one(file):
     model = RWKV_x070(args_for(file, dtype="fp64"))
-    used = {name: parameter for name, parameter in model.named_parameters() if name not in NEVER_USED}
+    used = {name: parameter for name, parameter in model.named_parameters() if name not in never_used(model)}
     _, zeros = model.forward_one(3)
 
+    def floats(state):
+        return [part for part in state if part.is_floating_point()]
+
     def grads(*pieces):
-        state = start = [(0.1 + torch.zeros_like(part)).requires_grad_() for part in zeros]
+        state = start = [
+            (0.1 + torch.zeros_like(part)).requires_grad_() if part.is_floating_point() else part for part in zeros
+        ]
         logits = []
         for piece in pieces:
             if isinstance(piece, int):
@@ -268,7 +284,7 @@ def test_gradients_flow_through_the_state_and_into_the_first_one(file):
             else:
                 out, state = model.forward_seq(piece, state, full_output=True)
             logits.append(out.view(-1, 37))
-        return torch.autograd.grad(torch.cat(logits).square().sum(), [*used.values(), *start])
+        return torch.autograd.grad(torch.cat(logits).square().sum(), [*used.values(), *floats(start)])
 
     whole = grads(IDS)
     assert all(grad.any() for grad in whole)
@@ -325,7 +341,8 @@ def test_z_serves_every_weight_in_the_layout_that_is_computed_with(model):
         assert got.grad_fn is not None or got is parameter
         parts = name.split(".")
         if name == "emb.weight":
-            want = F.layer_norm(parameter, (32,), tensors["blocks.0.ln0.weight"], tensors["blocks.0.ln0.bias"])
+            ln0 = tensors["blocks.0.ln0.weight"], tensors["blocks.0.ln0.bias"]
+            want = F.layer_norm(parameter, (32,), *ln0) if model.config.has_ln0 else parameter
         elif parts[-2] in ("receptance", "key", "value", "output"):
             want = parameter.t()
         elif parts[-1] == "r_k":
@@ -333,7 +350,7 @@ def test_z_serves_every_weight_in_the_layout_that_is_computed_with(model):
         else:
             want = parameter.squeeze()
         assert torch.equal(got, want), name
-        if name != "emb.weight":
+        if name != "emb.weight" or not model.config.has_ln0:
             assert got.data_ptr() == parameter.data_ptr(), name
         for key in (name, name.replace(".", "_")):
             assert key in model.z
@@ -361,7 +378,7 @@ def test_z_shows_the_weights_as_they_are_now_and_carries_gradients(model, random
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     emb = model.z["emb.weight"]
     (x @ model.z["blocks.1.att.key.weight"] + emb[:4]).square().sum().backward()
-    for name in ("blocks.1.att.key.weight", "emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias"):
+    for name in {"blocks.1.att.key.weight", "emb.weight", *NO_LN0} - (never_used(model) - NEVER_USED):
         assert model.get_parameter(name).grad.any(), name
     before = {name: value.detach().clone() for name, value in model.z.items()}
     heron.build_optimizer(model).step()
@@ -436,12 +453,21 @@ def test_defaults_are_set_and_what_is_set_stays(monkeypatch):
     ],
 )
 def test_settings_that_contradict_the_weights_are_refused(monkeypatch, settings, head_size, words):
+    monkeypatch.setattr(_build, "_forbidden", None)
     module = fresh_env_hijack(monkeypatch, **settings)
     if words is None:
         module.check_environment(head_size)
     else:
         with pytest.raises(ConfigError, match=words):
             module.check_environment(head_size)
+
+
+def test_jit_off_forbids_every_build(monkeypatch):
+    monkeypatch.setattr(_build, "_forbidden", None)
+    fresh_env_hijack(monkeypatch).check_environment(64)
+    assert _build._forbidden is None
+    fresh_env_hijack(monkeypatch, RWKV_JIT_ON="0").check_environment(64)
+    assert _build._forbidden == "RWKV_JIT_ON is 0"
 
 
 def test_the_model_obeys_the_environment(monkeypatch, file):

@@ -13,17 +13,19 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import heron
-from heron import machine, report, tokenizer, train
+from heron import faults, machine, report, tokenizer, train
 from heron.checkpoint import run
 from heron.data import binidx
-from heron.data.loader import load_corpus
+from heron.data.loader import Batches, load_corpus
 from heron.data.sampling import cubic_slot, magic_prime, permuted_starts
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
@@ -73,10 +75,11 @@ class StopAt(heron.Trainer):
         super().__init__(config)
         self._stop_step, self._number = step, number
 
-    def _step(self, step, *parts):
-        if step + 1 == self._stop_step:
+    def _gradients(self, parts, stream):
+        gradients = super()._gradients(parts, stream)
+        if stream.next_sample == self._stop_step * self.config.micro_bsz * self.config.accumulate:
             os.kill(os.getpid(), self._number)
-        return super()._step(step, *parts)
+        return gradients
 
 
 def fit(config, **options):
@@ -90,6 +93,10 @@ def steps(config):
 
 def validations(config):
     return [(r["step"], r["val_loss"], r["val_bpb"]) for r in report.read_log(config.out)[1]]
+
+
+def status_of(config):
+    return json.loads(Path(config.out, "run_status.json").read_text())
 
 
 def weights(config):
@@ -126,7 +133,8 @@ def test_the_run_folder(settings, tmp_path, capsys):
 
     resolved = heron.TrainConfig.from_yaml(out / "config.yaml")
     assert resolved == dataclasses.replace(config, threads=1)
-    assert json.loads((out / "run_status.json").read_text()) == {"status": "finished"}
+    status = {"status": "finished", "step": 9, "checkpoint": "step-00000009"}
+    assert json.loads((out / "run_status.json").read_text()) == status
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert len((out / "train_log.txt").read_text().splitlines()) == 1
 
@@ -149,7 +157,7 @@ def test_the_run_folder(settings, tmp_path, capsys):
     assert [path.name for path in checkpoints] == ["step-00000006", "step-00000009"]
     files = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer.json", "config.yaml"}
     assert all({path.name for path in folder.iterdir()} == files | {"manifest.json"} for folder in checkpoints)
-    assert run.trainer_of(checkpoints[1])["threads"] == 1
+    assert run.trainer_of(checkpoints[1])["exact"]["threads"] == 1
 
     torch.manual_seed(config.seed)
     assert_same_weights(heron.load(out / "rwkv-init.pth").state_dict(), heron.RWKV(MODEL).state_dict())
@@ -220,7 +228,7 @@ def test_a_run_that_was_stopped_and_goes_on_is_bit_equal(settings, tmp_path, cha
     cut = settings(**changes)
     fit(whole)
     assert StopAt(cut, 5).fit() == "preempted"
-    assert json.loads((tmp_path / "run" / "run_status.json").read_text()) == {"status": "preempted"}
+    assert status_of(cut) == {"status": "preempted", "step": 5, "checkpoint": "step-00000005"}
     assert [step for step, *_ in steps(cut)] == [1, 2, 3, 4, 5]
     assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
     assert fit(cut) == "finished"
@@ -241,8 +249,23 @@ def test_the_same_trainer_goes_on_after_each_signal(settings, tmp_path):
     assert_same_run(whole, cut)
 
 
-def test_a_signal_in_the_last_step_finishes(settings):
-    assert StopAt(settings(max_steps=3), 3).fit() == "finished"
+def test_a_signal_in_the_last_step_finishes_where_nothing_long_follows(settings):
+    assert StopAt(settings(max_steps=3, val_fraction=0.0), 3).fit() == "finished"
+
+
+def test_a_signal_in_the_last_step_leaves_its_validation_and_sample_for_later(settings, tmp_path):
+    whole, cut = (settings(out=str(tmp_path / name), sample_every=3, eval_every=3) for name in ("whole", "cut"))
+    fit(whole)
+    for step in (6, 8):
+        assert StopAt(cut, step).fit() == "preempted"
+        assert [at for at, *_ in validations(cut)] == ([3] if step == 6 else [3, 6])
+        assert run.trainer_of(run.newest(tmp_path / "cut"))["owed"] == ["validation", "sample"]
+    assert not (tmp_path / "cut" / "rwkv-final.pth").exists()
+    assert fit(cut) == "finished"
+    assert_same_run(whole, cut)
+    samples = [snapshot(Path(config.out) / "samples") for config in (whole, cut)]
+    assert [content for content, _ in samples[0].values()] == [content for content, _ in samples[1].values()]
+    assert len(samples[0]) == 3
 
 
 def test_a_stop_before_the_first_log_line_is_logged(settings):
@@ -264,10 +287,10 @@ import sys, time
 import heron
 
 class Slow(heron.Trainer):
-    def _step(self, step, *parts):
-        if step + 1 > 5:
+    def _gradients(self, parts, stream):
+        if stream.next_sample == 5 * self.config.micro_bsz:
             time.sleep(60)
-        return super()._step(step, *parts)
+        return super()._gradients(parts, stream)
 
 Slow(heron.TrainConfig.from_yaml(sys.argv[1])).fit()
 """
@@ -346,7 +369,7 @@ def test_a_kill_before_the_last_checkpoint_leaves_no_run_that_seems_finished(set
         patch.setattr(train, "save", functools.partial(_save_but_the_last, train.save))
         with pytest.raises(KeyboardInterrupt):
             fit(config)
-    assert json.loads((tmp_path / "run" / "run_status.json").read_text()) == {"status": "failed"}
+    assert status_of(config) == {"status": "failed", "step": 3, "checkpoint": None}
     assert fit(config) == "finished"
     assert (tmp_path / "run" / "rwkv-final.pth").exists()
 
@@ -501,7 +524,7 @@ def test_half_precision_weights_are_trained_in_fp32(settings, tmp_path):
         ("missing.pth", None, "no such file"),
         ("empty.pth", b"", "empty"),
         ("foreign.pth", b"PK\x03\x04 and more", "not a readable .pth"),
-        ("text.txt", b"weights", ".pth or .safetensors"),
+        ("text.txt", b"weights", ".pth, .safetensors, .gguf"),
     ],
 )
 def test_bad_weights_are_refused_by_file(settings, tmp_path, name, content, words):
@@ -549,30 +572,115 @@ def test_recomputing_blocks_changes_no_number(settings, tmp_path, monkeypatch):
     assert_same_run(plain, saving)
 
 
-@pytest.mark.parametrize(("where", "value"), [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan)])
+def faulty(config, fault, monkeypatch):
+    """A trainer with one wrong number in it."""
+    monkeypatch.setattr(faults, "allowed", True)
+    return heron.Trainer(config, _fault=fault)
+
+
+@pytest.mark.parametrize(("where", "value"), [("loss", "nan"), ("loss", "inf"), ("gradient", "nan")])
 def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_is_whole(
     settings, tmp_path, monkeypatch, where, value
 ):
     config = settings(save_every=2)
-    healthy, calls = heron.RWKV.loss, []
-
-    def poisoned(model, tokens, targets):
-        calls.append(1)
-        loss = healthy(model, tokens, targets)
-        if len(calls) == 4 and where == "gradient":
-            loss.register_hook(lambda gradient: gradient * value)
-        return loss * value if len(calls) == 4 and where == "loss" else loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(heron.RWKV, "loss", poisoned)
-        with pytest.raises(HeronError, match=r"step 4: .*(nan|inf)"):
-            fit(config)
-    assert json.loads((tmp_path / "run" / "run_status.json").read_text()) == {"status": "failed"}
+    with pytest.raises(HeronError, match=r"step 4: .*(nan|inf).*sample-6\.safetensors"):
+        faulty(config, f"{value}@{where}:forward=4", monkeypatch).fit()
+    assert status_of(config) == {"status": "failed", "step": 3, "checkpoint": "step-00000002"}
     assert len(steps(config)) == 3
     assert not (tmp_path / "run" / "rwkv-final.pth").exists()
     assert all(tensor.isfinite().all() for tensor in heron.load(tmp_path / "run").state_dict().values())
     assert fit(config) == "finished"
     assert [step for step, *_ in steps(config)] == list(range(1, 9))
+
+
+def test_a_fault_needs_leave_that_no_setting_gives(settings):
+    with pytest.raises(ConfigError, match="faults are for the tests"):
+        heron.Trainer(settings(), _fault="nan@loss:forward=1")
+
+
+@pytest.mark.parametrize("text", ["nan@loss", "nan@head:forward=1", "nan@loss:step=1", "nan"])
+def test_a_fault_that_is_none(settings, monkeypatch, text):
+    with pytest.raises(ConfigError, match="wanted VALUE@"):
+        faulty(settings(), text, monkeypatch)
+
+
+def refusals(config):
+    lines = Path(config.out, "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "refused" in record]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_skipped_batch_leaves_no_trace_but_its_record_even_over_a_stop(settings, tmp_path, monkeypatch, workers):
+    options = dict(on_nonfinite="skip", max_steps=6, save_every=2, num_workers=workers)
+    whole, cut = (settings(out=str(tmp_path / name), **options) for name in ("whole", "cut"))
+    faulty(whole, "inf@gradient:forward=3", monkeypatch).fit()
+    stopped = StopAt(cut, 5)  # during its fourth accepted step
+    stopped._fault = faults.parse("inf@gradient:forward=3")
+    assert stopped.fit() == "preempted"
+    assert fit(cut) == "finished"
+    assert_same_run(whole, cut)
+    for config in (whole, cut):
+        [record] = refusals(config)
+        assert (record["step"], record["action"], record["samples"]) == (3, "skipped", [4, 2])
+        dumped = load_file(Path(config.out, "bad", "step-00000003-sample-4.safetensors"))
+        corpus = load_corpus(config.data, tokenizer.load("bytes"), None, None, 256)
+        x, y = Batches(corpus.train, 32, 0, "text").batch(4, 2)
+        assert torch.equal(dumped["tokens"], x)
+        assert torch.equal(dumped["targets"], y)
+    assert run.trainer_of(run.newest(tmp_path / "cut"))["cursor"] == 14
+
+
+def test_a_weight_that_stays_bad_sends_the_run_back_once(settings, monkeypatch):
+    config = settings(on_nonfinite="skip", save_every=2)
+    assert faulty(config, "nan@weight:forward=6:lasting", monkeypatch).fit() == "finished"
+    [record] = refusals(config)
+    assert (record["step"], record["refused"], record["action"]) == (4, 6, "went back")
+    assert [step for step, *_ in steps(config)] == list(range(1, 9))
+    assert all(tensor.isfinite().all() for tensor in weights(config).values())
+    assert len(report.read_log(config.out)[0]) == 8
+    with pytest.raises(HeronError, match="no checkpoint to go back to"):
+        faulty(settings(on_nonfinite="skip", out=config.out + "-2"), "nan@weight:forward=2:lasting", monkeypatch).fit()
+
+
+def test_a_spike_is_skipped_and_the_guard_remembers_over_a_stop(settings, tmp_path, monkeypatch):
+    options = dict(on_nonfinite="skip", spike=3.0, max_steps=24)
+    whole, cut = (settings(out=str(tmp_path / name), **options) for name in ("whole", "cut"))
+    for config in (whole, cut):
+        trainer = faulty(config, "5@loss:forward=21", monkeypatch)
+        if config is cut:
+            stopping = StopAt(cut, 18)
+            assert stopping.fit() == "preempted"
+            trainer._fault = faults.parse("5@loss:forward=3")  # counted from where it goes on
+        assert trainer.fit() == "finished"
+        assert [record["refused"] for record in refusals(config)] == [21]
+    assert_same_run(whole, cut)
+
+
+def test_max_hours_saves_and_leaves_in_time(settings, tmp_path):
+    whole = settings(out=str(tmp_path / "whole"), max_steps=30)
+    fit(whole)
+    limited = settings(max_steps=30, max_hours=0.0)
+    said = []
+    while fit(limited, say=said.append) == "preempted":
+        done = status_of(limited)
+        assert done["checkpoint"] == f"step-{done['step']:08d}"
+        limited = dataclasses.replace(limited, max_hours=None if done["step"] >= 3 else 0.0)
+    assert done["step"] == 3
+    assert_same_run(whole, limited)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_workers_change_no_number(settings, tmp_path, workers):
+    alone, helped = settings(out=str(tmp_path / "alone"), accumulate=2), settings(accumulate=2, num_workers=workers)
+    for config in (alone, helped):
+        fit(config)
+    assert_same_run(alone, helped)
+
+
+def test_a_loader_worker_that_dies_is_named(settings, monkeypatch):
+    monkeypatch.setattr(Batches, "batch", lambda *_: os._exit(3))
+    with pytest.raises(DataError, match="loader worker 0 died with exit code 3 at sample 0"):
+        fit(settings(num_workers=2))
 
 
 # -- validation -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed left half written or half deleted in a folder."""
+    for rest in (*folder.glob(".tmp-*"), *folder.glob(".trash-*")):
+        if rest.is_dir():
+            shutil.rmtree(rest)
+        else:
+            rest.unlink()
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure `path` is untouched.
@@ -56,7 +65,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
     try:
-        temporary.mkdir(parents=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+            sync(path.parent.parent)
+        temporary.mkdir()
         yield temporary
         sync(temporary)
         os.rename(temporary, path)

@@ -1,18 +1,24 @@
 """Checkpoints of a run: weights, optimizer, random generators and position, written whole, verified when read.
 
 A checkpoint is a folder `checkpoints/step-00001000/`. Its `manifest.json`, written last, holds the size and sha256 of
-every other file; a folder without a manifest that fits is not a checkpoint.
+every other file, and its own; a folder without a manifest that fits is not a checkpoint. `seq` in the manifest counts
+the saves of a run: the newest checkpoint is the one with the largest, whatever its step.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import hashlib
 import json
+import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,7 +30,7 @@ try:
 except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
-from heron.checkpoint.atomic import new_folder, sync
+from heron.checkpoint import atomic
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError
 
@@ -32,8 +38,22 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
 TRAINER = "trainer.json"
+CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+
+_ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
+_UNUSED = "unused"  # stands for them where a parameter has had no gradient yet
+_RNG_NAMES = ("torch", "python", "python_gauss", "numpy", "numpy_position", "numpy_gauss", "cuda_devices")
+_DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8",
+}  # fmt: skip
+_SMALL = 1 << 20  # bytes that are put together before they are handed on
+_BACKLOG = 1 << 28  # bytes that may be written but not hashed yet
+_SMALL_FILES = 1 << 17  # bytes that are allowed for what is not a tensor
+
+_whole: dict[Path, list[tuple[str, int, int]]] = {}  # folder -> what its files looked like when it was verified
 
 
 def save(
@@ -45,39 +65,58 @@ def save(
     config_yaml: str,
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step-<step>` and delete the oldest beyond `keep`. Returns the new folder.
+    """Write `checkpoints/step-<step>`, then delete what is older than the newest `keep` whole ones.
+
+    A name that is taken is left alone: the new folder's then ends in 8 random digits.
 
     Args:
         trainer: what else the loop must know to go on, as JSON values; it holds "step".
 
+    Returns:
+        The new folder.
+
     Raises:
-        CheckpointError: the step has a whole checkpoint already (a damaged one is replaced), or the folder cannot be
-            written; older checkpoints are untouched.
+        CheckpointError: the folder cannot be written; older checkpoints are untouched, and the message says how many
+            bytes are needed and free.
     """
-    folder = run_folder / "checkpoints" / f"step-{step:08d}"
+    parent = run_folder / "checkpoints"
+    atomic.sweep(parent)
+    older = _folders(run_folder)
+    folder = parent / f"step-{step:08d}"
     if folder.exists():
-        if _is_whole(folder):
-            raise CheckpointError(f"{folder}: exists already; a checkpoint is never overwritten")
-        _discard(folder)
-    with new_folder(folder) as temporary:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.write(weights, temporary / MODEL)
-        safetensors.write(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        safetensors.write(_rng_tensors(), temporary / RNG)
-        (temporary / TRAINER).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
-        (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        files = {}
-        for path in sorted(temporary.iterdir()):
-            sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        manifest = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
-        (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
-        sync(temporary / MANIFEST)
-    older = [other for other in _folders(run_folder) if other.name < folder.name]  # a newer one is damaged
-    for old in older[keep - 1 :]:
-        _discard(old)
-    for rest in (*folder.parent.glob(".tmp-*"), *folder.parent.glob(".trash-*")):  # of a process that was killed
-        shutil.rmtree(rest)
+        folder = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}")
+    parts = {
+        MODEL: dict(model.state_dict()),
+        OPTIMIZER: _optimizer_tensors(model, optimizer),
+        RNG: _rng_tensors(),
+        TRAINER: json.dumps(trainer, indent=1, allow_nan=False).encode(),
+        CONFIG: config_yaml.encode(),
+    }
+    needed = _SMALL_FILES + sum(
+        tensor.numel() * tensor.element_size()
+        for part in parts.values()
+        if isinstance(part, dict)
+        for tensor in part.values()
+    )
+    try:
+        with atomic.new_folder(folder) as temporary, _Writer(temporary) as writer:
+            for name, part in parts.items():
+                writer.write(name, _serialized(part) if isinstance(part, dict) else [part])
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "seq": 1 + max((_sequence(other) for other in older), default=0),
+                "parent": older[0].name if older else None,
+                "files": writer.files(),
+            }
+            writer.write(MANIFEST, [_sealed(manifest)])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. A checkpoint needs {needed:,} bytes, {_free(run_folder)} are free; every older one is as it "
+            "was. Make room and run the same command again"
+        ) from error
+    _whole[folder] = _looks(folder)
+    _discard_beyond(keep, run_folder)
     return folder
 
 
@@ -104,25 +143,16 @@ def newest(run_folder: Path, say: Callable[[str], None] | None = None) -> Path |
 
 def verify(folder: Path) -> None:
     """Compare every file of a checkpoint with its manifest (CheckpointError names the file that differs)."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        found = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: missing or damaged: {error}") from None
-    if found != FORMAT:
-        raise CheckpointError(f"{folder}: wanted checkpoint format {FORMAT}, got {found}")
-    for name in (MODEL, OPTIMIZER, RNG, TRAINER):
-        if name not in files:
-            raise CheckpointError(f"{folder}: its manifest does not list {name}")
-    for name, (size, digest) in files.items():
+    manifest = _manifest(folder)
+    for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though the manifest lists it")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path}: wanted {size} bytes, got {path.stat().st_size}")
-        if _sha256(path) != digest:
+        if path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{path}: wanted {entry['bytes']} bytes, got {path.stat().st_size}")
+        if _sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: its sha256 is not the manifest's; the file was damaged or changed")
+    _whole[folder] = _looks(folder)
 
 
 @contextlib.contextmanager
@@ -151,20 +181,92 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     """Load a verified checkpoint into a model, its optimizer and the random generators; returns the trainer's record.
 
     Raises:
-        CheckpointError: the optimizer's tensors are not those of this model.
+        CheckpointError: a tensor of the model, the optimizer or the generators is missing, unknown or of another shape.
     """
-    model.load_state_dict(safetensors.read(folder / MODEL))
+    weights = safetensors.read(folder / MODEL)
+    check_names(folder / MODEL, weights, model.state_dict())
+    for name, parameter in model.state_dict().items():
+        if weights[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{folder / MODEL}: {name} must be {tuple(parameter.shape)}, got {tuple(weights[name].shape)}"
+            )
+    model.load_state_dict(weights)
     _restore_optimizer(folder / OPTIMIZER, model, optimizer)
-    _restore_rng(safetensors.read(folder / RNG))
+    _restore_rng(folder / RNG)
     return trainer_of(folder)
 
 
+def check_names(path: Path, got: Iterable[str], wanted: Iterable[str]) -> None:
+    """CheckpointError unless a saved state consists of exactly the parts that are wanted."""
+    got, wanted = set(got), set(wanted)
+    problems = [f"{name} is missing" for name in sorted(wanted - got)]
+    problems += [f"{name} is not known" for name in sorted(got - wanted)]
+    if problems:
+        rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{path}: {'; '.join(problems[:3])}{rest}; was it saved by another version of Heron?")
+
+
 def _folders(run_folder: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first."""
-    return sorted((run_folder / "checkpoints").glob("step-*"), reverse=True)
+    """Checkpoint folders of a run, newest first; before them those whose manifest cannot tell."""
+    return sorted((run_folder / "checkpoints").glob("step-*"), key=_order, reverse=True)
+
+
+def _order(folder: Path) -> tuple[bool, int, str]:
+    sequence = _sequence(folder)
+    return sequence == 0, sequence, folder.name
+
+
+def _sequence(folder: Path) -> int:
+    """The number of a save, from 1; 0 where the manifest is missing or damaged."""
+    try:
+        return _manifest(folder)["seq"]
+    except CheckpointError:
+        return 0
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which its own sha256 confirms to the byte."""
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        found = manifest["format"]
+        if found == FORMAT:
+            _ = manifest["seq"] + 1, [entry["bytes"] + len(entry["sha256"]) for entry in manifest["files"].values()]
+        sealed = _sealed({name: value for name, value in manifest.items() if name != "sha256"})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: missing or damaged: {error}") from None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder}: wanted checkpoint format {FORMAT}, got {found}")
+    if sealed != content:
+        raise CheckpointError(f"{path}: its own sha256 does not confirm it; the file was damaged or changed")
+    check_names(path, manifest["files"], (MODEL, OPTIMIZER, RNG, TRAINER, CONFIG))
+    return manifest
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as bytes, with the sha256 of what it is while that field is empty."""
+    digest = hashlib.sha256(json.dumps({**manifest, "sha256": ""}, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
+
+
+def _discard_beyond(keep: int, run_folder: Path) -> None:
+    """Delete what is older than the newest `keep` whole checkpoints. One that is not whole takes no place of theirs."""
+    kept = 0
+    for folder in _folders(run_folder):
+        if kept == keep:
+            trash = folder.with_name(f".trash-{folder.name}")  # so that a half-deleted folder never has a valid name
+            folder.rename(trash)
+            shutil.rmtree(trash)
+            _whole.pop(folder, None)
+        elif _is_whole(folder):
+            kept += 1
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint verifies. One that did and looks the same is not read again."""
+    if _whole.get(folder) == _looks(folder):
+        return True
     try:
         verify(folder)
     except CheckpointError:
@@ -172,10 +274,17 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _discard(folder: Path) -> None:
-    trash = folder.with_name(f".trash-{folder.name}")  # so that a half-deleted folder never has a valid name
-    folder.rename(trash)
-    shutil.rmtree(trash)
+def _looks(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file."""
+    entries = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
+    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in entries)
+
+
+def _free(run_folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(run_folder).free:,}"
+    except OSError:
+        return "an unknown number"
 
 
 def _sha256(path: Path) -> str:
@@ -183,22 +292,110 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Writer:
+    """Writes files onto the disk, and takes their sha256 in another thread meanwhile."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._behind: collections.deque[tuple[concurrent.futures.Future[None], int]] = collections.deque()
+        self._bytes_behind = 0
+        self._written: dict[str, tuple[int, Any]] = {}
+
+    def write(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Write a new file and force it onto the disk."""
+        digest, size = hashlib.sha256(), 0
+        with open(self._folder / name, "xb") as file:
+            for piece in pieces:
+                self._behind.append((self._pool.submit(digest.update, piece), len(piece)))
+                self._bytes_behind += len(piece)
+                file.write(piece)
+                size += len(piece)
+                self._catch_up(_BACKLOG)
+            file.flush()
+            os.fsync(file.fileno())
+        self._written[name] = size, digest
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of each file written so far."""
+        self._catch_up(0)
+        return {name: {"bytes": size, "sha256": digest.hexdigest()} for name, (size, digest) in self._written.items()}
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+    def _catch_up(self, allowed: int) -> None:
+        """Wait until no more than so many bytes are to be hashed; they are held in memory until then."""
+        while self._bytes_behind > allowed:
+            future, size = self._behind.popleft()
+            future.result()
+            self._bytes_behind -= size
+
+
+def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes]:
+    """A .safetensors file piece by piece: no second copy of all the weights is ever made.
+
+    Source of the format: huggingface/safetensors, README. Wide types come first so that each begins at a multiple of
+    its size, as the format's readers want it.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    small = bytearray(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        raw = memoryview(flat.view(torch.uint8).numpy())
+        if len(small) + len(raw) < _SMALL:
+            small += raw
+            continue
+        yield small
+        yield raw
+        small = bytearray()
+    yield small
+
+
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{part}.{name}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for part, value in optimizer.state.get(parameter, {}).items()
-    }
+    tensors = {}
+    for name in _trained(model, optimizer):
+        state = optimizer.state.get(model.get_parameter(name)) or {_UNUSED: torch.zeros(0)}
+        tensors |= {f"{part}.{name}": value for part, value in state.items()}
+    return tensors
 
 
 def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    parameters = dict(model.named_parameters())
+    tensors = safetensors.read(path)
+    wanted = [
+        f"{part}.{name}"
+        for name in _trained(model, optimizer)
+        for part in ((_UNUSED,) if f"{_UNUSED}.{name}" in tensors else _ADAMW)
+    ]
+    check_names(path, tensors, wanted)
     optimizer.state.clear()
-    for key, value in safetensors.read(path).items():
+    for key, value in tensors.items():
         part, name = key.split(".", 1)
-        if name not in parameters or value.dim() and value.shape != parameters[name].shape:
-            raise CheckpointError(f"{path}: {key} {tuple(value.shape)} has no parameter of that name and shape")
-        optimizer.state[parameters[name]][part] = value.to(parameters[name].device)
+        parameter = model.get_parameter(name)
+        if part == _UNUSED:
+            continue
+        if value.dim() and value.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {key} must be {tuple(parameter.shape)}, got {tuple(value.shape)}")
+        optimizer.state[parameter][part] = value.to(parameter.device)
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters that the optimizer has."""
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in known]
 
 
 def _rng_tensors() -> dict[str, Tensor]:
@@ -206,6 +403,7 @@ def _rng_tensors() -> dict[str, Tensor]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     if version != 3 or name != "MT19937":
         raise CheckpointError(f"unknown random generators: python version {version}, numpy {name}")
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(internal, dtype=torch.int64),
@@ -213,17 +411,21 @@ def _rng_tensors() -> dict[str, Tensor]:
         "numpy": torch.from_numpy(keys.astype(np.int64)),
         "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-        **{f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())},
+        "cuda_devices": torch.tensor([len(devices)], dtype=torch.int64),
+        **{f"cuda.{i}": state for i, state in enumerate(devices)},
     }
 
 
-def _restore_rng(tensors: dict[str, Tensor]) -> None:
+def _restore_rng(path: Path) -> None:
+    tensors = safetensors.read(path)
+    n_devices = int(tensors["cuda_devices"]) if "cuda_devices" in tensors else 0
+    check_names(path, tensors, (*_RNG_NAMES, *(f"cuda.{i}" for i in range(n_devices))))
     torch.set_rng_state(tensors["torch"])
     gauss = tensors["python_gauss"].tolist()
     random.setstate((3, tuple(tensors["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = tensors["numpy_position"].tolist()
     keys = tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, position, has_gauss, tensors["numpy_gauss"].item()))
-    for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" in tensors:
+    if torch.cuda.is_initialized():
+        for i in range(min(n_devices, torch.cuda.device_count())):
             torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.data.binidx import is_binidx, open_binidx
+from heron.data.binidx import check_ids, is_binidx, open_binidx
 from heron.data.corpora import read_documents
 from heron.data.prepare import encode_document
 from heron.data.sampling import SampleOrder, magic_prime
@@ -20,7 +20,7 @@ from heron.tokenizer import Tokenizer
 __all__ = ["Batches", "Corpus", "load_corpus", "load_tokens", "read_documents", "training_text"]
 
 TEXT_VAL_FRACTION = 0.1
-_BLOCK = 1 << 24  # tokens checked or decoded at a time
+_BLOCK = 1 << 24  # tokens decoded at a time
 _END_BYTES = 1 << 20  # of a binidx array that go into its fingerprint, from each end
 
 
@@ -151,8 +151,9 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray, int | None]:
     """Training tokens, validation tokens (the last `val_fraction`) and their `val_bytes`."""
     if is_binidx(data):
-        tokens = open_binidx(data).tokens
-        _check_ids(data, tokens, vocab_size)
+        pair = open_binidx(data)
+        check_ids(pair, vocab_size)
+        tokens = pair.tokens
         cut = len(tokens) - int(len(tokens) * val_fraction)
         return tokens[:cut], tokens[cut:], _count_bytes(data, tokens[cut + 1 :], tokenizer)
     head, tail = _split(list(read_documents(data)), val_fraction, between_words=not tokenizer.is_text)
@@ -187,17 +188,6 @@ def _split(
 def _encode(documents: list[tuple[str, str]], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     ids = [encode_document(tokenizer, where, text, vocab_size) for where, text in documents]
     return np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
-
-
-def _check_ids(data: str, tokens: np.ndarray, vocab_size: int) -> None:
-    for first in range(0, len(tokens), _BLOCK):
-        block = tokens[first : first + _BLOCK]
-        if block.max() >= vocab_size or block.min() < 0:
-            at = int(((block >= vocab_size) | (block < 0)).argmax())
-            raise DataError(
-                f"{data}: id {block[at]} at position {first + at} is outside the vocabulary of {vocab_size}; "
-                "use the vocab_size and tokenizer that the data were made with"
-            )
 
 
 def _count_bytes(data: str, tokens: np.ndarray, tokenizer: Tokenizer) -> int | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import sys
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from heron import __version__
 from heron import tokenizer as tokenizers
 from heron.data.binidx import BinidxWriter, bin_path
 from heron.data.corpora import read_documents, text_files
@@ -27,6 +30,8 @@ from heron.tokenizer import Tokenizer, id_dtype
 
 CONTEXT_LENGTHS = (512, 1024, 2048, 4096)
 CHUNK_CHARACTERS = 1 << 20  # text of one job
+COMMIT_BYTES = 1 << 26  # of text, between two times that the work is forced onto the disk
+MOST_SKIPPED = 100  # lines and documents, beside one in a thousand
 JOBS_WORTH_PROCESSES = 16  # starting processes costs as much as encoding so many jobs
 
 _Document = tuple[str, str]  # where it comes from, its text
@@ -44,6 +49,8 @@ class PrepareStats:
         text_bytes: UTF-8 bytes of the text.
         max_id: highest id.
         magic_primes: by context length, the prime of RWKV-LM's sample order, or None where the data are too small.
+        skipped: jsonl lines and documents that could not be used and were left out.
+        resumed_at: documents that an earlier run, which was stopped, had already read.
     """
 
     out: Path
@@ -53,6 +60,8 @@ class PrepareStats:
     text_bytes: int
     max_id: int
     magic_primes: dict[int, int | None]
+    skipped: int = 0
+    resumed_at: int = 0
 
     @property
     def bytes_per_token(self) -> float:
@@ -61,9 +70,11 @@ class PrepareStats:
 
     def __str__(self) -> str:
         primes = ", ".join(f"{prime or 'none'} at {ctx_len}" for ctx_len, prime in self.magic_primes.items())
+        skipped = f"{self.skipped:,} skipped: see {_skip_log(self.out)}\n" if self.skipped else ""
+        resumed = f"went on after {self.resumed_at:,} documents of a run that was stopped\n" if self.resumed_at else ""
         return (
-            f"{self.out}: {self.tokens:,} tokens of {self.documents:,} documents ({self.empty_documents:,} empty ones "
-            f"left out)\n"
+            f"{resumed}{self.out}: {self.tokens:,} tokens of {self.documents:,} documents "
+            f"({self.empty_documents:,} empty ones left out)\n{skipped}"
             f"{self.text_bytes:,} bytes of text, {self.bytes_per_token:.3f} a token; highest id {self.max_id}\n"
             f"magic primes by ctx_len: {primes}"
         )
@@ -112,47 +123,147 @@ def prepare(
     vocab_size: int | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    on_bad_line: str = "stop",
+    hashes: bool = False,
 ) -> PrepareStats:
     """Write the documents of `inputs`, in order, as ``out.bin`` and ``out.idx``, the same for any number of `workers`.
 
+    Killed or stopped by an error, it goes on at the next call with the same inputs and settings from where it last
+    forced its work onto the disk, which it does for every COMMIT_BYTES of text; the files come out the same to the bit.
+
     Args:
         inputs: sources that :func:`heron.data.corpora.read_documents` reads.
-        out: path of the pair without suffix; nothing appears there before all is done.
+        out: path of the pair without suffix; nothing has that name before all is done.
         tokenizer: spec for :func:`heron.tokenizer.load`.
         workers: processes that encode; 1: this one. None: one for each CPU, but this one while there is little text.
         vocab_size: of the model, when it is not the tokenizer's; it decides between uint16 and int32.
         progress: show a bar while standard error is a terminal.
         overwrite: replace an existing pair.
+        on_bad_line: "stop" at the first jsonl line, or text that the tokenizer does not give back; or "skip" them:
+            they are counted, and named in ``out.skipped.log``.
+        hashes: keep a sha256 of each block beside the pair (see :mod:`heron.data.checks`).
 
     Raises:
-        ConfigError: an unknown tokenizer or built-in corpus, or fewer than one worker.
-        DataError: a document that cannot be used (file and line named), nothing to write, or an `out` that exists or
-            cannot be written.
+        ConfigError: an unknown tokenizer, built-in corpus or `on_bad_line`, or fewer than one worker.
+        DataError: a document that cannot be used (file, line and byte named); more than MOST_SKIPPED and one in a
+            thousand to be skipped; nothing to write; an `out` that exists or cannot be written.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: wanted at least 1, got {workers}")
+    if on_bad_line not in ("stop", "skip"):
+        raise ConfigError(f"on_bad_line: wanted stop or skip, got {on_bad_line!r}")
     if Path(out).is_dir():
         raise DataError(f"{out}: wanted the path of a pair of files, got a folder; try {Path(out, 'data')}")
     if vocab_size is None:
         vocab_size = tokenizers.load(tokenizer).vocab_size
-    documents = tokens = text_bytes = empty_documents = max_id = 0
-    with (
-        BinidxWriter(out, id_dtype(vocab_size), overwrite) as writer,
-        _progress_bar(inputs, progress and sys.stderr.isatty()) as advance,
-        contextlib.closing(_encoded(inputs, tokenizer, vocab_size, workers)) as chunks,
-    ):
+    job = _job(inputs, tokenizer, vocab_size, hashes)
+    with BinidxWriter(out, id_dtype(vocab_size), overwrite, job, hashes) as writer:
+        done = _Progress(**(writer.state or {}))
+        resumed_at = done.read
+        if on_bad_line == "stop" and done.bad_documents:
+            raise DataError(done.bad_documents[0])
+        if not writer.finished:
+            with _progress_bar(inputs, progress and sys.stderr.isatty()) as advance:
+                _encode_into(writer, done, inputs, tokenizer, vocab_size, workers, on_bad_line == "skip", advance)
+            if not done.tokens:
+                raise DataError(f"{', '.join(inputs)}: wanted text, got {done.empty_documents} empty documents")
+            _write_skip_log(bin_path(out), [*done.bad_lines, *done.bad_documents])
+            writer.commit(dataclasses.asdict(done))
+    primes = {ctx_len: magic_prime(done.tokens, ctx_len) for ctx_len in CONTEXT_LENGTHS}
+    return PrepareStats(
+        bin_path(out), done.documents, done.empty_documents, done.tokens, done.text_bytes, done.max_id, primes,
+        len(done.bad_lines) + len(done.bad_documents), resumed_at,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a run has come; this goes onto the disk with each commit.
+
+    Attributes:
+        read: documents that have been dealt with, whatever became of them.
+        bad_lines: why lines were skipped; a run that goes on reads, and skips, them again.
+        bad_documents: why documents were skipped that the tokenizer does not give back.
+    """
+
+    read: int = 0
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty_documents: int = 0
+    max_id: int = 0
+    bad_lines: list[str] = dataclasses.field(default_factory=list)
+    bad_documents: list[str] = dataclasses.field(default_factory=list)
+
+    def check_skipped(self) -> None:
+        """DataError when so much is skipped that something else must be wrong."""
+        skipped = len(self.bad_lines) + len(self.bad_documents)
+        if skipped > MOST_SKIPPED + self.read // 1000:
+            raise DataError(
+                f"{skipped:,} lines or documents of the first {self.read + len(self.bad_lines):,} cannot be used, "
+                f"too many to skip; the last: {[*self.bad_documents, *self.bad_lines][-1]}"
+            )
+
+
+def _encode_into(
+    writer: BinidxWriter,
+    done: _Progress,
+    inputs: list[str],
+    tokenizer: str,
+    vocab_size: int,
+    workers: int | None,
+    skip: bool,
+    advance: Callable[[int], None],
+) -> None:
+    """Append every document behind the first `done.read` ones, and commit now and then."""
+
+    def refuse(error: DataError) -> None:
+        done.bad_lines.append(str(error))
+        done.check_skipped()
+
+    done.bad_lines.clear()
+    committed = done.text_bytes
+    advance(committed)
+    sources = (read_documents(source, refuse if skip else None) for source in inputs)
+    documents = itertools.islice(itertools.chain.from_iterable(sources), done.read, None)
+    with contextlib.closing(_encoded(documents, tokenizer, vocab_size, workers, skip)) as chunks:
         for chunk in chunks:
             writer.append(chunk.tokens, chunk.sizes)
-            documents += len(chunk.sizes)
-            tokens += len(chunk.tokens)
-            text_bytes += chunk.text_bytes
-            empty_documents += chunk.empty_documents
-            max_id = max(max_id, int(chunk.tokens.max(initial=0)))
+            done.read += len(chunk.sizes) + chunk.empty_documents + len(chunk.refusals)
+            done.documents += len(chunk.sizes)
+            done.tokens += len(chunk.tokens)
+            done.text_bytes += chunk.text_bytes
+            done.empty_documents += chunk.empty_documents
+            done.max_id = max(done.max_id, int(chunk.tokens.max(initial=0)))
+            done.bad_documents += chunk.refusals
+            done.check_skipped()
             advance(chunk.text_bytes)
-        if not tokens:
-            raise DataError(f"{', '.join(inputs)}: wanted text, got {empty_documents} empty documents")
-    primes = {ctx_len: magic_prime(tokens, ctx_len) for ctx_len in CONTEXT_LENGTHS}
-    return PrepareStats(bin_path(out), documents, empty_documents, tokens, text_bytes, max_id, primes)
+            if done.text_bytes - committed >= COMMIT_BYTES:
+                committed = done.text_bytes
+                writer.commit(dataclasses.asdict(done))
+
+
+def _job(inputs: list[str], tokenizer: str, vocab_size: int, hashes: bool) -> str:
+    """Digest of all that decides what is written, the inputs by size and time of their files."""
+    parts: list[object] = [__version__, tokenizer, vocab_size, hashes, sys.version]
+    sources = [tokenizer] if Path(tokenizer).is_file() else []
+    for source in [*sources, *inputs]:
+        parts.append(source)
+        if not source.startswith("builtin:"):
+            stats = [(path, path.stat()) for path in text_files(source)]
+            parts += [(str(path), status.st_size, status.st_mtime_ns) for path, status in stats]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _skip_log(out: Path) -> Path:
+    return out.with_suffix(".skipped.log")
+
+
+def _write_skip_log(out: Path, skipped: list[str]) -> None:
+    if skipped:
+        _skip_log(out).write_text("\n".join([*skipped, ""]), encoding="utf-8")
+    else:
+        _skip_log(out).unlink(missing_ok=True)
 
 
 class _Chunk(NamedTuple):
@@ -162,24 +273,27 @@ class _Chunk(NamedTuple):
     sizes: list[int]
     text_bytes: int
     empty_documents: int
+    refusals: list[str]
 
 
-def _encoded(inputs: list[str], spec: str, vocab_size: int, workers: int | None) -> Iterator[_Chunk]:
-    """The chunks of `inputs` in their order, encoded here or in `workers` processes, a few of them at a time."""
-    chunks = _chunks(itertools.chain.from_iterable(map(read_documents, inputs)))
+def _encoded(
+    documents: Iterable[_Document], spec: str, vocab_size: int, workers: int | None, skip: bool
+) -> Iterator[_Chunk]:
+    """`documents` in chunks and in their order, encoded here or in `workers` processes, a few of them at a time."""
+    chunks = _chunks(documents)
     head = list(itertools.islice(chunks, JOBS_WORTH_PROCESSES))
     if workers is None:
         workers = _cpus() if len(head) == JOBS_WORTH_PROCESSES else 1
     if workers == 1:
         tokenizer = tokenizers.load(spec)
-        for documents in itertools.chain(head, chunks):
-            yield _encode_chunk(tokenizer, vocab_size, documents)
+        for chunk in itertools.chain(head, chunks):
+            yield _encode_chunk(tokenizer, vocab_size, chunk, skip)
         return
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     waiting: deque[Future[_Chunk]] = deque()
     try:
-        for documents in itertools.chain(head, chunks):
-            waiting.append(executor.submit(_work, spec, vocab_size, documents))
+        for chunk in itertools.chain(head, chunks):
+            waiting.append(executor.submit(_work, spec, vocab_size, chunk, skip))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -203,17 +317,25 @@ def _chunks(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
         yield chunk
 
 
-def _encode_chunk(tokenizer: Tokenizer, vocab_size: int, documents: list[_Document]) -> _Chunk:
-    ids, text_bytes = [], 0
+def _encode_chunk(tokenizer: Tokenizer, vocab_size: int, documents: list[_Document], skip: bool) -> _Chunk:
+    """The ids of `documents`; those that cannot be encoded are left out if `skip`."""
+    ids, refusals, text_bytes = [], [], 0
     for where, text in documents:
-        ids.append(encode_document(tokenizer, where, text, vocab_size))
+        try:
+            ids.append(encode_document(tokenizer, where, text, vocab_size))
+        except DataError as error:
+            if not skip:
+                raise
+            refusals.append(str(error))
+            continue
         text_bytes += len(text.encode("utf-8"))
     sizes = [len(document) for document in ids if len(document)]
-    return _Chunk(np.concatenate(ids), sizes, text_bytes, len(ids) - len(sizes))
+    tokens = np.concatenate([np.empty(0, np.uint8), *ids])
+    return _Chunk(tokens, sizes, text_bytes, len(ids) - len(sizes), refusals)
 
 
-def _work(spec: str, vocab_size: int, documents: list[_Document]) -> _Chunk:
-    return _encode_chunk(_worker_tokenizer(spec), vocab_size, documents)
+def _work(spec: str, vocab_size: int, documents: list[_Document], skip: bool) -> _Chunk:
+    return _encode_chunk(_worker_tokenizer(spec), vocab_size, documents, skip)
 
 
 @functools.cache

@@ -2,6 +2,7 @@ import pydoc_data.topics
 
 import pytest
 
+from heron.data import corpora
 from heron.data.corpora import builtin, read_documents
 from heron.errors import ConfigError, DataError
 
@@ -70,6 +71,38 @@ def test_bad_lines_are_named(tmp_path, line, message):
     assert next(documents) == (f"{path}, line 1", "good")
     with pytest.raises(DataError, match=f"a.jsonl, line 3: .*{message}"):
         next(documents)
+
+
+def test_bad_lines_can_be_passed_over_and_are_handed_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = b'{"text": "good"}'
+    path.write_bytes(b"\n".join([b"bad", good, b"", b"\xff", good, b'{"text": 1}']))
+    refusals = []
+    documents = list(read_documents(str(path), refusals.append))
+    assert documents == [(f"{path}, line 2", "good"), (f"{path}, line 5", "good")]
+    assert all(isinstance(refusal, DataError) for refusal in refusals)
+    assert [str(refusal) for refusal in refusals] == [
+        f"{path}, line 1: not JSON: Expecting value at character 0 (the line begins at byte 0)",
+        f"{path}, line 4: not UTF-8: byte 0xff at position 0: invalid start byte (the line begins at byte 22)",
+        f'{path}, line 6: wanted a string under "text", got int there (the line begins at byte 41)',
+    ]
+
+
+@pytest.mark.parametrize("last", [b"", b"\n", b'\n{"text": "after"}'])
+def test_a_line_that_is_too_long_is_refused_and_the_next_one_read(tmp_path, monkeypatch, last):
+    monkeypatch.setattr(corpora, "LONGEST_LINE", 20)
+    monkeypatch.setattr(corpora, "_PIECE", 7)
+    path = tmp_path / "a.jsonl"
+    for extra in range(40):
+        line = b'{"text": "' + b"a" * extra + b'"}'
+        path.write_bytes(b'{"text": "b"}\n' + line + last)
+        refusals = []
+        texts = [text for _, text in read_documents(str(path), refusals.append)]
+        wanted = ["b", *(["a" * extra] if len(line) <= 20 else []), *(["after"] if b"after" in last else [])]
+        assert texts == wanted, extra
+        assert len(refusals) == (len(line) > 20)
+    assert "line 2: wanted at most 20 bytes in a line, got more" in str(refusals[0])
+    assert "begins at byte 14" in str(refusals[0])
 
 
 @pytest.mark.parametrize(("data", "place"), [(b"ab\n\nc\xe9d", r"position 5 \(line 3\)"), (b"\x80", "position 0:")])

@@ -116,7 +116,7 @@ def test_bytes_of_a_binidx_are_unknown_for_integers(pair):
 
 
 def test_ids_outside_the_vocabulary_are_named(tmp_path, pair, monkeypatch):
-    monkeypatch.setattr("heron.data.loader._BLOCK", 7)
+    monkeypatch.setattr("heron.data.binidx._TOKENS", 7)
     with pytest.raises(DataError, match="pair: id 31 at position 30 is outside the vocabulary of 31"):
         load(pair, vocab_size=31)
     write(tmp_path / "signed", [[70000, 2, 3, 4, 5, 6, 7, 8, 9]], vocab_size=70001)

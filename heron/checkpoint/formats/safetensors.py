@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from heron import strict_json
 from heron.errors import CheckpointError
+
+MOST_TENSORS = 5_000
+LONGEST_NAME = 256
+LARGEST_HEADER = 1 << 21  # bytes
+_METADATA = "__metadata__"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Named tensors of a .safetensors file, in memory of their own: the file may change while they live."""
+    """Named tensors of a .safetensors file, in memory of their own: the file may change while they live.
+
+    Raises:
+        CheckpointError: the file is damaged, or its header announces something else than named tensors of a known
+            dtype that fill the rest of the file one after another.
+    """
     try:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
+        announced = _announced(path)
+        loaded = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable .safetensors file: {error}") from error
+    for name in announced.keys() | loaded.keys():
+        got = loaded.get(name)
+        if got is None or (got.dtype, tuple(got.shape)) != announced.get(name):
+            raise CheckpointError(f"{path}: {name!r}: the library reads another tensor than the header announces")
+    return {name: tensor.clone() for name, tensor in loaded.items()}
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -25,3 +50,54 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def _announced(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor by the header; ValueError when that does not describe the file to the byte.
+
+    Source of the format: huggingface/safetensors, README.
+    """
+    with open(path, "rb") as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_bytes <= min(LARGEST_HEADER, file_bytes - 8):
+            raise ValueError(f"a header of {header_bytes:,} bytes in a file of {file_bytes:,}: no such file, or cut")
+        text = file.read(header_bytes)
+    if not text.startswith(b"{"):
+        raise ValueError("its header does not begin with '{'")
+    header = strict_json.loads(text)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{_METADATA!r}: wanted texts by name")
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"wanted at most {MOST_TENSORS:,} tensors, got {len(header):,}")
+    regions = sorted((*_region(name, entry), name) for name, entry in header.items())
+    last = 0
+    for begin, end, name in regions:
+        if begin != last:
+            raise ValueError(f"{name!r}: wanted it at byte {last:,} of the data, got {begin:,}")
+        last = end
+    if last != file_bytes - 8 - header_bytes:
+        raise ValueError(f"wanted {last:,} bytes of data, got {file_bytes - 8 - header_bytes:,}")
+    return {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def _region(name: str, entry: Any) -> tuple[int, int]:
+    """Where the data of a tensor begin and end, which its shape and dtype must confirm."""
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(f"wanted names of at most {LONGEST_NAME} printable characters, got {name[:80]!r}")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r}: wanted dtype, shape and data_offsets")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{name!r}: wanted a dtype of {', '.join(_DTYPES)}, got {str(entry['dtype'])[:40]!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!r}: shape {str(shape)[:80]} with data_offsets {str(offsets)[:80]}")
+    needed = math.prod(shape) * _DTYPES[entry["dtype"]].itemsize
+    if offsets[1] - offsets[0] != needed:
+        raise ValueError(f"{name!r}: {entry['dtype']} {shape} needs {needed:,} bytes, got {offsets[1] - offsets[0]:,}")
+    return offsets[0], offsets[1]
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)

@@ -1,0 +1,169 @@
+"""A signal at any moment of a run: within 5 s it is saved and gone with code 75, and nothing of it is left running.
+
+SIGTERM, SIGINT and SIGUSR1, to the process or to its whole group (as a batch system sends them), in each phase: while
+the data are read, in a forward pass, between two forward passes of one step, while a worker is awaited, in a
+validation, in a sample, and in a save; with 0 and 2 loader workers. A tenth of the trials send a second signal, which
+ends the process at once and must leave the newest checkpoint whole. The control lets the workers take the signal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from heron import cli, train
+from heron.checkpoint import run as checkpoints
+from heron.config import TrainConfig
+from heron.data import background, loader
+from heron.errors import HeronError
+from tests.torture import minute
+from tests.torture.result import Result
+
+SECONDS = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PHASES = {  # name -> (object, function that begins the phase, which of its calls)
+    "data": (train, "load_corpus", 1),
+    "forward": (train.machine, "autocast", 9),
+    "accumulation": (train.machine, "autocast", 10),
+    "waiting": (background.Stream, "take", 3),
+    "validation": (train, "evaluate", 1),
+    "sample": (train, "generate", 1),
+    "save": (checkpoints, "save", 2),
+}
+
+
+def run(trials: int, seed: int) -> Result:
+    """Send a signal to `trials` runs."""
+    draw, failures, slowest = random.Random(seed), [], 0.0
+    with tempfile.TemporaryDirectory(prefix="heron-signals-") as name:
+        folder = Path(name)
+        minute.reference(folder)
+        cases = list(itertools.product(PHASES, (0, 2), ("process", "group")))
+        for trial in range(trials):
+            phase, workers, target = cases[trial % len(cases)]
+            number, twice = draw.choice(SIGNALS), trial % 10 == 9
+            seconds, problem = _trial(folder, phase, workers, target, number, twice)
+            slowest = max(slowest, seconds)
+            if problem:
+                failures.append(f"{number.name} to the {target} in {phase}, {workers} workers: {problem}")
+        controls = max(2, trials // 20)
+        patient = minute.replaced(background, "_SECONDS_BETWEEN_LOOKS", 5.0)  # the death is seen before the request
+        with patient, minute.replaced(background, "_ignore_signals", _obey_signals):
+            caught = sum(
+                _trial(folder, "waiting", 2, "group", signal.SIGTERM, False)[1] is not None for _ in range(controls)
+            )
+    return Result(
+        "a signal in any phase: saved, status right, nothing left running",
+        trials,
+        100,
+        failures,
+        "loader workers that die of the signal: nothing is saved",
+        caught,
+        controls,
+        f"slowest exit {slowest:.1f} s",
+    )
+
+
+def _trial(
+    folder: Path, phase: str, workers: int, target: str, number: signal.Signals, twice: bool
+) -> tuple[float, str | None]:
+    """Seconds from the signal to the end, and what went wrong."""
+    settings = minute.config(
+        folder, out=str(folder / "signalled"), accumulate=2, max_steps=5000, num_workers=workers, eval_every=4,
+        sample_every=3, sample_tokens=50,
+    )  # fmt: skip
+    shutil.rmtree(settings.out, ignore_errors=True)
+    sent_at = folder / "sent"
+    sent_at.unlink(missing_ok=True)
+    arguments = minute.command(settings, folder)
+
+    def send() -> None:
+        sent_at.write_text(repr(time.monotonic()))
+        for _ in range(1 + twice):
+            os.kill(os.getpid(), number) if target == "process" else os.killpg(os.getpgrp(), number)
+            time.sleep(0.01)
+
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        train.plot = lambda *_: None
+        holder, function, call = PHASES[phase]
+        original, count = getattr(holder, function), itertools.count(1)
+
+        def at_the_phase(*parts, **options):
+            if next(count) == call:
+                threading.Thread(target=send).start()
+            return original(*parts, **options)
+
+        setattr(holder, function, at_the_phase)
+        if phase == "waiting":
+            loader.Batches.batch = _slow(loader.Batches.batch)
+        return cli.main(arguments)
+
+    pid = minute.child(work, folder / "output.txt")
+    code = minute.wait(pid)
+    seconds = time.monotonic() - float(sent_at.read_text()) if sent_at.exists() else float("inf")
+    return seconds, _problem(settings, folder, code, seconds, pid, number, twice)
+
+
+def _problem(
+    settings: TrainConfig, folder: Path, code: int | None, seconds: float, pid: int, number: int, twice: bool
+) -> str | None:
+    left = _wait_for_group(pid)
+    if left:
+        return f"{left} processes were left"
+    if seconds > SECONDS:
+        return f"it took {seconds:.1f} s"
+    out = Path(settings.out)
+    try:
+        newest = checkpoints.newest(out) if out.exists() else None
+        step = checkpoints.trainer_of(newest)["step"] if newest else None
+    except HeronError as error:
+        return f"the checkpoint: {error}"
+    if twice and code in (-number, 130):
+        return None
+    if code != 75:
+        return f"exit code {code}: {minute.said(folder)}"
+    wanted = {"status": "preempted", "step": step, "checkpoint": newest.name if newest else None}
+    if minute.status(settings) != wanted or step is None:
+        return f"status {minute.status(settings)}, wanted {wanted}"
+    logged = [record[0] for record in minute.curve(settings)[0]]
+    return None if logged == list(range(1, step + 1)) else f"saved step {step}, logged {logged[-1:]}"
+
+
+def _wait_for_group(group: int) -> int:
+    """How many processes of a group are still there when all had a second to go."""
+    deadline = time.monotonic() + 1
+    while _members(group) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return _members(group)
+
+
+def _members(group: int) -> int:
+    count = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it went while we looked
+        count += int(fields[2]) == group and fields[0] != "Z"
+    return count
+
+
+def _slow(batch):
+    def slowly(*parts):
+        time.sleep(0.4)
+        return batch(*parts)
+
+    return slowly
+
+
+def _obey_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
