@@ -1,19 +1,36 @@
-"""How well a model predicts a text: loss in nats per token, perplexity, bits per byte."""
+"""How well a model predicts: loss, perplexity and bits per byte of a text; LAMBADA; multiple choice.
+
+Everything can be computed in GPT mode (sequences at once, what training runs) and in RNN mode (token by token through
+the decoder, what generation runs); the numbers are the same but for rounding.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from typing import NamedTuple
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from heron import ops
-from heron.errors import ConfigError, DataError
+from heron import ops, strict_json
+from heron.checkpoint.atomic import new_file
+from heron.data.corpora import read_documents
+from heron.errors import ConfigError, DataError, did_you_mean
+from heron.generation.decoder import FusedDecoder, ModelDecoder, decoder_of
 from heron.model import RWKV
+from heron.tokenizer import Tokenizer
 
+MODES = ("gpt", "rnn")
+FIGURES = (
+    "loss", "perplexity", "bits_per_byte", "lambada_perplexity", "lambada_accuracy", "accuracy", "accuracy_per_byte",
+)  # fmt: skip
 _TOKENS_PER_PASS = 4096
+_ROWS = 8  # sequences that RNN mode reads side by side
 
 
 class Evaluation(NamedTuple):
@@ -25,12 +42,40 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+        """exp(loss); infinite where that is too large for a number."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is after its context."""
+
+    logprob: float  # sum over its tokens, in nats
+    greedy: bool  # whether every one of its tokens is the likeliest
+
+
+class Lambada(NamedTuple):
+    """The outcome of :func:`lambada`."""
+
+    perplexity: float  # exp of minus the mean, over texts, of the last word's log-probability
+    accuracy: float  # share of texts whose last word greedy decoding would have written
+    n_texts: int
+
+
+class MultipleChoice(NamedTuple):
+    """The outcome of :func:`multiple_choice`."""
+
+    accuracy: float  # the right choice has the highest log-probability
+    accuracy_per_byte: float  # ... the highest log-probability per UTF-8 byte of the choice
+    n_questions: int
 
 
 def evaluate(
-    model: RWKV, tokens: np.ndarray, ctx_len: int, n_bytes: int | None = None, autocast: torch.autocast | None = None
+    model: RWKV,
+    tokens: np.ndarray,
+    ctx_len: int,
+    n_bytes: int | None = None,
+    autocast: torch.autocast | None = None,
+    mode: str = "gpt",
 ) -> Evaluation:
     """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state.
 
@@ -40,17 +85,24 @@ def evaluate(
         ctx_len: tokens of one window.
         n_bytes: UTF-8 bytes that tokens[1:] stand for.
         autocast: the precision context of the training run, if any.
+        mode: "gpt" or "rnn".
 
     Raises:
-        ConfigError: a ctx_len below 1.
-        DataError: fewer than two tokens.
+        ConfigError: a ctx_len below 1, or an unknown mode.
+        DataError: fewer than two tokens, or an id outside the vocabulary.
     """
     if ctx_len < 1:
         raise ConfigError(f"ctx_len: wanted at least 1, got {ctx_len}")
+    _check_mode(mode)
     n_targets = len(tokens) - 1
     if n_targets < 1:
         raise DataError(f"evaluate: wanted at least 2 tokens, got {len(tokens)}")
     device = next(model.parameters()).device
+    if mode == "rnn":
+        windows = (tokens[i : i + ctx_len + 1].tolist() for i in range(0, n_targets, ctx_len))
+        total = -sum(score.logprob for score in loglikelihoods(model, ((w[:1], w[1:]) for w in windows), mode))
+        return _evaluation(total, n_targets, n_bytes)
+
     full = n_targets // ctx_len
     inputs = np.asarray(tokens[: full * ctx_len], dtype=np.int64).reshape(full, ctx_len)
     targets = np.asarray(tokens[1 : full * ctx_len + 1], dtype=np.int64).reshape(full, ctx_len)
@@ -64,8 +116,266 @@ def evaluate(
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
         for x, y in passes:
             total += _nll(model, torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
-    bits = total / math.log(2) / n_bytes if n_bytes else None
-    return Evaluation(total / n_targets, n_targets, bits)
+    return _evaluation(total, n_targets, n_bytes)
+
+
+def loglikelihoods(
+    model: RWKV, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], mode: str = "gpt"
+) -> list[Likelihood]:
+    """The likelihood of each continuation after its context.
+
+    Args:
+        pairs: (context, continuation) token ids, at least one each.
+        mode: "gpt" (sequences of like length share a pass, padded at their ends) or "rnn".
+
+    Raises:
+        ConfigError: an unknown mode.
+        DataError: an empty context or continuation (its number is named), or an id outside the vocabulary.
+    """
+    _check_mode(mode)
+    pairs = [(list(context), list(continuation)) for context, continuation in pairs]
+    for number, pair in enumerate(pairs):
+        if not all(pair):
+            raise DataError(f"pair {number}: wanted at least one token of context and of continuation")
+    by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    results: dict[int, Likelihood] = {}
+    with torch.inference_mode():
+        decoder = decoder_of(model, _ROWS) if mode == "rnn" else None
+        for numbers in _passes(by_length, pairs, mode):
+            together = [pairs[i] for i in numbers]
+            scores = _in_parallel(model, together) if decoder is None else _one_by_one(model, decoder, together)
+            results.update(zip(numbers, scores, strict=True))
+    return [results[i] for i in range(len(pairs))]
+
+
+def lambada(
+    model: RWKV, tokenizer: Tokenizer, path: str | Path, mode: str = "gpt", limit: int | None = None
+) -> Lambada:
+    """Predict the last word of each text, which begins at its last space.
+
+    Source of the definition: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v8_rc00_demo.py: a text starts from token 0 (here: the
+    tokenizer's end of document), context and word are encoded apart, the word with its space.
+
+    Args:
+        path: a jsonl with `{"text": ...}` lines.
+        limit: only so many texts; None: all.
+
+    Raises:
+        ConfigError: a tokenizer without end of document; a limit below 1.
+        DataError: a bad line, a text without a space before its last word, or no text at all.
+    """
+    start, pairs = _start_of(tokenizer), []
+    for where, text in _limited(read_documents(str(path)), limit):
+        context, space, word = text.rstrip().rpartition(" ")
+        if not context.strip() or not word:
+            raise DataError(f"{where}: wanted a text of two words or more, got {text[:60]!r}")
+        pairs.append(([*start, *tokenizer.encode(context)], tokenizer.encode(space + word)))
+    if not pairs:
+        raise DataError(f"{path}: holds no text")
+    scores = loglikelihoods(model, pairs, mode)
+    mean = sum(score.logprob for score in scores) / len(scores)
+    return Lambada(
+        math.exp(-mean) if mean > -700 else math.inf, sum(score.greedy for score in scores) / len(scores), len(scores)
+    )
+
+
+def multiple_choice(
+    model: RWKV, tokenizer: Tokenizer, path: str | Path, mode: str = "gpt", limit: int | None = None
+) -> MultipleChoice:
+    """Answer questions by the likelihood of each choice after the question. The first of equals is taken.
+
+    Args:
+        path: a jsonl with `{"question": str, "choices": [str, ...], "answer": int}` lines, `answer` counting from 0.
+            Question and choice are joined as they are: give choices their leading space.
+        limit: only so many questions; None: all.
+
+    Raises:
+        ConfigError: a tokenizer without end of document; a limit below 1.
+        DataError: a bad line (its number is named), or no question at all.
+    """
+    start, pairs, questions = _start_of(tokenizer), [], []
+    for where, row in _limited(_records(Path(path)), limit):
+        question, choices, answer = (row.get(key) for key in ("question", "choices", "answer"))
+        if not (isinstance(question, str) and isinstance(choices, list) and len(choices) > 1):
+            raise DataError(f'{where}: wanted {{"question": text, "choices": two texts or more, "answer": number}}')
+        if not all(isinstance(choice, str) and choice for choice in choices):
+            raise DataError(f"{where}: wanted choices that are texts of at least one character, got {choices!r:.80}")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise DataError(f"{where}: answer: wanted 0 to {len(choices) - 1}, got {answer!r:.40}")
+        context = [*start, *tokenizer.encode(question)]
+        pairs += [(context, tokenizer.encode(choice)) for choice in choices]
+        questions.append(([len(choice.encode()) for choice in choices], answer))
+    if not questions:
+        raise DataError(f"{path}: holds no question")
+    scores = iter(loglikelihoods(model, pairs, mode))
+    right = right_per_byte = 0
+    for lengths, answer in questions:
+        logprobs = [next(scores).logprob for _ in lengths]
+        per_byte = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
+        right += logprobs.index(max(logprobs)) == answer
+        right_per_byte += per_byte.index(max(per_byte)) == answer
+    return MultipleChoice(right / len(questions), right_per_byte / len(questions), len(questions))
+
+
+def step_of(path: str | Path) -> int | None:
+    """The training step in the name of a checkpoint folder (step-00001000) or a file inside one; None elsewhere."""
+    names = (Path(path).name, Path(path).parent.name)
+    return next((int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))), None)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The figures of several evaluations, one line each."""
+    keys = ["model", *_shared_figures(results)]
+    lines = [keys] + [[_cell(result[key]) for key in keys] for result in results]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(columns))
+        for columns in (list(zip(line, widths, strict=True)) for line in lines)
+    )
+
+
+def write(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """The results as JSON, a list of objects; a number that is not finite becomes null. The file appears whole."""
+    plain = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()}
+        for result in results
+    ]
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+
+
+def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
+    """Draw each figure of several evaluations over the training step (or in the given order where one has none).
+
+    Args:
+        results: as the JSON of `heron eval` holds them: "model", "step" (or None), and numbers.
+        out: the picture, .png or .svg.
+
+    Raises:
+        ConfigError: another ending.
+    """
+    from matplotlib.figure import Figure
+
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"plot: wanted a picture named .png or .svg, got {out}")
+    keys = _shared_figures(results)
+    has_steps = all(result["step"] is not None for result in results)
+    ordered = sorted(results, key=lambda result: result["step"]) if has_steps else results
+    figure = Figure(figsize=(4.4 * len(keys), 3.6), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        x = [result["step"] for result in ordered] if has_steps else [Path(result["model"]).name for result in ordered]
+        axes.plot(x, [result[key] for result in ordered], marker="o")
+        axes.set_title(key.replace("_", " "), loc="left")
+        axes.set_xlabel("step" if has_steps else "")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    return out
+
+
+def _shared_figures(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the figures that every result has."""
+    return [key for key in FIGURES if all(result.get(key) is not None for result in results)]
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _evaluation(total: float, n_targets: int, n_bytes: int | None) -> Evaluation:
+    return Evaluation(total / n_targets, n_targets, total / math.log(2) / n_bytes if n_bytes else None)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"mode: wanted {' or '.join(MODES)}, got {mode!r}.{did_you_mean(mode, MODES)}")
+
+
+def _start_of(tokenizer: Tokenizer) -> list[int]:
+    if tokenizer.eod is None:
+        raise ConfigError(f"tokenizer {tokenizer.spec}: has no end-of-document token, from which every text starts")
+    return [tokenizer.eod]
+
+
+def _limited(records: Iterator[tuple[str, Any]], limit: int | None) -> Iterator[tuple[str, Any]]:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: wanted at least 1, got {limit}")
+    for number, record in enumerate(records):
+        if number == limit:
+            return
+        yield record
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a jsonl with where they stand."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = strict_json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{where}: {error}") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: wanted an object, got {type(row).__name__}")
+                yield where, row
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _passes(by_length: list[int], pairs: list[tuple[list[int], list[int]]], mode: str) -> Iterator[list[int]]:
+    """Numbers of pairs that are computed together, longest first: so many tokens, in RNN mode so many rows."""
+    while by_length:
+        context, continuation = pairs[by_length[0]]
+        n = _ROWS if mode == "rnn" else max(1, _TOKENS_PER_PASS // (len(context) + len(continuation)))
+        yield by_length[:n]
+        by_length = by_length[n:]
+
+
+def _in_parallel(model: RWKV, pairs: list[tuple[list[int], list[int]]]) -> list[Likelihood]:
+    """One pass. What follows a sequence changes nothing in it, so that zeros may fill up the rows."""
+    inputs = [(context + continuation)[:-1] for context, continuation in pairs]
+    longest = max(map(len, inputs))
+    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=model.emb.weight.device)
+    hidden, _ = model.hidden_states(padded)
+    return [
+        _likelihood(model.head(hidden[i, len(context) - 1 : len(context) - 1 + len(continuation)]), continuation)
+        for i, (context, continuation) in enumerate(pairs)
+    ]
+
+
+def _one_by_one(
+    model: RWKV, decoder: FusedDecoder | ModelDecoder, pairs: list[tuple[list[int], list[int]]]
+) -> list[Likelihood]:
+    """Token by token; `pairs` are sorted, longest first."""
+    for row in range(len(pairs)):
+        decoder.write(row, None)
+    inputs = [(context + continuation)[:-1] for context, continuation in pairs]
+    outside = [token for ids in inputs for token in ids if not 0 <= token < model.config.vocab_size]
+    if outside:
+        raise DataError(f"tokens: ids must be 0 to {model.config.vocab_size - 1}, got {outside[0]}")
+    wanted: list[list[Tensor]] = [[] for _ in pairs]
+    for position in range(len(inputs[0])):
+        rows = [row for row, ids in enumerate(inputs) if position < len(ids)]
+        logits = decoder.step(rows, [inputs[row][position] for row in rows])
+        for row, line in zip(rows, logits, strict=True):
+            if position >= len(pairs[row][0]) - 1:
+                wanted[row].append(line)
+    return [_likelihood(torch.stack(lines), pairs[row][1]) for row, lines in enumerate(wanted)]
+
+
+def _likelihood(logits: Tensor, continuation: list[int]) -> Likelihood:
+    """Of the tokens that logits (n, V) stand before."""
+    V = logits.shape[1]
+    if not all(0 <= token < V for token in continuation):
+        raise DataError(f"tokens: ids must be 0 to {V - 1}, got {min(continuation)} to {max(continuation)}")
+    targets = torch.tensor(continuation, device=logits.device)
+    log_probs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    picked = log_probs.gather(1, targets.unsqueeze(1)).double().sum()
+    return Likelihood(float(picked), bool((logits.argmax(dim=-1) == targets).all()))
 
 
 def _nll(model: RWKV, x: Tensor, y: Tensor) -> float:

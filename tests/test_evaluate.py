@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import heron
+from heron import cli, machine, tokenizer
 from heron import evaluate as module
-from heron import machine
 from heron.errors import ConfigError, DataError
-from heron.evaluate import evaluate
+from heron.evaluate import evaluate, loglikelihoods
 
 
 def literal(model, tokens, ctx_len):
@@ -82,3 +84,188 @@ def test_an_id_outside_the_vocabulary_is_refused(random_model):
 def test_a_window_without_length_is_refused(random_model):
     with pytest.raises(ConfigError, match="ctx_len: wanted at least 1, got 0"):
         evaluate(random_model(), np.arange(9), 0)
+
+
+# -- RNN mode, LAMBADA, multiple choice -----------------------------------------------------------------------------
+
+PAIRS = [([1, 2, 3], [4, 5]), ([7], [8]), ([9, 10, 11, 12, 13, 14], [15, 16, 17]), ([1], [2, 3, 4, 5]), ([7], [8])]
+
+
+def by_hand(model, context, continuation):
+    with torch.no_grad():
+        logits = model(torch.tensor([[*context, *continuation]]))[0][0].double()
+    lines = logits[len(context) - 1 : -1].log_softmax(-1)
+    target = torch.tensor(continuation)
+    return lines.gather(1, target[:, None]).sum().item(), bool((lines.argmax(-1) == target).all())
+
+
+@pytest.mark.parametrize("variant", ["v8", "v7a", "v8-hybrid"])
+def test_both_modes_give_the_same_numbers(random_model, monkeypatch, variant):
+    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 12)
+    monkeypatch.setattr(module, "_ROWS", 2)
+    model = random_model(variant=variant)
+    wanted = [by_hand(model, *pair) for pair in PAIRS]
+    best = int(model(torch.tensor([[3, 4]]))[0][0, -1].argmax())
+    pairs = [*PAIRS, ([3, 4], [best])]
+    for mode in module.MODES:
+        got = loglikelihoods(model, pairs, mode)
+        assert [score.logprob for score in got[:-1]] == pytest.approx([w[0] for w in wanted], abs=2e-4)
+        assert [score.greedy for score in got] == [w[1] for w in wanted] + [True]
+    tokens = np.random.default_rng(0).integers(0, 37, 45)
+    gpt, rnn = (evaluate(model, tokens, 16, n_bytes=100, mode=mode) for mode in module.MODES)
+    assert rnn.loss == pytest.approx(gpt.loss, abs=1e-5)
+    assert rnn.bits_per_byte == pytest.approx(gpt.bits_per_byte, abs=1e-5)
+    assert rnn.n_targets == gpt.n_targets == 44
+
+
+@pytest.mark.parametrize("mode", ["gpt", "rnn"])
+def test_pairs_that_cannot_be_scored_are_refused(random_model, mode):
+    for bad in (([], [1]), ([1], [])):
+        with pytest.raises(DataError, match="pair 1"):
+            loglikelihoods(random_model(), [([1], [1]), bad], mode)
+    for bad in (([1, 37], [1]), ([1], [1, 37]), ([1], [-1])):
+        with pytest.raises(DataError, match="0 to 36"):
+            loglikelihoods(random_model(), [bad], mode)
+
+
+def test_an_unknown_mode_is_refused(random_model):
+    for call in (
+        lambda: loglikelihoods(random_model(), [], "rn"),
+        lambda: evaluate(random_model(), [1, 2], 4, mode="rn"),
+    ):
+        with pytest.raises(ConfigError, match="mode: wanted gpt or rnn, got 'rn'. Did you mean 'rnn'"):
+            call()
+
+
+@pytest.fixture
+def reader(random_model):
+    return random_model(vocab_size=256), tokenizer.load("bytes")
+
+
+@pytest.mark.parametrize("mode", ["gpt", "rnn"])
+def test_lambada_is_the_upstream_definition(reader, tmp_path, mode):
+    model, letters = reader
+    texts = ["one two three", 'He said,\n"never again', "ein zw\u00f6lfter"]
+    path = tmp_path / "l.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    scores = []
+    for text in texts:
+        cut = text.rindex(" ")
+        scores.append(by_hand(model, [0, *text[:cut].encode()], list(text[cut:].encode())))
+    got = module.lambada(model, letters, path, mode)
+    assert got.perplexity == pytest.approx(math.exp(-sum(s for s, _ in scores) / 3), rel=1e-4)
+    assert got.accuracy == sum(greedy for _, greedy in scores) / 3
+    assert got.n_texts == 3
+    assert module.lambada(model, letters, path, mode, limit=2).n_texts == 2
+
+
+def test_lambada_counts_a_text_when_every_token_of_the_word_is_the_likeliest(reader, tmp_path):
+    model, letters = reader
+    with torch.no_grad():  # it says a thousand letters x, after each of which comes another
+        model.ln_out.weight.zero_()
+        model.ln_out.bias.fill_(1.0)
+        model.head.weight.zero_()
+        model.head.weight[ord("x")] = 1.0
+    scores = loglikelihoods(model, [([0, 111], [120, 120]), ([0, 111], [120, 32]), ([0, 111], [32, 120])])
+    assert [score.greedy for score in scores] == [True, False, False]
+    path = tmp_path / "l.jsonl"
+    path.write_text('{"text": "one"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="two words"):
+        module.lambada(model, letters, path)
+    path.write_text('{"text": "one xx"}\n', encoding="utf-8")
+    assert module.lambada(model, letters, path).accuracy == 0  # its first token is the space
+
+
+def test_multiple_choice_by_hand(reader, tmp_path):
+    model, letters = reader
+    unlikely = min("abcdefgh", key=lambda letter: by_hand(model, [0, *b"Who?"], [ord(letter)])[0])
+    rows = [
+        {
+            "question": "Who?",
+            "choices": [unlikely, "nobody", "th\u00e9y", "anyone", "somebody else"],
+        },  # one byte or many
+        {"question": "2+2=", "choices": ["4", "5"]},
+        {"question": "Where", "choices": [" here", " x"]},
+    ]
+    right = 0
+    for row in rows:
+        scores = [by_hand(model, [0, *row["question"].encode()], list(c.encode()))[0] for c in row["choices"]]
+        row["answer"] = int(np.argmax(np.array(scores) / [len(c.encode()) for c in row["choices"]]))
+        right += int(np.argmax(scores)) == row["answer"]
+    rows.append({**rows[1], "answer": 1 - rows[1]["answer"]})
+    assert right < 3  # else the two scores could not be told apart
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    for mode in module.MODES:
+        got = module.multiple_choice(model, letters, path, mode)
+        assert got == (right / 4, 3 / 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: wanted an object, got list"),
+        ('{"question": "a", "choices": ["b"], "answer": 0}', "line 2: wanted"),
+        ('{"question": 3, "choices": ["b", "c"], "answer": 0}', "line 2: wanted"),
+        ('{"question": "a", "choices": ["b", ""], "answer": 0}', "line 2: wanted choices"),
+        ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "line 2: answer: wanted 0 to 1, got 2"),
+        ('{"question": "a", "choices": ["b", "c"], "answer": true}', "line 2: answer"),
+        ('{"question": "a", "choices": ["b", "c"], "answer": "A"}', "line 2: answer"),
+        ('{"question": "\\ud800", "choices": ["b", "c"], "answer": 0}', "surrogate"),
+    ],
+)
+def test_a_bad_question_is_located(reader, tmp_path, line, words):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        module.multiple_choice(*reader, path)
+
+
+def test_nothing_to_score_is_refused(reader, tmp_path, random_model):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for score in (module.lambada, module.multiple_choice):
+        with pytest.raises(DataError, match="holds no"):
+            score(*reader, empty)
+        with pytest.raises(DataError, match=r"none\.jsonl"):
+            score(*reader, tmp_path / "none.jsonl")
+        with pytest.raises(ConfigError, match="end-of-document"):
+            score(random_model(), tokenizer.load("integers:37"), empty)
+        with pytest.raises(ConfigError, match="limit"):
+            score(*reader, empty, limit=0)
+
+
+def test_results_as_json_table_and_plot(reader, tmp_path, capsys):
+    model, _ = reader
+    for step in (20, 3):
+        (tmp_path / f"step-{step:08}").mkdir()
+        heron.save(model, tmp_path / f"step-{step:08}" / "model.pth")
+        with torch.no_grad():
+            model.head.weight.mul_(0.9)
+    (tmp_path / "t.jsonl").write_text('{"text": "one two three"}\n')
+    (tmp_path / "q.jsonl").write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}\n')
+    models = [str(tmp_path / f"step-{step:08}" / "model.pth") for step in (20, 3)]
+    words = ["eval", *models, "--data", f"{tmp_path}/t.jsonl", "--lambada", f"{tmp_path}/t.jsonl", "--ctx_len", "8"]
+    words += ["--choices", f"{tmp_path}/q.jsonl", "--mode", "rnn", "--json", f"{tmp_path}/r.json"]
+    assert cli.main([*words, "--plot", f"{tmp_path}/r.png"]) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert [result["step"] for result in results] == [20, 3]
+    assert [result["model"] for result in results] == models
+    for result, line in zip(results, out.splitlines()[1:3], strict=True):
+        tokens = np.array([*b"one two three", 0])
+        score = evaluate(heron.load(result["model"]), tokens, 8, 12)
+        assert result["loss"] == pytest.approx(score.loss, abs=1e-5)
+        assert result["bits_per_byte"] == pytest.approx(score.bits_per_byte, abs=1e-5)
+        assert result["lambada_texts"] == result["questions"] == 1
+        assert line.split()[1] == f"{result['loss']:.4f}"
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="png"):
+        module.plot(results, tmp_path / "r.gif")
+
+
+def test_a_number_that_json_lacks_becomes_null(tmp_path):
+    module.write([{"model": "x", "perplexity": math.inf}], tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == [{"model": "x", "perplexity": None}]
+    assert module.Evaluation(1e4, 1, None).perplexity == math.inf

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import heron
-from heron import generation, tokenizer
+from heron import tokenizer
 from heron.errors import ConfigError, DataError, HeronError
-from heron.generation import Sampling, generate, sample, stream
+from heron.generation import Sampling, engine, generate, sample, stream
 
 GREEDY = Sampling(temperature=0)
 
@@ -279,7 +279,7 @@ def test_an_empty_prompt_starts_from_the_end_of_document():
 
 
 def test_each_token_costs_one_step_and_the_prompt_no_logits(monkeypatch):
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 3)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 3)
     model = saying([1], 2)
     assert generate(model, Pieces("a", "b"), "abababab", 2) == "bb"
     assert model.prefilled == [[[0, 1, 0]], [[1, 0, 1]], [[0]]]
@@ -297,7 +297,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(monkeypatch, length)
     prompt = "bagkfihcjedabcdefg"[:length]
     whole = generate(model, letters, prompt, 30, top_p=1.0)
     model.lengths.clear()
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 4)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 4)
     assert generate(model, letters, prompt, 30, top_p=1.0) == whole
     assert len(set(whole)) > 3
     assert max(model.lengths) <= 4
@@ -311,7 +311,7 @@ def test_rwkv_says_what_the_whole_sequence_at_once_predicts(monkeypatch):
             said.append(int(model(torch.tensor([ids + said]))[0][0, -1].argmax()))
     integers = tokenizer.load("integers:256")
     for pieces in (1, 5, 1024):
-        monkeypatch.setattr(generation, "PREFILL_TOKENS", pieces)
+        monkeypatch.setattr(engine, "PREFILL_TOKENS", pieces)
         text = generate(model, integers, ids, 12, temperature=0)
         assert integers.encode(text) == said
     assert len(set(said)) > 3

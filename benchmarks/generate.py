@@ -1,0 +1,166 @@
+"""Tokens per second of the decoding engine beside the `rwkv` package. ``python benchmarks/generate.py [--constant]``
+
+Both run the same random RWKV-7 weights in one process and take turns, a few tokens each, so that other work on the
+machine falls on both. Other work only ever adds time: the ratio is that of the fastest turns, the median stands beside
+it. The package runs RWKV-8 files without their tables, so v8 stands beside our own v7. With --constant, instead: time
+per token far into a text, and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import heron
+from heron import tokenizer
+from heron.generation import Snapshot
+from heron.machine import choose_device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def random_model(variant: str, n_layer: int, n_embd: int, vocab_size: int) -> heron.RWKV:
+    """Weights of ordinary size everywhere: the initial values have zeros that no trained model has."""
+    config = heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size)
+    with torch.device("meta"):
+        model = heron.RWKV(config)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("enn.weight"):
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.normal_(0, 0.5 * parameter.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
+def decoding(model: heron.RWKV, rows: int, ids: list[int], **tables) -> Callable[[], None]:
+    """A function that draws a token for each of `rows` sequences."""
+    engine = heron.Engine(model, tokenizer.load(f"integers:{model.config.vocab_size}"), rows, **tables)
+    prompt = Snapshot(engine.prefill(ids[:-1]), (ids[-1],))
+    for row in range(rows):
+        engine.open((), prompt, heron.generation.Sampling(top_p=0.5), seed=row)
+    return lambda: engine.step()
+
+
+def package(path: Path, strategy: str, ids: list[int]) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Functions that draw a token with the `rwkv` package, and that read `ids` with it."""
+    cuda = "cuda" in strategy
+    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="1" if cuda else "0")
+    from rwkv.model import RWKV
+    from rwkv.utils import PIPELINE
+
+    model = RWKV(str(path.with_suffix("")), strategy)
+    pipeline = PIPELINE.__new__(PIPELINE)  # only its sampler is used; it would load a tokenizer
+    now = list(model.forward(ids, None))
+
+    def step() -> None:
+        token = pipeline.sample_logits(now[0], temperature=1.0, top_p=0.5)
+        now[:] = model.forward([int(token)], now[1])
+
+    return step, lambda: model.forward(ids, None)
+
+
+def in_turns(
+    functions: dict[str, Callable[[], None]], turns: int, tokens: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of one call of each function in each turn of `tokens` calls."""
+    taken = {name: [] for name in functions}
+    for turn in range(turns + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(tokens):
+                function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first warms up
+                taken[name].append((time.perf_counter() - start) / tokens)
+    return taken
+
+
+def report(seconds: dict[str, list[float]], tokens: dict[str, int]) -> None:
+    """One line for each function, `tokens` of which a call computes; ratios to the first."""
+    best = {name: tokens[name] / min(taken) for name, taken in seconds.items()}
+    print(f"\n{'':<28}{'fastest':>10}{'median':>10}  tokens/s")
+    for name, taken in seconds.items():
+        ratio = best[name] / next(iter(best.values()))
+        print(
+            f"{name:<28}{best[name]:>10.1f}{tokens[name] / statistics.median(taken):>10.1f}{ratio:>9.2f}x", flush=True
+        )
+
+
+def constant(device: torch.device) -> None:
+    """Time per token far into a text beside that near its start, and memory over 10,000 tokens, of a small model."""
+    model = random_model("v8", 4, 256, 256).to(device)
+    steps = {f"behind {n:,} tokens": decoding(model, 1, torch.randint(256, (n,)).tolist()) for n in (100, 100_000)}
+    seconds = in_turns(steps, 100, 5, device)
+    report(seconds, dict.fromkeys(seconds, 1))
+    print()
+    for written in range(0, 10_001, 2_500):
+        for _ in range(2_500 if written else 0):
+            steps["behind 100 tokens"]()
+        print(f"peak memory after {written:>6,} tokens: {peak_memory(device):.1f} MB", flush=True)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory of the device, or on a CPU of the process, taken so far, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--vocab_size", type=int, default=65536)
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rows", type=int, default=8, help="sequences of the batched figure")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=8, help="of a turn")
+    parser.add_argument("--constant", action="store_true", help="time per token far into a text, and memory")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(choose_device(args.device).value)
+    if args.constant:
+        constant(device)
+        return
+    dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
+    print(f"torch {torch.__version__}, {where}, L{args.n_layer}-D{args.n_embd}, V {args.vocab_size}, {dtype}\n")
+
+    ids = torch.randint(1, args.vocab_size, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = (args.n_layer, args.n_embd, args.vocab_size)
+    v7 = random_model("v7", *sizes).to(DTYPES[dtype])
+    with tempfile.TemporaryDirectory() as folder:
+        heron.save(v7, Path(folder) / "v7.pth")
+        theirs, their_prefill = package(Path(folder) / "v7.pth", f"{device.type} {dtype}", ids)
+    v7, v8 = v7.to(device), random_model("v8", *sizes).to(DTYPES[dtype]).to(device)
+    engine = heron.Engine(v7, tokenizer.load(f"integers:{args.vocab_size}"))
+    place = {} if device.type == "cpu" else {"tables": "host", "device": device}
+    functions = {
+        "rwkv package": theirs,
+        "heron v7": decoding(v7, 1, ids),
+        "heron v8": decoding(v8, 1, ids, **place),
+        f"heron v7, {args.rows} rows": decoding(v7, args.rows, ids),
+    }
+    seconds = in_turns(functions, args.turns, args.tokens, device)
+    report(seconds, {name: args.rows if "rows" in name else 1 for name in functions})
+    functions = {f"rwkv package, read {len(ids)}": their_prefill, "heron v7": lambda: engine.prefill(ids)}
+    report(in_turns(functions, 3, 1, device), dict.fromkeys(functions, len(ids)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,441 @@
+"""The engine: prompts in parallel, then one token for every open row at each step, rows coming and going."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from heron.checkpoint.atomic import new_file
+from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from heron.generation.decoder import FusedDecoder, decoder_of, is_fusible, only_computing
+from heron.generation.sampling import Sampling, sample
+from heron.generation.tables import PLACES, fingerprint, off_device
+from heron.generation.text import UntilStop
+from heron.model import State
+from heron.tokenizer import TextStream, Tokenizer
+
+PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
+LARGEST_SEED = 2**64 - 1
+_FORMAT = "heron state 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Everything that decides what a row says next; it can go on in any number of rows, and in a file.
+
+    A prompt cache is a snapshot with a `state` and perhaps `pending` ids alone.
+    """
+
+    state: State | None
+    """What was read, batch size 1, on any device; None: nothing."""
+    pending: tuple[int, ...] = ()
+    """Ids that are still to be read, in a row the last one drawn."""
+    counts: Tensor | None = None
+    """(V,) fp32 decayed occurrences of each token for the penalties; None: none yet."""
+    generator: Tensor | None = None
+    """State of the row's random generator; None: a new row's seed decides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A text that is wanted from :meth:`Engine.run`."""
+
+    prompt: str | Sequence[int] = ""
+    """Text or ids. Empty, and nothing pending in `after`: starts from the end of a document, as training does."""
+    max_tokens: int = 64
+    """Most new tokens, at least 0."""
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    """How its tokens are drawn; every request may have its own."""
+    stop: str | Sequence[str] = ()
+    """Texts that end it; looked for in the new text only, and not given out."""
+    seed: int = 0
+    """Same seed, same text, whatever else is running."""
+    after: Snapshot | None = None
+    """What comes before the prompt."""
+
+
+class Token(NamedTuple):
+    """One drawn token."""
+
+    id: int
+    logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
+
+
+class Piece(NamedTuple):
+    """What :meth:`Engine.run` gives of a request at one step."""
+
+    request: int  # its number, from 0
+    text: str  # what became certain: whole characters, no part of a stop text; often empty
+    token: Token | None  # None where nothing was drawn (max_tokens 0)
+    finish: str | None  # None: goes on; "end" (of document), "stop" or "length"
+
+
+class Row:
+    """A sequence that an engine is writing. Made by :meth:`Engine.open`."""
+
+    def __init__(self, number: int, token: int, sampling: Sampling, counts: Tensor | None, generator: torch.Generator):
+        self.number, self.sampling = number, sampling
+        self._token, self._counts, self._generator = token, counts, generator
+
+
+class Engine:
+    """Runs a model as an RNN, for one sequence or many at a time, at a constant cost per token.
+
+    The weights are read from `model` when the engine is built: build a new one after training on. A v7b, v8-hybrid or
+    ROSA model decodes through the model itself, row by row; its state grows as :class:`heron.State` says.
+
+    Args:
+        model: an RWKV (or a module with its `forward`, `hidden_states`, `config.vocab_size`), in the dtype to run in.
+        tokenizer: the one that the model was trained with. Ids that stand for nothing in it are never drawn.
+        rows: sequences that can be open at once; their states are allocated now.
+        tables: where DeepEmbed tables are: "device" (with the weights), "host" (in memory, as `model` has them), or
+            "disk" (in `tables_file`, mapped; once the caller lets go of `model` they take no memory). Rows are the same
+            bit for bit, and fetched once per token for all layers.
+        tables_file: of "disk"; written where it is missing.
+        device: where the rest runs; None: where the model is.
+
+    Raises:
+        ConfigError: rows below 1, an unknown `tables`, or one that this model does not have; a tokenizer larger than
+            the model.
+        CheckpointError: `tables_file` belongs to another model or cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        rows: int = 1,
+        tables: str = "device",
+        tables_file: str | Path | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if rows < 1:
+            raise ConfigError(f"rows: wanted at least 1, got {rows}")
+        if tables not in PLACES:
+            raise ConfigError(f"tables: wanted {', '.join(PLACES)}, got {tables!r}.{did_you_mean(tables, PLACES)}")
+        if (tables == "disk") != (tables_file is not None):
+            raise ConfigError("tables: 'disk' needs a tables_file, and nothing else takes one")
+        vocab_size = model.config.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} token ids, the model only {vocab_size} (its vocab_size); "
+                "give the tokenizer that the model was trained with"
+            )
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self._device = torch.device(device) if device is not None else next(model.parameters()).device
+        self._fingerprint: str | None = None
+        self._tables = None
+        if tables != "device":
+            if not is_fusible(model):
+                raise ConfigError("tables: off the device only those of a v8 or v7a model in one dtype; give 'device'")
+            self._fingerprint = fingerprint(model.state_dict())  # later there are no tables in the model
+            model, self._tables = off_device(model, self._device, Path(tables_file) if tables_file else None)
+        elif next(model.parameters()).device != self._device:
+            raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
+        self.model = model
+        rows_of = None if self._tables is None else lambda ids: self._tables.rows(ids.cpu()).to(self._device)
+        self._decoder = decoder_of(model, rows, rows_of)
+        self._free = list(range(rows))
+        self._open: list[Row] = []
+        self._is_running = False
+
+    # -- prompts and states ---------------------------------------------------------------------------------------
+
+    def prefill(self, ids: Sequence[int], state: State | None = None) -> State | None:
+        """Read `ids` in parallel, in pieces of `PREFILL_TOKENS`, and give the state behind them; `state` is kept.
+
+        The memory is that of one piece and one state, however long the prompt.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
+        self._check(ids)
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            _, state = self._ask(self.model.hidden_states, ids[start : start + PREFILL_TOKENS], state)
+        return state.clone() if isinstance(state, State) else state  # clones are no inference tensors
+
+    def likeliest(self, after: Snapshot, n: int) -> list[tuple[int, float]]:
+        """The `n` likeliest next tokens with their probabilities, the likeliest first.
+
+        Ids beyond the tokenizer's count for the probabilities and are not listed.
+        """
+        *context, token = self.prompt_ids((), after)
+        logits, _ = self._ask(self.model, [token], self.prefill(context, after.state))
+        probs = logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
+        best = probs[: self.tokenizer.vocab_size].topk(min(n, self.tokenizer.vocab_size))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def _ask(
+        self, function: Callable[[Tensor, State | None], tuple[Tensor, State]], ids: Sequence[int], state: State | None
+    ) -> tuple[Tensor, State]:
+        """Call the model or one of its methods on ids; table rows are there before it starts."""
+        tokens = torch.tensor([list(ids)], device=self._device)
+        with only_computing(self.model):
+            if self._tables is not None:
+                self._tables.fetch(tokens, self._device)
+            return function(tokens, state)
+
+    def prompt_ids(self, prompt: str | Sequence[int], after: Snapshot | None = None) -> list[int]:
+        """The ids that are read for `prompt`, those pending in `after` first; never empty.
+
+        Raises:
+            ConfigError: nothing to read under a tokenizer without end of document.
+            DataError: a text that cannot be encoded, an id outside the vocabulary.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if after is not None:
+            ids = [*after.pending, *ids]
+        if not ids:
+            if self.tokenizer.eod is None:
+                raise ConfigError(
+                    "prompt: it is empty, and this tokenizer has no end-of-document token to start from; give some text"
+                )
+            ids = [self.tokenizer.eod]
+        self._check(ids)
+        return ids
+
+    def save(self, snapshot: Snapshot, path: str | Path) -> None:
+        """Write a snapshot as safetensors, every bit of it, with the model's fingerprint.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        parts = [] if snapshot.state is None else snapshot.state.to_list()
+        tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
+        tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
+        for name in ("counts", "generator"):
+            if (part := getattr(snapshot, name)) is not None:
+                tensors[name] = part.clone()
+        with new_file(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "model": self.fingerprint})
+
+    def load(self, path: str | Path) -> Snapshot:
+        """A snapshot that :meth:`save` wrote, onto this engine's device.
+
+        Raises:
+            CheckpointError: no such file, a damaged one, or one that another model (or another dtype of it) wrote.
+        """
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable state file: {error}") from None
+        if about.get("format") != _FORMAT:
+            raise CheckpointError(f"{path}: wanted a state file ({_FORMAT}), got {about.get('format')!r}")
+        if about.get("model") != self.fingerprint:
+            raise CheckpointError(
+                f"{path}: this state belongs to another model (fingerprint {about.get('model')}, this one has "
+                f"{self.fingerprint}); a state fits only the weights and the dtype that made it"
+            )
+        parts = [tensors[name].to(self._device) for name in sorted(tensors) if name.startswith("state.")]
+        if "pending" not in tensors:
+            raise CheckpointError(f"{path}: tensor pending is missing")
+        try:
+            state = State.from_list(parts) if parts else None
+            if state is not None:
+                state.check(self.model.config, 1)
+            pending = tuple(tensors["pending"].tolist())
+            self._check(pending)
+        except (ConfigError, DataError) as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from None
+        return Snapshot(state, pending, tensors.get("counts"), tensors.get("generator"))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the model's weights, names, shapes and dtypes."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model.state_dict())
+        return self._fingerprint
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        ids: Sequence[int] = (),
+        after: Snapshot | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ) -> Row:
+        """Read `ids` (behind `after` and its pending ids) and take a row for what follows.
+
+        Raises:
+            ConfigError: all rows are taken, :meth:`run` is going on, a seed out of range, a state of another shape, or
+                nothing at all to read under a tokenizer without end of document.
+            DataError: an id outside the vocabulary.
+        """
+        self._refuse_while_running()
+        return self._take(ids, after, sampling, seed)
+
+    def _take(self, ids: Sequence[int], after: Snapshot | None, sampling: Sampling, seed: int) -> Row:
+        if not self._free:
+            raise ConfigError(f"all {len(self._open)} rows of the engine are taken; close one, or build it with more")
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ConfigError(f"seed: wanted 0 to {LARGEST_SEED}, got {seed}")
+        after = after or Snapshot(None)
+        *context, token = self.prompt_ids(ids, after)
+        if after.state is not None and isinstance(self._decoder, FusedDecoder):
+            after.state.check(self.model.config, 1)
+        state = self.prefill(context, after.state)
+        generator = torch.Generator().manual_seed(seed)
+        if after.generator is not None:
+            generator.set_state(after.generator)
+        counts = None
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts.clone()
+        row = Row(self._free.pop(0), token, sampling, counts, generator)
+        self._decoder.write(row.number, state)
+        self._open.append(row)
+        return row
+
+    def step(self) -> list[tuple[Row, Token]]:
+        """Draw one token for every open row, in the order in which they were opened.
+
+        Raises:
+            ConfigError: :meth:`run` is going on.
+            HeronError: the logits are not finite.
+        """
+        self._refuse_while_running()
+        return self._advance()
+
+    def _advance(self) -> list[tuple[Row, Token]]:
+        if not self._open:
+            return []
+        logits = self._decoder.step([row.number for row in self._open], [row._token for row in self._open])
+        logits = logits[:, : self.tokenizer.vocab_size].cpu()
+        return [(row, self._draw(row, logits[i])) for i, row in enumerate(self._open)]
+
+    def snapshot(self, row: Row) -> Snapshot:
+        """What `row` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on."""
+        counts = None if row._counts is None else row._counts.clone()
+        state = self._decoder.read(row.number)
+        return Snapshot(state and state.clone(), (row._token,), counts, row._generator.get_state())
+
+    def close(self, row: Row) -> None:
+        """Free a row for another sequence."""
+        self._open.remove(row)
+        self._free.append(row.number)
+
+    def _draw(self, row: Row, logits: Tensor) -> Token:
+        allowed = logits
+        token = sample(allowed, row.sampling, row._counts, row._generator)
+        while not _stands_for_something(self.tokenizer, token):
+            allowed = allowed.clone()
+            allowed[token] = -math.inf
+            token = sample(allowed, row.sampling, row._counts, row._generator)
+        row._token = token
+        if row._counts is not None:
+            row._counts *= row.sampling.penalty_decay
+            row._counts[token] += 1
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return Token(token, float(logits[token] - logits.logsumexp(0)))
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for position, token in enumerate(ids):
+            if not 0 <= token < self.vocab_size:
+                raise DataError(
+                    f"prompt: token {position} has id {token}, the model knows 0 to {self.vocab_size - 1} "
+                    f"(vocab_size {self.vocab_size}); give the tokenizer that the model was trained with"
+                )
+
+    # -- text -----------------------------------------------------------------------------------------------------
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
+        """Continue every request, as many at a time as there are free rows; each is taken when a row is free for it.
+
+        What a request says depends on nothing but itself. Closing the iterator frees its rows.
+
+        Raises:
+            ConfigError: rows are open already, those of another `run` among them; negative `max_tokens`, an empty stop
+                text, an empty prompt under a tokenizer without end of document.
+            DataError: a prompt that cannot be encoded, or an id outside the vocabulary.
+        """
+        self._refuse_while_running()
+        if self._open:
+            raise ConfigError(f"{len(self._open)} rows are open, and run would move them on; close them, or use step")
+        self._is_running = True
+        waiting = enumerate(requests)
+        running: dict[int, _Writing] = {}
+        try:
+            more = True
+            while more or running:
+                while more and self._free:
+                    number, request = next(waiting, (0, None))
+                    more = request is not None
+                    if not more:
+                        break
+                    ids = self.check(request)
+                    if request.max_tokens == 0:
+                        yield Piece(number, "", None, "length")
+                        continue
+                    row = self._take(ids, request.after, request.sampling, request.seed)
+                    running[row.number] = _Writing(number, request, row, self.tokenizer)
+                pieces = []
+                for row, token in self._advance():
+                    pieces.append(piece := running[row.number].push(token))
+                    if piece.finish:
+                        del running[row.number]
+                        self.close(row)
+                yield from pieces
+        finally:
+            self._is_running = False
+            for writing in running.values():
+                self.close(writing.row)
+
+    def _refuse_while_running(self) -> None:
+        if self._is_running:
+            raise ConfigError("the engine's run is going on; let it end or close it, or build another engine")
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The text that follows one request, piece by piece, each as soon as it is certain. Errors as in :meth:`run`,
+        but at the call."""
+        request = dataclasses.replace(request, prompt=self.check(request))
+        return (piece.text for piece in self.run([request]) if piece.text)
+
+    def check(self, request: Request) -> list[int]:
+        """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
+        if request.max_tokens < 0:
+            raise ConfigError(f"max_tokens: wanted at least 0, got {request.max_tokens}")
+        UntilStop(request.stop)
+        ids = self.prompt_ids(request.prompt, request.after)
+        return ids if request.after is None else ids[len(request.after.pending) :]
+
+
+class _Writing:
+    """A request on its way from tokens to text."""
+
+    def __init__(self, number: int, request: Request, row: Row, tokenizer: Tokenizer):
+        self.row = row
+        self._number, self._left, self._eod = number, request.max_tokens, tokenizer.eod
+        self._text = TextStream(tokenizer)
+        self._until_stop = UntilStop(request.stop)
+
+    def push(self, token: Token) -> Piece:
+        self._left -= 1
+        text, finish = "", None
+        if token.id == self._eod:
+            finish = "end"
+        else:
+            text = self._until_stop.push(self._text.push(token.id))
+            finish = "stop" if self._until_stop.found else None if self._left else "length"
+        if finish in ("end", "length"):
+            text += self._until_stop.push(self._text.flush()) + self._until_stop.flush()
+        return Piece(self._number, text, token, finish)
+
+
+def _stands_for_something(tokenizer: Tokenizer, token: int) -> bool:
+    """False for a hole in the vocabulary, such as 65530 to 65535 of World: an untrained model may well draw one."""
+    try:
+        tokenizer.decode_bytes([token])
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,109 @@
+"""How the next token is drawn from the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heron.errors import ConfigError, HeronError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits. The order is RWKV's (see :func:`sample`).
+
+    Raises:
+        ConfigError: a value out of range or not a number.
+    """
+
+    temperature: float = 1.0
+    """Above 1 flattens what top_p and top_k leave, below 1 sharpens it; 0 always takes the likeliest token (greedy)."""
+    top_p: float = 0.5
+    """Keep the fewest likeliest tokens whose probabilities reach this sum, 0 to 1; 1 keeps all, 0 is greedy."""
+    top_k: int = 0
+    """Keep at most this many tokens; 0: any number, 1 is greedy."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that was generated before."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token once for each time it was generated before, counted with `penalty_decay`."""
+    penalty_decay: float = 0.996
+    """Factor on all counts at each new token, 0 to 1: old occurrences are forgotten."""
+
+    def __post_init__(self) -> None:
+        highest = {"top_p": 1.0, "penalty_decay": 1.0}
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), (int,) if field.name == "top_k" else (int, float)
+            high = highest.get(field.name, math.inf)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ConfigError(f"{field.name}: wanted {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+            if not (0 <= value <= high and math.isfinite(value)):
+                wanted = "a finite number, at least 0" if high == math.inf else f"0 to {high:g}"
+                raise ConfigError(f"{field.name}: wanted {wanted}, got {value}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken, so that no random number is drawn."""
+        return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+
+    def penalised(self, logits: Tensor, counts: Tensor) -> Tensor:
+        """Logits (V,) less the penalties of the occurrences `counts` (V,); a new tensor."""
+        return logits - self.presence_penalty * (counts > 0) - self.frequency_penalty * counts
+
+
+def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator: torch.Generator) -> int:
+    """Draw a token id from logits, on the CPU in fp32 (fp64 logits stay fp64).
+
+    Penalties come off the logits first; `top_p` and `top_k` then cut the probabilities as they are, before any
+    temperature; what is left is raised to the power 1 / temperature and made to sum to 1. Among equal probabilities
+    the lower id goes first. Source of the order: the sampler of the `rwkv` package (``rwkv.utils.PIPELINE``).
+
+    Args:
+        logits: (V,), any floating dtype and device. -inf bars a token.
+        counts: (V,) decayed occurrences of each token so far, on the CPU; None: none.
+        generator: of the CPU; not advanced when `sampling` is greedy.
+
+    Raises:
+        HeronError: the largest logit is NaN or infinite.
+    """
+    logits = logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32))
+    if not math.isfinite(logits.max()):
+        raise HeronError(
+            f"logits: wanted finite numbers, got {float(logits.max())} at token id {int(logits.argmax())}. "
+            "The weights are damaged or their training has diverged; load an earlier checkpoint"
+        )
+    if counts is not None:
+        logits = sampling.penalised(logits, counts)
+    if sampling.greedy:
+        return int(logits.argmax())
+
+    log_probs = torch.log_softmax(logits, dim=0)
+    ids = torch.arange(len(logits))
+    if sampling.top_p < 1 or sampling.top_k:
+        ids = _kept(log_probs, sampling)
+    # p ** (1 / temperature) / sum, as logarithms from the largest on and in fp64: no temperature above 0 is too small.
+    log_probs = log_probs[ids]
+    probs = torch.softmax((log_probs - log_probs.max()).double() / sampling.temperature, dim=0)
+    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+
+
+def _kept(log_probs: Tensor, sampling: Sampling) -> Tensor:
+    """Ids (n,), ascending, that `top_p` and `top_k` leave of log_probs (V,)."""
+    candidates = log_probs
+    if sampling.top_p < 1:
+        # Sorting all of a large vocabulary takes longer than a small model. The last token that is kept and those
+        # after it hold more than 1 - top_p between them, and it is the largest of them: none below this floor is kept.
+        candidates = log_probs[log_probs >= math.log((1 - sampling.top_p) / len(log_probs))]
+    descending = torch.from_numpy(-np.sort(-candidates.numpy()))  # NumPy sorts many times faster than PyTorch
+    n_kept = sampling.top_k or len(descending)
+    if sampling.top_p < 1:
+        n_kept = min(n_kept, 1 + int((descending.exp().cumsum(0) < sampling.top_p).sum()))
+    last = descending[min(n_kept, len(descending)) - 1]
+    ids = (log_probs >= last).nonzero()[:, 0]
+    if (n_extra := len(ids) - n_kept) > 0:  # of those as likely as the last, the lower ids stay
+        equal = (log_probs[ids] == last).nonzero()[:, 0]
+        ids = ids[~torch.isin(ids, ids[equal[len(equal) - n_extra :]])]
+    return ids

@@ -1,0 +1,43 @@
+"""Stop texts: no part of one is given out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from heron.errors import ConfigError
+
+
+class UntilStop:
+    """Lets text through up to the first stop text, holding back whatever could still become one."""
+
+    def __init__(self, stops: str | Sequence[str]):
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if "" in stops:
+            raise ConfigError("stop: wanted texts of at least one character, got an empty one")
+        self.found = False
+        self._stops = stops
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """Take in a piece and give what is certain to come before any stop text."""
+        if self.found:
+            return ""
+        held = self._held + piece
+        # The stop text that is complete first wins, so that the result does not depend on how the text was cut.
+        matches = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if matches:
+            self.found = True
+            n_certain = min(matches)[1]
+        else:
+            n_certain = len(held) - max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[n_certain:]
+        return held[:n_certain]
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows; empty after a stop text."""
+        return "" if self.found else self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins, less than all of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

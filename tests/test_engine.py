@@ -1,0 +1,382 @@
+"""The engine against the plain model, and rows against the same rows alone: discrete results and states bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import weakref
+
+import pytest
+import torch
+
+import heron
+from heron import tokenizer
+from heron.errors import CheckpointError, ConfigError, DataError
+from heron.generation import Engine, Request, Sampling, Snapshot, engine
+from heron.generation.decoder import FusedDecoder, ModelDecoder, is_fusible
+from heron.generation.tables import Tables, fingerprint
+
+INTEGERS = tokenizer.load("integers:37")
+GREEDY = Sampling(temperature=0)
+FUSED = {
+    "v7": dict(variant="v7"),
+    "v8": dict(variant="v8"),
+    "4x": dict(variant="v8", deep_embed_4x=True),
+    "v7a": dict(variant="v7a"),
+}
+ATTENTION = {"v7b": dict(variant="v7b"), "v8-hybrid": dict(variant="v8-hybrid")}
+
+
+def bits(state):
+    return [part.clone() for part in state.to_list()]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("form", FUSED)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-4), (torch.bfloat16, 0.4)])
+def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance):
+    model = random_model(**FUSED[form]).to(dtype)
+    tokens = torch.randint(37, (12,), generator=torch.Generator().manual_seed(1))
+    assert is_fusible(model)
+    decoder, state = FusedDecoder(model, 2), None
+    with torch.inference_mode():
+        _, state = model(tokens[None, :5])
+        decoder.write(1, state)
+        for token in tokens[5:].tolist():
+            want, state = model(torch.tensor([[token]]), state)
+            got = decoder.step([1], [token])
+            assert got.shape == (1, 37)
+            assert got.dtype == dtype
+            assert (got - want[0]).abs().max() < tolerance
+    for mine, theirs in zip(decoder.read(1).to_list(), state.to_list(), strict=True):
+        assert mine.shape == theirs.shape
+        assert mine.dtype == theirs.dtype
+        assert (mine - theirs).abs().max() < tolerance
+
+
+def test_every_parameter_matters_to_the_fused_step(random_model):
+    for form in ("v8", "v7a"):
+        model = random_model(**FUSED[form], n_layer=2)
+        tokens = [3, 30]
+
+        def logits(model=model, tokens=tokens):
+            decoder = FusedDecoder(model, 1)
+            return torch.cat([decoder.step([0], [token]) for token in tokens])
+
+        with torch.inference_mode():
+            before = logits()
+            for name, parameter in model.named_parameters():
+                if name in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"):
+                    continue  # nothing uses them
+                kept = parameter.clone()
+                parameter.mul_(1.5).add_(0.1)
+                assert not torch.equal(logits(), before), name
+                parameter.copy_(kept)
+
+
+def test_models_that_the_fused_step_does_not_know_decode_through_the_model(random_model):
+    for settings in ATTENTION.values():
+        assert not is_fusible(random_model(**settings))
+    mixed = random_model()
+    mixed.head.to(torch.float64)
+    assert not is_fusible(mixed)
+    stranger = random_model()
+    stranger.blocks[1].register_parameter("other", torch.nn.Parameter(torch.zeros(1)))
+    assert not is_fusible(stranger)
+    tables = random_model().to(torch.bfloat16)
+    for block in tables.blocks:
+        block.ffn.enn.float()
+    assert is_fusible(tables)
+
+
+@pytest.mark.parametrize("form", {**FUSED, **ATTENTION})
+def test_greedy_rows_that_join_and_leave_say_what_they_say_alone(random_model, form):
+    model = random_model(**{**FUSED, **ATTENTION}[form])
+    chance = random.Random(7)
+    wanted = [
+        Request([chance.randrange(37) for _ in range(chance.randrange(1, 9))], chance.randrange(1, 16), GREEDY)
+        for _ in range(8)
+    ]
+    single = Engine(model, INTEGERS)
+    alone = ["".join(single.stream(request)) for request in wanted]
+    assert len(set(alone)) == len(alone)
+    together = [""] * len(wanted)
+    for piece in Engine(model, INTEGERS, rows=3).run(wanted):
+        together[piece.request] += piece.text
+    assert together == alone
+
+
+def test_logits_and_states_do_not_depend_on_the_other_rows_by_a_bit(random_model):
+    torch.manual_seed(0)
+    model = random_model(n_embd=48, head_size=16, decay_rank=13)
+    tokens = torch.randint(37, (6, 12)).tolist()
+    chance, alone, together = random.Random(1), FusedDecoder(model, 6), FusedDecoder(model, 6)
+    at = [0] * 6
+    with torch.inference_mode():
+        while rows := [row for row in range(6) if at[row] < 12]:
+            chosen = chance.sample(rows, chance.randint(1, len(rows)))
+            got = together.step(chosen, [tokens[row][at[row]] for row in chosen])
+            for i, row in enumerate(chosen):
+                assert torch.equal(got[i : i + 1], alone.step([row], [tokens[row][at[row]]]))
+                at[row] += 1
+        for row in range(6):
+            assert equal(bits(together.read(row)), bits(alone.read(row)))
+
+
+def test_every_row_has_settings_a_seed_and_a_stop_of_its_own(random_model):
+    model = random_model(vocab_size=256)
+    letters = tokenizer.load("bytes")
+    requests = [
+        Request("one", 30, Sampling(top_p=1.0), seed=1),
+        Request("one", 30, Sampling(top_p=1.0), seed=2),
+        Request("one", 30, Sampling(top_p=0.3, presence_penalty=1.0, frequency_penalty=0.5), seed=1),
+        Request("two", 17, GREEDY),
+        Request("one", 30, Sampling(top_p=1.0), stop=("e", "t"), seed=1),
+        Request("", 5, Sampling(top_p=1.0), seed=9),
+        Request("two", 0, GREEDY),
+    ]
+
+    def run(rows, order):
+        texts, ends = {}, {}
+        for piece in Engine(model, letters, rows).run([requests[i] for i in order]):
+            texts[order[piece.request]] = texts.get(order[piece.request], "") + piece.text
+            ends[order[piece.request]] = piece.finish or ends.get(order[piece.request])
+        return texts, ends
+
+    first = run(1, list(range(7)))
+    assert first == run(3, list(range(7))) == run(7, [6, 2, 4, 0, 5, 1, 3])
+    texts, ends = first
+    assert texts[0] != texts[1]
+    assert not {"e", "t"} & set(texts[4])
+    assert ends[3] == ends[6] == "length"
+    assert texts[6] == ""
+
+
+@pytest.mark.parametrize("form", {**FUSED, **ATTENTION})
+def test_saved_and_gone_on_is_never_stopped(random_model, tmp_path, form):
+    model = random_model(**{**FUSED, **ATTENTION}[form])
+    sampling = Sampling(top_p=0.9, presence_penalty=0.3, frequency_penalty=0.2)
+    whole, parts = Engine(model, INTEGERS), Engine(model, INTEGERS, rows=2)
+    row = whole.open([1, 2, 3, 4, 5], sampling=sampling, seed=5)
+    want = [whole.step()[0][1] for _ in range(20)]
+
+    other = parts.open([1, 2, 3, 4, 5], sampling=sampling, seed=5)
+    parts.open([9], sampling=Sampling(top_p=1.0), seed=1)
+    got = [parts.step()[0][1] for _ in range(8)]
+    parts.save(parts.snapshot(other), tmp_path / "state.safetensors")
+    fresh = Engine(random_model(**{**FUSED, **ATTENTION}[form]), INTEGERS, rows=3)
+    loaded = fresh.load(tmp_path / "state.safetensors")
+    assert equal(bits(loaded.state), bits(parts.snapshot(other).state))
+    again = fresh.open((), loaded, sampling, seed=77)
+    got += [fresh.step()[0][1] for _ in range(12)]
+    assert got == want
+    assert equal(bits(fresh.snapshot(again).state), bits(whole.snapshot(row).state))
+    twice = fresh.open((), loaded, sampling)  # the snapshot has not been touched
+    assert [fresh.step()[1][1] for _ in range(12)] == want[8:]
+    assert twice.number != again.number
+
+
+def test_a_prompt_cache_is_shared_and_never_changed(random_model, tmp_path):
+    model = random_model()
+    engine = Engine(model, INTEGERS, rows=4)
+    cache = Snapshot(engine.prefill([5, 6, 7, 8]))
+    kept = bits(cache.state)
+    engine.save(cache, tmp_path / "cache.safetensors")
+    loaded = engine.load(tmp_path / "cache.safetensors")
+    texts = ["".join(engine.stream(Request([9, n], 12, GREEDY, after=cache))) for n in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1]
+    assert texts[0] == "".join(engine.stream(Request([9, 1], 12, GREEDY, after=loaded)))
+    assert texts[0] == "".join(engine.stream(Request([5, 6, 7, 8, 9, 1], 12, GREEDY)))
+    assert equal(bits(cache.state), kept)
+    pending = Snapshot(cache.state, (9,))
+    assert texts[0] == "".join(engine.stream(Request([1], 12, GREEDY, after=pending)))
+
+
+def test_a_state_of_another_model_is_refused(random_model, tmp_path):
+    file = tmp_path / "state.safetensors"
+    one = Engine(random_model(), INTEGERS)
+    one.save(Snapshot(one.prefill([1, 2])), file)
+    changed = random_model()
+    with torch.no_grad():
+        changed.blocks[2].att.k_a[0, 0, 3] += 1e-6
+    for other in (changed, random_model(seed=1), random_model().to(torch.bfloat16), random_model(variant="v7")):
+        with pytest.raises(CheckpointError, match="another model"):
+            Engine(other, INTEGERS).load(file)
+    data = file.read_bytes()
+    for bad in (b"", data[:50], b"x" * 300, data[:-5]):
+        file.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+            one.load(file)
+    heron.save(random_model(), tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="wanted a state file"):
+        one.load(tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        one.load(tmp_path / "nowhere.safetensors")
+
+
+def test_a_token_comes_with_the_models_own_log_probability(random_model):
+    model, ids = random_model(), [3, 4, 5]
+    sampling = Sampling(top_p=0.7, temperature=0.5, presence_penalty=2.0)
+    pieces = list(Engine(model, INTEGERS).run([Request(ids, 12, sampling, seed=3)]))
+    for piece in pieces:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0][0, -1]
+        assert piece.token.logprob == pytest.approx(float(logits.log_softmax(0)[piece.token.id]), abs=2e-4)
+        ids.append(piece.token.id)
+
+
+@pytest.mark.parametrize("form", ["v8", "4x", "v7a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_off_the_device_give_the_same_bits(random_model, tmp_path, form, dtype):
+    model = random_model(**FUSED[form]).to(dtype)
+    request = Request([1, 2, 3, 4, 5, 6, 7], 20, Sampling(top_p=0.8), seed=2)
+    want, names = list(Engine(model, INTEGERS).run([request])), set(model.state_dict())
+    for place in ("host", "disk", "disk"):  # the second time from the file that is there
+        file = tmp_path / "tables.bin" if place == "disk" else None
+        there = Engine(model, INTEGERS, 2, place, file)
+        assert list(there.run([request])) == want
+        assert not [name for name in there.model.state_dict() if "enn" in name or name.endswith("s_emb.weight")]
+        assert there.fingerprint == fingerprint(model.state_dict())
+    assert set(model.state_dict()) == names
+
+
+def test_tables_on_disk_take_no_memory(random_model, tmp_path):
+    model = random_model()
+    table = weakref.ref(model.blocks[1].ffn.enn)
+    there = Engine(model, INTEGERS, 1, "disk", tmp_path / "tables.bin")
+    del model
+    gc.collect()
+    assert table() is None
+    assert "".join(there.stream(Request([1], 3, GREEDY)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_packed_tables_are_the_rows(tmp_path, dtype):
+    tables = [torch.randn(2500, 6).to(dtype) for _ in range(3)]
+    ids = torch.tensor([0, 2499, 7, 7, 1024, 1023])
+    packed = Tables(tables, tmp_path / "deep" / "t.bin")
+    assert torch.equal(packed.rows(ids), torch.stack([table[ids] for table in tables]))
+    assert torch.equal(Tables(tables).rows(ids), packed.rows(ids))
+    data = (tmp_path / "deep" / "t.bin").read_bytes()
+    with pytest.raises(CheckpointError, match="another model"):
+        Tables([table + 1 for table in tables], tmp_path / "deep" / "t.bin")
+    (tmp_path / "deep" / "t.bin").write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match="cut short"):
+        Tables(tables, tmp_path / "deep" / "t.bin")
+
+
+def test_long_prompts_are_read_in_pieces_and_the_state_is_that_of_the_whole(random_model, monkeypatch):
+    model, ids = random_model().double(), torch.randint(37, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    want = bits(Engine(model, INTEGERS).prefill(ids))
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 7)
+    for place in ("device", "host"):
+        got = bits(Engine(model, INTEGERS, tables=place).prefill(ids))
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, want, strict=True))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0][0, -1]
+    best = Engine(model, INTEGERS).likeliest(Snapshot(None, tuple(ids)), 4)
+    want = logits.softmax(0).topk(4)
+    assert [token for token, _ in best] == want.indices.tolist()
+    assert [p for _, p in best] == pytest.approx(want.values.tolist(), rel=1e-9)
+
+
+def test_a_state_from_the_engine_can_be_trained_on(random_model):
+    model = random_model()
+    state = Engine(model, INTEGERS).prefill([1, 2, 3])
+    logits, _ = model(torch.tensor([[4, 5]]), state)
+    logits.square().mean().backward()
+    assert model.head.weight.grad.abs().sum() > 0
+
+
+def test_rows_are_given_back(random_model):
+    small = Engine(random_model(), INTEGERS, rows=2)
+    one, two = small.open([1]), small.open([2])
+    with pytest.raises(ConfigError, match="all 2 rows"):
+        small.open([3])
+    with pytest.raises(ConfigError, match="2 rows are open"):
+        next(small.run([Request([1], 3)]))
+    small.close(one)
+    small.close(two)
+    assert len(list(small.run([Request([1], 3, GREEDY), Request([2], 3, GREEDY)]))) == 6
+    for _ in small.run([Request([1], 50, GREEDY)]):
+        break  # left early: the row is free again
+    first, second = (small.run([Request([1], 3, GREEDY)]) for _ in range(2))
+    next(first)
+    for call in (lambda: next(second), lambda: small.open([1]), small.step):
+        with pytest.raises(ConfigError, match="run is going on"):
+            call()
+    first.close()
+    assert len(list(small.run([Request([1], 3, GREEDY)]))) == 3
+
+
+def test_a_used_row_forgets_what_it_held(random_model):
+    small = Engine(random_model(), INTEGERS)
+    first = "".join(small.stream(Request([1, 2], 9, GREEDY)))
+    list(small.stream(Request([30, 31, 32], 9, GREEDY)))
+    assert "".join(small.stream(Request([1, 2], 9, GREEDY))) == first
+    assert "".join(small.stream(Request([1], 9, GREEDY))) == "".join(
+        Engine(random_model(), INTEGERS).stream(Request([1], 9, GREEDY))
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(rows=0), "rows: wanted at least 1, got 0"),
+        (dict(tables="disc"), "tables: wanted device, host, disk, got 'disc'. Did you mean 'disk'"),
+        (dict(tables="disk"), "needs a tables_file"),
+        (dict(tables_file="x"), "needs a tables_file"),
+        (dict(tables="host", variant="v7"), "this model is v7"),
+        (dict(tables="host", variant="v7b"), "only those of a v8 or v7a"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(random_model, settings, words):
+    model = random_model(variant=settings.pop("variant", "v8"))
+    with pytest.raises(ConfigError, match=words):
+        Engine(model, INTEGERS, **settings)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "words"),
+    [
+        (Request([1], -1), ConfigError, "max_tokens.*-1"),
+        (Request([]), ConfigError, "prompt: it is empty"),
+        (Request([1, 37]), DataError, "token 1 has id 37"),
+        (Request([1], seed=-1), ConfigError, "seed: wanted 0"),
+        (Request("1 2 x"), DataError, "x"),
+        (Request([1], stop=""), ConfigError, "stop"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_and_frees_its_row(random_model, request_, error, words):
+    small = Engine(random_model(), INTEGERS)
+    with pytest.raises(error, match=words):
+        list(small.run([request_]))
+    with pytest.raises(error, match=words):
+        list(small.stream(request_))
+    assert len(list(small.run([Request([1], 2, GREEDY)]))) == 2
+
+
+def test_the_state_does_not_grow(random_model):
+    engine = Engine(random_model(), INTEGERS)
+    row = engine.open([1], sampling=GREEDY)
+    sizes, storages = set(), set()
+    for _ in range(60):
+        engine.step()
+        sizes.add(engine.snapshot(row).state.nbytes)
+        storages.add(tuple(part.data_ptr() for layer in engine._decoder._states for part in layer[:3]))
+    assert len(sizes) == len(storages) == 1
+    assert math.isfinite(sizes.pop())
+
+
+def test_the_model_decoder_keeps_rows_apart(random_model):
+    model = random_model(variant="v7b")
+    decoder = ModelDecoder(model, 2)
+    with torch.inference_mode():
+        decoder.step([0], [1])
+        both = decoder.step([1, 0], [5, 2])
+        assert torch.equal(both[0], model(torch.tensor([[5]]))[0][0, 0])
+        assert (both[1] - model(torch.tensor([[1, 2]]))[0][0, 1]).abs().max() < 1e-4
