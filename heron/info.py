@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from heron.checkpoint import read_tensors, weights_file
-from heron.checkpoint.architecture import UNUSED, config_of
+from heron.checkpoint import ln0_of, read_tensors, weights_file
+from heron.checkpoint.architecture import LN0, TUNED, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.errors import CheckpointError
-from heron.model import RWKV
+from heron.model import RWKV, State
 from heron.model.init import rule
-from heron.optim import group_of
+from heron.optim import TABLE, group_of
+
+_PARTS = {
+    "v7": "RWKV-7",
+    "v7a": "RWKV-7 with a hidden-gated DeepEmbed",
+    "v7b": "RWKV-7 with a hidden-gated DeepEmbed and DeepEmbedAttention",
+    "v8": "RWKV-8: RWKV-7 with DeepEmbed",
+    "v8-hybrid": "RWKV-8 with DeepEmbedAttention",
+}
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def presets() -> str:
@@ -28,49 +40,117 @@ def presets() -> str:
 def describe(model: str, params: bool) -> str:
     """A weights file, a checkpoint, a run folder or a preset, in words; with `params`, a row per parameter too."""
     if model in PRESETS:
-        config, dtypes, odd = ModelConfig.preset(model), "", ""
+        config, odd = ModelConfig.preset(model), []
+        tensors: Mapping[str, Tensor] = _skeleton(config).state_dict()
     else:
         if not Path(model).exists():
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
         source = weights_file(Path(model))
         tensors = read_tensors(source)
-        config = config_of(tensors, source)
-        dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
-        missing = [name for name in UNUSED if name not in tensors]
-        odd = f"{', '.join(missing)} absent (never used)" if missing else ""
+        config = config_of(tensors, source, ln0_of(source))
+        odd = oddities(tensors, config)
         model = str(source)
     skeleton = _skeleton(config)
-    parameters = dict(skeleton.named_parameters())
-    total = sum(p.numel() for p in parameters.values())
-    tables = sum(p.numel() for name, p in parameters.items() if name.endswith("enn.weight"))
+    total = sum(p.numel() for p in skeleton.parameters())
+    tables = [tensor for name, tensor in tensors.items() if group_of(name, tensor) is TABLE]
+    n_rows = sum(table.numel() for table in tables)
     facts = [
         ("what", model),
         ("variant", config.variant),
+        ("", _PARTS[config.variant] + (", in the 4x form" if config.deep_embed_4x else "")),
         ("sizes", f"n_layer {config.n_layer}, n_embd {config.n_embd}, head_size {config.head_size}"),
         ("", f"ffn_dim {config.ffn_dim}, vocab_size {config.vocab_size}"),
         ("ranks", _ranks(config)),
-        ("parameters", f"{total:,}" + (f", {tables:,} of them DeepEmbed tables" if tables else "")),
-        ("dtype", dtypes),
-        ("odd", odd),
+        ("parameters", f"{total:,}" + (f", {n_rows:,} of them in tables" if n_rows else "")),
+        ("dtype", "" if model in PRESETS else _dtypes(tensors)),
+        ("tables", _table_bytes(tables, config) if tables else ""),
+        ("state", _state_bytes(config)),
+        *(("odd" if i == 0 else "", text) for i, text in enumerate(odd)),
     ]
     lines = [f"{name:<12}{value}" for name, value in facts if value]
     if params:
-        lines += ["", _parameter_table(skeleton, config)]
+        lines += ["", *_parameter_table(skeleton, config)]
     return "\n".join(lines)
+
+
+def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
+    """Everything about a file's tensors that a reader would not expect, a line each."""
+
+    def all_are(tail: str, value: float) -> bool:
+        found = [tensor for name, tensor in tensors.items() if name.endswith(tail)]
+        return bool(found) and all(bool((tensor == value).all()) for tensor in found)
+
+    odd = []
+    if missing := [name for name in UNUSED if name not in tensors]:
+        odd.append(f"{', '.join(missing)} absent (never used)")
+    if not config.has_ln0:
+        held = "held but not applied" if LN0[0] in tensors else "absent"
+        odd.append(f"ln0 {held}, as in the upstream script")
+    if any(map(TUNED.match, tensors)):
+        odd.append("a tuned initial state lies beside the weights (att.time_state)")
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        odd.append("dtypes are mixed")
+    if config.head_size != 64:
+        odd.append(f"head_size is {config.head_size}; all released models have 64")
+    if config.ffn_dim != 4 * config.n_embd:
+        odd.append(f"ffn_dim is {config.ffn_dim}, not 4 * n_embd")
+    if flat := [name for name, tensor in tensors.items() if ".qkv.x_" in name and tensor.dim() == 3]:
+        odd.append(f"{', '.join(flat)} stored as (1, 1, n)")
+    if all_are("att.output.weight", 0) and all_are("ffn.value.weight", 0):
+        odd.append("no block writes anything: these are initial values")
+    if all_are("ffn.enn.weight", 1) or all_are("ffn.enn4.weight", 1) or (all_are("ffn.s2", 0) and all_are("ffn.s0", 1)):
+        odd.append("every DeepEmbed gate is 1: fresh or up-cycled, not trained")
+    if all_are("qkv.lnv.weight", 0) and all_are("qkv.lnv.bias", 0):
+        odd.append("the attention writes nothing: fresh or up-cycled, not trained")
+    if all_are("ffn.s_emb_x.weight", 0) and not all_are("ffn.s2", 0):
+        odd.append("ffn.s_emb_x is 0: it has been merged into ffn.s_emb")
+    half = torch.finfo(torch.float16).max
+    if large := [name for name, tensor in tensors.items() if tensor.abs().max() > half]:
+        odd.append(f"{', '.join(large)} beyond {half:g}, the largest number of fp16")
+    return odd
 
 
 def _ranks(config: ModelConfig) -> str:
     return ", ".join(f"{name} {getattr(config, f'{name}_rank')}" for name in ("decay", "iclr", "value", "gate"))
 
 
-def _parameter_table(skeleton: RWKV, config: ModelConfig) -> str:
-    rows = [("name", "shape", "group", "lr", "decay", "initial value")]
+def _dtypes(tensors: Mapping[str, Tensor]) -> str:
+    counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    return ", ".join(name if len(counts) == 1 else f"{name} ({n} tensors)" for name, n in sorted(counts.items()))
+
+
+def _table_bytes(tables: list[Tensor], config: ModelConfig) -> str:
+    size = sum(table.nbytes for table in tables)
+    return f"{len(tables)} of {_bytes(size)} ({tables[0].dtype}); a token reads {_bytes(size / config.vocab_size)}"
+
+
+def _state_bytes(config: ModelConfig) -> str:
+    state = State.zeros(config, 1, torch.device("meta"), torch.float32)
+    growth = f", and {_bytes(config.n_layer * 64 * 4 + 8)} more with each token" if config.has_attention else ""
+    return f"{_bytes(state.nbytes)} a sequence in fp32{growth}"
+
+
+def _bytes(size: float) -> str:
+    power = 0
+    while size >= 1024 and power < len(_UNITS) - 1:
+        size, power = size / 1024, power + 1
+    return f"{size:.3g} {_UNITS[power]}" if size < 1000 else f"{size:.0f} {_UNITS[power]}"
+
+
+def _parameter_table(skeleton: RWKV, config: ModelConfig) -> list[str]:
+    rows = [("name", "shape", "group", "lr", "decay", "initial value", "source")]
+    groups = {}
     for name, parameter in skeleton.named_parameters():
-        group = group_of(name, parameter)
+        group, start = group_of(name, parameter), rule(name, config)
+        groups[group.name] = group.reason
         shape = "x".join(map(str, parameter.shape))
         decay = f"{TrainConfig.weight_decay:g}" if group.decays else "0"
-        rows.append((name, shape, group.name, f"{group.lr_scale:g}x", decay, rule(name, config).text))
-    return _table(rows)
+        source = "ours" if start.ours else "RWKV-LM"
+        rows.append((name, shape, group.name, f"{group.lr_scale:g}x", decay, start.text, source))
+    legend = [f"{name:<12}{reason}" for name, reason in groups.items()]
+    if any(row[-1] == "ours" for row in rows):
+        legend.append(f"{'ours':<12}our own choice: nothing is public about how this starts and how it is trained")
+    return [_table(rows), "", *legend]
 
 
 def _skeleton(config: ModelConfig) -> RWKV:

@@ -14,18 +14,35 @@ from heron.optim import group_of, lr_at, set_lr
 MINIPILE = dict(max_tokens=1_498_226_207, ctx_len=512, micro_bsz=16, lr_init=6e-4, lr_final=6e-5, warmup_steps=10)
 
 
+# Large matrices that the reference does not have; that they decay, and that no table does, is our own choice.
+OWN_MATRICES = {
+    "v7a": ("ffn.s_emb_x",),
+    "v7b": ("ffn.s_emb_x", "qkv.qq", "qkv.k_emb_x", "qkv.v_emb_x"),
+    "v8-hybrid": ("qkv.qq", "qkv.kk", "qkv.kkup", "qkv.vv", "qkv.vvup"),
+}
+TABLES = {
+    "v7": (),
+    "v7a": ("ffn.s_emb",),
+    "v7b": ("ffn.s_emb", "qkv.k_emb", "qkv.v_emb"),
+    "v8": ("ffn.enn",),
+    "v8-hybrid": ("ffn.enn", "qkv.ennk", "qkv.emm"),
+}
+
+
 def reference_groups(variant, n_layer):
     """(lr factor, decays) of every parameter that isn't in the plain group."""
     table = {"emb.weight": (1, True), "head.weight": (1, True)}
     for i in range(n_layer):
         for name in ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"):
             table[f"blocks.{i}.{name}.weight"] = (1, True)
+        for name in OWN_MATRICES.get(variant, ()):
+            table[f"blocks.{i}.{name}.weight"] = (1, True)
         table[f"blocks.{i}.att.w0"] = (2, False)
     return table
 
 
 @pytest.mark.parametrize("head_size", [16, 32])  # with 32 there is one head, and r_k is (1, 32)
-@pytest.mark.parametrize("variant", ["v7", "v8"])
+@pytest.mark.parametrize("variant", TABLES)
 def test_groups_are_the_references(random_model, variant, head_size):
     model = random_model(variant=variant, n_layer=12, head_size=head_size)  # "blocks.1." and "blocks.11."
     optimizer = heron.build_optimizer(model, lr=3e-4, weight_decay=0.05, betas=(0.8, 0.95), eps=1e-12)
@@ -41,7 +58,9 @@ def test_groups_are_the_references(random_model, variant, head_size):
         assert group["name"] == group_of(name, parameter).name
     assert not group_by_id
     names = {group["name"] for group in optimizer.param_groups}
-    assert names == {"2x", "decay", "1x"} | ({"table"} if variant == "v8" else set())
+    assert names == {"2x", "decay", "1x"} | ({"table"} if TABLES[variant] else set())
+    tables = {name for name, parameter in model.named_parameters() if group_of(name, parameter).name == "table"}
+    assert tables == {f"blocks.{i}.{name}.weight" for i in range(12) for name in TABLES[variant]}
 
 
 def test_defaults_are_the_references(random_model):
@@ -76,14 +95,21 @@ def test_steps_are_adamw(random_model):
             assert torch.allclose(parameter, wanted[name], rtol=1e-12, atol=1e-14), (name, step)
 
 
-@pytest.mark.parametrize("variant", ["v7", "v8"])
+def test_the_4x_table_is_a_table(random_model):
+    model = random_model(variant="v8", deep_embed_4x=True)
+    table = model.blocks[1].ffn.enn4.weight
+    assert group_of("blocks.1.ffn.enn4.weight", table).name == "table"
+
+
+@pytest.mark.parametrize("variant", TABLES)
 def test_a_step_changes_every_parameter_that_is_used(random_model, variant):
     model = random_model(variant=variant)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.loss(torch.arange(36).view(2, 18), torch.arange(1, 37).view(2, 18)).backward()
     heron.build_optimizer(model).step()
     same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
-    assert same == {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
+    never_used = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
+    assert same == never_used | ({"blocks.0.ln0.weight", "blocks.0.ln0.bias"} if variant == "v8-hybrid" else set())
 
 
 def test_frozen_parameters_are_left_out_and_an_empty_optimizer_is_refused(random_model):

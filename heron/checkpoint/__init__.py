@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -10,77 +11,114 @@ import torch
 from torch import Tensor, nn
 
 from heron.checkpoint import run
-from heron.checkpoint.architecture import UNUSED, config_of
-from heron.checkpoint.atomic import new_file
-from heron.checkpoint.formats import pth, safetensors
+from heron.checkpoint.architecture import build
+from heron.checkpoint.atomic import new_file, new_folder
+from heron.checkpoint.formats import gguf, hf, pth, safetensors
+from heron.config import ModelConfig, TrainConfig
 from heron.errors import CheckpointError
-from heron.model import RWKV
+from heron.model import RWKV, State
 
-__all__ = ["load", "read_tensors", "save", "weights_file"]
+__all__ = ["FORMATS", "ln0_of", "load", "read_tensors", "save", "tuned_state", "weights_file"]
 
-_FORMATS = {".pth": pth, ".safetensors": safetensors}
+FORMATS = ("pth", "safetensors", "hf", "gguf")
+_FILES = {".pth": pth, ".safetensors": safetensors, ".gguf": gguf}
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> RWKV:
+def load(path: str | Path, dtype: torch.dtype | None = None, has_ln0: bool | None = None) -> RWKV:
     """A model from a file or a run, on the CPU.
 
     Args:
-        path: a .pth or .safetensors file, a checkpoint folder, or a run folder (its newest whole checkpoint, else its
-            rwkv-final.pth). Variant and every size are read from the tensors.
+        path: a .pth, .safetensors or .gguf file, a Hugging Face folder (config.json and safetensors), a checkpoint
+            folder, or a run folder (its newest whole checkpoint, else its rwkv-final.pth). Variant and every size are
+            read from the tensors.
         dtype: convert the weights to this; None: as in the file.
+        has_ln0: whether a v8-hybrid applies its ln0, which its tensors cannot say; None: as its run or its config.json
+            says, else no.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, or not a model of a known variant: the message names the file
             and the tensor.
     """
     source = weights_file(Path(path))
-    tensors = read_tensors(source)
-    config = config_of(tensors, source)
-    with torch.device("meta"):
-        model = RWKV(config)
-    for name, parameter in model.state_dict().items():
-        if name in UNUSED and name not in tensors:
-            tensors[name] = torch.zeros(parameter.shape, dtype=tensors["blocks.0.att.w1"].dtype)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
+    return build(read_tensors(source), source, dtype, ln0_of(source) if has_ln0 is None else has_ln0)
 
 
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write a model's weights, dtypes as they are. The file appears whole or not at all.
+def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
+    """Write a model's weights, dtypes as they are. The file or folder appears whole or not at all.
 
     Args:
-        model: an RWKV (or any module; `state_dict()` is what is written).
-        path: ends in .pth (loads in upstream's tools) or .safetensors.
+        model: an RWKV; for a .pth or .safetensors file any module, of which `state_dict()` is written.
+        path: of the file or the new folder.
+        format: "pth" (loads in upstream's tools), "safetensors" (a file, or a folder with config.json where `path` has
+            no suffix), "hf" (a folder as flash-linear-attention and rwkv7-hf read it) or "gguf" (llama.cpp); the last
+            two hold RWKV-7 alone. None: by the suffix of `path`.
 
     Raises:
-        CheckpointError: another suffix, or the file cannot be written.
+        CheckpointError: no such format, one that can't hold the model, or the file cannot be written.
     """
     path = Path(path)
-    form = _format(path)
+    if format is None and path.suffix not in _FILES:
+        raise CheckpointError(f"{path}: wanted a file name ending in {', '.join(_FILES)}, got {path.suffix!r}")
+    if format not in (None, *FORMATS):
+        raise CheckpointError(f"{path}: format must be {', '.join(FORMATS)}, got {format!r}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if format == "hf" or (format == "safetensors" and not path.suffix):
+        with new_folder(path) as temporary:
+            (hf.write_rwkv7 if format == "hf" else hf.write)(tensors, model.config, temporary)
+        return
+    if format is not None and path.suffix != f".{format}":
+        raise CheckpointError(f"{path}: wanted a file name ending in .{format}, got {path.suffix!r}")
     with new_file(path) as temporary:
-        form.write(tensors, temporary)
+        if path.suffix == ".gguf":
+            gguf.write(tensors, model.config, temporary)
+        else:
+            _FILES[path.suffix].write(tensors, temporary)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Named CPU tensors of a .pth or .safetensors file, unchecked."""
+    """Named CPU tensors of a file or a Hugging Face folder, under upstream's names, unchecked."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    if path.is_dir():
+        return hf.read(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     return _format(path).read(path)
 
 
+def tuned_state(path: str | Path, config: ModelConfig) -> State:
+    """The initial state that state tuning left in a file as `blocks.i.att.time_state` (H, N_value, N_key), batch of 1.
+
+    Args:
+        path: a file with such tensors, alone or beside the weights.
+        config: of the model that is to start from it. Its token shifts start at zero.
+
+    Raises:
+        CheckpointError: no such tensors, or those of another model.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    zeros = State.zeros(config, 1, torch.device("cpu"), torch.float32)
+    layers = []
+    for i, layer in enumerate(zeros.layers):
+        name = f"blocks.{i}.att.time_state"
+        if name not in tensors:
+            raise CheckpointError(f"{path}: tensor {name} is missing: no tuned state of {config.n_layer} layers")
+        if tensors[name].shape != layer.wkv.shape[1:] or not tensors[name].is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name} must be {tuple(layer.wkv.shape[1:])}, floating, got {tuple(tensors[name].shape)} "
+                f"{tensors[name].dtype}"
+            )
+        layers.append(layer._replace(wkv=tensors[name].float().unsqueeze(0)))
+    return dataclasses.replace(zeros, layers=tuple(layers))
+
+
 def weights_file(path: Path) -> Path:
-    """The file of weights that `path` stands for: itself, or that of a checkpoint folder or a run folder.
+    """What `path` stands for: itself, a file or a Hugging Face folder, or the file of a checkpoint or run folder.
 
     Warns of each checkpoint of a run that is damaged and passed over.
     """
-    if not path.is_dir():
+    if not path.is_dir() or (path / hf.CONFIG).exists():
         return path
     if run.is_checkpoint(path):
         run.verify(path)
@@ -91,11 +129,28 @@ def weights_file(path: Path) -> Path:
     if (path / "rwkv-final.pth").exists():
         return path / "rwkv-final.pth"
     raise CheckpointError(
-        f"{path}: no weights here; wanted a run folder (checkpoints/step-*, rwkv-final.pth) or a checkpoint folder"
+        f"{path}: no weights here; wanted a run folder (checkpoints/step-*, rwkv-final.pth), a checkpoint folder, or "
+        f"{hf.CONFIG} with safetensors"
     )
 
 
+def ln0_of(source: Path) -> bool | None:
+    """Whether ln0 is applied, by the run or the config.json that these weights belong to; None: neither says so."""
+    if source.is_dir():
+        return hf.has_ln0(source)
+    if run.is_checkpoint(source.parent):
+        try:
+            return run.trainer_of(source.parent).get("model", {}).get("has_ln0")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source.parent / run.TRAINER}: missing or damaged: {error}") from None
+    config = source.parent / "config.yaml"
+    if source.name not in ("rwkv-init.pth", "rwkv-final.pth") or not config.exists():
+        return None
+    model = TrainConfig.from_yaml(config).model
+    return model.has_ln0 if isinstance(model, ModelConfig) else None
+
+
 def _format(path: Path) -> ModuleType:
-    if path.suffix not in _FORMATS:
-        raise CheckpointError(f"{path}: wanted a file name ending in {' or '.join(_FORMATS)}, got {path.suffix!r}")
-    return _FORMATS[path.suffix]
+    if path.suffix not in _FILES:
+        raise CheckpointError(f"{path}: wanted a file name ending in {', '.join(_FILES)}, got {path.suffix!r}")
+    return _FILES[path.suffix]

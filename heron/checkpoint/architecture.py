@@ -1,42 +1,94 @@
-"""From named tensors to a ModelConfig: the variant from the keys, every size from the shapes, and nothing left over."""
+"""From named tensors to a model: the variant from the keys, every size from the shapes, and nothing left over."""
 
 from __future__ import annotations
 
+import functools
 import re
+import types
+import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from heron.config import ModelConfig
+from heron.config import VARIANTS, ModelConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.model import RWKV
 
 UNUSED = tuple(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))  # in upstream's files, never used by any forward
+LN0 = ("blocks.0.ln0.weight", "blocks.0.ln0.bias")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The first mark that a file carries names its variant.
+TUNED = re.compile(r"blocks\.\d+\.att\.time_state$")  # what state tuning leaves beside the weights, or alone
+_FLAT = re.compile(r"\.qkv\.x_[qkv]$")  # some files store these as (1, 1, n), as they do the x_* of att and ffn
+
+# The first mark that any name ends with tells the variant: a single block may have lost its own.
 _MARKS = (
-    ("blocks.0.qkv.k_emb.weight", "v7b"),
-    ("blocks.0.ffn.s_emb.weight", "v7a"),
-    ("blocks.0.qkv.kkup.weight", "v8-hybrid"),
-    ("blocks.0.ffn.enn.weight", "v8"),
-    ("blocks.0.att.w1", "v7"),
-    ("blocks.0.rosa.q.weight", "rosa-lm"),
+    (".qkv.k_emb.weight", "v7b"),
+    (".ffn.s_emb.weight", "v7a"),
+    (".qkv.kkup.weight", "v8-hybrid"),
+    (".ffn.enn.weight", "v8"),
+    (".ffn.enn4.weight", "v8"),
+    (".att.w1", "v7"),
+    (".rosa.q.weight", "rosa-lm"),
     ("rosa1.rosa_qkv.emb", "ROSA toy"),
     ("rosa1.emb0", "ROSA toy"),
 )
 
 
-def config_of(tensors: dict[str, Tensor], source: object) -> ModelConfig:
-    """Read variant and sizes from a file's tensors and check every key, shape and dtype.
+def build(
+    tensors: dict[str, Tensor], source: object, dtype: torch.dtype | None = None, has_ln0: bool | None = None
+) -> RWKV:
+    """The model that holds a file's tensors, as they are or converted to `dtype`.
+
+    Arguments and errors are those of :func:`config_of`. What every forward ignores and the file lacks (v0, v1, v2 of
+    block 0; ln0 of a v8-hybrid) is filled in. Warns of a v8-hybrid whose ln0 is not applied though it is not neutral,
+    and of a tuned initial state, which is no part of a model.
+    """
+    config = config_of(tensors, source, has_ln0)
+    if any(map(TUNED.match, tensors)):
+        warnings.warn(
+            f"{source}: it also holds a tuned initial state (att.time_state), which the model does not start from by "
+            "itself; heron.checkpoint.tuned_state(path, model.config) gives it",
+            stacklevel=3,
+        )
+    with torch.device("meta"):
+        model = RWKV(config)
+    filled = {}
+    for name, parameter in model.state_dict().items():
+        if name in tensors:
+            filled[name] = tensors[name].view(parameter.shape)
+        else:
+            filled[name] = torch.full(parameter.shape, float(name == LN0[0]), dtype=tensors["emb.weight"].dtype)
+    if has_ln0 is None and not config.has_ln0 and not ((filled[LN0[0]] == 1).all() and (filled[LN0[1]] == 0).all()):
+        warnings.warn(
+            f"{source}: a v8-hybrid file cannot say whether its ln0 is applied to the embedding; it is not, as in the "
+            "upstream script. Give has_ln0=True for a model that was trained with it",
+            stacklevel=3,
+        )
+    model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in filled.items()}, assign=True)
+    return model.requires_grad_(True)
+
+
+def config_of(tensors: dict[str, Tensor], source: object, has_ln0: bool | None = None) -> ModelConfig:
+    """Read variant and sizes from a file's tensors and check every key, shape, dtype and number.
 
     Args:
         tensors: named tensors, upstream names.
         source: the file's path, for messages.
+        has_ln0: whether the embedding goes through ln0, which a v8-hybrid file cannot say; None: as the variant does.
 
     Raises:
-        CheckpointError: an unknown variant; a missing, extra or misshaped tensor; a dtype that is not floating.
+        CheckpointError: an unknown variant; a missing, extra or misshaped tensor; a dtype that is not floating; a
+            number that is not finite.
     """
+    config = sizes_of(tensors, source, has_ln0)
+    _check(tensors, config, source)
+    return config
+
+
+def sizes_of(tensors: Mapping[str, Tensor], source: object, has_ln0: bool | None = None) -> ModelConfig:
+    """Variant and sizes by the few tensors that tell them; the others are not looked at. As :func:`config_of`."""
     variant = _variant(tensors, source)
 
     def shape(name: str, dims: int) -> torch.Size:
@@ -51,7 +103,7 @@ def config_of(tensors: dict[str, Tensor], source: object) -> ModelConfig:
     value_block = 1 if len(layers) > 1 else 0
     has_value_rank = value_block or "blocks.0.att.v1" in tensors
     try:
-        config = ModelConfig(
+        return ModelConfig(
             variant=variant,
             n_layer=len(layers),
             n_embd=n_embd,
@@ -62,25 +114,36 @@ def config_of(tensors: dict[str, Tensor], source: object) -> ModelConfig:
             iclr_rank=shape("blocks.0.att.a1", 2)[1],
             value_rank=shape(f"blocks.{value_block}.att.v1", 2)[1] if has_value_rank else None,
             gate_rank=shape("blocks.0.att.g1", 2)[1],
+            deep_embed_4x=any(name.endswith(".ffn.enn4.weight") for name in tensors),
+            has_ln0=has_ln0,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{source}: the sizes in it do not make a {variant} model: {error}") from None
-    _check(tensors, config, source)
-    return config
+        raise CheckpointError(
+            f"{source}: the sizes in it do not make a {variant} model: {error} (n_embd is the width of emb.weight, "
+            "head_size that of blocks.0.att.r_k)"
+        ) from None
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+@functools.lru_cache(maxsize=8)
+def expected_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
     """Name and shape of every tensor that a model of this config has."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in RWKV(config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in RWKV(config).state_dict().items()}
+    return types.MappingProxyType(shapes)
 
 
-def _variant(tensors: dict[str, Tensor], source: object) -> str:
+def _variant(tensors: Mapping[str, Tensor], source: object) -> str:
     for mark, variant in _MARKS:
-        if mark in tensors:
-            if variant not in ("v7", "v8"):
-                raise CheckpointError(f"{source}: this is a {variant} file; v7 and v8 are what this version loads")
+        if any(name.endswith(mark) for name in tensors):
+            if variant not in VARIANTS:
+                loads = ", ".join(VARIANTS)
+                raise CheckpointError(f"{source}: this is a {variant} file; {loads} are what this version loads")
             return variant
+    if tensors and all(map(TUNED.match, tensors)):
+        raise CheckpointError(
+            f"{source}: a tuned initial state without weights; load the model it was tuned for, and this by "
+            "heron.checkpoint.tuned_state(path, model.config)"
+        )
     first = ", ".join(sorted(tensors)[:5]) or "none"
     raise CheckpointError(
         f"{source}: no RWKV-7 or RWKV-8 weights: blocks.0.att.w1 is missing; the first keys are {first}"
@@ -89,21 +152,33 @@ def _variant(tensors: dict[str, Tensor], source: object) -> str:
 
 def _check(tensors: dict[str, Tensor], config: ModelConfig, source: object) -> None:
     expected = expected_shapes(config)
+    may_be_absent = UNUSED if config.has_ln0 else UNUSED + LN0
     problems = []
     for name in expected:
-        if name not in tensors and name not in UNUSED:
+        if name not in tensors and name not in may_be_absent:
             near = did_you_mean(name, tensors.keys() - expected.keys())
             problems.append(f"{name} is missing{f' ({near.strip()})' if near else ''}")
     for name, tensor in tensors.items():
+        if TUNED.match(name):
+            continue
         if name not in expected:
             problems.append(f"{name} is not part of a {config.variant} model")
-        elif tensor.shape != expected[name]:
+        elif tensor.shape != expected[name] and not (_FLAT.search(name) and tensor.shape == (1, 1, *expected[name])):
             problems.append(f"{name} must be {tuple(expected[name])}, got {tuple(tensor.shape)}")
+            if name.endswith("ffn.enn.weight") and tensor.shape == (config.vocab_size, config.ffn_dim):
+                problems[-1] += " (a table this wide is the 4x form; rename it to ffn.enn4.weight)"
         if tensor.dtype not in _DTYPES:
             problems.append(f"{name} must be floating, got {tensor.dtype}")
+        elif not _is_finite(tensor):
+            problems.append(f"{name} holds NaN or infinity: its training diverged, or the file is damaged")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(
             f"{source}: does not fit variant {config.variant} with n_layer {config.n_layer}, n_embd {config.n_embd}, "
             f"vocab_size {config.vocab_size}, head_size {config.head_size}: {'; '.join(problems[:5])}{more}"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: a sum, far faster than asking each, says so unless it overflows."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())

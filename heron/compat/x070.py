@@ -34,12 +34,14 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
             its name; absent or None: as in the file.
 
     Raises:
-        CheckpointError: the named file does not exist or is no RWKV-7 or RWKV-8 model.
+        CheckpointError: the named file does not exist or is no RWKV-7 or RWKV-8 model that this version knows.
         ConfigError: sizes or a dtype that do not exist.
 
     `state` in all forwards is None (zeros) or a list of 3 * n_layer tensors: att shift (C,), wkv (H, N_value, N_key)
-    in fp32, ffn shift (C,) of each layer. The list handed in is never changed. `hidden_states`, inherited, is the
-    batched form: (B, T) ids -> (B, T, C).
+    in fp32, ffn shift (C,) of each layer. In v7b and v8-hybrid follow the token ids (t,), then key and value codes
+    (t, 32) of each layer, and in v7b the last query (256,) of each layer; there a step takes time and memory that grow
+    with t. The list handed in is never changed. `hidden_states`, inherited, is the batched form: (B, T) ids ->
+    (B, T, C).
     """
 
     def __init__(self, args: Any):
@@ -78,7 +80,7 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
         return self.forward_seq(ids, state, full_output)
 
     def forward_one(self, token_id: int | Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """RNN mode: logits (V,) after one token, and the new state; constant time and memory."""
+        """RNN mode: logits (V,) after one token, and the new state; constant time and memory without attention."""
         ids = _ids(token_id)
         if len(ids) != 1:
             raise DataError(f"forward_one: wanted one token id, got {len(ids)}; forward_seq takes several")
@@ -101,11 +103,11 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits of the `last` tokens (None: of all), and the new state list."""
         tokens = ids.unsqueeze(0).to(self.emb.weight.device)
-        batched = None if state is None else State.from_list([part.unsqueeze(0) for part in state])
+        batched = None if state is None else State.from_runtime(state)
         hidden, new = self.hidden_states(tokens, batched)
         if last is not None:
             hidden = hidden[:, -last:]
-        return self.head(hidden).squeeze(0), [part.squeeze(0) for part in new.to_list()]
+        return self.head(hidden).squeeze(0), new.to_runtime()
 
     def _z(self, name: str) -> Tensor:
         return self.z[name]
@@ -114,8 +116,9 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
 class WeightView(Mapping[str, Tensor]):
     """The weights under their names, with dots or underscores, in the layout that applications compute with.
 
-    Matrices of att and ffn are transposed to (in, out), vectors are flat, `r_k` is (C,), `head.weight` stays (V, C).
-    All are views of the live parameters; `emb.weight` is put through ln0 at each access. Gradients flow through all.
+    Matrices of att and ffn are transposed to (in, out), vectors are flat, `r_k` is (C,), the rest is as in the file:
+    `head.weight` (V, C), tables, all of qkv. All are views of the live parameters; only `emb.weight` is put through
+    ln0 at each access, where the model does so. Gradients flow through all.
     """
 
     def __init__(self, model: RWKV):
@@ -126,7 +129,7 @@ class WeightView(Mapping[str, Tensor]):
         name = self._names[key.replace(".", "_")]
         value = self._model.get_parameter(name)
         if name == "emb.weight":
-            return self._model.blocks[0].ln0(value)
+            return self._model.blocks[0].ln0(value) if self._model.config.has_ln0 else value
         if name.endswith(("receptance.weight", "key.weight", "value.weight", "output.weight")):
             return value.t()
         if name.endswith("r_k"):

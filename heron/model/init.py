@@ -1,6 +1,7 @@
 """Every initial value in one table. Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
 
-The DeepEmbed row is our own choice (nothing is public): gates of 1, so that a fresh v8 model computes what v7 does.
+Nothing is public about DeepEmbed and DeepEmbedAttention. What stands under `_OURS` is our own choice: under one seed a
+fresh model of any variant computes what v7 does, bit for bit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heron.config import ModelConfig
@@ -20,12 +22,17 @@ class Rule(NamedTuple):
 
     text: str
     make: Callable[[torch.Size], Tensor]
+    ours: bool = False  # our own choice, not the reference's
 
 
 def initialize(model: nn.Module, config: ModelConfig) -> None:
-    """Fill every parameter by its rule; draws from torch's global generator in parameter order."""
+    """Fill every parameter by its rule; draws from torch's global generator in parameter order, v7's parameters first.
+
+    So one seed gives every variant the same v7 weights.
+    """
+    parameters = sorted(model.named_parameters(), key=lambda item: _tail(item[0]) in _OURS)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters:
             parameter.copy_(initial_value(name, parameter.shape, config))
 
 
@@ -42,14 +49,18 @@ def rule(name: str, config: ModelConfig) -> Rule:
     """
     C, V, L, N = config.n_embd, config.vocab_size, config.n_layer, config.head_size
     if name == "emb.weight":
-        return Rule("uniform +-1e-4", lambda shape: torch.empty(shape).uniform_(-1e-4, 1e-4))
+        if config.has_ln0:
+            return Rule("uniform +-1e-4", _small_uniform)
+        return Rule("layer norm of uniform +-1e-4", lambda shape: F.layer_norm(_small_uniform(shape), (C,)), ours=True)
     if name == "head.weight":
         return _orthogonal(0.5 * math.sqrt(V / C) if V > C else 0.5)
     if not name.startswith("blocks."):  # ln_out
         return _constant(1.0 if name.endswith(".weight") else 0.0)
 
-    _, index, tail = name.split(".", 2)
-    layer = int(index)
+    tail = _tail(name)
+    if tail in _OURS:
+        return _OURS[tail]
+    layer = int(name.split(".")[1])
     p = 1 - layer / L
     q = layer / (L - 1) if L > 1 else 0.0
 
@@ -95,9 +106,17 @@ def rule(name: str, config: ModelConfig) -> Rule:
         "ffn.x_k": _vector("1 - u^(p^4)", 1 - u ** (p**4)),
         "ffn.key.weight": _orthogonal(1.0),
         "ffn.value.weight": _constant(0.0),
-        "ffn.enn.weight": _constant(1.0),
     }
     return table[tail]
+
+
+def _tail(name: str) -> str:
+    """ "att.w0" of "blocks.3.att.w0"; a name outside the blocks stays whole."""
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+def _small_uniform(shape: torch.Size) -> Tensor:
+    return torch.empty(shape).uniform_(-1e-4, 1e-4)
 
 
 def _constant(value: float) -> Rule:
@@ -117,3 +136,22 @@ def _orthogonal(gain: float, widen: bool = False) -> Rule:
         return nn.init.orthogonal_(torch.empty(shape), gain=gain * factor)
 
     return Rule(f"orthogonal, gain {gain:.4g}", make)
+
+
+# With s2 at 0 the gate is s0, and with lnv at 0 attention writes nothing, as LoRA starts from a product with 0.
+_OURS = {
+    name: rule._replace(ours=True)
+    for rule, names in (
+        (_constant(1.0), "ffn.enn.weight ffn.enn4.weight ffn.s0"),
+        (_constant(0.0), "ffn.s2 ffn.s_emb_x.weight"),
+        (_orthogonal(0.1), "ffn.s1"),
+        (Rule("normal, deviation 0.02", lambda shape: torch.empty(shape).normal_(0, 0.02)), "ffn.s_emb.weight"),
+        (_constant(0.0), "qkv.lnv.weight qkv.lnv.bias qkv.lnq.bias qkv.lnk.bias"),
+        (_constant(1.0), "qkv.lnq.weight qkv.lnk.weight"),
+        (_constant(1.0), "qkv.k_emb.weight qkv.v_emb.weight qkv.ennk.weight qkv.emm.weight"),
+        (_constant(0.0), "qkv.k_emb_x.weight qkv.v_emb_x.weight qkv.x_q qkv.x_k qkv.x_v"),
+        (_orthogonal(1.0), "qkv.qq.weight qkv.k1 qkv.k2 qkv.v1 qkv.v2"),
+        (_orthogonal(1.0), "qkv.kk.weight qkv.kkup.weight qkv.vv.weight qkv.vvup.weight"),
+    )
+    for name in names.split()
+}

@@ -9,44 +9,62 @@ from torch.utils.checkpoint import checkpoint
 from heron import ops
 from heron.config import ModelConfig
 from heron.errors import ConfigError, DataError
+from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
+from heron.model.deep_embed import Lookup
 from heron.model.init import initialize
 from heron.model.state import LayerState, State
 from heron.model.time_mix import TimeMix
 
+_ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
+
 
 class Block(nn.Module):
-    """Time mixing and channel mixing, each on a LayerNorm of the residual stream and added to it."""
+    """Time mixing and channel mixing, each on a LayerNorm of the residual stream and added to it.
+
+    In v7b and v8-hybrid a third branch, DeepEmbedAttention, reads the residual stream itself.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)  # applied to the embedding, before the first block
+            self.ln0 = nn.LayerNorm(config.n_embd)  # applied to the embedding, where config.has_ln0
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config, layer)
+        self.qkv = _ATTENTION[config.variant](config) if config.has_attention else None
         self.ffn = ChannelMix(config)
 
     def forward(
-        self, x: Tensor, state: LayerState, v_first: Tensor | None, tokens: Tensor
+        self, x: Tensor, state: LayerState, v_first: Tensor | None, context: Lookup, window: int | None
     ) -> tuple[Tensor, LayerState, Tensor]:
-        """x (B, T, C) -> x (B, T, C), the block's new state, and layer 0's values for the blocks above."""
+        """x (B, T, C) -> x (B, T, C), the block's new state, and layer 0's values for the blocks above.
+
+        `context` is every token that attention can see, the T of x last; without attention it is those T.
+        """
         out, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first)
+        attention = None
+        if self.qkv is not None:
+            looked_back, attention = self.qkv(x, state.attention, context, window)
+            out = out + looked_back
         x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, tokens)
-        return x + out, LayerState(att_shift, wkv, ffn_shift), v_first
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, context.last(x.shape[1]))
+        return x + out, LayerState(att_shift, wkv, ffn_shift, attention), v_first
 
 
 class RWKV(nn.Module):
     """An RWKV-7 or RWKV-8 language model. `state_dict()` is the upstream .pth format, key for key.
 
-    It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`.
+    It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`. Two plain
+    attributes say how it runs: `grad_checkpoint`, and `attention_window`, which bounds what DeepEmbedAttention (v7b,
+    v8-hybrid) reads and remembers; upstream has no such bound.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # recompute each block in the backward pass
+        self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
             self.emb = nn.Embedding(config.vocab_size, config.n_embd)
@@ -70,7 +88,7 @@ class RWKV(nn.Module):
 
         Raises:
             DataError: T = 0, wrong shape or dtype, an id outside the vocabulary.
-            ConfigError: a state of another model or batch size, or none at all.
+            ConfigError: a state of another model or batch size, or none at all; an attention_window below 1.
         """
         hidden, state = self.hidden_states(tokens, state)
         return self.head(hidden), state
@@ -78,22 +96,35 @@ class RWKV(nn.Module):
     def hidden_states(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """As :meth:`forward`, without the head: (B, T) ids -> (B, T, C) outputs of ln_out, and the new state."""
         self._check_tokens(tokens)
-        x = self.blocks[0].ln0(self.emb(tokens))
+        window = self.attention_window
+        if window is not None and window < 1:
+            raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
         if state is None:
-            state = State.zeros(self.config, tokens.shape[0], x.device, x.dtype)
+            state = State.zeros(self.config, tokens.shape[0], tokens.device, self.emb.weight.dtype)
         elif not isinstance(state, State):
             raise ConfigError(f"state: wanted a State, got {type(state).__name__}; State.from_list makes one of a list")
         else:
             state.check(self.config, tokens.shape[0])
 
+        past = state.tokens  # the ids of the context, where attention needs them
+        ids = tokens if past is None else torch.cat((past, tokens), dim=1)
+        context = Lookup(ids, self.embed(ids))
+        x = context.last(tokens.shape[1]).embedded  # (B, T, C)
         v_first, layers = None, []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
+            arguments = (x, layer_state, v_first, context, window)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, layer_state, v_first = checkpoint(block, x, layer_state, v_first, tokens, use_reentrant=False)
+                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, layer_state, v_first = block(x, layer_state, v_first, tokens)
+                x, layer_state, v_first = block(*arguments)
             layers.append(layer_state)
-        return self.ln_out(x), State(tuple(layers))
+        state = State(tuple(layers), None if past is None else ids)
+        return self.ln_out(x), state if window is None else state.latest(window)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it."""
+        x = self.emb(tokens)
+        return self.blocks[0].ln0(x) if self.config.has_ln0 else x
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward."""

@@ -1,9 +1,9 @@
-"""What a model remembers between calls: per layer two shifted activations and one WKV matrix per head."""
+"""What a model remembers between calls: per layer two shifted activations, one WKV matrix per head, and DEA's codes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,16 @@ from torch import Tensor
 from heron.config import ModelConfig
 from heron.errors import ConfigError
 
+DEA_WIDTH, DEA_RANK = 256, 32  # of DeepEmbedAttention's queries and keys, and of its codes
+
+
+class AttentionState(NamedTuple):
+    """What DeepEmbedAttention remembers in one block (v7b, v8-hybrid), of the t tokens so far."""
+
+    k_codes: Tensor  # (B, t, 32)
+    v_codes: Tensor  # (B, t, 32)
+    last_query: Tensor | None  # (B, 256), before token shift and norm; v7b alone
+
 
 class LayerState(NamedTuple):
     """The memory of one block."""
@@ -19,13 +29,19 @@ class LayerState(NamedTuple):
     att_shift: Tensor  # (B, C), the last input of the time mix (after ln1)
     wkv: Tensor  # (B, H, N_value, N_key), fp32 (fp64 in a fp64 model)
     ffn_shift: Tensor  # (B, C), the last input of the channel mix (after ln2)
+    attention: AttentionState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """One :class:`LayerState` per block. The model never changes a state in place: each call returns a new one."""
+    """One :class:`LayerState` per block. The model never changes a state in place: each call returns a new one.
+
+    Its size is the same after one token and after a million, except under DeepEmbedAttention: there it grows by 64
+    values per layer and one int64 id with each token, up to `model.attention_window` tokens where that is set.
+    """
 
     layers: tuple[LayerState, ...]
+    tokens: Tensor | None = None  # (B, t) int64, the ids of the context; v7b and v8-hybrid alone
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -33,7 +49,14 @@ class State:
         wkv_dtype = torch.promote_types(dtype, torch.float32)
         shift = torch.zeros(batch_size, config.n_embd, device=device, dtype=dtype)
         wkv = torch.zeros(batch_size, config.n_head, config.head_size, config.head_size, device=device, dtype=wkv_dtype)
-        return cls(tuple(LayerState(shift, wkv, shift) for _ in range(config.n_layer)))
+        attention = tokens = None
+        if config.has_attention:
+            codes = torch.zeros(batch_size, 0, DEA_RANK, device=device, dtype=dtype)
+            query = torch.zeros(batch_size, DEA_WIDTH, device=device, dtype=dtype) if config.variant == "v7b" else None
+            attention = AttentionState(codes, codes, query)
+            tokens = torch.zeros(batch_size, 0, device=device, dtype=torch.int64)
+        layer = LayerState(shift, wkv, shift, attention)
+        return cls((layer,) * config.n_layer, tokens)
 
     @property
     def batch_size(self) -> int:
@@ -42,12 +65,14 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the whole state takes; the same after one token and after a million."""
-        return sum(part.nbytes for layer in self.layers for part in layer)
+        """Bytes that the whole state takes."""
+        ids = 0 if self.tokens is None else self.tokens.nbytes
+        return ids + sum(part.nbytes for layer in self.layers for _, part in _parts(layer))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
-        """A new state with `function` applied to every tensor."""
-        return State(tuple(LayerState(*map(function, layer)) for layer in self.layers))
+        """A new state with `function` applied to every tensor, token ids too."""
+        tokens = None if self.tokens is None else function(self.tokens)
+        return State(tuple(_mapped(layer, function) for layer in self.layers), tokens)
 
     def detach(self) -> State:
         """The same numbers, cut off from the graph: what truncated backpropagation through time hands on."""
@@ -61,27 +86,84 @@ class State:
         """The state on another device, dtypes kept."""
         return self.map(lambda part: part.to(device))
 
+    def latest(self, n: int) -> State:
+        """The state in which DeepEmbedAttention remembers the last `n` tokens only, in memory of their own."""
+        if self.tokens is None or self.tokens.shape[1] <= n:
+            return self
+        layers = []
+        for layer in self.layers:
+            k_codes, v_codes, last_query = layer.attention
+            attention = AttentionState(k_codes[:, -n:].clone(), v_codes[:, -n:].clone(), last_query)
+            layers.append(layer._replace(attention=attention))
+        return State(tuple(layers), self.tokens[:, -n:].clone())
+
     def to_list(self) -> list[Tensor]:
-        """Upstream's flat list of 3 * n_layer tensors: att shift, wkv, ffn shift of block 0, then of block 1, ..."""
-        return [part for layer in self.layers for part in layer]
+        """Upstream's flat list: att shift, wkv, ffn shift of block 0, then of block 1, ...
+
+        Under DeepEmbedAttention the token ids follow, then key and value codes of block 0, of block 1, ..., and in v7b
+        the last query of each block.
+        """
+        parts = [part for layer in self.layers for part in (layer.att_shift, layer.wkv, layer.ffn_shift)]
+        if self.tokens is None:
+            return parts
+        attention = [layer.attention for layer in self.layers]
+        codes = [part for memory in attention for part in (memory.k_codes, memory.v_codes)]
+        queries = [memory.last_query for memory in attention if memory.last_query is not None]
+        return [*parts, self.tokens, *codes, *queries]
 
     @classmethod
     def from_list(cls, parts: Sequence[Tensor]) -> State:
-        """The inverse of :meth:`to_list`."""
-        if not parts or len(parts) % 3:
-            raise ConfigError(f"state list: wanted 3 tensors per layer, got {len(parts)} tensors")
-        return cls(tuple(LayerState(*parts[i : i + 3]) for i in range(0, len(parts), 3)))
+        """The inverse of :meth:`to_list`; the first tensor of integers ends the layers' own three."""
+        n = next((i for i, part in enumerate(parts) if not part.is_floating_point()), len(parts))
+        n_layer, attention = n // 3, parts[n + 1 :]
+        if n == 0 or n % 3 or (n < len(parts) and len(attention) not in (2 * n_layer, 3 * n_layer)):
+            raise ConfigError(
+                "state list: wanted 3 tensors per layer, and for DeepEmbedAttention the token ids and 2 or 3 more per "
+                f"layer, got {len(parts)} tensors"
+            )
+        layers = [LayerState(*parts[i : i + 3]) for i in range(0, n, 3)]
+        if n == len(parts):
+            return cls(tuple(layers))
+        queries = attention[2 * n_layer :] or [None] * n_layer
+        memories = map(AttentionState, attention[0 : 2 * n_layer : 2], attention[1 : 2 * n_layer : 2], queries)
+        layers = (layer._replace(attention=memory) for layer, memory in zip(layers, memories, strict=True))
+        return cls(tuple(layers), parts[n])
+
+    def to_runtime(self) -> list[Tensor]:
+        """The list that upstream's runtimes (the `rwkv` package, the demos) keep: :meth:`to_list` of one sequence.
+
+        att shift (C,), wkv (H, N_value, N_key), ffn shift (C,) per block. ConfigError for more than one sequence.
+        """
+        if self.batch_size != 1:
+            raise ConfigError(f"state: a runtime's list holds one sequence, this state has {self.batch_size}")
+        return [part.squeeze(0) for part in self.to_list()]
+
+    @classmethod
+    def from_runtime(cls, parts: Sequence[Tensor]) -> State:
+        """The inverse of :meth:`to_runtime`."""
+        return cls.from_list([part.unsqueeze(0) for part in parts])
 
     def check(self, config: ModelConfig, batch_size: int) -> None:
         """Refuse a state that another model or another batch size made (ConfigError)."""
         if len(self.layers) != config.n_layer:
             raise ConfigError(f"state: wanted {config.n_layer} layers, got {len(self.layers)}")
-        shift = (batch_size, config.n_embd)
-        wanted = LayerState(shift, (batch_size, config.n_head, config.head_size, config.head_size), shift)
+        if (self.tokens is not None) != config.has_attention:
+            has = "without" if self.tokens is None else "with"
+            raise ConfigError(f"state: wanted one of a {config.variant} model, got one {has} a context of token ids")
+        n_past = 0
+        if self.tokens is not None:
+            n_past = self.tokens.shape[-1]
+            if self.tokens.shape != (batch_size, n_past):
+                raise ConfigError(f"state, tokens: wanted {(batch_size, n_past)}, got {tuple(self.tokens.shape)}")
+            if self.tokens.device.type == "cpu" and ((self.tokens < 0) | (self.tokens >= config.vocab_size)).any():
+                raise ConfigError(f"state, tokens: ids must be 0 to {config.vocab_size - 1}")
+        fresh = State.zeros(config, batch_size, torch.device("meta"), torch.float32).layers[0]
+        wanted = {name: tuple(size or n_past for size in part.shape) for name, part in _parts(fresh)}
         for i, layer in enumerate(self.layers):
-            for name, part, shape in zip(LayerState._fields, layer, wanted, strict=True):
-                if tuple(part.shape) != shape:
-                    raise ConfigError(f"state of layer {i}, {name}: wanted {shape}, got {tuple(part.shape)}")
+            found = {name: tuple(part.shape) for name, part in _parts(layer)}
+            for name in {**wanted, **found}:
+                if wanted.get(name) != found.get(name):
+                    raise ConfigError(f"state of layer {i}, {name}: wanted {wanted.get(name)}, got {found.get(name)}")
 
 
 def shifted(x: Tensor, last: Tensor) -> Tensor:
@@ -92,3 +174,21 @@ def shifted(x: Tensor, last: Tensor) -> Tensor:
 def last_of(x: Tensor) -> Tensor:
     """The last token's vector of x (B, T, C), as (B, C) of its own: a view would keep all T in memory."""
     return x[:, -1].clone()
+
+
+def _parts(memory: NamedTuple, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a layer's memory with its name; absent parts are left out."""
+    for name, part in zip(memory._fields, memory, strict=True):
+        if isinstance(part, Tensor):
+            yield prefix + name, part
+        elif part is not None:
+            yield from _parts(part, f"{prefix}{name}.")
+
+
+def _mapped(memory: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
+    return type(memory)(
+        *(
+            part if part is None else function(part) if isinstance(part, Tensor) else _mapped(part, function)
+            for part in memory
+        )
+    )

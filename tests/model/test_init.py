@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import heron
+from heron.config import VARIANTS
 from heron.model.init import initial_value, rule
 
 BIG = heron.ModelConfig(variant="v8", n_layer=12, n_embd=768, vocab_size=65536)
@@ -69,17 +70,25 @@ def test_golden_group_norm(layer, golden):
 
 CONSTANTS = {
     "ln_out.weight": 1, "ln_out.bias": 0, "ln0.weight": 1, "ln0.bias": 0, "ln1.weight": 1, "ln1.bias": 0,
-    "ln2.weight": 1, "ln2.bias": 0, "ln_x.bias": 0, "w1": 0, "a1": 0, "v1": 0, "g1": 0, "k_a": 1.02, "r_k": -0.04,
-    "output.weight": 0, "ffn.value.weight": 0, "enn.weight": 1,
+    "ln2.weight": 1, "ln2.bias": 0, "ln_x.bias": 0, "w1": 0, "a1": 0, "att.v1": 0, "g1": 0, "k_a": 1.02, "r_k": -0.04,
+    "output.weight": 0, "ffn.value.weight": 0,
+    # our own choices
+    "enn.weight": 1, "enn4.weight": 1, "ffn.s0": 1, "ffn.s2": 0, "s_emb_x.weight": 0, "k_emb.weight": 1,
+    "v_emb.weight": 1, "k_emb_x.weight": 0, "v_emb_x.weight": 0, "ennk.weight": 1, "emm.weight": 1, "qkv.x_q": 0,
+    "qkv.x_k": 0, "qkv.x_v": 0, "lnq.weight": 1, "lnq.bias": 0, "lnk.weight": 1, "lnk.bias": 0, "lnv.weight": 0,
+    "lnv.bias": 0,
 }  # fmt: skip
 GAINS = {
     "receptance.weight": 1, "att.value.weight": 1, "ffn.key.weight": 1, "att.key.weight": 0.1,
-    "w2": 0.1, "a2": 0.1, "v2": 0.1, "g2": 0.1,
+    "w2": 0.1, "a2": 0.1, "att.v2": 0.1, "g2": 0.1,
+    # our own choices
+    "ffn.s1": 0.1, "qq.weight": 1, "kk.weight": 1, "kkup.weight": 1, "vv.weight": 1, "vvup.weight": 1, "k1": 1, "k2": 1,
+    "qkv.v1": 1, "qkv.v2": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("vocab_size", [40, 200])
-@pytest.mark.parametrize("variant", ["v7", "v8"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_constants_and_orthogonal_matrices(variant, vocab_size):
     ranks = dict(decay_rank=8, iclr_rank=24, value_rank=80, gate_rank=128)  # below and above C
     config = heron.ModelConfig(variant=variant, n_layer=2, n_embd=64, vocab_size=vocab_size, head_size=32, **ranks)
@@ -94,13 +103,22 @@ def test_constants_and_orthogonal_matrices(variant, vocab_size):
             assert torch.equal(got, torch.full_like(got, constant[0])), name
         elif gain:
             rows, columns = got.shape
-            factor = gain[0] * math.sqrt(rows / columns) if name[-1] == "2" and rows > columns else gain[0]
+            widen = ".att." in name and name[-1] == "2" and rows > columns
+            factor = gain[0] * math.sqrt(rows / columns) if widen else gain[0]
             gram = got @ got.T if rows <= columns else got.T @ got
             assert torch.allclose(gram, factor**2 * torch.eye(min(rows, columns)), atol=1e-5), name
         seen += bool(constant) + bool(gain)
     by_formula = ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "ln_x.weight", "ffn.x_k"]
-    assert seen == len(model.state_dict()) - 2 * len(by_formula) - len(["emb.weight"])
+    rest = [name for name in model.state_dict() if name == "emb.weight" or name.endswith("s_emb.weight")]
+    assert seen == len(model.state_dict()) - 2 * len(by_formula) - len(rest)
+    for name in rest[1:]:
+        assert float(model.state_dict()[name].std()) == pytest.approx(0.02, rel=0.03)
     emb = model.emb.weight.detach()
+    if not config.has_ln0:
+        assert torch.allclose(emb.mean(dim=1), torch.zeros(vocab_size), atol=1e-6)
+        emb = emb / math.sqrt(1 / (1e-8 / 3 + 1e-5))
+        assert float(emb.std()) == pytest.approx(1e-4 / math.sqrt(3), rel=0.05)
+        return
     assert emb.abs().max() <= 1e-4
     assert float(emb.std()) == pytest.approx(1e-4 / math.sqrt(3), rel=0.05)
 
@@ -124,19 +142,32 @@ def test_the_seed_decides():
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_model_of_one_layer_has_finite_values():
-    model = heron.RWKV(heron.ModelConfig(variant="v8", n_layer=1, n_embd=32, vocab_size=20, head_size=16))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_of_one_layer_has_finite_values(variant):
+    model = heron.RWKV(heron.ModelConfig(variant=variant, n_layer=1, n_embd=32, vocab_size=20, head_size=16))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     w0 = model.blocks[0].att.w0.detach().flatten()
     assert (float(w0[0]), float(w0[-1])) == pytest.approx((-8, 3), abs=1e-6)  # as in layer 0 of a deep model
 
 
-def test_a_fresh_v8_model_computes_what_v7_does():
+@pytest.mark.parametrize(("variant", "deep_embed_4x"), [*((v, False) for v in VARIANTS[1:]), ("v8", True)])
+def test_a_fresh_model_of_any_variant_computes_what_v7_does(variant, deep_embed_4x):
     sizes = dict(n_layer=2, n_embd=32, vocab_size=20, head_size=16)
-    logits = []
-    for variant in ("v7", "v8"):
+    logits, weights = [], []
+    for config in (dict(variant="v7"), dict(variant=variant, deep_embed_4x=deep_embed_4x)):
         torch.manual_seed(0)
-        model = heron.RWKV(heron.ModelConfig(variant=variant, **sizes))
+        model = heron.RWKV(heron.ModelConfig(**config, **sizes))
         logits.append(model(torch.arange(20).view(2, 10))[0])
+        weights.append(model.state_dict())
     assert torch.equal(*logits)
     assert logits[0].std() > 0.1
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name != "emb.weight")
+
+
+def test_our_own_choices_are_marked():
+    for variant in VARIANTS:
+        config = heron.ModelConfig(variant=variant, n_layer=2, n_embd=32, vocab_size=20, head_size=16)
+        reference = heron.ModelConfig(variant="v7", n_layer=2, n_embd=32, vocab_size=20, head_size=16)
+        ours = {name for name in shapes(config) if rule(name, config).ours}
+        added = shapes(config).keys() - shapes(reference).keys()
+        assert ours == added | ({"emb.weight"} if variant == "v8-hybrid" else set())

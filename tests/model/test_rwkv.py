@@ -11,9 +11,25 @@ import torch.nn.functional as F
 
 import heron
 from heron.errors import ConfigError, DataError, HeronError, KernelError, UnknownKeyError
+from heron.model.deep_embed import DeepEmbed
+from heron.optim import TABLE, group_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 NEVER_USED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
+FAMILY = {
+    "v7": dict(variant="v7"),
+    "v7a": dict(variant="v7a"),
+    "v7b": dict(variant="v7b"),
+    "v8": dict(variant="v8"),
+    "v8 4x": dict(variant="v8", deep_embed_4x=True),
+    "hybrid": dict(variant="v8-hybrid"),
+    "hybrid 4x": dict(variant="v8-hybrid", deep_embed_4x=True, has_ln0=True),
+}
+every_variant = pytest.mark.parametrize("variant", FAMILY)
+
+
+def never_used(config):
+    return NEVER_USED if config.has_ln0 else NEVER_USED | {"blocks.0.ln0.weight", "blocks.0.ln0.bias"}
 
 
 def ids(*shape, vocab_size=37, seed=1):
@@ -21,10 +37,21 @@ def ids(*shape, vocab_size=37, seed=1):
 
 
 def some_state(model, batch_size, seed=2):
-    """A state that is nowhere zero."""
-    zeros = heron.State.zeros(model.config, batch_size, torch.device("cpu"), model.emb.weight.dtype)
+    """A state that is nowhere zero; where there is attention, with a context of 5 tokens."""
+    start = heron.State.zeros(model.config, batch_size, torch.device("cpu"), model.emb.weight.dtype)
+    if model.config.has_attention:
+        start = model(ids(batch_size, 5, seed=seed))[1].detach()
     generator = torch.Generator().manual_seed(seed)
-    return zeros.map(lambda part: torch.randn(part.shape, generator=generator).to(part.dtype))
+    return on_floats(start, lambda part: torch.randn(part.shape, generator=generator).to(part.dtype))
+
+
+def on_floats(state, function):
+    """The state with a function applied to all but the token ids."""
+    return state.map(lambda part: function(part) if part.is_floating_point() else part)
+
+
+def floats(state):
+    return [part for part in state.to_list() if part.is_floating_point()]
 
 
 def assert_close(got, want, dtype, what=""):
@@ -54,19 +81,60 @@ def normed(x, weight, bias, eps=1e-5):
     return (x - x.mean()) / np.sqrt(x.var() + eps) * weight + bias
 
 
-def literal(weights, tokens, state):
+def literal_attention(p, x, i, n_layer, state, embedded):
+    """DeepEmbedAttention of layer i on the last token of the context; it appends to the caches in `state`."""
+    context = state[3 * n_layer]
+    at_k = 3 * n_layer + 1 + 2 * i
+    for at, code in ((at_k, "k"), (at_k + 1, "v")):
+        down = p[f"qkv.{code}1"].T if f"qkv.{code}1" in p else p[f"qkv.{code}{code}.weight"]
+        state[at] = np.vstack((state[at], down @ x))
+    q = p["qkv.qq.weight"] @ x
+    keys, values = [], []
+    for token, k_code, v_code in zip(context, state[at_k], state[at_k + 1], strict=True):
+        if "qkv.k_emb.weight" in p:
+            k_row = p["qkv.k_emb.weight"][token] + p["qkv.k_emb_x.weight"] @ embedded(token)
+            v_row = p["qkv.v_emb.weight"][token] + p["qkv.v_emb_x.weight"] @ embedded(token)
+            keys.append((k_code @ p["qkv.k2"]) * k_row)
+            values.append(np.tanh(v_code @ p["qkv.v2"]) * v_row)
+        else:
+            keys.append((p["qkv.kkup.weight"] @ k_code) * p["qkv.ennk.weight"][token])
+            values.append(np.tanh(p["qkv.vvup.weight"] @ v_code) * p["qkv.emm.weight"][token])
+    cap = 32
+    if "qkv.x_q" in p:
+        cap = 64
+        at_q = 3 * n_layer + 1 + 2 * n_layer + i
+        before, state[at_q] = state[at_q], q
+        q = q + (before - q) * p["qkv.x_q"]
+        zero_k, zero_v = np.zeros_like(keys[0]), np.zeros_like(values[0])
+        keys = [k + (b - k) * p["qkv.x_k"] for k, b in zip(keys, [zero_k, *keys[:-1]], strict=True)]
+        values = [v + (b - v) * p["qkv.x_v"] for v, b in zip(values, [zero_v, *values[:-1]], strict=True)]
+    q = normed(q, p["qkv.lnq.weight"], p["qkv.lnq.bias"])
+    keys = [normed(k, p["qkv.lnk.weight"], p["qkv.lnk.bias"]) for k in keys]
+    values = [normed(v, p["qkv.lnv.weight"], p["qkv.lnv.bias"]) for v in values]
+    scores = np.array([math.exp(cap * math.tanh(q @ k / (16 * cap))) for k in keys])
+    return sum(score * v for score, v in zip(scores / scores.sum(), values, strict=True))
+
+
+def literal(weights, tokens, state, has_ln0=True):
     """Logits (T, V) and the new state of one sequence: numpy, fp64, one token and one head after another.
 
-    weights: state_dict as fp64 arrays; state: 3 arrays a layer, as upstream lists them. `weights` alone says whether
-    the model is v7 or v8.
+    weights: state_dict as fp64 arrays; state: the list of arrays that upstream uses. `weights` alone says which variant
+    the model is; `has_ln0` is what they cannot say.
     """
     heads, size = weights["blocks.0.att.r_k"].shape
     n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     state = [part.copy() for part in state]
+
+    def embedded(token):
+        x = weights["emb.weight"][token]
+        return normed(x, weights["blocks.0.ln0.weight"], weights["blocks.0.ln0.bias"]) if has_ln0 else x
+
     logits = []
     for token in tokens:
-        x = normed(weights["emb.weight"][token], weights["blocks.0.ln0.weight"], weights["blocks.0.ln0.bias"])
+        x = embedded(token)
         v_first = None
+        if len(state) > 3 * n_layer:
+            state[3 * n_layer] = np.append(state[3 * n_layer], token)
         for i in range(n_layer):
             p = {name.removeprefix(f"blocks.{i}."): value for name, value in weights.items()}
             for name in p:
@@ -98,11 +166,21 @@ def literal(weights, tokens, state):
                 state[3 * i + 1][h] = new
                 out = normed(new @ r[c], p["att.ln_x.weight"][c], p["att.ln_x.bias"][c], eps=64e-5)
                 y[c] = out + (r[c] * k[c] * p["att.r_k"][h]).sum() * v[c]
-            x = x + p["att.output.weight"] @ (y * gate)
+            looked_back = 0
+            if "qkv.qq.weight" in p:
+                looked_back = literal_attention(p, x, i, n_layer, state, embedded)
+            x = x + p["att.output.weight"] @ (y * gate) + looked_back
 
             xx = normed(x, p["ln2.weight"], p["ln2.bias"])
             before, state[3 * i + 2] = state[3 * i + 2], xx
             hidden = np.maximum(p["ffn.key.weight"] @ (xx + (before - xx) * p["ffn.x_k"]), 0) ** 2
+            if "ffn.enn4.weight" in p:
+                hidden = hidden * p["ffn.enn4.weight"][token]
+            if "ffn.s_emb.weight" in p:
+                row = p["ffn.s_emb.weight"][token] + p["ffn.s_emb_x.weight"] @ embedded(token)
+                squeezed = xx @ p["ffn.s1"]
+                mixed = [sum(squeezed[a] * row[32 * a + b] for a in range(32)) for b in range(32)]
+                hidden = hidden * (np.array(mixed) @ p["ffn.s2"] + p["ffn.s0"])
             out = p["ffn.value.weight"] @ hidden
             if "ffn.enn.weight" in p:
                 out = out * p["ffn.enn.weight"][token]
@@ -111,27 +189,43 @@ def literal(weights, tokens, state):
     return np.stack(logits), state
 
 
-@pytest.mark.parametrize("size", [16, 64])
-@pytest.mark.parametrize("variant", ["v7", "v8"])
-def test_it_computes_the_equations(random_model, variant, size):
-    model = random_model(variant=variant, n_embd=2 * size, head_size=size).double()
-    tokens, state = ids(2, 21), some_state(model, 2)
+@pytest.mark.parametrize(("size", "n_layer"), [(16, 3), (64, 1)])
+@every_variant
+def test_it_computes_the_equations(random_model, variant, size, n_layer):
+    model = random_model(**FAMILY[variant], n_embd=2 * size, head_size=size, n_layer=n_layer).double()
+    tokens, state = ids(2, 18), some_state(model, 2)
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     with torch.no_grad():
         logits, new = model(tokens, state)
     for row in range(2):
-        want, want_state = literal(weights, tokens[row].tolist(), [part[row].numpy() for part in state.to_list()])
+        start = [part[row].numpy() for part in state.to_list()]
+        want, want_state = literal(weights, tokens[row].tolist(), start, model.config.has_ln0)
         assert_close(logits[row], torch.from_numpy(want), torch.float64)
         for got, part in zip(new.to_list(), want_state, strict=True):
             assert_close(got[row], torch.from_numpy(part), torch.float64)
 
 
-def test_gates_of_one_make_v8_equal_to_v7_bit_for_bit(random_model):
-    v7, v8 = random_model(variant="v7"), random_model(variant="v8", seed=1)
-    ones = {name: torch.ones_like(value) for name, value in v8.state_dict().items() if "enn" in name}
-    v8.load_state_dict({**v7.state_dict(), **ones})
-    tokens = ids(2, 19)
-    assert torch.equal(v7(tokens)[0], v8(tokens)[0])
+NEUTRAL = {"ffn.enn": 1, "ffn.enn4": 1, "ffn.s2": 0, "ffn.s0": 1, "qkv.lnv": 0}
+
+
+@pytest.mark.parametrize("variant", sorted(FAMILY.keys() - {"v7"}))
+def test_with_neutral_parts_every_variant_is_v7_bit_for_bit(random_model, variant):
+    """Gates of 1, s2 = 0 with s0 = 1, lnv = 0; all that then has no effect stays random."""
+    v7, model, tokens = random_model(variant="v7"), random_model(**FAMILY[variant], seed=1), ids(2, 19)
+    want = v7(tokens)[0]
+    assert not torch.equal(model(tokens)[0], want)
+    content = {**model.state_dict(), **v7.state_dict()}
+    if not model.config.has_ln0:
+        content["emb.weight"] = v7.embed(torch.arange(37))
+    model.load_state_dict(content)
+    parts = {part for name in content for part in NEUTRAL if f".{part}." in f"{name}."}
+    assert parts
+    for part in parts:
+        assert not torch.equal(model(tokens)[0], want)  # each one is needed
+        for name, parameter in model.named_parameters():
+            if f".{part}." in f"{name}.":
+                torch.nn.init.constant_(parameter, NEUTRAL[part])
+    assert torch.equal(model(tokens)[0], want)
 
 
 def test_the_gate_is_that_of_the_input_token_never_of_the_target(random_model):
@@ -143,9 +237,9 @@ def test_the_gate_is_that_of_the_input_token_never_of_the_target(random_model):
         assert rows.tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("variant", ["v7", "v8"])
+@every_variant
 def test_the_loss_is_the_cross_entropy_of_the_logits(random_model, variant):
-    model, tokens, targets = random_model(variant=variant).double(), ids(2, 5), ids(2, 5, seed=3)
+    model, tokens, targets = random_model(**FAMILY[variant]).double(), ids(2, 5), ids(2, 5, seed=3)
     targets[0, 2] = -100
     want = F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
     assert_close(model.loss(tokens, targets), want, torch.float64)
@@ -157,20 +251,22 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(random_model, variant):
 # Two roads to one answer
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("variant", ["v7", "v8"])
-def test_at_once_is_one_by_one_is_every_split(random_model, variant, dtype):
-    model, tokens = random_model(variant=variant).to(dtype), ids(3, 35)
+@pytest.mark.parametrize(
+    ("variant", "dtype", "n"),
+    [*((variant, torch.float64, 19) for variant in FAMILY), ("v8", torch.float32, 35), ("v7b", torch.float32, 19)],
+)
+def test_at_once_is_one_by_one_is_every_split(random_model, variant, dtype, n):
+    model, tokens = random_model(**FAMILY[variant]).to(dtype), ids(3, n)
     start = some_state(model, 3)
     with torch.no_grad():
         logits, end = model(tokens, start)
         state, singles = start, []
-        for t in range(35):
+        for t in range(n):
             out, state = model(tokens[:, t : t + 1], state)
             singles.append(out)
         assert_close(torch.cat(singles, dim=1), logits, dtype)
         assert_states_close(state, end, dtype)
-        for split in range(1, 35):
+        for split in range(1, n):
             first, state = model(tokens[:, :split], start)
             second, state = model(tokens[:, split:], state)
             assert_close(torch.cat((first, second), dim=1), logits, dtype, split)
@@ -193,10 +289,11 @@ def test_every_head_size(random_model, size):
     assert_states_close(state, end, torch.float64)
 
 
+@pytest.mark.parametrize("variant", ["v8", "v7b", "hybrid"])
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_rows_of_a_batch_are_independent(random_model, batch, tokens):
-    model, x = random_model().double(), ids(batch, tokens)
+def test_rows_of_a_batch_are_independent(random_model, batch, tokens, variant):
+    model, x = random_model(**FAMILY[variant]).double(), ids(batch, tokens)
     start = some_state(model, batch)
     logits, end = model(x, start)
     for row in range(batch):
@@ -210,9 +307,9 @@ def test_rows_of_a_batch_are_independent(random_model, batch, tokens):
         assert torch.equal(model(changed, start)[0][others], logits[others])
 
 
-@pytest.mark.parametrize("t", [0, 1, 15, 16, 17, 33])
-def test_no_token_changes_a_bit_of_an_earlier_output(random_model, t):
-    model, x = random_model(), ids(2, 34)
+@pytest.mark.parametrize(("variant", "t"), [*(("v8", t) for t in (0, 1, 15, 16, 17, 33)), ("v7b", 16), ("hybrid", 16)])
+def test_no_token_changes_a_bit_of_an_earlier_output(random_model, t, variant):
+    model, x = random_model(**FAMILY[variant]), ids(2, 34)
     changed = x.clone()
     changed[:, t] = (changed[:, t] + 1) % 37
     with torch.no_grad():
@@ -235,51 +332,55 @@ def test_layer_0_never_reads_its_value_mixing_and_the_layers_above_read_layer_0(
             logits = changed
 
 
-@pytest.mark.parametrize("variant", ["v7", "v8"])
+@every_variant
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_every_parameter_learns(random_model, variant, tokens):
-    model, tokens = random_model(variant=variant), ids(3, tokens)
+    model, tokens = random_model(**FAMILY[variant]), ids(3, tokens)
     start = some_state(model, 3)
     model(tokens, start)[0].logsumexp(dim=-1).square().sum().backward()
     for name, grad in gradients(model).items():
-        if name in NEVER_USED:
+        if name in never_used(model.config):
             assert grad is None or not grad.any()
         else:
             assert torch.isfinite(grad).all(), name
             assert grad.any(), name
 
 
-def test_gradients_through_the_state_are_those_of_the_whole_sequence(random_model):
-    model, tokens = random_model().double(), ids(2, 20)
+@pytest.mark.parametrize("variant", ["v7a", "v7b", "v8", "hybrid"])
+def test_gradients_through_the_state_are_those_of_the_whole_sequence(random_model, variant):
+    model, tokens = random_model(**FAMILY[variant]).double(), ids(2, 20)
     weights = torch.randn(2, 20, 37, generator=torch.Generator().manual_seed(4)).double()
-    used = {name: parameter for name, parameter in model.named_parameters() if name not in NEVER_USED}
+    unused = never_used(model.config)
+    used = {name: parameter for name, parameter in model.named_parameters() if name not in unused}
 
     def run(*pieces):
-        state = start = some_state(model, 2).map(torch.Tensor.requires_grad_)
+        state = start = on_floats(some_state(model, 2), torch.Tensor.requires_grad_)
         logits = []
         for piece in tokens.split(pieces, dim=1):
             out, state = model(piece, state)
             logits.append(out)
-        return torch.autograd.grad((torch.cat(logits, dim=1) * weights).sum(), [*used.values(), *start.to_list()])
+        return torch.autograd.grad((torch.cat(logits, dim=1) * weights).sum(), [*used.values(), *floats(start)])
 
     whole = run(20)
     for pieces in ((1, 19), (16, 4), (19, 1), (1, 1, 17, 1)):
         for i, (got, want) in enumerate(zip(run(*pieces), whole, strict=True)):
-            assert_close(got, want, torch.float64, [*used, *range(9)][i])
+            assert_close(got, want, torch.float64, [*used, *range(18)][i])
 
 
-def test_the_gradient_of_an_initial_state_is_the_slope_of_the_loss(random_model):
-    model, tokens = random_model().double(), ids(2, 6)
-    start = some_state(model, 2).map(torch.Tensor.requires_grad_)
+@pytest.mark.parametrize("variant", ["v8", "v7b", "hybrid"])
+def test_the_gradient_of_an_initial_state_is_the_slope_of_the_loss(random_model, variant):
+    model, tokens = random_model(**FAMILY[variant]).double(), ids(2, 6)
+    start = on_floats(some_state(model, 2), torch.Tensor.requires_grad_)
     direction = some_state(model, 2, seed=9)
 
     def loss(step):
-        moved = [a + step * b for a, b in zip(start.to_list(), direction.to_list(), strict=True)]
+        pairs = zip(start.to_list(), direction.to_list(), strict=True)
+        moved = [a + step * b if a.is_floating_point() else a for a, b in pairs]
         logits, state = model(tokens, heron.State.from_list(moved))
-        return logits.square().mean() + sum(part.square().mean() for part in state.to_list())
+        return logits.square().mean() + sum(part.square().mean() for part in floats(state))
 
-    grads = torch.autograd.grad(loss(0.0), start.to_list())
-    slope = sum((g * d).sum() for g, d in zip(grads, direction.to_list(), strict=True))
+    grads = torch.autograd.grad(loss(0.0), floats(start))
+    slope = sum((g * d).sum() for g, d in zip(grads, floats(direction), strict=True))
     with torch.no_grad():
         measured = (loss(1e-5) - loss(-1e-5)) / 2e-5
     assert all(grad.any() for grad in grads)
@@ -287,15 +388,16 @@ def test_the_gradient_of_an_initial_state_is_the_slope_of_the_loss(random_model)
     assert all(part.grad_fn is None for part in model(tokens, start)[1].detach().to_list())
 
 
-def test_recomputing_the_blocks_gives_the_same_gradients(random_model):
-    model, tokens = random_model(), ids(2, 18)
-    start = some_state(model, 2).map(torch.Tensor.requires_grad_)
+@pytest.mark.parametrize("variant", ["v7a", "v7b", "v8", "hybrid"])
+def test_recomputing_the_blocks_gives_the_same_gradients(random_model, variant):
+    model, tokens = random_model(**FAMILY[variant]), ids(2, 18)
+    start = on_floats(some_state(model, 2), torch.Tensor.requires_grad_)
 
     def run():
         model.zero_grad()
         logits, end = model(tokens, start)
-        loss = logits.square().mean() + sum(part.square().mean() for part in end.to_list())
-        d_start = torch.autograd.grad(loss, start.to_list(), retain_graph=True)
+        loss = logits.square().mean() + sum(part.square().mean() for part in floats(end))
+        d_start = torch.autograd.grad(loss, floats(start), retain_graph=True)
         loss.backward()
         return [*(grad for grad in gradients(model).values() if grad is not None), *d_start]
 
@@ -305,9 +407,10 @@ def test_recomputing_the_blocks_gives_the_same_gradients(random_model):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("variant", ["v8", "v7b", "hybrid"])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_a_state_handed_in_stays_as_it_was(random_model, tokens):
-    model = random_model()
+def test_a_state_handed_in_stays_as_it_was(random_model, tokens, variant):
+    model = random_model(**FAMILY[variant])
     start = some_state(model, 2)
     kept = start.clone()
     with torch.no_grad():
@@ -321,14 +424,18 @@ def test_a_state_handed_in_stays_as_it_was(random_model, tokens):
     ("dtype", "wkv_dtype", "tolerance"),
     [(torch.float64, torch.float64, 0), (torch.float32, torch.float32, 1e-5), (torch.bfloat16, torch.float32, 0.1)],
 )
-def test_dtypes(random_model, dtype, wkv_dtype, tolerance):
-    model = random_model().to(torch.bfloat16).double()  # weights that every dtype holds exactly
+@pytest.mark.parametrize("variant", ["v7b", "v8", "hybrid"])
+def test_dtypes(random_model, variant, dtype, wkv_dtype, tolerance):
+    model = random_model(**FAMILY[variant]).to(torch.bfloat16).double()  # weights that every dtype holds exactly
     tokens = ids(2, 20)
     with torch.no_grad():
         want, _ = model(tokens)
         logits, state = model.to(dtype)(tokens)
     assert logits.dtype == state.layers[0].att_shift.dtype == state.layers[0].ffn_shift.dtype == dtype
     assert {layer.wkv.dtype for layer in state.layers} == {wkv_dtype}
+    if model.config.has_attention:
+        assert state.layers[0].attention.k_codes.dtype == state.layers[0].attention.v_codes.dtype == dtype
+        assert state.tokens.dtype == torch.int64
     assert (logits.double() - want).norm() <= tolerance * want.norm()
     loss = model.loss(tokens, ids(2, 20, seed=5))
     loss.backward()
@@ -336,12 +443,14 @@ def test_dtypes(random_model, dtype, wkv_dtype, tolerance):
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values() if grad is not None)
 
 
-def test_a_table_in_fp32_beside_weights_in_bf16(random_model):
-    model, tokens = random_model().to(torch.bfloat16), ids(2, 6)
+@pytest.mark.parametrize("variant", ["v7a", "v7b", "v8", "v8 4x", "hybrid"])
+def test_tables_in_fp32_beside_weights_in_bf16(random_model, variant):
+    model, tokens = random_model(**FAMILY[variant]).to(torch.bfloat16), ids(2, 6)
     with torch.no_grad():
         want = model(tokens)[0]
-    for block in model.blocks:
-        block.ffn.enn.float()
+    for module in model.modules():
+        if isinstance(module, DeepEmbed):
+            module.float()
     with torch.no_grad():
         assert torch.equal(model(tokens)[0], want)
 
@@ -364,6 +473,14 @@ def test_int32_ids_are_ids(random_model):
         ("v8", False, 50304, 414, 631_289_856, 463_601_664),
         ("v8", False, 65536, 414, 795_064_320, 603_979_776),
         ("v7", True, 65536, 798, 1_527_668_736, 0),
+        ("v7a", False, 65536, 462, 1_007_339_520, 805_306_368),
+        ("v7b", False, 65536, 678, 1_825_471_488, 1_610_612_736),
+        ("v8-hybrid", False, 50304, 570, 1_252_798_464, 1_081_737_216),
+        ("v8-hybrid", False, 65536, 570, 1_603_743_744, 1_409_286_144),
+        ("v7a", True, 65536, 918, 3_196_674_048, 1_610_612_736),
+        ("v7b", True, 65536, 1350, 6_951_481_344, 5_234_491_392),
+        ("v8-hybrid", True, 50304, 1134, 6_737_051_648, 5_254_152_192),
+        ("v8-hybrid", True, 65536, 1134, 8_390_393_856, 6_845_104_128),
         ("v8", True, 50304, 822, 3_937_820_672, 2_472_542_208),
         ("v8", True, 65536, 822, 4_748_894_208, 3_221_225_472),
     ],
@@ -374,7 +491,7 @@ def test_tensors_and_parameters_of_released_sizes(variant, big, vocab_size, tens
         state = heron.RWKV(config).state_dict()
     assert len(state) == tensors
     assert sum(value.numel() for value in state.values()) == parameters
-    assert sum(value.numel() for name, value in state.items() if name.endswith("ffn.enn.weight")) == tables
+    assert sum(value.numel() for name, value in state.items() if group_of(name, value) is TABLE) == tables
 
 
 RELEASED = {
@@ -387,8 +504,13 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("size", RELEASED)
-@pytest.mark.parametrize("variant", ["v7", "v8"])
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [
+        *((variant, size) for variant in ("v7", "v8") for size in RELEASED),
+        *((variant, size) for variant in ("v7a", "v7b", "v8-hybrid") for size in ("0.1b", "1.5b")),
+    ],
+)
 def test_released_presets(variant, size):
     config = heron.ModelConfig.preset(f"rwk{variant}-{size}")
     ranks = (config.decay_rank, config.iclr_rank, config.value_rank, config.gate_rank)
@@ -413,8 +535,31 @@ def test_ranks_of_new_models(n_embd, ranks):
     assert (config.decay_rank, config.iclr_rank, config.value_rank, config.gate_rank) == ranks
 
 
-def test_names_and_shapes_are_upstreams(random_model):
-    state = {name: tuple(value.shape) for name, value in random_model(n_layer=2).state_dict().items()}
+HIDDEN_GATE = {"ffn.s_emb.weight": (37, 1024), "ffn.s_emb_x.weight": (1024, 32), "ffn.s1": (32, 32),
+               "ffn.s2": (32, 50), "ffn.s0": (50,)}  # fmt: skip
+NORMS = {f"qkv.ln{x}.{part}": (32 if x == "v" else 256,) for x in "qkv" for part in ("weight", "bias")}
+ADDED = {
+    "v7": {},
+    "v7a": HIDDEN_GATE,
+    "v7b": {
+        **HIDDEN_GATE, **NORMS, "qkv.qq.weight": (256, 32), "qkv.x_q": (256,), "qkv.x_k": (256,), "qkv.x_v": (32,),
+        "qkv.k1": (32, 32), "qkv.k2": (32, 256), "qkv.k_emb.weight": (37, 256), "qkv.k_emb_x.weight": (256, 32),
+        "qkv.v1": (32, 32), "qkv.v2": (32, 32), "qkv.v_emb.weight": (37, 32), "qkv.v_emb_x.weight": (32, 32),
+    },
+    "v8": {"ffn.enn.weight": (37, 32)},
+    "v8 4x": {"ffn.enn4.weight": (37, 50)},
+    "hybrid": {
+        **NORMS, "ffn.enn.weight": (37, 32), "qkv.qq.weight": (256, 32), "qkv.kk.weight": (32, 32),
+        "qkv.kkup.weight": (256, 32), "qkv.ennk.weight": (37, 256), "qkv.vv.weight": (32, 32),
+        "qkv.vvup.weight": (32, 32), "qkv.emm.weight": (37, 32),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ADDED)
+def test_names_and_shapes_are_upstreams(random_model, variant):
+    model = random_model(n_layer=2, **FAMILY[variant])
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     C, V, F_, H, N, vector = 32, 37, 50, 2, 16, (1, 1, 32)
     want = {"emb.weight": (V, C), "head.weight": (V, C), "ln_out.weight": (C,), "ln_out.bias": (C,)}
     want |= {"blocks.0.ln0.weight": (C,), "blocks.0.ln0.bias": (C,)}
@@ -426,7 +571,7 @@ def test_names_and_shapes_are_upstreams(random_model):
         block |= {f"att.{letter}2": (rank, C) for letter, rank in zip("wavg", (5, 6, 7, 9), strict=True)}
         block |= {f"att.{name}.weight": (C, C) for name in ("receptance", "key", "value", "output")}
         block |= {"att.r_k": (H, N), "att.ln_x.weight": (C,), "att.ln_x.bias": (C,)}
-        block |= {"ffn.x_k": vector, "ffn.key.weight": (F_, C), "ffn.value.weight": (C, F_), "ffn.enn.weight": (V, C)}
+        block |= {"ffn.x_k": vector, "ffn.key.weight": (F_, C), "ffn.value.weight": (C, F_), **ADDED[variant]}
         want |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     assert state == want
 
@@ -459,6 +604,7 @@ def test_unfit_tokens_are_refused(random_model, tokens, words):
         (dict(), 1, r"state of layer 0, att_shift: wanted \(2, 32\), got \(1, 32\)"),
         (dict(n_embd=48), 2, r"state of layer 0, att_shift: wanted \(2, 32\), got \(2, 48\)"),
         (dict(head_size=32), 2, r"state of layer 0, wkv: wanted \(2, 2, 16, 16\), got \(2, 1, 32, 32\)"),
+        (dict(variant="v7b"), 2, "state: wanted one of a v8 model, got one with a context of token ids"),
     ],
 )
 def test_a_foreign_state_is_refused(random_model, changes, batch, words):
@@ -476,12 +622,14 @@ def test_a_list_is_no_state_and_the_message_says_how_to_make_one(random_model):
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        (dict(variant="v9"), ConfigError, "variant: wanted one of v7, v8, got 'v9'"),
+        (dict(variant="v9"), ConfigError, "variant: wanted one of v7, v7a, v7b, v8, v8-hybrid"),
         (dict(n_layers=3), UnknownKeyError, "model: unknown key 'n_layers'. Did you mean 'n_layer'?"),
         (dict(n_embd=100), ConfigError, "n_embd 100 is not a multiple of head_size 64"),
         (dict(head_size=8), ConfigError, "head_size: wanted 16 to 128, got 8"),
         (dict(vocab_size=0), ConfigError, "vocab_size: wanted at least 1, got 0"),
         (dict(n_layer="many"), ConfigError, "n_layer: wanted int, got 'many'"),
+        (dict(variant="v7", deep_embed_4x=True), ConfigError, "deep_embed_4x is an option of v8 and v8-hybrid"),
+        (dict(variant="v8", has_ln0=False), ConfigError, "has_ln0 False is for v8-hybrid alone; variant v8 always"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(settings, error, words):

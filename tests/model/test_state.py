@@ -54,7 +54,7 @@ def test_the_list_has_upstreams_order_and_comes_back(random_model):
     again = heron.State.from_list(parts)
     assert all(a is b for a, b in zip(again.to_list(), parts, strict=True))
     for bad in ([], parts[:4]):
-        with pytest.raises(ConfigError, match=f"state list: wanted 3 tensors per layer, got {len(bad)}"):
+        with pytest.raises(ConfigError, match=f"state list: wanted 3 tensors per layer, .*got {len(bad)} tensors"):
             heron.State.from_list(bad)
 
 

@@ -1,0 +1,89 @@
+"""`heron convert`: one model written as another variant, with another vocabulary, in another dtype or format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from heron.checkpoint import load, migrate, save
+from heron.errors import CheckpointError, ConfigError
+from heron.model import RWKV
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CHECKED_TOKENS = 32
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    variant: str | None = None,
+    format: str | None = None,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    new_rows: str = "mean",
+    deep_embed_4x: bool = False,
+    seed: int = 42,
+) -> tuple[RWKV, RWKV]:
+    """Read a model, change what is asked for, and write it.
+
+    Args:
+        source: what :func:`heron.load` takes.
+        target: a file or folder that does not exist yet.
+        variant: make it this one (:func:`heron.checkpoint.migrate.upcycle`); None: as it is.
+        format: of :func:`heron.save`; None: by the suffix of `target`.
+        dtype: fp32, bf16 or fp16; None: as in the source.
+        vocab_size: number of token ids (:func:`heron.checkpoint.migrate.resize_vocabulary`); None: as it is.
+        new_rows: the rule for rows of new ids.
+        deep_embed_4x: give the new variant the 4x form.
+        seed: of what is random in new parts, whose effect is multiplied by 0 before training.
+
+    Returns:
+        The model before and after.
+
+    Raises:
+        ConfigError: the target exists, or settings that contradict each other.
+        CheckpointError: the source cannot be read, or the target cannot hold the model.
+    """
+    target = Path(target)
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name another file")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: wanted {', '.join(DTYPES)}, got {dtype!r}")
+    before = after = load(source)
+    torch.manual_seed(seed)
+    if deep_embed_4x and variant is None:
+        variant = before.config.variant
+    if variant is not None and (variant, deep_embed_4x) != (before.config.variant, before.config.deep_embed_4x):
+        after = migrate.upcycle(after, variant, deep_embed_4x)
+    if vocab_size is not None and vocab_size != after.config.vocab_size:
+        after = migrate.resize_vocabulary(after, vocab_size, new_rows)
+    if dtype is not None:
+        after = _in(after, DTYPES[dtype])
+    save(after, target, format)
+    return before, after
+
+
+@torch.no_grad()
+def largest_difference(before: RWKV, target: str | Path, seed: int = 42) -> float:
+    """The largest difference of a logit between a model and the file it was written to, both computed in fp32.
+
+    Over 32 random tokens, from the ids and for the ids that both models have.
+    """
+    after = load(target)
+    ids = min(before.config.vocab_size, after.config.vocab_size)
+    tokens = torch.randint(ids, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(seed))
+    one, other = (_in(model, torch.float32)(tokens)[0][..., :ids] for model in (before, after))
+    return float((one - other).abs().max())
+
+
+def _in(model: RWKV, dtype: torch.dtype) -> RWKV:
+    """A copy of the model whose tensors are all of `dtype`; CheckpointError where one would overflow in it."""
+    with torch.device("meta"):
+        copy = RWKV(model.config)
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot; take bf16")
+    copy.load_state_dict(tensors, assign=True)
+    return copy.requires_grad_(True)
