@@ -21,6 +21,7 @@ _HOMES = {
     "build_optimizer": "heron.optim",
     "Trainer": "heron.train",
     "generate": "heron.generation",
+    "Engine": "heron.generation",
 }
 _MODULES = (
     "checkpoint", "config", "data", "errors", "evaluate", "generation", "model", "ops", "optim", "tokenizer", "train",

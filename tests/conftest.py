@@ -41,7 +41,10 @@ def random_model() -> Callable[..., heron.RWKV]:
         ranks = dict(decay_rank=5, iclr_rank=6, value_rank=7, gate_rank=9)
         with torch.device("meta"):  # the reference initial values would only be overwritten
             model = heron.RWKV(heron.ModelConfig(**{"variant": "v8", **sizes, **ranks, **changes}))
-        return _randomize(model.to_empty(device="cpu"), seed)
+        _randomize(model.to_empty(device="cpu"), seed)
+        if not model.config.has_ln0:
+            model.blocks[0].ln0.reset_parameters()  # no forward reads it; a file in which it is neutral loads silently
+        return model
 
     return make
 
@@ -72,16 +75,23 @@ def rwkv_package(tmp_path) -> Callable[..., list[tuple[Tensor, list[Tensor]]]]:
     It gives (logits (T, V), state list) of each. In a process of its own, since the package reads its environment once.
     """
 
-    def run(jobs: list[tuple[Path, list[int], list[int]]], jit: bool = False) -> list[tuple[Tensor, list[Tensor]]]:
+    def run(
+        jobs: list[tuple[Path, list[int], list[int]]], jit: bool = False, deep_embed: bool = False
+    ) -> list[tuple[Tensor, list[Tensor]]]:
         asked, answered = tmp_path / "jobs.pt", tmp_path / "answers.pt"
         torch.save([(str(path), tokens, pieces) for path, tokens, pieces in jobs], asked)
         environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0"}
+        if deep_embed:
+            environment["RWKV_DE_VERSION"] = "1"
         command = [sys.executable, "-c", _PACKAGE_SCRIPT, str(asked), str(answered)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return torch.load(answered)
 
     return run
+
+
+_GATES = tuple(f".{table}.weight" for table in ("enn", "enn4", "ennk", "emm", "k_emb", "v_emb"))
 
 
 def _randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -99,8 +109,10 @@ def _random_value(name: str, normal: Tensor, uniform: Tensor) -> Tensor:
         return normal
     if leaf == "bias":
         return 0.2 * normal
-    if normal.dim() == 1 or name.endswith("enn.weight"):
+    if normal.dim() == 1 or name.endswith(_GATES):
         return 1 + 0.3 * normal
+    if name.endswith("s_emb.weight"):
+        return 0.2 * normal
     if leaf == "w0":
         return 8 * uniform - 6  # decays from 0.586 to 0.9985
     if leaf == "r_k":

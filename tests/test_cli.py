@@ -25,7 +25,7 @@ from heron.data import binidx
 TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
 SIZES = "--n_layer 2 --n_embd 32 --head_size 16 --vocab_size 256"
 SMALL = f"{SIZES} --ctx_len 16 --micro_bsz 2 --threads 1 --device cpu --dtype fp32 --sample_tokens 8"
-VERBS = ("demo", "prepare", "init", "train", "generate", "eval", "convert", "info", "doctor", "plot")
+VERBS = ("demo", "prepare", "init", "train", "generate", "chat", "eval", "convert", "info", "doctor", "plot")
 
 
 @pytest.fixture
@@ -372,9 +372,9 @@ def test_convert_there_and_back(heron_, trained, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
     code, _, err = heron_(f"convert {trained} {tmp_path}/y.pth")
     assert_one_line(code, err, 1, "y.pth", "exists")
-    code, _, err = heron_(f"convert {trained} {tmp_path}/y.gguf")
-    assert_one_line(code, err, 1, "y.gguf", ".pth or .safetensors")
-    assert not (tmp_path / "y.gguf").exists()
+    code, _, err = heron_(f"convert {trained} {tmp_path}/y.zip")
+    assert_one_line(code, err, 1, "y.zip", ".pth, .safetensors, .gguf")
+    assert not (tmp_path / "y.zip").exists()
     assert (trained / "rwkv-final.pth").read_bytes() == original
 
 
@@ -439,8 +439,9 @@ def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(heron_, t
         process.kill()
         process.wait()
     assert (process.returncode, err) == (75, b"")
-    assert json.loads((tmp_path / "run" / "run_status.json").read_text()) == {"status": "preempted"}
     done = report.read_log(tmp_path / "run")[0][-1]["step"]
+    status = {"status": "preempted", "step": done, "checkpoint": f"step-{done:08d}"}
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text()) == status
     assert f"stopped by SIGTERM at step {done}; the same command goes on from here" in out.decode()
     words[words.index("100000")] = str(done + 2)
     code, out, err = heron_(*words)

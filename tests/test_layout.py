@@ -16,11 +16,11 @@ FILES = sorted((REPOSITORY / "heron").rglob("*.py"))
 # A part may import the parts on earlier lines, and those on its own line as long as that makes no circle.
 LINES = [
     ["errors", "config"],
-    ["machine", "tokenizer", "ops"],
+    ["machine", "strict_json", "tokenizer", "ops"],
     ["model", "data"],
-    ["optim", "checkpoint", "generation", "evaluate", "report"],
+    ["optim", "checkpoint", "generation", "evaluate", "report", "guards", "faults", "preemption"],
     ["train"],
-    ["cli", "__main__", "doctor", "info", "demo", "compat"],
+    ["cli", "chat", "__main__", "doctor", "info", "convert", "hf", "demo", "compat"],
 ]
 LINE_OF = {part: line for line, parts in enumerate(LINES) for part in parts}
 

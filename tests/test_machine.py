@@ -142,39 +142,6 @@ def test_info_on_presets_fits_80_columns():
     assert rows["rwkv7-0.1b"][:4] == ["v7", "12", "768", "65536"]
 
 
-def test_info_on_a_file(random_model, tmp_path):
-    model = random_model().bfloat16()
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "blocks.0.att.v1"}
-    torch.save(tensors, tmp_path / "x.pth")
-    facts = info.describe(str(tmp_path / "x.pth"), params=False).splitlines()
-    total = sum(p.numel() for p in model.parameters())
-    assert facts == [
-        f"what        {tmp_path / 'x.pth'}",
-        "variant     v8",
-        "sizes       n_layer 3, n_embd 32, head_size 16",
-        "            ffn_dim 50, vocab_size 37",
-        "ranks       decay 5, iclr 6, value 7, gate 9",
-        f"parameters  {total:,}, {3 * 37 * 32:,} of them DeepEmbed tables",
-        "dtype       bfloat16",
-        "odd         blocks.0.att.v1 absent (never used)",
-    ]
-
-
-def test_info_lists_every_parameter_with_its_group():
-    rows = {line.split()[0]: line for line in info.describe("rwkv8-tiny", params=True).splitlines() if "." in line}
-    model = heron.RWKV(heron.ModelConfig.preset("rwkv8-tiny"))
-    optimizer = heron.build_optimizer(model, lr=1.0, weight_decay=0.1)
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        shape, group, lr, decay, *initial = rows[name].split()[1:]
-        trained = group_of[id(parameter)]
-        assert shape == "x".join(map(str, parameter.shape))
-        assert (group, float(lr[:-1]), float(decay)) == (trained["name"], trained["lr"], trained["weight_decay"])
-        assert initial
-    assert rows["blocks.0.att.w0"].split()[2:5] == ["2x", "2x", "0"]
-    assert rows["blocks.1.ffn.enn.weight"].split()[2:] == ["table", "1x", "0", "1"]
-
-
 @pytest.mark.parametrize("name", ["rwkv9", "missing.pth"])
 def test_info_on_nothing_names_the_presets(name):
     with pytest.raises(CheckpointError, match=f"{name}: no such file, folder or preset; presets: rwkv7-0.1b"):
