@@ -14,17 +14,22 @@ from heron import __version__, machine
 from heron.ops import _select
 
 COLUMNS = 80
-_EXTRAS = ("tensorboard", "wandb")
+_EXTRAS = ("tensorboard", "wandb", "transformers", "gguf", "lm-eval")
 _NEEDED = ("numpy", "safetensors", "PyYAML", "rich", "pyrwkv-tokenizer", "tokenizers", "matplotlib")
 
 
 def report() -> str:
     """The whole report, in lines of at most 80 columns (a longer path is left whole)."""
     device = machine.choose_device("auto")
-    dtype = machine.choose_dtype("auto", torch.device(device.value))
-    wkv7 = _select.wkv7(torch.device(device.value), 512)
-    loss = _select.linear_cross_entropy()
-    one_token = _select.wkv7(torch.device(device.value), 1)
+    there = torch.device(device.value)
+    dtype = machine.choose_dtype("auto", there)
+    operators = {
+        "wkv7": _select.wkv7(there, 512),
+        "wkv7, T=1": _select.wkv7(there, 1),
+        "head and loss": _select.linear_cross_entropy(),
+        "rosa": _select.rosa(there),
+        "rosa gradients": _select.rosa_gradients(there),
+    }
     units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in machine.cpu_flags()]
     sections = {
         "machine": [
@@ -34,14 +39,12 @@ def report() -> str:
             ("cpu kernels", torch.backends.cpu.get_cpu_capability()),
             ("cpu flags", ", ".join(units) or "not known"),
             ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that PyTorch can use"),
-            ("nvcc", shutil.which("nvcc") or "not on the path (nothing here needs it)"),
+            ("nvcc", shutil.which("nvcc") or "not on the path (a GPU needs it for ROSA, nothing else does)"),
         ],
         "a training run here would use": [
             ("device", f"{device.value}: {device.reason}"),
             ("precision", f"{dtype.value}: {dtype.reason}"),
-            ("wkv7", f"{wkv7.impl}: {wkv7.reason}"),
-            ("wkv7, T=1", f"{one_token.impl}: {one_token.reason}"),
-            ("head and loss", f"{loss.impl}: {loss.reason}"),
+            *((name, f"{choice.impl}: {choice.reason}") for name, choice in operators.items()),
         ],
         "packages": [(name, _version(name) or f"MISSING: {_install(name)}") for name in _NEEDED],
         "extras": [(name, _version(name) or f"not installed: {_install(name)}") for name in _EXTRAS],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,16 +46,37 @@ def rosa(device: torch.device) -> Choice:
     return Choice("cpu", "C++, O(log T) a token on any stream")
 
 
+def rosa_gradients(device: torch.device) -> Choice:
+    """Implementation of the gradient rules of ROSA's bits on `device`. Says so, once, when C++ can't be built."""
+    if device.type != "cpu":
+        return Choice("torch", f"PyTorch and the operator; runs on {device.type}")
+    reason = _why_rosa_gradients_cannot_be_built()
+    if reason is not None:
+        return Choice("torch", f"PyTorch and the operator; the compiled form can't be built ({reason})")
+    return Choice("cpu", "C++, one stream after another")
+
+
 @functools.cache
 def _why_rosa_cannot_be_built(device: torch.device) -> str | None:
     from heron.ops.rosa import cpu, cuda
 
+    if device.type == "cuda":
+        return _failure_of(lambda: cuda.library(torch.cuda.get_device_capability(device)), "ROSA")
+    return _failure_of(cpu.library, "ROSA")
+
+
+@functools.cache
+def _why_rosa_gradients_cannot_be_built() -> str | None:
+    from heron.ops.rosa import cpu
+
+    return _failure_of(cpu.gradient_library, "ROSA's gradients")
+
+
+def _failure_of(build: Callable[[], object], what: str) -> str | None:
+    """Why `build` failed, told on stderr, or None."""
     try:
-        if device.type == "cuda":
-            cuda.library(torch.cuda.get_device_capability(device))
-        else:
-            cpu.library()
+        build()
     except KernelError as error:
-        print(f"heron: going on with the slower form of ROSA in PyTorch: {error}", file=sys.stderr)
+        print(f"heron: going on with the slower form of {what} in PyTorch: {error}", file=sys.stderr)
         return str(error)
     return None

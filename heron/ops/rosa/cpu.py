@@ -15,7 +15,9 @@ from heron.ops.rosa.dp import rosa_dp
 
 LONGEST_STREAM = 2**28 - 1
 _NO_LIMIT = 2**31 - 1
-_SOURCE = Path(__file__).parent / "csrc" / "rosa.cpp"
+_CSRC = Path(__file__).parent / "csrc"
+_SOURCE = _CSRC / "rosa.cpp"
+_HEADERS = [_CSRC / "streams.h"]
 
 
 def rosa_cpu(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,7 @@ def library() -> ctypes.CDLL:
     Raises:
         KernelError: it can't be built here, or what was built gives wrong answers.
     """
-    built = _build.load_c_library("rosa", [_SOURCE])
+    built = _build.load_c_library("rosa", [_SOURCE], depends=_HEADERS)
     pointer, signed = ctypes.c_void_p, ctypes.c_int64
     built.heron_rosa.argtypes = [pointer, pointer, signed, ctypes.c_int32, ctypes.c_int32, signed, pointer, pointer]
     built.heron_rosa.restype = ctypes.c_int
@@ -51,6 +53,23 @@ def library() -> ctypes.CDLL:
         for max_match in (None, 2):
             if not all(map(torch.equal, _run(built, q, k, max_match), rosa_dp(q, k, max_match))):
                 raise KernelError(f"rosa: {_SOURCE.name}, as built here, gives wrong answers; is the compiler sound?")
+    return built
+
+
+@functools.cache
+def gradient_library() -> ctypes.CDLL:
+    """The library behind :mod:`heron.ops.rosa.flips` and :mod:`heron.ops.rosa.soft`, built when needed.
+
+    Raises:
+        KernelError: it can't be built here.
+    """
+    sources = [_CSRC / "flips.cpp", _CSRC / "soft.cpp"]
+    built = _build.load_c_library("rosa_gradients", sources, ["-fno-math-errno", "-Wno-psabi"], _HEADERS)
+    pointer, small, large = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    built.heron_rosa_flips.argtypes = [*[pointer] * 5, large, *[small] * 5, large, pointer]
+    built.heron_rosa_soft.argtypes = [*[pointer] * 6, large, small, small, large, *[pointer] * 3]
+    for function in (built.heron_rosa_flips, built.heron_rosa_soft):
+        function.restype = ctypes.c_int
     return built
 
 

@@ -4,14 +4,9 @@
 // leaves of one subtree, here one range of slots. The query then walks the automaton through strings that have already
 // ended before i, and a segment tree over the slots knows the latest end so far in any range.
 
-#include <algorithm>
-#include <atomic>
+#include "streams.h"
+
 #include <cstddef>
-#include <cstdint>
-#include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace {
 
@@ -232,34 +227,17 @@ struct Problem {
 };
 
 template <class Edges>
-void take_streams(const Problem& p, std::atomic<int64_t>& next_stream) {
-    Matcher<Edges> matcher(p.length, p.n_symbols);
-    for (int64_t stream; (stream = next_stream++) < p.n_streams;) {
+struct Worker {
+    explicit Worker(const Problem& problem) : p(problem), matcher(p.length, p.n_symbols) {}
+
+    void run(int64_t stream) {
         const int64_t offset = stream * p.length;
         matcher.run(p.q + offset, p.k + offset, p.max_match, p.src + offset, p.match_length + offset);
     }
-}
 
-template <class Edges>
-bool solve(const Problem& problem, int64_t n_threads) {
-    std::atomic<int64_t> next_stream{0};
-    std::atomic<bool> enough_memory{true};
-    const auto work = [&] {
-        try {
-            take_streams<Edges>(problem, next_stream);
-        } catch (const std::bad_alloc&) {
-            enough_memory = false;
-        }
-    };
-    std::vector<std::thread> helpers;
-    try {
-        for (int64_t n = 1; n < std::min(n_threads, problem.n_streams); ++n) helpers.emplace_back(work);
-    } catch (const std::system_error&) {  // there are no more threads to be had; those that are do the work
-    }
-    work();
-    for (std::thread& helper : helpers) helper.join();
-    return enough_memory;
-}
+    const Problem& p;
+    Matcher<Edges> matcher;
+};
 
 }  // namespace
 
@@ -270,5 +248,6 @@ extern "C" int heron_rosa(const int32_t* q, const int32_t* k, int64_t n_streams,
     const int32_t largest = *std::max_element(k, k + n_streams * length);
     const bool dense = largest < MOST_DENSE_SYMBOLS;
     const Problem problem{q, k, n_streams, length, dense ? largest + 1 : 0, max_match, src, match_length};
-    return !(dense ? solve<DenseEdges>(problem, n_threads) : solve<HashedEdges>(problem, n_threads));
+    return !(dense ? run_streams<Worker<DenseEdges>>(problem, n_threads)
+                   : run_streams<Worker<HashedEdges>>(problem, n_threads));
 }
