@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from heron import __version__
-from heron.config import LARGEST_SEED, MINI_EPOCH, PRESETS, ModelConfig, TrainConfig, read_yaml, setting_type
+from heron.config import (
+    LARGEST_SEED,
+    MINI_EPOCH,
+    PRESETS,
+    ModelConfig,
+    RosaConfig,
+    TrainConfig,
+    read_yaml,
+    setting_type,
+)
 from heron.errors import ConfigError, HeronError, UnknownKeyError, did_you_mean
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
@@ -175,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tokenizer", help="world, bytes, integers:V, a tokenizer.json; default: the run's own")
     evaluate.add_argument("--ctx_len", type=int, default=1024, help="window length; each starts from a zero state")
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    _add_rosa(evaluate)
 
     convert = verb("convert", _convert, "rewrite weights: another format, variant, vocabulary or dtype")
     convert.add_argument("input", help="a .pth, .safetensors or .gguf, a Hugging Face folder, a checkpoint, a run")
@@ -185,11 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the input")
     convert.add_argument("--vocab_size", type=int, help="number of token ids; default: as in the input")
     convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
+    convert.add_argument("--add_rosa", type=_rosa, help="add a ROSA branch: qkv-1bit or qkv-4bit; default: none")
+    _add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of both and print the difference")
 
     info = verb("info", _info, "what a weights file, a run, a preset or a dataset is")
     info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, a preset, or binidx data")
     info.add_argument("--params", action="store_true", help="every parameter: shape, group, lr, decay, initial value")
+    _add_rosa(info)
     info.add_argument("--presets", action="store_true", help="list the presets")
 
     verb("doctor", _doctor, "what this machine has, what each op would run on, what to install")
@@ -233,6 +246,20 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
     parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
     parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
+    _add_rosa(parser)
+
+
+def _add_rosa(parser: argparse.ArgumentParser) -> None:
+    """What a bare file of weights cannot say."""
+    names = "qkv-1bit, qkv-4bit"
+    parser.add_argument("--rosa", type=_rosa, help=f"how the ROSA in a bare file works: {names}; default: as its run")
+
+
+def _rosa(name: str) -> RosaConfig:
+    try:
+        return RosaConfig.preset(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seed(text: str) -> int:
@@ -487,7 +514,7 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
     device, file = _device(options.device), options.tables_file
-    model = load(options.model, dtypes[options.dtype])
+    model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
     tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size)
     if options.tables == "disk" and file is None:
         file = weights_file(Path(options.model)).with_suffix(f".{options.dtype or 'file'}.tables")
@@ -517,7 +544,7 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     from heron.checkpoint import load
     from heron.data.loader import load_tokens
 
-    model = load(path).to(_device(options.device))
+    model = load(path, rosa=options.rosa).to(_device(options.device))
     tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size)
     result = {"model": path, "step": evaluate.step_of(path), "mode": options.mode}
     lines = []
@@ -561,11 +588,11 @@ def _convert(options: argparse.Namespace) -> None:
 
     before, after = convert(
         options.input, options.output, options.variant, options.format, options.dtype,
-        options.vocab_size, options.new_rows, options.deep_embed_4x,
+        options.vocab_size, options.new_rows, options.deep_embed_4x, rosa=options.rosa, add_rosa=options.add_rosa,
     )  # fmt: skip
     print(f"wrote {options.output}: {_sizes(after.config)}")
     if options.check:
-        difference = largest_difference(before, options.output)
+        difference = largest_difference(before, options.output, rosa=after.config.rosa)
         print(f"largest difference of a logit, before and after, in fp32: {difference:.3g}")
 
 
@@ -577,7 +604,7 @@ def _info(options: argparse.Namespace) -> None:
         print(info.presets())
     if options.model is not None:
         is_data = binidx.is_binidx(options.model)
-        print(binidx.describe(options.model) if is_data else info.describe(options.model, options.params))
+        print(binidx.describe(options.model) if is_data else info.describe(options.model, options.params, options.rosa))
 
 
 def _doctor(options: argparse.Namespace) -> None:

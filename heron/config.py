@@ -16,7 +16,7 @@ from typing import Any, Union
 from heron.errors import ConfigError, UnknownKeyError, did_you_mean
 
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
-_DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output"}
+_DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
 VARIANTS = tuple(_DEEP_EMBED)
 DTYPES = ("auto", "fp32", "bf16")
 ON_NONFINITE = ("stop", "skip", "rewind")
@@ -35,6 +35,62 @@ def rank_rule(factor: float, n_embd: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class RosaConfig:
+    """How a ROSA layer works. None of this can be read from its tensors, except which of them there are.
+
+    The source decides what comes out: rows of an embedding (token), emb1 or emb0 by the predicted bit (self), +e or -e
+    by it (qkv). ``RosaConfig.preset("qkv-1bit")`` is the layer of upstream's 1-bit language model.
+
+    Raises:
+        ConfigError: a value that does not exist, a rule for no match that is not given, or that the source lacks.
+    """
+
+    source: str = _setting("qkv", "of the symbols: token (ids), self (signs of x), qkv (signs of three projections)")
+    bits: int = _setting(1, "channels that share a stream: 1 or 4; the first is the least significant bit")
+    no_match: str | None = _setting(None, "what no match gives: zero (0.0) or bit0 (as a predicted 0); must be given")
+    max_match: int | None = _setting(None, "symbols of a match that count; None: all, as upstream")
+    proj_bias: bool = _setting(True, "qkv: the projections q, k, v, o have a bias")
+    token_shift: bool = _setting(True, "qkv: the projections read x mixed with the x before, by x_q, x_k, x_v")
+    grad: str = _setting("soft_suffix", "rule for the gradient of the symbols: none, bitflip or soft_suffix")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        choices = {"source": ("token", "self", "qkv"), "bits": (1, 4), "no_match": ("zero", "bit0"), "grad": ROSA_GRADS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                wanted = ", ".join(map(str, known))
+                usual = f"; the presets {', '.join(ROSA_PRESETS)} have upstream's" if name == "no_match" else ""
+                raise ConfigError(f"rosa, {name}: wanted one of {wanted}, got {value!r}{usual}")
+        if self.source == "token" and self.no_match != "zero":
+            raise ConfigError("rosa, no_match: a token has no bit 0; source token gives zero")
+        if self.max_match is not None and self.max_match < 1:
+            raise ConfigError(f"rosa, max_match: wanted at least 1, or nothing, got {self.max_match}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> RosaConfig:
+        """One of upstream's layers, with `changes` laid over it."""
+        if name not in ROSA_PRESETS:
+            known = ", ".join(ROSA_PRESETS)
+            raise ConfigError(f"no ROSA preset {name!r}; there are {known}.{did_you_mean(name, ROSA_PRESETS)}")
+        return cls(**{**ROSA_PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RosaConfig:
+        """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
+        return _from_dict(cls, values, where="rosa")
+
+
+ROSA_GRADS = ("none", "bitflip", "soft_suffix")
+ROSA_PRESETS: dict[str, dict[str, Any]] = {
+    "token": {"source": "token", "no_match": "zero", "grad": "none"},
+    "self-1bit": {"source": "self", "bits": 1, "no_match": "zero", "grad": "bitflip"},
+    "self-4bit": {"source": "self", "bits": 4, "no_match": "bit0", "grad": "bitflip"},
+    "qkv-1bit": {"source": "qkv", "bits": 1, "no_match": "bit0"},
+    "qkv-4bit": {"source": "qkv", "bits": 4, "no_match": "zero"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model. Fields left at None are filled by the rules that RWKV-LM uses for new models.
 
@@ -43,7 +99,7 @@ class ModelConfig:
             the variant does not have.
     """
 
-    variant: str = _setting("v8", "v7, v8 (with DeepEmbed), v7a (gated hidden layer), v7b and v8-hybrid (attention)")
+    variant: str = _setting("v8", "v7; v8 and v7a (DeepEmbed); v7b and v8-hybrid (attention too); rosa-lm (ROSA alone)")
     n_layer: int = _setting(12, "number of blocks")
     n_embd: int = _setting(768, "width of the residual stream (C)")
     vocab_size: int = _setting(65536, "number of token ids (V)")
@@ -55,8 +111,13 @@ class ModelConfig:
     gate_rank: int | None = _setting(None, "rank of att.g1/g2; None: from n_embd")
     deep_embed_4x: bool = _setting(False, "v8, v8-hybrid: gates on all ffn_dim hidden channels, not on n_embd outputs")
     has_ln0: bool | None = _setting(None, "normalise the embedding; None: yes, except in a v8-hybrid")
+    rosa: RosaConfig | None = _setting(None, "a ROSA branch: qkv-1bit, qkv-4bit; None: none (rosa-lm: qkv-1bit)")
 
     def __post_init__(self) -> None:
+        if isinstance(self.rosa, str):
+            object.__setattr__(self, "rosa", RosaConfig.preset(self.rosa))
+        elif isinstance(self.rosa, Mapping):
+            object.__setattr__(self, "rosa", RosaConfig.from_dict(self.rosa))
         _check_types(self)
         if self.variant not in VARIANTS:
             raise ConfigError(
@@ -72,17 +133,26 @@ class ModelConfig:
                 raise ConfigError(f"{field.name}: wanted at least 1, got {value}")
         if not 16 <= self.head_size <= 128:
             raise ConfigError(f"head_size: wanted 16 to 128, got {self.head_size}")
-        if self.n_embd % self.head_size:
+        if self.n_embd % self.head_size and self.has_time_mix:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of head_size {self.head_size}")
         if self.deep_embed_4x and _DEEP_EMBED[self.variant] != "output":
             raise ConfigError(f"deep_embed_4x is an option of v8 and v8-hybrid; variant is {self.variant}")
         if not self.has_ln0 and self.variant != "v8-hybrid":
             raise ConfigError(f"has_ln0 False is for v8-hybrid alone; variant {self.variant} always applies ln0")
+        if self.rosa is not None and self.rosa.source != "qkv":
+            raise ConfigError(f"rosa: a branch has source qkv, got {self.rosa.source}; give qkv-1bit or qkv-4bit")
+        if self.rosa is not None and self.n_embd % self.rosa.bits:
+            raise ConfigError(f"n_embd {self.n_embd} is not a multiple of {self.rosa.bits}, the bits of a ROSA symbol")
+
+    @property
+    def has_time_mix(self) -> bool:
+        """Whether blocks mix along time by WKV7; else head_size and the ranks mean nothing."""
+        return self.variant != "rosa-lm"
 
     @property
     def n_head(self) -> int:
         """Number of WKV heads (H)."""
-        return self.n_embd // self.head_size
+        return self.n_embd // self.head_size if self.has_time_mix else 0
 
     @property
     def deep_embed(self) -> str | None:
@@ -115,7 +185,7 @@ class ModelConfig:
         """Every field by name, ready for YAML or JSON."""
         return dataclasses.asdict(self)
 
-    def _derived(self) -> dict[str, int | bool]:
+    def _derived(self) -> dict[str, int | bool | RosaConfig | None]:
         """What the fields that are left at None become."""
         width = max(self.n_embd, 1)
         return {
@@ -125,6 +195,7 @@ class ModelConfig:
             "value_rank": rank_rule(1.7, width),
             "gate_rank": rank_rule(5.0, width),
             "has_ln0": self.variant != "v8-hybrid",
+            "rosa": RosaConfig.preset("qkv-1bit") if self.variant == "rosa-lm" else None,
         }
 
 
@@ -150,6 +221,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         f"{name}-{size}": {"variant": variant, **_RELEASED[size]}
         for name, variant in (("rwkv7a", "v7a"), ("rwkv7b", "v7b"), ("rwkv8-hybrid", "v8-hybrid"))
         for size in ("0.1b", "1.5b")
+    },
+    **{
+        f"rosa-lm-{bits}bit": {"variant": "rosa-lm", "n_layer": 12, "n_embd": 768, "rosa": f"qkv-{bits}bit"}
+        for bits in (1, 4)
     },
     "rwkv8-tiny": {"variant": "v8", "n_layer": 4, "n_embd": 128, "vocab_size": 256},
 }

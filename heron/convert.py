@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from heron.checkpoint import load, migrate, save
+from heron.config import RosaConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV
 
@@ -24,6 +25,8 @@ def convert(
     new_rows: str = "mean",
     deep_embed_4x: bool = False,
     seed: int = 42,
+    rosa: RosaConfig | None = None,
+    add_rosa: RosaConfig | None = None,
 ) -> tuple[RWKV, RWKV]:
     """Read a model, change what is asked for, and write it.
 
@@ -37,6 +40,8 @@ def convert(
         new_rows: the rule for rows of new ids.
         deep_embed_4x: give the new variant the 4x form.
         seed: of what is random in new parts, whose effect is multiplied by 0 before training.
+        rosa: how the ROSA in the source works, where nothing beside it says so.
+        add_rosa: give the model such a ROSA branch.
 
     Returns:
         The model before and after.
@@ -50,12 +55,13 @@ def convert(
         raise ConfigError(f"{target} exists already; name another file")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: wanted {', '.join(DTYPES)}, got {dtype!r}")
-    before = after = load(source)
+    before = after = load(source, rosa=rosa)
     torch.manual_seed(seed)
-    if deep_embed_4x and variant is None:
-        variant = before.config.variant
-    if variant is not None and (variant, deep_embed_4x) != (before.config.variant, before.config.deep_embed_4x):
-        after = migrate.upcycle(after, variant, deep_embed_4x)
+    if (deep_embed_4x or add_rosa) and variant is None:
+        variant, deep_embed_4x = before.config.variant, deep_embed_4x or before.config.deep_embed_4x
+    is_another = (variant, deep_embed_4x) != (before.config.variant, before.config.deep_embed_4x)
+    if variant is not None and (is_another or add_rosa):
+        after = migrate.upcycle(after, variant, deep_embed_4x, add_rosa)
     if vocab_size is not None and vocab_size != after.config.vocab_size:
         after = migrate.resize_vocabulary(after, vocab_size, new_rows)
     if dtype is not None:
@@ -65,12 +71,12 @@ def convert(
 
 
 @torch.no_grad()
-def largest_difference(before: RWKV, target: str | Path, seed: int = 42) -> float:
+def largest_difference(before: RWKV, target: str | Path, seed: int = 42, rosa: RosaConfig | None = None) -> float:
     """The largest difference of a logit between a model and the file it was written to, both computed in fp32.
 
-    Over 32 random tokens, from the ids and for the ids that both models have.
+    Over 32 random tokens, from the ids and for the ids that both models have. `rosa`: as in :func:`heron.load`.
     """
-    after = load(target)
+    after = load(target, rosa=rosa)
     ids = min(before.config.vocab_size, after.config.vocab_size)
     tokens = torch.randint(ids, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(seed))
     one, other = (_in(model, torch.float32)(tokens)[0][..., :ids] for model in (before, after))

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.checkpoint import ln0_of, read_tensors, weights_file
+from heron.checkpoint import read_tensors, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, TUNED, UNUSED, config_of
-from heron.config import PRESETS, ModelConfig, TrainConfig
+from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
 from heron.errors import CheckpointError
 from heron.model import RWKV, State
 from heron.model.init import rule
+from heron.model.state import ROSA_BYTES
 from heron.optim import TABLE, group_of
 
 _PARTS = {
@@ -23,6 +24,7 @@ _PARTS = {
     "v7b": "RWKV-7 with a hidden-gated DeepEmbed and DeepEmbedAttention",
     "v8": "RWKV-8: RWKV-7 with DeepEmbed",
     "v8-hybrid": "RWKV-8 with DeepEmbedAttention",
+    "rosa-lm": "ROSA and channel mixing, no WKV",
 }
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -37,8 +39,11 @@ def presets() -> str:
     return _table(rows)
 
 
-def describe(model: str, params: bool) -> str:
-    """A weights file, a checkpoint, a run folder or a preset, in words; with `params`, a row per parameter too."""
+def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
+    """A weights file, a checkpoint, a run folder or a preset, in words; with `params`, a row per parameter too.
+
+    `rosa`: as in :func:`heron.load`.
+    """
     if model in PRESETS:
         config, odd = ModelConfig.preset(model), []
         tensors: Mapping[str, Tensor] = _skeleton(config).state_dict()
@@ -47,20 +52,22 @@ def describe(model: str, params: bool) -> str:
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
         source = weights_file(Path(model))
         tensors = read_tensors(source)
-        config = config_of(tensors, source, ln0_of(source))
+        config = config_of(tensors, source, *unsaid(source, rosa=rosa))
         odd = oddities(tensors, config)
         model = str(source)
     skeleton = _skeleton(config)
     total = sum(p.numel() for p in skeleton.parameters())
     tables = [tensor for name, tensor in tensors.items() if group_of(name, tensor) is TABLE]
     n_rows = sum(table.numel() for table in tables)
+    head_size = f", head_size {config.head_size}" if config.has_time_mix else ""
     facts = [
         ("what", model),
         ("variant", config.variant),
         ("", _PARTS[config.variant] + (", in the 4x form" if config.deep_embed_4x else "")),
-        ("sizes", f"n_layer {config.n_layer}, n_embd {config.n_embd}, head_size {config.head_size}"),
+        ("rosa", _rosa(config.rosa) if config.rosa else ""),
+        ("sizes", f"n_layer {config.n_layer}, n_embd {config.n_embd}" + head_size),
         ("", f"ffn_dim {config.ffn_dim}, vocab_size {config.vocab_size}"),
-        ("ranks", _ranks(config)),
+        ("ranks", _ranks(config) if config.has_time_mix else ""),
         ("parameters", f"{total:,}" + (f", {n_rows:,} of them in tables" if n_rows else "")),
         ("dtype", "" if model in PRESETS else _dtypes(tensors)),
         ("tables", _table_bytes(tables, config) if tables else ""),
@@ -90,7 +97,7 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
         odd.append("a tuned initial state lies beside the weights (att.time_state)")
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
         odd.append("dtypes are mixed")
-    if config.head_size != 64:
+    if config.has_time_mix and config.head_size != 64:
         odd.append(f"head_size is {config.head_size}; all released models have 64")
     if config.ffn_dim != 4 * config.n_embd:
         odd.append(f"ffn_dim is {config.ffn_dim}, not 4 * n_embd")
@@ -102,6 +109,8 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
         odd.append("every DeepEmbed gate is 1: fresh or up-cycled, not trained")
     if all_are("qkv.lnv.weight", 0) and all_are("qkv.lnv.bias", 0):
         odd.append("the attention writes nothing: fresh or up-cycled, not trained")
+    if all_are("rosa.o.weight", 0) and all_are("rosa.o.bias", 0):
+        odd.append("the ROSA branch writes nothing: fresh or up-cycled, not trained")
     if all_are("ffn.s_emb_x.weight", 0) and not all_are("ffn.s2", 0):
         odd.append("ffn.s_emb_x is 0: it has been merged into ffn.s_emb")
     half = torch.finfo(torch.float16).max
@@ -112,6 +121,11 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
 
 def _ranks(config: ModelConfig) -> str:
     return ", ".join(f"{name} {getattr(config, f'{name}_rank')}" for name in ("decay", "iclr", "value", "gate"))
+
+
+def _rosa(rosa: RosaConfig) -> str:
+    reach = "" if rosa.max_match is None else f", matches of at most {rosa.max_match} symbols"
+    return f"{rosa.source}, {rosa.bits}-bit symbols, no match gives {rosa.no_match}{reach}; gradient {rosa.grad}"
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> str:
@@ -126,7 +140,10 @@ def _table_bytes(tables: list[Tensor], config: ModelConfig) -> str:
 
 def _state_bytes(config: ModelConfig) -> str:
     state = State.zeros(config, 1, torch.device("meta"), torch.float32)
-    growth = f", and {_bytes(config.n_layer * 64 * 4 + 8)} more with each token" if config.has_attention else ""
+    a_token = config.n_layer * 64 * 4 + 8 if config.has_attention else 0
+    if config.rosa is not None:
+        a_token += config.n_layer * config.n_embd // config.rosa.bits * ROSA_BYTES
+    growth = f", and {_bytes(a_token)} more with each token" if a_token else ""
     return f"{_bytes(state.nbytes)} a sequence in fp32{growth}"
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from heron.config import MINI_EPOCH, PRESETS, ModelConfig, TrainConfig, rank_rule, read_yaml, setting_type
+from heron.config import MINI_EPOCH, PRESETS, ModelConfig, RosaConfig, TrainConfig, rank_rule, read_yaml, setting_type
 from heron.errors import ConfigError, HeronError, UnknownKeyError
 
 SMALL = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
@@ -195,7 +195,7 @@ def test_a_file_that_is_no_config_is_refused_by_path(tmp_path, content):
 def test_configs_are_frozen_and_every_field_is_documented():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().n_layer = 3
-    for cls in (ModelConfig, TrainConfig):
+    for cls in (ModelConfig, RosaConfig, TrainConfig):
         for field in dataclasses.fields(cls):
             assert 10 < len(field.metadata["doc"]) < 100
             assert setting_type(cls, field.name)[0]

@@ -14,17 +14,23 @@ from heron.checkpoint import run
 from heron.checkpoint.architecture import build
 from heron.checkpoint.atomic import new_file, new_folder
 from heron.checkpoint.formats import gguf, hf, pth, safetensors
-from heron.config import ModelConfig, TrainConfig
-from heron.errors import CheckpointError
+from heron.config import ModelConfig, RosaConfig, TrainConfig
+from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV, State
+from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
 
-__all__ = ["FORMATS", "ln0_of", "load", "read_tensors", "save", "tuned_state", "weights_file"]
+__all__ = ["FORMATS", "load", "load_toy", "read_tensors", "recorded", "save", "tuned_state", "unsaid", "weights_file"]
 
 FORMATS = ("pth", "safetensors", "hf", "gguf")
 _FILES = {".pth": pth, ".safetensors": safetensors, ".gguf": gguf}
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, has_ln0: bool | None = None) -> RWKV:
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    has_ln0: bool | None = None,
+    rosa: RosaConfig | None = None,
+) -> RWKV:
     """A model from a file or a run, on the CPU.
 
     Args:
@@ -34,13 +40,24 @@ def load(path: str | Path, dtype: torch.dtype | None = None, has_ln0: bool | Non
         dtype: convert the weights to this; None: as in the file.
         has_ln0: whether a v8-hybrid applies its ln0, which its tensors cannot say; None: as its run or its config.json
             says, else no.
+        rosa: how the ROSA in it works (1 or 4 bits, the rules), which tensors cannot say either; None: as its run or
+            its config.json says.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, or not a model of a known variant: the message names the file
-            and the tensor.
+            and the tensor. ROSA of which nothing says how it works.
     """
     source = weights_file(Path(path))
-    return build(read_tensors(source), source, dtype, ln0_of(source) if has_ln0 is None else has_ln0)
+    return build(read_tensors(source), source, dtype, *unsaid(source, has_ln0, rosa))
+
+
+def load_toy(path: str | Path) -> SelfToy | QKVToy:
+    """One of upstream's ROSA toys from its .pth, on the CPU, sizes read from the tensors.
+
+    Raises:
+        CheckpointError: missing, unreadable, damaged, or not one of these toys.
+    """
+    return toy_from(read_tensors(Path(path)), path)
 
 
 def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
@@ -134,20 +151,33 @@ def weights_file(path: Path) -> Path:
     )
 
 
-def ln0_of(source: Path) -> bool | None:
-    """Whether ln0 is applied, by the run or the config.json that these weights belong to; None: neither says so."""
+def unsaid(
+    source: Path, has_ln0: bool | None = None, rosa: RosaConfig | None = None
+) -> tuple[bool | None, RosaConfig | None]:
+    """What tensors cannot say, `has_ln0` and `rosa`: as given, else as the run or the config.json around them says."""
+    if has_ln0 is not None and rosa is not None:
+        return has_ln0, rosa
+    told = recorded(source)
+    if told is None:
+        return has_ln0, rosa
+    return told.has_ln0 if has_ln0 is None else has_ln0, rosa or told.rosa
+
+
+def recorded(source: Path) -> ModelConfig | None:
+    """What the run or the config.json that these weights belong to calls their config; None: there is none."""
     if source.is_dir():
-        return hf.has_ln0(source)
+        return hf.recorded(source)
     if run.is_checkpoint(source.parent):
         try:
-            return run.trainer_of(source.parent).get("model", {}).get("has_ln0")
-        except (OSError, ValueError) as error:
+            model = run.trainer_of(source.parent).get("model")
+            return None if model is None else ModelConfig.from_dict(model)
+        except (OSError, ValueError, ConfigError) as error:
             raise CheckpointError(f"{source.parent / run.TRAINER}: missing or damaged: {error}") from None
     config = source.parent / "config.yaml"
     if source.name not in ("rwkv-init.pth", "rwkv-final.pth") or not config.exists():
         return None
     model = TrainConfig.from_yaml(config).model
-    return model.has_ln0 if isinstance(model, ModelConfig) else None
+    return model if isinstance(model, ModelConfig) else None
 
 
 def _format(path: Path) -> ModuleType:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from heron.config import VARIANTS, ModelConfig
+from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.model import RWKV
 
@@ -20,8 +20,10 @@ LN0 = ("blocks.0.ln0.weight", "blocks.0.ln0.bias")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 TUNED = re.compile(r"blocks\.\d+\.att\.time_state$")  # what state tuning leaves beside the weights, or alone
+_ROSA = re.compile(r"blocks\.\d+\.(rosa|ln3)\.")
 _FLAT = re.compile(r"\.qkv\.x_[qkv]$")  # some files store these as (1, 1, n), as they do the x_* of att and ffn
 
+ROSA_TOY = "ROSA toy"
 # The first mark that any name ends with tells the variant: a single block may have lost its own.
 _MARKS = (
     (".qkv.k_emb.weight", "v7b"),
@@ -31,13 +33,17 @@ _MARKS = (
     (".ffn.enn4.weight", "v8"),
     (".att.w1", "v7"),
     (".rosa.q.weight", "rosa-lm"),
-    ("rosa1.rosa_qkv.emb", "ROSA toy"),
-    ("rosa1.emb0", "ROSA toy"),
+    ("rosa1.rosa_qkv.emb", ROSA_TOY),
+    ("rosa1.emb0", ROSA_TOY),
 )
 
 
 def build(
-    tensors: dict[str, Tensor], source: object, dtype: torch.dtype | None = None, has_ln0: bool | None = None
+    tensors: dict[str, Tensor],
+    source: object,
+    dtype: torch.dtype | None = None,
+    has_ln0: bool | None = None,
+    rosa: RosaConfig | None = None,
 ) -> RWKV:
     """The model that holds a file's tensors, as they are or converted to `dtype`.
 
@@ -45,7 +51,7 @@ def build(
     block 0; ln0 of a v8-hybrid) is filled in. Warns of a v8-hybrid whose ln0 is not applied though it is not neutral,
     and of a tuned initial state, which is no part of a model.
     """
-    config = config_of(tensors, source, has_ln0)
+    config = config_of(tensors, source, has_ln0, rosa)
     if any(map(TUNED.match, tensors)):
         warnings.warn(
             f"{source}: it also holds a tuned initial state (att.time_state), which the model does not start from by "
@@ -70,24 +76,29 @@ def build(
     return model.requires_grad_(True)
 
 
-def config_of(tensors: dict[str, Tensor], source: object, has_ln0: bool | None = None) -> ModelConfig:
+def config_of(
+    tensors: dict[str, Tensor], source: object, has_ln0: bool | None = None, rosa: RosaConfig | None = None
+) -> ModelConfig:
     """Read variant and sizes from a file's tensors and check every key, shape, dtype and number.
 
     Args:
         tensors: named tensors, upstream names.
         source: the file's path, for messages.
         has_ln0: whether the embedding goes through ln0, which a v8-hybrid file cannot say; None: as the variant does.
+        rosa: how the ROSA in it works, which no file can say; None: there must be none.
 
     Raises:
         CheckpointError: an unknown variant; a missing, extra or misshaped tensor; a dtype that is not floating; a
-            number that is not finite.
+            number that is not finite; ROSA and no `rosa`, or the reverse.
     """
-    config = sizes_of(tensors, source, has_ln0)
+    config = sizes_of(tensors, source, has_ln0, rosa)
     _check(tensors, config, source)
     return config
 
 
-def sizes_of(tensors: Mapping[str, Tensor], source: object, has_ln0: bool | None = None) -> ModelConfig:
+def sizes_of(
+    tensors: Mapping[str, Tensor], source: object, has_ln0: bool | None = None, rosa: RosaConfig | None = None
+) -> ModelConfig:
     """Variant and sizes by the few tensors that tell them; the others are not looked at. As :func:`config_of`."""
     variant = _variant(tensors, source)
 
@@ -100,22 +111,37 @@ def sizes_of(tensors: Mapping[str, Tensor], source: object, has_ln0: bool | None
 
     layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     vocab_size, n_embd = shape("emb.weight", 2)
-    value_block = 1 if len(layers) > 1 else 0
-    has_value_rank = value_block or "blocks.0.att.v1" in tensors
+    ffn_dim = shape("blocks.0.ffn.key.weight", 2)[0]
+    time_mix = {}
+    if variant != "rosa-lm":
+        value_block = 1 if len(layers) > 1 else 0
+        has_value_rank = value_block or "blocks.0.att.v1" in tensors
+        time_mix = dict(
+            head_size=shape("blocks.0.att.r_k", 2)[1],
+            decay_rank=shape("blocks.0.att.w1", 2)[1],
+            iclr_rank=shape("blocks.0.att.a1", 2)[1],
+            value_rank=shape(f"blocks.{value_block}.att.v1", 2)[1] if has_value_rank else None,
+            gate_rank=shape("blocks.0.att.g1", 2)[1],
+        )
+    has_rosa = any(map(_ROSA.match, tensors))
+    if has_rosa and rosa is None:
+        raise CheckpointError(
+            f"{source}: no tensor says whether its ROSA has 1 or 4 bits and what no match gives; type --rosa qkv-1bit "
+            'or --rosa qkv-4bit (in Python: heron.load(path, rosa=RosaConfig.preset("qkv-1bit")))'
+        )
+    if rosa is not None and not has_rosa:
+        raise CheckpointError(f"{source}: there is no ROSA in it; drop rosa (heron convert --add_rosa adds a branch)")
     try:
         return ModelConfig(
             variant=variant,
             n_layer=len(layers),
             n_embd=n_embd,
             vocab_size=vocab_size,
-            head_size=shape("blocks.0.att.r_k", 2)[1],
-            ffn_dim=shape("blocks.0.ffn.key.weight", 2)[0],
-            decay_rank=shape("blocks.0.att.w1", 2)[1],
-            iclr_rank=shape("blocks.0.att.a1", 2)[1],
-            value_rank=shape(f"blocks.{value_block}.att.v1", 2)[1] if has_value_rank else None,
-            gate_rank=shape("blocks.0.att.g1", 2)[1],
+            ffn_dim=ffn_dim,
+            **time_mix,
             deep_embed_4x=any(name.endswith(".ffn.enn4.weight") for name in tensors),
             has_ln0=has_ln0,
+            rosa=rosa,
         )
     except ConfigError as error:
         raise CheckpointError(
@@ -135,9 +161,8 @@ def expected_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
 def _variant(tensors: Mapping[str, Tensor], source: object) -> str:
     for mark, variant in _MARKS:
         if any(name.endswith(mark) for name in tensors):
-            if variant not in VARIANTS:
-                loads = ", ".join(VARIANTS)
-                raise CheckpointError(f"{source}: this is a {variant} file; {loads} are what this version loads")
+            if variant == ROSA_TOY:
+                raise CheckpointError(f"{source}: this is a {variant}; heron.checkpoint.load_toy(path) loads it")
             return variant
     if tensors and all(map(TUNED.match, tensors)):
         raise CheckpointError(
@@ -173,9 +198,10 @@ def _check(tensors: dict[str, Tensor], config: ModelConfig, source: object) -> N
             problems.append(f"{name} holds NaN or infinity: its training diverged, or the file is damaged")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        head_size = f", head_size {config.head_size}" if config.has_time_mix else ""
         raise CheckpointError(
             f"{source}: does not fit variant {config.variant} with n_layer {config.n_layer}, n_embd {config.n_embd}, "
-            f"vocab_size {config.vocab_size}, head_size {config.head_size}: {'; '.join(problems[:5])}{more}"
+            f"vocab_size {config.vocab_size}{head_size}: {'; '.join(problems[:5])}{more}"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heron.checkpoint.architecture import LN0, build, expected_shapes
-from heron.config import ModelConfig
+from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV
 from heron.model.init import initial_value
@@ -26,10 +26,13 @@ _NEUTRAL = {
     "ffn.s0": 1.0,
     "qkv.lnv.weight": 0.0,
     "qkv.lnv.bias": 0.0,
+    "att.output.weight": 0.0,
 }
 
 
-def upcycle(model: RWKV | Mapping[str, Tensor], variant: str, deep_embed_4x: bool = False) -> RWKV:
+def upcycle(
+    model: RWKV | Mapping[str, Tensor], variant: str, deep_embed_4x: bool = False, rosa: RosaConfig | None = None
+) -> RWKV:
     """The model as another variant: every tensor that both have is copied, what is new is neutral.
 
     The logits are those of `model`, bit for bit. New matrices whose effect is still multiplied by 0 are random, from
@@ -41,14 +44,20 @@ def upcycle(model: RWKV | Mapping[str, Tensor], variant: str, deep_embed_4x: boo
         model: an RWKV, which is left alone, or its named tensors.
         variant: of the new model.
         deep_embed_4x: give a v8 or v8-hybrid the 4x form.
+        rosa: add such a ROSA branch; None: add none. One that the model has stays.
 
     Raises:
         CheckpointError: the variant has no place for something that the model has learned; it names the tensor.
-        ConfigError: no such variant, or one without the 4x form.
+        ConfigError: no such variant, or one without the 4x form; a second ROSA branch.
     """
     if not isinstance(model, RWKV):
         model = build(dict(model), "tensors")
-    old, new = model.config, model.config.changed(variant=variant, deep_embed_4x=deep_embed_4x)
+    old = model.config
+    if rosa is not None and old.rosa is not None:
+        raise ConfigError("rosa: the model has a ROSA branch already, and a block has room for one; drop rosa")
+    if variant == "rosa-lm" and old.rosa is None:
+        raise CheckpointError(f"{_name(old)} has no ROSA, of which alone a rosa-lm consists")
+    new = old.changed(variant=variant, deep_embed_4x=deep_embed_4x, rosa=rosa or old.rosa)
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if new.has_ln0 and not old.has_ln0:
         raise CheckpointError(

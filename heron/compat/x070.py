@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from heron import checkpoint
-from heron.config import ModelConfig
+from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV, State
 
-_SIZES = ("variant", "n_layer", "n_embd", "vocab_size", "head_size")
+_SIZES = ("variant", "n_layer", "n_embd", "vocab_size", "head_size", "rosa")
 _DTYPES = {
     "fp64": torch.float64, "float64": torch.float64, "fp32": torch.float32, "float32": torch.float32,
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -30,8 +30,9 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
     Args:
         args: any object with attributes. `MODEL_NAME`: path of the weights without ".pth" (all sizes come from the
             file, and `args`' own sizes are updated), or None for fresh initial values of `args`' sizes (variant,
-            n_layer, n_embd, vocab_size, head_size; ModelConfig's defaults where absent). `dtype`: a torch dtype or
-            its name; absent or None: as in the file.
+            n_layer, n_embd, vocab_size, head_size, rosa; ModelConfig's defaults where absent). `dtype`: a torch dtype
+            or its name; absent or None: as in the file. `rosa`: "qkv-1bit", "qkv-4bit" or a RosaConfig, of a file that
+            has ROSA (a .pth cannot say).
 
     Raises:
         CheckpointError: the named file does not exist or is no RWKV-7 or RWKV-8 model that this version knows.
@@ -39,7 +40,8 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
 
     `state` in all forwards is None (zeros) or a list of 3 * n_layer tensors: att shift (C,), wkv (H, N_value, N_key)
     in fp32, ffn shift (C,) of each layer. In v7b and v8-hybrid follow the token ids (t,), then key and value codes
-    (t, 32) of each layer, and in v7b the last query (256,) of each layer; there a step takes time and memory that grow
+    (t, 32) of each layer, and in v7b the last query (256,) of each layer; with ROSA, last, of each layer the symbols
+    (3, G, t), the shift (C,) and after a step the match lengths (G, t). There a step takes time and memory that grow
     with t. The list handed in is never changed. `hidden_states`, inherited, is the batched form: (B, T) ids ->
     (B, T, C).
     """
@@ -58,7 +60,8 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
                 raise CheckpointError(
                     f"{path}: no such file; MODEL_NAME is the path without .pth, or None to start fresh"
                 )
-            loaded = checkpoint.load(path, dtype=dtype)
+            rosa = getattr(args, "rosa", None)
+            loaded = checkpoint.load(path, dtype, rosa=RosaConfig.preset(rosa) if isinstance(rosa, str) else rosa)
             with torch.device("meta"):
                 super().__init__(loaded.config)
             self.load_state_dict(loaded.state_dict(), assign=True)

@@ -1,7 +1,7 @@
 """Every initial value in one table. Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
 
-Nothing is public about DeepEmbed and DeepEmbedAttention. What stands under `_OURS` is our own choice: under one seed a
-fresh model of any variant computes what v7 does, bit for bit.
+Nothing is public about DeepEmbed, DeepEmbedAttention and ROSA in a language model. What stands under `_OURS` is our own
+choice: under one seed a fresh model of any variant but rosa-lm computes what v7 does, bit for bit, with ROSA or not.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ class Rule(NamedTuple):
 
 
 def initialize(model: nn.Module, config: ModelConfig) -> None:
-    """Fill every parameter by its rule; draws from torch's global generator in parameter order, v7's parameters first.
+    """Fill every parameter by its rule; draws from torch's global generator in parameter order, v7's parameters first,
+    those of a ROSA branch last.
 
-    So one seed gives every variant the same v7 weights.
+    So one seed gives every variant the same v7 weights, and a model with ROSA those of its twin without.
     """
-    parameters = sorted(model.named_parameters(), key=lambda item: _tail(item[0]) in _OURS)
+
+    def turn(item: tuple[str, nn.Parameter]) -> int:
+        tail = _tail(item[0])
+        return 2 if tail.startswith("rosa.") else int(tail in _OURS)
+
+    parameters = sorted(model.named_parameters(), key=turn)
     with torch.no_grad():
         for name, parameter in parameters:
             parameter.copy_(initial_value(name, parameter.shape, config))
@@ -49,9 +55,10 @@ def rule(name: str, config: ModelConfig) -> Rule:
     """
     C, V, L, N = config.n_embd, config.vocab_size, config.n_layer, config.head_size
     if name == "emb.weight":
+        uniform = _uniform(1e-4)
         if config.has_ln0:
-            return Rule("uniform +-1e-4", _small_uniform)
-        return Rule("layer norm of uniform +-1e-4", lambda shape: F.layer_norm(_small_uniform(shape), (C,)), ours=True)
+            return uniform
+        return Rule(f"layer norm of {uniform.text}", lambda shape: F.layer_norm(uniform.make(shape), (C,)), ours=True)
     if name == "head.weight":
         return _orthogonal(0.5 * math.sqrt(V / C) if V > C else 0.5)
     if not name.startswith("blocks."):  # ln_out
@@ -107,6 +114,11 @@ def rule(name: str, config: ModelConfig) -> Rule:
         "ffn.key.weight": _orthogonal(1.0),
         "ffn.value.weight": _constant(0.0),
     }
+    if tail.startswith(
+        "rosa."
+    ):  # a projection, as torch.nn.Linear; a branch beside time mixing writes nothing at first
+        is_neutral = tail.startswith("rosa.o.") and config.has_time_mix
+        return (_constant(0.0) if is_neutral else _uniform(C**-0.5))._replace(ours=True)
     return table[tail]
 
 
@@ -115,12 +127,12 @@ def _tail(name: str) -> str:
     return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
-def _small_uniform(shape: torch.Size) -> Tensor:
-    return torch.empty(shape).uniform_(-1e-4, 1e-4)
-
-
 def _constant(value: float) -> Rule:
     return Rule(f"{value:.4g}", lambda shape: torch.full(shape, value))
+
+
+def _uniform(bound: float) -> Rule:
+    return Rule(f"uniform +-{bound:.4g}", lambda shape: torch.empty(shape).uniform_(-bound, bound))
 
 
 def _vector(text: str, values: Tensor) -> Rule:
@@ -151,6 +163,8 @@ _OURS = {
         (_constant(1.0), "qkv.k_emb.weight qkv.v_emb.weight qkv.ennk.weight qkv.emm.weight"),
         (_constant(0.0), "qkv.k_emb_x.weight qkv.v_emb_x.weight qkv.x_q qkv.x_k qkv.x_v"),
         (_orthogonal(1.0), "qkv.qq.weight qkv.k1 qkv.k2 qkv.v1 qkv.v2"),
+        (_constant(1.0), "ln3.weight rosa.rosa_qkv.emb"),
+        (_constant(0.0), "ln3.bias rosa.x_q rosa.x_k rosa.x_v"),
         (_orthogonal(1.0), "qkv.kk.weight qkv.kkup.weight qkv.vv.weight qkv.vvup.weight"),
     )
     for name in names.split()

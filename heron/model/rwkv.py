@@ -13,6 +13,7 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import Lookup
 from heron.model.init import initialize
+from heron.model.rosa import RosaBlock, RosaQKV
 from heron.model.state import LayerState, State
 from heron.model.time_mix import TimeMix
 
@@ -22,7 +23,7 @@ _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 class Block(nn.Module):
     """Time mixing and channel mixing, each on a LayerNorm of the residual stream and added to it.
 
-    In v7b and v8-hybrid a third branch, DeepEmbedAttention, reads the residual stream itself.
+    In v7b and v8-hybrid a third branch, DeepEmbedAttention, reads the residual stream itself; ROSA can be one more.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -34,6 +35,8 @@ class Block(nn.Module):
         self.att = TimeMix(config, layer)
         self.qkv = _ATTENTION[config.variant](config) if config.has_attention else None
         self.ffn = ChannelMix(config)
+        self.ln3 = nn.LayerNorm(config.n_embd) if config.rosa else None
+        self.rosa = RosaQKV(config.n_embd, config.rosa) if config.rosa else None
 
     def forward(
         self, x: Tensor, state: LayerState, v_first: Tensor | None, context: Lookup, window: int | None
@@ -43,13 +46,16 @@ class Block(nn.Module):
         `context` is every token that attention can see, the T of x last; without attention it is those T.
         """
         out, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first)
-        attention = None
+        attention = rosa = None
         if self.qkv is not None:
             looked_back, attention = self.qkv(x, state.attention, context, window)
             out = out + looked_back
+        if self.rosa is not None:
+            recalled, rosa = self.rosa(self.ln3(x), state.rosa)
+            out = out + recalled
         x = x + out
         out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, context.last(x.shape[1]))
-        return x + out, LayerState(att_shift, wkv, ffn_shift, attention), v_first
+        return x + out, LayerState(att_shift, wkv, ffn_shift, attention, rosa), v_first
 
 
 class RWKV(nn.Module):
@@ -68,7 +74,8 @@ class RWKV(nn.Module):
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
             self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            block = Block if config.has_time_mix else RosaBlock
+            self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
             self.ln_out = nn.LayerNorm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         device = torch.get_default_device()

@@ -1,4 +1,5 @@
-"""What a model remembers between calls: per layer two shifted activations, one WKV matrix per head, and DEA's codes."""
+"""What a model remembers between calls: per layer two shifted activations and one WKV matrix per head, which keep their
+size, and what DeepEmbedAttention and ROSA saw, which grows."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from heron.config import ModelConfig
 from heron.errors import ConfigError
 
 DEA_WIDTH, DEA_RANK = 256, 32  # of DeepEmbedAttention's queries and keys, and of its codes
+ROSA_BYTES = 5  # a stream of ROSA and a token: three symbols and a match length (7 beyond 32768 tokens)
 
 
 class AttentionState(NamedTuple):
@@ -23,21 +25,37 @@ class AttentionState(NamedTuple):
     last_query: Tensor | None  # (B, 256), before token shift and norm; v7b alone
 
 
+class RosaState(NamedTuple):
+    """What ROSA remembers of the t tokens so far, in G streams a sequence."""
+
+    symbols: Tensor  # (B, 3, G, t) uint8: queries, keys, values; (B, 1, G, t) where all are the same
+    shift: Tensor | None  # (B, C), the last input, for the token shift of RosaQKV (after ln3)
+    lengths: Tensor | None  # (B, G, t), of the matches at the last token, by distance; None: a step will find them
+
+    @classmethod
+    def empty(cls, batch_size: int, kinds: int, streams: int, device: torch.device, shift: Tensor | None) -> RosaState:
+        """Before the first token; `kinds` is 3 or 1."""
+        symbols = torch.zeros(batch_size, kinds, streams, 0, device=device, dtype=torch.uint8)
+        return cls(symbols, shift, None)
+
+
 class LayerState(NamedTuple):
     """The memory of one block."""
 
-    att_shift: Tensor  # (B, C), the last input of the time mix (after ln1)
-    wkv: Tensor  # (B, H, N_value, N_key), fp32 (fp64 in a fp64 model)
+    att_shift: Tensor  # (B, C), the last input of the time mix (after ln1); (B, 0) in a rosa-lm
+    wkv: Tensor  # (B, H, N_value, N_key), fp32 (fp64 in a fp64 model); H = 0 in a rosa-lm
     ffn_shift: Tensor  # (B, C), the last input of the channel mix (after ln2)
     attention: AttentionState | None = None
+    rosa: RosaState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
     """One :class:`LayerState` per block. The model never changes a state in place: each call returns a new one.
 
-    Its size is the same after one token and after a million, except under DeepEmbedAttention: there it grows by 64
-    values per layer and one int64 id with each token, up to `model.attention_window` tokens where that is set.
+    Its size is the same after one token and after a million, with two exceptions. DeepEmbedAttention adds 64 values per
+    layer and one int64 id with each token, up to `model.attention_window` tokens where that is set. ROSA adds 5 bytes
+    per stream, layer and token (7 beyond 32768 tokens), without a bound.
     """
 
     layers: tuple[LayerState, ...]
@@ -48,6 +66,7 @@ class State:
         """The state before the first token. `dtype` is that of the activations; the WKV part is at least fp32."""
         wkv_dtype = torch.promote_types(dtype, torch.float32)
         shift = torch.zeros(batch_size, config.n_embd, device=device, dtype=dtype)
+        att_shift = shift if config.has_time_mix else shift[:, :0].clone()
         wkv = torch.zeros(batch_size, config.n_head, config.head_size, config.head_size, device=device, dtype=wkv_dtype)
         attention = tokens = None
         if config.has_attention:
@@ -55,7 +74,11 @@ class State:
             query = torch.zeros(batch_size, DEA_WIDTH, device=device, dtype=dtype) if config.variant == "v7b" else None
             attention = AttentionState(codes, codes, query)
             tokens = torch.zeros(batch_size, 0, device=device, dtype=torch.int64)
-        layer = LayerState(shift, wkv, shift, attention)
+        rosa = None
+        if config.rosa is not None:
+            streams = config.n_embd // config.rosa.bits
+            rosa = RosaState.empty(batch_size, 3, streams, device, shift if config.rosa.token_shift else None)
+        layer = LayerState(att_shift, wkv, shift, attention, rosa)
         return cls((layer,) * config.n_layer, tokens)
 
     @property
@@ -101,27 +124,34 @@ class State:
         """Upstream's flat list: att shift, wkv, ffn shift of block 0, then of block 1, ...
 
         Under DeepEmbedAttention the token ids follow, then key and value codes of block 0, of block 1, ..., and in v7b
-        the last query of each block.
+        the last query of each block. What ROSA remembers comes last: of each block the symbols, and where they are
+        there, the shift and the lengths.
         """
         parts = [part for layer in self.layers for part in (layer.att_shift, layer.wkv, layer.ffn_shift)]
+        rosa = [part for layer in self.layers for part in layer.rosa or () if part is not None]
         if self.tokens is None:
-            return parts
+            return [*parts, *rosa]
         attention = [layer.attention for layer in self.layers]
         codes = [part for memory in attention for part in (memory.k_codes, memory.v_codes)]
         queries = [memory.last_query for memory in attention if memory.last_query is not None]
-        return [*parts, self.tokens, *codes, *queries]
+        return [*parts, self.tokens, *codes, *queries, *rosa]
 
     @classmethod
     def from_list(cls, parts: Sequence[Tensor]) -> State:
-        """The inverse of :meth:`to_list`; the first tensor of integers ends the layers' own three."""
+        """The inverse of :meth:`to_list`. Where a section begins shows in the dtype: of ids int64, of symbols uint8."""
+        rosa_at = next((i for i, part in enumerate(parts) if part.dtype == torch.uint8), len(parts))
+        parts, rosa = parts[:rosa_at], _rosa_states(parts[rosa_at:])
         n = next((i for i, part in enumerate(parts) if not part.is_floating_point()), len(parts))
         n_layer, attention = n // 3, parts[n + 1 :]
-        if n == 0 or n % 3 or (n < len(parts) and len(attention) not in (2 * n_layer, 3 * n_layer)):
+        fits = n > 0 and n % 3 == 0 and (n == len(parts) or len(attention) in (2 * n_layer, 3 * n_layer))
+        if not fits or len(rosa) not in (0, n_layer):
             raise ConfigError(
-                "state list: wanted 3 tensors per layer, and for DeepEmbedAttention the token ids and 2 or 3 more per "
-                f"layer, got {len(parts)} tensors"
+                "state list: wanted 3 tensors per layer, for DeepEmbedAttention the token ids and 2 or 3 more per "
+                f"layer, and for ROSA 1 to 3 more per layer, got {rosa_at} tensors and ROSA's of {len(rosa)} layers"
             )
         layers = [LayerState(*parts[i : i + 3]) for i in range(0, n, 3)]
+        if rosa:
+            layers = [layer._replace(rosa=memory) for layer, memory in zip(layers, rosa, strict=True)]
         if n == len(parts):
             return cls(tuple(layers))
         queries = attention[2 * n_layer :] or [None] * n_layer
@@ -158,9 +188,14 @@ class State:
             if self.tokens.device.type == "cpu" and ((self.tokens < 0) | (self.tokens >= config.vocab_size)).any():
                 raise ConfigError(f"state, tokens: ids must be 0 to {config.vocab_size - 1}")
         fresh = State.zeros(config, batch_size, torch.device("meta"), torch.float32).layers[0]
-        wanted = {name: tuple(size or n_past for size in part.shape) for name, part in _parts(fresh)}
+        wanted = {name: tuple(part.shape) for name, part in _parts(fresh)}
+        wanted |= {name: (*shape[:1], n_past, *shape[2:]) for name, shape in wanted.items() if name.endswith("_codes")}
+        if config.rosa is not None and self.layers[0].rosa is not None:
+            symbols = (*wanted["rosa.symbols"][:3], self.layers[0].rosa.symbols.shape[-1])
+            wanted |= {"rosa.symbols": symbols, "rosa.lengths": (symbols[0], *symbols[2:])}
         for i, layer in enumerate(self.layers):
             found = {name: tuple(part.shape) for name, part in _parts(layer)}
+            found.setdefault("rosa.lengths", wanted.get("rosa.lengths"))  # a step can find them
             for name in {**wanted, **found}:
                 if wanted.get(name) != found.get(name):
                     raise ConfigError(f"state of layer {i}, {name}: wanted {wanted.get(name)}, got {found.get(name)}")
@@ -174,6 +209,19 @@ def shifted(x: Tensor, last: Tensor) -> Tensor:
 def last_of(x: Tensor) -> Tensor:
     """The last token's vector of x (B, T, C), as (B, C) of its own: a view would keep all T in memory."""
     return x[:, -1].clone()
+
+
+def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:
+    """ROSA's section of a state list, in which each layer begins with its symbols."""
+    states: list[RosaState] = []
+    for part in parts:
+        if part.dtype == torch.uint8:
+            states.append(RosaState(part, None, None))
+        elif part.is_floating_point():
+            states[-1] = states[-1]._replace(shift=part)
+        else:
+            states[-1] = states[-1]._replace(lengths=part)
+    return states
 
 
 def _parts(memory: NamedTuple, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -93,9 +93,10 @@ def write(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
     Raises:
         CheckpointError: the model is more than RWKV-7, or the `gguf` package is not installed.
     """
-    if config.variant != "v7":
+    if config.variant != "v7" or config.rosa is not None:
+        what = config.variant if config.rosa is None else f"{config.variant} with ROSA"
         raise CheckpointError(
-            f"GGUF has no tensors for what a {config.variant} adds to a v7; convert --variant v7 if those parts are "
+            f"GGUF has no tensors for what a {what} adds to a v7; convert --variant v7 if those parts are "
             "neutral, or keep .pth or .safetensors"
         )
     gguf = _package()

@@ -101,19 +101,20 @@ def read(folder: Path) -> dict[str, Tensor]:
     else:
         if all(name.startswith(WRAPPER_PREFIX) for name in tensors):
             tensors = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in tensors.items()}
-        wanted = sizes_of(tensors, folder, has_ln0(folder)).to_dict()
+        told = recorded(folder)
+        wanted = sizes_of(tensors, folder, told.has_ln0, told.rosa).to_dict()
     confirm(config, wanted, folder / CONFIG)
     return tensors
 
 
-def has_ln0(folder: Path) -> bool | None:
-    """What our own config says about ln0; None for a config of the other kind."""
+def recorded(folder: Path) -> ModelConfig | None:
+    """What our own config says, tensors unseen; None for a config of the other kind."""
     config = _config(folder)
     if config.get("model_type") != OURS:
         return None
     fields = {name: value for name, value in config.items() if name in ModelConfig.__dataclass_fields__}
     try:
-        return ModelConfig.from_dict(fields).has_ln0
+        return ModelConfig.from_dict(fields)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
@@ -137,9 +138,10 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
     Raises:
         CheckpointError: the model is more than RWKV-7, or its heads are not of size 64.
     """
-    if config.variant != "v7":
+    if config.variant != "v7" or config.rosa is not None:
+        what = config.variant if config.rosa is None else f"{config.variant} with ROSA"
         raise CheckpointError(
-            f"the Hugging Face layout of RWKV-7 has no place for what a {config.variant} adds to a v7; "
+            f"the Hugging Face layout of RWKV-7 has no place for what a {what} adds to a v7; "
             "take --format safetensors, which heron.hf loads, or convert --variant v7 if those parts are neutral"
         )
     if config.head_size != HEAD_SIZE:

@@ -12,9 +12,9 @@ from heron.ops.rosa.cuda import rosa_cuda
 from heron.ops.rosa.dp import rosa_dp
 from heron.ops.rosa.inputs import MOST_SYMBOLS, check_max_match, check_pair, check_range
 from heron.ops.rosa.reference import rosa_reference
-from heron.ops.rosa.streaming import RosaStream
+from heron.ops.rosa.streaming import RosaStream, rosa_last
 
-__all__ = ["RosaStream", "rosa", "rosa_self"]
+__all__ = ["RosaStream", "rosa", "rosa_last", "rosa_self"]
 
 _FORMS = {"reference": rosa_reference, "dp": rosa_dp, "cpu": rosa_cpu, "cuda": rosa_cuda}
 

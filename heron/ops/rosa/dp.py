@@ -51,3 +51,26 @@ def longest_then_latest(lengths: Tensor) -> tuple[Tensor, Tensor]:
     best, column = lengths.max(1)  # of equal lengths the first column, which is the nearest and so the latest end
     src = torch.where(best > 0, lengths.shape[1] - 1 - column, -1)
     return src, best.long()
+
+
+def lengths_at_end(q: Tensor, latest_first: Tensor, max_match: int | None) -> Tensor:
+    """The match lengths by distance at the last token, from the symbols: backwards from the end, all distances at once.
+
+    Args:
+        q: (S, T), in order.
+        latest_first: (S, T), k[T-1], ..., k[0].
+        max_match: as in :func:`heron.ops.rosa`.
+
+    Returns:
+        (S, T) of :func:`length_dtype`; the last column, which :func:`advance` will need, is 0.
+    """
+    n_tokens = q.shape[1]
+    lengths = torch.zeros(q.shape, dtype=length_dtype(n_tokens), device=q.device)
+    equal = torch.ones_like(latest_first, dtype=torch.bool)
+    for s in range(n_tokens - 1 if max_match is None else min(n_tokens - 1, max_match)):
+        # k from column s + 1 on: k[j - s] for the ends j = T - 2, ..., s
+        equal = equal[:, : n_tokens - 1 - s] & (latest_first[:, s + 1 :] == q[:, n_tokens - 1 - s, None])
+        if not equal.any():
+            break
+        lengths[:, : n_tokens - 1 - s] += equal
+    return lengths

@@ -10,7 +10,7 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _select
 from heron.ops.rosa.cpu import rosa_cpu
-from heron.ops.rosa.dp import advance, length_dtype, longest_then_latest
+from heron.ops.rosa.dp import advance, length_dtype, lengths_at_end, longest_then_latest
 from heron.ops.rosa.inputs import MOST_SYMBOLS, check_max_match, check_pair, check_range
 
 
@@ -140,16 +140,8 @@ class RosaStream:
         return src, length
 
     def _find_lengths(self) -> None:
-        """Set the lengths from the symbols, by comparing backwards from the end at all distances at once."""
         self._lengths.zero_()
-        n_tokens, k = self.n_tokens, self._k()
-        equal = torch.ones_like(k, dtype=torch.bool)
-        for s in range(n_tokens - 1 if self.max_match is None else min(n_tokens - 1, self.max_match)):
-            # k from column s + 1 on: k[j - s] for the ends j = n_tokens - 2, ..., s
-            equal = equal[:, : n_tokens - 1 - s] & (k[:, s + 1 :] == self._q[:, n_tokens - 1 - s, None])
-            if not equal.any():
-                break
-            self._lengths[:, : n_tokens - 1 - s] += equal
+        self._lengths[:, : self.n_tokens] = lengths_at_end(self._q[:, : self.n_tokens], self._k(), self.max_match)
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         check_pair(q, k)
@@ -164,3 +156,29 @@ class RosaStream:
             )
         check_range("q", q, self.alphabet)
         check_range("k", k, self.alphabet)
+
+
+def rosa_last(
+    q: Tensor, k: Tensor, lengths: Tensor | None = None, max_match: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`heron.ops.rosa` at the last token alone, for callers that keep the history themselves: O(T) vector work.
+
+    Args:
+        q, k: (S, T) symbols of the whole history, T >= 1.
+        lengths: what the call for the first T - 1 tokens returned; None: found from the symbols.
+        max_match: as in :func:`heron.ops.rosa`.
+
+    Returns:
+        src: (S,) int64.
+        lengths: (S, T), int16, or int32 beyond 32768 tokens.
+    """
+    last = q.shape[1] - 1
+    latest_first = k[:, :last].flip(1)
+    if lengths is None:
+        lengths = lengths_at_end(q[:, :last], latest_first, max_match)
+    lengths = torch.nn.functional.pad(lengths.to(length_dtype(last + 1)), (0, 1))
+    if last == 0:
+        return torch.full(q.shape[:1], -1, device=q.device), lengths
+    so_far = lengths[:, :last]
+    advance(so_far, latest_first, q[:, last], max_match)
+    return longest_then_latest(so_far)[0], lengths

@@ -1,0 +1,184 @@
+"""ROSA layers: signs become symbols, the longest suffix of them that occurred before is found, what followed comes out.
+
+The match is exact and has no parameters (:func:`heron.ops.rosa`); learning shapes the symbols that go in and the
+vectors that come out. docs/rosa.md has the rules. Source: BlinkDL/RWKV-LM, folder RWKV-v8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from heron import ops
+from heron.config import ModelConfig, RosaConfig
+from heron.model.channel_mix import ChannelMix
+from heron.model.deep_embed import Lookup
+from heron.model.state import LayerState, RosaState, last_of, shifted
+from heron.ops.rosa import rosa_last
+from heron.ops.rosa.gradients import rosa_emb01, rosa_qkv, to_streams
+
+
+class RosaEmbed(nn.Module):
+    """The token form: the row of the token that is predicted; zeros where none is. It needs no gradient of its own."""
+
+    def __init__(self, vocab_size: int, n_embd: int, rosa: RosaConfig):
+        super().__init__()
+        self.rosa = rosa
+        self.emb = nn.Embedding(vocab_size, n_embd)
+
+    def start(self, batch_size: int) -> RosaState:
+        """What it remembers before the first token."""
+        return RosaState.empty(batch_size, 1, 1, self.emb.weight.device, None)
+
+    def forward(self, ids: Tensor, state: RosaState) -> tuple[Tensor, RosaState]:
+        """ids (B, T) int64 -> rows (B, T, C), and the new state."""
+        predicted, state = follow(ids[:, None, None], state, self.rosa.max_match)
+        predicted = predicted[:, 0]  # (B, T)
+        return self.emb(predicted.clamp(min=0)) * (predicted >= 0).unsqueeze(-1), state
+
+
+class Rosa01Layer(nn.Module):
+    """The self form: the signs of x predict themselves, and emb1 or emb0 comes out by the predicted bit."""
+
+    def __init__(self, n_embd: int, rosa: RosaConfig):
+        super().__init__()
+        self.rosa = rosa
+        self.emb0 = nn.Parameter(torch.full((1, 1, n_embd), -1e-5))
+        self.emb1 = nn.Parameter(torch.full((1, 1, n_embd), 1e-5))
+
+    def start(self, batch_size: int) -> RosaState:
+        """What it remembers before the first token."""
+        return RosaState.empty(batch_size, 1, self.emb0.shape[-1] // self.rosa.bits, self.emb0.device, None)
+
+    def forward(self, x: Tensor, state: RosaState) -> tuple[Tensor, RosaState]:
+        """x (B, T, C), the residual stream itself -> what is to be added to it (B, T, C), and the new state."""
+        emb0, emb1 = self.emb0.view(-1), self.emb1.view(-1)
+
+        def layer(x: Tensor, **options) -> Tensor:
+            return rosa_emb01(x, emb0, emb1, **options)
+
+        out, state = recall((x,), state, self.rosa, emb1, emb0, layer)
+        return out.to(x.dtype), state
+
+
+class RosaQKV(nn.Module):
+    """The QKV form: signs of q look for themselves in those of k; the sign of v that came next chooses e or -e.
+
+    Parameter names and shapes are those of the upstream files.
+    """
+
+    def __init__(self, n_embd: int, rosa: RosaConfig):
+        super().__init__()
+        self.rosa = rosa
+        if rosa.token_shift:
+            for letter in "qkv":
+                setattr(self, f"x_{letter}", nn.Parameter(torch.zeros(1, 1, n_embd)))
+        for letter in "qkvo":
+            setattr(self, letter, nn.Linear(n_embd, n_embd, bias=rosa.proj_bias))
+        self.rosa_qkv = nn.ParameterDict({"emb": torch.ones(1, 1, n_embd)})
+
+    def forward(self, x: Tensor, state: RosaState) -> tuple[Tensor, RosaState]:
+        """x (B, T, C), the output of ln3 -> the branch's output (B, T, C), and the new state."""
+        mixed = [x, x, x]
+        if self.rosa.token_shift:
+            delta = shifted(x, state.shift) - x
+            mixed = [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in (self.x_q, self.x_k, self.x_v)]
+            state = state._replace(shift=last_of(x))
+        q, k, v = (project(x) for project, x in zip((self.q, self.k, self.v), mixed, strict=True))
+        e = self.rosa_qkv["emb"].view(-1)
+
+        def layer(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+            return rosa_qkv(q, k, v, e, **options)
+
+        out, state = recall((q, k, v), state, self.rosa, e, -e, layer)
+        return self.o(out.to(x.dtype)), state
+
+
+class RosaBlock(nn.Module):
+    """A block of the rosa-lm: ROSA and channel mixing, each on a LayerNorm of the residual stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ln3 = nn.LayerNorm(config.n_embd)
+        self.rosa = RosaQKV(config.n_embd, config.rosa)
+        self.ffn = ChannelMix(config)
+
+    def forward(
+        self, x: Tensor, state: LayerState, v_first: Tensor | None, context: Lookup, window: int | None
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
+        """As :meth:`heron.model.rwkv.Block.forward`; `v_first` and `window` mean nothing here."""
+        recalled, rosa = self.rosa(self.ln3(x), state.rosa)
+        x = x + recalled
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, context.last(x.shape[1]))
+        return x + out, state._replace(ffn_shift=ffn_shift, rosa=rosa), v_first
+
+
+def recall(
+    inputs: tuple[Tensor, ...],
+    state: RosaState,
+    rosa: RosaConfig,
+    high: Tensor,
+    low: Tensor,
+    layer: Callable[..., Tensor],
+) -> tuple[Tensor, RosaState]:
+    """One ROSA layer on what follows `state`.
+
+    With autograd on, `layer` runs over the whole history, in which what came before has no gradient. With autograd off
+    the same numbers come from the match alone, of which a single token is one step.
+
+    Args:
+        inputs: (B, T, C) each: q, k, v, or the one that is all three. A bit is ``> 0``, so 0 and NaN are bit 0.
+        high, low: (C,), what a 1 and a 0 put out.
+        layer: differentiable, of `inputs` and the options of `rosa`.
+
+    Returns:
+        (B, T, C) in the dtype of `high`, and the new state.
+    """
+    B, T, C = inputs[0].shape
+    symbols = torch.stack([to_streams(x, rosa.bits).view(B, -1, T) for x in inputs], dim=1)  # (B, 3 or 1, G, T)
+    if torch.is_grad_enabled():
+        past = (2.0 * _bits(kind, rosa.bits) - 1 for kind in state.symbols.unbind(1))  # (B, t, C), of these signs
+        whole = [torch.cat((before.to(x.dtype), x), dim=1) for before, x in zip(past, inputs, strict=True)]
+        options = dict(bits=rosa.bits, no_match=rosa.no_match, max_match=rosa.max_match, grad=rosa.grad)
+        seen = torch.cat((state.symbols, symbols), dim=3)
+        return layer(*whole, **options)[:, -T:], state._replace(symbols=seen, lengths=None)
+
+    following, state = follow(symbols, state, rosa.max_match)
+    out = torch.where(_bits(following, rosa.bits), high, low)  # (B, T, C)
+    nothing = low if rosa.no_match == "bit0" else torch.zeros_like(low)
+    is_matched = (following >= 0).transpose(1, 2).repeat_interleave(rosa.bits, dim=2)
+    return torch.where(is_matched, out, nothing), state
+
+
+def follow(symbols: Tensor, state: RosaState, max_match: int | None) -> tuple[Tensor, RosaState]:
+    """What followed the longest match at each of T new tokens.
+
+    Args:
+        symbols: (B, 3, G, T): queries, keys, values; (B, 1, G, T) where they are one.
+        state: of the t tokens before.
+
+    Returns:
+        (B, G, T) int64 symbols, -1 for no match; the state of all t + T tokens.
+    """
+    B, _, G, T = symbols.shape
+    seen = torch.cat((state.symbols.to(symbols.dtype), symbols), dim=3)
+    q, k, v = (kind.flatten(0, 1) for kind in seen.expand(-1, 3, -1, -1).unbind(1))  # (B * G, t + T)
+    if T == 1:
+        lengths = None if state.lengths is None else state.lengths.flatten(0, 1)
+        src, lengths = rosa_last(q, k, lengths, max_match)
+        src, lengths = src.unsqueeze(1), lengths.view(B, G, -1)
+    else:
+        src, lengths = ops.rosa(q, k, max_match)[0][:, -T:], None
+    following = torch.where(src < 0, -1, v.gather(1, src + 1).long())
+    return following.view(B, G, T), state._replace(symbols=seen, lengths=lengths)
+
+
+def _bits(symbols: Tensor, bits: int) -> Tensor:
+    """(B, G, T) symbols -> (B, T, G * bits) bool, the least significant bit first."""
+    each = symbols.transpose(1, 2).unsqueeze(-1) >> torch.arange(bits, dtype=symbols.dtype, device=symbols.device) & 1
+    return each.flatten(2) != 0
