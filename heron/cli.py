@@ -392,6 +392,11 @@ def _changed_model(base: object, changes: dict[str, Any]) -> ModelConfig:
         return ModelConfig.from_dict(base).changed(**changes)
     if isinstance(base, str) and base in PRESETS:
         return ModelConfig.preset(base, **changes)
+    if "rosa" in changes:
+        raise ConfigError(
+            f"model {base} is no preset, and a run cannot tell a bare file about its ROSA; type heron convert {base} "
+            f"FOLDER --format safetensors --rosa {changes['rosa']}, and train with --model FOLDER"
+        )
     flags = ", ".join(f"--{name}" for name in changes)
     raise ConfigError(f"model {base} is no preset: a file decides its own sizes; drop {flags}")
 
@@ -620,7 +625,9 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _sizes(config: ModelConfig) -> str:
-    return f"{config.variant} L{config.n_layer} C{config.n_embd} N{config.head_size} V{config.vocab_size}"
+    head_size = f" N{config.head_size}" if config.has_time_mix else ""
+    rosa = f", ROSA of {config.rosa.bits} bits" if config.rosa else ""
+    return f"{config.variant} L{config.n_layer} C{config.n_embd}{head_size} V{config.vocab_size}{rosa}"
 
 
 def _device(wanted: str) -> str:

@@ -88,7 +88,7 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
         return bool(found) and all(bool((tensor == value).all()) for tensor in found)
 
     odd = []
-    if missing := [name for name in UNUSED if name not in tensors]:
+    if config.has_time_mix and (missing := [name for name in UNUSED if name not in tensors]):
         odd.append(f"{', '.join(missing)} absent (never used)")
     if not config.has_ln0:
         held = "held but not applied" if LN0[0] in tensors else "absent"

@@ -564,10 +564,12 @@ class Trainer:
     def _header(self, model: RWKV, corpus: Corpus, batches: Batches, resume_from: Path | None) -> list[tuple[str, str]]:
         config, model_config = self.config, model.config
         wkv7 = _select.wkv7(self.device, config.ctx_len)
+        rosa = _select.rosa(self.device) if model_config.rosa else None
+        head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         return [
             ("model", f"{model_config.variant}  L{model_config.n_layer} C{model_config.n_embd} "
-                      f"N{model_config.head_size} V{model_config.vocab_size}  {n_parameters / 1e6:.2f} M parameters"),
+                      f"{head_size}V{model_config.vocab_size}  {n_parameters / 1e6:.2f} M parameters"),
             ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
                      + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
             ("order", batches.order.description),
@@ -575,7 +577,8 @@ class Trainer:
                      f"{config.tokens_per_step:,} tokens; {config.total_steps:,} steps"),
             ("device", f"{self.device}, {config.threads} threads"),
             ("precision", f"{config.dtype}: {self.dtype.reason}"),
-            ("wkv7", f"{wkv7.impl}: {wkv7.reason}"),
+            ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
+            *([("rosa", f"{rosa.impl}: {rosa.reason}")] if rosa else []),
             ("out", f"{self.out}" + (f", going on from {resume_from.name}" if resume_from else "")),
         ]  # fmt: skip
 

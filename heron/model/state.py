@@ -28,7 +28,7 @@ class AttentionState(NamedTuple):
 class RosaState(NamedTuple):
     """What ROSA remembers of the t tokens so far, in G streams a sequence."""
 
-    symbols: Tensor  # (B, 3, G, t) uint8: queries, keys, values; (B, 1, G, t) where all are the same
+    symbols: Tensor  # (B, 3, G, t) uint8: queries, keys, values; (B, 1, G, t) where all are the same; token ids int64
     shift: Tensor | None  # (B, C), the last input, for the token shift of RosaQKV (after ln3)
     lengths: Tensor | None  # (B, G, t), of the matches at the last token, by distance; None: a step will find them
 

@@ -6,15 +6,19 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 import heron
+from heron import cli
 from heron.checkpoint import load_toy, migrate
 from heron.checkpoint.architecture import build
+from heron.compat.x070 import RWKV_x070
 from heron.config import ROSA_PRESETS, RosaConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model.init import rule
@@ -496,6 +500,81 @@ def test_a_rosa_lm_can_get_a_time_mix_and_nothing_learned_is_lost(random_model):
         migrate.upcycle(random_model(variant="v7", rosa="qkv-1bit"), "rosa-lm")
     with pytest.raises(CheckpointError, match="a v7 has no ROSA, of which alone a rosa-lm consists"):
         migrate.upcycle(random_model(variant="v7"), "rosa-lm")
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def heron_(words):
+        try:
+            code = cli.main(words.split())
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    sizes = "--n_layer 2 --n_embd 32 --head_size 16 --vocab_size 256"
+    assert heron_(f"init {sizes} --variant rosa-lm --rosa qkv-4bit --out lm.pth")[:2] == (
+        0, "wrote lm.pth: rosa-lm L2 C32 V256, ROSA of 4 bits, 41,920 parameters\n",
+    )  # fmt: skip
+    for verb in ("generate lm.pth", "info lm.pth", "eval lm.pth --data x", "convert lm.pth x.pth", "chat lm.pth"):
+        code, _, err = heron_(verb)
+        assert code == 1
+        assert "lm.pth: no tensor says whether its ROSA has 1 or 4 bits" in err
+    code, out, _ = heron_("info lm.pth --rosa qkv-4bit")
+    assert code == 0
+    assert "rosa        qkv, 4-bit symbols, no match gives zero; gradient soft_suffix\n" in out
+    assert "512 bytes a sequence in fp32, and 80 bytes more with each token\n" in out
+    assert "odd" not in out.split("fp32, and")[0]
+    assert heron_("convert lm.pth told --rosa qkv-4bit --format safetensors --check")[1].endswith("in fp32: 0\n")
+    written = heron_("generate told --prompt ab --max_tokens 4 --temperature 0")
+    assert written == heron_("generate lm.pth --rosa qkv-4bit --prompt ab --max_tokens 4 --temperature 0")
+    assert written[0] == 0
+
+    assert heron_(f"init {sizes} --variant v7 --out v7.pth")[0] == 0
+    code, out, _ = heron_("convert v7.pth both.pth --variant v8 --add_rosa qkv-1bit --check")
+    assert out.splitlines()[0] == "wrote both.pth: v8 L2 C32 N16 V256, ROSA of 1 bits"
+    assert out.endswith("in fp32: 0\n")
+    assert "the ROSA branch writes nothing" in heron_("info both.pth --rosa qkv-1bit")[1]
+    assert "there is no ROSA in it; drop rosa" in heron_("info v7.pth --rosa qkv-1bit")[2]
+    assert (
+        "heron generate: argument --rosa: no ROSA preset 'qkv-2bit'" in heron_("generate both.pth --rosa qkv-2bit")[2]
+    )
+
+    code, out, _ = heron_(f"train {sizes} --rosa qkv-4bit --max_steps 1 --dry_run")
+    assert heron.TrainConfig.from_dict(yaml.safe_load(out)).model.rosa == RosaConfig.preset("qkv-4bit")
+    code, _, err = heron_("train --model lm.pth --rosa qkv-4bit --max_steps 1")
+    assert "type heron convert lm.pth FOLDER --format safetensors --rosa qkv-4bit, and train with --model FOLDER" in err
+
+
+def test_a_run_says_what_its_files_cannot(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{n} and {n + 1} " for n in range(400)))
+    model = heron.ModelConfig(variant="rosa-lm", n_layer=1, n_embd=16, vocab_size=256, rosa="qkv-4bit")
+    settings = dict(model=model, data=str(tmp_path / "text.txt"), ctx_len=16, micro_bsz=2, sample_every=0, eval_every=0)
+
+    config = heron.TrainConfig(**settings, out=str(tmp_path / "run"), max_steps=2, device="cpu", dtype="fp32")
+    heron.Trainer(config, say=lambda text: None).fit()
+    for name in ("", "rwkv-init.pth", "rwkv-final.pth", "checkpoints/step-00000002"):
+        assert heron.load(tmp_path / "run" / name).config == model
+    changed = dataclasses.replace(config, model=model.changed(rosa="qkv-1bit"), max_steps=3)
+    with pytest.raises(CheckpointError, match="this run has another model: rosa"):
+        heron.Trainer(changed, say=lambda text: None).fit()
+
+
+def test_the_drop_in_carries_rosa_in_its_list(random_model, tmp_path):
+    heron.save(random_model(variant="rosa-lm", rosa="qkv-4bit"), tmp_path / "x.pth")
+    args = types.SimpleNamespace(MODEL_NAME=str(tmp_path / "x"))
+    with pytest.raises(CheckpointError, match="no tensor says whether its ROSA has 1 or 4 bits"):
+        RWKV_x070(args)
+    args.rosa = "qkv-4bit"
+    model = RWKV_x070(args)
+    tokens = ids(1, 9)[0].tolist()
+    with torch.no_grad():
+        want, _ = model.forward_seq(tokens, None, full_output=True)
+        state = None
+        for t, token in enumerate(tokens):
+            out, state = model.forward_one(token, state)
+            assert torch.allclose(out, want[t], atol=1e-5)
+    assert [tuple(part.shape) for part in state[9:12]] == [(3, 8, 9), (32,), (8, 9)]
 
 
 # -- upstream's checkpoints ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from heron.errors import KernelError
 from heron.ops import _build, _select
-from heron.ops.rosa import RosaStream, rosa
+from heron.ops.rosa import RosaStream, rosa, rosa_last
 
 PREFILLS = ["steps", pytest.param("cpu", marks=pytest.mark.skipif(_build.find_compiler() is None, reason="no C++"))]
 
@@ -51,6 +51,27 @@ def test_steps_equal_the_whole(alphabet, max_match):
     stream = RosaStream(len(q), alphabet, q.shape[1], max_match)
     steps = [stream.step(q[:, i], k[:, i]) for i in range(q.shape[1])]
     assert_same([torch.stack(x, dim=1) for x in zip(*steps, strict=True)], whole)
+
+
+@pytest.mark.parametrize("max_match", [None, 1, 3])
+@pytest.mark.parametrize("alphabet", [2, 16])
+def test_the_last_token_alone_with_and_without_the_lengths_before(alphabet, max_match):
+    q, k = streams(alphabet=alphabet)
+    src, _ = rosa(q, k, max_match, "reference")
+    lengths = None
+    for n in range(1, q.shape[1] + 1):
+        before = lengths
+        last, lengths = rosa_last(q[:, :n], k[:, :n], before, max_match)
+        alone, found = rosa_last(q[:, :n], k[:, :n], None, max_match)
+        assert torch.equal(last, src[:, n - 1])
+        assert torch.equal(alone, last)
+        assert torch.equal(found, lengths)
+        assert lengths.dtype == torch.int16
+    for bad in (lengths, lengths[1:, 1:]):
+        with pytest.raises(KernelError, match=r"at least 1 token and lengths of one less, got \(12, 40\) and \(1"):
+            rosa_last(q, k, bad)
+    with pytest.raises(KernelError, match=r"got \(12, 0\) and None"):
+        rosa_last(q[:, :0], k[:, :0])
 
 
 @pytest.mark.parametrize("max_match", [None, 2])

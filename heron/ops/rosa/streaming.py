@@ -171,8 +171,17 @@ def rosa_last(
     Returns:
         src: (S,) int64.
         lengths: (S, T), int16, or int32 beyond 32768 tokens.
+
+    Raises:
+        KernelError: shapes, dtypes or devices that do not fit together, no token, or a `max_match` below 1. Symbols are
+            not looked at one by one: whoever keeps them has checked them.
     """
+    check_pair(q, k)
+    check_max_match(max_match)
     last = q.shape[1] - 1
+    if last < 0 or (lengths is not None and lengths.shape != (len(q), last)):
+        got = None if lengths is None else tuple(lengths.shape)
+        raise KernelError(f"rosa: wanted at least 1 token and lengths of one less, got {tuple(q.shape)} and {got}")
     latest_first = k[:, :last].flip(1)
     if lengths is None:
         lengths = lengths_at_end(q[:, :last], latest_first, max_match)
