@@ -135,7 +135,9 @@ class Engine:
         self._tables = None
         if tables != "device":
             if not is_fusible(model):
-                raise ConfigError("tables: off the device only those of a v8 or v7a model in one dtype; give 'device'")
+                raise ConfigError(
+                    "tables: off the device only those of a v8 or v7a model in one dtype, without ROSA; give 'device'"
+                )
             self._fingerprint = fingerprint(model.state_dict())  # later there are no tables in the model
             model, self._tables = off_device(model, self._device, Path(tables_file) if tables_file else None)
         elif next(model.parameters()).device != self._device:
