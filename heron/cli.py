@@ -21,7 +21,7 @@ from heron.config import (
     read_yaml,
     setting_type,
 )
-from heron.errors import ConfigError, HeronError, UnknownKeyError, did_you_mean
+from heron.errors import CheckpointError, ConfigError, HeronError, UnknownKeyError, did_you_mean
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -599,6 +599,8 @@ def _convert(options: argparse.Namespace) -> None:
     if options.check:
         difference = largest_difference(before, options.output, rosa=after.config.rosa)
         print(f"largest difference of a logit, before and after, in fp32: {difference:.3g}")
+        if difference and options.dtype is None and options.vocab_size is None:
+            raise CheckpointError(f"{options.output}: the same numbers were to give the same logits; do not use it")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from heron.checkpoint import load, migrate, save
-from heron.config import RosaConfig
+from heron.checkpoint import load, migrate, read_tensors, unsaid, weights_file, write
+from heron.checkpoint.architecture import TUNED, build, converted
+from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV
 
@@ -55,7 +57,11 @@ def convert(
         raise ConfigError(f"{target} exists already; name another file")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: wanted {', '.join(DTYPES)}, got {dtype!r}")
-    before = after = load(source, rosa=rosa)
+    source = weights_file(Path(source))
+    tensors = read_tensors(source)
+    tuned = {name: tensor for name, tensor in tensors.items() if TUNED.match(name)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in tuned}
+    before = after = build(rest, source, None, *unsaid(tensors, source, rosa=rosa))
     torch.manual_seed(seed)
     if (deep_embed_4x or add_rosa) and variant is None:
         variant, deep_embed_4x = before.config.variant, deep_embed_4x or before.config.deep_embed_4x
@@ -65,9 +71,26 @@ def convert(
     if vocab_size is not None and vocab_size != after.config.vocab_size:
         after = migrate.resize_vocabulary(after, vocab_size, new_rows)
     if dtype is not None:
-        after = _in(after, DTYPES[dtype])
-    save(after, target, format)
+        after = _in(after, DTYPES[dtype], source)
+        tuned = converted(tuned, DTYPES[dtype], source)
+    _check_target(target, format, after.config, tuned)
+    write({**after.state_dict(), **tuned}, after.config, target, format)
     return before, after
+
+
+def _check_target(target: Path, format: str | None, config: ModelConfig, tuned: dict[str, Tensor]) -> None:
+    """CheckpointError where the target would silently hold less than the model."""
+    is_folder = format == "safetensors" and not target.suffix
+    if config.variant == "v8-hybrid" and config.has_ln0 and not is_folder:
+        raise CheckpointError(
+            f"{target}: one file cannot say that this v8-hybrid applies its ln0; write a folder, whose config.json "
+            "can: --format safetensors and a name without a suffix"
+        )
+    if tuned and (format == "hf" or (format or target.suffix[1:]) == "gguf"):
+        raise CheckpointError(
+            f"{target}: this format has no place for the tuned initial state that lies beside the weights "
+            "(att.time_state); .pth and .safetensors have"
+        )
 
 
 @torch.no_grad()
@@ -79,17 +102,13 @@ def largest_difference(before: RWKV, target: str | Path, seed: int = 42, rosa: R
     after = load(target, rosa=rosa)
     ids = min(before.config.vocab_size, after.config.vocab_size)
     tokens = torch.randint(ids, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(seed))
-    one, other = (_in(model, torch.float32)(tokens)[0][..., :ids] for model in (before, after))
+    one, other = (_in(model, torch.float32, target)(tokens)[0][..., :ids] for model in (before, after))
     return float((one - other).abs().max())
 
 
-def _in(model: RWKV, dtype: torch.dtype) -> RWKV:
-    """A copy of the model whose tensors are all of `dtype`; CheckpointError where one would overflow in it."""
+def _in(model: RWKV, dtype: torch.dtype, source: object) -> RWKV:
+    """A copy of the model whose tensors are all of `dtype`."""
     with torch.device("meta"):
         copy = RWKV(model.config)
-    tensors = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot; take bf16")
-    copy.load_state_dict(tensors, assign=True)
+    copy.load_state_dict(converted(model.state_dict(), dtype, source), assign=True)
     return copy.requires_grad_(True)

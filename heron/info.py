@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.checkpoint import read_tensors, unsaid, weights_file
+from heron.checkpoint import put_right, read_tensors, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, TUNED, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
 from heron.errors import CheckpointError
@@ -52,8 +52,8 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
         source = weights_file(Path(model))
         tensors = read_tensors(source)
-        config = config_of(tensors, source, *unsaid(source, rosa=rosa))
-        odd = oddities(tensors, config)
+        config = config_of(tensors, source, *unsaid(tensors, source, rosa=rosa))
+        odd = [*put_right(source), *oddities(tensors, config)]
         model = str(source)
     skeleton = _skeleton(config)
     total = sum(p.numel() for p in skeleton.parameters())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import heron
 from heron import cli
-from heron.checkpoint import FORMATS, save, tuned_state
+from heron.checkpoint import FORMATS, put_right, read_tensors, save, tuned_state
 from heron.checkpoint.formats import gguf as our_gguf
 from heron.checkpoint.formats import hf
 from heron.convert import convert, largest_difference
@@ -154,6 +154,7 @@ def test_shards_and_the_fused_lerp_of_early_files_are_read(random_model, tmp_pat
     index = {"weight_map": {name: file for file, names in parts.items() for name in names}}
     (folder / hf.INDEX).write_text(json.dumps(index))
     assert_same(model, heron.load(folder), but=UNUSED)
+    assert "x_r to x_g are fused" in put_right(folder)[0]
 
 
 @pytest.mark.parametrize("variant", ["v7", "v7a", "v7b", "v8", "v8-hybrid"])
@@ -344,6 +345,73 @@ def test_a_tuned_state_is_said_and_read_apart(random_model, tmp_path):
         tuned_state(tmp_path / "alone.pth", model.config.changed(n_layer=3))
     with pytest.raises(CheckpointError, match=r"blocks.0.att.time_state must be \(4, 32, 32\)"):
         tuned_state(tmp_path / "alone.pth", model.config.changed(head_size=32))
+    with pytest.raises(CheckpointError, match=r"blocks.1.att.time_state: more layers than the 1"):
+        tuned_state(tmp_path / "alone.pth", model.config.changed(n_layer=1))
+    states["blocks.1.att.time_state"][0, 1, 2] = float("nan")
+    torch.save(states, tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match="blocks.1.att.time_state holds NaN"):
+        tuned_state(tmp_path / "nan.pth", model.config)
+
+
+def test_a_tuned_state_goes_along_where_there_is_a_place_for_it(random_model, tmp_path):
+    model = random_model(**V7)
+    states = {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(2)}
+    torch.save({**model.state_dict(), **states}, tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", tmp_path / "half.pth", variant="v8", dtype="bf16")
+    for name, dtype in (("x.safetensors", torch.float32), ("half.pth", torch.bfloat16)):
+        written = read_tensors(tmp_path / name)
+        assert all(torch.equal(written[key], state.to(dtype)) for key, state in states.items())
+    for target, format in (("folder", "hf"), ("x.gguf", None)):
+        with pytest.raises(CheckpointError, match="no place for the tuned initial state"):
+            convert(tmp_path / "x.pth", tmp_path / target, format=format)
+        assert not (tmp_path / target).exists()
+
+
+def test_a_hybrid_that_applies_its_ln0_goes_into_a_folder_that_says_so(random_model, tmp_path):
+    model = random_model(variant="v8-hybrid", has_ln0=True)
+    heron.save(model, tmp_path / "folder", "safetensors")
+    for target in ("x.pth", "x.safetensors"):
+        with pytest.raises(CheckpointError, match="one file cannot say.*--format safetensors"):
+            convert(tmp_path / "folder", tmp_path / target)
+        assert not (tmp_path / target).exists()
+    assert convert(tmp_path / "folder", tmp_path / "other", format="safetensors")[1].config.has_ln0
+    assert largest_difference(model, tmp_path / "other") == 0
+
+
+def test_a_number_that_a_dtype_cannot_hold_is_refused(random_model, tmp_path):
+    model = random_model(**V7)
+    with torch.no_grad():
+        model.head.weight[3, 4] = 1e5
+    heron.save(model, tmp_path / "x.pth")
+    assert heron.load(tmp_path / "x.pth", dtype=torch.bfloat16).head.weight.isfinite().all()
+    with pytest.raises(CheckpointError, match="x.pth: head.weight holds numbers that float16 cannot; take bf16"):
+        heron.load(tmp_path / "x.pth", dtype=torch.float16)
+    with pytest.raises(ConfigError, match="dtype: wanted .*got torch.int32"):
+        heron.load(tmp_path / "x.pth", dtype=torch.int32)
+
+
+def test_a_yaml_that_happens_to_lie_there_is_in_nobodys_way(random_model, tmp_path):
+    heron.save(random_model(**V7), tmp_path / "rwkv-final.pth")
+    (tmp_path / "config.yaml").write_text("foo: 1\n")
+    assert_same(random_model(**V7), heron.load(tmp_path / "rwkv-final.pth"))
+    heron.save(random_model(variant="v8-hybrid"), tmp_path / "rwkv-init.pth")
+    with pytest.raises(CheckpointError, match="config.yaml, which lies beside rwkv-init.pth: config: unknown key 'foo'"):
+        heron.load(tmp_path / "rwkv-init.pth")
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_folder_may_not_reach_out_of_itself(random_model, tmp_path, index):
+    heron.save(random_model(**V7), tmp_path / "folder", "hf")
+    (tmp_path / "elsewhere").mkdir()
+    weights = tmp_path / "folder" / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere" / "model.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere" / "model.safetensors")
+    if index:
+        names = dict.fromkeys(read_tensors(tmp_path / "elsewhere" / "model.safetensors"), "model.safetensors")
+        (tmp_path / "folder" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match="a link that leads out of the folder"):
+        heron.load(tmp_path / "folder")
 
 
 def test_the_state_list_of_the_rwkv_package_goes_on_in_ours_and_back(random_model, rwkv_package, tmp_path):
@@ -384,6 +452,15 @@ def test_a_check_can_fail(random_model, tmp_path):
     before, after = random_model(**V7), random_model(**V7, seed=1)
     heron.save(after, tmp_path / "other.pth")
     assert largest_difference(before, tmp_path / "other.pth") > 0.1
+
+
+def test_a_check_that_finds_a_difference_fails(random_model, tmp_path, capsys, monkeypatch):
+    heron.save(random_model(**V7), tmp_path / "old.pth")
+    monkeypatch.setattr("heron.convert.largest_difference", lambda *_, **__: 1e-6)
+    command = ["convert", str(tmp_path / "old.pth")]
+    assert cli.main([*command, str(tmp_path / "new.pth"), "--check"]) == 1
+    assert "new.pth: the same numbers were to give the same logits" in capsys.readouterr().err
+    assert cli.main([*command, str(tmp_path / "half.pth"), "--check", "--dtype", "bf16"]) == 0
 
 
 @pytest.mark.parametrize("variant", ["v7a", "v7b", "v8", "v8-hybrid"])

@@ -75,6 +75,7 @@ def test_what_is_odd_about_a_file_is_said(random_model, tmp_path):
     ]:
         changed = {name: change(name, x) for name, x in plain.items()}
         assert words in odd({name: x for name, x in changed.items() if x is not None}, tmp_path)
+    assert "names begin with '_forward_module.'" in odd({f"_forward_module.{n}": x for n, x in plain.items()}, tmp_path)
     small = odd(dict(random_model(variant="v7").state_dict()), tmp_path)
     assert "head_size is 16; all released models have 64" in small
     assert "ffn_dim is 50, not 4 * n_embd" in small

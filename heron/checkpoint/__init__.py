@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heron.checkpoint import run
-from heron.checkpoint.architecture import build
+from heron.checkpoint.architecture import TUNED, build, is_finite, leave_unsaid
 from heron.checkpoint.atomic import new_file, new_folder
 from heron.checkpoint.formats import gguf, hf, pth, safetensors
 from heron.config import ModelConfig, RosaConfig, TrainConfig
@@ -19,7 +20,19 @@ from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV, State
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
 
-__all__ = ["FORMATS", "load", "load_toy", "read_tensors", "recorded", "save", "tuned_state", "unsaid", "weights_file"]
+__all__ = [
+    "FORMATS",
+    "load",
+    "load_toy",
+    "read_tensors",
+    "put_right",
+    "recorded",
+    "save",
+    "tuned_state",
+    "unsaid",
+    "weights_file",
+    "write",
+]
 
 FORMATS = ("pth", "safetensors", "hf", "gguf")
 _FILES = {".pth": pth, ".safetensors": safetensors, ".gguf": gguf}
@@ -48,7 +61,8 @@ def load(
             and the tensor. ROSA of which nothing says how it works.
     """
     source = weights_file(Path(path))
-    return build(read_tensors(source), source, dtype, *unsaid(source, has_ln0, rosa))
+    tensors = read_tensors(source)
+    return build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
 
 
 def load_toy(path: str | Path) -> SelfToy | QKVToy:
@@ -73,21 +87,25 @@ def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
     Raises:
         CheckpointError: no such format, one that can't hold the model, or the file cannot be written.
     """
-    path = Path(path)
+    write(model.state_dict(), getattr(model, "config", None), Path(path), format)
+
+
+def write(tensors: Mapping[str, Tensor], config: ModelConfig | None, path: Path, format: str | None = None) -> None:
+    """:func:`save` for named tensors, of a model of `config`."""
     if format is None and path.suffix not in _FILES:
         raise CheckpointError(f"{path}: wanted a file name ending in {', '.join(_FILES)}, got {path.suffix!r}")
     if format not in (None, *FORMATS):
         raise CheckpointError(f"{path}: format must be {', '.join(FORMATS)}, got {format!r}")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if format == "hf" or (format == "safetensors" and not path.suffix):
         with new_folder(path) as temporary:
-            (hf.write_rwkv7 if format == "hf" else hf.write)(tensors, model.config, temporary)
+            (hf.write_rwkv7 if format == "hf" else hf.write)(tensors, config, temporary)
         return
     if format is not None and path.suffix != f".{format}":
         raise CheckpointError(f"{path}: wanted a file name ending in .{format}, got {path.suffix!r}")
     with new_file(path) as temporary:
         if path.suffix == ".gguf":
-            gguf.write(tensors, model.config, temporary)
+            gguf.write(tensors, config, temporary)
         else:
             _FILES[path.suffix].write(tensors, temporary)
 
@@ -103,6 +121,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return _format(path).read(path)
 
 
+def put_right(path: Path) -> list[str]:
+    """What reading a file or folder that is readable has changed about its tensors, in words."""
+    if path.is_dir():
+        return hf.put_right(path)
+    return pth.put_right(path) if path.suffix == ".pth" else []
+
+
 def tuned_state(path: str | Path, config: ModelConfig) -> State:
     """The initial state that state tuning left in a file as `blocks.i.att.time_state` (H, N_value, N_key), batch of 1.
 
@@ -116,6 +141,11 @@ def tuned_state(path: str | Path, config: ModelConfig) -> State:
     path = Path(path)
     tensors = read_tensors(path)
     zeros = State.zeros(config, 1, torch.device("cpu"), torch.float32)
+    more = {name for name in tensors if TUNED.match(name)} - {
+        f"blocks.{i}.att.time_state" for i in range(config.n_layer)
+    }
+    if more:
+        raise CheckpointError(f"{path}: {min(more)}: more layers than the {config.n_layer} of this model")
     layers = []
     for i, layer in enumerate(zeros.layers):
         name = f"blocks.{i}.att.time_state"
@@ -126,6 +156,8 @@ def tuned_state(path: str | Path, config: ModelConfig) -> State:
                 f"{path}: {name} must be {tuple(layer.wkv.shape[1:])}, floating, got {tuple(tensors[name].shape)} "
                 f"{tensors[name].dtype}"
             )
+        if not is_finite(tensors[name]):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity: its tuning diverged, or the file is damaged")
         layers.append(layer._replace(wkv=tensors[name].float().unsqueeze(0)))
     return dataclasses.replace(zeros, layers=tuple(layers))
 
@@ -152,10 +184,10 @@ def weights_file(path: Path) -> Path:
 
 
 def unsaid(
-    source: Path, has_ln0: bool | None = None, rosa: RosaConfig | None = None
+    tensors: Mapping[str, Tensor], source: Path, has_ln0: bool | None = None, rosa: RosaConfig | None = None
 ) -> tuple[bool | None, RosaConfig | None]:
     """What tensors cannot say, `has_ln0` and `rosa`: as given, else as the run or the config.json around them says."""
-    if has_ln0 is not None and rosa is not None:
+    if not leave_unsaid(tensors) or (has_ln0 is not None and rosa is not None):
         return has_ln0, rosa
     told = recorded(source)
     if told is None:
@@ -176,7 +208,10 @@ def recorded(source: Path) -> ModelConfig | None:
     config = source.parent / "config.yaml"
     if source.name not in ("rwkv-init.pth", "rwkv-final.pth") or not config.exists():
         return None
-    model = TrainConfig.from_yaml(config).model
+    try:
+        model = TrainConfig.from_yaml(config).model
+    except ConfigError as error:
+        raise CheckpointError(f"{config}, which lies beside {source.name}: {error}") from None
     return model if isinstance(model, ModelConfig) else None
 
 

@@ -72,8 +72,26 @@ def build(
             "upstream script. Give has_ln0=True for a model that was trained with it",
             stacklevel=3,
         )
-    model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in filled.items()}, assign=True)
+    model.load_state_dict(filled if dtype is None else converted(filled, dtype, source), assign=True)
     return model.requires_grad_(True)
+
+
+def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object) -> dict[str, Tensor]:
+    """The tensors in another floating dtype.
+
+    Raises:
+        ConfigError: `dtype` is none of those that a model can have.
+        CheckpointError: a number overflows in it.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype: wanted {', '.join(map(str, _DTYPES))}, got {dtype}")
+    out = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in out.items():
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"{source}: {name} holds numbers that {str(dtype).removeprefix('torch.')} cannot; take bf16"
+            )
+    return out
 
 
 def config_of(
@@ -94,6 +112,11 @@ def config_of(
     config = sizes_of(tensors, source, has_ln0, rosa)
     _check(tensors, config, source)
     return config
+
+
+def leave_unsaid(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether names leave open what :class:`ModelConfig` must know: if ln0 is applied (v8-hybrid), how ROSA works."""
+    return any(_ROSA.match(name) or name.endswith(".qkv.kkup.weight") for name in tensors)
 
 
 def sizes_of(
@@ -194,7 +217,7 @@ def _check(tensors: dict[str, Tensor], config: ModelConfig, source: object) -> N
                 problems[-1] += " (a table this wide is the 4x form; rename it to ffn.enn4.weight)"
         if tensor.dtype not in _DTYPES:
             problems.append(f"{name} must be floating, got {tensor.dtype}")
-        elif not _is_finite(tensor):
+        elif not is_finite(tensor):
             problems.append(f"{name} holds NaN or infinity: its training diverged, or the file is damaged")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -205,6 +228,6 @@ def _check(tensors: dict[str, Tensor], config: ModelConfig, source: object) -> N
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite: a sum, far faster than asking each, says so unless it overflows."""
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())

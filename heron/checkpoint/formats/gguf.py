@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from heron import strict_json
-from heron.checkpoint.architecture import sizes_of
+from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.formats.layout import (
     LERP,
-    UNUSED_IN_BLOCK_0,
     Layout,
     Place,
     confirm,
@@ -43,7 +42,6 @@ _WORLD_SIZE = 65536
 _END_OF_TURN = 261  # "\n\n" of the World vocabulary
 _FUSED = "time_mix_lerp_fused.weight"
 _MATRIX = re.compile(r"(emb|head|att\.(receptance|key|value|output)|ffn\.(key|value))\.weight$")
-_UNUSED = tuple(f"blocks.0.{name}" for name in UNUSED_IN_BLOCK_0)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _VALUE_RANK_KEY = "rwkv7.attention.value_residual_mix_lora_rank"
@@ -237,7 +235,7 @@ def _to_layout(tensors: dict[str, Tensor], n_layer: int) -> tuple[dict[str, Tens
     wide = {
         name: tensor if _MATRIX.search(name) else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         for name, tensor in tensors.items()
-        if name not in _UNUSED
+        if name not in UNUSED
     }
     stored = {name: tensor.dtype for name, tensor in wide.items()}
     fused = {}
@@ -247,7 +245,7 @@ def _to_layout(tensors: dict[str, Tensor], n_layer: int) -> tuple[dict[str, Tens
         fused[f"{LAYOUT.layers}.{layer}.{_FUSED}"] = torch.stack([wide.pop(name).to(widest) for name in names])
         stored.update(dict.fromkeys(names, widest))
     dtypes = {name: _NAMES[tensors[name].dtype] for name in stored if tensors[name].dtype != stored[name]}
-    for ours, its in zip(_UNUSED, "012", strict=True):
+    for ours, its in zip(UNUSED, "012", strict=True):
         wide[ours] = wide[f"blocks.0.att.a{its}"]
     return {**LAYOUT.out(wide), **fused}, dtypes
 
@@ -266,7 +264,7 @@ def _from_layout(stored: dict[str, Tensor], head_size: Any, path: Path) -> dict[
         if not isinstance(head_size, int) or head_size < 1 or tensors[name].numel() % head_size:
             raise CheckpointError(f"{path}: {name}: {tensors[name].numel()} values do not make heads of {head_size}")
         tensors[name] = tensors[name].reshape(-1, head_size)
-    return {name: tensor for name, tensor in tensors.items() if name not in _UNUSED}
+    return {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
 
 
 def _add(gguf: ModuleType, writer: Any, name: str, tensor: Tensor) -> None:

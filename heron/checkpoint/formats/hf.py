@@ -13,12 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from heron import strict_json
-from heron.checkpoint.architecture import sizes_of
+from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.atomic import sync
 from heron.checkpoint.formats import safetensors
 from heron.checkpoint.formats.layout import (
     LERP,
-    UNUSED_IN_BLOCK_0,
     Layout,
     Place,
     confirm,
@@ -39,7 +38,8 @@ _HEADS = (
     "head_dim 64 alone, and this one is {}; take --format safetensors"
 )
 _LARGEST_CONFIG = 1 << 24  # bytes
-_UNUSED = tuple(f"blocks.0.{name}" for name in UNUSED_IN_BLOCK_0)  # the layout has no place for these
+
+_FUSED = ".attn.x_x"
 
 
 def _places() -> dict[str, Place]:
@@ -146,7 +146,7 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
         )
     if config.head_size != HEAD_SIZE:
         raise CheckpointError(_HEADS.format(config.head_size))
-    kept = {name: tensor for name, tensor in tensors.items() if name not in _UNUSED}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
     free = {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": RWKV7,
@@ -190,11 +190,18 @@ def _write(tensors: dict[str, Tensor], config: dict[str, object], folder: Path) 
     sync(folder / CONFIG)
 
 
+def put_right(folder: Path) -> list[str]:
+    """What :func:`read` changes about a readable folder beyond names and shapes of its layout, in words."""
+    if not any(name.endswith(_FUSED) for file in _weight_files(folder) for name in safetensors.names(file)):
+        return []
+    return [f"x_r to x_g are fused (*{_FUSED}), as in early files of flash-linear-attention; read apart"]
+
+
 def _unfused(tensors: dict[str, Tensor], source: object) -> dict[str, Tensor]:
     """The tensors with each `x_x` of early fla files taken apart."""
     out = {}
     for name, tensor in tensors.items():
-        if not name.endswith(".attn.x_x"):
+        if not name.endswith(_FUSED):
             out[name] = tensor
             continue
         if tensor.dim() == 0 or tensor.shape[0] != len(LERP):
@@ -209,6 +216,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         if not (folder / WEIGHTS).exists():
             raise CheckpointError(f"{folder}: wanted {WEIGHTS} or {INDEX} beside {CONFIG}; neither is there")
+        _check_place(folder, WEIGHTS)
         return [folder / WEIGHTS]
     index = _json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
@@ -217,12 +225,16 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX}: wanted .safetensors files of this folder, got {file[:80]!r}")
-        home = (folder / file).resolve().parent
-        if home not in (folder.resolve(), folder.resolve().parents[1] / "blobs"):
-            raise CheckpointError(f"{folder / file}: a link that leads out of the folder; copy the file in its place")
+        _check_place(folder, file)
         if not (folder / file).exists():
             raise CheckpointError(f"{folder / file}: no such file, though {INDEX} lists it")
     return [folder / file for file in files]
+
+
+def _check_place(folder: Path, file: str) -> None:
+    home = (folder / file).resolve().parent
+    if home not in (folder.resolve(), folder.resolve().parent.parent / "blobs"):
+        raise CheckpointError(f"{folder / file}: a link that leads out of the folder; copy the file in its place")
 
 
 def _config(folder: Path) -> dict[str, object]:

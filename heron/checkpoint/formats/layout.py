@@ -12,7 +12,6 @@ from torch import Tensor
 from heron.errors import CheckpointError, did_you_mean
 
 LERP = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")  # the order wherever the six are fused into one tensor
-UNUSED_IN_BLOCK_0 = ("att.v0", "att.v1", "att.v2")
 
 
 def same(tensor: Tensor) -> Tensor:

@@ -49,6 +49,15 @@ def read(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_ZERO3_PREFIX): _of_its_own(value.detach()) for name, value in loaded.items()}
 
 
+def put_right(path: Path) -> list[str]:
+    """What :func:`read` changes about a readable file, in words."""
+    with open(path, "rb") as file:
+        content, _ = _announced(file)
+    if not any(name.startswith(_ZERO3_PREFIX) for name in _checked(path, content)):
+        return []
+    return [f"names begin with {_ZERO3_PREFIX!r}, as DeepSpeed ZeRO-3 saves them; read without it"]
+
+
 def write(tensors: dict[str, Tensor], path: Path) -> None:
     """Write named tensors as upstream's tools expect them; OSError when the disk refuses."""
     try:

@@ -44,6 +44,11 @@ def read(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in loaded.items()}
 
 
+def names(path: Path) -> list[str]:
+    """The names in a file that :func:`read` has read."""
+    return list(_announced(path))
+
+
 def write(tensors: dict[str, Tensor], path: Path) -> None:
     """Write named tensors; OSError when the disk refuses."""
     try:

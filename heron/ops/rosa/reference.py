@@ -11,9 +11,8 @@ def rosa_reference(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[
     src, length = torch.full_like(q, -1, dtype=torch.int64), torch.zeros_like(q, dtype=torch.int64)
     for i in range(q.shape[1]):
         for j in range(i):  # a match may end here in k
-            backwards = (q[:, i - j : i + 1] == k[:, : j + 1]).flip(
-                1
-            )  # (S, j + 1): q[i] == k[j], q[i-1] == k[j-1], ...
+            # (S, j + 1): q[i] == k[j], q[i-1] == k[j-1], ...
+            backwards = (q[:, i - j : i + 1] == k[:, : j + 1]).flip(1)
             common = backwards.cumprod(dim=1).sum(dim=1)
             if max_match is not None:
                 common = common.clamp(max=max_match)
