@@ -21,7 +21,7 @@ from heron.ops.rosa.gradients import rosa_emb01, rosa_qkv, to_streams
 
 
 class RosaEmbed(nn.Module):
-    """The token form: the row of the token that is predicted; zeros where none is. Only its rows learn."""
+    """The token form: the row of the token that is predicted, zeros where none is; the rows alone learn."""
 
     def __init__(self, vocab_size: int, n_embd: int, rosa: RosaConfig):
         super().__init__()
