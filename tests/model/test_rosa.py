@@ -101,9 +101,9 @@ def test_the_self_form_is_its_table(bits, no_match, grad):
         assert torch.equal(layer(x, layer.start(2))[0], want)
 
 
-def qkv_layer(bits, no_match, **changes):
+def qkv_layer(bits, no_match, grad="none", **changes):
     torch.manual_seed(3)
-    layer = RosaQKV(8, RosaConfig(source="qkv", bits=bits, no_match=no_match, grad="none", **changes))
+    layer = RosaQKV(8, RosaConfig(source="qkv", bits=bits, no_match=no_match, grad=grad, **changes))
     with torch.no_grad():
         for letter in "qkv":
             getattr(layer, f"x_{letter}").copy_(normal(1, 1, 8, seed=ord(letter)))
@@ -380,6 +380,28 @@ def test_a_state_counts_in_the_gradients_of_what_follows_it(rule):
         assert whole.any()
         assert torch.allclose(whole, cut, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(gradients(x, empty)[0], gradients(x[:, 12:], empty)[0], rtol=1e-2, atol=1e-4)
+
+
+def test_the_rule_for_gradients_is_the_configs():
+    x, weights = normal(2, 16, 8), normal(2, 16, 8, seed=1)
+    found = {}
+    for grad in ("none", "bitflip", "soft_suffix"):
+        layer = qkv_layer(1, "bit0", grad=grad)
+        (layer(x, start(2, 1))[0] * weights).sum().backward()
+        found[grad] = layer.q.weight.grad
+        assert layer.v.weight.grad.any()
+    assert found["none"] is None or not found["none"].any()
+    assert found["bitflip"].any()
+    assert not torch.allclose(found["bitflip"], found["soft_suffix"], rtol=0.1)
+
+
+def test_blocks_that_are_computed_again_give_the_same_gradients(random_model):
+    model, gradients = random_model(rosa="qkv-1bit"), []
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        model.loss(ids(2, 12), ids(2, 12, seed=2)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
 
 
 # -- files and settings ----------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ class _Rosa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy):
-        inputs, (nothing, src), streams = ctx.saved_tensors[:5], ctx.saved_tensors[5:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # asked for once: a recomputed block gives them once
+        inputs, (nothing, src), streams = saved[:5], saved[5:7], saved[7:]
         bits, no_match, max_match, grad = ctx.choices
         wide = torch.promote_types(gy.dtype, torch.float32)
         q, k, v, high, low, nothing, gy = (x.to(wide) for x in (*inputs, nothing, gy))
