@@ -114,9 +114,8 @@ def rule(name: str, config: ModelConfig) -> Rule:
         "ffn.key.weight": _orthogonal(1.0),
         "ffn.value.weight": _constant(0.0),
     }
-    if tail.startswith(
-        "rosa."
-    ):  # a projection, as torch.nn.Linear; a branch beside time mixing writes nothing at first
+    if tail.startswith("rosa."):
+        # A projection, as torch.nn.Linear starts; but a branch beside time mixing writes nothing at first.
         is_neutral = tail.startswith("rosa.o.") and config.has_time_mix
         return (_constant(0.0) if is_neutral else _uniform(C**-0.5))._replace(ours=True)
     return table[tail]
