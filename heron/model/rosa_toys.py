@@ -5,7 +5,6 @@ Source: BlinkDL/RWKV-LM, folder RWKV-v8: 251016_rosa_1bit_run.py and 251024_rosa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -19,10 +18,10 @@ from heron.model.rwkv import Block
 from heron.model.state import RosaState, State
 
 _LAYERS = {1: ("rosa1", "lin", "rosa2"), 4: ("rosa1", "lin", "rosa2", "lin1", "rosa3", "lin2", "rosa4")}
-# Upstream's names in a QKV toy, whose blocks count from 1, and those of a block of ours.
-_PARTS = {"ln#a": "ln1", "rwkv#": "att", "ln#b": "ln2", "ffn#": "ffn", "ln#c": "ln3", "rosa#": "rosa"}
+# Of a QKV toy: the parts of a block of ours under upstream's names, which count from 1.
+_PARTS = {"ln1": "ln{}a", "att": "rwkv{}", "ln2": "ln{}b", "ffn": "ffn{}", "ln3": "ln{}c", "rosa": "rosa{}"}
 _RANKS = ("decay_rank", "iclr_rank", "value_rank", "gate_rank")
-_TOP = {"e": "emb", "lno": "ln_out", "o": "head"}
+_TOP = {"emb": "e", "ln_out": "lno", "head": "o"}
 
 
 class SelfToy(nn.Module):
@@ -98,16 +97,15 @@ def toy_from(tensors: Mapping[str, Tensor], source: object) -> SelfToy | QKVToy:
                 raise CheckpointError(f"{source}: no ROSA toy: wanted rosa1.emb0 or rosa1.rosa_qkv.emb, got neither")
     except KeyError as error:
         raise CheckpointError(f"{source}: tensor {error} is missing") from None
-    names = {_ours(name) if isinstance(toy, QKVToy) else name: name for name in tensors}
-    expected = toy.state_dict()
-    for name in expected.keys() | names.keys():
-        if name not in names or name not in expected:
-            what = "is missing" if name in expected else "is not part of such a toy"
-            raise CheckpointError(f"{source}: tensor {names.get(name, name)} {what}")
-        wanted, got = tuple(expected[name].shape), tuple(tensors[names[name]].shape)
+    ours = {_upstream(name) if isinstance(toy, QKVToy) else name: name for name in toy.state_dict()}
+    for name in sorted(ours.keys() | tensors.keys()):
+        if name not in tensors or name not in ours:
+            what = "is missing" if name in ours else "is not part of such a toy"
+            raise CheckpointError(f"{source}: tensor {name} {what}")
+        wanted, got = tuple(toy.get_parameter(ours[name]).shape), tuple(tensors[name].shape)
         if wanted != got:
-            raise CheckpointError(f"{source}: {names[name]} must be {wanted}, got {got}")
-    toy.load_state_dict({ours: tensors[theirs] for ours, theirs in names.items()}, assign=True)
+            raise CheckpointError(f"{source}: {name} must be {wanted}, got {got}")
+    toy.load_state_dict({ours[name]: tensor for name, tensor in tensors.items()}, assign=True)
     return toy.requires_grad_(True)
 
 
@@ -126,11 +124,10 @@ def _qkv_config(tensors: Mapping[str, Tensor]) -> ModelConfig:
     )
 
 
-def _ours(name: str) -> str:
-    """ "blocks.0.ln3.bias" of "ln1c.bias"; a name that is not upstream's stays."""
-    head, _, rest = name.partition(".")
-    if head in _TOP:
-        return f"{_TOP[head]}.{rest}"
-    number = re.search(r"\d+", head)
-    part = None if number is None else _PARTS.get(head.replace(number[0], "#"))
-    return name if part is None else f"blocks.{int(number[0]) - 1}.{part}.{rest}"
+def _upstream(name: str) -> str:
+    """ "ln1c.bias" of "blocks.0.ln3.bias", "o.bias" of "head.bias"."""
+    top, *rest = name.split(".")
+    if top != "blocks":
+        return ".".join((_TOP[top], *rest))
+    number, part, *rest = rest
+    return ".".join((_PARTS[part].format(int(number) + 1), *rest))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 
 import heron
-from heron import cli
+from heron import cli, train
 from heron.checkpoint import load_toy, migrate
 from heron.checkpoint.architecture import build
 from heron.compat.x070 import RWKV_x070
@@ -411,7 +411,7 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(random_model):
 
 
 @pytest.mark.parametrize("preset", ["qkv-1bit", "qkv-4bit"])
-@pytest.mark.parametrize("variant", ["v8", "v7b", "rosa-lm"])
+@pytest.mark.parametrize("variant", ["v7", "v7b", "rosa-lm"])
 def test_a_file_needs_to_be_told_and_a_folder_does_not(random_model, tmp_path, variant, preset):
     sizes = dict(n_layer=2, n_embd=32, vocab_size=37, head_size=64 if variant == "rosa-lm" else 16)
     model = heron.RWKV(heron.ModelConfig(variant=variant, **sizes, rosa=preset))
@@ -426,6 +426,8 @@ def test_a_file_needs_to_be_told_and_a_folder_does_not(random_model, tmp_path, v
     heron.save(model, tmp_path / "folder", format="safetensors")
     told = heron.load(tmp_path / "folder")
     assert told.config == model.config
+    other = RosaConfig.preset(preset, max_match=3)
+    assert heron.load(tmp_path / "folder", rosa=other).config.rosa == other
     with torch.no_grad():
         assert torch.equal(told(ids(1, 9))[0], model(ids(1, 9))[0])
     for format, name in (("hf", "hf"), ("gguf", "x.gguf")):
@@ -571,7 +573,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert "type heron convert lm.pth FOLDER --format safetensors --rosa qkv-4bit, and train with --model FOLDER" in err
 
 
-def test_a_run_says_what_its_files_cannot(tmp_path):
+def test_a_run_says_what_its_files_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "plot", lambda folders, out: None)  # which takes longer than the run
     (tmp_path / "text.txt").write_text("".join(f"{n} and {n + 1} " for n in range(400)))
     model = heron.ModelConfig(variant="rosa-lm", n_layer=1, n_embd=16, vocab_size=256, rosa="qkv-4bit")
     settings = dict(model=model, data=str(tmp_path / "text.txt"), ctx_len=16, micro_bsz=2, sample_every=0, eval_every=0)
@@ -624,18 +627,14 @@ def published(name):
 
 
 @pytest.mark.parametrize(
-    ("seed", "change", "right", "of", "script_sum"),
-    [
-        (42, "none", 5482, 5635, 30583),
-        (43, "none", 5473, 5637, 30571),
-        (42, "value index r", 1212, 5635, 7295),  # far fewer, so that the counts mean something
-    ],
+    ("change", "right", "script_sum"),
+    [("none", 5482, 30583), ("value index r", 1212, 7295)],  # the second, so that the first means something
 )
-def test_upstreams_arithmetic_toy_gets_its_tokens_right(seed, change, right, of, script_sum):
+def test_upstreams_arithmetic_toy_gets_its_tokens_right(change, right, script_sum):
     toy = published(TASKS.ARITHMETIC)
     with TASKS.ablated(toy, change):
-        got = TASKS.score(toy, list(TASKS.arithmetic(seed)), "0123456789+-=")
-    assert got.tokens == of
+        got = TASKS.score(toy, list(TASKS.arithmetic(42)), "0123456789+-=")
+    assert got.tokens == 5635
     assert abs(got.right - right) <= 3
     assert abs(got.script_sum - script_sum) <= 10
 
@@ -657,6 +656,24 @@ def test_upstreams_counting_toy_gets_its_tokens_right():
         hits, got = TASKS.count(toy, TASKS.random_starts(seed))
         assert abs(int(hits.sum()) - right) <= 3
         assert got == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_qkv_toy_is_a_model_with_a_branch_under_other_names(random_model):
+    model, tokens = random_model(variant="v7", rosa="qkv-1bit"), ids(2, 12)
+    parts = {"ln1": "ln{}a", "att": "rwkv{}", "ln2": "ln{}b", "ffn": "ffn{}", "ln3": "ln{}c", "rosa": "rosa{}"}
+    tensors = {"e.weight": model.embed(torch.arange(37)).detach(), "o.bias": normal(37)}  # a toy has no ln0
+    for name, tensor in model.state_dict().items():
+        top, *rest = name.split(".")
+        if top == "blocks" and rest[1] != "ln0":
+            tensors[".".join((parts[rest[1]].format(int(rest[0]) + 1), *rest[2:]))] = tensor
+        elif top in ("ln_out", "head"):
+            tensors[".".join(({"ln_out": "lno", "head": "o"}[top], *rest))] = tensor
+    toy = toy_from(tensors, "x")
+    assert torch.allclose(toy(tokens)[0], model(tokens)[0] + tensors["o.bias"], atol=1e-5)
+    _, state = toy(tokens[:, :7])
+    assert torch.allclose(toy(tokens[:, 7:], state)[0], toy(tokens)[0][:, 7:], atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"x: tensor ln2c\.bias is missing"):
+        toy_from({name: tensor for name, tensor in tensors.items() if name != "ln2c.bias"}, "x")
 
 
 @pytest.mark.parametrize("bits", [1, 4])
