@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -147,13 +148,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(init, ModelConfig, prefix="model.")
 
     train = verb("train", _train, "train a model")
-    train.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
     train.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="check the settings, print them in full, read no data"
     )
-    _add_settings(train, TrainConfig, prefix="")
-    _add_settings(train, ModelConfig, prefix="model.")
-    _add_rwkv_lm_flags(train)
+    _add_training(train)
+
+    estimate = verb(
+        "estimate", _estimate, "the memory that a training step will take, and what to turn if it won't fit"
+    )
+    estimate.add_argument(
+        "--memory", help="what the device has, such as 24GiB or 80GB; default: only say what it takes"
+    )
+    estimate.add_argument("--probe", action="store_true", help="also make five steps here, and say how fast they were")
+    _add_training(estimate)
+
+    bench = verb("bench", _bench, "what a training step takes here: time, tokens/s, memory")
+    bench.add_argument("--steps", type=int, default=10, help="timed steps, of which the median is told")
+    bench.add_argument("--json", help="also write the figures to this file")
+    _add_training(bench)
 
     generate = verb("generate", _generate, "continue a prompt")
     generate.add_argument("model", help="a weights file, a checkpoint or a run folder")
@@ -229,6 +241,14 @@ def _add_settings(parser: argparse.ArgumentParser, config: type, prefix: str) ->
         else:
             kind = next((kind for kind in (int, float) if kind in kinds), str)
             parser.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """The settings of a training run, which train, estimate and bench have in common."""
+    parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
+    _add_settings(parser, TrainConfig, prefix="")
+    _add_settings(parser, ModelConfig, prefix="model.")
+    _add_rwkv_lm_flags(parser)
 
 
 def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
@@ -359,8 +379,8 @@ def _number(flag: str, text: str) -> int:
         raise ConfigError(f"{flag}: wanted a whole number, got {text!r}") from None
 
 
-def _train_config(options: argparse.Namespace) -> TrainConfig:
-    """--config, with the flags laid over it."""
+def _train_config(options: argparse.Namespace, any_length: bool = False) -> TrainConfig:
+    """--config, with the flags laid over it; `any_length`: max_steps and max_tokens may both be missing."""
     settings = read_yaml(options.config) if options.config else {}
     flags = _given(options, TrainConfig, "")
     rwkv_lm = {key.partition(".")[2]: value for key, value in vars(options).items() if key.startswith("rwkv_lm.")}
@@ -379,6 +399,8 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
         changes.setdefault("variant", "v7")
     if changes:
         settings["model"] = _changed_model(settings.get("model", TrainConfig.model), changes)
+    if any_length and not settings.keys() & {"max_steps", "max_tokens"}:
+        settings["max_steps"] = 1
     config = TrainConfig.from_dict(settings)
     if mini_epochs is None:
         return config
@@ -447,6 +469,37 @@ def _train(options: argparse.Namespace) -> int:
     return EXIT_PREEMPTED if trainer.fit() == "preempted" else 0
 
 
+def _step_of(options: argparse.Namespace) -> tuple[TrainConfig, ModelConfig]:
+    """The settings and the model of a training step; how many steps a run would have does not matter."""
+    config = _train_config(options, any_length=True)
+    from heron.checkpoint import load
+    from heron.train import Trainer
+
+    config = Trainer(config).config
+    return config, config.model if isinstance(config.model, ModelConfig) else load(config.model).config
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    config, model = _step_of(options)
+    from heron import bench, memory
+    from heron.estimate import describe
+
+    print(describe(config, model, None if options.memory is None else memory.size(options.memory)))
+    if options.probe:
+        print(f"\nmeasured here\n{bench.describe(config, model, bench.bench(config, model, steps=5))}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    config, model = _step_of(options)
+    from heron import bench
+
+    result = bench.bench(config, model, options.steps)
+    print(bench.describe(config, model, result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(bench.record(config, model, result), indent=1), encoding="utf-8")
+        print(f"wrote {options.json}")
+
+
 def _generate(options: argparse.Namespace) -> None:
     import time
 
@@ -510,12 +563,11 @@ def _sampling(options: argparse.Namespace):  # noqa: ANN202 - heron.generation.S
 
 def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
     """An engine for one sequence, from the flags of `_add_running`."""
-    import torch
-
+    from heron import machine
     from heron.checkpoint import load, weights_file
     from heron.generation import Engine
 
-    dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {None: None, **machine.DTYPES}
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
     device, file = _device(options.device), options.tables_file

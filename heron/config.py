@@ -19,6 +19,9 @@ from heron.errors import ConfigError, UnknownKeyError, did_you_mean
 _DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
 VARIANTS = tuple(_DEEP_EMBED)
 DTYPES = ("auto", "fp32", "bf16")
+TRAINING_TABLES = ("device", "host")
+TABLES_STATE = ("fp32", "bf16")
+WEIGHTS = ("fp32", "bf16")
 ON_NONFINITE = ("stop", "skip", "rewind")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
 LARGEST_SEED = 2**63 - 1
@@ -259,7 +262,10 @@ class TrainConfig:
     grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
     grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
     dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
+    weights: str = _setting("fp32", "what the network computes with: the fp32 weights, or a bf16 copy of them")
     device: str = _setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
+    tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
+    tables_state: str = _setting("fp32", "of tables on the host: AdamW's moments of their rows, fp32 or bf16")
     threads: int = _setting(0, "CPU threads; 0: as PyTorch likes. A resume is bit-equal at equal number")
     magic_prime: int | None = _setting(None, "refuse to start unless the sample order has this prime")
     seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
@@ -306,13 +312,18 @@ class TrainConfig:
                 "give exactly one of max_steps and max_tokens, "
                 f"got max_steps={self.max_steps} and max_tokens={self.max_tokens}"
             )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.on_nonfinite not in ON_NONFINITE:
-            near = did_you_mean(self.on_nonfinite, ON_NONFINITE)
-            raise ConfigError(
-                f"on_nonfinite: wanted one of {', '.join(ON_NONFINITE)}, got {self.on_nonfinite!r}.{near}"
-            )
+        choices = dict(
+            dtype=DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS, on_nonfinite=ON_NONFINITE
+        )
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                near = did_you_mean(value, known)
+                raise ConfigError(f"{name}: wanted one of {', '.join(known)}, got {value!r}.{near}")
+        if self.weights == "bf16" and self.dtype == "fp32":
+            raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
+        if self.tables_state != "fp32" and self.tables != "host":
+            raise ConfigError(f"tables_state {self.tables_state} needs tables host; tables is {self.tables}")
         if self.val_data is not None and self.val_fraction:
             raise ConfigError(
                 f"val_data {self.val_data!r} and val_fraction {self.val_fraction} exclude each other; drop one"

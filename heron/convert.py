@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heron import machine
 from heron.checkpoint import load, migrate, read_tensors, unsaid, weights_file, write
 from heron.checkpoint.architecture import TUNED, build, converted
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECKED_TOKENS = 32
 
 
@@ -55,8 +55,8 @@ def convert(
     target = Path(target)
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: wanted {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None and dtype not in machine.DTYPES:
+        raise ConfigError(f"dtype: wanted {', '.join(machine.DTYPES)}, got {dtype!r}")
     source = weights_file(Path(source))
     tensors = read_tensors(source)
     tuned = {name: tensor for name, tensor in tensors.items() if TUNED.match(name)}
@@ -71,8 +71,8 @@ def convert(
     if vocab_size is not None and vocab_size != after.config.vocab_size:
         after = migrate.resize_vocabulary(after, vocab_size, new_rows)
     if dtype is not None:
-        after = _in(after, DTYPES[dtype], source)
-        tuned = converted(tuned, DTYPES[dtype], source)
+        after = _in(after, machine.DTYPES[dtype], source)
+        tuned = converted(tuned, machine.DTYPES[dtype], source)
     _check_target(target, format, after.config, tuned)
     write({**after.state_dict(), **tuned}, after.config, target, format)
     return before, after

@@ -9,6 +9,8 @@ import torch
 
 from heron.errors import ConfigError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Choice(NamedTuple):
     """A decision and the reason for it, as one clause."""

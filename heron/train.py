@@ -29,10 +29,12 @@ from heron.data.sampling import magic_prime
 from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.evaluate import evaluate
 from heron.generation import generate
-from heron.guards import Guard, is_bad
+from heron.guards import Guard
+from heron.learner import Learner
+from heron.memory import knobs, shortage
 from heron.model import RWKV
 from heron.ops import _select
-from heron.optim import build_optimizer, lr_at, set_lr
+from heron.optim import lr_at
 from heron.preemption import Preemption
 from heron.report import Reporter, plot
 
@@ -40,7 +42,7 @@ _STATE = ("step", "cursor", "seconds", "owed", "guard", "model", "exact")  # of 
 _EXACT = (  # settings that the numbers of every later step depend on
     "tokenizer", "seed", "ctx_len", "micro_bsz", "accumulate", "max_steps", "max_tokens",
     "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip",
-    "on_nonfinite", "spike",
+    "on_nonfinite", "spike", "tables", "tables_state", "weights",
 )  # fmt: skip
 
 
@@ -68,8 +70,7 @@ class _Progress:
 class _Parts:
     """What a running training consists of."""
 
-    model: RWKV
-    optimizer: torch.optim.Optimizer
+    learner: Learner
     tokenizer: tokenizer.Tokenizer
     corpus: Corpus
     batches: Batches
@@ -120,6 +121,7 @@ class Trainer:
         self.say = say
         self.out = Path(config.out)
         self._fault = None if _fault is None else faults.parse(_fault)
+        self._sizes: ModelConfig | None = None  # of the model, once they are known
         device = machine.choose_device(config.device)
         self.device = torch.device(device.value)
         self.dtype = machine.choose_dtype(config.dtype, self.device)
@@ -150,13 +152,19 @@ class Trainer:
                 return self._fit(stop)
         except OSError as error:
             raise CheckpointError(f"{error.filename or self.out}: {error.strerror or error}") from error
+        except (RuntimeError, MemoryError) as error:
+            short = shortage(error)
+            if short is None:
+                raise
+            raise HeronError(f"out of memory: {short}. {self._knobs()}") from error
 
     def _fit(self, stop: Preemption) -> str:
         config = self.config
         resume_from = self._resume_point()
-        model_config = self._resolved_model(resume_from)
+        model_config = self._sizes = self._resolved_model(resume_from)
         if resume_from is not None:
             earlier = run.trainer_of(resume_from)
+            _check_tables(resume_from, earlier.get("exact", {}), config)
             if earlier["step"] >= config.total_steps and not earlier["owed"]:
                 self.say(
                     f"{self.out}: finished at step {earlier['step']}; nothing to do. "
@@ -185,16 +193,12 @@ class Trainer:
             model = RWKV(model_config)
         else:
             model = load(config.model, dtype=torch.float32)
-        model.to(self.device)
-        model.grad_checkpoint = config.grad_checkpoint
-        optimizer = build_optimizer(
-            model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps
-        )
+        learner = Learner(model, config, self.device)
         if self._fault is not None:
-            faults.install(model, self._fault)
+            faults.install(learner.network, self._fault)
         guard, progress = Guard(config.on_nonfinite, config.spike), _Progress()
         if resume_from is not None:
-            record = self._restore(resume_from, model, optimizer, guard, progress)
+            record = self._restore(resume_from, learner, guard, progress)
             for reason in self._differences(record, corpus):
                 self.say(f"resuming, but not bit-exact because {reason}")
         else:
@@ -211,7 +215,7 @@ class Trainer:
             steps_per_epoch=config.steps_per_mini_epoch,
             owed=progress.owed,
         )
-        parts = _Parts(model, optimizer, text_tokenizer, corpus, batches, guard, stop, reporter)
+        parts = _Parts(learner, text_tokenizer, corpus, batches, guard, stop, reporter)
         self._write_status("running", progress)
         status = "failed"
         try:
@@ -267,31 +271,19 @@ class Trainer:
 
     def _gradients(self, parts: _Parts, stream: Stream) -> _Gradients | None:
         """Start the forward and backward passes of a step. None: the run was asked to stop while data were awaited."""
-        config, begun, first = self.config, time.perf_counter(), stream.next_sample
-        loss = torch.zeros((), device=self.device)
+        begun, first = time.perf_counter(), stream.next_sample
         samples = []
-        for _ in range(config.accumulate):
+        for _ in range(self.config.accumulate):
             batch = stream.take()
             if batch is None:
                 return None
             samples.append(batch)
-            x, y = (_onto(self.device, part) for part in batch)
-            with machine.autocast(config.dtype, self.device):
-                micro_loss = parts.model.loss(x, y) / config.accumulate
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        return _Gradients(loss, samples, first, begun)
+        return _Gradients(parts.learner.gradients(samples), samples, first, begun)
 
     def _update(self, parts: _Parts, progress: _Progress, gradients: _Gradients) -> _Update:
         """Start the optimizer step, which changes nothing if loss or gradients are bad."""
         lr, limit = lr_at(progress.step, self.config), parts.guard.limit()
-        grad_norm = _clip(list(parts.model.parameters()), self.config.grad_clip)
-        bad = is_bad(gradients.loss, grad_norm, limit)
-        set_lr(parts.optimizer, lr)
-        parts.optimizer.found_inf = bad  # AdamW's own means of holding back weights, moments and step counter
-        parts.optimizer.step()
-        parts.optimizer.zero_grad(set_to_none=True)
-        numbers, arrived = torch.stack((gradients.loss, grad_norm, bad)), None
+        numbers, arrived = parts.learner.update(gradients.loss, lr, limit), None
         if self.device.type == "cuda":
             numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
@@ -342,7 +334,7 @@ class Trainer:
                 progress.saved = False
         finished = progress.step == self.config.total_steps and not progress.owed
         if finished:  # before the last checkpoint: with that one in place, the run counts as finished
-            save(parts.model, self.out / "rwkv-final.pth")
+            save(parts.learner.model, self.out / "rwkv-final.pth")
             parts.reporter.note(f"wrote {self.out / 'rwkv-final.pth'}")
         if finished or _every(self.config.save_every, progress.step):
             self._save(parts, progress)
@@ -355,7 +347,7 @@ class Trainer:
 
     def _validate(self, parts: _Parts, progress: _Progress) -> None:
         precision = machine.autocast(self.config.dtype, self.device)
-        score = evaluate(parts.model, parts.corpus.val, self.config.ctx_len, parts.corpus.val_bytes, precision)
+        score = evaluate(parts.learner.model, parts.corpus.val, self.config.ctx_len, parts.corpus.val_bytes, precision)
         seconds = time.perf_counter() - progress.begun
         parts.reporter.validation(
             {"step": progress.step, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}
@@ -369,7 +361,7 @@ class Trainer:
         else:
             prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
         separator = "" if parts.tokenizer.is_text else " "
-        continuation = generate(parts.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed)
+        continuation = generate(parts.learner.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed)
         parts.reporter.sample(progress.step, parts.tokenizer.decode(prompt) + separator + continuation)
 
     def _save(self, parts: _Parts, progress: _Progress) -> None:
@@ -380,20 +372,21 @@ class Trainer:
             "seconds": progress.seconds,
             "owed": progress.owed,
             "guard": parts.guard.state(),
-            "model": parts.model.config.to_dict(),
+            "model": parts.learner.model.config.to_dict(),
             "exact": self._exact(parts.corpus),
         }
         parts.reporter.sync()  # a checkpoint whose steps are not in the log would leave a gap there
         yaml = self.config.to_yaml()
-        folder = run.save(self.out, progress.step, parts.model, parts.optimizer, state, yaml, self.config.keep)
+        folder = run.save(
+            self.out, progress.step, parts.learner.model, parts.learner.optimizer, state, yaml, self.config.keep
+        )
         progress.saved = True
         parts.reporter.note(f"saved {folder}")
 
-    def _restore(
-        self, folder: Path, model: RWKV, optimizer: torch.optim.Optimizer, guard: Guard, progress: _Progress
-    ) -> dict[str, Any]:
+    def _restore(self, folder: Path, learner: Learner, guard: Guard, progress: _Progress) -> dict[str, Any]:
         """Take up the state in a verified checkpoint; gives the trainer's record."""
-        record = run.restore(folder, model, optimizer)
+        record = run.restore(folder, learner.model, learner.optimizer)
+        learner.refresh()
         run.check_names(folder / run.TRAINER, record, _STATE)
         run.check_names(folder / run.TRAINER, record["guard"], guard.state())
         guard.restore(record["guard"])
@@ -404,7 +397,7 @@ class Trainer:
     def _refuse(self, parts: _Parts, progress: _Progress, update: _Update, loss: float, grad_norm: float) -> str:
         """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
         config, first, step = self.config, update.gradients.first, progress.step + 1
-        action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.model.parameters()))
+        action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.learner.model.parameters()))
         tokens, targets = (torch.cat(half) for half in zip(*update.gradients.samples, strict=True))
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
         with atomic.new_file(kept) as temporary:
@@ -424,7 +417,8 @@ class Trainer:
             if folder is None:
                 raise HeronError(f"{what}; there is no checkpoint to go back to ({reason}). Try --on_nonfinite rewind")
             cursor = progress.cursor
-            self._restore(folder, parts.model, parts.optimizer, parts.guard, progress)
+            parts.learner.optimizer.zero_grad()  # a GPU may have begun the step after
+            self._restore(folder, parts.learner, parts.guard, progress)
             progress.cursor = cursor
             parts.reporter.rewind(progress.step)
         verb = "went back" if action == guards.REWIND else "skipped"
@@ -450,6 +444,13 @@ class Trainer:
             self._write(self.out / "run_status.json", json.dumps(content))
         except CheckpointError as error:  # a full disk, of which the error that ends the run tells more
             self.say(f"{error} (it would say: {status})")
+
+    def _knobs(self) -> str:
+        """Which settings to try where memory runs out."""
+        if self._sizes is None:
+            return "That was while the weights were read"
+        flags = [flags for flags, _ in knobs(self.config, self._sizes)]
+        return f"Try {', or '.join(flags)}; heron estimate says what each is worth. Checkpoints are whole"
 
     def _check_prime(self, corpus: Corpus) -> None:
         wanted = self.config.magic_prime
@@ -591,7 +592,7 @@ def _until_stopped(parts: _Parts) -> Iterator[None]:
         if parts.stop.reason:
             raise _NotWanted
 
-    hook = parts.model.emb.register_forward_pre_hook(look)
+    hook = parts.learner.model.emb.register_forward_pre_hook(look)
     try:
         yield
     except _NotWanted:
@@ -605,13 +606,16 @@ def _model_config(model: ModelConfig | str) -> ModelConfig | str:
     return ModelConfig.preset(model) if isinstance(model, str) and model in PRESETS else model
 
 
+def _check_tables(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
+    """CheckpointError where a run goes on with tables elsewhere: what the optimizer knows of them is not the same."""
+    earlier = {name: before.get(name, getattr(TrainConfig, name)) for name in ("tables", "tables_state")}
+    if earlier != {name: getattr(config, name) for name in earlier}:
+        flags = " ".join(f"--{name} {value}" for name, value in earlier.items())
+        raise CheckpointError(f"{folder}: this run trains with {flags}; give these, or start another from its weights")
+
+
 def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
-
-
-def _onto(device: torch.device, tensor: Tensor) -> Tensor:
-    """Copy to a device without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _content(path: Path) -> str | None:
@@ -623,12 +627,3 @@ def _whole_number(spec: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"tokenizer {spec}: wanted bpe:V with a whole number V, got {text!r}")
     return int(text)
-
-
-def _clip(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm

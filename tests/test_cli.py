@@ -25,7 +25,21 @@ from heron.data import binidx
 TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
 SIZES = "--n_layer 2 --n_embd 32 --head_size 16 --vocab_size 256"
 SMALL = f"{SIZES} --ctx_len 16 --micro_bsz 2 --threads 1 --device cpu --dtype fp32 --sample_tokens 8"
-VERBS = ("demo", "prepare", "init", "train", "generate", "chat", "eval", "convert", "info", "doctor", "plot")
+VERBS = (
+    "demo",
+    "prepare",
+    "init",
+    "train",
+    "generate",
+    "chat",
+    "eval",
+    "convert",
+    "info",
+    "doctor",
+    "plot",
+    "estimate",
+    "bench",
+)
 
 
 @pytest.fixture
@@ -205,6 +219,21 @@ def test_every_verb_explains_itself(heron_, verb):
     assert "None)" not in out
     if verb not in ("convert", "info", "doctor"):
         assert "default: " in out
+
+
+def test_bench_and_estimate_name_what_they_measured(heron_, tmp_path):
+    code, out, err = heron_(f"bench {SMALL} --steps 2 --accumulate 2 --tables host --json {tmp_path / 'bench.json'}")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["tokens_per_s"] == pytest.approx(2 * 2 * 16 / found["seconds"])
+    assert 0 < found["update_seconds"] < found["gradients_seconds"] < found["seconds"]
+    assert found["peak_bytes"] > 50 << 20
+    assert (found["config"]["tables"], found["config"]["model"]["n_layer"]) == ("host", 2)
+    code, out, err = heron_(f"estimate {SMALL} --memory 1TiB")
+    assert (code, err) == (0, "")
+    assert out.endswith("fits in 1,024.00 GiB\n")
+    assert heron_(f"estimate {SMALL} --memory lots")[0] == heron_(f"bench {SMALL} --steps 0")[0] == 1
 
 
 def test_help_names_defaults(heron_):

@@ -396,7 +396,7 @@ def test_a_yaml_that_happens_to_lie_there_is_in_nobodys_way(random_model, tmp_pa
     (tmp_path / "config.yaml").write_text("foo: 1\n")
     assert_same(random_model(**V7), heron.load(tmp_path / "rwkv-final.pth"))
     heron.save(random_model(variant="v8-hybrid"), tmp_path / "rwkv-init.pth")
-    with pytest.raises(CheckpointError, match="config.yaml, which lies beside rwkv-init.pth: config: unknown key 'foo'"):
+    with pytest.raises(CheckpointError, match="config.yaml, which lies beside rwkv-init.pth: .*'foo'"):
         heron.load(tmp_path / "rwkv-init.pth")
 
 

@@ -18,8 +18,9 @@ LINES = [
     ["errors", "config"],
     ["machine", "strict_json", "tokenizer", "ops"],
     ["model", "data"],
-    ["optim", "checkpoint", "generation", "evaluate", "report", "guards", "faults", "preemption"],
-    ["train"],
+    ["optim", "checkpoint", "generation", "evaluate", "report", "guards", "faults", "preemption", "memory"],
+    ["learner"],
+    ["train", "estimate", "bench"],
     ["cli", "chat", "__main__", "doctor", "info", "convert", "hf", "demo", "compat"],
 ]
 LINE_OF = {part: line for line, parts in enumerate(LINES) for part in parts}

@@ -29,6 +29,7 @@ from heron.data.loader import Batches, load_corpus
 from heron.data.sampling import cubic_slot, magic_prime, permuted_starts
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
+from heron.learner import Learner
 from heron.model import rwkv
 from heron.optim import lr_at
 
@@ -220,8 +221,26 @@ def test_log_every_thins_the_log_and_the_last_step_is_in_it(settings):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(save_every=3, eval_every=2), dict(accumulate=2, save_every=4), dict(save_every=0), dict(dtype="bf16")],
-    ids=["save_every", "accumulate", "only at the end", "bf16"],
+    [
+        dict(save_every=3, eval_every=2),
+        dict(accumulate=2, save_every=4),
+        dict(save_every=0),
+        dict(dtype="bf16"),
+        dict(tables="host", accumulate=2, eval_every=2, sample_every=3),
+        dict(tables="host", tables_state="bf16", dtype="bf16", grad_checkpoint=True),
+        dict(weights="bf16", dtype="bf16", accumulate=2, eval_every=3),
+        dict(weights="bf16", dtype="bf16", tables="host", grad_checkpoint=True),
+    ],
+    ids=[
+        "save_every",
+        "accumulate",
+        "only at the end",
+        "bf16",
+        "host tables",
+        "host tables, all small",
+        "bf16 weights",
+        "bf16 weights, host tables",
+    ],
 )
 def test_a_run_that_was_stopped_and_goes_on_is_bit_equal(settings, tmp_path, changes):
     whole = settings(out=str(tmp_path / "whole"), **changes)
@@ -561,6 +580,49 @@ def test_bf16_stays_close_to_fp32_and_keeps_the_weights_in_fp32(settings, tmp_pa
     assert {tensor.dtype for tensor in weights(rough).values()} == {torch.float32}
 
 
+def test_bf16_weights_stay_close_to_fp32_over_masters_in_fp32(settings, tmp_path):
+    exact = settings(max_steps=12, out=str(tmp_path / "fp32"))
+    rough = settings(max_steps=12, dtype="bf16", weights="bf16")
+    for config in (exact, rough):
+        fit(config)
+    losses = [np.array([loss for _, loss, *_ in steps(config)]) for config in (exact, rough)]
+    assert 0 < np.abs(losses[0] - losses[1]).max() < 0.05
+    masters = weights(rough)
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    name = "blocks.1.ffn.key.weight"
+    assert not torch.equal(masters[name], masters[name].bfloat16().float())
+
+
+def test_a_bf16_network_is_its_masters_rounded_and_hands_them_its_gradients(random_model):
+    model = random_model()
+    config = heron.TrainConfig(max_steps=1, dtype="bf16", weights="bf16")
+    learner = Learner(model, config, torch.device("cpu"))
+    network = learner.network
+    tokens = torch.arange(36).view(2, 18)
+    for half in tokens:
+        (network.loss(half[None], half[None] + 1) / 2).backward()
+    parts = list(zip(network.named_parameters(), model.parameters(), strict=True))
+    assert [name for name, _ in network.named_parameters()] == [name for name, _ in model.named_parameters()]
+    for (name, copy), master in parts:
+        if name.endswith("enn.weight"):
+            assert copy is master
+        else:
+            assert copy.grad is None
+            assert torch.equal(copy, master.bfloat16()), name
+        assert master.grad is None or master.grad.dtype == torch.float32
+    exact = random_model()
+    exact.loss(tokens, tokens + 1).backward()
+    for (name, _), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        gradient = model.get_parameter(name).grad
+        assert (gradient is None) == (other.grad is None), name
+        if gradient is not None:
+            assert (gradient - other.grad).norm() < 0.1 * other.grad.norm() + 1e-6, name
+    before = model.head.weight.detach().clone()
+    learner.update(learner.gradients([(tokens, tokens + 1)]), 1e-4, math.inf)
+    assert not torch.equal(model.head.weight, before)
+    assert all(torch.equal(copy, master.to(copy.dtype)) for (_, copy), master in parts)
+
+
 def test_recomputing_blocks_changes_no_number(settings, tmp_path, monkeypatch):
     plain, saving = settings(out=str(tmp_path / "plain")), settings(grad_checkpoint=True)
     recomputed, checkpoint = [], rwkv.checkpoint
@@ -570,6 +632,35 @@ def test_recomputing_blocks_changes_no_number(settings, tmp_path, monkeypatch):
     fit(saving)
     assert len(recomputed) == 8 * MODEL.n_layer
     assert_same_run(plain, saving)
+
+
+def test_tables_on_the_host_begin_as_on_the_device_and_train_only_what_was_seen(settings, tmp_path):
+    device, host = settings(out=str(tmp_path / "device")), settings(tables="host", accumulate=2, micro_bsz=1)
+    for config in (device, host):
+        fit(config)
+    assert steps(host)[0] == pytest.approx(steps(device)[0], rel=1e-6)  # the norm counts the rows' gradients
+    assert steps(host)[1][1] == pytest.approx(steps(device)[1][1], rel=1e-6)  # no row was left out in the first step
+    seen = torch.zeros(256, dtype=torch.bool)
+    corpus = load_corpus(host.data, tokenizer.load("bytes"), None, None, 256)
+    seen[Batches(corpus.train, 32, 0, "text").batch(0, 16)[0].unique()] = True
+    for name, table in weights(host).items():
+        if "enn" in name:
+            assert torch.equal(table[~seen], torch.ones_like(table[~seen]))
+            assert (table[seen] != 1).any(dim=1).all()
+    steps_of = safetensors_of(host)["row_step.blocks.1.ffn.enn.weight"]
+    assert torch.equal(steps_of > 0, seen)
+
+
+def safetensors_of(config):
+    """What the newest checkpoint holds of the optimizer."""
+    return load_file(run.newest(Path(config.out)) / run.OPTIMIZER)
+
+
+@pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "device")])
+def test_a_run_whose_tables_were_elsewhere_is_not_resumed(settings, before, after):
+    assert StopAt(settings(tables=before), 2).fit() == "preempted"
+    with pytest.raises(CheckpointError, match=f"this run trains with --tables {before} --tables_state fp32; give"):
+        fit(settings(tables=after))
 
 
 def faulty(config, fault, monkeypatch):
@@ -609,9 +700,11 @@ def refusals(config):
     return [record for record in map(json.loads, lines) if "refused" in record]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_skipped_batch_leaves_no_trace_but_its_record_even_over_a_stop(settings, tmp_path, monkeypatch, workers):
-    options = dict(on_nonfinite="skip", max_steps=6, save_every=2, num_workers=workers)
+@pytest.mark.parametrize(("workers", "tables"), [(0, "device"), (2, "device"), (0, "host")])
+def test_a_skipped_batch_leaves_no_trace_but_its_record_even_over_a_stop(
+    settings, tmp_path, monkeypatch, workers, tables
+):
+    options = dict(on_nonfinite="skip", max_steps=6, save_every=2, num_workers=workers, tables=tables)
     whole, cut = (settings(out=str(tmp_path / name), **options) for name in ("whole", "cut"))
     faulty(whole, "inf@gradient:forward=3", monkeypatch).fit()
     stopped = StopAt(cut, 5)  # during its fourth accepted step
@@ -630,8 +723,9 @@ def test_a_skipped_batch_leaves_no_trace_but_its_record_even_over_a_stop(setting
     assert run.trainer_of(run.newest(tmp_path / "cut"))["cursor"] == 14
 
 
-def test_a_weight_that_stays_bad_sends_the_run_back_once(settings, monkeypatch):
-    config = settings(on_nonfinite="skip", save_every=2)
+@pytest.mark.parametrize("tables", ["device", "host"])
+def test_a_weight_that_stays_bad_sends_the_run_back_once(settings, monkeypatch, tables):
+    config = settings(on_nonfinite="skip", save_every=2, tables=tables)
     assert faulty(config, "nan@weight:forward=6:lasting", monkeypatch).fit() == "finished"
     [record] = refusals(config)
     assert (record["step"], record["refused"], record["action"]) == (4, 6, "went back")
@@ -838,12 +932,42 @@ def test_ids_that_the_tokenizer_does_not_have_are_found_before_the_first_step(se
         (dict(device="cuda:7"), ["cuda:7"]),
         (dict(device="tpu"), ["tpu"]),
         (dict(model="rwkv8-tinny"), ["rwkv8-tinny"]),
+        (dict(model=MODEL.changed(variant="v7"), tables="host"), ["v7 has no DeepEmbed tables"]),
     ],
 )
 def test_bad_settings_are_one_error_each(settings, changes, words):
     with pytest.raises(HeronError) as caught:
         fit(settings(**changes))
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"),
+            "a GPU had no 2.50 GiB left",
+        ),
+        (MemoryError("Unable to allocate 3.5 TiB for an array"), "the host had no 3.5 TiB left"),
+        (None, r"the host had no 1,048,576.00 GiB \(1125899906842624 bytes\) left"),
+    ],
+)
+def test_where_memory_runs_out_the_knobs_are_named(settings, monkeypatch, error, said):
+    def loss(*_):
+        if error is not None:
+            raise error
+        return torch.empty(1 << 50, dtype=torch.uint8)
+
+    monkeypatch.setattr(heron.RWKV, "loss", loss)
+    knobs = "--grad_checkpoint, or --micro_bsz 1 --accumulate 2, or --tables host, or --dtype bf16, or --ctx_len 16;"
+    with pytest.raises(HeronError, match=f"^out of memory: {said}. Try {knobs} heron estimate"):
+        fit(settings())
+
+
+def test_another_error_of_torch_stays_what_it_is(settings, monkeypatch):
+    monkeypatch.setattr(heron.RWKV, "loss", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        fit(settings())
 
 
 def test_a_folder_that_cannot_be_written_is_named(settings, text):

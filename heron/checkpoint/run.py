@@ -33,6 +33,7 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
 from heron.checkpoint import atomic
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError
+from heron.optim import RowAdamW
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -377,8 +378,8 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
     tensors = safetensors.read(path)
     wanted = [
         f"{part}.{name}"
-        for name in _trained(model, optimizer)
-        for part in ((_UNUSED,) if f"{_UNUSED}.{name}" in tensors else _ADAMW)
+        for name, parts in _trained(model, optimizer).items()
+        for part in ((_UNUSED,) if f"{_UNUSED}.{name}" in tensors else parts)
     ]
     check_names(path, tensors, wanted)
     optimizer.state.clear()
@@ -387,15 +388,18 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
         parameter = model.get_parameter(name)
         if part == _UNUSED:
             continue
-        if value.dim() and value.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {key} must be {tuple(parameter.shape)}, got {tuple(value.shape)}")
+        shape = {"step": (), "row_step": parameter.shape[:1]}.get(part, parameter.shape)
+        if value.shape != shape:
+            raise CheckpointError(f"{path}: {key} must be {tuple(shape)}, got {tuple(value.shape)}")
         optimizer.state[parameter][part] = value.to(parameter.device)
 
 
-def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the parameters that the optimizer has."""
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in known]
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, ...]]:
+    """Names of the parameters that the optimizer has, and of what it keeps of each."""
+    kept = {id(parameter): _ADAMW for group in optimizer.param_groups for parameter in group["params"]}
+    if isinstance(optimizer, RowAdamW):
+        kept |= {id(weight): RowAdamW.STATE for weight in optimizer.tables.weights}
+    return {name: kept[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in kept}
 
 
 def _rng_tensors() -> dict[str, Tensor]:

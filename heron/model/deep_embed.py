@@ -5,7 +5,24 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from heron.errors import DataError
+
+
+class Brought(NamedTuple):
+    """Some rows of a table that lies elsewhere: they are where the network runs, and they are what trains."""
+
+    rows: Tensor  # (n, width), a leaf of the graph
+    position: Tensor  # (V,) int64: which row is that of a token id; -1: none
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Rows (..., width) of token ids (...); DataError for one that was not brought (a GPU reports it later)."""
+        where = self.position[ids]
+        if where.device.type == "cpu" and (where < 0).any():
+            raise DataError(f"tables: token {int(ids[where < 0][0])} was looked up, but not brought for this step")
+        return F.embedding(where, self.rows)
 
 
 class DeepEmbed(nn.Embedding):
@@ -13,6 +30,14 @@ class DeepEmbed(nn.Embedding):
 
     Source: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v8_rc00_demo.py (`ffn.enn.weight`) and its successors.
     """
+
+    brought: Brought | None = None  # set by heron.model.host_tables while a training step runs
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows (..., width) of token ids (...), on the device of `ids` wherever the table lies."""
+        if self.brought is not None:
+            return self.brought.of(ids)
+        return super().forward(ids.to(self.weight.device)).to(ids.device)
 
 
 class Lookup(NamedTuple):

@@ -23,6 +23,7 @@ from heron.checkpoint import run as checkpoints
 from heron.data.loader import load_corpus
 from heron.errors import CheckpointError
 from heron.guards import Guard
+from heron.learner import Learner
 from heron.tokenizer import load as load_tokenizer
 from tests.torture import minute
 from tests.torture.result import Result
@@ -96,14 +97,14 @@ def _taken_up(settings: heron.TrainConfig, checkpoint: Path) -> str:
     trainer = train.Trainer(settings)
     torch.manual_seed(1)
     model = heron.RWKV(minute.MODEL)
-    optimizer = heron.build_optimizer(model)
+    learner = Learner(model, trainer.config, torch.device("cpu"))
     model.loss(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()
-    optimizer.step()
+    learner.optimizer.step()
     corpus = load_corpus(settings.data, load_tokenizer("bytes"), None, None, 256)
     try:
         checkpoints.verify(checkpoint)
         guard = Guard(settings.on_nonfinite, settings.spike)
-        record = trainer._restore(checkpoint, model, optimizer, guard, train._Progress())
+        record = trainer._restore(checkpoint, learner, guard, train._Progress())
     except CheckpointError as error:
         return str(error)
     return "; ".join(trainer._differences(record, corpus))

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import heron
-from heron import faults, guards, train
+from heron import faults, guards, learner, train
 from heron.data.loader import Batches
 from tests.torture import minute
 from tests.torture.result import Result
@@ -69,7 +69,7 @@ def run(trials: int, seed: int) -> Result:
                 failures.append(f"{value} stays in a weight from step {step} on: it was not taken back")
         controls = max(2, len(chosen) // 6)
         caught = 0
-        everything_passes = minute.replaced(train, "is_bad", lambda loss, *_: torch.zeros_like(loss))
+        everything_passes = minute.replaced(learner, "is_bad", lambda loss, *_: torch.zeros_like(loss))
         with everything_passes, minute.replaced(guards.Guard, "accept", lambda *_: None):
             for number, ((value, place, micro), step) in enumerate(chosen[:controls]):
                 settings = _settings(folder, f"control-{number}", 1 + micro)

@@ -1,0 +1,108 @@
+"""`heron bench`: what a training step takes here, in time and memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows does not tell how large a process became
+    resource = None
+
+from heron import memory
+from heron.config import ModelConfig, TrainConfig
+from heron.errors import ConfigError
+from heron.learner import Learner
+from heron.model import RWKV
+
+_WARM_UP = 2  # steps that are not counted: they make the moments, and what PyTorch makes once
+
+
+class Result(NamedTuple):
+    """Medians over the steps, and the memory at its largest."""
+
+    steps: int
+    seconds: float  # of a step
+    gradients_seconds: float  # of it: forward and backward passes, and rows of tables that are on the host
+    update_seconds: float  # of it: clipping and the optimizer
+    tokens_per_s: float
+    peak_bytes: int | None  # CUDA: allocated by PyTorch; CPU: resident in the process, all its libraries too
+
+
+def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
+    """Train a fresh model on random tokens, two steps to warm up and then `steps`, and say what one takes.
+
+    Args:
+        config: with the device and the dtype decided, as `Trainer(config).config` has them.
+
+    Raises:
+        ConfigError: steps below 1.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps: wanted at least 1, got {steps}")
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    learner = Learner(RWKV(model), config, device)
+    shape = (config.accumulate, config.micro_bsz, config.ctx_len + 1)
+    of_gradients, of_update = [], []
+    for _ in range(_WARM_UP + steps):
+        tokens = torch.randint(0, model.vocab_size, shape)
+        samples = [(sample[:, :-1].contiguous(), sample[:, 1:].contiguous()) for sample in tokens]
+        begun = _now(device)
+        loss = learner.gradients(samples)
+        between = _now(device)
+        learner.update(loss, config.lr_init, math.inf)
+        of_gradients.append(between - begun)
+        of_update.append(_now(device) - between)
+    of_gradients, of_update = of_gradients[_WARM_UP:], of_update[_WARM_UP:]
+    seconds = statistics.median(a + b for a, b in zip(of_gradients, of_update, strict=True))
+    return Result(
+        steps, seconds, statistics.median(of_gradients), statistics.median(of_update),
+        config.tokens_per_step / seconds, _peak(device),
+    )  # fmt: skip
+
+
+def describe(config: TrainConfig, model: ModelConfig, result: Result) -> str:
+    """What ``heron bench`` prints, in lines of at most 80 columns."""
+    peak = "not known on this system" if result.peak_bytes is None else memory.in_words(result.peak_bytes)
+    what = "allocated on the device" if config.device.startswith("cuda") else "the whole process"
+    lines = [
+        ("model", f"{model.variant} L{model.n_layer} C{model.n_embd} V{model.vocab_size}"),
+        ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} random tokens"),
+        ("precision", f"{config.dtype}, weights {config.weights}, tables {config.tables}"),
+        ("device", f"{config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"),
+        ("a step", f"{1e3 * result.seconds:,.1f} ms, the median of {result.steps}"),
+        ("  forward, backward", f"{1e3 * result.gradients_seconds:,.1f} ms"),
+        ("  clip, optimizer", f"{1e3 * result.update_seconds:,.1f} ms"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s"),
+        ("memory", f"{peak} at its largest, {what}"),
+    ]
+    return "\n".join(f"{name:<21}{text}" for name, text in lines)
+
+
+def record(config: TrainConfig, model: ModelConfig, result: Result) -> dict[str, object]:
+    """The figures and all that they are of, as JSON values."""
+    settings = {**config.to_dict(), "model": model.to_dict(), "threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
+    return {**result._asdict(), "gpu": name, "torch": torch.__version__, "config": settings}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
