@@ -38,7 +38,7 @@ from heron.optim import lr_at
 from heron.preemption import Preemption
 from heron.report import Reporter, plot
 
-_STATE = ("step", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
+_STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
 _EXACT = (  # settings that the numbers of every later step depend on
     "tokenizer", "seed", "ctx_len", "micro_bsz", "accumulate", "max_steps", "max_tokens",
     "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip",
@@ -51,6 +51,7 @@ class _Progress:
     """Where a run is: what its last accepted step left, and what that step has not done yet.
 
     Attributes:
+        tokens: of all steps so far; another batch size may have been set in between.
         cursor: number of the next batch's first sample. Steps alone do not tell it: bad batches are passed over.
         owed: of the step: "validation", "sample".
         saved: whether a checkpoint holds all this.
@@ -58,6 +59,7 @@ class _Progress:
     """
 
     step: int = 0
+    tokens: int = 0
     cursor: int = 0
     seconds: float = 0.0
     owed: list[str] = dataclasses.field(default_factory=list)
@@ -161,7 +163,9 @@ class Trainer:
     def _fit(self, stop: Preemption) -> str:
         config = self.config
         resume_from = self._resume_point()
-        model_config = self._sizes = self._resolved_model(resume_from)
+        is_fresh = isinstance(config.model, ModelConfig)
+        loaded = None if is_fresh or resume_from is not None else load(config.model, dtype=torch.float32)
+        model_config = self._sizes = self._resolved_model(resume_from) if loaded is None else loaded.config
         if resume_from is not None:
             earlier = run.trainer_of(resume_from)
             _check_tables(resume_from, earlier.get("exact", {}), config)
@@ -189,10 +193,7 @@ class Trainer:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        if isinstance(config.model, ModelConfig) or resume_from is not None:
-            model = RWKV(model_config)
-        else:
-            model = load(config.model, dtype=torch.float32)
+        model = RWKV(model_config) if loaded is None else loaded
         learner = Learner(model, config, self.device)
         if self._fault is not None:
             faults.install(learner.network, self._fault)
@@ -262,12 +263,16 @@ class Trainer:
                 if update is not None and self._settle(parts, progress, update) == "went back":
                     return
                 update = self._update(parts, progress, gradients)
-                if self.device.type == "cpu" or self._due(parts, progress.step + 1):
+                if self._waits(parts, progress.step + 1):
                     if self._settle(parts, progress, update) == "went back":
                         return
                     update = None
             if update is not None:
                 self._settle(parts, progress, update)
+
+    def _waits(self, parts: _Parts, step: int) -> bool:
+        """Whether a step is read before the next one begins. A GPU would stand still meanwhile, so only what is due."""
+        return self.device.type == "cpu" or self._due(parts, step)
 
     def _gradients(self, parts: _Parts, stream: Stream) -> _Gradients | None:
         """Start the forward and backward passes of a step. None: the run was asked to stop while data were awaited."""
@@ -298,6 +303,7 @@ class Trainer:
             return self._refuse(parts, progress, update, loss, grad_norm)
         parts.guard.accept(loss)
         progress.step += 1
+        progress.tokens += config.tokens_per_step
         progress.cursor = update.gradients.first + config.micro_bsz * config.accumulate
         progress.saved = False
         now = time.perf_counter()
@@ -308,7 +314,7 @@ class Trainer:
             parts.reporter.step(
                 {
                     "step": done,
-                    "tokens": done * config.tokens_per_step,
+                    "tokens": progress.tokens,
                     "loss": loss,
                     "lr": update.lr,
                     "grad_norm": grad_norm,
@@ -368,6 +374,7 @@ class Trainer:
         progress.seconds = time.perf_counter() - progress.begun
         state = {
             "step": progress.step,
+            "tokens": progress.tokens,
             "cursor": progress.cursor,
             "seconds": progress.seconds,
             "owed": progress.owed,
@@ -390,8 +397,9 @@ class Trainer:
         run.check_names(folder / run.TRAINER, record, _STATE)
         run.check_names(folder / run.TRAINER, record["guard"], guard.state())
         guard.restore(record["guard"])
-        progress.step, progress.cursor, progress.seconds = record["step"], record["cursor"], record["seconds"]
-        progress.owed, progress.saved = record["owed"], True
+        for name in ("step", "tokens", "cursor", "seconds", "owed"):
+            setattr(progress, name, record[name])
+        progress.saved = True
         return record
 
     def _refuse(self, parts: _Parts, progress: _Progress, update: _Update, loss: float, grad_norm: float) -> str:
@@ -408,7 +416,8 @@ class Trainer:
         if action == guards.STOP:
             raise HeronError(
                 f"{what}; nothing of this step was kept ({reason}). Its samples are in {kept}; the checkpoints before "
-                "it are whole. Try a lower --lr_init or --beta2 0.95, or --on_nonfinite skip"
+                "it are whole. Try a lower --lr_init or --beta2 0.95"
+                + ("" if config.on_nonfinite != guards.STOP else ", or --on_nonfinite skip")
             )
         progress.cursor = first + config.micro_bsz * config.accumulate
         progress.saved = False
@@ -517,10 +526,10 @@ class Trainer:
         return folder
 
     def _resolved_model(self, resume_from: Path | None) -> ModelConfig:
-        """The model's sizes: from the config, or from the weights that it names, or from the run that goes on."""
+        """The model's sizes: from the config, or from the run that goes on."""
         wanted = self.config.model
         if resume_from is None:
-            return wanted if isinstance(wanted, ModelConfig) else load(wanted).config
+            return wanted
         saved = ModelConfig.from_dict(run.trainer_of(resume_from)["model"])
         if isinstance(wanted, ModelConfig) and wanted != saved:
             differing = [

@@ -980,3 +980,27 @@ def test_decisions_are_written_down(settings, monkeypatch, tmp_path):
     said = heron.Trainer(settings(dtype="auto", device="cpu", threads=0)).config
     assert (said.dtype, said.device, said.threads) == ("bf16", "cpu", torch.get_num_threads())
     assert heron.Trainer(settings(model="rwkv8-tiny")).config.model == heron.ModelConfig.preset("rwkv8-tiny")
+
+
+@pytest.mark.parametrize(
+    ("fault", "on_nonfinite"),
+    [("nan@loss:forward=5", "rewind"), ("inf@gradient:forward=3", "skip"), ("nan@weight:forward=6:lasting", "skip")],
+)
+def test_a_bad_step_that_is_read_late_as_on_a_gpu_leaves_no_trace_either(
+    settings, tmp_path, monkeypatch, fault, on_nonfinite
+):
+    options = dict(on_nonfinite=on_nonfinite, save_every=2)
+    at_once, late = (settings(out=str(tmp_path / name), **options) for name in ("at-once", "late"))
+    faulty(at_once, fault, monkeypatch).fit()
+    monkeypatch.setattr(train.Trainer, "_waits", lambda self, parts, step: self._due(parts, step))
+    faulty(late, fault, monkeypatch).fit()
+    assert_same_run(at_once, late)
+    assert [record["action"] for record in refusals(late)] == [record["action"] for record in refusals(at_once)]
+
+
+def test_tokens_are_counted_over_a_change_of_the_batch(settings):
+    config = settings(max_steps=4, micro_bsz=2)
+    fit(config)
+    fit(dataclasses.replace(config, max_steps=6, micro_bsz=3))
+    logged = [record["tokens"] for record in report.read_log(config.out)[0]]
+    assert logged == [config.ctx_len * samples for samples in (2, 4, 6, 8, 11, 14)]
