@@ -11,26 +11,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib
 import io
 import random
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from rosa_checkpoints import ablated
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import rosa_counting  # noqa: E402
+import rosa_tasks  # noqa: E402
+
 STEPS = {"repeat": 200, "reverse": 400, "add": 400}
 ABLATIONS = ("output 0", "ties to the earliest", "value index r")
-
-
-def example(name: str) -> ModuleType:
-    """A program of examples/, as a module."""
-    return importlib.import_module(name)
 
 
 def quietly(train: Any, *arguments: Any, **options: Any) -> tuple[Any, float]:
@@ -41,28 +37,27 @@ def quietly(train: Any, *arguments: Any, **options: Any) -> tuple[Any, float]:
 
 
 def task(name: str, seeds: int) -> None:
-    tasks, steps = example("rosa_tasks"), STEPS[name]
+    steps = STEPS[name]
     print(f"\n{name}, {steps} steps: share of answer tokens that are right")
     print(f"{'seed':>4}{'with ROSA':>12}{'without':>10}" + "".join(f"{change:>22}" for change in ABLATIONS))
     for seed in range(seeds):
-        with_rosa, seconds = quietly(tasks.train, name, "qkv-4bit", seed, steps)
-        without, seconds_without = quietly(tasks.train, name, None, seed, steps)
-        shares = [tasks.accuracy(model, name) for model in (with_rosa, without)]
+        with_rosa, seconds = quietly(rosa_tasks.train, name, "qkv-4bit", seed, steps)
+        without, seconds_without = quietly(rosa_tasks.train, name, None, seed, steps)
+        shares = [rosa_tasks.accuracy(model, name) for model in (with_rosa, without)]
         for change in ABLATIONS:
             changed = copy.deepcopy(with_rosa)
             with ablated(changed, change):
-                shares.append(tasks.accuracy(changed, name))
+                shares.append(rosa_tasks.accuracy(changed, name))
         cells = "".join(f"{share:>{width}.1%}" for share, width in zip(shares, (12, 10, 22, 22, 22), strict=True))
         print(f"{seed:>4}{cells}   {seconds:.0f} s and {seconds_without:.0f} s", flush=True)
 
 
 def counting(seeds: int) -> None:
-    program = example("rosa_counting")
     print("\ncounting, 1000 steps of 128: loss over 256 fresh sequences")
     for seed in range(seeds):
-        model, seconds = quietly(program.train, seed)
+        model, seconds = quietly(rosa_counting.train, seed)
         with torch.no_grad():
-            loss = program.loss_of(model, random.Random("fresh"), 256)
+            loss = rosa_counting.loss_of(model, random.Random("fresh"), 256)
         print(f"{seed:>4}{loss:>12.3f}   {seconds:.0f} s", flush=True)
 
 
