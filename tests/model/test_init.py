@@ -12,7 +12,7 @@ import heron
 from heron.config import VARIANTS as ALL
 from heron.model.init import initial_value, rule
 
-VARIANTS = [variant for variant in ALL if variant != "rosa-lm"]  # which is not a v7 with additions: see test_rosa_layers.py
+VARIANTS = [variant for variant in ALL if variant != "rosa-lm"]  # no v7 with additions: see test_rosa_layers.py
 BIG = heron.ModelConfig(variant="v8", n_layer=12, n_embd=768, vocab_size=65536)
 
 
