@@ -105,7 +105,7 @@ def run(trials: int, seed: int) -> Result:
     rng = random.Random(seed)
     failures: list[str] = []
     effective = attempts = caught = 0
-    controls = max(2, trials // 10)
+    controls = max(1, trials // 10)
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "answer.cpp"
 
