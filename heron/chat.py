@@ -13,6 +13,7 @@ from pathlib import Path
 
 from heron.errors import ConfigError, HeronError, did_you_mean
 from heron.generation import Engine, Request, Sampling, Snapshot
+from heron.generation.engine import check_max_tokens
 
 THINKING = {"": "", "on": " <think", "off": " <think>\n</think"}
 STOP = "\n\nUser:"
@@ -50,6 +51,7 @@ class Chat:
     ):
         if think not in THINKING:
             raise ConfigError(f"think: wanted on, off or nothing, got {think!r}")
+        check_max_tokens(max_tokens)
         self._engine, self._sampling, self._max_tokens, self._seed = engine, sampling, max_tokens, seed
         self._system = f"System: {cleaned(system)}\n\n" if cleaned(system) else ""
         self._opening = THINKING[think]
@@ -144,6 +146,8 @@ def run(chat: Chat, read: Callable[[str], str], write: Callable[[str], None]) ->
             _act(chat, line, write)
         except HeronError as error:
             write(f"{printable(str(error))}\n")
+        except KeyboardInterrupt:  # while the turns so far are read; nothing is lost
+            write(" [cut short]\n")
 
 
 def _act(chat: Chat, line: str, write: Callable[[str], None]) -> None:

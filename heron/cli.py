@@ -84,7 +84,8 @@ class _Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: str) -> None:
         if action.choices is not None and value not in action.choices:
             known = ", ".join(action.choices)
-            self.error(f"unknown verb {value!r}.{did_you_mean(value, action.choices)} There are {known}")
+            what = f"value for {action.option_strings[0]}" if action.option_strings else "verb"
+            self.error(f"unknown {what} {value!r}.{did_you_mean(value, action.choices)} There are {known}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -409,7 +410,8 @@ def _train_config(options: argparse.Namespace, any_length: bool = False) -> Trai
     return dataclasses.replace(config, save_every=mini_epochs * config.steps_per_mini_epoch)
 
 
-def _changed_model(base: object, changes: dict[str, Any]) -> ModelConfig:
+def _changed_model(base: object, changes: dict[str, Any]) -> ModelConfig | str:
+    """A model with `changes`. A file decides its own sizes; to name them too, as upstream's scripts do, is no harm."""
     if isinstance(base, dict):
         return ModelConfig.from_dict(base).changed(**changes)
     if isinstance(base, str) and base in PRESETS:
@@ -419,8 +421,13 @@ def _changed_model(base: object, changes: dict[str, Any]) -> ModelConfig:
             f"model {base} is no preset, and a run cannot tell a bare file about its ROSA; type heron convert {base} "
             f"FOLDER --format safetensors --rosa {changes['rosa']}, and train with --model FOLDER"
         )
-    flags = ", ".join(f"--{name}" for name in changes)
-    raise ConfigError(f"model {base} is no preset: a file decides its own sizes; drop {flags}")
+    from heron.checkpoint import load
+
+    held = load(str(base)).config
+    for name, value in changes.items():
+        if getattr(held, name) != value:
+            raise ConfigError(f"--{name} {value}: {base} has {getattr(held, name)}, and a file decides its own sizes")
+    return str(base)
 
 
 # -- verbs ----------------------------------------------------------------------------------------------------------
@@ -514,9 +521,9 @@ def _generate(options: argparse.Namespace) -> None:
     engine = _engine(options)
     shown = printable if sys.stdout.isatty() else str
     request = Request(options.prompt, options.max_tokens, sampling, tuple(options.stop), options.seed)
+    engine.check(request)
     if options.probs or options.trials > 1:
         ids = engine.prompt_ids(options.prompt)
-        engine.check(request)
         snapshot = Snapshot(engine.prefill(ids[:-1]), (ids[-1],))  # the prompt is read once for all
         request = dataclasses.replace(request, prompt=(), after=snapshot)
     if options.probs:
@@ -574,7 +581,10 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
     model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
     tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size)
     if options.tables == "disk" and file is None:
-        file = weights_file(Path(options.model)).with_suffix(f".{options.dtype or 'file'}.tables")
+        weights = weights_file(Path(options.model))
+        in_run = weights.parent.parent.name == "checkpoints"  # whose folders hold what they were verified with, no more
+        home = weights.parents[2] / weights.parent.name if in_run else weights
+        file = home.with_name(f"{home.name}.{options.dtype or 'file'}.tables")
     if options.tables == "device":
         model = model.to(device)
     return Engine(model, tokenizer, tables=options.tables, tables_file=file, device=device)

@@ -119,7 +119,7 @@ class HeronForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.shape[1] > 1 and (attention_mask.diff(dim=1) > 0).any():
             raise DataError(
                 "attention_mask: padding stands before tokens, and the recurrent state would remember it; "
-                "set tokenizer.padding_side = 'right', or generate for one length at a time"
+                "for a loss, set tokenizer.padding_side = 'right'"
             )
         hidden, new_state = self.rwkv.hidden_states(input_ids, state)
         loss = logits = None
@@ -135,8 +135,13 @@ class HeronForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, state: State | None = None, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
-        """The whole prompt at first, then the newest token and the state."""
+        """The whole prompt at first, then the newest token and the state. DataError for prompts with padding."""
         if state is None:
+            if attention_mask is not None and not attention_mask.all():
+                raise DataError(
+                    "generate: the prompts have different lengths, and the recurrent state would remember the padding; "
+                    "generate for one length at a time, or with heron.Engine"
+                )
             return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": True, "logits_to_keep": 1}
         return {"input_ids": input_ids[:, -1:], "state": state, "use_cache": True}
 

@@ -28,6 +28,8 @@ def loads(data: bytes) -> Any:
         raise ValueError(
             f"not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}: {error.reason}"
         ) from None
+    if text.startswith("\ufeff"):
+        raise ValueError("not JSON: it begins with a byte order mark; save it as UTF-8 without one")
     try:
         return _DECODER.decode(text)
     except _RefusedError as error:

@@ -260,3 +260,18 @@ def test_where_the_tables_are_changes_no_letter(capsys, weights, flags):
 def test_half_precision_runs(capsys, weights):
     for dtype in ("bf16", "fp16"):
         assert run(capsys, "generate", weights, "--prompt", "Line", "--max_tokens", 3, "--dtype", dtype)[0] == 0
+
+
+def test_an_interrupt_while_the_turns_so_far_are_read_loses_nothing(engine, monkeypatch):
+    prefill, calls = Engine.prefill, []
+
+    def interrupted(self, ids, state=None):
+        calls.append(len(ids))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return prefill(self, ids, state)
+
+    monkeypatch.setattr(Engine, "prefill", interrupted)
+    out = conversation(engine, "one", "two", "three", "/quit")
+    assert "[cut short]" in out
+    assert out.count("Assistant:") == 2

@@ -200,7 +200,6 @@ def test_rwkv_lm_counts_tokens(resolved):
         ("--random_seed x", ["--random_seed", "'x'"]),
         ("--proj_dir a --out b", ["--out", "different values"]),
         ("--epoch_save 1 --save_every 5", ["--save_every", "--epoch_save"]),
-        ("--load_model x.pth --n_layer 3", ["x.pth", "--n_layer"]),
     ],
 )
 def test_a_rwkv_lm_flag_that_cannot_be_honoured_is_refused_with_the_reason(heron_, flags, words):
@@ -633,3 +632,31 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.stderr.read() == b""
     process.stderr.close()
     process.wait()
+
+
+def test_sizes_beside_a_file_are_compared_with_it(heron_, trained):
+    file = trained / "rwkv-final.pth"
+    code, out, err = heron_(f"train --max_steps 3 --dry_run --load_model {file} --n_layer 2 --n_embd 32")
+    assert (code, err) == (0, "")
+    assert f"model: {file}" in out
+    code, _, err = heron_(f"train --max_steps 3 --dry_run --load_model {file} --n_layer 3")
+    assert_one_line(code, err, 1, "--n_layer 3", "has 2")
+
+
+def test_a_choice_that_does_not_exist_is_named_by_its_flag(heron_, tmp_path):
+    code, _, err = heron_(f"prepare {tmp_path} --on_bad_line foo")
+    assert_one_line(code, err, 2, "unknown value for --on_bad_line 'foo'", "stop, skip")
+
+
+def test_a_request_that_cannot_be_is_refused_before_anything_is_shown(heron_, trained):
+    code, out, err = heron_(f"generate {trained} --prompt hello --max_tokens -1")
+    assert out == ""
+    assert_one_line(code, err, 1, "max_tokens: wanted a whole number from 0 on, got -1")
+
+
+def test_tables_on_disk_lie_in_the_run_folder(heron_, trained):
+    code, _, err = heron_(f"generate {trained} --prompt a --max_tokens 2 --tables disk")
+    assert (code, err) == (0, "")
+    [tables] = trained.glob("*.tables")
+    assert tables.name.startswith("step-")
+    assert not list((trained / "checkpoints").rglob("*.tables"))

@@ -9,9 +9,11 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import heron
 from heron import tokenizer
+from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.generation import Engine, Request, Sampling, Snapshot, engine
 from heron.generation.decoder import FusedDecoder, ModelDecoder, is_fusible
@@ -326,7 +328,8 @@ def test_a_used_row_forgets_what_it_held(random_model):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(rows=0), "rows: wanted at least 1, got 0"),
+        (dict(rows=0), "rows: wanted a whole number from 1 on, got 0"),
+        (dict(rows=1.5), "rows: wanted a whole number from 1 on, got 1.5"),
         (dict(tables="disc"), "tables: wanted device, host, disk, got 'disc'. Did you mean 'disk'"),
         (dict(tables="disk"), "needs a tables_file"),
         (dict(tables_file="x"), "needs a tables_file"),
@@ -346,7 +349,13 @@ def test_an_engine_that_cannot_be_is_refused(random_model, settings, words):
         (Request([1], -1), ConfigError, "max_tokens.*-1"),
         (Request([]), ConfigError, "prompt: it is empty"),
         (Request([1, 37]), DataError, "token 1 has id 37"),
-        (Request([1], seed=-1), ConfigError, "seed: wanted 0"),
+        (Request([1], seed=-1), ConfigError, "seed: wanted a whole number from 0"),
+        (Request([1], seed=1.5), ConfigError, "seed: wanted a whole number from 0"),
+        (Request([1], 2.5), ConfigError, "max_tokens: wanted a whole number from 0 on, got 2.5"),
+        (Request([1], float("nan")), ConfigError, "max_tokens: wanted a whole number from 0 on, got nan"),
+        (Request([1.5]), DataError, "token 0 must be an id, a whole number, got 1.5"),
+        (Request([1, True]), DataError, "token 1 must be an id, a whole number, got True"),
+        (Request(["a"]), DataError, "token 0 must be an id, a whole number, got 'a'"),
         (Request("1 2 x"), DataError, "x"),
         (Request([1], stop=""), ConfigError, "stop"),
     ],
@@ -380,3 +389,64 @@ def test_the_model_decoder_keeps_rows_apart(random_model):
         both = decoder.step([1, 0], [5, 2])
         assert torch.equal(both[0], model(torch.tensor([[5]]))[0][0, 0])
         assert (both[1] - model(torch.tensor([[1, 2]]))[0][0, 1]).abs().max() < 1e-4
+
+
+def test_a_row_that_was_closed_is_nobodys(random_model):
+    engine = Engine(random_model(), INTEGERS)
+    closed = engine.open([1])
+    engine.close(closed)
+    other = engine.open([2])
+    for use in (engine.snapshot, engine.close):
+        with pytest.raises(ConfigError, match="this row is closed"):
+            use(closed)
+    assert engine.snapshot(other).pending == (2,)
+
+
+def test_no_file_but_a_state_file_is_written_over(random_model, tmp_path):
+    engine = Engine(random_model(), INTEGERS)
+    for name in ("weights.pth", "weights.safetensors"):
+        heron.save(engine.model, tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(CheckpointError, match="exists and is no state file"):
+            engine.save(Snapshot(None, (1,)), tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    for pending in (1, 2):
+        engine.save(Snapshot(None, (pending,)), tmp_path / "s")
+    assert engine.load(tmp_path / "s").pending == (2,)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pending": torch.ones(2, 2, dtype=torch.int64)},
+        {"pending": torch.ones(2)},
+        {"pending": torch.tensor([10**6])},
+        {"counts": torch.zeros(3)},
+        {"counts": torch.full((37,), float("nan"))},
+        {"generator": torch.zeros(3, dtype=torch.uint8)},
+        {"generator": torch.zeros(5056)},
+        {"state.0001": float("nan")},
+        {"state.0099": torch.zeros(1)},
+        {"more": torch.zeros(1)},
+    ],
+)
+def test_a_state_file_whose_tensors_are_not_what_was_saved_is_refused(random_model, tmp_path, change):
+    engine = Engine(random_model(), INTEGERS)
+    row = engine.open([1, 2], sampling=Sampling(presence_penalty=0.1))
+    engine.save(engine.snapshot(row), tmp_path / "s")
+    about, tensors = safetensors.metadata(tmp_path / "s"), safetensors.read(tmp_path / "s")
+    assert tensors["counts"].shape == (37,)
+    for name, value in change.items():
+        tensors[name] = torch.full_like(tensors[name], value) if isinstance(value, float) else value
+    save_file(tensors, tmp_path / "s", about)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/s: damaged"):
+        engine.load(tmp_path / "s")
+
+
+def test_ids_that_stand_for_nothing_are_not_listed(random_model):
+    world = tokenizer.load("world")
+    engine = Engine(random_model(vocab_size=65536, n_layer=1, n_embd=16), world)
+    listed = engine.likeliest(Snapshot(None, (1,)), 65536)
+    assert len(listed) > 65000
+    assert all(world.decode_bytes([token]) for token, _ in listed if token)
+    assert [p for _, p in listed] == sorted((p for _, p in listed), reverse=True)

@@ -15,7 +15,7 @@ from heron.checkpoint import FORMATS, put_right, read_tensors, save, tuned_state
 from heron.checkpoint.formats import gguf as our_gguf
 from heron.checkpoint.formats import hf
 from heron.convert import convert, largest_difference
-from heron.errors import CheckpointError, ConfigError
+from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import State
 
 UNUSED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
@@ -513,3 +513,15 @@ def test_convert_says_what_is_wrong(random_model, tmp_path, arguments, message, 
 
 def rewrite(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_prompts_of_different_lengths_are_not_generated_together(random_model):
+    from heron.hf import HeronConfig, HeronForCausalLM
+
+    model = random_model(variant="v8")
+    wrapped = HeronForCausalLM(HeronConfig(**model.config.to_dict()))
+    tokens, mask = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
+    assert wrapped.generate(tokens, attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (2, 7)
+    mask[1, 3:] = 0
+    with pytest.raises(DataError, match="the prompts have different lengths"):
+        wrapped.generate(tokens, attention_mask=mask, max_new_tokens=2, do_sample=False)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from heron.checkpoint.architecture import is_finite
 from heron.checkpoint.atomic import new_file
+from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import FusedDecoder, decoder_of, is_fusible, only_computing
 from heron.generation.sampling import Sampling, sample
@@ -117,8 +120,8 @@ class Engine:
         tables_file: str | Path | None = None,
         device: torch.device | str | None = None,
     ):
-        if rows < 1:
-            raise ConfigError(f"rows: wanted at least 1, got {rows}")
+        if type(rows) is not int or rows < 1:
+            raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
         if tables not in PLACES:
             raise ConfigError(f"tables: wanted {', '.join(PLACES)}, got {tables!r}.{did_you_mean(tables, PLACES)}")
         if (tables == "disk") != (tables_file is not None):
@@ -167,13 +170,14 @@ class Engine:
     def likeliest(self, after: Snapshot, n: int) -> list[tuple[int, float]]:
         """The `n` likeliest next tokens with their probabilities, the likeliest first.
 
-        Ids beyond the tokenizer's count for the probabilities and are not listed.
+        Ids that stand for nothing in the tokenizer count for the probabilities and are not listed.
         """
         *context, token = self.prompt_ids((), after)
         logits, _ = self._ask(self.model, [token], self.prefill(context, after.state))
         probs = logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
-        best = probs[: self.tokenizer.vocab_size].topk(min(n, self.tokenizer.vocab_size))
-        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        ranked = probs[: self.tokenizer.vocab_size].argsort(descending=True, stable=True).tolist()
+        known = (token for token in ranked if _stands_for_something(self.tokenizer, token))
+        return [(token, float(probs[token])) for token in itertools.islice(known, n)]
 
     def _ask(
         self, function: Callable[[Tensor, State | None], tuple[Tensor, State]], ids: Sequence[int], state: State | None
@@ -205,18 +209,21 @@ class Engine:
         return ids
 
     def save(self, snapshot: Snapshot, path: str | Path) -> None:
-        """Write a snapshot as safetensors, every bit of it, with the model's fingerprint.
+        """Write a snapshot as safetensors, every bit of it, with the model's fingerprint; another one is replaced.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            CheckpointError: the file cannot be written, or is there and no state file.
         """
+        path = Path(path)
+        if path.exists() and _format_of(path) != _FORMAT:
+            raise CheckpointError(f"{path} exists and is no state file; name another one")
         parts = [] if snapshot.state is None else snapshot.state.to_list()
         tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
         tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
         for name in ("counts", "generator"):
             if (part := getattr(snapshot, name)) is not None:
                 tensors[name] = part.clone()
-        with new_file(Path(path)) as temporary:
+        with new_file(path) as temporary:
             save_file(tensors, temporary, metadata={"format": _FORMAT, "model": self.fingerprint})
 
     def load(self, path: str | Path) -> Snapshot:
@@ -227,11 +234,10 @@ class Engine:
         """
         path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable state file: {error}") from None
+            tensors, about = safetensors.read(path), safetensors.metadata(path)
+        except CheckpointError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise CheckpointError(f"{path}: not a readable state file: {reason}") from None
         if about.get("format") != _FORMAT:
             raise CheckpointError(f"{path}: wanted a state file ({_FORMAT}), got {about.get('format')!r}")
         if about.get("model") != self.fingerprint:
@@ -239,9 +245,11 @@ class Engine:
                 f"{path}: this state belongs to another model (fingerprint {about.get('model')}, this one has "
                 f"{self.fingerprint}); a state fits only the weights and the dtype that made it"
             )
-        parts = [tensors[name].to(self._device) for name in sorted(tensors) if name.startswith("state.")]
-        if "pending" not in tensors:
-            raise CheckpointError(f"{path}: tensor pending is missing")
+        names = sorted(name for name in tensors if name.startswith("state."))
+        parts = [tensors.pop(name).to(self._device) for name in names]
+        if names != [f"state.{i:04}" for i in range(len(names))] or not all(map(is_finite, parts)):
+            raise CheckpointError(f"{path}: damaged: wanted state.0000, state.0001 and so on, all finite")
+        self._check_parts(path, tensors)
         try:
             state = State.from_list(parts) if parts else None
             if state is not None:
@@ -251,6 +259,21 @@ class Engine:
         except (ConfigError, DataError) as error:
             raise CheckpointError(f"{path}: damaged: {error}") from None
         return Snapshot(state, pending, tensors.get("counts"), tensors.get("generator"))
+
+    def _check_parts(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """CheckpointError unless what lies beside the state in a state file is what :meth:`save` writes."""
+        wanted = {
+            "pending": (torch.int64, None),
+            "counts": (torch.float32, (self.tokenizer.vocab_size,)),
+            "generator": (torch.uint8, tuple(torch.Generator().get_state().shape)),
+        }
+        for name, tensor in tensors.items():
+            dtype, shape = wanted.get(name, (None, None))
+            fits = tensor.dim() == 1 if shape is None else tuple(tensor.shape) == shape
+            if tensor.dtype != dtype or not fits or not is_finite(tensor):
+                raise CheckpointError(f"{path}: damaged: {name} is {tuple(tensor.shape)} {tensor.dtype}")
+        if "pending" not in tensors:
+            raise CheckpointError(f"{path}: tensor pending is missing")
 
     @property
     def fingerprint(self) -> str:
@@ -281,8 +304,7 @@ class Engine:
     def _take(self, ids: Sequence[int], after: Snapshot | None, sampling: Sampling, seed: int) -> Row:
         if not self._free:
             raise ConfigError(f"all {len(self._open)} rows of the engine are taken; close one, or build it with more")
-        if not 0 <= seed <= LARGEST_SEED:
-            raise ConfigError(f"seed: wanted 0 to {LARGEST_SEED}, got {seed}")
+        _check_seed(seed)
         after = after or Snapshot(None)
         *context, token = self.prompt_ids(ids, after)
         if after.state is not None and isinstance(self._decoder, FusedDecoder):
@@ -318,14 +340,20 @@ class Engine:
 
     def snapshot(self, row: Row) -> Snapshot:
         """What `row` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on."""
+        self._check_open(row)
         counts = None if row._counts is None else row._counts.clone()
         state = self._decoder.read(row.number)
         return Snapshot(state and state.clone(), (row._token,), counts, row._generator.get_state())
 
     def close(self, row: Row) -> None:
         """Free a row for another sequence."""
+        self._check_open(row)
         self._open.remove(row)
         self._free.append(row.number)
+
+    def _check_open(self, row: Row) -> None:
+        if row not in self._open:
+            raise ConfigError("this row is closed, or another engine's; its number may be taken by now")
 
     def _draw(self, row: Row, logits: Tensor) -> Token:
         allowed = logits
@@ -343,6 +371,8 @@ class Engine:
 
     def _check(self, ids: Sequence[int]) -> None:
         for position, token in enumerate(ids):
+            if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+                raise DataError(f"prompt: token {position} must be an id, a whole number, got {token!r}")
             if not 0 <= token < self.vocab_size:
                 raise DataError(
                     f"prompt: token {position} has id {token}, the model knows 0 to {self.vocab_size - 1} "
@@ -405,11 +435,30 @@ class Engine:
 
     def check(self, request: Request) -> list[int]:
         """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
-        if request.max_tokens < 0:
-            raise ConfigError(f"max_tokens: wanted at least 0, got {request.max_tokens}")
+        check_max_tokens(request.max_tokens)
+        _check_seed(request.seed)
         UntilStop(request.stop)
         ids = self.prompt_ids(request.prompt, request.after)
         return ids if request.after is None else ids[len(request.after.pending) :]
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """ConfigError unless it is a whole number from 0 on."""
+    if type(max_tokens) is not int or max_tokens < 0:
+        raise ConfigError(f"max_tokens: wanted a whole number from 0 on, got {max_tokens!r}")
+
+
+def _check_seed(seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"seed: wanted a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+
+
+def _format_of(path: Path) -> str | None:
+    """What a file says it is, where it is a safetensors file that can be read."""
+    try:
+        return safetensors.metadata(path).get("format")
+    except CheckpointError:
+        return None
 
 
 class _Writing:

@@ -139,8 +139,8 @@ class RWKV(nn.Module):
         return ops.linear_cross_entropy(hidden, self.head.weight, targets)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise DataError(f"tokens: wanted (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise DataError(f"tokens: wanted (B, T) with B, T >= 1, got {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise DataError(f"tokens: wanted int64 ids, got {tokens.dtype}")
         # On a GPU this would wait for the device; the data loader has checked every id by then.

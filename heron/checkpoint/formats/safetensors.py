@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,6 +47,15 @@ def read(path: Path) -> dict[str, Tensor]:
 def names(path: Path) -> list[str]:
     """The names in a file that :func:`read` has read."""
     return list(_announced(path))
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a file says about itself; CheckpointError if it can't be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable .safetensors file: {error}") from None
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:

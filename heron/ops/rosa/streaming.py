@@ -113,7 +113,7 @@ class RosaStream:
         Raises:
             KernelError: `n_tokens` is negative or more than there are.
         """
-        if not 0 <= n_tokens <= self.n_tokens:
+        if type(n_tokens) is not int or not 0 <= n_tokens <= self.n_tokens:
             raise KernelError(
                 f"rosa: truncate takes 0 to {self.n_tokens} tokens, which the history holds; got {n_tokens}"
             )
