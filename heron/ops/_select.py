@@ -34,10 +34,17 @@ def linear_cross_entropy() -> Choice:
     return Choice("chunked", "a bounded number of logits at a time")
 
 
-def rosa(device: torch.device) -> Choice:
-    """Implementation of :func:`heron.ops.rosa` on `device`. Says so, once, when the compiled form can't be built."""
+def rosa(device: torch.device, n_tokens: int = 0) -> Choice:
+    """Implementation of :func:`heron.ops.rosa` for streams of `n_tokens` on `device`.
+
+    Says so, once, when the compiled form can't be built.
+    """
+    from heron.ops.rosa.cuda import LONGEST_STREAM
+
     if device.type not in ("cpu", "cuda"):
         return Choice("dp", f"plain PyTorch, quadratic in the length; runs on {device.type}")
+    if device.type == "cuda" and n_tokens > LONGEST_STREAM:
+        return Choice("dp", f"plain PyTorch, quadratic in the length; the CUDA form takes {LONGEST_STREAM} symbols")
     reason = _why_rosa_cannot_be_built(device)
     if reason is not None:
         return Choice("dp", f"plain PyTorch, quadratic in the length; the compiled form can't be built ({reason})")

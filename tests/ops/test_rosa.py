@@ -267,3 +267,7 @@ def test_without_a_compiler_auto_says_so_once_and_takes_dp(no_compiler, capfd):
 def test_auto_takes_cpp_where_it_can_be_built():
     choice = _select.rosa(torch.device("cpu"))
     assert choice.impl == ("cpu" if _build.find_compiler() else "dp")
+
+
+def test_auto_takes_streams_that_are_too_long_for_the_cuda_form():
+    assert _select.rosa(torch.device("cuda"), 65536).impl == "dp"

@@ -50,7 +50,7 @@ def rosa(q: Tensor, k: Tensor, max_match: int | None = None, impl: str = "auto")
         check_range("q", q, MOST_SYMBOLS)
         check_range("k", k, MOST_SYMBOLS)
     if impl == "auto":
-        impl = _select.rosa(q.device).impl
+        impl = _select.rosa(q.device, q.shape[1]).impl
     if impl not in _FORMS:
         raise KernelError(f"rosa: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
     return _FORMS[impl](q, k, max_match)
