@@ -268,7 +268,7 @@ def test_no_state_is_a_zero_state():
         ({"b": torch.zeros(2, 40, 3, 16, dtype=torch.bfloat16)}, "b must match r.*torch.bfloat16"),
         ({"k": torch.zeros(2, 40, 3, 16, device="meta")}, "k must match r.*on meta"),
         ({"state": torch.zeros(2, 3, 16, 8)}, r"state must be.*\(2, 3, 16, 16\).*\(2, 3, 16, 8\)"),
-        ({"impl": "fast"}, "impl must be auto, reference, chunked; got 'fast'"),
+        ({"impl": "fast"}, "impl must be auto, reference, chunked, cuda; got 'fast'"),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
