@@ -94,8 +94,11 @@ def test_general_kernels_round_once(device, dtype, bound):
 def test_tensor_cores_stay_within_their_error(device, kind):
     inputs, gradients = rounded(*problem(batch=1, tokens=161, heads=2, size=64, kind=kind), torch.bfloat16)
     got = run_kernels(device, inputs, gradients, torch.bfloat16)
-    bounds = CORRELATED_BOUNDS if kind == "correlated" else BF16_BOUNDS
-    assert_within(got, run(inputs, gradients, "reference"), bounds)
+    want = run(inputs, gradients, "reference")
+    assert_within(got, want, CORRELATED_BOUNDS if kind == "correlated" else BF16_BOUNDS)
+    biases = {name: float((got[name].double() * want[name]).sum() / want[name].square().sum()) - 1 for name in got}
+    if kind in ("model", "slow"):
+        assert max(map(abs, biases.values())) < 4e-4, biases  # rounding has no sign, a factor 1.001 has
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -434,7 +437,7 @@ def test_training_ends_where_the_definition_ends(dtype, monkeypatch):
         torch.manual_seed(0)
         config = heron.ModelConfig(variant="v8", n_layer=2, n_embd=128, vocab_size=256, head_size=64)
         model = heron.RWKV(config).to("cuda")
-        optimizer = heron.build_optimizer(model, lr=1e-3, weight_decay=0.1)
+        optimizer = heron.build_optimizer(model, lr=3e-4, weight_decay=0.1)
         generator = torch.Generator().manual_seed(0)
         tail = []
         for _ in range(200):

@@ -284,6 +284,14 @@ inline uint32_t exchange(uint32_t value, int lane_mask) {
   });
   return my_warp().out[my_lane()][0];
 }
+inline int of_first_lane(int value) {
+  using namespace emulator;
+  my_warp().in[my_lane()][0] = uint32_t(value);
+  collective([](Warp& warp) {
+    for (int lane = 0; lane < 32; lane++) warp.out[lane][0] = warp.in[0][0];
+  });
+  return int(my_warp().out[my_lane()][0]);
+}
 inline float exchange(float value, int lane_mask) { return bits_float(exchange(float_bits(value), lane_mask)); }
 
 inline int unknown_zero() { return 0; }

@@ -78,6 +78,9 @@ __device__ __forceinline__ float exchange(float value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// The value of lane 0, which the compiler then knows to be one for the whole warp.
+__device__ __forceinline__ int of_first_lane(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
   return dynamic_shared_memory;

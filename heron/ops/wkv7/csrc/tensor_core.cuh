@@ -41,7 +41,7 @@ using Accumulator = float[4];      // 16 x 8: rows lane / 4 and 8 more, columns 
 struct Thread { int warp, lane; };
 __device__ __forceinline__ Thread this_thread() {
   const int index = int((threadIdx.x + unknown_zero()) % kThreads);
-  return {index / 32, index % 32};
+  return {of_first_lane(index / 32) & 3, index % 32};
 }
 
 __device__ __forceinline__ int place(int row, int column) {
