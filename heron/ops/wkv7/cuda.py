@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from heron.errors import KernelError
 from heron.ops import _build
@@ -35,6 +36,14 @@ _library.define(
     f"wkv7s_backward({_INPUTS}, Tensor? dy, Tensor? d_final, Tensor saved, Tensor? transfer, {_PLAN}, Tensor(a!) dr, "
     "Tensor(b!) dw, Tensor(c!) dk, Tensor(d!) dv, Tensor(e!) da, Tensor(f!) db, Tensor(g!) d_state, "
     "Tensor(h!)? local, Tensor(i!)? edges) -> ()"
+)
+_library.define(
+    f"wkv7_kernels({_INPUTS}, Tensor state, Tensor? cu_seqlens, bool save, bool tensor_cores)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"wkv7_kernels_backward({_INPUTS}, Tensor? dy, Tensor? d_final, Tensor saved, Tensor transfer, Tensor? cu_seqlens, "
+    "int n_states, bool tensor_cores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(f"wkv7s_step({_INPUTS}, Tensor? state, Tensor? cu_seqlens, Tensor(a!) y, Tensor(b!) final_state) -> ()")
 
@@ -195,7 +204,6 @@ def _build_for(x: Tensor) -> None:
         build()
 
 
-@torch.library.custom_op("heron::wkv7_kernels", mutates_args=())
 def _forward(
     r: Tensor,
     w: Tensor,
@@ -222,7 +230,7 @@ def _forward(
     return y, final, saved, kept
 
 
-@_forward.register_fake
+@torch.library.register_fake("heron::wkv7_kernels")
 def _(r, w, k, v, a, b, state, cu_seqlens, save, tensor_cores):
     return _empty_results(r, state, _plan(r, cu_seqlens, tensor_cores), save, tensor_cores)
 
@@ -237,7 +245,6 @@ def _empty_results(
     return r.new_empty(r.shape), state.new_empty(state.shape), saved, kept
 
 
-@torch.library.custom_op("heron::wkv7_kernels_backward", mutates_args=())
 def _backward(
     r: Tensor,
     w: Tensor,
@@ -272,7 +279,7 @@ def _backward(
     return grads
 
 
-@_backward.register_fake
+@torch.library.register_fake("heron::wkv7_kernels_backward")
 def _(r, w, k, v, a, b, dy, d_final, saved, transfer, cu_seqlens, n_states, tensor_cores):
     return _empty_gradients(r, n_states)
 
@@ -282,23 +289,43 @@ def _empty_gradients(r: Tensor, n_states: int) -> tuple[Tensor, ...]:
     return (*(r.new_empty(r.shape) for _ in range(6)), r.new_empty(n_states, H, N, N, dtype=torch.float32))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, state, cu_seqlens, _, tensor_cores = inputs
-    _, _, saved, transfer = output
-    ctx.save_for_backward(*tensors, saved, transfer, cu_seqlens)
-    ctx.n_states, ctx.tensor_cores = state.shape[0], tensor_cores
-    ctx.set_materialize_grads(False)
+class _Kernels(torch.autograd.Function):
+    """The gradient of ``heron::wkv7_kernels``. What torch.library would generate takes longer than short kernels do."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, state, cu_seqlens, _, tensor_cores = arguments
+        y, final, saved, transfer = _below_autograd(*arguments)
+        ctx.save_for_backward(*tensors, saved, transfer, cu_seqlens)
+        ctx.n_states, ctx.tensor_cores = state.shape[0], tensor_cores
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved, transfer)
+        return y, final, saved, transfer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_final, _saved, _transfer):
+        *inputs, saved, transfer, cu_seqlens = ctx.saved_tensors
+        grads = torch.ops.heron.wkv7_kernels_backward(
+            *inputs, dy, d_final, saved, transfer, cu_seqlens, ctx.n_states, ctx.tensor_cores
+        )
+        return (*grads, None, None, None)
 
 
-def _gradient(ctx, dy, d_final, _saved, _transfer):
-    *inputs, saved, transfer, cu_seqlens = ctx.saved_tensors
-    grads = torch.ops.heron.wkv7_kernels_backward(
-        *inputs, dy, d_final, saved, transfer, cu_seqlens, ctx.n_states, ctx.tensor_cores
-    )
-    return (*grads, None, None, None)
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.heron.wkv7_kernels.default(*arguments)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+def _with_gradient(*arguments):
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:7])
+    return _Kernels.apply(*arguments) if needed else _below_autograd(*arguments)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("wkv7_kernels", _forward, _device)
+    _library.impl("wkv7_kernels_backward", _backward, _device)
+_library.impl("wkv7_kernels", _with_gradient, "Autograd")
 
 
 @torch.library.custom_op("heron::wkv7_kernels_step", mutates_args=())
