@@ -62,6 +62,8 @@ def problem(
         fields["dy"] = Input(fields["dy"].data_ptr(), *fields["dy"].stride()[:3])
     made = Problem()
     for name, value in fields.items():
+        if isinstance(value, Tensor) and value.data_ptr() % 16 and name != "cu_seqlens":
+            raise RuntimeError(f"{name} is not 16-byte aligned")  # which a CPU would forgive
         if value is not None:
             setattr(made, name, value.data_ptr() if isinstance(value, Tensor) else value)
     return made
