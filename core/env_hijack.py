@@ -35,6 +35,10 @@ def check_environment(head_size: int) -> None:
         from heron.ops import _build
 
         _build.forbid("RWKV_JIT_ON is 0")
+    if os.environ["RWKV_CUDA_ON"] == "0":
+        from heron.ops import _select
+
+        _select.keep_to_pytorch("RWKV_CUDA_ON is 0")
 
 
 def hijack_windows_cuda_env() -> None:

@@ -14,6 +14,8 @@ import torch
 
 from heron.errors import KernelError
 
+_no_kernels: str | None = None
+
 
 class Choice(NamedTuple):
     """An implementation's name and the reason it was taken, as one clause."""
@@ -22,11 +24,44 @@ class Choice(NamedTuple):
     reason: str
 
 
-def wkv7(device: torch.device, n_tokens: int) -> Choice:
-    """Implementation of :func:`heron.ops.wkv7` for a sequence of `n_tokens` on `device`."""
+def keep_to_pytorch(reason: str) -> None:
+    """From here on ``impl="auto"`` takes no CUDA kernel of ours in this process, for `reason`."""
+    global _no_kernels
+    _no_kernels = reason
+
+
+def wkv7(device: torch.device, n_tokens: int, dtype: torch.dtype = torch.bfloat16, head_size: int = 64) -> Choice:
+    """Implementation of :func:`heron.ops.wkv7` for a sequence of `n_tokens` of `dtype` and `head_size` on `device`.
+
+    Says so, once, when a CUDA device's kernels can't be built.
+    """
+    why_not = None
+    if device.type == "cuda":
+        why_not = _no_kernels or _why_no_wkv7_kernels(device, dtype, head_size)
+        if why_not is None:
+            form = "on tensor cores" if (dtype, head_size) == (torch.bfloat16, 64) else "in fp32 arithmetic"
+            return Choice("cuda", f"kernels that run a head's chunks of tokens {form}")
     if n_tokens == 1:
         return Choice("reference", "one token is one step of the loop")
-    return Choice("chunked", f"matrix products over chunks of tokens, in PyTorch; runs on {device.type}")
+    reason = f"matrix products over chunks of tokens, in PyTorch; runs on {device.type}"
+    return Choice("chunked", reason if why_not is None else f"{reason}; no CUDA kernel ({why_not})")
+
+
+def _why_no_wkv7_kernels(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    from heron.ops.wkv7 import cuda
+
+    return cuda.why_not(device, dtype, head_size) or _why_wkv7_cannot_be_built()
+
+
+# What torch.compiler.assume_constant_result sets, which would import the whole compiler here.
+_why_no_wkv7_kernels._dynamo_marked_constant = True
+
+
+@functools.cache
+def _why_wkv7_cannot_be_built() -> str | None:
+    from heron.ops.wkv7 import cuda
+
+    return _failure_of(cuda.build, "WKV7")
 
 
 def linear_cross_entropy() -> Choice:
@@ -45,9 +80,10 @@ def rosa(device: torch.device, n_tokens: int = 0) -> Choice:
         return Choice("dp", f"plain PyTorch, quadratic in the length; runs on {device.type}")
     if device.type == "cuda" and n_tokens > LONGEST_STREAM:
         return Choice("dp", f"plain PyTorch, quadratic in the length; the CUDA form takes {LONGEST_STREAM} symbols")
-    reason = _why_rosa_cannot_be_built(device)
+    reason = _no_kernels if device.type == "cuda" else None
+    reason = reason or _why_rosa_cannot_be_built(device)
     if reason is not None:
-        return Choice("dp", f"plain PyTorch, quadratic in the length; the compiled form can't be built ({reason})")
+        return Choice("dp", f"plain PyTorch, quadratic in the length; no compiled form ({reason})")
     if device.type == "cuda":
         return Choice("cuda", "all diagonals of a stream at once, in registers")
     return Choice("cpu", "C++, O(log T) a token on any stream")

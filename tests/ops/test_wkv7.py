@@ -268,10 +268,82 @@ def test_no_state_is_a_zero_state():
         ({"b": torch.zeros(2, 40, 3, 16, dtype=torch.bfloat16)}, "b must match r.*torch.bfloat16"),
         ({"k": torch.zeros(2, 40, 3, 16, device="meta")}, "k must match r.*on meta"),
         ({"state": torch.zeros(2, 3, 16, 8)}, r"state must be.*\(2, 3, 16, 16\).*\(2, 3, 16, 8\)"),
-        ({"impl": "fast"}, "impl must be auto, reference, chunked; got 'fast'"),
+        ({"impl": "fast"}, "impl must be auto, reference, chunked, cuda; got 'fast'"),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
     arguments = {name: torch.zeros(2, 40, 3, 16) for name in "rwkvab"} | change
     with pytest.raises(KernelError, match=message):
         wkv7(**arguments)
+
+
+def test_the_kernels_without_a_device_say_what_to_type():
+    x = torch.zeros(1, 4, 2, 16)
+    with pytest.raises(KernelError, match='impl="cuda" needs tensors on a CUDA device, got cpu; use impl="auto" here'):
+        wkv7(x, x, x, x, x, x, impl="cuda")
+
+
+# Packed sequences and states in place
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "auto"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_sequences_are_the_sequences_alone(impl, dtype):
+    lengths = [5, 0, 1, 20, 0]
+    inputs, gradients = problem(batch=1, tokens=sum(lengths), heads=2)
+    states, d_states = torch.randn(2, len(lengths), 2, 16, 16, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (*inputs[:6], states)]
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=dtype)
+    outputs = wkv7(*leaves, impl=impl, cu_seqlens=offsets)
+    grads = torch.autograd.grad(outputs, leaves, [gradients[0], d_states])
+    got = dict(zip(NAMES, (*(x.detach() for x in outputs), *grads), strict=True))
+    for i, length in enumerate(lengths):
+        if length == 0:
+            assert torch.equal(got["state"][i], states[i])
+            assert torch.equal(got["d_state"][i], d_states[i])
+            continue
+        own = slice(int(offsets[i]), int(offsets[i + 1]))
+        alone = [*(x[:, own] for x in inputs[:6]), states[i : i + 1]]
+        want = run([x.detach() for x in alone], (gradients[0][:, own], d_states[i : i + 1]), "reference")
+        for name in NAMES:
+            mine = got[name][i : i + 1] if "state" in name else got[name][:, own]
+            torch.testing.assert_close(mine, want[name], rtol=1e-11, atol=1e-11, msg=name)
+    assert wkv7(*inputs[:6], impl=impl, cu_seqlens=offsets)[1].shape == (len(lengths), 2, 16, 16)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "auto"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_state_in_place(impl, tokens):
+    inputs = [x.float() for x in problem(tokens=tokens)[0]]
+    want_y, want = wkv7(*inputs, impl=impl)
+    y, state = wkv7(*inputs, impl=impl, inplace_state=True)
+    assert state is inputs[6]
+    assert torch.equal(y, want_y)
+    assert torch.equal(state, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(cu_seqlens=torch.tensor([0, 40])), "packs all sequences into one row, B = 1; got B = 2"),
+        (dict(batch=1, cu_seqlens=torch.tensor([0.0, 40.0])), r"int32 or int64, on cpu; got \(2,\) torch.float32"),
+        (dict(batch=1, cu_seqlens=torch.tensor([40])), r"\(n_seq \+ 1,\), n_seq >= 1.*got \(1,\)"),
+        (
+            dict(batch=1, cu_seqlens=torch.tensor([0, 30, 20, 40])),
+            r"from 0 to T = 40 and never decrease; got \[0, 30, 20",
+        ),
+        (dict(batch=1, cu_seqlens=torch.tensor([0, 39])), "from 0 to T = 40"),
+        (
+            dict(batch=1, cu_seqlens=torch.tensor([0, 40]), state=torch.zeros(2, 3, 16, 16)),
+            r"state must be.*\(1, 3, 16, 16\)",
+        ),
+        (dict(inplace_state=True), "inplace_state needs a state of torch.float32 to write into; got None"),
+        (dict(inplace_state=True, state=torch.zeros(2, 3, 16, 16).double()), "got torch.float64"),
+        (dict(inplace_state=True, state=torch.zeros(2, 3, 16, 16, requires_grad=True)), "has no gradient"),
+    ],
+)
+def test_unfit_packs_and_states_are_refused_in_words(change, message):
+    change = dict(change)
+    batch = change.pop("batch", 2)
+    with pytest.raises(KernelError, match=message):
+        wkv7(*(torch.zeros(batch, 40, 3, 16) for _ in range(6)), **change)

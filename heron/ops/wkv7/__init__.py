@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _select
 from heron.ops.wkv7.chunked import wkv7_chunked
+from heron.ops.wkv7.cuda import wkv7_cuda
 from heron.ops.wkv7.reference import wkv7_reference
 
-_FORMS = {"reference": wkv7_reference, "chunked": wkv7_chunked}
+_FORMS = {"reference": wkv7_reference, "chunked": wkv7_chunked}  # in PyTorch, on any device
+_IMPLS = ("auto", *_FORMS, "cuda")
 
 
 def wkv7(
@@ -22,6 +26,9 @@ def wkv7(
     b: Tensor,
     state: Tensor | None = None,
     impl: str = "auto",
+    *,
+    cu_seqlens: Tensor | None = None,
+    inplace_state: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the RWKV-7 recurrence over a sequence, per head and token (columns of S are keys, rows are values)::
 
@@ -34,27 +41,63 @@ def wkv7(
 
     Args:
         r, w, k, v, a, b: (B, T, H, N), T >= 1, one floating dtype. `w` holds raw decay logits.
-        state: (B, H, N_value, N_key), the state before the first token; None: zeros. It is never modified.
-        impl: "reference" (the loop), "chunked" (matrix products over chunks), or "auto".
+        state: (B, H, N_value, N_key), the state before the first token; None: zeros. It is never modified, unless
+            `inplace_state` asks for it.
+        impl: "reference" (the loop), "chunked" (matrix products over chunks), "cuda" (kernels for fp32, bf16 and fp16
+            with N = 16, 32, 64 or 128, built at first use), or "auto".
+        cu_seqlens: (n_seq + 1,) int32 or int64 on the device of `r`: sequences packed along T, with B = 1. Sequence i
+            is tokens ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]`` and has a state of its own; it may be empty, and
+            its state is then passed through. First 0, last T, never decreasing; "cuda" takes that on trust, since to
+            look would make the host wait for the device.
+        inplace_state: write the final state into `state` and return that tensor. For decoding: no gradient.
 
     Returns:
         y: (B, T, H, N) in the dtype of the inputs.
-        S: (B, H, N_value, N_key), the state after the last token, fp32 (fp64 for fp64 inputs).
+        S: (B, H, N_value, N_key), the state after the last token, fp32 (fp64 for fp64 inputs); with `cu_seqlens`
+        (n_seq, H, N_value, N_key), one for each sequence, and so is `state`.
         Gradients flow to all six inputs and to `state`, from y and from S.
 
     Raises:
-        KernelError: shapes, dtypes or devices that do not fit together, or an `impl` that does not exist.
+        KernelError: shapes, dtypes or devices that do not fit together, or an `impl` that does not exist or can't run
+            here.
     """
-    state = _checked_state(r, (w, k, v, a, b), state)
+    if impl not in _IMPLS:
+        raise KernelError(f"wkv7: impl must be {', '.join(_IMPLS)}; got {impl!r}")
+    _check_inputs(r, (w, k, v, a, b))
+    n_seq = r.shape[0] if cu_seqlens is None else _check_cu_seqlens(r, cu_seqlens)
+    initial = _initial_state(r, n_seq, state)
+    if inplace_state:
+        _check_inplace(state, initial, (r, w, k, v, a, b))
     if impl == "auto":
-        impl = _select.wkv7(r.device, r.shape[1]).impl
-    if impl not in _FORMS:
-        raise KernelError(f"wkv7: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    return _FORMS[impl](r, w, k, v, a, b, state)
+        impl = _select.wkv7(r.device, r.shape[1], r.dtype, r.shape[-1]).impl
+    if impl == "cuda":
+        return wkv7_cuda(r, w, k, v, a, b, initial, cu_seqlens, inplace_state)
+    form = _FORMS[impl]
+    if cu_seqlens is None:
+        y, final = form(r, w, k, v, a, b, initial)
+    else:
+        y, final = _sequence_by_sequence(form, (r, w, k, v, a, b), initial, cu_seqlens)
+    return (y, state.copy_(final)) if inplace_state else (y, final)
 
 
-def _checked_state(r: Tensor, others: tuple[Tensor, ...], state: Tensor | None) -> Tensor:
-    """Check that all inputs fit together and return the initial state in its computing dtype."""
+def _sequence_by_sequence(
+    form: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`form` over each packed sequence alone; an empty one keeps its state."""
+    offsets = cu_seqlens.tolist()
+    n_tokens = inputs[0].shape[1]
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    if offsets[0] != 0 or offsets[-1] != n_tokens or min(lengths) < 0:
+        raise KernelError(f"wkv7: cu_seqlens must go from 0 to T = {n_tokens} and never decrease; got {offsets}")
+    ys, states = [], []
+    for *xs, s in zip(*(x.split(lengths, dim=1) for x in inputs), state.split(1), strict=True):
+        y, s = form(*xs, s) if xs[0].shape[1] else (xs[0], s)
+        ys.append(y)
+        states.append(s)
+    return torch.cat(ys, dim=1), torch.cat(states)
+
+
+def _check_inputs(r: Tensor, others: tuple[Tensor, ...]) -> None:
     if r.dim() != 4 or 0 in r.shape[1:]:
         raise KernelError(f"wkv7: r must be (B, T, H, N) with T >= 1, got {tuple(r.shape)}")
     if not r.is_floating_point():
@@ -65,13 +108,38 @@ def _checked_state(r: Tensor, others: tuple[Tensor, ...], state: Tensor | None) 
                 f"wkv7: {name} must match r, {tuple(r.shape)} {r.dtype} on {r.device}; "
                 f"got {tuple(x.shape)} {x.dtype} on {x.device}"
             )
-    batch, _, heads, size = r.shape
+
+
+def _check_cu_seqlens(r: Tensor, cu_seqlens: Tensor) -> int:
+    """The number of sequences."""
+    if r.shape[0] != 1:
+        raise KernelError(f"wkv7: cu_seqlens packs all sequences into one row, B = 1; got B = {r.shape[0]}")
+    integers = cu_seqlens.dtype in (torch.int32, torch.int64)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or not integers or cu_seqlens.device != r.device:
+        raise KernelError(
+            f"wkv7: cu_seqlens must be (n_seq + 1,), n_seq >= 1, int32 or int64, on {r.device}; "
+            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
+        )
+    return cu_seqlens.numel() - 1
+
+
+def _initial_state(r: Tensor, n_seq: int, state: Tensor | None) -> Tensor:
+    """The state before the first token, in the dtype that computes."""
+    heads, size = r.shape[2:]
     dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
-        return r.new_zeros(batch, heads, size, size, dtype=dtype)
-    if state.shape != (batch, heads, size, size) or state.device != r.device or not state.is_floating_point():
+        return r.new_zeros(n_seq, heads, size, size, dtype=dtype)
+    if state.shape != (n_seq, heads, size, size) or state.device != r.device or not state.is_floating_point():
         raise KernelError(
-            f"wkv7: state must be (B, H, N_value, N_key) = {(batch, heads, size, size)}, floating, on {r.device}; "
-            f"got {tuple(state.shape)} {state.dtype} on {state.device}"
+            f"wkv7: state must be (B or n_seq, H, N_value, N_key) = {(n_seq, heads, size, size)}, floating, "
+            f"on {r.device}; got {tuple(state.shape)} {state.dtype} on {state.device}"
         )
     return state.to(dtype)
+
+
+def _check_inplace(state: Tensor | None, initial: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    if initial is not state:
+        got = "None" if state is None else str(state.dtype)
+        raise KernelError(f"wkv7: inplace_state needs a state of {initial.dtype} to write into; got {got}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state)):
+        raise KernelError("wkv7: inplace_state has no gradient; call it under torch.no_grad()")

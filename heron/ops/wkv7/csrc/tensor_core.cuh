@@ -1,0 +1,820 @@
+// The fast path: head size 64, bf16 in and out, chunks of 32 tokens, products of bf16 tiles on tensor cores with fp32
+// sums, fp32 state. One block of four warps runs one head of one sequence; warp i holds rows 16 i .. 16 i + 15 (values) of
+// the state, or of its gradient, in registers. README.md has the algebra and the budget of registers and shared memory.
+//
+// Tiles have rows of 64 bf16 = 128 bytes, whose eight 16-byte pieces are permuted by the row, so that ldmatrix meets no
+// bank conflict by rows or by columns. `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles.
+// M's block of a-rows and b-columns is kept as [J11 0; A21 J22]: the inverses of its diagonal blocks, and the block below.
+#pragma once
+
+#include "sequence.cuh"
+
+#ifndef HERON_FORWARD_BLOCKS  // on one multiprocessor; 4 leave 128 registers and 56 KB to each
+#define HERON_FORWARD_BLOCKS 4
+#endif
+#ifndef HERON_BACKWARD_BLOCKS  // 2 leave 255 registers and 113 KB to each
+#define HERON_BACKWARD_BLOCKS 2
+#endif
+#ifndef HERON_BACKWARD_STAGES  // 2: the next chunk is on its way while this one is worked on, for 36 KB more
+#define HERON_BACKWARD_STAGES 2
+#endif
+
+namespace tensor_core {
+
+constexpr int kSize = 64, kChunk = 32, kThreads = 128;
+constexpr int kTile = kChunk * kSize * 2, kSquare = 2 * kTile;  // bytes of a tile of tokens, of a 64 x 64 tile
+constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
+constexpr int kForwardShared = 2 * kForwardStage + kSquare;
+constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 4 * kSquare;
+constexpr int kPitch = 20;  // of a 16 x 16 fp32 block: its columns start 8 banks apart and 16-byte aligned
+constexpr float kLog2DecayScale = kDecayScale * kLog2E;
+
+struct alignas(8) Words { uint32_t first, second; };
+struct alignas(8) Floats { float first, second; };
+
+using Tile = unsigned char*;
+using Fragment = uint32_t[4];      // 16 x 16 of an A operand, or 16 x 16 of a B operand: two of its 16 x 8
+using Accumulator = float[4];      // 16 x 8: rows lane / 4 and 8 more, columns 2 (lane % 4) and the next
+
+// Where this thread is. A kernel asks anew in each of its phases, since the compiler would keep whatever depends on it in
+// registers through the whole loop, and spill.
+struct Thread { int warp, lane; };
+__device__ __forceinline__ Thread this_thread() {
+  const int index = int((threadIdx.x + unknown_zero()) % kThreads);
+  return {of_first_lane(index / 32) & 3, index % 32};
+}
+
+__device__ __forceinline__ int place(int row, int column) {
+  return row * 128 + ((column / 8 ^ row % 8) * 16) + column % 8 * 2;
+}
+// The same idea for 32 x 64 fp32, as an index.
+__device__ __forceinline__ int cell(int row, int column) { return row * kSize + (column ^ row % 8 * 8); }
+
+// The row that a lane gives to ldmatrix, in a tile whose 16 x 16 corner lies at (0, 0): matrices 0 and 1 below one another,
+// 2 and 3 beside them; or 0 and 1 beside one another. Since 16 columns are two pieces, another corner's columns only flip
+// bits: place(row + r, column + c) = row * 128 + (place(r, c) ^ column * 2) for multiples of 16.
+__device__ __forceinline__ int down_first(Thread me) {
+  const int lane = me.lane;
+  return place(lane % 16, lane / 16 * 8);
+}
+__device__ __forceinline__ int across_first(Thread me) {
+  const int lane = me.lane;
+  return place(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+}
+// A operands: rows row.., depth k.. of a tile that is stored by rows, or by depth.
+__device__ __forceinline__ void load_a(Thread me, Fragment& f, Tile tile, int row, int k) {
+  load_matrices(f, tile + row * 128 + (down_first(me) ^ k * 2));
+}
+__device__ __forceinline__ void load_a_by_depth(Thread me, Fragment& f, Tile tile, int row, int k) {
+  load_matrices_transposed(f, tile + k * 128 + (across_first(me) ^ row * 2));
+}
+// B operands: depth k.., columns column.. of a tile that is stored by columns, or by depth.
+__device__ __forceinline__ void load_b(Thread me, Fragment& f, Tile tile, int k, int column) {
+  load_matrices(f, tile + column * 128 + (across_first(me) ^ k * 2));
+}
+__device__ __forceinline__ void load_b_by_depth(Thread me, Fragment& f, Tile tile, int k, int column) {
+  load_matrices_transposed(f, tile + k * 128 + (down_first(me) ^ column * 2));
+}
+
+// 16 columns, c[0] and c[1], += a b.
+__device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, const Fragment& b) {
+  multiply_add(c[0], a, b[0], b[1]);
+  multiply_add(c[1], a, b[2], b[3]);
+}
+// Two accumulators side by side as an A operand.
+__device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
+  f[0] = pack(c[0][0], c[0][1]);
+  f[1] = pack(c[0][2], c[0][3]);
+  f[2] = pack(c[1][0], c[1][1]);
+  f[3] = pack(c[1][2], c[1][3]);
+}
+__device__ __forceinline__ void store_operand(Thread me, Tile tile, int row, int column, const Fragment& f) {
+  const int at = place(me.lane / 4, me.lane % 4 * 2) ^ column * 2;
+  tile += row * 128;
+  *reinterpret_cast<uint32_t*>(tile + at) = f[0];
+  *reinterpret_cast<uint32_t*>(tile + 8 * 128 + at) = f[1];
+  *reinterpret_cast<uint32_t*>(tile + (at ^ 16)) = f[2];
+  *reinterpret_cast<uint32_t*>(tile + 8 * 128 + (at ^ 16)) = f[3];
+}
+// 8 rows x 16 columns to global memory, 32 bytes a row at once; `low` and `high` are the two 8 x 8 halves, `row` points to
+// the first column of this lane's row.
+__device__ __forceinline__ void store_global(Thread me, bfloat16* row, uint32_t low, uint32_t high, bool there) {
+  const int quarter = me.lane % 4;
+  const bool odd = quarter % 2;
+  const uint32_t other = exchange(odd ? low : high, 1);
+  const Words words = odd ? Words{other, high} : Words{low, other};
+  if (there) *reinterpret_cast<Words*>(row + quarter % 2 * 8 + quarter / 2 * 4) = words;
+}
+
+// A chunk of the first `n` inputs, each to its tile; `skipped` comes as zeros. The loop stays a loop, so that no pointers
+// of seven tensors occupy registers while the chunk before is worked on.
+__device__ __forceinline__ void copy_inputs(Tile stage, const Wkv7sProblem& p, const Sequence& sequence, int start, int n,
+                                            int skipped) {
+  const int valid = sequence.length - start;
+#pragma unroll 1
+  for (int i = 0; i < n; i++) {
+    const Wkv7sInput& x = p.inputs[i];
+#pragma unroll
+    for (int j = 0; j < kTile / 16 / kThreads; j++) {
+      const int piece = int(threadIdx.x) + j * kThreads, row = piece / 8, column = piece % 8 * 8;
+      const bool there = row < valid && x.data != nullptr && i != skipped;
+      const void* from = there ? token_of<bfloat16>(x, sequence, start + row) + column : p.inputs[kW].data;
+      copy_async(stage + i * kTile + place(row, column), from, there);
+    }
+  }
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp2_fast(-kLog2E * x)); }
+
+// Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. A warp takes
+// eight tokens, a lane two columns. `sums` is scratch of 4 x 64; `remains_log2` (by `cell`) or `end` (64) may be null.
+__device__ __forceinline__ void scale_inputs(Thread me, Tile stage, float* sums, float* remains_log2, float* end, int valid) {
+  const int warp = me.warp, column = me.lane * 2;
+  float g[8][2], sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int t = 8 * warp + i;
+    const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
+    if (t < valid) {
+      sum0 -= kLog2DecayScale * sigmoid(low_half(w));
+      sum1 -= kLog2DecayScale * sigmoid(high_half(w));
+    }
+    g[i][0] = sum0;
+    g[i][1] = sum1;
+  }
+  *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
+  __syncthreads();
+  float base0 = 0.0f, base1 = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
+    if (i < warp) base0 += earlier.first, base1 += earlier.second;
+  }
+  float before0 = exp2_fast(base0), before1 = exp2_fast(base1);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int t = 8 * warp + i;
+    const float g0 = base0 + g[i][0], g1 = base1 + g[i][1];
+    const float after0 = exp2_fast(g0), after1 = exp2_fast(g1), inverse0 = exp2_fast(-g0), inverse1 = exp2_fast(-g1);
+    uint32_t* a = reinterpret_cast<uint32_t*>(stage + kA * kTile + place(t, column));
+    uint32_t* r = reinterpret_cast<uint32_t*>(stage + kA * kTile + place(kChunk + t, column));
+    uint32_t* b = reinterpret_cast<uint32_t*>(stage + kB * kTile + place(t, column));
+    uint32_t* k = reinterpret_cast<uint32_t*>(stage + kB * kTile + place(kChunk + t, column));
+    *a = pack(low_half(*a) * before0, high_half(*a) * before1);
+    *r = pack(low_half(*r) * after0, high_half(*r) * after1);
+    *b = pack(low_half(*b) * inverse0, high_half(*b) * inverse1);
+    *k = pack(low_half(*k) * inverse0, high_half(*k) * inverse1);
+    if (remains_log2 != nullptr) *reinterpret_cast<Floats*>(remains_log2 + cell(t, column)) = {g0, g1};
+    before0 = after0;
+    before1 = after1;
+  }
+  if (end != nullptr && warp == 3) *reinterpret_cast<Floats*>(end + column) = {before0, before1};
+}
+
+// Zero what a 16 x 16 block on a diagonal of M must not see: an a-row sees earlier tokens, an r-row its own as well.
+__device__ __forceinline__ void mask_diagonal(Thread me, Accumulator* pair, bool own) {
+  const int lane = me.lane + unknown_zero(), row = lane / 4 + own, column = lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    if (column + i / 4 * 8 + i % 2 >= row + i / 2 % 2 * 8) pair[i / 4][i % 4] = 0.0f;
+  }
+}
+
+// Invert I - A for a 16 x 16 strictly lower A by substitution in fp32, a lane for each column; `a` holds A by columns.
+__device__ __forceinline__ void invert(Thread me, Tile m, int first, const float* a) {
+  const int column = me.lane % 16;
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; i++) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+  for (int k = 0; k < 15; k++) {
+#pragma unroll
+    for (int i = k + 1; i < 16; i++) x[i] += a[kPitch * k + i] * x[k];
+  }
+  if (me.lane < 16) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      *reinterpret_cast<uint16_t*>(m + place(first + i, first + column)) = uint16_t(pack(x[i], 0.0f));
+    }
+  }
+}
+
+// This warp's 16 rows of M = mask(left right^T), as far as they are not zero; `scratch` is 2 x 16 x kPitch floats.
+__device__ __forceinline__ void attend(Thread me, Tile m, Tile stage, float* scratch) {
+  const int warp = me.warp, late = warp % 2;
+  Accumulator c[8] = {};
+#pragma unroll
+  for (int k = 0; k < kSize; k += 16) {
+    Fragment a, b;
+    load_a(me, a, stage + kA * kTile, 16 * warp, k);
+#pragma unroll
+    for (int group = 0; group < 4; group++) {
+      if (group % 2 <= late) {
+        load_b(me, b, stage + kB * kTile, k, 16 * group);
+        multiply_16(c + 2 * group, a, b);
+      }
+    }
+  }
+#pragma unroll
+  for (int group = 0; group < 4; group++) {
+    if (group % 2 > late) continue;
+    Accumulator* const pair = c + 2 * group;
+    if (group % 2 == late) mask_diagonal(me, pair, warp >= 2);
+    if (group == warp && warp < 2) {
+      const int row = me.lane / 4, column = me.lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        scratch[(16 * warp + column + i / 4 * 8 + i % 2) * kPitch + row + i / 2 % 2 * 8] = pair[i / 4][i % 4];
+      }
+    } else {
+      Fragment f;
+      as_operand(f, pair);
+      store_operand(me, m, 16 * warp, 16 * group, f);
+    }
+  }
+}
+
+// u^T = z^T J^T with z in the four accumulators; the result as two A operands.
+__device__ __forceinline__ void solve(Thread me, Fragment (&u)[2], Accumulator* z, Tile m) {
+  Fragment a, b;
+  Accumulator c[2] = {}, d[2] = {};
+  as_operand(a, z);
+  load_b(me, b, m, 0, 0);
+  multiply_16(c, a, b);
+  as_operand(u[0], c);
+  load_b(me, b, m, 0, 16);
+  multiply_16(z + 2, u[0], b);
+  as_operand(a, z + 2);
+  load_b(me, b, m, 16, 16);
+  multiply_16(d, a, b);
+  as_operand(u[1], d);
+}
+// x^T = z^T J.
+__device__ __forceinline__ void solve_transposed(Thread me, Fragment (&x)[2], Accumulator* z, Tile m) {
+  Fragment a, b;
+  Accumulator c[2] = {}, d[2] = {};
+  as_operand(a, z + 2);
+  load_b_by_depth(me, b, m, 16, 16);
+  multiply_16(c, a, b);
+  as_operand(x[1], c);
+  load_b_by_depth(me, b, m, 16, 0);
+  multiply_16(z, x[1], b);
+  as_operand(a, z);
+  load_b_by_depth(me, b, m, 0, 0);
+  multiply_16(d, a, b);
+  as_operand(x[0], d);
+}
+
+// Rows 16 warp .. of a state in global memory; null is zero.
+__device__ __forceinline__ void load_state(Thread me, Accumulator* c, const float* state) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    const int row = 16 * me.warp + me.lane / 4 + i % 2 * 8, column = i / 2 * 8 + me.lane % 4 * 2;
+    Floats x = {0.0f, 0.0f};
+    if (state != nullptr) x = *reinterpret_cast<const Floats*>(state + row * kSize + column);
+    c[i / 2][i % 2 * 2] = x.first;
+    c[i / 2][i % 2 * 2 + 1] = x.second;
+  }
+}
+__device__ __forceinline__ void store_state(Thread me, float* state, const Accumulator* c) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    const int row = 16 * me.warp + me.lane / 4 + i % 2 * 8, column = i / 2 * 8 + me.lane % 4 * 2;
+    *reinterpret_cast<Floats*>(state + row * kSize + column) = {c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]};
+  }
+}
+
+// Rows of four accumulators that hold (values, tokens), as (tokens, values) to an output.
+__device__ __forceinline__ void store_tokens(Thread me, void* out, const Wkv7sProblem& p, const Sequence& sequence, int start,
+                                             int valid, const Accumulator* c) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t low = transpose_matrix(pack(c[i][0], c[i][1])), high = transpose_matrix(pack(c[i][2], c[i][3]));
+    const int t = 8 * i + me.lane / 4;
+    const bool there = t < valid;
+    bfloat16* row = token_of<bfloat16>(out, p, sequence, start + (there ? t : 0)) + 16 * me.warp;
+    store_global(me, row, low, high, there);
+  }
+}
+
+// `transfer`: only the map of a segment's state, S_out = S_in P + C, for C (blocks (.., 0), from zero) and P (blocks (.., 1),
+// from the identity, without v); no y and nothing saved.
+template <bool transfer>
+__global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const __grid_constant__ Wkv7sProblem p) {
+  Thread me = this_thread();
+  const Sequence sequence = find_sequence<kChunk>(p);
+  const bool identity = transfer && blockIdx.y == 1;
+  const int skipped = identity ? kV : -1;
+
+  Accumulator state[8];
+  const float* initial = p.segments > 1 ? p.edges : p.state;
+  load_state(me, state, transfer ? nullptr : state_of(initial, p, sequence.index, sequence.head));
+  if (identity) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      const int row = 16 * me.warp + me.lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + me.lane % 4 * 2 + i % 2;
+      state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
+    }
+  }
+  if (sequence.length > 0) copy_inputs(shared_memory(), p, sequence, 0, kW + 1, skipped);
+  copy_commit();
+  for (int start = 0; start < sequence.length; start += kChunk) {
+    const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
+    const Tile stage = shared + start / kChunk % 2 * kForwardStage;
+    const int valid = sequence.length - start;
+    float* const end = reinterpret_cast<float*>(stage + kW * kTile) + 768;  // the logits are dead once they are summed
+    copy_wait<0>();
+    __syncthreads();
+    me = this_thread();
+    if (valid > kChunk) {
+      copy_inputs(shared + (start / kChunk + 1) % 2 * kForwardStage, p, sequence, start + kChunk, kW + 1,
+                  skipped);
+    }
+    copy_commit();
+    scale_inputs(me, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    __syncthreads();
+    me = this_thread();
+
+    attend(me, m, stage, reinterpret_cast<float*>(stage + kW * kTile));
+    if (me.warp < 2) {
+      __syncwarp();
+      invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
+    }
+    Fragment a, b;
+    Accumulator z[8] = {};  // (values, [a-rows; r-rows])
+    const bool saves = !transfer && p.saved != nullptr;
+    bfloat16* const row = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head) +
+                          (16 * me.warp + me.lane / 4) * kSize;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      as_operand(a, state + 2 * k);
+      if (saves) {
+        store_global(me, row + 16 * k, a[0], a[2], true);
+        store_global(me, row + 8 * kSize + 16 * k, a[1], a[3], true);
+      }
+#pragma unroll
+      for (int group = 0; group < (transfer ? 2 : 4); group++) {
+        load_b(me, b, stage + kA * kTile, 16 * k, 16 * group);
+        multiply_16(z + 2 * group, a, b);
+      }
+    }
+    __syncthreads();
+    me = this_thread();
+
+    Fragment u[2], v[2];
+    load_a_by_depth(me, v[0], stage + kV * kTile, 16 * me.warp, 0);
+    load_a_by_depth(me, v[1], stage + kV * kTile, 16 * me.warp, 16);
+#pragma unroll
+    for (int group = 0; group < (transfer ? 2 : 4); group++) {
+      load_b(me, b, m, kChunk, 16 * group);
+      multiply_16(z + 2 * group, v[0], b);
+      if (group % 2 == 1) {
+        load_b(me, b, m, kChunk + 16, 16 * group);
+        multiply_16(z + 2 * group, v[1], b);
+      }
+    }
+    solve(me, u, z, m);
+    if (!transfer) {
+      load_b(me, b, m, 0, kChunk);
+      multiply_16(z + 4, u[0], b);
+      load_b(me, b, m, 0, kChunk + 16);
+      multiply_16(z + 6, u[0], b);
+      load_b(me, b, m, 16, kChunk + 16);
+      multiply_16(z + 6, u[1], b);
+      store_tokens(me, p.y, p, sequence, start, valid, z + 4);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+#pragma unroll
+      for (int group = 0; group < 4; group++) {
+        load_b_by_depth(me, b, stage + kB * kTile, 16 * k, 16 * group);
+        multiply_16(state + 2 * group, u[k], b);
+        load_b_by_depth(me, b, stage + kB * kTile, kChunk + 16 * k, 16 * group);
+        multiply_16(state + 2 * group, v[k], b);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const Floats factor = *reinterpret_cast<const Floats*>(end + 8 * i + me.lane % 4 * 2);
+      state[i][0] *= factor.first;
+      state[i][1] *= factor.second;
+      state[i][2] *= factor.first;
+      state[i][3] *= factor.second;
+    }
+  }
+  if (transfer) {
+    store_state(me, state_of(identity ? p.transfer : p.local, p, sequence.index, sequence.head), state);
+  } else if (p.segments == 1) {
+    store_state(me, state_of(p.final_state, p, sequence.index, sequence.head), state);
+  } else if (sequence.index % p.segments == p.segments - 1) {
+    store_state(me, state_of(p.final_state, p, sequence.row, sequence.head), state);
+  }
+}
+
+// A 16-token x 64 gradient of scaled vectors to the output it belongs to, and times the scaled vectors themselves.
+// `inverse`: the scale is exp(-G), else exp(G); `shift` 1 takes G of the token before.
+__device__ __forceinline__ void store_gradient(Thread me, void* out, const Wkv7sProblem& p, const Sequence& sequence, int start,
+                                               int valid, Accumulator* c, Tile scaled, const float* remains_log2,
+                                               bool inverse, int shift) {
+  const int warp = me.warp, lane = me.lane;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = 16 * warp + lane / 4 + 8 * half, t = row % kChunk;
+    const bool there = t < valid;
+    bfloat16* const to = token_of<bfloat16>(out, p, sequence, start + (there ? t : 0));
+#pragma unroll
+    for (int group = 0; group < 4; group++) {
+      uint32_t packed[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int column = 16 * group + 8 * i + lane % 4 * 2;
+        Floats g = {0.0f, 0.0f};
+        if (t >= shift) g = *reinterpret_cast<const Floats*>(remains_log2 + cell(t - shift, column));
+        float* const x = c[2 * group + i] + 2 * half;
+        packed[i] = inverse ? pack(x[0] * exp2_fast(-g.first), x[1] * exp2_fast(-g.second))
+                            : pack(x[0] * exp2_fast(g.first), x[1] * exp2_fast(g.second));
+        const uint32_t operand = *reinterpret_cast<const uint32_t*>(scaled + place(row, column));
+        x[0] *= low_half(operand);
+        x[1] *= high_half(operand);
+      }
+      store_global(me, to + 16 * group, packed[0], packed[1], there);
+    }
+  }
+}
+
+__device__ __forceinline__ void store_cells(Thread me, float* cells, const Accumulator* c) {
+  const int row = 16 * (me.warp % 2) + me.lane / 4, column = me.lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    *reinterpret_cast<Floats*>(cells + cell(row, 8 * i + column)) = {c[i][0], c[i][1]};
+    *reinterpret_cast<Floats*>(cells + cell(row + 8, 8 * i + column)) = {c[i][2], c[i][3]};
+  }
+}
+
+// A lane keeps half of its 2 * width sums and adds those that its partner has for it.
+template <int width>
+__device__ __forceinline__ void halve(Thread me, float (&sums)[16]) {
+  const bool upper = me.lane & 2 * width;
+#pragma unroll
+  for (int i = 0; i < width; i++) {
+    const float other = exchange(upper ? sums[i] : sums[i + width], 2 * width);
+    sums[i] = (upper ? sums[i + width] : sums[i]) + other;
+  }
+}
+
+// Sums over this warp's 16 rows of state * d_state, one column pair a lane: column 8 (lane / 4) + 2 (lane % 4).
+__device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumulator* d_state) {
+  const int lane = me.lane, row = 16 * me.warp + lane / 4;
+  float sums[16];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const uint32_t upper = *reinterpret_cast<const uint32_t*>(state + place(row, 8 * i + lane % 4 * 2));
+    const uint32_t lower = *reinterpret_cast<const uint32_t*>(state + place(row + 8, 8 * i + lane % 4 * 2));
+    sums[2 * i] = low_half(upper) * d_state[i][0] + low_half(lower) * d_state[i][2];
+    sums[2 * i + 1] = high_half(upper) * d_state[i][1] + high_half(lower) * d_state[i][3];
+  }
+  halve<8>(me, sums);
+  halve<4>(me, sums);
+  halve<2>(me, sums);
+  return {sums[0], sums[1]};
+}
+
+// `transfer`: only the gradient of the segment's first state as far as it comes from its own y.
+template <bool transfer>
+__global__ void __launch_bounds__(kThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p) {
+  Thread me = this_thread();
+  const Sequence sequence = find_sequence<kChunk>(p);
+  const int last = (sequence.length + kChunk - 1) / kChunk * kChunk - kChunk;
+
+  Accumulator d_state[8];
+  const float* d_final = p.segments > 1 ? p.edges : p.d_final;
+  const bool from_zero = transfer || d_final == nullptr;
+  load_state(me, d_state, from_zero ? nullptr : state_of(d_final, p, sequence.index, sequence.head));
+
+  auto copy_chunk = [&](int start) {
+    const Tile stage = shared_memory() + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
+    copy_inputs(stage, p, sequence, start, kDy + 1, transfer ? kV : -1);
+    if (!transfer) {
+      const bfloat16* from =
+          state_of(static_cast<const bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
+#pragma unroll
+      for (int i = 0; i < kSquare / 16 / kThreads; i++) {
+        const int piece = int(threadIdx.x) + i * kThreads, row = piece / 8, column = piece % 8 * 8;
+        copy_async(stage + kState + place(row, column), from + row * kSize + column, true);
+      }
+    }
+  };
+  if (HERON_BACKWARD_STAGES == 2 && last >= 0) copy_chunk(last);
+  copy_commit();
+  for (int start = last; start >= 0; start -= kChunk) {
+    const Tile shared = shared_memory() + unknown_zero();
+    const Tile m = shared + HERON_BACKWARD_STAGES * kBackwardStage, ux = m + kSquare;
+    const Tile d = ux + kSquare;  // the gradient of the state at the end of the chunk, decayed
+    float* const remains_log2 = reinterpret_cast<float*>(d + kSquare);
+    const Tile stage = shared + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
+    const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
+    const int valid = sequence.length - start;
+    if (HERON_BACKWARD_STAGES == 1) {
+      __syncthreads();
+      copy_chunk(start);
+      copy_commit();
+    }
+    copy_wait<0>();
+    __syncthreads();
+    me = this_thread();
+    if (HERON_BACKWARD_STAGES == 2) {
+      if (start > 0) copy_chunk(start - kChunk);
+      copy_commit();
+    }
+    scale_inputs(me, stage, reinterpret_cast<float*>(m), remains_log2, nullptr, valid);
+    __syncthreads();
+    me = this_thread();
+
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const Floats g = *reinterpret_cast<const Floats*>(remains_log2 + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
+      const float first = exp2_fast(g.first), second = exp2_fast(g.second);
+      d_state[i][0] *= first;
+      d_state[i][1] *= second;
+      d_state[i][2] *= first;
+      d_state[i][3] *= second;
+    }
+    attend(me, m, stage, reinterpret_cast<float*>(ux));
+    if (me.warp < 2) {
+      __syncwarp();
+      invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
+    }
+    Fragment a, b;
+    Accumulator z[4] = {}, dr_rows[8] = {};  // (values, a-rows) of u's bracket, (values, [b-rows; k-rows]) of d[u; v]
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      if (!transfer) {
+        load_a(me, a, state, 16 * me.warp, 16 * k);
+#pragma unroll
+        for (int group = 0; group < 2; group++) {
+          load_b(me, b, left, 16 * k, 16 * group);
+          multiply_16(z + 2 * group, a, b);
+        }
+      }
+      as_operand(a, d_state + 2 * k);
+      if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, a);
+#pragma unroll
+      for (int group = 0; group < (transfer ? 2 : 4); group++) {
+        load_b(me, b, right, 16 * k, 16 * group);
+        multiply_16(dr_rows + 2 * group, a, b);
+      }
+    }
+    __syncthreads();
+    me = this_thread();
+
+    Fragment u[2], x[2], dy_a[2];
+    if (!transfer) {
+      Fragment v;
+      load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 0);
+      load_b(me, b, m, kChunk, 0);
+      multiply_16(z, v, b);
+      load_b(me, b, m, kChunk, 16);
+      multiply_16(z + 2, v, b);
+      load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 16);
+      load_b(me, b, m, kChunk + 16, 16);
+      multiply_16(z + 2, v, b);
+      solve(me, u, z, m);
+      store_operand(me, ux, 16 * me.warp, 0, u[0]);
+      store_operand(me, ux, 16 * me.warp, 16, u[1]);
+    }
+    load_a_by_depth(me, dy_a[0], dy, 16 * me.warp, 0);
+    load_a_by_depth(me, dy_a[1], dy, 16 * me.warp, 16);
+#pragma unroll
+    for (int group = 0; group < (transfer ? 2 : 4); group++) {
+      if (group % 2 == 0) {
+        load_b_by_depth(me, b, m, kChunk, 16 * group);
+        multiply_16(dr_rows + 2 * group, dy_a[0], b);
+      }
+      load_b_by_depth(me, b, m, kChunk + 16, 16 * group);
+      multiply_16(dr_rows + 2 * group, dy_a[1], b);
+    }
+    solve_transposed(me, x, dr_rows, m);
+    if (!transfer) {
+      store_operand(me, ux, 16 * me.warp, kChunk, x[0]);
+      store_operand(me, ux, 16 * me.warp, kChunk + 16, x[1]);
+      load_b_by_depth(me, b, m, 0, kChunk);
+      multiply_16(dr_rows + 4, x[0], b);
+      load_b_by_depth(me, b, m, 16, kChunk);
+      multiply_16(dr_rows + 4, x[1], b);
+      load_b_by_depth(me, b, m, 16, kChunk + 16);
+      multiply_16(dr_rows + 6, x[1], b);
+      store_tokens(me, p.dv, p, sequence, start, valid, dr_rows + 4);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+#pragma unroll
+      for (int group = 0; group < 4; group++) {
+        load_b_by_depth(me, b, left, 16 * k, 16 * group);
+        multiply_16(d_state + 2 * group, x[k], b);
+        load_b_by_depth(me, b, left, kChunk + 16 * k, 16 * group);
+        multiply_16(d_state + 2 * group, dy_a[k], b);
+      }
+    }
+    if (transfer) {
+      if (HERON_BACKWARD_STAGES == 2) __syncthreads();
+      continue;
+    }
+    const Floats start_sum = sum_rows(me, state, d_state);
+    __syncthreads();
+    me = this_thread();
+
+    // This warp's 16 rows of dM, of the gradients of left, and then of right.
+    const int late = me.warp % 2;
+    Fragment rows[4], dm[4];
+    {
+      Accumulator c[8] = {};
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (me.warp < 2) {
+          load_a_by_depth(me, rows[k], ux, kChunk + 16 * me.warp, 16 * k);
+        } else {
+          load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
+        }
+#pragma unroll
+        for (int group = 0; group < 4; group++) {
+          if (group % 2 > late) continue;
+          if (group < 2) {
+            load_b_by_depth(me, b, ux, 16 * k, 16 * group);
+          } else {
+            load_b(me, b, stage + kV * kTile, 16 * k, 16 * (group - 2));
+          }
+          multiply_16(c + 2 * group, rows[k], b);
+        }
+      }
+#pragma unroll
+      for (int group = 0; group < 4; group++) {
+        if (group % 2 == late) mask_diagonal(me, c + 2 * group, me.warp >= 2);
+        as_operand(dm[group], c + 2 * group);
+        store_operand(me, m, 16 * me.warp, 16 * group, dm[group]);
+      }
+    }
+    __syncthreads();
+    me = this_thread();
+    Accumulator of_left[8] = {}, of_right[8] = {};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+      for (int group = 0; group < 4; group++) {
+        if (k % 2 <= late) {
+          load_b_by_depth(me, b, right, 16 * k, 16 * group);
+          multiply_16(of_left + 2 * group, dm[k], b);
+        }
+        load_b_by_depth(me, b, state, 16 * k, 16 * group);
+        multiply_16(of_left + 2 * group, rows[k], b);
+      }
+    }
+    store_gradient(me, me.warp < 2 ? p.da : p.dr, p, sequence, start, valid, of_left, left, remains_log2, false, me.warp < 2);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      if (k % 2 >= late) {
+        load_a_by_depth(me, a, m, 16 * me.warp, 16 * k);
+#pragma unroll
+        for (int group = 0; group < 4; group++) {
+          load_b_by_depth(me, b, left, 16 * k, 16 * group);
+          multiply_16(of_right + 2 * group, a, b);
+        }
+      }
+      if (me.warp < 2) {
+        load_a_by_depth(me, a, ux, 16 * me.warp, 16 * k);
+      } else {
+        load_a(me, a, stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+      }
+#pragma unroll
+      for (int group = 0; group < 4; group++) {
+        load_b_by_depth(me, b, d, 16 * k, 16 * group);
+        multiply_16(of_right + 2 * group, a, b);
+      }
+    }
+    store_gradient(me, me.warp < 2 ? p.db : p.dk, p, sequence, start, valid, of_right, right, remains_log2, true, 0);
+    __syncthreads();
+
+    // dg_t = D_{t-1} - alpha_t, D_t = dg_t + h_t, from D_0 = sum of state * d_state; h = beta + (kappa - rho).
+    float* const alpha = reinterpret_cast<float*>(ux);
+    float* const beta = reinterpret_cast<float*>(d);
+    float* const rest = reinterpret_cast<float*>(m);
+    float* const start_sums = reinterpret_cast<float*>(state);
+    float* const sums = start_sums + 4 * kSize;
+    if (me.warp < 2) {
+      store_cells(me, alpha, of_left);
+      store_cells(me, beta, of_right);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 32; i++) of_right[i / 4][i % 4] -= of_left[i / 4][i % 4];
+      store_cells(me, rest, of_right);
+    }
+    *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = start_sum;
+    __syncthreads();
+    me = this_thread();
+    const int column = 2 * me.lane;
+    float alphas[8][2], hs[8][2], sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int at = cell(8 * me.warp + i, column);
+      const Floats minus = *reinterpret_cast<const Floats*>(alpha + at);
+      const Floats plus = *reinterpret_cast<const Floats*>(beta + at);
+      const Floats more = *reinterpret_cast<const Floats*>(rest + at);
+      alphas[i][0] = minus.first;
+      alphas[i][1] = minus.second;
+      hs[i][0] = plus.first + more.first;
+      hs[i][1] = plus.second + more.second;
+      sum0 += hs[i][0] - alphas[i][0];
+      sum1 += hs[i][1] - alphas[i][1];
+    }
+    *reinterpret_cast<Floats*>(sums + me.warp * kSize + column) = {sum0, sum1};
+    __syncthreads();
+    float dg0 = 0.0f, dg1 = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const Floats at_start = *reinterpret_cast<const Floats*>(start_sums + i * kSize + column);
+      const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
+      dg0 += at_start.first + (i < me.warp ? earlier.first : 0.0f);
+      dg1 += at_start.second + (i < me.warp ? earlier.second : 0.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int t = 8 * me.warp + i;
+      dg0 -= alphas[i][0];
+      dg1 -= alphas[i][1];
+      if (t < valid) {
+        const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
+        const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
+        *reinterpret_cast<uint32_t*>(token_of<bfloat16>(p.dw, p, sequence, start + t) + column) =
+            pack(-kDecayScale * s0 * (1.0f - s0) * dg0, -kDecayScale * s1 * (1.0f - s1) * dg1);
+      }
+      dg0 += hs[i][0];
+      dg1 += hs[i][1];
+    }
+  }
+  copy_wait<0>();
+  if (transfer) {
+    store_state(me, state_of(p.local, p, sequence.index, sequence.head), d_state);
+  } else if (p.segments == 1) {
+    store_state(me, state_of(p.d_state, p, sequence.index, sequence.head), d_state);
+  } else if (sequence.index % p.segments == 0) {
+    store_state(me, state_of(p.d_state, p, sequence.row, sequence.head), d_state);
+  }
+}
+
+// The states at the edges of the segments, one after another in fp32: forward S_{i+1} = S_i P_i + C_i, backward
+// dS_{i-1} = dS_i P_i^T + D_i. Block (row * H + head, i) has 16 rows of the states.
+constexpr int kPassThreads = 256, kPassShared = (16 + kSize) * (kSize + 1) * 4;
+
+template <bool backwards>
+__global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constant__ Wkv7sProblem p) {
+  float(*const rows)[kSize + 1] = reinterpret_cast<float(*)[kSize + 1]>(shared_memory());
+  float(*const transfer)[kSize + 1] = rows + 16;
+  const int64_t row = int(blockIdx.x) / p.heads;
+  const int head = int(blockIdx.x) % p.heads, first = 16 * int(blockIdx.y), column = int(threadIdx.x) % kSize;
+  const float* from = backwards ? p.d_final : p.state;
+  float values[4];
+  for (int i = 0; i < 4; i++) {
+    const int at = (first + int(threadIdx.x) / kSize + 4 * i) * kSize + column;
+    values[i] = from == nullptr ? 0.0f : state_of(from, p, row, head)[at];
+  }
+  for (int step = 0; step < p.segments; step++) {
+    const int64_t index = row * p.segments + (backwards ? p.segments - 1 - step : step);
+    for (int i = 0; i < 4; i++) {
+      const int at = int(threadIdx.x) / kSize + 4 * i;
+      state_of(p.edges, p, index, head)[(first + at) * kSize + column] = values[i];
+      rows[at][column] = values[i];
+      values[i] = state_of(p.local, p, index, head)[(first + at) * kSize + column];
+    }
+    for (int i = threadIdx.x; i < kSize * kSize; i += kPassThreads) {
+      transfer[i / kSize][i % kSize] = state_of(p.transfer, p, index, head)[i];
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int k = 0; k < kSize; k++) {
+      const float factor = backwards ? transfer[column][k] : transfer[k][column];
+      for (int i = 0; i < 4; i++) values[i] += rows[int(threadIdx.x) / kSize + 4 * i][k] * factor;
+    }
+    __syncthreads();
+  }
+}
+
+const char* run_forward(const Wkv7sProblem& p, void* stream) {
+  const unsigned blocks = p.sequences * p.heads;
+  const char* error = nullptr;
+  if (p.segments > 1) {
+    error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
+    if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
+  }
+  return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p);
+}
+
+const char* run_backward(const Wkv7sProblem& p, void* stream) {
+  const unsigned blocks = p.sequences * p.heads;
+  const char* error = nullptr;
+  if (p.segments > 1) {
+    error = launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
+    if (!error) error = launch(pass_states<true>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
+  }
+  return error ? error : launch(backward<false>, dim3(blocks), kThreads, kBackwardShared, stream, p);
+}
+
+}  // namespace tensor_core

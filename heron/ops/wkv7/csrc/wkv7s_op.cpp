@@ -1,0 +1,90 @@
+// The operators heron::wkv7s_* on CUDA. Their schemas are in cuda.py, which also checks and allocates.
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "wkv7s.h"
+
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+Wkv7sInput input(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+template <typename T>
+T* pointer(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+template <typename T>
+T* pointer(const Optional& x) {
+  return x.has_value() ? pointer<T>(*x) : nullptr;
+}
+
+Wkv7sProblem problem(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+                     const Optional& cu_seqlens, bool tensor_cores, int64_t segments, int64_t segment_tokens) {
+  Wkv7sProblem p{};
+  p.inputs[kR] = input(r), p.inputs[kW] = input(w), p.inputs[kK] = input(k);
+  p.inputs[kV] = input(v), p.inputs[kA] = input(a), p.inputs[kB] = input(b);
+  p.batch = int32_t(r.size(0)), p.tokens = r.size(1), p.heads = int32_t(r.size(2)), p.size = int32_t(r.size(3));
+  p.dtype = r.scalar_type() == at::kFloat ? kWkv7sFloat32 : r.scalar_type() == at::kHalf ? kWkv7sFloat16 : kWkv7sBFloat16;
+  p.cu_seqlens = pointer<const void>(cu_seqlens);
+  p.cu_seqlens_is_int64 = cu_seqlens.has_value() && cu_seqlens->scalar_type() == at::kLong;
+  p.tensor_cores = tensor_cores;
+  p.segments = int32_t(segments), p.segment_tokens = int32_t(segment_tokens);
+  p.sequences = cu_seqlens.has_value() ? int32_t(cu_seqlens->numel()) - 1 : p.batch * p.segments;
+  return p;
+}
+
+void run(const char* (*launch)(const Wkv7sProblem*, void*), const Wkv7sProblem& p) {
+  const char* error = launch(&p, c10::cuda::getCurrentCUDAStream().stream());
+  TORCH_CHECK(error == nullptr, "wkv7s: ", error);
+}
+
+void forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+             const Tensor& state, const Optional& cu_seqlens, bool tensor_cores, int64_t segments, int64_t segment_tokens,
+             const Tensor& y, const Tensor& final_state, const Optional& saved, const Optional& transfer,
+             const Optional& local, const Optional& edges) {
+  const c10::cuda::CUDAGuard guard(r.device());
+  Wkv7sProblem p = problem(r, w, k, v, a, b, cu_seqlens, tensor_cores, segments, segment_tokens);
+  p.state = pointer<float>(state), p.y = pointer<void>(y), p.final_state = pointer<float>(final_state);
+  p.saved = pointer<void>(saved);
+  p.transfer = pointer<float>(transfer), p.local = pointer<float>(local), p.edges = pointer<float>(edges);
+  run(wkv7s_forward, p);
+}
+
+void backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+              const Optional& dy, const Optional& d_final, const Tensor& saved, const Optional& transfer,
+              const Optional& cu_seqlens, bool tensor_cores, int64_t segments, int64_t segment_tokens, const Tensor& dr,
+              const Tensor& dw, const Tensor& dk, const Tensor& dv, const Tensor& da, const Tensor& db,
+              const Tensor& d_state, const Optional& local, const Optional& edges) {
+  const c10::cuda::CUDAGuard guard(r.device());
+  Wkv7sProblem p = problem(r, w, k, v, a, b, cu_seqlens, tensor_cores, segments, segment_tokens);
+  if (dy.has_value()) p.inputs[kDy] = input(*dy);
+  p.d_final = pointer<float>(d_final), p.saved = pointer<void>(saved), p.transfer = pointer<float>(transfer);
+  p.dr = pointer<void>(dr), p.dw = pointer<void>(dw), p.dk = pointer<void>(dk);
+  p.dv = pointer<void>(dv), p.da = pointer<void>(da), p.db = pointer<void>(db);
+  p.d_state = pointer<float>(d_state), p.local = pointer<float>(local), p.edges = pointer<float>(edges);
+  run(wkv7s_backward, p);
+}
+
+void step(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+          const Optional& state, const Optional& cu_seqlens, const Tensor& y, const Tensor& final_state) {
+  const c10::cuda::CUDAGuard guard(r.device());
+  Wkv7sProblem p = problem(r, w, k, v, a, b, cu_seqlens, false, 1, r.size(1));
+  p.y = pointer<void>(y), p.final_state = pointer<float>(final_state);
+  p.state = state.has_value() ? pointer<float>(*state) : p.final_state;
+  run(wkv7s_step, p);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+  library.impl("wkv7s_forward", &forward);
+  library.impl("wkv7s_backward", &backward);
+  library.impl("wkv7s_step", &step);
+}

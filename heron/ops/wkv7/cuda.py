@@ -1,0 +1,365 @@
+"""WKV7 on CUDA: the kernels in csrc as operators of PyTorch. README.md derives them.
+
+Two layers. ``heron::wkv7s_*`` launch kernels into tensors that exist: csrc/wkv7s_op.cpp implements them for CUDA, and
+the tests implement them for a CPU by emulation. ``heron::wkv7_kernels*`` above them build the kernels at first use,
+allocate, know their gradient and their shapes, and so work under torch.compile, CUDA graphs and checkpointing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from heron.errors import KernelError
+from heron.ops import _build
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_SIZES = (16, 32, 64, 128)
+SHARED_BYTES_128 = 165760  # of the general backward at N = 128, the largest block of all
+STEP_TOKENS = 8  # up to here one kernel that keeps the state in registers beats chunks
+_CSRC = Path(__file__).with_name("csrc")
+
+_library = torch.library.Library("heron", "FRAGMENT")
+_INPUTS = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b"
+_PLAN = "Tensor? cu_seqlens, bool tensor_cores, int segments, int segment_tokens"
+_library.define(
+    f"wkv7s_forward({_INPUTS}, Tensor state, {_PLAN}, Tensor(a!) y, Tensor(b!) final_state, Tensor(c!)? saved, "
+    "Tensor(d!)? transfer, Tensor(e!)? local, Tensor(f!)? edges) -> ()"
+)
+_library.define(
+    f"wkv7s_backward({_INPUTS}, Tensor? dy, Tensor? d_final, Tensor saved, Tensor? transfer, {_PLAN}, Tensor(a!) dr, "
+    "Tensor(b!) dw, Tensor(c!) dk, Tensor(d!) dv, Tensor(e!) da, Tensor(f!) db, Tensor(g!) d_state, "
+    "Tensor(h!)? local, Tensor(i!)? edges) -> ()"
+)
+_library.define(
+    f"wkv7_kernels({_INPUTS}, Tensor state, Tensor? cu_seqlens, bool save, bool tensor_cores)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"wkv7_kernels_backward({_INPUTS}, Tensor? dy, Tensor? d_final, Tensor saved, Tensor transfer, Tensor? cu_seqlens, "
+    "int n_states, bool tensor_cores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(f"wkv7s_step({_INPUTS}, Tensor? state, Tensor? cu_seqlens, Tensor(a!) y, Tensor(b!) final_state) -> ()")
+
+
+def wkv7_cuda(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    inplace_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`heron.ops.wkv7` by the kernels in csrc, which are built at the first call.
+
+    Raises:
+        KernelError: not a CUDA device, a dtype, head size or GPU without a kernel, or the build failed.
+    """
+    if r.device.type != "cuda":
+        raise KernelError(f'wkv7: impl="cuda" needs tensors on a CUDA device, got {r.device}; use impl="auto" here')
+    if (reason := why_not(r.device, r.dtype, r.shape[-1])) is not None:
+        raise KernelError(f'wkv7: impl="cuda" {reason}; use impl="auto"')
+    return wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens, inplace_state)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why there is no kernel for this CUDA device and these inputs, as a clause; None if there is one."""
+    if dtype not in DTYPES or head_size not in HEAD_SIZES:
+        return f"takes fp32, bf16 and fp16 with N = 16, 32, 64 or 128; got {dtype} with N = {head_size}"
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return f"needs compute capability 8.0 or later; this GPU has {properties.major}.{properties.minor}"
+    shared = properties.shared_memory_per_block_optin
+    if head_size == 128 and shared < SHARED_BYTES_128:
+        return f"needs {SHARED_BYTES_128} bytes of shared memory in a block for N = 128; this GPU has {shared}"
+    return None
+
+
+@functools.cache
+def build() -> None:
+    """Compile (once) and load the kernels for the GPUs of this machine.
+
+    Raises:
+        KernelError: there is no compiler, it failed, or compiling is forbidden; one line with the first error.
+    """
+    devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    capabilities = sorted({capability for capability in devices if capability >= (8, 0)})
+    _build.load_op_library("wkv7s", sources(), cuda_flags=cuda_flags(capabilities), depends=headers())
+
+
+def sources() -> list[Path]:
+    """The files to compile."""
+    return [_CSRC / "wkv7s.cu", _CSRC / "wkv7s_op.cpp"]
+
+
+def headers() -> list[Path]:
+    """What they include."""
+    return sorted([*_CSRC.glob("*.cuh"), *_CSRC.glob("*.h")])
+
+
+def cuda_flags(capabilities: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """Flags of nvcc for GPUs of these compute capabilities."""
+    targets = [f"{major}{minor}" + ("a" if major == 9 else "") for major, minor in capabilities]
+    roomy = all(major in (9, 10) for major, _ in capabilities)  # 227 KB of shared memory
+    return (
+        "-std=c++17",
+        "-O3",
+        f"-DHERON_BACKWARD_STAGES={2 if roomy else 1}",
+        *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
+    )
+
+
+def wkv7_kernels(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+    inplace_state: bool = False,
+    tensor_cores: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels, wherever ``heron::wkv7s_*`` are implemented. `tensor_cores` None: where they apply."""
+    inputs = (r, w, k, v, a, b)
+    if inplace_state:
+        return torch.ops.heron.wkv7_kernels_inplace(*inputs, state, cu_seqlens), state
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+    if r.shape[1] <= STEP_TOKENS and not needs_gradient and tensor_cores is None:
+        return torch.ops.heron.wkv7_kernels_step(*inputs, state, cu_seqlens)
+    if tensor_cores is None:
+        tensor_cores = r.dtype == torch.bfloat16 and r.shape[-1] == 64
+    y, final, _, _ = torch.ops.heron.wkv7_kernels(*inputs, state, cu_seqlens, needs_gradient, tensor_cores)
+    return y, final
+
+
+class _Plan(NamedTuple):
+    """How the sequences are cut."""
+
+    slots: int  # saved states
+    segments: int
+    segment_tokens: int
+
+
+def _plan(r: Tensor, cu_seqlens: Tensor | None, tensor_cores: bool) -> _Plan:
+    B, T, H, _ = r.shape
+    chunk = 32 if tensor_cores else 16
+    if cu_seqlens is not None:
+        # Sequence i starts at slot cu_seqlens[i] // chunk + i, so no prefix sum has to wait for the device.
+        return _Plan(T // chunk + cu_seqlens.numel() - 1, 1, T)
+    segments = _segments(B * H, T) if tensor_cores else 1
+    segment_tokens = -(-T // (segments * 32)) * 32
+    return _Plan(B * -(-T // chunk), -(-T // segment_tokens), segment_tokens)
+
+
+def _segments(n_heads: int, n_tokens: int) -> int:
+    """In how many segments to cut each of `n_heads` sequences, so that few long ones fill a GPU too.
+
+    A cut sequence costs about twice the work: it pays where less than half of the GPU would have any.
+    """
+    if 2 * n_heads > 132 or n_tokens < 2048:
+        return 1
+    return max(1, min(512 // n_heads, n_tokens // 1024))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied only if its last dimension is strided or its rows are not 16-byte aligned."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:  # the common case, and quicker to see
+        return x
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    offsets = [x.data_ptr(), *(step * x.element_size() for step in steps)]
+    if x.stride(-1) == 1 and not any(offset % 16 for offset in offsets):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _dense(state: Tensor) -> Tensor:
+    """`state`, copied unless it is contiguous and 16-byte aligned."""
+    return _aligned(state.contiguous())
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _between_segments(state: Tensor, plan: _Plan, names: int) -> list[Tensor | None]:
+    """`names` workspaces of a state for each segment, or None where nothing is cut."""
+    if plan.segments == 1:
+        return [None] * names
+    return [state.new_empty(state.shape[0] * plan.segments, *state.shape[1:]) for _ in range(names)]
+
+
+def _build_for(x: Tensor) -> None:
+    if x.is_cuda:
+        build()
+
+
+def _forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    tensor_cores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _build_for(r)
+    inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
+    state = _dense(state)
+    plan = _plan(r, cu_seqlens, tensor_cores)
+    y, final, saved, kept = _empty_results(r, state, plan, save, tensor_cores)
+    if y.numel():
+        transfer, local, edges = _between_segments(state, plan, 3)
+        cut = (_contiguous(cu_seqlens), tensor_cores, plan.segments, plan.segment_tokens)
+        torch.ops.heron.wkv7s_forward(
+            *inputs, state, *cut, y, final, saved if save else None, kept if kept.numel() else transfer, local, edges
+        )
+    return y, final, saved, kept
+
+
+@torch.library.register_fake("heron::wkv7_kernels")
+def _(r, w, k, v, a, b, state, cu_seqlens, save, tensor_cores):
+    return _empty_results(r, state, _plan(r, cu_seqlens, tensor_cores), save, tensor_cores)
+
+
+def _empty_results(
+    r: Tensor, state: Tensor, plan: _Plan, save: bool, tensor_cores: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the final state, and for the backward the state before each chunk and the segments' transfer matrices."""
+    square = state.shape[1:]
+    saved = state.new_empty(plan.slots if save else 0, *square, dtype=torch.bfloat16 if tensor_cores else None)
+    kept = state.new_empty(r.shape[0] * plan.segments if save and plan.segments > 1 else 0, *square)
+    return r.new_empty(r.shape), state.new_empty(state.shape), saved, kept
+
+
+def _backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dy: Tensor | None,
+    d_final: Tensor | None,
+    saved: Tensor,
+    transfer: Tensor,
+    cu_seqlens: Tensor | None,
+    n_states: int,
+    tensor_cores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
+    grads = _empty_gradients(r, n_states)
+    if r.numel():
+        plan = _plan(r, cu_seqlens, tensor_cores)
+        local, edges = _between_segments(grads[-1], plan, 2)
+        torch.ops.heron.wkv7s_backward(
+            *inputs,
+            None if dy is None else _aligned(dy),
+            None if d_final is None else _dense(d_final),
+            saved,
+            transfer if plan.segments > 1 else None,
+            *(_contiguous(cu_seqlens), tensor_cores, plan.segments, plan.segment_tokens),
+            *grads,
+            local,
+            edges,
+        )
+    return grads
+
+
+@torch.library.register_fake("heron::wkv7_kernels_backward")
+def _(r, w, k, v, a, b, dy, d_final, saved, transfer, cu_seqlens, n_states, tensor_cores):
+    return _empty_gradients(r, n_states)
+
+
+def _empty_gradients(r: Tensor, n_states: int) -> tuple[Tensor, ...]:
+    H, N = r.shape[2:]
+    return (*(r.new_empty(r.shape) for _ in range(6)), r.new_empty(n_states, H, N, N, dtype=torch.float32))
+
+
+class _Kernels(torch.autograd.Function):
+    """The gradient of ``heron::wkv7_kernels``. What torch.library would generate takes longer than short kernels do."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, state, cu_seqlens, _, tensor_cores = arguments
+        y, final, saved, transfer = _below_autograd(*arguments)
+        ctx.save_for_backward(*tensors, saved, transfer, cu_seqlens)
+        ctx.n_states, ctx.tensor_cores = state.shape[0], tensor_cores
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved, transfer)
+        return y, final, saved, transfer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_final, _saved, _transfer):
+        *inputs, saved, transfer, cu_seqlens = ctx.saved_tensors
+        grads = torch.ops.heron.wkv7_kernels_backward(
+            *inputs, dy, d_final, saved, transfer, cu_seqlens, ctx.n_states, ctx.tensor_cores
+        )
+        return (*grads, None, None, None)
+
+
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.heron.wkv7_kernels.default(*arguments)
+
+
+def _with_gradient(*arguments):
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:7])
+    return _Kernels.apply(*arguments) if needed else _below_autograd(*arguments)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("wkv7_kernels", _forward, _device)
+    _library.impl("wkv7_kernels_backward", _backward, _device)
+_library.impl("wkv7_kernels", _with_gradient, "Autograd")
+
+
+@torch.library.custom_op("heron::wkv7_kernels_step", mutates_args=())
+def _step(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _build_for(r)
+    y, final = r.new_empty(r.shape), state.new_empty(state.shape)
+    if y.numel():
+        inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
+        torch.ops.heron.wkv7s_step(*inputs, _dense(state), _contiguous(cu_seqlens), y, final)
+    return y, final
+
+
+@_step.register_fake
+def _(r, w, k, v, a, b, state, cu_seqlens):
+    return r.new_empty(r.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("heron::wkv7_kernels_inplace", mutates_args={"state"})
+def _inplace(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    y = r.new_empty(r.shape)
+    if y.numel() and r.shape[1] <= STEP_TOKENS and _dense(state) is state:
+        _build_for(r)
+        inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
+        torch.ops.heron.wkv7s_step(*inputs, None, _contiguous(cu_seqlens), y, state)
+    elif y.numel():
+        y, final = wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens)
+        state.copy_(final)
+    return y
+
+
+@_inplace.register_fake
+def _(r, w, k, v, a, b, state, cu_seqlens):
+    return r.new_empty(r.shape)

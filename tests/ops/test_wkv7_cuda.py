@@ -1,0 +1,533 @@
+"""The CUDA kernels of WKV7 against the definition in fp64: on a GPU (``pytest -m gpu``), and without one as well.
+
+Each test with a `device` runs twice: on a CUDA device, where there is one, and on a CPU that emulates it (the same
+sources, compiled for it: tests/ops/emulator).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import heron
+from heron.errors import KernelError
+from heron.ops import _build, _select, wkv7
+from heron.ops.wkv7 import cuda
+from heron.ops.wkv7.reference import wkv7_reference
+from tests.ops import emulator
+from tests.ops.test_wkv7 import NAMES, errors, problem, run
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+LENGTHS = (1, 15, 16, 17, 31, 33, 63, 65)
+FP32_BOUNDS = dict.fromkeys(NAMES, 1e-5) | {"y": 2e-6, "state": 2e-6}
+BF16_BOUNDS = dict.fromkeys(NAMES, 5e-3) | {"da": 8e-3, "db": 8e-3}
+CORRELATED_BOUNDS = BF16_BOUNDS | {"da": 1e-2, "db": 1e-2}
+FORMS = pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 16), (torch.bfloat16, 64)], ids=["general", "tensor"]
+)
+
+
+def rounded(inputs, gradients, dtype):
+    """The same numbers as `dtype` can hold them; states stay."""
+    inputs, gradients = list(inputs), list(gradients)
+    inputs[:6] = [x.to(dtype).double() for x in inputs[:6]]
+    gradients[0] = gradients[0].to(dtype).double()
+    return inputs, gradients
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def device(request):
+    if request.param == "cpu" and _build.find_compiler() is None:
+        pytest.skip("no C++ compiler on the path")
+    return request.param
+
+
+def typed(device, inputs, dtype):
+    """The inputs as the kernels take them: the first six in `dtype`, the state in fp32."""
+    return [x.detach().to(device, dtype if i < 6 else torch.float32) for i, x in enumerate(inputs)]
+
+
+def run_kernels(device, inputs, gradients, dtype, **options):
+    """y, the final state and the seven gradients, by name and on the CPU, from the kernels."""
+    inputs = [x.requires_grad_() for x in typed(device, inputs, dtype)]
+    outputs = cuda.wkv7_kernels(*inputs, **options)
+    grads = torch.autograd.grad(outputs, inputs, [gradients[0].to(device, dtype), gradients[1].to(device).float()])
+    return dict(zip(NAMES, (x.detach().cpu() for x in (*outputs, *grads)), strict=True))
+
+
+def assert_within(got, want, bounds):
+    found = errors(got, want)
+    assert all(found[name] <= bounds[name] for name in found), found
+
+
+def assert_equal(got, want):
+    different = [name for name in want if not torch.equal(got[name], want[name])]
+    assert not different
+
+
+# Against the definition in fp64
+
+
+@pytest.mark.parametrize("kind", ["model", "floor", "slow", "correlated"])
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_general_kernels_are_exact_to_fp32(device, size, kind):
+    inputs, gradients = problem(batch=1, tokens=35, heads=1 if size > 32 else 3, size=size, kind=kind)
+    got = run_kernels(device, inputs, gradients, torch.float32)
+    assert_within(got, run(inputs, gradients, "reference"), FP32_BOUNDS)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2.2e-3), (torch.float16, 3e-4)])
+def test_general_kernels_round_once(device, dtype, bound):
+    inputs, gradients = rounded(*problem(batch=2, tokens=33, size=32), dtype)
+    got = run_kernels(device, inputs, gradients, dtype)
+    assert_within(got, run(inputs, gradients, "reference"), dict.fromkeys(NAMES, bound))
+
+
+@pytest.mark.parametrize("kind", ["model", "floor", "slow", "correlated"])
+def test_tensor_cores_stay_within_their_error(device, kind):
+    inputs, gradients = rounded(*problem(batch=1, tokens=161, heads=2, size=64, kind=kind), torch.bfloat16)
+    got = run_kernels(device, inputs, gradients, torch.bfloat16)
+    want = run(inputs, gradients, "reference")
+    assert_within(got, want, CORRELATED_BOUNDS if kind == "correlated" else BF16_BOUNDS)
+    biases = {name: float((got[name].double() * want[name]).sum() / want[name].square().sum()) - 1 for name in got}
+    if kind in ("model", "slow"):
+        assert max(map(abs, biases.values())) < 4e-4, biases  # rounding has no sign, a factor 1.001 has
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@FORMS
+def test_every_length(device, tokens, dtype, size):
+    inputs, gradients = rounded(*problem(batch=3, tokens=tokens, heads=1, size=size, seed=tokens), dtype)
+    got = run_kernels(device, inputs, gradients, dtype)
+    assert_within(got, run(inputs, gradients, "reference"), FP32_BOUNDS if size == 16 else BF16_BOUNDS)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@FORMS
+def test_gradient_of_one_output_alone(device, output, dtype, size):
+    inputs, gradients = rounded(*problem(batch=1, tokens=49, size=size), dtype)
+    inputs = [x.requires_grad_() for x in inputs]
+    loop = wkv7_reference(*inputs)[output]
+    want = torch.autograd.grad(loop, inputs, gradients[output], allow_unused=True)
+    leaves = [x.requires_grad_() for x in typed(device, inputs, dtype)]
+    y = cuda.wkv7_kernels(*leaves)[output]
+    got = torch.autograd.grad(y, leaves, gradients[output].to(device, y.dtype), materialize_grads=True)
+    for name, one, other in zip(NAMES[2:], got, want, strict=True):
+        if other is None:
+            assert not one.any(), name
+        else:
+            bounds = FP32_BOUNDS if size == 16 else BF16_BOUNDS
+            assert errors({name: one.cpu()}, {name: other})[name] <= bounds[name]
+
+
+# Two roads to one answer
+
+
+@pytest.mark.parametrize("change", ["strided", "unaligned", "transposed"])
+@FORMS
+def test_layouts_change_nothing(device, change, dtype, size):
+    inputs, gradients = problem(batch=3, tokens=34, heads=2, size=size)
+    want = run_kernels(device, inputs, gradients, dtype)
+
+    def unaligned(x):
+        return torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)
+
+    layouts = {
+        "strided": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "unaligned": unaligned,
+        "transposed": lambda x: x.mT.contiguous().mT,
+    }
+    *moved, state = typed(device, inputs, dtype)
+    leaves = [layouts[change](x).requires_grad_() for x in moved] + [state.mT.contiguous().mT.requires_grad_()]
+    outputs = cuda.wkv7_kernels(*leaves)
+    dy = gradients[0].to(device, dtype).transpose(0, 2).contiguous().transpose(0, 2)
+    grads = torch.autograd.grad(outputs, leaves, [dy, gradients[1].to(device).float().mT.contiguous().mT])
+    assert_equal(dict(zip(NAMES, (x.cpu() for x in (*outputs, *grads)), strict=True)), want)
+
+
+@FORMS
+def test_a_state_at_an_odd_address(device, dtype, size):
+    inputs, gradients = problem(batch=1, tokens=5, size=size)
+    inputs = typed(device, inputs, dtype)
+    odd = inputs[6].new_empty(inputs[6].numel() + 1)[1:].view(inputs[6].shape).copy_(inputs[6])
+    for options in (dict(), dict(tensor_cores=size == 64)):
+        for one, other in zip(
+            cuda.wkv7_kernels(*inputs[:6], odd, **options), cuda.wkv7_kernels(*inputs, **options), strict=True
+        ):
+            assert torch.equal(one, other)
+    kept = odd.clone()
+    y, state = cuda.wkv7_kernels(*inputs[:6], odd, None, True)
+    want_y, want = cuda.wkv7_kernels(*inputs[:6], kept)
+    assert state is odd
+    assert torch.equal(y, want_y)
+    assert torch.equal(odd, want)
+
+
+@pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64])
+@FORMS
+def test_packed_sequences_are_the_sequences_alone(device, offsets_dtype, dtype, size):
+    lengths = [33, 0, 1, 32, 0, 17, 1]
+    inputs, gradients = problem(batch=1, tokens=sum(lengths), heads=2, size=size)
+    states, d_states = (torch.randn(len(lengths), 2, size, size, dtype=torch.float64) for _ in range(2))
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=offsets_dtype)
+    strided_offsets = torch.stack((offsets, offsets), dim=1)[:, 0]
+    got = run_kernels(
+        device, [*inputs[:6], states], (gradients[0], d_states), dtype, cu_seqlens=strided_offsets.to(device)
+    )
+    for i, length in enumerate(lengths):
+        of_states = {name: got[name][i] for name in ("state", "d_state")}
+        if length == 0:
+            assert torch.equal(of_states["state"], states[i].float())
+            assert torch.equal(of_states["d_state"], d_states[i].float())
+            continue
+        own = slice(int(offsets[i]), int(offsets[i + 1]))
+        alone = run_kernels(
+            device,
+            [*(x[:, own] for x in inputs[:6]), states[i : i + 1]],
+            (gradients[0][:, own], d_states[i : i + 1]),
+            dtype,
+        )
+        assert_equal({name: got[name][i : i + 1] if "state" in name else got[name][:, own] for name in got}, alone)
+
+
+@pytest.mark.parametrize("segments", [2, 4])
+def test_a_split_over_time_changes_little(device, segments, monkeypatch):
+    inputs, gradients = problem(batch=1, tokens=110, heads=2, size=64, kind="slow")
+    inputs[4] = 0.1 * inputs[4]  # so that a state is still felt in the next segment but one
+    inputs, gradients = rounded(inputs, gradients, torch.bfloat16)
+    whole = run_kernels(device, inputs, gradients, torch.bfloat16)
+    monkeypatch.setattr(cuda, "_segments", lambda heads, tokens: segments)
+    split = run_kernels(device, inputs, gradients, torch.bfloat16)
+    assert not torch.equal(split["y"], whole["y"])
+    want = run(inputs, gradients, "reference")
+    assert_within(split, want, BF16_BOUNDS)
+    with torch.no_grad():
+        y, _ = cuda.wkv7_kernels(*typed(device, inputs, torch.bfloat16))
+    assert torch.equal(y.cpu(), split["y"])
+
+
+def test_only_few_long_sequences_are_split():
+    assert [cuda._segments(*x) for x in ((512, 4096), (192, 512), (768, 512), (32, 65536))] == [1, 1, 1, 16]
+    assert cuda._segments(1, 2047) == 1
+
+
+@FORMS
+def test_without_gradients_nothing_is_saved(device, dtype, size):
+    inputs, gradients = problem(batch=2, tokens=40, size=size)
+    want = run_kernels(device, inputs, gradients, dtype)
+    inputs = typed(device, inputs, dtype)
+    *_, saved, kept = torch.ops.heron.wkv7_kernels(*inputs, None, False, size == 64)
+    assert saved.numel() == kept.numel() == 0
+    y, state = cuda.wkv7_kernels(*inputs)
+    assert torch.equal(y.cpu(), want["y"])
+    assert torch.equal(state.cpu(), want["state"])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_step_form(device, tokens, size):
+    inputs, _ = problem(batch=3, tokens=tokens, heads=2, size=size)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        *tensors, state = typed(device, inputs, dtype)
+        want = dict(zip(NAMES, wkv7_reference(*(x.cpu().double() for x in tensors), inputs[6]), strict=False))
+        kept = state.clone()
+        y, final = cuda.wkv7_kernels(*tensors, state)
+        assert torch.equal(state, kept)
+        assert_within(
+            {"y": y.cpu(), "state": final.cpu()}, want, {"y": {2: 2.2e-3, 4: 1e-6}[dtype.itemsize], "state": 1e-6}
+        )
+        y_inplace, same = cuda.wkv7_kernels(*tensors, state, None, True)
+        assert same is state
+        assert torch.equal(state, final)
+        assert torch.equal(y_inplace, y)
+
+
+def test_the_step_form_on_packed_sequences_and_longer_inputs_in_place(device):
+    inputs, _ = problem(batch=1, tokens=4, heads=2)
+    states = torch.randn(3, 2, 16, 16, device=device)
+    tensors = typed(device, inputs[:6], torch.float32)
+    offsets = torch.tensor([0, 1, 1, 4], device=device)
+    y, final = cuda.wkv7_kernels(*tensors, states.clone(), offsets)
+    assert torch.equal(final[1], states[1])
+    for i in (0, 2):
+        own = slice(int(offsets[i]), int(offsets[i + 1]))
+        y_alone, alone = cuda.wkv7_kernels(*(x[:, own] for x in tensors), states[i : i + 1])
+        assert torch.equal(y[:, own], y_alone)
+        assert torch.equal(final[i : i + 1], alone)
+    long = typed(device, problem(batch=2, tokens=20)[0], torch.float32)
+    want_y, want = cuda.wkv7_kernels(*long)
+    y, state = cuda.wkv7_kernels(*long, None, True)
+    assert state is long[6]
+    assert torch.equal(y, want_y)
+    assert torch.equal(state, want)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@FORMS
+def test_all_outputs_are_written_and_nothing_beside_them(device, segments, dtype, size):
+    if size == 16 and segments == 2:
+        pytest.skip("the general kernels take whole sequences")
+    inputs, gradients = problem(batch=1, tokens=67, heads=2, size=size)
+    *tensors, state = typed(device, inputs, dtype)
+    d_final, dy = gradients[1].to(device).float(), gradients[0].to(device, dtype)
+    chunk = 32 if size == 64 else 16
+    segment_tokens = 67 if segments == 1 else 64
+    buffers = {}
+    if device == "cuda":
+        cuda.build()
+
+    def guarded(name, *shape, dtype=torch.float32):
+        count = int(torch.tensor(shape).prod())
+        buffers[name] = torch.full((count + 128,), float("nan"), dtype=dtype, device=device)
+        return buffers[name][64 : 64 + count].view(shape)
+
+    square = (2, size, size)
+    y, final = guarded("y", *tensors[0].shape, dtype=dtype), guarded("final", 1, *square)
+    saved = guarded("saved", -(-67 // chunk), *square, dtype=torch.bfloat16 if size == 64 else torch.float32)
+    work = [guarded(name, segments, *square) if segments > 1 else None for name in ("transfer", "local", "edges")]
+    plan = (None, size == 64, segments, segment_tokens)
+    torch.ops.heron.wkv7s_forward(*tensors, state, *plan, y, final, saved, *work)
+    grads = [guarded(f"d{name}", *tensors[0].shape, dtype=dtype) for name in "rwkvab"] + [
+        guarded("d_state", 1, *square)
+    ]
+    torch.ops.heron.wkv7s_backward(*tensors, dy, d_final, saved, work[0], *plan, *grads, *work[1:])
+    for name, buffer in buffers.items():
+        assert buffer[:64].isnan().all(), name
+        assert buffer[-64:].isnan().all(), name
+        assert not buffer[64:-64].isnan().any(), name
+
+
+def test_tokens_of_a_neighbour_do_not_matter(device):
+    inputs, _ = problem(batch=1, tokens=40, heads=2, size=64)
+    padded = [torch.full((1, 80, 2, 64), float("nan"), dtype=torch.bfloat16, device=device) for _ in range(6)]
+    views = [x[:, :40].copy_(y) for x, y in zip(padded, inputs, strict=False)]
+    state = inputs[6].to(device).float()
+    want = cuda.wkv7_kernels(*(x.clone() for x in views), state)
+    for one, other in zip(cuda.wkv7_kernels(*views, state), want, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_largest_block_is_known():
+    inputs, gradients = problem(batch=1, tokens=2, heads=1, size=128)
+    run_kernels("cpu", inputs, gradients, torch.float32)
+    assert emulator.load().wkv7s_shared_bytes() == cuda.SHARED_BYTES_128
+
+
+# Inside PyTorch
+
+
+@FORMS
+def test_operators_obey_pytorch(device, dtype, size):
+    inputs, _ = problem(batch=1, tokens=18, heads=1, size=size)
+    detached = typed(device, inputs, dtype)
+    leaves = [x.clone().requires_grad_() for x in detached]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.heron.wkv7_kernels, (*leaves, None, True, size == 64), test_utils=tests)
+    torch.library.opcheck(torch.ops.heron.wkv7_kernels_step, (*detached, None), test_utils=tests)
+    torch.library.opcheck(torch.ops.heron.wkv7_kernels_inplace, (*detached, None), test_utils=tests)
+
+
+def test_torch_compile_and_checkpointing(device):
+    inputs, gradients = problem(batch=1, tokens=20, heads=2)
+    want = run_kernels(device, inputs, gradients, torch.float32)
+    compiled = torch.compile(cuda.wkv7_kernels, backend="aot_eager", fullgraph=True)
+    leaves = [x.requires_grad_() for x in typed(device, inputs, torch.float32)]
+    for outputs in (compiled(*leaves), checkpoint(cuda.wkv7_kernels, *leaves, use_reentrant=False)):
+        grads = torch.autograd.grad(outputs, leaves, [x.to(device).float() for x in gradients])
+        assert_equal(dict(zip(NAMES, (x.cpu() for x in (*outputs, *grads)), strict=True)), want)
+
+
+def test_an_empty_batch(device):
+    inputs, gradients = problem(batch=0, tokens=3)
+    got = run_kernels(device, inputs, gradients, torch.float32)
+    assert got["y"].shape == (0, 3, 3, 16)
+    assert got["d_state"].shape == (0, 3, 16, 16)
+
+
+# What only a GPU can show
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tokens", [511, 4096])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 64)])
+def test_long_sequences(tokens, dtype, size):
+    inputs, gradients = rounded(*problem(batch=3, tokens=tokens, heads=5, size=size), dtype)
+    on_gpu, d_outputs = [x.cuda().requires_grad_() for x in inputs], [x.cuda() for x in gradients]
+    outputs = wkv7(*on_gpu, impl="chunked")
+    grads = torch.autograd.grad(outputs, on_gpu, d_outputs)
+    want = dict(zip(NAMES, (x.detach().cpu() for x in (*outputs, *grads)), strict=True))
+    got = run_kernels("cuda", inputs, gradients, dtype)
+    assert_within(got, want, BF16_BOUNDS if dtype == torch.bfloat16 else FP32_BOUNDS)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("batch", "tokens"), [(64, 200), (1, 8192)], ids=["whole", "split over time"])
+def test_two_runs_are_bit_equal(batch, tokens):
+    inputs, gradients = problem(batch=batch, tokens=tokens, heads=12, size=64)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        first, second = (run_kernels("cuda", inputs, gradients, torch.bfloat16) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(x.isnan().any() for x in first.values())
+    assert_equal(second, first)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@FORMS
+def test_cuda_graphs_and_another_stream(dtype, size):
+    inputs, gradients = problem(batch=2, tokens=70, size=size)
+    want = run_kernels("cuda", inputs, gradients, dtype)
+    leaves = [x.requires_grad_() for x in typed("cuda", inputs, dtype)]
+    d_outputs = [gradients[0].to("cuda", dtype), gradients[1].cuda().float()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = wkv7(*leaves, impl="cuda")
+        grads = torch.autograd.grad(outputs, leaves, d_outputs)
+    for x in (*outputs, *grads):
+        x.detach().fill_(float("nan"))
+    graph.replay()
+    assert_equal(dict(zip(NAMES, (x.detach().cpu() for x in (*outputs, *grads)), strict=True)), want)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y, _ = wkv7(*leaves, impl="cuda")
+    stream.synchronize()
+    assert torch.equal(y.cpu(), want["y"])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_inductor_and_auto():
+    inputs, gradients = problem(batch=2, tokens=70, size=64)
+    leaves = [x.requires_grad_() for x in typed("cuda", inputs, torch.bfloat16)]
+    assert _select.wkv7(torch.device("cuda"), 70).impl == "cuda"
+    compiled = torch.compile(lambda *x: wkv7(*(x_i * 2 for x_i in x[:6]), x[6]), fullgraph=True)
+    doubled = [2 * x for x in inputs[:6]] + [inputs[6]]
+    want = run_kernels("cuda", doubled, gradients, torch.bfloat16)
+    outputs = compiled(*leaves)
+    assert torch.equal(outputs[0].cpu(), want["y"])
+    grads = torch.autograd.grad(outputs, leaves, [gradients[0].to("cuda", torch.bfloat16), gradients[1].cuda().float()])
+    for name, grad in zip(NAMES[2:], grads, strict=True):
+        assert torch.equal(grad.cpu(), want[name] * (1 if name == "d_state" else 2)), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_ends_where_the_definition_ends(dtype, monkeypatch):
+    """200 steps of a small model, once with the kernels and once with the loop."""
+    losses = {}
+    text = b"".join(b"%d + %d = %d\n" % (i, j, i + j) for i in range(60) for j in range(60))
+    tokens = torch.tensor(list(text), dtype=torch.int64, device="cuda")
+    for impl in ("cuda", "reference"):
+        monkeypatch.setattr(_select, "wkv7", lambda *_, impl=impl: _select.Choice(impl, "the test"))
+        torch.manual_seed(0)
+        config = heron.ModelConfig(variant="v8", n_layer=2, n_embd=128, vocab_size=256, head_size=64)
+        model = heron.RWKV(config).to("cuda")
+        optimizer = heron.build_optimizer(model, lr=3e-4, weight_decay=0.1)
+        generator = torch.Generator().manual_seed(0)
+        tail = []
+        for _ in range(200):
+            starts = torch.randint(len(tokens) - 65, (8,), generator=generator)
+            batch = torch.stack([tokens[i : i + 65] for i in starts.tolist()])
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model.loss(batch[:, :-1], batch[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            tail.append(loss.detach())
+        losses[impl] = float(torch.stack(tail[-20:]).mean())
+    assert losses["reference"] < 3
+    assert abs(losses["cuda"] - losses["reference"]) < 0.01
+
+
+# Which form `auto` takes on a CUDA device
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Facts of a GPU, as the choice asks for them; nothing can be built."""
+    facts = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(_select, "_no_kernels", None)
+    monkeypatch.setattr(cuda, "build", lambda: None)
+    _select._why_wkv7_cannot_be_built.cache_clear()
+    yield facts
+    _select._why_wkv7_cannot_be_built.cache_clear()
+
+
+def test_auto_takes_the_kernels_where_they_run(gpu):
+    device = torch.device("cuda")
+    assert _select.wkv7(device, 512).impl == _select.wkv7(device, 1, torch.float16, 16).impl == "cuda"
+    assert _select.wkv7(device, 512, torch.float64).impl == "chunked"
+    assert "got torch.bfloat16 with N = 48" in _select.wkv7(device, 512, head_size=48).reason
+    gpu.shared_memory_per_block_optin = 101376
+    assert "bytes of shared memory" in _select.wkv7(device, 512, head_size=128).reason
+    gpu.major = 7
+    assert "needs compute capability 8.0 or later; this GPU has 7.0" in _select.wkv7(device, 512, head_size=32).reason
+
+
+def test_auto_says_once_that_the_kernels_cannot_be_built(gpu, monkeypatch, capsys):
+    def fail():
+        raise KernelError("wkv7s: no nvcc")
+
+    monkeypatch.setattr(cuda, "build", fail)
+    for dtype in cuda.DTYPES:
+        choice = _select.wkv7(torch.device("cuda"), 512, dtype)
+        assert choice.impl == "chunked"
+        assert "wkv7s: no nvcc" in choice.reason
+    assert _select.wkv7(torch.device("cuda"), 1).impl == "reference"
+    assert capsys.readouterr().err == "heron: going on with the slower form of WKV7 in PyTorch: wkv7s: no nvcc\n"
+
+
+def test_kernels_can_be_switched_off(gpu):
+    _select.keep_to_pytorch("RWKV_CUDA_ON is 0")
+    assert _select.wkv7(torch.device("cuda"), 512).impl == "chunked"
+    assert "RWKV_CUDA_ON is 0" in _select.wkv7(torch.device("cuda"), 512).reason
+    assert _select.rosa(torch.device("cuda")).impl == "dp"
+
+
+def test_the_choice_is_a_constant_to_torch_compile(gpu):
+    def choose(x):
+        return x if _select.wkv7(torch.device("cuda"), x.shape[0]).impl == "cuda" else x + 1
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(choose, backend="eager", fullgraph=True)(x), x)
+
+
+# What nvcc makes of the sources
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_the_kernels_compile_without_spilling(capability):
+    """Half a minute at the first time; the answer is kept in the cache, by a hash of sources, flags and compiler."""
+    flags = cuda.cuda_flags([capability])
+    source, *_ = cuda.sources()
+    facts = [_build._version("nvcc"), *flags, *(path.read_text() for path in (source, *cuda.headers()))]
+    report = _build.cache_folder() / f"wkv7s-ptxas-{hashlib.sha256(''.join(facts).encode()).hexdigest()[:16]}"
+    if not report.exists():
+        report.parent.mkdir(parents=True, exist_ok=True)
+        command = ["nvcc", *flags, "-Xptxas=-v", "-cubin", str(source), "-o", f"{report}.cubin"]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        report.with_suffix(".cubin").unlink()
+        report.write_text(ran.stderr)
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report.read_text()
+    )
+    assert len(spills) == 18
+    assert set(spills) == {("0", "0", "0")}
