@@ -26,7 +26,7 @@ def report() -> str:
     operators = {
         "wkv7": _select.wkv7(there, 512),
         "wkv7, T=1": _select.wkv7(there, 1),
-        "head and loss": _select.linear_cross_entropy(),
+        "head and loss": _select.linear_cross_entropy(there),
         "rosa": _select.rosa(there),
         "rosa gradients": _select.rosa_gradients(there),
     }
@@ -39,7 +39,7 @@ def report() -> str:
             ("cpu kernels", torch.backends.cpu.get_cpu_capability()),
             ("cpu flags", ", ".join(units) or "not known"),
             ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that PyTorch can use"),
-            ("nvcc", shutil.which("nvcc") or "not on the path (a GPU needs it for ROSA, nothing else does)"),
+            ("nvcc", shutil.which("nvcc") or "not on the path (on a GPU the kernels are built with it)"),
         ],
         "a training run here would use": [
             ("device", f"{device.value}: {device.reason}"),

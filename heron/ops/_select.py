@@ -64,9 +64,25 @@ def _why_wkv7_cannot_be_built() -> str | None:
     return _failure_of(cuda.build, "WKV7")
 
 
-def linear_cross_entropy() -> Choice:
-    """Implementation of :func:`heron.ops.linear_cross_entropy`, whatever the shape and the device."""
-    return Choice("chunked", "a bounded number of logits at a time")
+def linear_cross_entropy(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """Implementation of :func:`heron.ops.linear_cross_entropy` for hidden states of `dtype` on `device`.
+
+    Says so, once, when a CUDA device's kernel can't be built.
+    """
+    why_not = None
+    if device.type == "cuda" and dtype != torch.float64:
+        why_not = _no_kernels or _why_no_loss_kernel(torch.cuda.get_device_capability(device))
+        if why_not is None:
+            return Choice("cuda", "a bounded number of logits at a time, each read and written once")
+    reason = "a bounded number of logits at a time"
+    return Choice("chunked", reason if why_not is None else f"{reason}; no CUDA kernel ({why_not})")
+
+
+@functools.cache
+def _why_no_loss_kernel(capability: tuple[int, int]) -> str | None:
+    from heron.ops.linear_cross_entropy import cuda
+
+    return _failure_of(lambda: cuda.library(capability), "the loss")
 
 
 def rosa(device: torch.device, n_tokens: int = 0) -> Choice:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heron.errors import KernelError
-from heron.ops import linear_cross_entropy
+from heron.ops import _select, linear_cross_entropy
+from heron.ops.linear_cross_entropy import cuda
 from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
 
 IMPLS = ("reference", "chunked")
@@ -183,7 +186,7 @@ def test_chunks_keep_the_logits_bounded(monkeypatch):
         ({"targets": torch.full((2, 7), 11)}, r"in \[0, 11\).*got 11 at position \[0, 0\]"),
         ({"targets": torch.arange(14).view(2, 7) - 12}, r"got -12 at position \[0, 0\]"),
         ({"weight": torch.zeros(11, 5, device="meta")}, "on cpu; weight is on meta"),
-        ({"impl": "fast"}, "impl must be auto, reference, chunked; got 'fast'"),
+        ({"impl": "fast"}, "impl must be auto, reference, chunked, cuda; got 'fast'"),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
@@ -194,3 +197,130 @@ def test_unfit_arguments_are_refused_in_words(change, message):
     }
     with pytest.raises(KernelError, match=message):
         linear_cross_entropy(**(arguments | change))
+
+
+# On a GPU
+
+
+@pytest.fixture
+def gpu_problem():
+    """A function: shape, vocab -> hidden, weight and targets on the device, in bf16's values, as fp64."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+    def make(rows, vocab, width=64):
+        generator = torch.Generator().manual_seed(rows + vocab)
+        hidden = torch.randn(rows, width, generator=generator)
+        weight = 0.3 * torch.randn(vocab, width, generator=generator)
+        targets = torch.randint(vocab, (rows,), generator=generator)
+        targets[::7] = -100
+        return [x.bfloat16().double().cuda().requires_grad_() for x in (hidden, weight)], targets.cuda()
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (2, 7), (5, 1000), (300, 65536), (9000, 65536), (37, 50277)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_equals_the_definition(gpu_problem, rows, vocab, dtype):
+    sides, targets = gpu_problem(rows, vocab)
+    if rows == 1:
+        targets[:] = 0
+    mine = [x.detach().to(dtype).requires_grad_() for x in sides]
+    loss = linear_cross_entropy(*mine, targets, 0.7, impl="cuda")
+    grads = gradients(loss, *mine)
+    if rows == 9000:  # all logits at once in fp64 would not fit: chunks of them
+        want = linear_cross_entropy(*sides, targets, 0.7, impl="chunked")
+    else:
+        want = linear_cross_entropy(*sides, targets, 0.7, impl="reference")
+    limit = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=limit, atol=1e-6)
+    for grad, true in zip(grads, gradients(want, *sides), strict=True):
+        assert grad.dtype == dtype
+        assert (grad - true).norm() <= limit * true.norm() + 1e-6
+    again = [x.detach().clone().requires_grad_() for x in mine]
+    for one, other in zip(
+        grads, gradients(linear_cross_entropy(*again, targets, 0.7, impl="cuda"), *again), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [1003, 4096])
+def test_kernel_rows_equal_those_of_pytorch(gpu_problem, vocab):
+    """Ties go to the lowest index, rows that do not count give nothing, infinite and undefined logits as in PyTorch."""
+    module = importlib.import_module("heron.ops.linear_cross_entropy.chunked")
+    (_, _), _ = gpu_problem(1, 1)
+    cuda.require(torch.device("cuda"), torch.float32)
+    logits = torch.randn(12, vocab, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    logits[1] = 2.0
+    logits[2, [5, 700]] = 50.0
+    logits[3, 10:] = -torch.inf
+    logits[4, 17] = torch.inf
+    logits[5, 17] = torch.nan
+    targets = torch.arange(12, device="cuda")
+    targets[6] = -100
+    want = module.loss_rows(logits.clone(), targets, 0.25, True)
+    got = cuda.loss_rows_cuda(logits.clone(), targets, 0.25, True)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7, equal_nan=True)
+    without = logits.clone()
+    losses, _ = cuda.loss_rows_cuda(without, targets, 0.25, False)
+    assert torch.equal(losses.nan_to_num(), got[0].nan_to_num())
+    assert torch.equal(without.nan_to_num(), logits.nan_to_num())
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernel_on_a_gpu(gpu_problem):
+    sides, targets = gpu_problem(5, 40)
+    assert _select.linear_cross_entropy(torch.device("cuda")).impl == "cuda"
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = linear_cross_entropy(*(x.float() for x in sides), targets)
+    assert loss.dtype == torch.float32
+    assert _select.linear_cross_entropy(torch.device("cuda"), torch.float64).impl == "chunked"
+    with pytest.raises(KernelError, match="takes fp32, bf16 and fp16, got torch.float64"):
+        linear_cross_entropy(*sides, targets, impl="cuda")
+
+
+def test_without_a_device_it_says_what_to_type():
+    hidden, weight, targets = problem()
+    with pytest.raises(KernelError, match='impl="cuda" needs tensors on a CUDA device, got cpu; use impl="auto"'):
+        linear_cross_entropy(hidden, weight, targets, impl="cuda")
+
+
+def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
+    def fail(capability):
+        raise KernelError("loss_rows: no nvcc")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "library", fail)
+    _select._why_no_loss_kernel.cache_clear()
+    for _ in range(2):
+        choice = _select.linear_cross_entropy(torch.device("cuda"))
+        assert choice.impl == "chunked"
+        assert "loss_rows: no nvcc" in choice.reason
+    assert (
+        capsys.readouterr().err == "heron: going on with the slower form of the loss in PyTorch: loss_rows: no nvcc\n"
+    )
+    _select._why_no_loss_kernel.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_the_kernel_compiles_without_spilling(tmp_path, arch):
+    source = cuda.SOURCE.read_text()
+    begin, end = source.index("constexpr int kThreads"), source.index("// logits: (rows, V) fp32, bf16 or fp16")
+    types = {"float": (4, 1), "__nv_bfloat16": (8, 1), "__half": (8, 1)}
+    forms = "\n".join(
+        f"template __global__ void loss_rows<{t}, {w}>({t}*, const int64_t*, int, float, bool, float*);"
+        for t, widths in types.items()
+        for w in widths
+    )
+    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
+    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h"))
+    kernels.write_text(f"{includes}\n#define CUDA_KERNEL_ASSERT(x)\n{source[begin:end]}\n{forms}\n")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") >= 6

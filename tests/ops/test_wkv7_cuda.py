@@ -7,9 +7,11 @@ sources, compiled for it: tests/ops/emulator).
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ from heron.errors import KernelError
 from heron.ops import _build, _select, wkv7
 from heron.ops.wkv7 import cuda
 from heron.ops.wkv7.reference import wkv7_reference
+from heron.optim import set_lr
 from tests.ops import emulator
 from tests.ops.test_wkv7 import NAMES, errors, problem, run
 
@@ -428,20 +431,25 @@ def test_inductor_and_auto():
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_ends_where_the_definition_ends(dtype, monkeypatch):
-    """200 steps of a small model, once with the kernels and once with the loop."""
+    """200 steps of a small model on real text (the sources of Heron), once with the kernels and once with the loop.
+
+    The learning rate falls to 0: at a constant one rounding alone, in fp32, moves the loss by more than 0.01.
+    """
     losses = {}
-    text = b"".join(b"%d + %d = %d\n" % (i, j, i + j) for i in range(60) for j in range(60))
+    text = b"".join(path.read_bytes() for path in sorted(Path(heron.__file__).parent.rglob("*.py")))
     tokens = torch.tensor(list(text), dtype=torch.int64, device="cuda")
+    steps = 200
     for impl in ("cuda", "reference"):
         monkeypatch.setattr(_select, "wkv7", lambda *_, impl=impl: _select.Choice(impl, "the test"))
         torch.manual_seed(0)
         config = heron.ModelConfig(variant="v8", n_layer=2, n_embd=128, vocab_size=256, head_size=64)
         model = heron.RWKV(config).to("cuda")
-        optimizer = heron.build_optimizer(model, lr=3e-4, weight_decay=0.1)
+        optimizer = heron.build_optimizer(model)
         generator = torch.Generator().manual_seed(0)
         tail = []
-        for _ in range(200):
-            starts = torch.randint(len(tokens) - 65, (8,), generator=generator)
+        for step in range(steps):
+            set_lr(optimizer, 6e-4 * min(1, (step + 1) / 10) * (1 + math.cos(math.pi * step / steps)) / 2)
+            starts = torch.randint(len(tokens) - 65, (16,), generator=generator)
             batch = torch.stack([tokens[i : i + 65] for i in starts.tolist()])
             with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model.loss(batch[:, :-1], batch[:, 1:])
@@ -450,7 +458,7 @@ def test_training_ends_where_the_definition_ends(dtype, monkeypatch):
             optimizer.step()
             tail.append(loss.detach())
         losses[impl] = float(torch.stack(tail[-20:]).mean())
-    assert losses["reference"] < 3
+    assert losses["reference"] < 2.8
     assert abs(losses["cuda"] - losses["reference"]) < 0.01
 
 

@@ -7,10 +7,14 @@ from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _select
-from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
+from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked, linear_cross_entropy_cuda
 from heron.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
-_FORMS = {"reference": linear_cross_entropy_reference, "chunked": linear_cross_entropy_chunked}
+_FORMS = {
+    "reference": linear_cross_entropy_reference,
+    "chunked": linear_cross_entropy_chunked,
+    "cuda": linear_cross_entropy_cuda,
+}
 
 
 def linear_cross_entropy(
@@ -30,7 +34,8 @@ def linear_cross_entropy(
         targets: (...) int64 in [0, V), or -100 to be ignored. With none counted the loss and its gradients are 0.
         l2wrap: weight of L2Wrap; 0 leaves plain cross entropy.
         impl: "reference" (all logits at once), "chunked" (a bounded number of rows at a time, gradients computed
-            along with the loss), or "auto": chunked, which holds no more and was nowhere slower.
+            along with the loss), "cuda" (the same with a kernel for the rows, built at first use), or "auto": "cuda"
+            where it runs, else "chunked".
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs).
@@ -41,7 +46,7 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets)
     if impl == "auto":
-        impl = _select.linear_cross_entropy().impl
+        impl = _select.linear_cross_entropy(hidden.device, hidden.dtype).impl
     if impl not in _FORMS:
         raise KernelError(f"linear_cross_entropy: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
     return _FORMS[impl](hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), l2wrap)
