@@ -16,7 +16,7 @@ torture: .venv/installed-dev     ## the promises under attack at full count, and
 bench: .venv/installed-dev       ## the figures that README and docs quote
 	$(BIN)/python benchmarks/wkv7_cpu.py
 	$(BIN)/python benchmarks/train_cpu.py
-	$(BIN)/python benchmarks/rosa.py
+	$(BIN)/python benchmarks/rosa_op.py
 	$(BIN)/python benchmarks/rosa_learning.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/checkpoint.py
