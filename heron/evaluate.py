@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron import ops, strict_json
+from heron import ops
 from heron.checkpoint.atomic import new_file
+from heron.data import jsonl
 from heron.data.corpora import read_documents
 from heron.errors import ConfigError, DataError, did_you_mean
 from heron.generation.decoder import FusedDecoder, ModelDecoder, decoder_of
@@ -194,14 +195,7 @@ def multiple_choice(
         DataError: a bad line (its number is named), or no question at all.
     """
     start, pairs, questions = _start_of(tokenizer), [], []
-    for where, row in _limited(_records(Path(path)), limit):
-        question, choices, answer = (row.get(key) for key in ("question", "choices", "answer"))
-        if not (isinstance(question, str) and isinstance(choices, list) and len(choices) > 1):
-            raise DataError(f'{where}: wanted {{"question": text, "choices": two texts or more, "answer": number}}')
-        if not all(isinstance(choice, str) and choice for choice in choices):
-            raise DataError(f"{where}: wanted choices that are texts of at least one character, got {choices!r:.80}")
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise DataError(f"{where}: answer: wanted 0 to {len(choices) - 1}, got {answer!r:.40}")
+    for _, (question, choices, answer) in _limited(jsonl.read(Path(path), _question), limit):
         context = [*start, *tokenizer.encode(question)]
         pairs += [(context, tokenizer.encode(choice)) for choice in choices]
         questions.append(([len(choice.encode()) for choice in choices], answer))
@@ -307,23 +301,17 @@ def _limited(records: Iterator[tuple[str, Any]], limit: int | None) -> Iterator[
         yield record
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a jsonl with where they stand."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    row = strict_json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where}: {error}") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: wanted an object, got {type(row).__name__}")
-                yield where, row
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+def _question(row: dict[str, Any]) -> tuple[str, list[str], int]:
+    """Question, choices and the number of the right one; ValueError where `row` is none."""
+    choices, answer = row.get("choices"), row.get("answer")
+    if not (isinstance(row.get("question"), str) and isinstance(choices, list) and len(choices) > 1):
+        raise ValueError('wanted {"question": text, "choices": two texts or more, "answer": number}')
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError(f"wanted choices that are texts of at least one character, got {choices!r:.80}")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"answer: wanted 0 to {len(choices) - 1}, got {answer!r:.40}")
+    texts = {f"choice {number}": choice for number, choice in enumerate(choices)}
+    return jsonl.text(row, "question"), [jsonl.text(texts, name) for name in texts], answer
 
 
 def _passes(by_length: list[int], pairs: list[tuple[list[int], list[int]]], mode: str) -> Iterator[list[int]]:

@@ -212,7 +212,10 @@ def test_multiple_choice_by_hand(reader, tmp_path):
         ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "line 2: answer: wanted 0 to 1, got 2"),
         ('{"question": "a", "choices": ["b", "c"], "answer": true}', "line 2: answer"),
         ('{"question": "a", "choices": ["b", "c"], "answer": "A"}', "line 2: answer"),
-        ('{"question": "\\ud800", "choices": ["b", "c"], "answer": 0}', "surrogate"),
+        (
+            '{"question": "\\ud800", "choices": ["b", "c"], "answer": 0}',
+            "line 2: character 0 of the question is .*surrogate",
+        ),
     ],
 )
 def test_a_bad_question_is_located(reader, tmp_path, line, words):

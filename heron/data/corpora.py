@@ -6,15 +6,12 @@ import importlib
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from heron import strict_json
+from heron.data import jsonl
 from heron.errors import ConfigError, DataError, did_you_mean
 
 BUILTIN = ("builtin:python-docs", "builtin:python-stdlib")
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-LONGEST_LINE = 1 << 26  # bytes of a jsonl line, its newline left out
-_PIECE = 1 << 20  # bytes read at a time of a line that is too long
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -50,7 +47,7 @@ def read_documents(source: str, on_bad_line: Callable[[DataError], None] | None 
     Raises:
         ConfigError: there is no such built-in corpus.
         DataError: a missing, unreadable, or not UTF-8 file; a line that is no such object (its number and
-            the byte where it begins are named), or is longer than LONGEST_LINE; a folder without text.
+            the byte where it begins are named), or is longer than jsonl.LONGEST_LINE; a folder without text.
     """
     if source.startswith("builtin:"):
         for number, text in enumerate(builtin(source), start=1):
@@ -58,7 +55,7 @@ def read_documents(source: str, on_bad_line: Callable[[DataError], None] | None 
         return
     for path in text_files(source):
         if path.suffix == ".jsonl":
-            yield from _read_jsonl(path, on_bad_line)
+            yield from jsonl.read(path, lambda row: jsonl.text(row, "text"), on_bad_line)
         else:
             yield str(path), _decoded(path, _read(path))
 
@@ -75,60 +72,6 @@ def text_files(source: str) -> list[Path]:
     if not files:
         raise DataError(f"{source}: wanted a folder with {', '.join(TEXT_SUFFIXES)} files, found none")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _read_jsonl(path: Path, on_bad_line: Callable[[DataError], None] | None) -> Iterator[tuple[str, str]]:
-    try:
-        with path.open("rb") as file:
-            for number, offset, line in _lines(file):
-                if line is not None and not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    text = _text_of(line)
-                except ValueError as error:
-                    refusal = DataError(f"{where}: {error} (the line begins at byte {offset:,})")
-                    if on_bad_line is None:
-                        raise refusal from None
-                    on_bad_line(refusal)
-                    continue
-                yield where, text
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
-    """Number, offset and bytes of each line that ends with a newline or the file; None for one beyond LONGEST_LINE."""
-    number = offset = 0
-    while line := file.readline(LONGEST_LINE + 1):
-        number += 1
-        length = len(line)
-        if length > LONGEST_LINE and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"):
-                line = file.readline(_PIECE)
-                length += len(line)
-            line = None
-        yield number, offset, line
-        offset += length
-
-
-def _text_of(line: bytes | None) -> str:
-    """The document in one jsonl line; ValueError when there is none."""
-    if line is None:
-        raise ValueError(f"wanted at most {LONGEST_LINE:,} bytes in a line, got more; is it a jsonl?")
-    row = strict_json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f'wanted an object {{"text": "..."}}, got {type(row).__name__}')
-    text = row.get("text")
-    if not isinstance(text, str):
-        got = f"{type(text).__name__} there" if "text" in row else f"the keys {', '.join(map(repr, row)) or 'of none'}"
-        raise ValueError(f'wanted a string under "text", got {got[:200]}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise ValueError(f"character {error.start} of the text is {half}, half a surrogate pair") from None
-    return text
 
 
 def _read(path: Path) -> bytes:

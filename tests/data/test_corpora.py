@@ -2,7 +2,7 @@ import pydoc_data.topics
 
 import pytest
 
-from heron.data import corpora
+from heron.data import jsonl
 from heron.data.corpora import builtin, read_documents
 from heron.errors import ConfigError, DataError
 
@@ -90,8 +90,8 @@ def test_bad_lines_can_be_passed_over_and_are_handed_out(tmp_path):
 
 @pytest.mark.parametrize("last", [b"", b"\n", b'\n{"text": "after"}'])
 def test_a_line_that_is_too_long_is_refused_and_the_next_one_read(tmp_path, monkeypatch, last):
-    monkeypatch.setattr(corpora, "LONGEST_LINE", 20)
-    monkeypatch.setattr(corpora, "_PIECE", 7)
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 20)
+    monkeypatch.setattr(jsonl, "_PIECE", 7)
     path = tmp_path / "a.jsonl"
     for extra in range(40):
         line = b'{"text": "' + b"a" * extra + b'"}'

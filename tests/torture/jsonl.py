@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from heron.data import corpora
+from heron.data import corpora, jsonl
 from heron.errors import DataError
 from tests.torture.result import Result
 
@@ -56,7 +56,7 @@ HOSTILE: dict[str, Hostile] = {
     "trailing comma": lambda rng: b'{"text": "a",}',
     "comment": lambda rng: b'{"text": "a"} // b',
     "random bytes": lambda rng: b"\xff" + rng.randbytes(rng.randint(1, 60)).replace(b"\n", b""),
-    "too long": lambda rng: b'{"text": "' + b"a" * (corpora.LONGEST_LINE + rng.randint(0, 9)) + b'"}',
+    "too long": lambda rng: b'{"text": "' + b"a" * (jsonl.LONGEST_LINE + rng.randint(0, 9)) + b'"}',
 }
 PIECES = ("a", " ", "\u2028", "\u0085", "\x7f", "\\n", "é", "世界", "🦩", '\\"', "[[{{", "\\ud83e\\udda9", "\\u0000")
 
@@ -150,7 +150,7 @@ def run(trials: int, seed: int) -> Result:
     rng = random.Random(seed)
     failures: list[str] = []
     caught = control_trials = lines = n_bad = 0
-    longest, corpora.LONGEST_LINE = corpora.LONGEST_LINE, 10_000  # so that lines beyond it take no gigabytes here
+    longest, jsonl.LONGEST_LINE = jsonl.LONGEST_LINE, 10_000  # so that lines beyond it take no gigabytes here
     try:
         with tempfile.TemporaryDirectory() as scratch:
             while lines < trials:
@@ -163,7 +163,7 @@ def run(trials: int, seed: int) -> Result:
                 lines, n_bad = lines + count, n_bad + len(bad)
                 path.unlink()
     finally:
-        corpora.LONGEST_LINE = longest
+        jsonl.LONGEST_LINE = longest
     size = 1 << 30 if trials >= 100_000 else 150 << 20
     with tempfile.TemporaryDirectory() as scratch:
         peak, right = giant_line(Path(scratch), size, "heron")
