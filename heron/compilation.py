@@ -74,7 +74,7 @@ def is_failure(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """A compiler's error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+    return " ".join([f"{type(error).__name__}:", *lines[:2]])
 
 
 @functools.cache
