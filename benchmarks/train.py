@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--profile", nargs="*", choices=ROWS, default=[], help="rows to look into")
     parser.add_argument("--top", type=int, default=40, help="kernels that a profile lists")
     parser.add_argument("--layers", type=int, help="other than the row's: two compile what any number uses")
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "graph", "off"))
     parser.add_argument("--weights", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--grad_checkpoint", action="store_true")
     options = parser.parse_args()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,15 +31,15 @@ def choose(wanted: str, device: torch.device, model: ModelConfig) -> machine.Cho
     Says so, once, where a GPU would profit but something is missing.
 
     Raises:
-        ConfigError: "on" where it can't be.
+        ConfigError: "on" or "graph" where it can't be.
     """
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model)
-    if wanted == "on":
+    if wanted != "auto":
         if reason is not None:
-            raise ConfigError(f"compile on: {reason}; use --compile auto")
-        return machine.Choice("on", "as asked")
+            raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
+        return machine.Choice(wanted, "as asked")
     if reason is not None:
         return machine.Choice("off", reason)
     return machine.Choice("on", "the elementwise work of a block in few kernels")
@@ -62,6 +62,40 @@ def compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     return torch.compile(Block.from_zero, backend=BACKEND, dynamic=False, fullgraph=True)
+
+
+class PassGraph:
+    """A forward and backward pass over one shape of batch, recorded as a CUDA graph: the host launches it as one.
+
+    It keeps the memory of the pass, gradients too, for as long as it lives.
+
+    Args:
+        run: makes the pass over tokens and targets (B, T) and returns its loss. It was run before, so nothing is
+            compiled, tuned or loaded any more.
+        leaves: get a gradient by it, and have none now.
+        tokens, targets: a batch of that shape, on the GPU.
+    """
+
+    def __init__(
+        self, run: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor], tokens: Tensor, targets: Tensor
+    ):
+        self._tokens, self._targets = tokens.clone(), targets.clone()
+        torch.cuda.empty_cache()  # what earlier passes left can't be used by this one
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = run(self._tokens, self._targets)
+        self._gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
+        for leaf, _ in self._gradients:
+            leaf.grad = None
+
+    def replay(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch; the leaves have its gradients until the next replay."""
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._targets.copy_(targets, non_blocking=True)
+        self._graph.replay()
+        for leaf, gradient in self._gradients:
+            leaf.grad = gradient
+        return self._loss
 
 
 def is_failure(error: BaseException) -> bool:

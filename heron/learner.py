@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
 from heron.model.host_tables import HostTables
 from heron.optim import build_optimizer, set_lr
+
+_PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
 
 
 class Learner:
@@ -33,7 +37,7 @@ class Learner:
         compiled: whether steps are compiled, and why.
 
     Raises:
-        ConfigError: tables on the host for a model that has none; `compile: on` where nothing can be compiled.
+        ConfigError: tables on the host for a model that has none; `compile` on or graph where nothing can be compiled.
     """
 
     def __init__(self, model: RWKV, config: TrainConfig, device: torch.device):
@@ -44,11 +48,11 @@ class Learner:
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         self.network = in_bf16(model) if in_half else model
         self.network.grad_checkpoint = config.grad_checkpoint
-        pairs = zip(self.network.parameters(), model.parameters(), strict=True)
-        self._copies = [(copy, master) for copy, master in pairs if copy is not master]
+        self._copies = [(copy, master) for copy, master in self._leaves() if copy is not master]
         self._autocast_dtype = "fp32" if in_half else config.dtype
         self.compiled = compilation.choose(config.compile, device, model.config)
-        if self.compiled.value == "on":
+        self._passes, self._graphs = Counter(), {}  # by shape of batch
+        if self.compiled.value != "off":
             self.network.compiled_block = compilation.compiled_block()
         self.optimizer = build_optimizer(
             model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
@@ -65,7 +69,7 @@ class Learner:
             The mean loss, an fp32 scalar on the device.
 
         Raises:
-            HeronError: the compiler failed, and `compile` is on. Under auto that is said, and the step made without.
+            HeronError: the compiler failed. Under `compile: auto` that is said once, and the step made without.
         """
         try:
             return self._gradients(samples)
@@ -80,13 +84,35 @@ class Learner:
             self.tables.bring(torch.cat([tokens for tokens, _ in samples]))
         loss = torch.zeros((), device=self.device)
         for sample in samples:
-            x, y = (_onto(self.device, part) for part in sample)
-            with machine.autocast(self._autocast_dtype, self.device):
-                micro_loss = self.network.loss(x, y) / len(samples)
-            micro_loss.backward()
+            loss += self._pass(*(_onto(self.device, part) for part in sample), len(samples))
             self._hand_over()
-            loss += micro_loss.detach()
         return loss
+
+    def _pass(self, tokens: Tensor, targets: Tensor, passes: int) -> Tensor:
+        """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
+
+        def run(tokens: Tensor, targets: Tensor) -> Tensor:
+            with machine.autocast(self._autocast_dtype, self.device):
+                loss = self.network.loss(tokens, targets) / passes
+            loss.backward()
+            return loss.detach()
+
+        # A graph's gradients are overwritten by its next replay, so they must have been handed over by then.
+        adds_up = passes > 1 and any(copy is master for copy, master in self._leaves())
+        if self.compiled.value != "graph" or adds_up or self.tables is not None:
+            return run(tokens, targets)
+        shape = (*tokens.shape, passes)
+        self._passes[shape] += 1
+        if self._passes[shape] <= _PASSES_BEFORE_GRAPH:
+            return run(tokens, targets)
+        if shape not in self._graphs:
+            leaves = [leaf for leaf, _ in self._leaves()]
+            self._graphs[shape] = compilation.PassGraph(run, leaves, tokens, targets)
+        return self._graphs[shape].replay(tokens, targets)
+
+    def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+        """The network's parameters, each with the one of `model` that it is, or is a copy of."""
+        return zip(self.network.parameters(), self.model.parameters(), strict=True)
 
     def update(self, loss: Tensor, lr: float, limit: float) -> Tensor:
         """Start the optimizer's step, which changes nothing if loss or gradients are bad, or the loss is above `limit`.
@@ -132,8 +158,8 @@ class Learner:
     def _do_without_compiler(self, error: Exception) -> None:
         """Make the steps as they are written from here on, and say so."""
         told = compilation.first_line(error)
-        if self.config.compile == "on":
-            raise HeronError(f"compile on: {told}. Use --compile auto or --compile off") from error
+        if self.config.compile != "auto":
+            raise HeronError(f"compile {self.config.compile}: {told}. Use --compile auto or --compile off") from error
         print(f"heron: training steps are not compiled, so they take longer: {told}", file=sys.stderr)
         self.compiled = machine.Choice("off", told)
         self.network.compiled_block = None

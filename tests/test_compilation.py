@@ -206,6 +206,26 @@ def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant
         assert compiled < max(2 * written, 0.03), leaf
 
 
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        pytest.param("v7", dict(accumulate=2), marks=needs_gpu),
+        pytest.param("v8", dict(grad_checkpoint=True), marks=needs_gpu),
+        pytest.param("v8", dict(weights="fp32", dtype="fp32"), marks=needs_gpu),
+    ],
+)
+def test_a_replayed_pass_on_a_gpu_gives_the_same_bits(variant, changes):
+    model, changes = model_of(variant, 2, 128), dict(dtype="bf16") | changes
+    results = []
+    for compiled in ("on", "graph"):
+        learner = learner_of(model, GPU, compile=compiled, **changes)
+        results.append(trained(learner, 8, changes.get("accumulate", 1)))
+        assert len(learner._graphs) == (compiled == "graph")
+    (numbers, weights), (replayed, replayed_weights) = results
+    assert torch.equal(numbers, replayed)
+    assert all(torch.equal(weights[name], weight) for name, weight in replayed_weights.items())
+
+
 @pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
 def test_two_runs_on_a_gpu_are_bit_equal(variant):
     first, second = (

@@ -145,7 +145,7 @@ class RWKV(nn.Module):
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             arguments = (x, layer_state, v_first, context, window)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False)
+                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, layer_state, v_first = block(*arguments)
             layers.append(layer_state)
@@ -175,7 +175,9 @@ class RWKV(nn.Module):
         x = context.embedded
         for block in self.blocks:
             if self.grad_checkpoint:
-                x, v_first = checkpoint(self._run_compiled, block, x, v_first, context, use_reentrant=False)
+                x, v_first = checkpoint(
+                    self._run_compiled, block, x, v_first, context, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x, v_first = self._run_compiled(block, x, v_first, context)
         return self.ln_out(x)
