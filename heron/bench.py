@@ -9,6 +9,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 try:
     import resource
@@ -21,7 +22,7 @@ from heron.errors import ConfigError
 from heron.learner import Learner
 from heron.model import RWKV
 
-_WARM_UP = 2  # steps that are not counted: they make the moments, and what PyTorch makes once
+_WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTorch makes or compiles once
 
 
 class Result(NamedTuple):
@@ -33,10 +34,13 @@ class Result(NamedTuple):
     update_seconds: float  # of it: clipping and the optimizer
     tokens_per_s: float
     peak_bytes: int | None  # CUDA: allocated by PyTorch; CPU: resident in the process, all its libraries too
+    compile: str  # whether the steps were compiled, and why
 
 
 def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
-    """Train a fresh model on random tokens, two steps to warm up and then `steps`, and say what one takes.
+    """Train a fresh model on random tokens, a few steps to warm up and then `steps`, and say what one takes.
+
+    As in a training run, a GPU is not waited for between them.
 
     Args:
         config: with the device and the dtype decided, as `Trainer(config).config` has them.
@@ -49,23 +53,32 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     learner = Learner(RWKV(model), config, device)
-    shape = (config.accumulate, config.micro_bsz, config.ctx_len + 1)
-    of_gradients, of_update = [], []
-    for _ in range(_WARM_UP + steps):
-        tokens = torch.randint(0, model.vocab_size, shape)
-        samples = [(sample[:, :-1].contiguous(), sample[:, 1:].contiguous()) for sample in tokens]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batches = [random_batch(config, model) for _ in range(_WARM_UP + steps)]
+    times = []
+    for number, samples in enumerate(batches):
+        if number == _WARM_UP:
+            _wait(device)
         begun = _now(device)
         loss = learner.gradients(samples)
         between = _now(device)
         learner.update(loss, config.lr_init, math.inf)
-        of_gradients.append(between - begun)
-        of_update.append(_now(device) - between)
-    of_gradients, of_update = of_gradients[_WARM_UP:], of_update[_WARM_UP:]
-    seconds = statistics.median(a + b for a, b in zip(of_gradients, of_update, strict=True))
-    return Result(
-        steps, seconds, statistics.median(of_gradients), statistics.median(of_update),
-        config.tokens_per_step / seconds, _peak(device),
-    )  # fmt: skip
+        times.append((begun, between, _now(device)))
+    _wait(device)
+    times = times[_WARM_UP:]
+    seconds, of_gradients, of_update = (
+        statistics.median(_seconds(marks[i], marks[j]) for marks in times) for i, j in ((0, 2), (0, 1), (1, 2))
+    )
+    speed = config.tokens_per_step / seconds
+    compiled = f"{learner.compiled.value}: {learner.compiled.reason}"
+    return Result(steps, seconds, of_gradients, of_update, speed, _peak(device), compiled)
+
+
+def random_batch(config: TrainConfig, model: ModelConfig) -> list[tuple[Tensor, Tensor]]:
+    """The samples of a step, of random tokens: tokens and targets (B, T) int64 of each micro-batch."""
+    tokens = torch.randint(0, model.vocab_size, (config.accumulate, config.micro_bsz, config.ctx_len + 1))
+    return [(sample[:, :-1].contiguous(), sample[:, 1:].contiguous()) for sample in tokens]
 
 
 def describe(config: TrainConfig, model: ModelConfig, result: Result) -> str:
@@ -76,6 +89,7 @@ def describe(config: TrainConfig, model: ModelConfig, result: Result) -> str:
         ("model", f"{model.variant} L{model.n_layer} C{model.n_embd} V{model.vocab_size}"),
         ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} random tokens"),
         ("precision", f"{config.dtype}, weights {config.weights}, tables {config.tables}"),
+        ("compile", result.compile),
         ("device", f"{config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"),
         ("a step", f"{1e3 * result.seconds:,.1f} ms, the median of {result.steps}"),
         ("  forward, backward", f"{1e3 * result.gradients_seconds:,.1f} ms"),
@@ -93,10 +107,21 @@ def record(config: TrainConfig, model: ModelConfig, result: Result) -> dict[str,
     return {**result._asdict(), "gpu": name, "torch": torch.__version__, "config": settings}
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(begun: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
+    return ended - begun if isinstance(begun, float) else begun.elapsed_time(ended) / 1e3
+
+
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _peak(device: torch.device) -> int | None:

@@ -21,7 +21,8 @@ VARIANTS = tuple(_DEEP_EMBED)
 DTYPES = ("auto", "fp32", "bf16")
 TRAINING_TABLES = ("device", "host")
 TABLES_STATE = ("fp32", "bf16")
-WEIGHTS = ("fp32", "bf16")
+WEIGHTS = ("auto", "fp32", "bf16")
+COMPILE = ("auto", "on", "graph", "off")
 ON_NONFINITE = ("stop", "skip", "rewind")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
 LARGEST_SEED = 2**63 - 1
@@ -262,7 +263,8 @@ class TrainConfig:
     grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
     grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
     dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
-    weights: str = _setting("fp32", "what the network computes with: the fp32 weights, or a bf16 copy of them")
+    weights: str = _setting("auto", "the network computes with: the fp32 weights, a bf16 copy, or auto: bf16 on a GPU")
+    compile: str = _setting("auto", "compile the blocks: off, on, graph (replay each pass too), or auto: on a GPU")
     device: str = _setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
     tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
     tables_state: str = _setting("fp32", "of tables on the host: AdamW's moments of their rows, fp32 or bf16")
@@ -313,8 +315,9 @@ class TrainConfig:
                 f"got max_steps={self.max_steps} and max_tokens={self.max_tokens}"
             )
         choices = dict(
-            dtype=DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS, on_nonfinite=ON_NONFINITE
-        )
+            dtype=DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS, compile=COMPILE,
+            on_nonfinite=ON_NONFINITE,
+        )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:

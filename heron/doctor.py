@@ -10,7 +10,8 @@ import textwrap
 
 import torch
 
-from heron import __version__, machine
+from heron import __version__, compilation, machine
+from heron.config import ModelConfig
 from heron.ops import _select
 
 COLUMNS = 80
@@ -23,6 +24,8 @@ def report() -> str:
     device = machine.choose_device("auto")
     there = torch.device(device.value)
     dtype = machine.choose_dtype("auto", there)
+    weights = machine.choose_weights("auto", dtype.value, there)
+    compiled = compilation.choose("auto", there, ModelConfig())
     operators = {
         "wkv7": _select.wkv7(there, 512),
         "wkv7, T=1": _select.wkv7(there, 1),
@@ -44,6 +47,8 @@ def report() -> str:
         "a training run here would use": [
             ("device", f"{device.value}: {device.reason}"),
             ("precision", f"{dtype.value}: {dtype.reason}"),
+            ("weights", f"{weights.value}: {weights.reason}"),
+            ("compile", f"{compiled.value}: {compiled.reason}"),
             *((name, f"{choice.impl}: {choice.reason}") for name, choice in operators.items()),
         ],
         "packages": [(name, _version(name) or f"MISSING: {_install(name)}") for name in _NEEDED],

@@ -6,6 +6,7 @@ in a ledger. What the model, the loss or the optimizer come to hold tomorrow is 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Iterable
@@ -104,7 +105,7 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
         network.to = lambda device: network  # it is there, as far as it is anywhere
-        learner = Learner(network, config, torch.device("cpu"))
+        learner = Learner(network, dataclasses.replace(config, compile="off"), torch.device("cpu"))
         samples = [(torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64),) * 2] * passes
         counts: dict[str, int] = {}
         _count_activations(learner.network, ledger, counts)

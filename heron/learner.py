@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import functools
+import sys
+from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from heron import machine
+from heron import compilation, machine
 from heron.config import TrainConfig
+from heron.errors import HeronError
 from heron.guards import is_bad
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
 from heron.model.host_tables import HostTables
 from heron.optim import build_optimizer, set_lr
+
+_PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
 
 
 class Learner:
@@ -29,9 +34,10 @@ class Learner:
         network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, made again after each step.
         tables: those in host memory, None where they are with the model.
         optimizer: of `model`'s parameters.
+        compiled: whether steps are compiled, and why.
 
     Raises:
-        ConfigError: tables on the host for a model that has none.
+        ConfigError: tables on the host for a model that has none; `compile` on or graph where nothing can be compiled.
     """
 
     def __init__(self, model: RWKV, config: TrainConfig, device: torch.device):
@@ -39,8 +45,15 @@ class Learner:
         self.tables = HostTables(model, device) if config.tables == "host" else None
         if self.tables is None:
             model.to(device)
-        self.network = in_bf16(model) if config.weights == "bf16" else model
+        in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
+        self.network = in_bf16(model) if in_half else model
         self.network.grad_checkpoint = config.grad_checkpoint
+        self._copies = [(copy, master) for copy, master in self._leaves() if copy is not master]
+        self._autocast_dtype = "fp32" if in_half else config.dtype
+        self.compiled = compilation.choose(config.compile, device, model.config)
+        self._passes, self._graphs = Counter(), {}  # by shape of batch
+        if self.compiled.value != "off":
+            self.network.compiled_block = compilation.compiled_block()
         self.optimizer = build_optimizer(
             model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
             self.tables, machine.DTYPES[config.tables_state],
@@ -54,18 +67,52 @@ class Learner:
 
         Returns:
             The mean loss, an fp32 scalar on the device.
+
+        Raises:
+            HeronError: the compiler failed. Under `compile: auto` that is said once, and the step made without.
         """
+        try:
+            return self._gradients(samples)
+        except Exception as error:
+            if self.compiled.value == "off" or not compilation.is_failure(error):
+                raise
+            self._do_without_compiler(error)
+        return self._gradients(samples)
+
+    def _gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
         if self.tables is not None:
             self.tables.bring(torch.cat([tokens for tokens, _ in samples]))
-        by_autocast = self.config.dtype if self.config.weights == "fp32" else "fp32"
         loss = torch.zeros((), device=self.device)
         for sample in samples:
-            x, y = (_onto(self.device, part) for part in sample)
-            with machine.autocast(by_autocast, self.device):
-                micro_loss = self.network.loss(x, y) / len(samples)
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            loss += self._pass(*(_onto(self.device, part) for part in sample), len(samples))
+            self._hand_over()
         return loss
+
+    def _pass(self, tokens: Tensor, targets: Tensor, passes: int) -> Tensor:
+        """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
+
+        def run(tokens: Tensor, targets: Tensor) -> Tensor:
+            with machine.autocast(self._autocast_dtype, self.device):
+                loss = self.network.loss(tokens, targets) / passes
+            loss.backward()
+            return loss.detach()
+
+        # A graph's gradients are overwritten by its next replay, so they must have been handed over by then.
+        adds_up = passes > 1 and any(copy is master for copy, master in self._leaves())
+        if self.compiled.value != "graph" or adds_up or self.tables is not None:
+            return run(tokens, targets)
+        shape = (*tokens.shape, passes)
+        self._passes[shape] += 1
+        if self._passes[shape] <= _PASSES_BEFORE_GRAPH:
+            return run(tokens, targets)
+        if shape not in self._graphs:
+            leaves = [leaf for leaf, _ in self._leaves()]
+            self._graphs[shape] = compilation.PassGraph(run, leaves, tokens, targets)
+        return self._graphs[shape].replay(tokens, targets)
+
+    def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+        """The network's parameters, each with the one of `model` that it is, or is a copy of."""
+        return zip(self.network.parameters(), self.model.parameters(), strict=True)
 
     def update(self, loss: Tensor, lr: float, limit: float) -> Tensor:
         """Start the optimizer's step, which changes nothing if loss or gradients are bad, or the loss is above `limit`.
@@ -74,7 +121,8 @@ class Learner:
             Loss, gradient norm before clipping, and 1.0 if they are bad: (3,) fp32 on the device.
         """
         rows = [] if self.tables is None else self.tables.rows
-        grad_norm = _clip([*self.model.parameters(), *rows], self.config.grad_clip)
+        trained = (*self.model.parameters(), *rows)
+        grad_norm = _clip([leaf.grad for leaf in trained if leaf.grad is not None], self.config.grad_clip)
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
         self.optimizer.found_inf = bad  # AdamW's own means of holding back weights, moments and step counter
@@ -86,15 +134,43 @@ class Learner:
     @torch.no_grad()
     def refresh(self) -> None:
         """Give the network the model's weights; of use where the two are not one, after the weights were changed."""
-        for copy, master in zip(self.network.parameters(), self.model.parameters(), strict=True):
-            if copy is not master:
-                copy.copy_(master)
+        if self._copies:
+            torch._foreach_copy_(*zip(*self._copies, strict=True))
+
+    @torch.no_grad()
+    def _hand_over(self) -> None:
+        """Add the gradients of a bf16 network's copies to those of their masters, in fp32, all at once; free them."""
+        pairs = [(copy, master) for copy, master in self._copies if copy.grad is not None]
+        added = [(master.grad, copy.grad) for copy, master in pairs if master.grad is not None]
+        first = [(copy.grad, master) for copy, master in pairs if master.grad is None]
+        if added:
+            torch._foreach_add_(*zip(*added, strict=True))
+        if first:
+            gradients, masters = zip(*first, strict=True)
+            block = masters[0].new_empty(sum(gradient.numel() for gradient in gradients))
+            parts = torch._C._nn.unflatten_dense_tensors(block, masters)
+            torch._foreach_copy_(parts, gradients)
+            for master, part in zip(masters, parts, strict=True):
+                master.grad = part
+        for copy, _ in pairs:
+            copy.grad = None
+
+    def _do_without_compiler(self, error: Exception) -> None:
+        """Make the steps as they are written from here on, and say so."""
+        told = compilation.first_line(error)
+        if self.config.compile != "auto":
+            raise HeronError(f"compile {self.config.compile}: {told}. Use --compile auto or --compile off") from error
+        print(f"heron: training steps are not compiled, so they take longer: {told}", file=sys.stderr)
+        self.compiled = machine.Choice("off", told)
+        self.network.compiled_block = None
+        for leaf in (*self.network.parameters(), *self.model.parameters()):
+            leaf.grad = None
 
 
 def in_bf16(model: RWKV) -> RWKV:
     """A network that computes as `model` in bf16, tables apart: these are `model`'s own.
 
-    Its gradients are added up in fp32 as those of `model`: each is handed over, and freed, once it is complete.
+    Its gradients are added up in fp32 as those of `model`, to which :class:`Learner` hands them over.
     """
     with torch.device("meta"):
         network = RWKV(model.config)
@@ -105,16 +181,8 @@ def in_bf16(model: RWKV) -> RWKV:
     for name, module in network.named_modules():
         for leaf in () if name in tables else list(dict(module.named_parameters(recurse=False))):
             master = masters[f"{name}.{leaf}" if name else leaf]
-            copy = nn.Parameter(master.detach().to(torch.bfloat16))
-            copy.register_post_accumulate_grad_hook(functools.partial(_hand_over, master))
-            setattr(module, leaf, copy)
+            setattr(module, leaf, nn.Parameter(master.detach().to(torch.bfloat16)))
     return network
-
-
-def _hand_over(master: nn.Parameter, copy: nn.Parameter) -> None:
-    gradient = copy.grad.to(master.dtype)
-    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-    copy.grad = None
 
 
 def _onto(device: torch.device, tensor: Tensor) -> Tensor:
@@ -122,10 +190,9 @@ def _onto(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _clip(parameters: list[Tensor], max_norm: float) -> Tensor:
+def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -60,6 +60,15 @@ def choose_dtype(wanted: str, device: torch.device) -> Choice:
     return Choice("fp32", "this CPU has no bf16 matrix units (AMX)")
 
 
+def choose_weights(wanted: str, dtype: str, device: torch.device) -> Choice:
+    """fp32 or bf16 for what a training run's network computes with; those that train are fp32 either way."""
+    if wanted != "auto":
+        return Choice(wanted, "as asked")
+    if dtype == "bf16" and device.type == "cuda":
+        return Choice("bf16", "a copy in bf16 halves what a GPU moves")
+    return Choice("fp32", "a copy in bf16 is of use to a GPU at dtype bf16")
+
+
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
     """The precision context for `dtype`: bf16 matrix products over fp32 weights, or nothing at all."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")

@@ -65,7 +65,7 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
         found.append(dict(tables_state="bf16"))
     if config.dtype == "fp32":
         found.append(dict(dtype="bf16"))
-    elif config.weights == "fp32":
+    elif config.weights != "bf16":
         found.append(dict(weights="bf16"))
     if config.ctx_len > 1:
         found.append(dict(ctx_len=config.ctx_len // 2))

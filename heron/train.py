@@ -127,6 +127,7 @@ class Trainer:
         device = machine.choose_device(config.device)
         self.device = torch.device(device.value)
         self.dtype = machine.choose_dtype(config.dtype, self.device)
+        weights = machine.choose_weights(config.weights, self.dtype.value, self.device)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = dataclasses.replace(
@@ -134,6 +135,7 @@ class Trainer:
             model=_model_config(config.model),
             device=device.value,
             dtype=self.dtype.value,
+            weights=weights.value,
             threads=torch.get_num_threads(),
         )
 
@@ -200,7 +202,7 @@ class Trainer:
         guard, progress = Guard(config.on_nonfinite, config.spike), _Progress()
         if resume_from is not None:
             record = self._restore(resume_from, learner, guard, progress)
-            for reason in self._differences(record, corpus):
+            for reason in self._differences(record, corpus, learner):
                 self.say(f"resuming, but not bit-exact because {reason}")
         else:
             save(model, self.out / "rwkv-init.pth")
@@ -221,7 +223,7 @@ class Trainer:
         status = "failed"
         try:
             with contextlib.closing(reporter):
-                reporter.header(self._header(model, corpus, batches, resume_from))
+                reporter.header(self._header(learner, corpus, batches, resume_from))
                 status = self._loop(parts, progress)
         finally:
             self._write_status(status, progress)
@@ -380,7 +382,7 @@ class Trainer:
             "owed": progress.owed,
             "guard": parts.guard.state(),
             "model": parts.learner.model.config.to_dict(),
-            "exact": self._exact(parts.corpus),
+            "exact": self._exact(parts.corpus, parts.learner),
         }
         parts.reporter.sync()  # a checkpoint whose steps are not in the log would leave a gap there
         yaml = self.config.to_yaml()
@@ -542,7 +544,7 @@ class Trainer:
             )
         return saved
 
-    def _exact(self, corpus: Corpus) -> dict[str, Any]:
+    def _exact(self, corpus: Corpus, learner: Learner) -> dict[str, Any]:
         """What decides whether a resume can be bit-exact."""
         config = self.config
         units = sorted(machine.cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
@@ -558,12 +560,13 @@ class Trainer:
             "cuda": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
             "MKL_CBWR": os.environ.get("MKL_CBWR"),
             "wkv7": _select.wkv7(self.device, config.ctx_len).impl,
+            "compile": learner.compiled.value,
             **{name: getattr(config, name) for name in _EXACT},
         }
 
-    def _differences(self, record: dict[str, Any], corpus: Corpus) -> list[str]:
+    def _differences(self, record: dict[str, Any], corpus: Corpus, learner: Learner) -> list[str]:
         """Each thing that is not as it was when the checkpoint was written, as a clause."""
-        before, now = record["exact"], self._exact(corpus)
+        before, now = record["exact"], self._exact(corpus, learner)
         unknown = [f"{name} was not written down" for name in now if name not in before]
         return unknown + [
             f"{name} was {before[name]} and is {value}"
@@ -571,12 +574,14 @@ class Trainer:
             if name in before and before[name] != value
         ]
 
-    def _header(self, model: RWKV, corpus: Corpus, batches: Batches, resume_from: Path | None) -> list[tuple[str, str]]:
-        config, model_config = self.config, model.config
+    def _header(
+        self, learner: Learner, corpus: Corpus, batches: Batches, resume_from: Path | None
+    ) -> list[tuple[str, str]]:
+        config, model_config = self.config, learner.model.config
         wkv7 = _select.wkv7(self.device, config.ctx_len)
         rosa = _select.rosa(self.device) if model_config.rosa else None
         head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        n_parameters = sum(parameter.numel() for parameter in learner.model.parameters())
         return [
             ("model", f"{model_config.variant}  L{model_config.n_layer} C{model_config.n_embd} "
                       f"{head_size}V{model_config.vocab_size}  {n_parameters / 1e6:.2f} M parameters"),
@@ -586,7 +591,8 @@ class Trainer:
             ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} = "
                      f"{config.tokens_per_step:,} tokens; {config.total_steps:,} steps"),
             ("device", f"{self.device}, {config.threads} threads"),
-            ("precision", f"{config.dtype}: {self.dtype.reason}"),
+            ("precision", f"{config.dtype}: {self.dtype.reason}; weights {config.weights}"),
+            ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),
             ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
             *([("rosa", f"{rosa.impl}: {rosa.reason}")] if rosa else []),
             ("out", f"{self.out}" + (f", going on from {resume_from.name}" if resume_from else "")),

@@ -19,6 +19,7 @@ LINES = [
     ["machine", "strict_json", "tokenizer", "ops"],
     ["model", "data"],
     ["optim", "checkpoint", "generation", "evaluate", "report", "guards", "faults", "preemption", "memory"],
+    ["compilation"],
     ["learner"],
     ["train", "estimate", "bench"],
     ["cli", "chat", "__main__", "doctor", "info", "convert", "hf", "demo", "compat"],

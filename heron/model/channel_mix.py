@@ -40,26 +40,36 @@ class ChannelMix(nn.Module):
             self.s2 = nn.Parameter(torch.empty(R, F))
             self.s0 = nn.Parameter(torch.empty(F))
 
-    def forward(self, x: Tensor, last_x: Tensor, tokens: Lookup) -> tuple[Tensor, Tensor]:
-        """Mix channels: x (B, T, C) is the output of ln2, last_x (B, C) the token before, tokens the T input tokens.
+    def table_rows(self, tokens: Lookup) -> Tensor | None:
+        """The table's rows (B, T, width) of the input tokens, in the dtype of the activations; None without a table."""
+        if self.form is None:
+            return None
+        if self.form == "low-rank":
+            found = rows(self.s_emb, self.s_emb_x, tokens)
+        else:
+            found = (self.enn if self.form == "output" else self.enn4)(tokens.ids)
+        return found.to(tokens.embedded.dtype)
+
+    def forward(self, x: Tensor, last_x: Tensor, of_table: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mix channels: x (B, T, C) is the output of ln2, last_x (B, C) the token before, of_table the `table_rows`.
 
         Returns the branch's output (B, T, C) and the new last_x.
         """
         mixed = torch.addcmul(x, shifted(x, last_x) - x, self.x_k.to(x.dtype))
         hidden = torch.relu(self.key(mixed)).square()  # (B, T, F)
         if self.form == "hidden":
-            hidden = hidden * self.enn4(tokens.ids).to(hidden.dtype)
+            hidden = hidden * of_table.to(hidden.dtype)
         elif self.form == "low-rank":
-            hidden = hidden * self._low_rank_gate(x, tokens).to(hidden.dtype)
+            hidden = hidden * self._low_rank_gate(x, of_table).to(hidden.dtype)
         out = self.value(hidden)
         if self.form == "output":
-            out = out * self.enn(tokens.ids).to(out.dtype)
+            out = out * of_table.to(out.dtype)
         return out, last_of(x)
 
-    def _low_rank_gate(self, x: Tensor, tokens: Lookup) -> Tensor:
-        """(B, T, F) gates from x, which is *not* shifted, and the tokens."""
+    def _low_rank_gate(self, x: Tensor, of_table: Tensor) -> Tensor:
+        """(B, T, F) gates from x, which is *not* shifted, and the tokens' rows."""
         B, T, _ = x.shape
         squeezed = (x @ self.s1).view(B, T, 1, GATE_RANK)
-        mix = rows(self.s_emb, self.s_emb_x, tokens).view(B, T, GATE_RANK, GATE_RANK)  # [in, out]
+        mix = of_table.view(B, T, GATE_RANK, GATE_RANK)  # [in, out]
         mixed = (squeezed @ mix.to(squeezed.dtype)).view(B, T, GATE_RANK)
         return mixed @ self.s2 + self.s0

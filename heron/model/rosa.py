@@ -114,7 +114,7 @@ class RosaBlock(nn.Module):
         """As :meth:`heron.model.rwkv.Block.forward`; `v_first` and `window` mean nothing here."""
         recalled, rosa = self.rosa(self.ln3(x), state.rosa)
         x = x + recalled
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, context.last(x.shape[1]))
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, self.ffn.table_rows(context.last(x.shape[1])))
         return x + out, state._replace(ffn_shift=ffn_shift, rosa=rosa), v_first
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -45,6 +47,27 @@ class Block(nn.Module):
 
         `context` is every token that attention can see, the T of x last; without attention it is those T.
         """
+        of_table = self.ffn.table_rows(context.last(x.shape[1]))
+        return self._branches(x, state, v_first, of_table, context, window)
+
+    def from_zero(self, x: Tensor, v_first: Tensor | None, of_table: Tensor | None) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` from a zero state that nobody reads afterwards: x (B, T, C) -> x and layer 0's values.
+
+        It is what a training step needs, and what :mod:`heron.compilation` compiles. Without attention or ROSA.
+        """
+        zero = x.new_zeros(x.shape[0], x.shape[2])
+        x, _, v_first = self._branches(x, LayerState(zero, None, zero), v_first, of_table, None, None)
+        return x, v_first
+
+    def _branches(
+        self,
+        x: Tensor,
+        state: LayerState,
+        v_first: Tensor | None,
+        of_table: Tensor | None,
+        context: Lookup | None,
+        window: int | None,
+    ) -> tuple[Tensor, LayerState, Tensor]:
         out, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first)
         attention = rosa = None
         if self.qkv is not None:
@@ -54,22 +77,23 @@ class Block(nn.Module):
             recalled, rosa = self.rosa(self.ln3(x), state.rosa)
             out = out + recalled
         x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, context.last(x.shape[1]))
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, of_table)
         return x + out, LayerState(att_shift, wkv, ffn_shift, attention, rosa), v_first
 
 
 class RWKV(nn.Module):
     """An RWKV-7 or RWKV-8 language model. `state_dict()` is the upstream .pth format, key for key.
 
-    It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`. Two plain
-    attributes say how it runs: `grad_checkpoint`, and `attention_window`, which bounds what DeepEmbedAttention (v7b,
-    v8-hybrid) reads and remembers; upstream has no such bound.
+    It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`. Three plain
+    attributes say how it runs: `grad_checkpoint`; `attention_window`, which bounds what DeepEmbedAttention (v7b,
+    v8-hybrid) reads and remembers (upstream has no such bound); and `compiled_block`.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # recompute each block in the backward pass
+        self.compiled_block: Callable[..., tuple[Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
@@ -121,7 +145,7 @@ class RWKV(nn.Module):
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             arguments = (x, layer_state, v_first, context, window)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False)
+                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, layer_state, v_first = block(*arguments)
             layers.append(layer_state)
@@ -135,8 +159,31 @@ class RWKV(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward."""
-        hidden, _ = self.hidden_states(tokens)
+        if self.compiled_block is not None and torch.is_grad_enabled():
+            hidden = self._compiled_hidden_states(tokens)
+        else:
+            hidden, _ = self.hidden_states(tokens)
         return ops.linear_cross_entropy(hidden, self.head.weight, targets)
+
+    def _compiled_hidden_states(self, tokens: Tensor) -> Tensor:
+        """:meth:`hidden_states` from a zero state, block by compiled block.
+
+        Tables are looked up between the blocks: compiled, their gradients would be summed in an order that changes.
+        """
+        self._check_tokens(tokens)
+        v_first, context = None, Lookup(tokens, self.embed(tokens))
+        x = context.embedded
+        for block in self.blocks:
+            if self.grad_checkpoint:
+                x, v_first = checkpoint(
+                    self._run_compiled, block, x, v_first, context, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, v_first = self._run_compiled(block, x, v_first, context)
+        return self.ln_out(x)
+
+    def _run_compiled(self, block: Block, x: Tensor, v_first: Tensor | None, context: Lookup) -> tuple[Tensor, Tensor]:
+        return self.compiled_block(block, x, v_first, block.ffn.table_rows(context))
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.numel() == 0:

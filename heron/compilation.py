@@ -1,0 +1,132 @@
+"""Compiled training steps: the blocks as few kernels, by torch.compile.
+
+One block is compiled, not the network: what takes half a minute is then the same at 12 layers and at 60. Layer 0, which
+has no values of an earlier layer to mix in, is a second graph. Embedding, tables, head and loss stay as they are
+written: the gradients of looked-up rows are then summed in one order, so a step gives the same bits each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heron import machine
+from heron.config import ModelConfig
+from heron.errors import ConfigError
+from heron.model.rwkv import Block
+from heron.ops import _select
+
+BACKEND = "inductor"
+_GRAPHS = 64  # a process may train with several shapes and precisions, two graphs each; PyTorch would stop at 8
+
+
+def choose(wanted: str, device: torch.device, model: ModelConfig) -> machine.Choice:
+    """Whether training steps of `model` on `device` are compiled. `wanted` is TrainConfig.compile.
+
+    Says so, once, where a GPU would profit but something is missing.
+
+    Raises:
+        ConfigError: "on" or "graph" where it can't be.
+    """
+    if wanted == "off":
+        return machine.Choice("off", "as asked")
+    reason = why_not(device, model)
+    if wanted != "auto":
+        if reason is not None:
+            raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
+        return machine.Choice(wanted, "as asked")
+    if reason is not None:
+        return machine.Choice("off", reason)
+    return machine.Choice("on", "the elementwise work of a block in few kernels")
+
+
+def why_not(device: torch.device, model: ModelConfig) -> str | None:
+    """Why training steps are not compiled, as a clause; None where they can be."""
+    if device.type != "cuda":
+        return "it is for a GPU; a CPU gains little"
+    if model.has_attention or model.rosa is not None:
+        return f"{model.variant} has branches that look back over a growing context"
+    if _select.wkv7(device, 512, head_size=model.head_size).impl != "cuda":
+        return "WKV7 has no kernels here"
+    return _why_no_triton()
+
+
+def compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`Block.from_zero`, compiled at its first call of each shape, with its backward; as RWKV.compiled_block."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    return torch.compile(Block.from_zero, backend=_compile, dynamic=False, fullgraph=True)
+
+
+def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """BACKEND, but what a matrix product of the backward reads may be computed again too, from what is kept anyway.
+
+    A block then keeps 30 instead of 38 tensors of (B, T, C): squared ReLUs, and keys after their gates, are not kept.
+    """
+    import torch._dynamo
+    import torch._functorch.config
+
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+
+
+class PassGraph:
+    """A forward and backward pass over one shape of batch, recorded as a CUDA graph: the host launches it as one.
+
+    It keeps the memory of the pass, gradients too, for as long as it lives.
+
+    Args:
+        run: makes the pass over tokens and targets (B, T) and returns its loss. It was run before, so nothing is
+            compiled, tuned or loaded any more.
+        leaves: get a gradient by it, and have none now.
+        tokens, targets: a batch of that shape, on the GPU.
+    """
+
+    def __init__(
+        self, run: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor], tokens: Tensor, targets: Tensor
+    ):
+        self._tokens, self._targets = tokens.clone(), targets.clone()
+        torch.cuda.empty_cache()  # what earlier passes left can't be used by this one
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = run(self._tokens, self._targets)
+        self._gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
+        for leaf, _ in self._gradients:
+            leaf.grad = None
+
+    def replay(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch; the leaves have its gradients until the next replay."""
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._targets.copy_(targets, non_blocking=True)
+        self._graph.replay()
+        for leaf, gradient in self._gradients:
+            leaf.grad = gradient
+        return self._loss
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether the compiler raised this, rather than what it compiled."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
+def first_line(error: BaseException) -> str:
+    """A compiler's error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[:2]])
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is not None:
+        return None
+    print("heron: training steps are not compiled, so they take longer: pip install triton", file=sys.stderr)
+    return "triton, which compiles for a GPU, is not installed"
