@@ -1,6 +1,6 @@
 """Tokens per second of the decoding engine beside the `rwkv` package. ``python benchmarks/generate.py [--constant]``
 
-Both run the same random RWKV-7 weights in one process and take turns, a few tokens each, so that other work on the
+Without that package (pip install rwkv==0.8.32) Heron runs alone. Both run the same random RWKV-7 weights in one process and take turns, a few tokens each, so that other work on the
 machine falls on both. Other work only ever adds time: the ratio is that of the fastest turns, the median stands beside
 it. The package runs RWKV-8 files without their tables, so v8 stands beside our own v7. With --constant, instead: time
 per token far into a text, and memory.
@@ -9,6 +9,7 @@ per token far into a text, and memory.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import statistics
 import tempfile
@@ -26,13 +27,15 @@ from heron.machine import choose_device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def random_model(variant: str, n_layer: int, n_embd: int, vocab_size: int) -> heron.RWKV:
+def random_model(
+    variant: str, n_layer: int, n_embd: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> heron.RWKV:
     """Weights of ordinary size everywhere: the initial values have zeros that no trained model has."""
     config = heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size)
     with torch.device("meta"):
-        model = heron.RWKV(config)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
+        model = heron.RWKV(config).to(dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or name.endswith("enn.weight"):
@@ -54,7 +57,8 @@ def decoding(model: heron.RWKV, rows: int, ids: list[int], **tables) -> Callable
 def package(path: Path, strategy: str, ids: list[int]) -> tuple[Callable[[], None], Callable[[], None]]:
     """Functions that draw a token with the `rwkv` package, and that read `ids` with it."""
     cuda = "cuda" in strategy
-    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="1" if cuda else "0")
+    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1")
+    os.environ.setdefault("RWKV_CUDA_ON", "1" if cuda else "0")
     from rwkv.model import RWKV
     from rwkv.utils import PIPELINE
 
@@ -99,7 +103,7 @@ def report(seconds: dict[str, list[float]], tokens: dict[str, int]) -> None:
 
 def constant(device: torch.device) -> None:
     """Time per token far into a text beside that near its start, and memory over 10,000 tokens, of a small model."""
-    model = random_model("v8", 4, 256, 256).to(device)
+    model = random_model("v8", 4, 256, 256, torch.float32, device)
     steps = {f"behind {n:,} tokens": decoding(model, 1, torch.randint(256, (n,)).tolist()) for n in (100, 100_000)}
     seconds = in_turns(steps, 100, 5, device)
     report(seconds, dict.fromkeys(seconds, 1))
@@ -127,6 +131,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on the CPU, bf16 on a GPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=int, default=8, help="sequences of the batched figure")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt that is read")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8, help="of a turn")
@@ -141,25 +146,28 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(f"torch {torch.__version__}, {where}, L{args.n_layer}-D{args.n_embd}, V {args.vocab_size}, {dtype}\n")
 
-    ids = torch.randint(1, args.vocab_size, (256,), generator=torch.Generator().manual_seed(0)).tolist()
-    sizes = (args.n_layer, args.n_embd, args.vocab_size)
-    v7 = random_model("v7", *sizes).to(DTYPES[dtype])
-    with tempfile.TemporaryDirectory() as folder:
-        heron.save(v7, Path(folder) / "v7.pth")
-        theirs, their_prefill = package(Path(folder) / "v7.pth", f"{device.type} {dtype}", ids)
-    v7, v8 = v7.to(device), random_model("v8", *sizes).to(DTYPES[dtype]).to(device)
-    engine = heron.Engine(v7, tokenizer.load(f"integers:{args.vocab_size}"))
+    ids = torch.randint(1, args.vocab_size, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = (args.n_layer, args.n_embd, args.vocab_size, DTYPES[dtype], device)
+    v7 = random_model("v7", *sizes)
+    writing, reading = {}, {}
+    if importlib.util.find_spec("rwkv") is None:
+        print("the rwkv package is not installed: Heron alone")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            heron.save(v7, Path(folder) / "v7.pth")
+            writing["rwkv package"], reading["rwkv package"] = package(
+                Path(folder) / "v7.pth", f"{device.type} {dtype}", ids
+            )
+    writing["heron v7"] = decoding(v7, 1, ids)
     place = {} if device.type == "cpu" else {"tables": "host", "device": device}
-    functions = {
-        "rwkv package": theirs,
-        "heron v7": decoding(v7, 1, ids),
-        "heron v8": decoding(v8, 1, ids, **place),
-        f"heron v7, {args.rows} rows": decoding(v7, args.rows, ids),
-    }
-    seconds = in_turns(functions, args.turns, args.tokens, device)
-    report(seconds, {name: args.rows if "rows" in name else 1 for name in functions})
-    functions = {f"rwkv package, read {len(ids)}": their_prefill, "heron v7": lambda: engine.prefill(ids)}
-    report(in_turns(functions, 3, 1, device), dict.fromkeys(functions, len(ids)))
+    writing["heron v8"] = decoding(random_model("v8", *sizes), 1, ids, **place)
+    writing[f"heron v7, {args.rows} rows"] = decoding(v7, args.rows, ids)
+    seconds = in_turns(writing, args.turns, args.tokens, device)
+    report(seconds, {name: args.rows if "rows" in name else 1 for name in writing})
+    engine = heron.Engine(v7, tokenizer.load(f"integers:{args.vocab_size}"))
+    reading["heron v7"] = lambda: engine.prefill(ids)
+    print(f"\nreading a prompt of {len(ids)}:")
+    report(in_turns(reading, 3, 1, device), dict.fromkeys(reading, len(ids)))
 
 
 if __name__ == "__main__":

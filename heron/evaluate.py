@@ -22,7 +22,7 @@ from heron.checkpoint.atomic import new_file
 from heron.data import jsonl
 from heron.data.corpora import read_documents
 from heron.errors import ConfigError, DataError, did_you_mean
-from heron.generation.decoder import FusedDecoder, ModelDecoder, decoder_of
+from heron.generation.decoder import Decoder, decoder_of
 from heron.model import RWKV
 from heron.tokenizer import Tokenizer
 
@@ -335,9 +335,7 @@ def _in_parallel(model: RWKV, pairs: list[tuple[list[int], list[int]]]) -> list[
     ]
 
 
-def _one_by_one(
-    model: RWKV, decoder: FusedDecoder | ModelDecoder, pairs: list[tuple[list[int], list[int]]]
-) -> list[Likelihood]:
+def _one_by_one(model: RWKV, decoder: Decoder, pairs: list[tuple[list[int], list[int]]]) -> list[Likelihood]:
     """Token by token; `pairs` are sorted, longest first."""
     for row in range(len(pairs)):
         decoder.write(row, None)
@@ -351,7 +349,7 @@ def _one_by_one(
         logits = decoder.step(rows, [inputs[row][position] for row in rows])
         for row, line in zip(rows, logits, strict=True):
             if position >= len(pairs[row][0]) - 1:
-                wanted[row].append(line)
+                wanted[row].append(line.clone())
     return [_likelihood(torch.stack(lines), pairs[row][1]) for row, lines in enumerate(wanted)]
 
 

@@ -17,6 +17,7 @@ from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.generation import Engine, Request, Sampling, Snapshot, engine
 from heron.generation.decoder import FusedDecoder, ModelDecoder, is_fusible
+from heron.generation.graphed import GraphedDecoder
 from heron.generation.tables import Tables, fingerprint
 
 INTEGERS = tokenizer.load("integers:37")
@@ -40,11 +41,12 @@ def equal(a, b):
 
 @pytest.mark.parametrize("form", FUSED)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-4), (torch.bfloat16, 0.4)])
-def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance):
+@pytest.mark.parametrize("decoder_class", [FusedDecoder, GraphedDecoder])
+def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance, decoder_class):
     model = random_model(**FUSED[form]).to(dtype)
     tokens = torch.randint(37, (12,), generator=torch.Generator().manual_seed(1))
     assert is_fusible(model)
-    decoder, state = FusedDecoder(model, 2), None
+    decoder, state = decoder_class(model, 2), None
     with torch.inference_mode():
         _, state = model(tokens[None, :5])
         decoder.write(1, state)
@@ -60,13 +62,14 @@ def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance):
         assert (mine - theirs).abs().max() < tolerance
 
 
-def test_every_parameter_matters_to_the_fused_step(random_model):
+@pytest.mark.parametrize("decoder_class", [FusedDecoder, GraphedDecoder])
+def test_every_parameter_matters_to_the_fused_step(random_model, decoder_class):
     for form in ("v8", "v7a"):
         model = random_model(**FUSED[form], n_layer=2)
         tokens = [3, 30]
 
         def logits(model=model, tokens=tokens):
-            decoder = FusedDecoder(model, 1)
+            decoder = decoder_class(model, 1)
             return torch.cat([decoder.step([0], [token]) for token in tokens])
 
         with torch.inference_mode():
@@ -376,7 +379,7 @@ def test_the_state_does_not_grow(random_model):
     for _ in range(60):
         engine.step()
         sizes.add(engine.snapshot(row).state.nbytes)
-        storages.add(tuple(part.data_ptr() for layer in engine._decoder._states for part in layer[:3]))
+        storages.add(tuple(part.data_ptr() for layer in engine._decoder._states.layers for part in layer[:3]))
     assert len(sizes) == len(storages) == 1
     assert math.isfinite(sizes.pop())
 

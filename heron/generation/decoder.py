@@ -1,7 +1,8 @@
 """One token for each of several rows, at a cost that never grows: what an engine runs after the prompt.
 
 :class:`heron.RWKV` is the definition. :class:`FusedDecoder` computes the same with its weights laid out for reading
-them once per token, and changes its rows' states in place; :class:`ModelDecoder` asks the model itself.
+them once per token, and changes its rows' states in place, on a CPU; :mod:`heron.generation.graphed` does on a GPU.
+:class:`ModelDecoder` asks the model itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,22 @@ _KNOWN = re.compile(
     r"|(receptance|key|value|output)\.weight)"
     r"|ffn\.(x_k|(key|value|enn|enn4|s_emb|s_emb_x)\.weight|s[012]))"
 )
+
+
+class Decoder(Protocol):
+    """Several sequences, each in a row of its own, that go on token by token."""
+
+    def write(self, row: int, state: State | None) -> None:
+        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
+
+    def read(self, row: int) -> State | None:
+        """What `row` remembers, as a copy."""
+
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Read `tokens`, one for each of `rows`; logits (n, V), which the next step may overwrite.
+
+        A row that is left out may lose its state: write it anew before its next step.
+        """
 
 
 class ModelDecoder:
@@ -59,26 +76,57 @@ class ModelDecoder:
 
 
 class Memory(NamedTuple):
-    """The state of one block for a group of n rows: views of the decoder's own tensors, changed in place."""
+    """The state of one block for one row: views of the decoder's own tensors, changed in place."""
 
-    att_shift: Tensor  # (n, C)
-    wkv: Tensor  # (n * H, N_value, N_key)
-    ffn_shift: Tensor  # (n, C)
+    att_shift: Tensor  # (1, C)
+    wkv: Tensor  # (H, N_value, N_key)
+    ffn_shift: Tensor  # (1, C)
 
     @classmethod
-    def of(cls, state: LayerState, group: range) -> Memory:
-        """The part of a layer's state that belongs to the rows of `group`."""
-        att_shift, wkv, ffn_shift = (part[group.start : group.stop] for part in state[:3])
-        return cls(att_shift, wkv.flatten(0, 1), ffn_shift)
+    def of(cls, state: LayerState, row: int) -> Memory:
+        """The part of a layer's state that belongs to `row`."""
+        return cls(state.att_shift[row : row + 1], state.wkv[row], state.ffn_shift[row : row + 1])
+
+
+class RowStates:
+    """What several rows of a v7, v7a or v8 model remember, in tensors that a decoder changes in place.
+
+    Attributes:
+        layers: of each layer att_shift (rows, C), wkv (rows, H, N_value, N_key), ffn_shift (rows, C).
+    """
+
+    def __init__(self, model: RWKV, rows: int):
+        self._config, weight = model.config, model.emb.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        C, H, N = self._config.n_embd, self._config.n_head, self._config.head_size
+        shift = dict(dtype=self._dtype, device=self._device)
+        wkv = dict(dtype=torch.promote_types(self._dtype, torch.float32), device=self._device)
+        self.layers = [
+            LayerState(torch.zeros(rows, C, **shift), torch.zeros(rows, H, N, N, **wkv), torch.zeros(rows, C, **shift))
+            for _ in range(self._config.n_layer)
+        ]
+
+    @torch.inference_mode()
+    def write(self, row: int, state: State | None) -> None:
+        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
+        if state is None:
+            state = State.zeros(self._config, 1, self._device, self._dtype)
+        for mine, layer in zip(self.layers, state.layers, strict=True):
+            for part, new in zip(mine[:3], layer[:3], strict=True):
+                part[row] = new[0]
+
+    @torch.inference_mode()
+    def read(self, row: int) -> State:
+        """What `row` remembers, as a copy."""
+        return State.from_list([part[row : row + 1].clone() for layer in self.layers for part in layer[:3]])
 
 
 class FusedDecoder:
-    """Decodes a v7, v7a or v8 model with fewer, larger operators and no allocation of states.
+    """Decodes a v7, v7a or v8 model on a CPU with fewer, larger operators and no allocation of states.
 
-    On a CPU every row is computed by itself, so that what a row says cannot depend on its neighbours, not by a bit. The
-    rows take turns at each matrix, which the second row finds in the cache. In fp32 its matrices are copies laid out
-    (in, out): a product with one vector reads those a third faster. On a GPU all rows are computed together, those
-    without a sequence too: shapes never change.
+    Every row is computed by itself, so that what a row says cannot depend on its neighbours, not by a bit. The rows
+    take turns at each matrix, which the second row finds in the cache. In fp32 its matrices are copies laid out
+    (in, out): a product with one vector reads those a third faster.
 
     Args:
         model: see :func:`is_fusible`.
@@ -88,70 +136,40 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def __init__(self, model: RWKV, rows: int, table_rows: Callable[[Tensor], Sequence[Tensor | None]] | None = None):
-        self.config = model.config
-        weight = model.emb.weight
-        self._device = weight.device
-        C, H, N = self.config.n_embd, self.config.n_head, self.config.head_size
-        state_dtype = torch.promote_types(weight.dtype, torch.float32)
-
-        shift = dict(dtype=weight.dtype, device=self._device)
-        self._states = [
-            LayerState(
-                torch.zeros(rows, C, **shift),
-                torch.zeros(rows, H, N, N, dtype=state_dtype, device=self._device),
-                torch.zeros(rows, C, **shift),
-            )
-            for _ in range(self.config.n_layer)
-        ]
-        alone = self._device.type == "cpu"
-        self._groups = [range(row, row + 1) for row in range(rows)] if alone else [range(rows)]
-        self._memory = [[Memory.of(layer, group) for layer in self._states] for group in self._groups]
+        self._states = RowStates(model, rows)
+        self._memory = [[Memory.of(layer, row) for layer in self._states.layers] for row in range(rows)]
         self._embed = model.embed
-        self._layers = [_Layer(block, self.config) for block in model.blocks]
+        self._layers = [_Layer(block, model.config) for block in model.blocks]
         self._ln_out = _layer_norm(model.ln_out)
-        columns = HEAD_COLUMNS if alone else self.config.vocab_size
-        self._head = _matrices(*model.head.weight.split(columns))
-        self._table_rows = table_rows or _lookup(model)
+        self._head = _matrices(*model.head.weight.split(HEAD_COLUMNS))
+        self._table_rows = table_rows or lookup(model)
 
-    @torch.inference_mode()
     def write(self, row: int, state: State | None) -> None:
         """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
-        if state is None:
-            state = State.zeros(self.config, 1, self._device, self._states[0].att_shift.dtype)
-        for mine, layer in zip(self._states, state.layers, strict=True):
-            for part, new in zip(mine[:3], layer[:3], strict=True):
-                part[row] = new[0]
+        self._states.write(row, state)
 
-    @torch.inference_mode()
     def read(self, row: int) -> State:
         """What `row` remembers, as a copy."""
-        return State.from_list([part[row : row + 1].clone() for layer in self._states for part in layer[:3]])
+        return self._states.read(row)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Read `tokens`, one for each of `rows`; logits (n, V).
-
-        On a GPU a row that is left out loses its state: write it anew before its next step.
-        """
-        token_of = dict(zip(rows, tokens, strict=True))
-        groups = [number for number, group in enumerate(self._groups) if not token_of.keys().isdisjoint(group)]
-        ids = [torch.tensor([token_of.get(row, 0) for row in self._groups[g]], device=self._device) for g in groups]
+        """Read `tokens`, one for each of `rows`; logits (n, V)."""
+        ids = [torch.tensor([token]) for token in tokens]
         x = [self._embed(i) for i in ids]
         tables = [
             [layer.gates(rows, embedded) for layer, rows in zip(self._layers, self._table_rows(i), strict=True)]
             for i, embedded in zip(ids, x, strict=True)
         ]
-        v_first: list[Tensor | None] = [None] * len(groups)
+        v_first: list[Tensor | None] = [None] * len(ids)
         for number, layer in enumerate(self._layers):
-            for i, g in enumerate(groups):
-                x[i], v_first[i] = layer.time_mix(x[i], self._memory[g][number], v_first[i])
-            for i, g in enumerate(groups):
-                x[i] = layer.channel_mix(x[i], self._memory[g][number], tables[i][number])
+            for i, row in enumerate(rows):
+                x[i], v_first[i] = layer.time_mix(x[i], self._memory[row][number], v_first[i])
+            for i, row in enumerate(rows):
+                x[i] = layer.channel_mix(x[i], self._memory[row][number], tables[i][number])
         x = [self._ln_out(part) for part in x]
         columns = [torch.cat([part @ weight for part in x]) for weight in self._head]
-        logits = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-        computed = [row for g in groups for row in self._groups[g]]
-        return logits if computed == list(rows) else logits[[computed.index(row) for row in rows]]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def is_fusible(model: nn.Module) -> bool:
@@ -178,13 +196,17 @@ def only_computing(model: nn.Module) -> Iterator[None]:
 
 def decoder_of(
     model: nn.Module, rows: int, table_rows: Callable[[Tensor], Sequence[Tensor | None]] | None = None
-) -> FusedDecoder | ModelDecoder:
-    """The fastest decoder that `model` can have, with room for `rows` sequences."""
-    return FusedDecoder(model, rows, table_rows) if is_fusible(model) else ModelDecoder(model, rows)
+) -> Decoder:
+    """The fastest decoder that `model` can have where it is, with room for `rows` sequences."""
+    from heron.generation.graphed import GraphedDecoder  # which is built on this module
+
+    if not is_fusible(model):
+        return ModelDecoder(model, rows)
+    return (FusedDecoder if model.emb.weight.device.type == "cpu" else GraphedDecoder)(model, rows, table_rows)
 
 
 class _Layer:
-    """One block's weights as a decoder reads them, and its step. Shapes: n rows in a group, else as in the model."""
+    """One block's weights as a decoder reads them, and its step for one row, n = 1. Other shapes as in the model."""
 
     def __init__(self, block: nn.Module, config: ModelConfig):
         att, ffn = block.att, block.ffn
@@ -213,9 +235,7 @@ class _Layer:
         """What the channel mix multiplies by, from its table's rows (n, width) and the embedded tokens (n, C)."""
         if self.form != "low-rank":
             return None if rows is None else rows.to(embedded.dtype)
-        dtype = torch.promote_types(embedded.dtype, torch.float32)
-        rows = rows.to(dtype) + embedded.to(dtype) @ self.s_emb_x.to(dtype).t()
-        return rows.to(embedded.dtype).view(-1, GATE_RANK, GATE_RANK)
+        return low_rank_gates(rows, embedded, self.s_emb_x)
 
     def time_mix(self, residual: Tensor, memory: Memory, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
         """residual (n, C) -> residual (n, C), and layer 0's values for the layers above."""
@@ -266,6 +286,13 @@ class _Layer:
         return torch.addmm(residual, hidden, self.ffn_value)
 
 
+def low_rank_gates(rows: Tensor, embedded: Tensor, of_embedding: Tensor) -> Tensor:
+    """The gates (n, 32, 32) of v7a: rows (n, 1024) of its table, and the embedded tokens (n, C) times (1024, C)^T."""
+    dtype = torch.promote_types(embedded.dtype, torch.float32)
+    rows = rows.to(dtype) + embedded.to(dtype) @ of_embedding.to(dtype).t()
+    return rows.to(embedded.dtype).view(-1, GATE_RANK, GATE_RANK)
+
+
 def _layer_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     """`norm` without the way through a module, which takes longer than the norm itself."""
     return functools.partial(
@@ -286,7 +313,7 @@ def _matrices(*weights: Tensor) -> list[Tensor]:
     return [part.view(weight.shape[::-1]).copy_(weight.t()) for part, weight in zip(parts, weights, strict=True)]
 
 
-def _lookup(model: RWKV) -> Callable[[Tensor], Sequence[Tensor | None]]:
+def lookup(model: RWKV) -> Callable[[Tensor], Sequence[Tensor | None]]:
     """A function: token ids (n,) -> the rows (n, width) of each layer's DeepEmbed, None without."""
     tables = [next((m for m in block.ffn.modules() if isinstance(m, DeepEmbed)), None) for block in model.blocks]
     return lambda ids: [None if table is None else table(ids) for table in tables]

@@ -18,7 +18,7 @@ from heron.checkpoint.architecture import is_finite
 from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from heron.generation.decoder import FusedDecoder, decoder_of, is_fusible, only_computing
+from heron.generation.decoder import decoder_of, is_fusible, only_computing
 from heron.generation.sampling import Sampling, sample
 from heron.generation.tables import PLACES, fingerprint, off_device
 from heron.generation.text import UntilStop
@@ -26,6 +26,7 @@ from heron.model import State
 from heron.tokenizer import TextStream, Tokenizer
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
+PREFILL_TOKENS_CUDA = 4096
 LARGEST_SEED = 2**64 - 1
 _FORMAT = "heron state 1"
 
@@ -136,8 +137,9 @@ class Engine:
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
         self._fingerprint: str | None = None
         self._tables = None
+        self._is_fusible = is_fusible(model)
         if tables != "device":
-            if not is_fusible(model):
+            if not self._is_fusible:
                 raise ConfigError(
                     "tables: off the device only those of a v8 or v7a model in one dtype, without ROSA; give 'device'"
                 )
@@ -155,7 +157,7 @@ class Engine:
     # -- prompts and states ---------------------------------------------------------------------------------------
 
     def prefill(self, ids: Sequence[int], state: State | None = None) -> State | None:
-        """Read `ids` in parallel, in pieces of `PREFILL_TOKENS`, and give the state behind them; `state` is kept.
+        """Read `ids` in parallel, in pieces of `PREFILL_TOKENS` (on a GPU more), and give the state behind them; `state` is kept.
 
         The memory is that of one piece and one state, however long the prompt.
 
@@ -163,8 +165,9 @@ class Engine:
             DataError: an id outside the vocabulary.
         """
         self._check(ids)
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            _, state = self._ask(self.model.hidden_states, ids[start : start + PREFILL_TOKENS], state)
+        piece = PREFILL_TOKENS_CUDA if self._device.type == "cuda" else PREFILL_TOKENS
+        for start in range(0, len(ids), piece):
+            _, state = self._ask(self.model.hidden_states, ids[start : start + piece], state)
         return state.clone() if isinstance(state, State) else state  # clones are no inference tensors
 
     def likeliest(self, after: Snapshot, n: int) -> list[tuple[int, float]]:
@@ -307,7 +310,7 @@ class Engine:
         _check_seed(seed)
         after = after or Snapshot(None)
         *context, token = self.prompt_ids(ids, after)
-        if after.state is not None and isinstance(self._decoder, FusedDecoder):
+        if after.state is not None and self._is_fusible:
             after.state.check(self.model.config, 1)
         state = self.prefill(context, after.state)
         generator = torch.Generator().manual_seed(seed)

@@ -302,7 +302,7 @@ struct alignas(16) Quad { float values[4]; };
 // One or a few tokens, no gradient: the state stays in registers, each row of it in four lanes. `state` may be
 // `final_state`: a thread writes only what it alone has read.
 template <int size>
-__global__ void __launch_bounds__(4 * size, size == 128 ? 1 : 2) step(const __grid_constant__ Wkv7sProblem p) {
+__global__ void __launch_bounds__(4 * size, size == 128 ? 1 : 256 / size) step(const __grid_constant__ Wkv7sProblem p) {
   constexpr int kKeys = size / 4;
   const Sequence sequence = find_sequence<kChunk>(p);
   const int row = int(threadIdx.x) / 4, lane = int(threadIdx.x) % 4;
@@ -322,8 +322,8 @@ __global__ void __launch_bounds__(4 * size, size == 128 ? 1 : 2) step(const __gr
       vectors[3][n] = read(p, kA, sequence, t, n);
       vectors[4][n] = read(p, kB, sequence, t, n);
     }
-    __syncthreads();
     const float v = read(p, kV, sequence, t, row);
+    __syncthreads();
     float sa = 0.0f, y = 0.0f;
 #pragma unroll
     for (int i = 0; i < kKeys; i++) sa += state[i] * vectors[3][key(i)];

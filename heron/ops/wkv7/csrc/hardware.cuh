@@ -102,7 +102,8 @@ const char* launch(void (*kernel)(Arguments...), dim3 grid, int threads, int sha
   if (shared_bytes > 48 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
-  if (error == cudaSuccess) {  // as many blocks on a multiprocessor as its shared memory can hold
+  // As many blocks on a multiprocessor as its shared memory can hold; a kernel that needs little of it keeps the cache.
+  if (error == cudaSuccess && shared_bytes > 8 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }
   if (error == cudaSuccess) {

@@ -1,0 +1,81 @@
+"""heron.generation on a GPU: the recorded step is the model's, and a row's text is its own (``pytest -m gpu``)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import heron
+from heron import tokenizer
+from heron.generation import Request, Sampling
+from heron.generation.graphed import GraphedDecoder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+VARIANTS = {
+    "v7": dict(variant="v7"),
+    "v8": dict(variant="v8"),
+    "4x": dict(variant="v8", deep_embed_4x=True),
+    "v7a": dict(variant="v7a"),
+}
+SIZES = dict(n_layer=3, n_embd=192, head_size=64, vocab_size=100)
+
+
+@pytest.mark.parametrize("form", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_the_recorded_step_is_the_models(random_model, form, dtype, tolerance):
+    model = random_model(**VARIANTS[form], **SIZES)
+    exact = model.double()
+    tokens = torch.randint(100, (12,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want, _ = exact(tokens[None])
+    small = random_model(**VARIANTS[form], **SIZES).to("cuda", dtype)
+    decoder = GraphedDecoder(small, 3)
+    with torch.inference_mode():
+        _, state = small(tokens[None, :5].cuda())
+    decoder.write(1, state)
+    for position, token in enumerate(tokens[5:].tolist(), start=5):
+        got = decoder.step([1], [token])
+        assert got.shape == (1, 100)
+        assert (got[0].double().cpu() - want[0, position]).norm() / want[0, position].norm() < tolerance
+    for part, theirs in zip(decoder.read(1).to_list(), state.to_list(), strict=True):
+        assert (part.shape, part.dtype) == (theirs.shape, theirs.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_is_its_own_whatever_runs_beside_it(random_model, dtype):
+    model = random_model(variant="v8", **SIZES).to("cuda", dtype)
+    ids = tokenizer.load("integers:100")
+    chance = random.Random(0)
+    requests = [
+        Request(
+            [chance.randrange(1, 100) for _ in range(chance.randint(1, 9))],
+            max_tokens=chance.randint(1, 20),
+            sampling=Sampling(temperature=chance.choice((0, 1.0)), top_p=0.9, presence_penalty=chance.choice((0, 0.2))),
+            seed=number,
+        )
+        for number in range(17)
+    ]
+
+    def texts(engine, some):
+        written = {}
+        for piece in engine.run(some):
+            if piece.token is not None:
+                written.setdefault(piece.request, []).append(piece.token)
+        return written
+
+    engine = heron.Engine(model, ids, rows=5)
+    together = texts(engine, requests)
+    assert together == texts(engine, requests)
+    for number, request in enumerate(requests):
+        assert texts(engine, [request])[0] == together[number]
+
+
+@pytest.mark.parametrize("tables", ["host", "disk"])
+def test_tables_off_the_device_give_the_same_text(random_model, tmp_path, tables):
+    model = random_model(variant="v8", **SIZES).to("cuda")
+    ids, request = tokenizer.load("integers:100"), Request([5, 6, 7], max_tokens=30, sampling=Sampling(top_p=0.9))
+    want = "".join(heron.Engine(model, ids).stream(request))
+    place = dict(tables=tables, tables_file=tmp_path / "tables" if tables == "disk" else None, device="cuda")
+    assert "".join(heron.Engine(model.cpu(), ids, **place).stream(request)) == want
