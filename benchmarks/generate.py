@@ -1,9 +1,9 @@
 """Tokens per second of the decoding engine beside the `rwkv` package. ``python benchmarks/generate.py [--constant]``
 
-Without that package (pip install rwkv==0.8.32) Heron runs alone. Both run the same random RWKV-7 weights in one process and take turns, a few tokens each, so that other work on the
-machine falls on both. Other work only ever adds time: the ratio is that of the fastest turns, the median stands beside
-it. The package runs RWKV-8 files without their tables, so v8 stands beside our own v7. With --constant, instead: time
-per token far into a text, and memory.
+Without that package (pip install rwkv==0.8.32) Heron runs alone. Both run the same random RWKV-7 weights in one process
+and take turns, a few tokens each, so that other work on the machine falls on both. Other work only ever adds time: the
+ratio is that of the fastest turns, the median stands beside it. The package runs RWKV-8 files without their tables, so
+v8 stands beside our own v7. With --constant, instead: time per token far into a text, and memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ROSA on this CPU, against a plain suffix automaton in Python and, where it is installed, rosa-torch from PyPI.
 
-``python benchmarks/rosa_op.py [--threads 2]`` prints best times; quote the ratios. The forms take turns, and each turn of
-a fast one is many runs, so that other work on the machine falls on all of them. rosa-torch (``pip install
+``python benchmarks/rosa_op.py [--threads 2]`` prints best times; quote the ratios. The forms take turns, and each turn
+of a fast one is many runs, so that other work on the machine falls on all of them. rosa-torch (``pip install
 'rosa-torch[numba]' rosa-torch-native``) chooses its own backend and compiles before it is timed. Where there is a GPU,
 its times follow.
 """

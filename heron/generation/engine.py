@@ -157,7 +157,7 @@ class Engine:
     # -- prompts and states ---------------------------------------------------------------------------------------
 
     def prefill(self, ids: Sequence[int], state: State | None = None) -> State | None:
-        """Read `ids` in parallel, in pieces of `PREFILL_TOKENS` (on a GPU more), and give the state behind them; `state` is kept.
+        """Read `ids` in parallel, in pieces of `PREFILL_TOKENS`, and give the state behind them; `state` is kept.
 
         The memory is that of one piece and one state, however long the prompt.
 
