@@ -59,10 +59,19 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
 
 def compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
     """`Block.from_zero`, compiled at its first call of each shape, with its backward; as RWKV.compiled_block."""
+    return compiled(Block.from_zero, _compile)
+
+
+def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
+    """`function` of tensors, and of modules for their parameters, compiled whole at its first call of each shape."""
     import torch._dynamo
+    import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-    return torch.compile(Block.from_zero, backend=_compile, dynamic=False, fullgraph=True)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        # It gives gradients of (1, 1, C) as (C,), which autograd refuses: pytorch/pytorch#178080.
+        torch._inductor.config.triton.mix_order_reduction = False
+    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
 
 def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.generation import Engine, Request, Sampling, Snapshot, engine
 from heron.generation.decoder import FusedDecoder, ModelDecoder, is_fusible
-from heron.generation.graphed import GraphedDecoder
+from heron.generation.graphed import GraphedDecoder, GraphedReader
 from heron.generation.tables import Tables, fingerprint
 
 INTEGERS = tokenizer.load("integers:37")
@@ -60,6 +60,21 @@ def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance, deco
         assert mine.shape == theirs.shape
         assert mine.dtype == theirs.dtype
         assert (mine - theirs).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("form", FUSED)
+def test_a_reader_of_fixed_pieces_gives_the_models_state(random_model, form):
+    model = random_model(**FUSED[form])
+    ids = torch.randint(37, (15,), generator=torch.Generator().manual_seed(1)).tolist()
+    reader, state, want = GraphedReader(model, 5), None, None
+    for start in (0, 5, 10):
+        state = reader.read(ids[start : start + 5], state)
+        with torch.inference_mode():
+            _, want = model(torch.tensor([ids[start : start + 5]]), want)
+        assert equal(bits(state), bits(want))
+    with torch.inference_mode():
+        _, first = model(torch.tensor([ids[:5]]))
+    assert equal(bits(reader.read(ids[:5], None)), bits(first))
 
 
 @pytest.mark.parametrize("decoder_class", [FusedDecoder, GraphedDecoder])

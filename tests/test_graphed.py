@@ -10,6 +10,7 @@ import torch
 import heron
 from heron import tokenizer
 from heron.generation import Request, Sampling
+from heron.generation import engine as engine_module
 from heron.generation.graphed import GraphedDecoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -79,3 +80,16 @@ def test_tables_off_the_device_give_the_same_text(random_model, tmp_path, tables
     want = "".join(heron.Engine(model, ids).stream(request))
     place = dict(tables=tables, tables_file=tmp_path / "tables" if tables == "disk" else None, device="cuda")
     assert "".join(heron.Engine(model.cpu(), ids, **place).stream(request)) == want
+
+
+@pytest.mark.parametrize("form", VARIANTS)
+def test_a_long_prompt_is_read_by_pieces(random_model, form, monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS_CUDA", 64)
+    model = random_model(**VARIANTS[form], **SIZES).to("cuda")
+    ids = torch.randint(100, (150,), generator=torch.Generator().manual_seed(1))
+    engine = heron.Engine(model, tokenizer.load("integers:100"))
+    state = engine.prefill(ids.tolist())
+    with torch.inference_mode():
+        _, want = model(ids[None].cuda())
+    for part, true in zip(state.to_list(), want.to_list(), strict=True):
+        assert (part - true).norm() / true.norm() < 1e-5

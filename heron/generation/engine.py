@@ -19,6 +19,7 @@ from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import decoder_of, is_fusible, only_computing
+from heron.generation.graphed import GraphedReader
 from heron.generation.sampling import Sampling, sample
 from heron.generation.tables import PLACES, fingerprint, off_device
 from heron.generation.text import UntilStop
@@ -26,7 +27,7 @@ from heron.model import State
 from heron.tokenizer import TextStream, Tokenizer
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
-PREFILL_TOKENS_CUDA = 4096
+PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU; pieces of just this length are read by a CUDA graph
 LARGEST_SEED = 2**64 - 1
 _FORMAT = "heron state 1"
 
@@ -150,6 +151,8 @@ class Engine:
         self.model = model
         rows_of = None if self._tables is None else lambda ids: self._tables.rows(ids.cpu()).to(self._device)
         self._decoder = decoder_of(model, rows, rows_of)
+        self._reads_by_graph = self._device.type == "cuda" and self._is_fusible and self._tables is None
+        self._reader: GraphedReader | None = None
         self._free = list(range(rows))
         self._open: list[Row] = []
         self._is_running = False
@@ -165,9 +168,15 @@ class Engine:
             DataError: an id outside the vocabulary.
         """
         self._check(ids)
-        piece = PREFILL_TOKENS_CUDA if self._device.type == "cuda" else PREFILL_TOKENS
-        for start in range(0, len(ids), piece):
-            _, state = self._ask(self.model.hidden_states, ids[start : start + piece], state)
+        size = PREFILL_TOKENS_CUDA if self._device.type == "cuda" else PREFILL_TOKENS
+        for start in range(0, len(ids), size):
+            piece = ids[start : start + size]
+            if len(piece) == size and self._reads_by_graph:
+                if self._reader is None:
+                    self._reader = GraphedReader(self.model, size)
+                state = self._reader.read(piece, state)
+            else:
+                _, state = self._ask(self.model.hidden_states, piece, state)
         return state.clone() if isinstance(state, State) else state  # clones are no inference tensors
 
     def likeliest(self, after: Snapshot, n: int) -> list[tuple[int, float]]:

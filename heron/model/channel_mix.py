@@ -55,7 +55,7 @@ class ChannelMix(nn.Module):
 
         Returns the branch's output (B, T, C) and the new last_x.
         """
-        mixed = torch.addcmul(x, shifted(x, last_x) - x, self.x_k.flatten().to(x.dtype))
+        mixed = torch.addcmul(x, shifted(x, last_x) - x, self.x_k.to(x.dtype))
         hidden = torch.relu(self.key(mixed)).square()  # (B, T, F)
         if self.form == "hidden":
             hidden = hidden * of_table.to(hidden.dtype)

@@ -48,7 +48,7 @@ class Block(nn.Module):
         `context` is every token that attention can see, the T of x last; without attention it is those T.
         """
         of_table = self.ffn.table_rows(context.last(x.shape[1]))
-        return self._branches(x, state, v_first, of_table, context, window)
+        return self.branches(x, state, v_first, of_table, context, window)
 
     def from_zero(self, x: Tensor, v_first: Tensor | None, of_table: Tensor | None) -> tuple[Tensor, Tensor]:
         """:meth:`forward` from a zero state that nobody reads afterwards: x (B, T, C) -> x and layer 0's values.
@@ -56,10 +56,10 @@ class Block(nn.Module):
         It is what a training step needs, and what :mod:`heron.compilation` compiles. Without attention or ROSA.
         """
         zero = x.new_zeros(x.shape[0], x.shape[2])
-        x, _, v_first = self._branches(x, LayerState(zero, None, zero), v_first, of_table, None, None)
+        x, _, v_first = self.branches(x, LayerState(zero, None, zero), v_first, of_table, None, None)
         return x, v_first
 
-    def _branches(
+    def branches(
         self,
         x: Tensor,
         state: LayerState,
@@ -68,6 +68,7 @@ class Block(nn.Module):
         context: Lookup | None,
         window: int | None,
     ) -> tuple[Tensor, LayerState, Tensor]:
+        """:meth:`forward` with the rows of the block's own table looked up: `of_table` (B, T, width), None without."""
         out, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first)
         attention = rosa = None
         if self.qkv is not None:

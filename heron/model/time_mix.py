@@ -57,33 +57,31 @@ class TimeMix(nn.Module):
         """
         B, T, C = x.shape
         per_head = (B, T, self.n_head, -1)
-        # Flat, since PyTorch 2.11 compiles gradients of (1, 1, C) into ones of (C,): pytorch/pytorch#178080.
-        w0, a0, v0, k_k, k_a, r_k = (p.flatten() for p in (self.w0, self.a0, self.v0, self.k_k, self.k_a, self.r_k))
         delta = shifted(x, last_x) - x
         x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(x, delta, mix.flatten().to(x.dtype))
+            torch.addcmul(x, delta, mix.to(x.dtype))
             for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
 
         r = self.receptance(x_r)
         k = self.key(x_k)
         v = self.value(x_v)
-        decay_logits = w0 + torch.tanh(x_w @ self.w1) @ self.w2
-        iclr = torch.sigmoid(a0 + (x_a @ self.a1) @ self.a2)  # in-context learning rate
+        decay_logits = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
+        iclr = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)  # in-context learning rate
         gate = torch.sigmoid(x_g @ self.g1) @ self.g2
 
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(v0 + (x_v @ self.v1) @ self.v2).to(v.dtype))
-        removal_key = F.normalize((k * k_k).view(per_head), dim=-1, eps=1e-12)  # unit length per head
-        k = k * (1 + (iclr - 1) * k_a)
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2).to(v.dtype))
+        removal_key = F.normalize((k * self.k_k).view(per_head), dim=-1, eps=1e-12)  # unit length per head
+        k = k * (1 + (iclr - 1) * self.k_a)
 
         r, decay_logits, k, v, iclr = (t.to(x.dtype).view(per_head) for t in (r, decay_logits, k, v, iclr))
         removal_key = removal_key.to(x.dtype)
         y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * iclr, wkv_state)
 
         y = self.ln_x(y.reshape(B * T, C)).view(per_head)
-        bonus = ((r * k).view(B, T, C) * r_k).view(per_head).sum(dim=-1, keepdim=True)  # (B, T, H, 1)
+        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True)  # (B, T, H, 1)
         y = (y + bonus * v).view(B, T, C)
         return self.output(y * gate), last_of(x), wkv_state, v_first
