@@ -19,9 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from heron import ModelConfig, TrainConfig, Trainer
-from heron.bench import bench, random_batch
-from heron.learner import Learner
-from heron.model import RWKV
+from heron.bench import bench, fresh_learner, random_batch
 
 
 class Row(NamedTuple):
@@ -75,7 +73,7 @@ def measured(name: str, options: argparse.Namespace) -> str:
 def profiled(name: str, options: argparse.Namespace) -> str:
     """What the GPU does in a step, the longest first, and how long the host takes to ask for it."""
     config, model = settings(ROWS[name], options)
-    learner = Learner(RWKV(model), config, torch.device("cuda"))
+    learner = fresh_learner(config, model)
     batches = [random_batch(config, model) for _ in range(PROFILED_STEPS)]
 
     def steps() -> float:

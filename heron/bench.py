@@ -52,7 +52,7 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
         raise ConfigError(f"steps: wanted at least 1, got {steps}")
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    learner = Learner(RWKV(model), config, device)
+    learner = fresh_learner(config, model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = [random_batch(config, model) for _ in range(_WARM_UP + steps)]
@@ -73,6 +73,14 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
     speed = config.tokens_per_step / seconds
     compiled = f"{learner.compiled.value}: {learner.compiled.reason}"
     return Result(steps, seconds, of_gradients, of_update, speed, _peak(device), compiled)
+
+
+def fresh_learner(config: TrainConfig, model: ModelConfig) -> Learner:
+    """A learner of initial values, which are computed where they are used: orthogonal ones take a CPU minutes."""
+    device = torch.device(config.device)
+    with device:
+        network = RWKV(model)
+    return Learner(network, config, device)
 
 
 def random_batch(config: TrainConfig, model: ModelConfig) -> list[tuple[Tensor, Tensor]]:
