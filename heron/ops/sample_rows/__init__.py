@@ -17,11 +17,12 @@ _FORMS = {"reference": sample_rows_reference, "cuda": sample_rows_cuda}
 def sample_rows(
     logits: Tensor, counts: Tensor | None, barred: Tensor, settings: Tensor, uniforms: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token from each row. The order is that of :func:`heron.generation.sample`: penalties and bars, the cut by
-    top_p and top_k on the probabilities as they are, temperature, one draw; among equals the lower id goes first.
+    """Draw one token from each row.
 
-    A row is drawn by its own `uniforms` alone: the first id at which the kept probabilities, summed in the order of ids,
-    exceed the uniform number. All sums are of 42-bit integers, so exact: every form gives the same ids, bit for bit.
+    The order is that of :func:`heron.generation.sample`: penalties and bars, the cut by top_p and top_k on the
+    probabilities as they are, temperature, one draw; among equal probabilities the lower id goes first. What is drawn
+    is the first id at which the kept probabilities, summed in the order of ids, exceed the row's uniform number. The
+    sums are of 42-bit integers, so exact: every form gives the same ids, bit for bit, whatever the other rows hold.
 
     Args:
         logits: (n, V) floating, V from 1 to 2^20, the last stride 1. -inf bars a token in its row.
@@ -34,7 +35,7 @@ def sample_rows(
 
     Returns:
         ids (n,) int64, -1 for a row whose largest logit is NaN or infinite or that has nothing left to draw; and
-        logprobs (n,) fp32, ``log_softmax(logits)`` at the drawn id, before penalties and bars (undefined where ids is -1).
+        logprobs (n,) fp32, ``log_softmax(logits)`` at the drawn id, before penalties and bars, anything where ids is -1.
 
     Raises:
         KernelError: shapes, dtypes or devices that do not fit together, an `impl` that does not exist or run here.

@@ -37,4 +37,6 @@ def library(capability: tuple[int, int]) -> None:
     if capability < (8, 0):
         raise KernelError(f"sample_rows: the CUDA form needs compute capability 8.0, this device has {capability}")
     arch = "".join(map(str, capability))
-    _build.load_op_library(f"sample_rows_sm{arch}", [SOURCE], ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"])
+    _build.load_op_library(
+        f"sample_rows_sm{arch}", [SOURCE], ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    )
