@@ -45,7 +45,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stand_for_something(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    """False if a hole in the vocabulary is among `ids`, such as 65530 to 65535 of World, which a model may well draw."""
+    """False if a hole in the vocabulary is among `ids`, such as 65530 to 65535 of World, which models do draw."""
     try:
         tokenizer.decode_bytes(ids)
     except DataError:

@@ -35,7 +35,7 @@ def sample_rows(
 
     Returns:
         ids (n,) int64, -1 for a row whose largest logit is NaN or infinite or that has nothing left to draw; and
-        logprobs (n,) fp32, ``log_softmax(logits)`` at the drawn id, before penalties and bars, anything where ids is -1.
+        logprobs (n,) fp32, ``log_softmax(logits)`` at the drawn id, before penalties and bars; 0 or NaN where it is -1.
 
     Raises:
         KernelError: shapes, dtypes or devices that do not fit together, an `impl` that does not exist or run here.

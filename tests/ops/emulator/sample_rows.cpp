@@ -41,6 +41,11 @@ inline unsigned __reduce_add_sync(unsigned, unsigned x) { return reduce(x, [](un
 inline unsigned __reduce_max_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return max(a, b); }); }
 inline unsigned __reduce_min_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return min(a, b); }); }
 
+inline unsigned __ballot_sync(unsigned, bool x) {
+  return reduce(unsigned(x) << emulator::my_lane(), [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 #include "../../../heron/ops/sample_rows/csrc/sample_rows.cu"
 
 namespace {

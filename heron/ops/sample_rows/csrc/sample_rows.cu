@@ -24,6 +24,7 @@ constexpr int kWidth = 8;      // ids of a lane that stand side by side
 constexpr int kBits = 42;      // of a weight below its point
 constexpr int kSettings = 5;   // numbers a row
 constexpr int kHalvings = 24;  // of the interval of distances; from then on of the interval of their bits
+constexpr int kNearby = 256;   // distances that a warp has room for in shared memory
 constexpr float kFar = 64.0f;  // no weight is above 0 at half this distance
 constexpr float kLargestFloat = 3.4028234663852886e38f;
 constexpr double kLog2E = 1.4426950408889634;
@@ -195,31 +196,51 @@ __device__ __forceinline__ Tally merge(const Tally& mine) {
             __reduce_min_sync(kAll, mine.after)};
 }
 
-// The part up to `middle` of the distances from `low` to `high`.
-template <typename T>
-__device__ __forceinline__ Tally tally_of(const Row<T>& row, float largest, unsigned low, unsigned middle, unsigned high) {
+// The part up to `middle` of the distances from `low` to `high`; each(visit) shows `visit` this thread's share of them.
+template <typename Each>
+__device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned middle, unsigned high) {
     __shared__ Tally of_warp[kWarps];
     Tally mine{0, 0, low, high};
-    for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
-        unsigned distances[kWidth];
-        row.load_distances(at, largest, distances);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-            if (distances[j] < low || distances[j] > high) continue;
-            if (distances[j] > middle) {
-                mine.after = min(mine.after, distances[j]);
-            } else {
-                mine.last = max(mine.last, distances[j]);
-                mine.mass += weight(__uint_as_float(distances[j]), static_cast<float>(kLog2E));
-                mine.count += 1;
-            }
+    each([&](unsigned distance) {
+        if (distance < low || distance > high) return;
+        if (distance > middle) {
+            mine.after = min(mine.after, distance);
+        } else {
+            mine.last = max(mine.last, distance);
+            mine.mass += weight(__uint_as_float(distance), static_cast<float>(kLog2E));
+            mine.count += 1;
         }
-    }
+    });
     mine = merge(mine);
     __syncthreads();  // the one before has been read
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
     __syncthreads();
     return merge(of_warp[threadIdx.x % 32]);
+}
+
+// Copy this warp's distances from `low` to `high`. Returns how many they are, or -1 in all warps where one lacks room.
+template <typename T>
+__device__ __forceinline__ int gather(const Row<T>& row, float largest, unsigned low, unsigned high, unsigned* nearby) {
+    __shared__ bool lacking;
+    if (threadIdx.x == 0) lacking = false;
+    const unsigned lower_lanes = (1u << threadIdx.x % 32) - 1;
+    int count = 0;
+    for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
+        unsigned distances[kWidth];
+        row.load_distances(start + row.of_lane(), largest, distances);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            const bool inside = low <= distances[j] && distances[j] <= high;
+            const unsigned votes = __ballot_sync(kAll, inside);
+            const int place = count + __popc(votes & lower_lanes);
+            if (inside && place < kNearby) nearby[place] = distances[j];
+            count += __popc(votes);
+        }
+    }
+    __syncthreads();
+    if (count > kNearby) lacking = true;
+    __syncthreads();
+    return lacking ? -1 : count;
 }
 
 // The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all).
@@ -279,25 +300,47 @@ struct Cut {
 
 template <typename T>
 __device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double top_p, double top_k) {
-    const Tally all = tally_of(row, largest, 0, kInfinity - 1, kInfinity - 1);
-    unsigned low = 0, high = all.last;
+    __shared__ unsigned nearby[kWarps][kNearby];
+    const auto each_of_row = [&](auto visit) {
+        for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
+            unsigned distances[kWidth];
+            row.load_distances(at, largest, distances);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) visit(distances[j]);
+        }
+    };
+    int n_nearby = -1;  // not gathered
+    const auto each_nearby = [&](auto visit) {
+        for (int i = threadIdx.x % 32; i < n_nearby; i += 32) visit(nearby[threadIdx.x / 32][i]);
+    };
+    const Tally all = tally_of(each_of_row, 0, kInfinity - 1, kInfinity - 1);
+    unsigned low = 0, high = all.last, inside = all.count;
     const unsigned long long no_mass = ~0ull;
-    const auto wanted = top_p < 1.0 ? static_cast<unsigned long long>(ceil(top_p * static_cast<double>(all.mass))) : no_mass;
+    const auto wanted =
+        top_p < 1.0 ? static_cast<unsigned long long>(ceil(top_p * static_cast<double>(all.mass))) : no_mass;
     const unsigned most = top_k > 0.0 ? static_cast<unsigned>(fmin(top_k, 4294967295.0)) : 4294967295u;
     unsigned long long mass = 0;  // nearer than low
     unsigned count = 0;
+    bool try_gathering = true;
     for (int round = 0; low < high; ++round) {
+        if (try_gathering && inside <= kWarps * kNearby / 4) {
+            n_nearby = gather(row, largest, low, high, nearby[threadIdx.x / 32]);
+            try_gathering = n_nearby < 0 && inside > kNearby;
+        }
         const float near = __uint_as_float(low), far = __uint_as_float(high);
         unsigned middle = low + (high - low) / 2;
         if (far <= kFar && round < kHalvings) middle = __float_as_uint(0.5f * (near + far));
         if (far > kFar && near < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
         middle = max(low, min(middle, high - 1));
-        const Tally part = tally_of(row, largest, low, middle, high);
+        const Tally part =
+            n_nearby < 0 ? tally_of(each_of_row, low, middle, high) : tally_of(each_nearby, low, middle, high);
         if (mass + part.mass >= wanted || count + part.count >= most) {
             high = part.last;
+            inside = part.count;
         } else {
             mass += part.mass;
             count += part.count;
+            inside -= part.count;
             low = part.after;
         }
     }
@@ -308,8 +351,7 @@ __device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double t
         left = enough < left ? static_cast<unsigned>(enough) : left;
     }
     if (left >= static_cast<unsigned>(row.vocab)) return {low, row.vocab};
-    const Tally equal = tally_of(row, largest, low, low, low);
-    if (equal.count <= left) return {low, row.vocab};
+    if (inside <= left) return {low, row.vocab};
     const auto is_equal = [=](unsigned distance, int) { return static_cast<unsigned long long>(distance == low); };
     return {low, locate(row, largest, is_equal, [=](unsigned long long) { return static_cast<unsigned long long>(left - 1); })};
 }
