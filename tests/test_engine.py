@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 import heron
 from heron import tokenizer
 from heron.checkpoint.formats import safetensors
-from heron.errors import CheckpointError, ConfigError, DataError
+from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.generation import Engine, Request, Sampling, Snapshot, engine
 from heron.generation.decoder import FusedDecoder, ModelDecoder, is_fusible
+from heron.generation.drawing import DeviceDraws, barred_ids
 from heron.generation.graphed import GraphedDecoder, GraphedReader
 from heron.generation.tables import Tables, fingerprint
 
@@ -468,3 +469,82 @@ def test_ids_that_stand_for_nothing_are_not_listed(random_model):
     assert len(listed) > 65000
     assert all(world.decode_bytes([token]) for token, _ in listed if token)
     assert [p for _, p in listed] == sorted((p for _, p in listed), reverse=True)
+
+
+@pytest.fixture
+def drawing_engine(monkeypatch):
+    """A function as Engine's constructor; the tokens are drawn as on a CUDA device."""
+
+    def make(model, tokens, rows=1):
+        made = Engine(model, tokens, rows)
+        monkeypatch.setattr(made, "_draws", DeviceDraws(tokens, rows, torch.device("cpu")))
+        return made
+
+    return make
+
+
+def test_many_rows_drawn_at_once_say_what_each_says_alone(drawing_engine, random_model):
+    model = random_model(vocab_size=256)
+    letters = tokenizer.load("bytes")
+    requests = [
+        Request("one", 30, Sampling(top_p=1.0), seed=1),
+        Request("one", 30, Sampling(top_p=1.0), seed=2),
+        Request("one", 30, Sampling(top_p=0.9, presence_penalty=1.0, frequency_penalty=0.5), seed=1),
+        Request("two", 17, GREEDY),
+        Request("two", 17, Sampling(temperature=0, frequency_penalty=3.0, penalty_decay=0.5)),
+        Request("one", 30, Sampling(top_p=1.0), stop=("e", "t"), seed=1),
+        Request("", 5, Sampling(top_p=1.0, temperature=0.3), seed=9),
+    ]
+
+    def run(rows, order):
+        pieces = {}
+        for piece in drawing_engine(model, letters, rows).run([requests[i] for i in order]):
+            pieces.setdefault(order[piece.request], []).append((piece.text, piece.token, piece.finish))
+        return pieces
+
+    first = run(1, list(range(7)))
+    assert first == run(3, list(range(7))) == run(7, [6, 2, 4, 0, 5, 1, 3])
+    assert first[0] != first[1]
+    greedy = list(Engine(model, letters).run(requests[3:5]))  # where nothing is random every device says the same
+    for i in (0, 1):
+        mine, theirs = first[3 + i], [piece for piece in greedy if piece.request == i]
+        assert [token.id for _, token, _ in mine] == [piece.token.id for piece in theirs]
+        assert [token.logprob for _, token, _ in mine] == pytest.approx([p.token.logprob for p in theirs], abs=1e-5)
+
+
+def test_rows_drawn_at_once_are_saved_and_go_on(drawing_engine, random_model, tmp_path):
+    model, sampling = random_model(), Sampling(top_p=0.9, presence_penalty=0.3, frequency_penalty=0.2)
+    whole, parts = drawing_engine(model, INTEGERS), drawing_engine(model, INTEGERS, rows=3)
+    whole.open([1, 2, 3], sampling=sampling, seed=5)
+    want = [whole.step()[0][1] for _ in range(20)]
+    parts.open([9], sampling=Sampling(top_p=1.0), seed=1)
+    row = parts.open([1, 2, 3], sampling=sampling, seed=5)
+    got = [parts.step()[1][1] for _ in range(8)]
+    snapshot = parts.snapshot(row)
+    counts = torch.zeros(37)
+    for token in got:
+        counts *= sampling.penalty_decay
+        counts[token.id] += 1
+    assert torch.equal(snapshot.counts, counts)
+    parts.save(snapshot, tmp_path / "state.safetensors")
+    parts.close(row)
+    again = parts.open((), parts.load(tmp_path / "state.safetensors"), sampling)
+    got += [parts.step()[1][1] for _ in range(12)]
+    assert got == want
+    parts.close(again)
+    parts.open([1, 2, 3], sampling=sampling, seed=5)  # which forgets the occurrences of the row before it
+    assert [parts.step()[1][1] for _ in range(8)] == want[:8]
+
+
+def test_rows_drawn_at_once_say_which_logits_are_not_finite(drawing_engine, random_model):
+    model = random_model()
+    with torch.no_grad():
+        model.head.weight[5] = math.nan
+    with pytest.raises(HeronError, match="wanted finite numbers, got nan at token id 5"):
+        next(drawing_engine(model, INTEGERS).run([Request([1], 3)]))
+
+
+def test_barred_ids_are_those_that_stand_for_nothing():
+    world = tokenizer.load("world")
+    assert barred_ids(world).nonzero()[:, 0].tolist() == list(range(65530, 65536))
+    assert not barred_ids(INTEGERS).any()

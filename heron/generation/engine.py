@@ -19,10 +19,11 @@ from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import decoder_of, is_fusible, only_computing
+from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
 from heron.generation.sampling import Sampling, sample
 from heron.generation.tables import PLACES, fingerprint, off_device
-from heron.generation.text import UntilStop
+from heron.generation.text import UntilStop, stand_for_something
 from heron.model import State
 from heron.tokenizer import TextStream, Tokenizer
 
@@ -153,6 +154,7 @@ class Engine:
         self._decoder = decoder_of(model, rows, rows_of)
         self._reads_by_graph = self._device.type == "cuda" and self._is_fusible and self._tables is None
         self._reader: GraphedReader | None = None
+        self._draws = DeviceDraws(tokenizer, rows, self._device) if self._device.type == "cuda" else None
         self._free = list(range(rows))
         self._open: list[Row] = []
         self._is_running = False
@@ -188,7 +190,7 @@ class Engine:
         logits, _ = self._ask(self.model, [token], self.prefill(context, after.state))
         probs = logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
         ranked = probs[: self.tokenizer.vocab_size].argsort(descending=True, stable=True).tolist()
-        known = (token for token in ranked if _stands_for_something(self.tokenizer, token))
+        known = (token for token in ranked if stand_for_something(self.tokenizer, [token]))
         return [(token, float(probs[token])) for token in itertools.islice(known, n)]
 
     def _ask(
@@ -326,9 +328,12 @@ class Engine:
         if after.generator is not None:
             generator.set_state(after.generator)
         counts = None
-        if sampling.presence_penalty or sampling.frequency_penalty:
+        if sampling.has_penalties:
             counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts.clone()
-        row = Row(self._free.pop(0), token, sampling, counts, generator)
+        number = self._free.pop(0)
+        if counts is not None and self._draws is not None:
+            counts = self._draws.keep(number, counts)
+        row = Row(number, token, sampling, counts, generator)
         self._decoder.write(row.number, state)
         self._open.append(row)
         return row
@@ -347,13 +352,21 @@ class Engine:
         if not self._open:
             return []
         logits = self._decoder.step([row.number for row in self._open], [row._token for row in self._open])
-        logits = logits[:, : self.tokenizer.vocab_size].cpu()
+        logits = logits[:, : self.tokenizer.vocab_size]
+        if self._draws is not None:
+            settings = [(row.number, row.sampling) for row in self._open]
+            drawn = self._draws.draw(settings, [row._generator for row in self._open], logits)
+            tokens = [(row, Token(*token)) for row, token in zip(self._open, drawn, strict=True)]
+            for row, token in tokens:
+                row._token = token.id
+            return tokens
+        logits = logits.cpu()
         return [(row, self._draw(row, logits[i])) for i, row in enumerate(self._open)]
 
     def snapshot(self, row: Row) -> Snapshot:
         """What `row` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on."""
         self._check_open(row)
-        counts = None if row._counts is None else row._counts.clone()
+        counts = None if row._counts is None else row._counts.to("cpu", copy=True)
         state = self._decoder.read(row.number)
         return Snapshot(state and state.clone(), (row._token,), counts, row._generator.get_state())
 
@@ -370,7 +383,7 @@ class Engine:
     def _draw(self, row: Row, logits: Tensor) -> Token:
         allowed = logits
         token = sample(allowed, row.sampling, row._counts, row._generator)
-        while not _stands_for_something(self.tokenizer, token):
+        while not stand_for_something(self.tokenizer, [token]):
             allowed = allowed.clone()
             allowed[token] = -math.inf
             token = sample(allowed, row.sampling, row._counts, row._generator)
@@ -493,12 +506,3 @@ class _Writing:
         if finish in ("end", "length"):
             text += self._until_stop.push(self._text.flush()) + self._until_stop.flush()
         return Piece(self._number, text, token, finish)
-
-
-def _stands_for_something(tokenizer: Tokenizer, token: int) -> bool:
-    """False for a hole in the vocabulary, such as 65530 to 65535 of World: an untrained model may well draw one."""
-    try:
-        tokenizer.decode_bytes([token])
-    except DataError:
-        return False
-    return True

@@ -49,6 +49,11 @@ class Sampling:
         """Whether the likeliest token is always taken, so that no random number is drawn."""
         return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was generated before counts."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
     def penalised(self, logits: Tensor, counts: Tensor) -> Tensor:
         """Logits (V,) less the penalties of the occurrences `counts` (V,); a new tensor."""
         return logits - self.presence_penalty * (counts > 0) - self.frequency_penalty * counts
@@ -70,11 +75,7 @@ def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator:
         HeronError: the largest logit is NaN or infinite.
     """
     logits = logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32))
-    if not math.isfinite(logits.max()):
-        raise HeronError(
-            f"logits: wanted finite numbers, got {float(logits.max())} at token id {int(logits.argmax())}. "
-            "The weights are damaged or their training has diverged; load an earlier checkpoint"
-        )
+    check_finite(logits)
     if counts is not None:
         logits = sampling.penalised(logits, counts)
     if sampling.greedy:
@@ -88,6 +89,15 @@ def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator:
     log_probs = log_probs[ids]
     probs = torch.softmax((log_probs - log_probs.max()).double() / sampling.temperature, dim=0)
     return int(ids[torch.multinomial(probs, 1, generator=generator)])
+
+
+def check_finite(logits: Tensor) -> None:
+    """HeronError if the largest of the logits (V,) is NaN or infinite."""
+    if not math.isfinite(logits.max()):
+        raise HeronError(
+            f"logits: wanted finite numbers, got {float(logits.max())} at token id {int(logits.argmax())}. "
+            "The weights are damaged or their training has diverged; load an earlier checkpoint"
+        )
 
 
 def _kept(log_probs: Tensor, sampling: Sampling) -> Tensor:

@@ -1,10 +1,11 @@
-"""Stop texts: no part of one is given out."""
+"""Stop texts, no part of which is given out, and ids that stand for no text at all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heron.errors import ConfigError
+from heron.errors import ConfigError, DataError
+from heron.tokenizer import Tokenizer
 
 
 class UntilStop:
@@ -41,3 +42,12 @@ class UntilStop:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins, less than all of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stand_for_something(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """False if a hole in the vocabulary is among `ids`, such as 65530 to 65535 of World, which models do draw."""
+    try:
+        tokenizer.decode_bytes(ids)
+    except DataError:
+        return False
+    return True

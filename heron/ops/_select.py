@@ -131,6 +131,27 @@ def _why_rosa_gradients_cannot_be_built() -> str | None:
     return _failure_of(cpu.gradient_library, "ROSA's gradients")
 
 
+def sample_rows(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """Implementation of :func:`heron.ops.sample_rows` for logits of `dtype` on `device`.
+
+    Says so, once, when a CUDA device's kernel can't be built.
+    """
+    why_not = None
+    if device.type == "cuda" and dtype != torch.float64:
+        why_not = _no_kernels or _why_no_sampling_kernel(torch.cuda.get_device_capability(device))
+        if why_not is None:
+            return Choice("cuda", "a block of threads a row, without sorting")
+    reason = f"sorts every row, in PyTorch; runs on {device.type}"
+    return Choice("reference", reason if why_not is None else f"{reason}; no CUDA kernel ({why_not})")
+
+
+@functools.cache
+def _why_no_sampling_kernel(capability: tuple[int, int]) -> str | None:
+    from heron.ops.sample_rows import cuda
+
+    return _failure_of(lambda: cuda.library(capability), "drawing tokens")
+
+
 def _failure_of(build: Callable[[], object], what: str) -> str | None:
     """Why `build` failed, told on stderr, or None."""
     try:

@@ -55,7 +55,7 @@ inline float divide_fast(float x, float y) { return x / y; }
 namespace emulator {
 
 constexpr int kStackBytes = 128 * 1024;
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 1024;
 constexpr uint32_t kNaN = 0x7fc07fc0u;  // a NaN as fp32 and twice as bf16
 
 enum class Wait { kNone, kWarp, kBlock, kDone };

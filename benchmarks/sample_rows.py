@@ -1,0 +1,67 @@
+"""heron.ops.sample_rows on this GPU: the time to draw one token for each of many rows of logits.
+
+python benchmarks/sample_rows.py [--rows 256] [--vocab 65536]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+
+from heron.ops import sample_rows
+
+SETTINGS = {  # temperature, top_p, top_k, presence_penalty, frequency_penalty
+    "greedy": (0, 1, 0, 0, 0),
+    "temperature 1": (1, 1, 0, 0, 0),
+    "top_p 0.5": (1, 0.5, 0, 0, 0),
+    "top_p 0.95": (0.8, 0.95, 0, 0, 0),
+    "top_k 50": (1, 1, 50, 0, 0),
+    "top_p 0.5, penalties": (1, 0.5, 0, 0.3, 0.3),
+}
+
+
+def milliseconds(call) -> float:
+    """Median of 20 calls, each on its own between two events, after 5 to warm up."""
+    times = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[5:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=65536)
+    arguments = parser.parse_args()
+    n, vocab, device = arguments.rows, arguments.vocab, torch.device("cuda")
+    torch.manual_seed(0)
+    uniforms = torch.rand(n, dtype=torch.float64, device=device)
+    barred = torch.zeros(vocab, dtype=torch.bool, device=device)
+    counts = (torch.rand(n, vocab, device=device) < 0.01).float()
+    print(f"{n} rows of {vocab} on {torch.cuda.get_device_name()}: milliseconds")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for spread in (0.3, 2.5):
+            logits = (spread * torch.randn(n, vocab, device=device)).to(dtype)
+            for name, numbers in SETTINGS.items():
+                settings = torch.tensor([numbers], dtype=torch.float64, device=device).repeat(n, 1)
+                of_row = counts if numbers[3] else None
+                took = {
+                    impl: milliseconds(lambda i=impl: sample_rows(logits, of_row, barred, settings, uniforms, impl=i))
+                    for impl in ("cuda", "reference")
+                }
+                print(
+                    f"{str(dtype)[6:]:9} spread {spread}  {name:21} kernel {took['cuda']:.3f}  "
+                    f"PyTorch {took['reference']:.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

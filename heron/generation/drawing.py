@@ -1,0 +1,117 @@
+"""The next tokens of an engine's rows, drawn on the device that holds their logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from heron.generation.sampling import Sampling, check_finite
+from heron.generation.text import stand_for_something
+from heron.ops import sample_rows
+from heron.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What stays the same from step to step while the same rows are open, n of them; tensors on the device."""
+
+    rows: list[tuple[int, Sampling]]
+    numbers: Tensor  # (n,) int64
+    settings: Tensor  # (n, 5) fp64
+    decay: Tensor | None  # (rows, 1) fp32, of every row that the engine has; None: no row has penalties
+
+
+class DeviceDraws:
+    """Draws with :func:`heron.ops.sample_rows`: the settings and the occurrences of tokens are kept on the device.
+
+    Args:
+        tokenizer: ids that stand for nothing in it are never drawn.
+        rows: sequences that can be open at once.
+        device: where the logits are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rows: int, device: torch.device):
+        self._rows, self._device = rows, device
+        self._barred = barred_ids(tokenizer).to(device)
+        self._counts: Tensor | None = None  # (rows, V) fp32, once a row has penalties
+        self._plan: _Plan | None = None
+
+    def keep(self, row: int, counts: Tensor) -> Tensor:
+        """The occurrences (V,) of `row`, on the device, with these values to begin with; draws update them."""
+        if self._counts is None:
+            self._counts = torch.zeros(self._rows, len(self._barred), device=self._device)
+        return self._counts[row].copy_(counts)
+
+    @torch.inference_mode()
+    def draw(
+        self, rows: Sequence[tuple[int, Sampling]], generators: Sequence[torch.Generator], logits: Tensor
+    ) -> list[tuple[int, float]]:
+        """A token id and its log-probability for each of `rows` (its number and its settings); one copy to the host.
+
+        Args:
+            generators: of the CPU, one a row; not advanced where the row is greedy.
+            logits: (n, V) of the tokenizer's ids, on the device.
+
+        Raises:
+            HeronError: the largest logit of a row is NaN or infinite.
+        """
+        plan = self._plan_of(list(rows))
+        uniforms = [
+            0.0 if sampling.greedy else torch.rand((), generator=generator, dtype=torch.float64).item()
+            for (_, sampling), generator in zip(rows, generators, strict=True)
+        ]
+        counts = None
+        if plan.decay is not None:
+            in_order = [number for number, _ in rows] == list(range(self._rows))
+            counts = self._counts if in_order else self._counts[plan.numbers]
+        ids, logprobs = sample_rows(
+            logits, counts, self._barred, plan.settings, torch.tensor(uniforms, dtype=torch.float64).to(self._device)
+        )
+        drawn = torch.stack([ids.double(), logprobs.double()]).tolist()
+        drawn = [(int(token), logprob) for token, logprob in zip(*drawn, strict=True)]
+        for i, (token, _) in enumerate(drawn):
+            if token < 0:
+                check_finite(logits[i])
+                allowed = logits[i] if counts is None else rows[i][1].penalised(logits[i], counts[i])
+                check_finite(allowed.masked_fill(self._barred, -math.inf))
+        if plan.decay is not None:
+            self._counts *= plan.decay
+            self._counts[plan.numbers, ids] += 1
+        return drawn
+
+    def _plan_of(self, rows: list[tuple[int, Sampling]]) -> _Plan:
+        if self._plan is None or self._plan.rows != rows:
+            numbers = [number for number, _ in rows]
+            settings = [(s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for _, s in rows]
+            decay = None
+            if any(sampling.has_penalties for _, sampling in rows):
+                decay = torch.ones(self._rows, 1)
+                decay[numbers, 0] = torch.tensor([sampling.penalty_decay for _, sampling in rows])
+                decay = decay.to(self._device)
+            self._plan = _Plan(
+                rows,
+                torch.tensor(numbers, device=self._device),
+                torch.tensor(settings, dtype=torch.float64, device=self._device),
+                decay,
+            )
+        return self._plan
+
+
+def barred_ids(tokenizer: Tokenizer) -> Tensor:
+    """(V,) bool, on the CPU: the ids that stand for nothing, found in few calls where they are few."""
+    barred = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+    unknown = [range(tokenizer.vocab_size)]
+    while unknown:
+        ids = unknown.pop()
+        if stand_for_something(tokenizer, list(ids)):
+            continue
+        if len(ids) == 1:
+            barred[ids.start] = True
+        else:
+            middle = len(ids) // 2
+            unknown += [ids[:middle], ids[middle:]]
+    return barred

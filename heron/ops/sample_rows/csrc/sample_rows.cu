@@ -1,0 +1,439 @@
+// One token for each row of logits, drawn on the GPU: a block for a row, which it reads several times, from the L2 cache.
+//
+// Each warp works on one stretch of consecutive ids, its lanes side by side, so that sums in the order of ids are sums
+// over warps and then over lanes. A probability is an integer, 2^42 for the largest, made by exact operations (weight
+// below): sums of them do not depend on their order, and a draw is the same bit for bit on any device and in PyTorch
+// (reference.py). The cut of top_p and top_k is found by halving an interval of distances from the largest logit.
+
+#ifdef __CUDACC__  // the tests also compile the kernel for a CPU
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+#endif
+
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+static_assert(kWarps == 32, "a warp sums what the warps bring, one a lane");
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kWidth = 8;      // ids of a lane that stand side by side
+constexpr int kBits = 42;      // of a weight below its point
+constexpr int kSettings = 5;   // numbers a row
+constexpr int kHalvings = 24;  // of the interval of distances; from then on of the interval of their bits
+constexpr int kNearby = 256;   // distances that a warp has room for in shared memory
+constexpr float kFar = 64.0f;  // no weight is above 0 at half this distance
+constexpr float kLargestFloat = 3.4028234663852886e38f;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr unsigned kInfinity = 0x7f800000u;
+
+// 2^(-distance scale), 2^42 for 1, rounded down. Operations that are rounded one by one, as PyTorch's are.
+__device__ __forceinline__ unsigned long long weight(float distance, float scale) {
+    const float exponent = __fmul_rn(distance, scale);
+    if (!(exponent < kBits + 1)) return 0;  // inf x 0 too
+    const float whole = floorf(exponent), part = exponent - whole;
+    float power = 0x1.c946cap-14f;
+    power = __fadd_rn(__fmul_rn(power, part), -0x1.4e2ae8p-10f);
+    power = __fadd_rn(__fmul_rn(power, part), 0x1.39e3fcp-7f);
+    power = __fadd_rn(__fmul_rn(power, part), -0x1.c6948ep-5f);
+    power = __fadd_rn(__fmul_rn(power, part), 0x1.ebfac0p-3f);
+    power = __fadd_rn(__fmul_rn(power, part), -0x1.62e42cp-1f);
+    power = __fadd_rn(__fmul_rn(power, part), 1.0f);
+    return static_cast<unsigned long long>(power * 4398046511104.0f) >> static_cast<int>(whole);
+}
+
+// An integer that is larger for a larger float, which is no NaN.
+__device__ __forceinline__ unsigned ordered(float x) {
+    const unsigned bits = __float_as_uint(x + 0.0f);  // -0 is 0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float float_of(unsigned ordered) {
+    return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+template <typename T, int width>
+struct alignas(sizeof(T) * width) Pack {
+    T values[width];
+};
+
+template <typename T>
+__device__ __forceinline__ void load_whole(const T* from, T (&to)[kWidth]) {
+    constexpr int width = sizeof(T) * kWidth > 16 ? 16 / sizeof(T) : kWidth;
+#pragma unroll
+    for (int j = 0; j < kWidth; j += width) {
+        const auto pack = *reinterpret_cast<const Pack<T, width>*>(from + j);
+#pragma unroll
+        for (int k = 0; k < width; ++k) to[j + k] = pack.values[k];
+    }
+}
+
+template <typename T>
+struct Row {
+    const T* logits;
+    const float* counts;  // null where the row has no penalties
+    const bool* barred;
+    int vocab;
+    bool aligned;  // all three on 16 bytes, so that whole packs can be read
+    float presence, frequency;
+
+    // Of the ids from `at` on: the logits as they are, and less the penalties, -inf where barred or behind the last id.
+    __device__ __forceinline__ void load(int at, float (&raw)[kWidth], float (&allowed)[kWidth]) const {
+        T read[kWidth];
+        bool bars[kWidth];
+        if (aligned && at + kWidth <= vocab) {
+            load_whole(logits + at, read);
+            load_whole(barred + at, bars);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) raw[j] = static_cast<float>(read[j]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                const bool there = at + j < vocab;
+                raw[j] = there ? static_cast<float>(logits[at + j]) : -INFINITY;
+                bars[j] = there ? barred[at + j] : true;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            allowed[j] = raw[j];
+            if (counts != nullptr && at + j < vocab) {
+                const float count = counts[at + j];
+                allowed[j] = __fsub_rn(__fsub_rn(raw[j], count > 0.0f ? presence : 0.0f), __fmul_rn(frequency, count));
+            }
+            if (bars[j]) allowed[j] = -INFINITY;
+        }
+    }
+
+    // Bits of the distances from the largest logit, which are ordered as the distances are; kInfinity where barred.
+    __device__ __forceinline__ void load_distances(int at, float largest, unsigned (&distances)[kWidth]) const {
+        float raw[kWidth], allowed[kWidth];
+        load(at, raw, allowed);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            distances[j] = allowed[j] > -INFINITY ? __float_as_uint(largest - allowed[j]) : kInfinity;
+        }
+    }
+
+    // Ids of this warp, and the first of a lane.
+    __device__ __forceinline__ int stretch() const {
+        constexpr int step = 32 * kWidth;
+        return (vocab + kWarps * step - 1) / (kWarps * step) * step;
+    }
+    __device__ __forceinline__ int begin() const { return static_cast<int>(threadIdx.x / 32) * stretch(); }
+    __device__ __forceinline__ int end() const { return min(begin() + stretch(), vocab); }
+    __device__ __forceinline__ static int of_lane() { return static_cast<int>(threadIdx.x % 32) * kWidth; }
+};
+
+__device__ __forceinline__ unsigned long long warp_sum(unsigned long long x) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(kAll, x, mask);
+    return x;
+}
+
+// What a first reading finds.
+struct Summary {
+    float largest, sum;       // of the logits, and of 2^(log2(e) (x - largest))
+    unsigned long long best;  // allowed: the largest, and the lowest id of those; 0: none
+    unsigned nan;
+};
+
+__device__ __forceinline__ Summary merge(const Summary& mine) {
+    Summary all = mine;
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) {
+        const float largest = __shfl_xor_sync(kAll, all.largest, mask), sum = __shfl_xor_sync(kAll, all.sum, mask);
+        const unsigned long long best = __shfl_xor_sync(kAll, all.best, mask);
+        all.nan |= __shfl_xor_sync(kAll, all.nan, mask);
+        const float larger = fmaxf(largest, all.largest);
+        all.sum = all.sum * exp2f((all.largest - larger) * static_cast<float>(kLog2E)) +
+                  sum * exp2f((largest - larger) * static_cast<float>(kLog2E));
+        all.largest = larger;
+        all.best = best > all.best ? best : all.best;
+    }
+    return all;
+}
+
+template <typename T>
+__device__ __forceinline__ Summary summary_of(const Row<T>& row) {
+    __shared__ Summary of_warp[kWarps];
+    Summary mine{-kLargestFloat, 0.0f, 0, 0};  // finite, so that -inf - largest is -inf
+    for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
+        float raw[kWidth], allowed[kWidth], larger = mine.largest;
+        row.load(at, raw, allowed);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            mine.nan |= isnan(raw[j]);
+            larger = fmaxf(larger, raw[j]);
+            if (allowed[j] > -INFINITY) {
+                const unsigned long long here =
+                    static_cast<unsigned long long>(ordered(allowed[j])) << 32 | (kAll - static_cast<unsigned>(at + j));
+                mine.best = here > mine.best ? here : mine.best;
+            }
+        }
+        mine.sum *= exp2f((mine.largest - larger) * static_cast<float>(kLog2E));
+        mine.largest = larger;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) mine.sum += exp2f((raw[j] - larger) * static_cast<float>(kLog2E));
+    }
+    mine = merge(mine);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+    __syncthreads();
+    return merge(of_warp[threadIdx.x % 32]);
+}
+
+// Of an interval of distances, a part that ends somewhere inside it.
+struct Tally {
+    unsigned long long mass;      // of the part
+    unsigned count, last, after;  // tokens in the part, the largest distance there, and the smallest after it
+};
+
+__device__ __forceinline__ Tally merge(const Tally& mine) {
+    return {warp_sum(mine.mass), __reduce_add_sync(kAll, mine.count), __reduce_max_sync(kAll, mine.last),
+            __reduce_min_sync(kAll, mine.after)};
+}
+
+// The part up to `middle` of the distances from `low` to `high`; each(visit) shows `visit` this thread's share of them.
+template <typename Each>
+__device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned middle, unsigned high) {
+    __shared__ Tally of_warp[kWarps];
+    Tally mine{0, 0, low, high};
+    each([&](unsigned distance) {
+        if (distance < low || distance > high) return;
+        if (distance > middle) {
+            mine.after = min(mine.after, distance);
+        } else {
+            mine.last = max(mine.last, distance);
+            mine.mass += weight(__uint_as_float(distance), static_cast<float>(kLog2E));
+            mine.count += 1;
+        }
+    });
+    mine = merge(mine);
+    __syncthreads();  // the one before has been read
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+    __syncthreads();
+    return merge(of_warp[threadIdx.x % 32]);
+}
+
+// Copy this warp's distances from `low` to `high`. Returns how many they are, or -1 in all warps where one lacks room.
+template <typename T>
+__device__ __forceinline__ int gather(const Row<T>& row, float largest, unsigned low, unsigned high, unsigned* nearby) {
+    __shared__ bool lacking;
+    if (threadIdx.x == 0) lacking = false;
+    const unsigned lower_lanes = (1u << threadIdx.x % 32) - 1;
+    int count = 0;
+    for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
+        unsigned distances[kWidth];
+        row.load_distances(start + row.of_lane(), largest, distances);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            const bool inside = low <= distances[j] && distances[j] <= high;
+            const unsigned votes = __ballot_sync(kAll, inside);
+            const int place = count + __popc(votes & lower_lanes);
+            if (inside && place < kNearby) nearby[place] = distances[j];
+            count += __popc(votes);
+        }
+    }
+    __syncthreads();
+    if (count > kNearby) lacking = true;
+    __syncthreads();
+    return lacking ? -1 : count;
+}
+
+// The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all).
+template <typename T, typename Value, typename Point>
+__device__ __forceinline__ int locate(const Row<T>& row, float largest, Value value, Point point) {
+    __shared__ unsigned long long of_warp[kWarps];
+    __shared__ int found;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned long long mine = 0;
+    for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
+        unsigned distances[kWidth];
+        row.load_distances(at, largest, distances);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) mine += value(distances[j], at + j);
+    }
+    mine = warp_sum(mine);
+    __syncthreads();  // the one before has been read
+    if (lane == 0) of_warp[warp] = mine;
+    __syncthreads();
+    const unsigned long long wanted = point(warp_sum(of_warp[lane]));
+    unsigned long long before = warp_sum(lane < warp ? of_warp[lane] : 0);
+    if (before <= wanted && wanted < before + of_warp[warp]) {  // the same in all lanes, and in one warp
+        for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
+            const int at = start + row.of_lane();
+            unsigned distances[kWidth];
+            row.load_distances(at, largest, distances);
+            unsigned long long sum = 0;
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) sum += value(distances[j], at + j);
+            unsigned long long reached = sum;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const unsigned long long lower = __shfl_up_sync(kAll, reached, step);
+                reached += lane >= step ? lower : 0;
+            }
+            unsigned long long here = before + reached - sum;
+            if (here <= wanted && wanted < here + sum) {
+#pragma unroll
+                for (int j = 0; j < kWidth; ++j) {
+                    const unsigned long long next = here + value(distances[j], at + j);
+                    if (here <= wanted && wanted < next) found = at + j;
+                    here = next;
+                }
+            }
+            before += __shfl_sync(kAll, reached, 31);
+        }
+    }
+    __syncthreads();
+    return found;
+}
+
+// Tokens that top_p and top_k leave: those nearer than `distance`, and those at it up to the id `last`.
+struct Cut {
+    unsigned distance;
+    int last;
+};
+
+template <typename T>
+__device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double top_p, double top_k) {
+    __shared__ unsigned nearby[kWarps][kNearby];
+    const auto each_of_row = [&](auto visit) {
+        for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
+            unsigned distances[kWidth];
+            row.load_distances(at, largest, distances);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) visit(distances[j]);
+        }
+    };
+    int n_nearby = -1;  // not gathered
+    const auto each_nearby = [&](auto visit) {
+        for (int i = threadIdx.x % 32; i < n_nearby; i += 32) visit(nearby[threadIdx.x / 32][i]);
+    };
+    const Tally all = tally_of(each_of_row, 0, kInfinity - 1, kInfinity - 1);
+    unsigned low = 0, high = all.last, inside = all.count;
+    const unsigned long long no_mass = ~0ull;
+    const auto wanted =
+        top_p < 1.0 ? static_cast<unsigned long long>(ceil(top_p * static_cast<double>(all.mass))) : no_mass;
+    const unsigned most = top_k > 0.0 ? static_cast<unsigned>(fmin(top_k, 4294967295.0)) : 4294967295u;
+    unsigned long long mass = 0;  // nearer than low
+    unsigned count = 0;
+    bool try_gathering = true;
+    for (int round = 0; low < high; ++round) {
+        if (try_gathering && inside <= kWarps * kNearby / 4) {
+            n_nearby = gather(row, largest, low, high, nearby[threadIdx.x / 32]);
+            try_gathering = n_nearby < 0 && inside > kNearby;
+        }
+        const float near = __uint_as_float(low), far = __uint_as_float(high);
+        unsigned middle = low + (high - low) / 2;
+        if (far <= kFar && round < kHalvings) middle = __float_as_uint(0.5f * (near + far));
+        if (far > kFar && near < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
+        middle = max(low, min(middle, high - 1));
+        const Tally part =
+            n_nearby < 0 ? tally_of(each_of_row, low, middle, high) : tally_of(each_nearby, low, middle, high);
+        if (mass + part.mass >= wanted || count + part.count >= most) {
+            high = part.last;
+            inside = part.count;
+        } else {
+            mass += part.mass;
+            count += part.count;
+            inside -= part.count;
+            low = part.after;
+        }
+    }
+    unsigned left = most - count;  // of those at the cut
+    const unsigned long long each = weight(__uint_as_float(low), static_cast<float>(kLog2E));
+    if (wanted != no_mass && each > 0 && mass < wanted) {
+        const unsigned long long enough = (wanted - mass + each - 1) / each;
+        left = enough < left ? static_cast<unsigned>(enough) : left;
+    }
+    if (left >= static_cast<unsigned>(row.vocab)) return {low, row.vocab};
+    if (inside <= left) return {low, row.vocab};
+    const auto is_equal = [=](unsigned distance, int) { return static_cast<unsigned long long>(distance == low); };
+    return {low, locate(row, largest, is_equal, [=](unsigned long long) { return static_cast<unsigned long long>(left - 1); })};
+}
+
+// logits: (rows, vocab), `stride` apart. ids: -1 where the logits are not finite.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restrict__ counts,
+            const bool* __restrict__ barred, const double* __restrict__ settings, const double* __restrict__ uniforms,
+            int vocab, bool aligned, int64_t* __restrict__ ids, float* __restrict__ logprobs) {
+    const double* mine = settings + static_cast<int64_t>(blockIdx.x) * kSettings;
+    const double temperature = mine[0], top_p = mine[1], top_k = mine[2];
+    Row<T> row{logits + blockIdx.x * stride, nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
+               static_cast<float>(mine[4])};
+    if (counts != nullptr && (mine[3] != 0.0 || mine[4] != 0.0)) {
+        row.counts = counts + static_cast<int64_t>(blockIdx.x) * vocab;
+    }
+    const Summary summary = summary_of(row);
+    const float best = float_of(static_cast<unsigned>(summary.best >> 32));
+    int id = static_cast<int>(kAll - static_cast<unsigned>(summary.best));
+    if (summary.nan || summary.largest == INFINITY || summary.best == 0 || best == INFINITY) {
+        id = -1;
+    } else if (temperature != 0.0 && top_p != 0.0 && top_k != 1.0) {
+        Cut cut{kInfinity, vocab};
+        if (top_p < 1.0 || top_k > 0.0) cut = cut_of(row, best, top_p, top_k);
+        const float scale = static_cast<float>(fmin(kLog2E / temperature, static_cast<double>(kLargestFloat)));
+        const double uniform = uniforms[blockIdx.x];
+        const auto value = [=](unsigned distance, int i) -> unsigned long long {
+            const bool kept = distance < cut.distance || (distance == cut.distance && i <= cut.last);
+            return kept && distance != kInfinity ? weight(__uint_as_float(distance), scale) : 0;
+        };
+        id = locate(row, best, value, [=](unsigned long long sum) {
+            const auto point = static_cast<unsigned long long>(uniform * static_cast<double>(sum));
+            return point < sum ? point : sum - 1;
+        });
+    }
+    if (threadIdx.x == 0) {
+        ids[blockIdx.x] = id;
+        logprobs[blockIdx.x] =
+            id < 0 ? 0.0f : static_cast<float>(row.logits[id]) - summary.largest - logf(summary.sum);
+    }
+}
+
+}  // namespace
+
+#ifdef __CUDACC__
+namespace {
+
+// Shapes and dtypes as heron.ops.sample_rows says, and checks.
+std::tuple<at::Tensor, at::Tensor> run(const at::Tensor& logits, const std::optional<at::Tensor>& counts,
+                                       const at::Tensor& barred, const at::Tensor& settings,
+                                       const at::Tensor& uniforms) {
+    const c10::cuda::CUDAGuard guard(logits.device());
+    const auto stream = at::cuda::getCurrentCUDAStream();
+    const int vocab = static_cast<int>(logits.size(1));
+    auto ids = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
+    auto logprobs = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+    if (logits.size(0) == 0) return {ids, logprobs};
+    const float* counted = counts.has_value() ? counts->const_data_ptr<float>() : nullptr;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "sample_rows", [&] {
+        if constexpr (!std::is_same_v<scalar_t, double>) {
+            const auto* data = logits.const_data_ptr<scalar_t>();
+            const auto* bars = barred.const_data_ptr<bool>();
+            const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+                                 logits.stride(0) * sizeof(scalar_t) % 16 == 0 &&
+                                 reinterpret_cast<uintptr_t>(bars) % 16 == 0;
+            sample_rows<scalar_t><<<static_cast<unsigned>(logits.size(0)), kThreads, 0, stream>>>(
+                data, logits.stride(0), counted, bars, settings.const_data_ptr<double>(),
+                uniforms.const_data_ptr<double>(), vocab, aligned, ids.data_ptr<int64_t>(), logprobs.data_ptr<float>());
+            C10_CUDA_KERNEL_LAUNCH_CHECK();
+        }
+    });
+    return {ids, logprobs};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(heron, library) {
+    library.def(
+        "sample_rows(Tensor logits, Tensor? counts, Tensor barred, Tensor settings, Tensor uniforms) -> "
+        "(Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("sample_rows", &run); }
+#endif
