@@ -6,6 +6,7 @@ python benchmarks/sample_rows.py [--rows 256] [--vocab 65536]
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 
 import torch
@@ -52,10 +53,8 @@ def main() -> None:
             for name, numbers in SETTINGS.items():
                 settings = torch.tensor([numbers], dtype=torch.float64, device=device).repeat(n, 1)
                 of_row = counts if numbers[3] else None
-                took = {
-                    impl: milliseconds(lambda i=impl: sample_rows(logits, of_row, barred, settings, uniforms, impl=i))
-                    for impl in ("cuda", "reference")
-                }
+                draw = functools.partial(sample_rows, logits, of_row, barred, settings, uniforms)
+                took = {impl: milliseconds(functools.partial(draw, impl=impl)) for impl in ("cuda", "reference")}
                 print(
                     f"{str(dtype)[6:]:9} spread {spread}  {name:21} kernel {took['cuda']:.3f}  "
                     f"PyTorch {took['reference']:.2f}",
