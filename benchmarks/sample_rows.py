@@ -22,13 +22,13 @@ SETTINGS = {  # temperature, top_p, top_k, presence_penalty, frequency_penalty
 }
 
 
-def milliseconds(call) -> float:
-    """Median of 20 calls, each on its own between two events, after 5 to warm up."""
+def milliseconds(*arguments, impl: str) -> float:
+    """Median of 20 draws, each on its own between two events, after 5 to warm up."""
     times = []
     for _ in range(25):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        sample_rows(*arguments, impl=impl)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
@@ -39,8 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=65536)
-    arguments = parser.parse_args()
-    n, vocab, device = arguments.rows, arguments.vocab, torch.device("cuda")
+    options = parser.parse_args()
+    n, vocab, device = options.rows, options.vocab, torch.device("cuda")
     torch.manual_seed(0)
     uniforms = torch.rand(n, dtype=torch.float64, device=device)
     barred = torch.zeros(vocab, dtype=torch.bool, device=device)
@@ -51,16 +51,9 @@ def main() -> None:
             logits = (spread * torch.randn(n, vocab, device=device)).to(dtype)
             for name, numbers in SETTINGS.items():
                 settings = torch.tensor([numbers], dtype=torch.float64, device=device).repeat(n, 1)
-                of_row = counts if numbers[3] else None
-                took = {
-                    impl: milliseconds(lambda i=impl: sample_rows(logits, of_row, barred, settings, uniforms, impl=i))
-                    for impl in ("cuda", "reference")
-                }
-                print(
-                    f"{str(dtype)[6:]:9} spread {spread}  {name:21} kernel {took['cuda']:.3f}  "
-                    f"PyTorch {took['reference']:.2f}",
-                    flush=True,
-                )
+                arguments = (logits, counts if numbers[3] else None, barred, settings, uniforms)
+                kernel, pytorch = (milliseconds(*arguments, impl=impl) for impl in ("cuda", "reference"))
+                print(f"{str(dtype)[6:]:9} spread {spread}  {name:21} kernel {kernel:.3f}  PyTorch {pytorch:.2f}")
 
 
 if __name__ == "__main__":

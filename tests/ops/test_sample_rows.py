@@ -31,6 +31,7 @@ MIXED = (
     Sampling(top_p=1.0, temperature=1e300),
     Sampling(top_k=1, frequency_penalty=2.0),
     Sampling(top_p=0.5, top_k=10**9, presence_penalty=3.0),
+    Sampling(top_p=1 - 2**-53, temperature=1e9),  # all that has a weight before the temperature
 )
 
 
@@ -197,6 +198,16 @@ def test_rows_that_are_not_finite_are_told_from_their_neighbours(by_kernel, requ
     draw = request.getfixturevalue("emulated") if by_kernel else sample_rows
     ids, _ = draw(*arguments, **(dict(aligned=False) if by_kernel else {}))
     assert (ids < 0).nonzero()[:, 0].tolist() == bad
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_the_largest_uniform_number_takes_the_last_token_and_0_the_first(by_kernel, request):
+    draw = request.getfixturevalue("emulated") if by_kernel else sample_rows
+    barred = torch.zeros(5000, dtype=torch.bool)
+    barred[:3] = True
+    uniforms = torch.tensor([1 - 2**-53, 0.0], dtype=torch.float64)
+    ids, _ = draw(torch.zeros(2, 5000), None, barred, settings_of([Sampling(top_p=1.0)] * 2), uniforms)
+    assert ids.tolist() == [4999, 3]
 
 
 def test_weights_are_powers_of_two_to_seven_digits():
