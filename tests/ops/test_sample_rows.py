@@ -41,15 +41,16 @@ def settings_of(samplings):
 
 
 def problem(n, vocab, dtype=torch.float32, seed=0):
-    """Rows of many spreads, some with many equal logits, some barred, half of them with occurrences."""
+    """Rows of many spreads, some with equal logits, some with the likeliest side by side; odd V: some ids barred."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.tensor([0.02, 1.0, 4.0, 15.0, 0.0, 300.0])[torch.arange(n) % 6, None]
     logits = spread * torch.randn(n, vocab, generator=generator) + 3
     logits[1::5] = logits[1::5].round()
     logits[2::7, ::3] = -math.inf
+    logits[4::5, :450] += 20
     logits[3::11] -= 1e4 * (torch.rand(len(logits[3::11]), vocab, generator=generator) < 0.3)
     counts = (3 * torch.rand(n, vocab, generator=generator)).floor() * torch.rand(n, vocab, generator=generator)
-    barred = torch.rand(vocab, generator=generator) < 0.1
+    barred = torch.rand(vocab, generator=generator) < 0.1 * (vocab % 2)
     barred[vocab // 2] = False
     logits[:, vocab // 2] = logits[:, vocab // 2].clamp(min=-9.0)
     samplings = [MIXED[i % len(MIXED)] for i in range(n)]
