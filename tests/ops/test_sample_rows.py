@@ -97,6 +97,17 @@ def test_the_kernels_source_on_a_cpu_draws_what_the_definition_draws(emulated, n
     compare(emulated(logits, *rest, aligned=vocab % 8 == 0), want)
 
 
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+def test_more_likely_tokens_side_by_side_than_a_warp_has_room_for(emulated):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 12001, generator=generator)
+    logits[:, :450] += 20
+    settings = settings_of([Sampling(top_p=top_p) for top_p in torch.linspace(0.1, 0.99, 9).tolist()])
+    uniforms = torch.linspace(0.3, 0.999, 9, dtype=torch.float64)
+    arguments = (logits, None, torch.zeros(12001, dtype=torch.bool), settings, uniforms)
+    compare(emulated(*arguments, aligned=False), sample_rows(*arguments, impl="reference"))
+
+
 def by_hand(logits, barred, sampling):
     """Probabilities (V,) of one row, from what sampling.sample documents, in fp64 and with Python's sort."""
     logits = logits.double().masked_fill(barred, -math.inf)
