@@ -527,6 +527,8 @@ def test_rows_drawn_at_once_are_saved_and_go_on(drawing_engine, random_model, tm
         counts[token.id] += 1
     assert torch.equal(snapshot.counts, counts)
     parts.save(snapshot, tmp_path / "state.safetensors")
+    parts.step()
+    assert torch.equal(snapshot.counts, counts)  # a copy
     parts.close(row)
     again = parts.open((), parts.load(tmp_path / "state.safetensors"), sampling)
     got += [parts.step()[1][1] for _ in range(12)]

@@ -31,6 +31,7 @@ MIXED = (
     Sampling(top_p=1.0, temperature=1e300),
     Sampling(top_k=1, frequency_penalty=2.0),
     Sampling(top_p=0.5, top_k=10**9, presence_penalty=3.0),
+    Sampling(top_p=1 - 2**-53, temperature=1e9),  # all that has a weight before the temperature
 )
 
 
@@ -40,15 +41,16 @@ def settings_of(samplings):
 
 
 def problem(n, vocab, dtype=torch.float32, seed=0):
-    """Rows of many spreads, some with many equal logits, some barred, half of them with occurrences."""
+    """Rows of many spreads, some with equal logits, some with the likeliest side by side; odd V: some ids barred."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.tensor([0.02, 1.0, 4.0, 15.0, 0.0, 300.0])[torch.arange(n) % 6, None]
     logits = spread * torch.randn(n, vocab, generator=generator) + 3
     logits[1::5] = logits[1::5].round()
     logits[2::7, ::3] = -math.inf
+    logits[4::5, :450] += 20
     logits[3::11] -= 1e4 * (torch.rand(len(logits[3::11]), vocab, generator=generator) < 0.3)
     counts = (3 * torch.rand(n, vocab, generator=generator)).floor() * torch.rand(n, vocab, generator=generator)
-    barred = torch.rand(vocab, generator=generator) < 0.1
+    barred = torch.rand(vocab, generator=generator) < 0.1 * (vocab % 2)
     barred[vocab // 2] = False
     logits[:, vocab // 2] = logits[:, vocab // 2].clamp(min=-9.0)
     samplings = [MIXED[i % len(MIXED)] for i in range(n)]
@@ -93,6 +95,17 @@ def test_the_kernels_source_on_a_cpu_draws_what_the_definition_draws(emulated, n
     logits, *rest = problem(n, vocab, dtype)
     want = sample_rows(logits, *rest, impl="reference")
     compare(emulated(logits, *rest, aligned=vocab % 8 == 0), want)
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+def test_more_likely_tokens_side_by_side_than_a_warp_has_room_for(emulated):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 12001, generator=generator)
+    logits[:, :450] += 20
+    settings = settings_of([Sampling(top_p=top_p) for top_p in torch.linspace(0.1, 0.99, 9).tolist()])
+    uniforms = torch.linspace(0.3, 0.999, 9, dtype=torch.float64)
+    arguments = (logits, None, torch.zeros(12001, dtype=torch.bool), settings, uniforms)
+    compare(emulated(*arguments, aligned=False), sample_rows(*arguments, impl="reference"))
 
 
 def by_hand(logits, barred, sampling):
@@ -197,6 +210,16 @@ def test_rows_that_are_not_finite_are_told_from_their_neighbours(by_kernel, requ
     draw = request.getfixturevalue("emulated") if by_kernel else sample_rows
     ids, _ = draw(*arguments, **(dict(aligned=False) if by_kernel else {}))
     assert (ids < 0).nonzero()[:, 0].tolist() == bad
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_the_largest_uniform_number_takes_the_last_token_and_0_the_first(by_kernel, request):
+    draw = request.getfixturevalue("emulated") if by_kernel else sample_rows
+    barred = torch.zeros(5000, dtype=torch.bool)
+    barred[:3] = True
+    uniforms = torch.tensor([1 - 2**-53, 0.0], dtype=torch.float64)
+    ids, _ = draw(torch.zeros(2, 5000), None, barred, settings_of([Sampling(top_p=1.0)] * 2), uniforms)
+    assert ids.tolist() == [4999, 3]
 
 
 def test_weights_are_powers_of_two_to_seven_digits():

@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #define __shared__ static
-using std::isnan;
 using std::max;
 using std::min;
 

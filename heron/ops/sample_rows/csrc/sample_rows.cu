@@ -166,7 +166,7 @@ __device__ __forceinline__ Summary summary_of(const Row<T>& row) {
         row.load(at, raw, allowed);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-            mine.nan |= isnan(raw[j]);
+            mine.nan |= raw[j] != raw[j];
             larger = fmaxf(larger, raw[j]);
             if (allowed[j] > -INFINITY) {
                 const unsigned long long here =
@@ -327,10 +327,10 @@ __device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double t
             n_nearby = gather(row, largest, low, high, nearby[threadIdx.x / 32]);
             try_gathering = n_nearby < 0 && inside > kNearby;
         }
-        const float near = __uint_as_float(low), far = __uint_as_float(high);
+        const float nearest = __uint_as_float(low), farthest = __uint_as_float(high);
         unsigned middle = low + (high - low) / 2;
-        if (far <= kFar && round < kHalvings) middle = __float_as_uint(0.5f * (near + far));
-        if (far > kFar && near < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
+        if (farthest <= kFar && round < kHalvings) middle = __float_as_uint(0.5f * (nearest + farthest));
+        if (farthest > kFar && nearest < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
         middle = max(low, min(middle, high - 1));
         const Tally part =
             n_nearby < 0 ? tally_of(each_of_row, low, middle, high) : tally_of(each_nearby, low, middle, high);
@@ -375,9 +375,9 @@ sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restric
     if (summary.nan || summary.largest == INFINITY || summary.best == 0 || best == INFINITY) {
         id = -1;
     } else if (temperature != 0.0 && top_p != 0.0 && top_k != 1.0) {
+        const float scale = static_cast<float>(fmin(kLog2E / temperature, static_cast<double>(kLargestFloat)));
         Cut cut{kInfinity, vocab};
         if (top_p < 1.0 || top_k > 0.0) cut = cut_of(row, best, top_p, top_k);
-        const float scale = static_cast<float>(fmin(kLog2E / temperature, static_cast<double>(kLargestFloat)));
         const double uniform = uniforms[blockIdx.x];
         const auto value = [=](unsigned distance, int i) -> unsigned long long {
             const bool kept = distance < cut.distance || (distance == cut.distance && i <= cut.last);
