@@ -107,4 +107,4 @@ def _taken_up(settings: heron.TrainConfig, checkpoint: Path) -> str:
         record = trainer._restore(checkpoint, learner, guard, train._Progress())
     except CheckpointError as error:
         return str(error)
-    return "; ".join(trainer._differences(record, corpus))
+    return "; ".join(trainer._differences(record, corpus, learner))

@@ -299,10 +299,17 @@ __global__ void __launch_bounds__(Tiles<size>::kThreads, 1) backward(const __gri
 
 struct alignas(16) Quad { float values[4]; };
 
+// Rows of states for which a multiprocessor has registers; what the compilers make of it without spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kStepRows = 192;
+#else
+constexpr int kStepRows = 256;
+#endif
+
 // One or a few tokens, no gradient: the state stays in registers, each row of it in four lanes. `state` may be
 // `final_state`: a thread writes only what it alone has read.
 template <int size>
-__global__ void __launch_bounds__(4 * size, size == 128 ? 1 : 256 / size) step(const __grid_constant__ Wkv7sProblem p) {
+__global__ void __launch_bounds__(4 * size, size == 128 ? 1 : kStepRows / size) step(const __grid_constant__ Wkv7sProblem p) {
   constexpr int kKeys = size / 4;
   const Sequence sequence = find_sequence<kChunk>(p);
   const int row = int(threadIdx.x) / 4, lane = int(threadIdx.x) % 4;
