@@ -591,29 +591,36 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from heron import evaluate
+    from heron import scores
+    from heron.report import check_picture
 
     if not (options.data or options.lambada or options.choices):
         options.parser.error("wanted something to score on: --data, --lambada or --choices")
+    if options.limit is not None and not (options.lambada or options.choices):
+        options.parser.error(
+            "--limit counts the texts of --lambada and the questions of --choices; --data is read whole"
+        )
+    if options.plot:
+        check_picture(Path(options.plot))
     results = [_scores(model, options) for model in options.models]
     if len(results) > 1:
-        print(evaluate.table(results))
+        print(scores.table(results))
     if options.json:
-        evaluate.write(results, Path(options.json))
+        scores.write(results, Path(options.json))
         print(f"wrote {options.json}")
     if options.plot:
-        print(f"wrote {evaluate.plot(results, Path(options.plot))}")
+        print(f"wrote {scores.plot(results, Path(options.plot))}")
 
 
 def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed where it is the only one."""
-    from heron import evaluate
+    from heron import evaluate, scores
     from heron.checkpoint import load
     from heron.data.loader import load_tokens
 
     model = load(path, rosa=options.rosa).to(_device(options.device))
     tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size)
-    result = {"model": path, "step": evaluate.step_of(path), "mode": options.mode}
+    result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
     lines = []
     if options.data:
         tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size)

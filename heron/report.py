@@ -316,6 +316,12 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return [record for record in records if "loss" in record], validations
 
 
+def check_picture(out: Path) -> None:
+    """ConfigError unless the file is named .png or .svg."""
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"plot: wanted a picture named .png or .svg, got {out}")
+
+
 def plot(runs: Sequence[Path], out: Path) -> Path:
     """Draw loss, validation, learning rate, gradient norm and throughput of one or more runs over their steps.
 
@@ -336,8 +342,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
     runs, out = [Path(run) for run in runs], Path(out)
     if not runs:
         raise ConfigError("plot: wanted at least one run folder, got none; heron plot runs/first")
-    if out.suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"plot: wanted a picture named .png or .svg, got {out}")
+    check_picture(out)
     logs = [read_log(run) for run in runs]
     for run, (steps, _) in zip(runs, logs, strict=True):
         if not steps:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import heron
-from heron import cli, machine, tokenizer
+from heron import cli, machine, scores, tokenizer
 from heron import evaluate as module
 from heron.errors import ConfigError, DataError
 from heron.evaluate import evaluate, loglikelihoods
@@ -265,10 +265,27 @@ def test_results_as_json_table_and_plot(reader, tmp_path, capsys):
         assert line.split()[1] == f"{result['loss']:.4f}"
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="png"):
-        module.plot(results, tmp_path / "r.gif")
+        scores.plot(results, tmp_path / "r.gif")
 
 
 def test_a_number_that_json_lacks_becomes_null(tmp_path):
-    module.write([{"model": "x", "perplexity": math.inf}], tmp_path / "r.json")
+    scores.write([{"model": "x", "perplexity": math.inf}], tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text()) == [{"model": "x", "perplexity": None}]
     assert module.Evaluation(1e4, 1, None).perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "t.txt", "--limit", "2"], "--data is read whole"),
+        ([], "wanted something to score on"),
+        (["--data", "t.txt", "--plot", "r.gif"], "wanted a picture named .png or .svg, got r.gif"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_read(capsys, words, said):
+    try:
+        code = cli.main(["eval", "none.pth", *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code in (1, 2)
+    assert said in capsys.readouterr().err

@@ -19,7 +19,7 @@ LINES = [
     ["machine", "strict_json", "tokenizer", "ops"],
     ["model", "data"],
     ["compilation"],
-    ["optim", "checkpoint", "generation", "evaluate", "report", "guards", "faults", "preemption", "memory"],
+    ["optim", "checkpoint", "generation", "evaluate", "report", "scores", "guards", "faults", "preemption", "memory"],
     ["learner"],
     ["train", "estimate", "bench"],
     ["cli", "chat", "__main__", "doctor", "info", "convert", "hf", "demo", "compat"],

@@ -166,7 +166,8 @@ def prepare(
             with _progress_bar(inputs, progress and sys.stderr.isatty()) as advance:
                 _encode_into(writer, done, inputs, tokenizer, vocab_size, workers, on_bad_line == "skip", advance)
             if not done.tokens:
-                raise DataError(f"{', '.join(inputs)}: wanted text, got {done.empty_documents} empty documents")
+                empty, skipped = done.empty_documents, len(done.bad_lines) + len(done.bad_documents)
+                raise DataError(f"{', '.join(inputs)}: wanted text, got {empty} empty documents and {skipped} skipped")
             _write_skip_log(bin_path(out), [*done.bad_lines, *done.bad_documents])
             writer.commit(dataclasses.asdict(done))
     primes = {ctx_len: magic_prime(done.tokens, ctx_len) for ctx_len in CONTEXT_LENGTHS}
