@@ -55,12 +55,13 @@ class RowTables:
         if storage == "device":
             model.to(device)
         else:
-            tables = [module.weight.detach().cpu() for module in modules]
+            tables = []
             for module in modules:
+                tables.append(_pinned(module.weight.detach().cpu(), self._pins))
                 module.weight = None
             model.to(device)
             for module, table in zip(modules, tables, strict=True):
-                module.weight = nn.Parameter(table.pin_memory() if self._pins else table)
+                module.weight = nn.Parameter(table)
         self.weights = [module.weight for module in modules]
         self._bus = _Bus(self.weights, device) if self._by_kernel and storage == "host" else None
         for module in modules if self._bus else ():
@@ -106,7 +107,7 @@ class RowTables:
             lr, betas, eps: see :func:`heron.ops.rows.row_adamw_`.
             found_inf: an fp32 scalar on the device.
         """
-        gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in self.rows]
+        gradients = self.gradients()
         if not gradients:
             return
         if self._bus is not None:
@@ -122,6 +123,10 @@ class RowTables:
                 rows.row_adamw_(
                     weight.detach(), exp_avg, exp_avg_sq, row_step, gradient, self.ids, lr, betas, eps, self.impl
                 )
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient (n, width) of each table's rows, where the network runs: zeros where nothing used them."""
+        return [torch.zeros_like(part) if part.grad is None else part.grad for part in self.rows]
 
     def place(self, state: Tensor) -> Tensor:
         """What the optimizer keeps of a table, where :meth:`step` reads it: moments lie where the table does."""

@@ -1,151 +1,194 @@
-"""Tables that train by rows: every road gives the numbers of the plain one on the host."""
+"""DeepEmbed tables in host memory: the same rows and gradients as with the model, and steps that touch no other row."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import math
 
 import pytest
 import torch
 
 import heron
+from heron.errors import ConfigError, DataError
 from heron.learner import Learner
-from heron.model import row_tables
+from heron.model.deep_embed import DeepEmbed
 from heron.model.row_tables import RowTables
-from heron.ops import rows
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-class Stream:
-    """A stream that has done what it is told when it is told."""
-
-    def __init__(self, device):
-        self.waited = 0
-
-    def record_event(self):
-        return self
-
-    def wait_event(self, event):
-        assert event is not None
-
-    def synchronize(self):
-        self.waited += 1
+FORMS = {
+    "v8": dict(variant="v8"),
+    "4x": dict(variant="v8", deep_embed_4x=True),
+    "v7a": dict(variant="v7a"),
+    "v7b": dict(variant="v7b"),
+    "v8-hybrid": dict(variant="v8-hybrid"),
+}
+CPU = torch.device("cpu")
+TOKENS = torch.tensor([[3, 9, 3, 20], [9, 9, 36, 0]])  # of 37; several more than once
+SEEN = [0, 3, 9, 20, 36]
+BETAS, EPS, LR = (0.9, 0.99), 1e-18, 3e-3
 
 
-def copy_in_pytorch(sources, from_rows, targets, to_rows, blocks=0):
-    for source, target in zip(sources, targets, strict=True):
-        n = range(len(source if from_rows is None else from_rows))
-        target[list(n) if to_rows is None else to_rows] = source[list(n) if from_rows is None else from_rows]
+def tables_of(model):
+    return {name: module.weight for name, module in model.named_modules() if isinstance(module, DeepEmbed)}
 
 
-def step_in_pytorch(
-    weights, exp_avgs, exp_avg_sqs, row_steps, gradients, ids, at, moments_at, lr, betas, eps, found_inf
-):
-    if found_inf is not None and found_inf.item():
-        return
-    assert at is None
-    for p, m, v, t, g in zip(weights, exp_avgs, exp_avg_sqs, row_steps, gradients, strict=True):
-        compact = (m, v) if moments_at is None else (m[moments_at], v[moments_at])
-        count = t[ids]
-        rows.row_adamw_(p, *compact, count, g, torch.arange(len(ids)), lr, betas, eps, "reference")
-        t[ids] = count
-        if moments_at is not None:
-            m[moments_at], v[moments_at] = compact
+def tokens_of(n):
+    """The n-th batch: its first half has even ids only, and not all of them."""
+    return torch.randint(0, 18, (2, 6), generator=torch.Generator().manual_seed(n)) * 2 + n % 2
 
 
-@pytest.fixture
-def bus(monkeypatch):
-    """Gives a model's tables the road of a GPU, each stream of which works at once."""
-    stream = Stream(None)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(row_tables, "_pinned", lambda tensor, wanted=True: tensor)
-    monkeypatch.setattr(rows, "copy_rows", copy_in_pytorch)
-    monkeypatch.setattr(rows.cuda, "row_adamw_", step_in_pytorch)
-
-    def equip(tables):
-        tables._bus = row_tables._Bus(tables.weights, torch.device("cpu"))
-        return tables
-
-    return equip
+def backward(model, tokens):
+    model.loss(tokens, tokens.roll(1)).backward()
 
 
-@pytest.mark.parametrize("prefetched", [0, 1 << 30])
-@pytest.mark.parametrize("variant", ["v8", "v8-hybrid"])
-def test_rows_that_stay_on_the_device_are_those_of_the_host(random_model, bus, monkeypatch, variant, prefetched):
-    monkeypatch.setattr(row_tables, "_PREFETCHED_BYTES", prefetched)
-    models = [random_model(variant=variant).float() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    plain, by_bus = (RowTables(model, torch.device("cpu")) for model in models)
-    plain.impl = "reference"
-    bus(by_bus)
-    roads = [
-        (model, tables, heron.build_optimizer(model, 1e-2, tables=tables))
-        for model, tables in zip(models, (plain, by_bus), strict=True)
-    ]
-    V = models[0].config.vocab_size
-    for step in range(14):
-        torch.manual_seed(step)
-        n = (3, 6, 5, 18)[step % 4]  # more in the fourth step than there is room for
-        tokens = torch.randint(0, V // 2, (2, n))
-        losses = []
-        for model, tables, optimizer in roads:
-            tables.bring(tokens)
-            loss = model.loss(tokens, tokens.flip(0))
-            loss.backward()
-            optimizer.found_inf = torch.tensor(float(step == 5))
-            if step != 8:  # brought in vain
-                optimizer.step()
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_and_gradients_are_those_of_a_table_on_the_device(random_model, form, checkpointed):
+    usual = random_model(**FORMS[form])
+    hosted = copy.deepcopy(usual)
+    before = {name: tensor.clone() for name, tensor in usual.state_dict().items()}
+    tables = RowTables(hosted, CPU)
+    usual.grad_checkpoint = hosted.grad_checkpoint = checkpointed
+    tables.bring(TOKENS)
+    for half in TOKENS:  # accumulated
+        for model in (usual, hosted):
+            backward(model, half[None])
+    assert tables.ids.tolist() == SEEN
+    assert len(tables.rows) == len(tables.weights) == len(tables_of(usual))
+    for weight, rows, gradient in zip(tables_of(usual).values(), tables.rows, tables.gradients(), strict=True):
+        assert torch.equal(rows, weight[SEEN])
+        assert torch.equal(gradient, weight.grad[SEEN])
+        assert gradient.any()
+    for name, parameter in hosted.named_parameters():
+        if name.rpartition(".")[0] in tables_of(hosted):
+            assert parameter.grad is None
+        elif parameter.grad is not None:
+            assert torch.equal(parameter.grad, usual.get_parameter(name).grad), name
+    tables.release()
+    assert tables.rows == []
+    assert torch.equal(hosted(TOKENS + 1 - TOKENS // 36)[0], usual(TOKENS + 1 - TOKENS // 36)[0])
+    assert hosted.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hosted.state_dict().items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_every_row_is_in_every_step_it_is_dense_adamw(random_model, form):
+    usual = random_model(**FORMS[form]).double()
+    hosted = copy.deepcopy(usual)
+    tables = RowTables(hosted, CPU)
+    dense = heron.build_optimizer(usual, LR, 0.1, BETAS, EPS)
+    by_rows = heron.build_optimizer(hosted, LR, 0.1, BETAS, EPS, tables, torch.float64)
+    for n in range(4):
+        tokens = torch.cat((torch.arange(37), tokens_of(n).view(-1)[:11])).view(2, 24)
+        tables.bring(tokens)
+        for model, optimizer in ((usual, dense), (hosted, by_rows)):
+            backward(model, tokens)
+            optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-            if step == 10:  # a run that goes back
-                with torch.no_grad():
-                    for weight in tables.weights:
-                        weight.mul_(1.5)
-                for weight in tables.weights:
-                    optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].clone() / 2
-        assert losses[0] == losses[1], step
-        for a, b in zip(plain.weights, by_bus.weights, strict=True):
-            assert torch.equal(a, b), step
-            for name in heron.optim.RowAdamW.STATE:
-                assert torch.equal(roads[0][2].state[a][name], roads[1][2].state[b][name]), (step, name)
+    for name, value in hosted.state_dict().items():
+        assert torch.allclose(value, usual.state_dict()[name], rtol=1e-12, atol=1e-14), name
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("settings", [dict(), dict(tables_state="bf16"), dict(accumulate=2)], ids=str)
-def test_the_host_and_the_device_train_the_same_tables(settings):
-    """20 steps with nothing but the steps themselves to wait for, once more read in between."""
-    ended = []
-    for storage in ("device", "host", "host, read", "host, no prefetch"):
-        with pytest.MonkeyPatch.context() as patch:
-            if storage == "host, no prefetch":
-                patch.setattr(row_tables, "_PREFETCHED_BYTES", 0)
-            torch.manual_seed(0)
-            model = heron.RWKV(heron.ModelConfig(variant="v8", n_layer=3, n_embd=128, vocab_size=4096))
-            config = heron.TrainConfig(
-                max_steps=1, tables=storage.split(",")[0], compile="off", dtype="bf16", **settings
-            )
-            learner = Learner(model, config, torch.device("cuda"))
-            batches = [torch.randint(0, 3000, (4, 65)) ** 2 // 3000 for _ in range(20 * config.accumulate)]
-            for step in range(20):
-                parts = batches[step * config.accumulate : (step + 1) * config.accumulate]
-                loss = learner.gradients([(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts])
-                learner.update(loss, 1e-3, -1.0 if step == 11 else math.inf)
-                if storage == "host, read" and step % 3 == 0:
-                    model.state_dict()
-                    learner.model(batches[0][:, :8].cuda())
-            numbers = {name: value.cpu().clone() for name, value in model.state_dict().items() if ".ffn.enn" in name}
-            for i, weight in enumerate(learner.tables.weights):
-                numbers |= {
-                    f"{i} {name}": value.cpu().clone() for name, value in learner.optimizer.state[weight].items()
-                }
-            ended.append(numbers)
-    assert ended[0].keys() == ended[1].keys()
-    for other in ended[1:]:
-        for name, value in ended[0].items():
-            assert torch.equal(value, other[name]), name
+def test_a_row_counts_its_own_steps_and_all_others_rest(random_model):
+    """Four steps against the formula in fp64: what bias correction counts, and that nothing else changes a bit."""
+    model = random_model().double()
+    tables = RowTables(model, CPU)
+    optimizer = heron.build_optimizer(model, LR, 0.1, BETAS, EPS, tables, torch.float64)
+    weight, wanted = tables.weights[1], tables.weights[1].detach().clone()
+    first, second, count = torch.zeros_like(wanted), torch.zeros_like(wanted), torch.zeros(37, 1)
+    for n in (0, 1, 2, 1):
+        optimizer.zero_grad()
+        tables.bring(tokens_of(n))
+        backward(model, tokens_of(n))
+        gradient = tables.gradients()[1].clone()
+        before = weight.detach().clone()
+        optimizer.step()
+        ids = torch.unique(tokens_of(n))
+        count[ids] += 1
+        first[ids] = 0.9 * first[ids] + 0.1 * gradient
+        second[ids] = 0.99 * second[ids] + 0.01 * gradient**2
+        move = first[ids] / (1 - 0.9 ** count[ids]) / ((second[ids] / (1 - 0.99 ** count[ids])).sqrt() + EPS)
+        wanted[ids] -= LR * move
+        others = [i for i in range(37) if i not in ids]
+        assert torch.equal(weight[others], before[others])
+        assert not torch.isclose(weight[ids], before[ids], rtol=0, atol=1e-9).all(dim=1).any()
+    assert torch.allclose(weight, wanted, rtol=1e-6, atol=1e-9)  # the counts are fp32 here
+    state = optimizer.state[weight]
+    assert torch.equal(state["row_step"], count.view(-1).int())
+    assert torch.allclose(state["exp_avg"], first, rtol=1e-12, atol=0)
+    assert torch.allclose(state["exp_avg_sq"], second, rtol=1e-12, atol=0)
+    never = count.view(-1) == 0
+    assert never.any()
+    assert not state["exp_avg"][never].any()
+
+
+def test_clipping_counts_the_gradients_of_rows_and_scales_them(random_model):
+    norms, moments = [], []
+    for place in ("device", "host"):
+        config = heron.TrainConfig(max_steps=1, dtype="fp32", grad_clip=0.01, tables=place)
+        learner = Learner(random_model(), config, CPU)
+        norms.append(learner.update(learner.gradients([(TOKENS, TOKENS.roll(1))]), LR, math.inf)[1])
+        weight = learner.model.blocks[1].ffn.enn.weight
+        moments.append(learner.optimizer.state[weight]["exp_avg"][SEEN])
+    assert torch.allclose(*norms, rtol=1e-6)
+    assert torch.allclose(*moments, rtol=1e-5, atol=1e-12)
+    assert moments[0].norm() < 0.1 * 0.01
+
+
+@pytest.mark.parametrize("earlier_steps", [0, 2])
+def test_a_step_that_is_held_back_changes_nothing(random_model, earlier_steps):
+    model = random_model()
+    tables = RowTables(model, CPU)
+    optimizer = heron.build_optimizer(model, LR, tables=tables)
+
+    def step(found_inf):
+        optimizer.zero_grad()
+        tables.bring(TOKENS)
+        backward(model, TOKENS)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+
+    for _ in range(earlier_steps):
+        step(0.0)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = [{name: part.clone() for name, part in optimizer.state[weight].items()} for weight in tables.weights]
+    step(1.0)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    for weight, before in zip(tables.weights, states, strict=True):
+        for name, part in optimizer.state[weight].items():  # before the first step there was none: zeros
+            assert torch.equal(part, before.get(name, torch.zeros_like(part)))
+        assert len(before) == (3 if earlier_steps else 0)
+    step(0.0)
+    assert int(optimizer.state[tables.weights[0]]["row_step"][3]) == earlier_steps + 1
+
+
+def test_moments_in_bf16_stay_close(random_model):
+    models = [random_model(), random_model()]
+    for model, dtype in zip(models, (torch.float32, torch.bfloat16), strict=True):
+        tables = RowTables(model, CPU)
+        optimizer = heron.build_optimizer(model, LR, tables=tables, tables_state=dtype)
+        for n in range(6):
+            optimizer.zero_grad()
+            tables.bring(tokens_of(n))
+            backward(model, tokens_of(n))
+            optimizer.step()
+        assert {part.dtype for part in optimizer.state[tables.weights[0]].values()} == {torch.int32, dtype}
+    exact, rough = (model.blocks[0].ffn.enn.weight for model in models)
+    assert (exact - rough).abs().max() < 0.1 * LR * 6
+    assert (exact != rough).any()
+
+
+def test_misuse_is_refused(random_model):
+    with pytest.raises(ConfigError, match="v7 has no DeepEmbed tables"):
+        RowTables(random_model(variant="v7"), CPU)
+    model = random_model()
+    tables = RowTables(model, CPU)
+    optimizer = heron.build_optimizer(model, tables=tables)
+    for bad in (-1, 37):
+        with pytest.raises(DataError, match=f"ids must be 0 to 36, got .*{bad}"):
+            tables.bring(torch.tensor([[0, bad, 3]]))
+    backward(model, TOKENS)
+    with pytest.raises(ConfigError, match="used but not brought"):
+        optimizer.step()
+    tables.bring(TOKENS)
+    with pytest.raises(DataError, match="token 5 was looked up, but not brought"):
+        model(torch.tensor([[3, 5]]))
