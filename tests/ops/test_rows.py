@@ -48,6 +48,8 @@ def test_cpp_steps_as_the_definition_and_leaves_other_rows_alone(V, width, n, mo
                 row_adamw_(*parts, gradient, ids, LR, BETAS, EPS, impl)
             assert close(built, defined)
             assert torch.equal(built[3], defined[3])
+            if moments == torch.bfloat16 and n == V:  # to the nearest, as PyTorch rounds
+                assert all((a == b).float().mean() > 0.98 for a, b in zip(built[1:3], defined[1:3], strict=True))
             for parts in (defined, built):  # goes on from the same numbers, or roundings of bf16 would add up
                 others = torch.ones(V, dtype=torch.bool).index_fill_(0, ids, False)
                 assert all(torch.equal(a[others], b[others]) for a, b in zip(parts, start, strict=True))
