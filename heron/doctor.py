@@ -30,6 +30,7 @@ def report() -> str:
         "wkv7": _select.wkv7(there, 512),
         "wkv7, T=1": _select.wkv7(there, 1),
         "head and loss": _select.linear_cross_entropy(there),
+        "rows of tables": _select.row_adamw(there),
         "rosa": _select.rosa(there),
         "rosa gradients": _select.rosa_gradients(there),
     }

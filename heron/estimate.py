@@ -106,6 +106,8 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
         network.to = lambda device: network  # it is there, as far as it is anywhere
         learner = Learner(network, dataclasses.replace(config, compile="off"), torch.device("cpu"))
+        if learner.tables is not None:
+            learner.tables.impl = "reference"  # in operations that the ledger sees
         samples = [(torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64),) * 2] * passes
         counts: dict[str, int] = {}
         _count_activations(learner.network, ledger, counts)

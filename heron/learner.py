@@ -15,7 +15,7 @@ from heron.errors import HeronError
 from heron.guards import is_bad
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
-from heron.model.host_tables import HostTables
+from heron.model.row_tables import row_tables
 from heron.optim import build_optimizer, set_lr
 
 _PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
@@ -32,7 +32,7 @@ class Learner:
     Attributes:
         model: the weights that are trained, saved and evaluated.
         network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, made again after each step.
-        tables: those in host memory, None where they are with the model.
+        tables: those that train by rows, None where they are plain parameters of the model.
         optimizer: of `model`'s parameters.
         compiled: whether steps are compiled, and why.
 
@@ -42,7 +42,7 @@ class Learner:
 
     def __init__(self, model: RWKV, config: TrainConfig, device: torch.device):
         self.config, self.device, self.model = config, device, model
-        self.tables = HostTables(model, device) if config.tables == "host" else None
+        self.tables = row_tables(model, device, config.tables)
         if self.tables is None:
             model.to(device)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"

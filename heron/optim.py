@@ -10,7 +10,7 @@ from torch import nn
 
 from heron.config import TrainConfig
 from heron.errors import ConfigError
-from heron.model.host_tables import HostTables
+from heron.model.row_tables import RowTables
 
 
 class Group(NamedTuple):
@@ -51,13 +51,13 @@ def build_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-18,
-    tables: HostTables | None = None,
+    tables: RowTables | None = None,
     tables_state: torch.dtype = torch.float32,
 ) -> torch.optim.AdamW:
     """AdamW over the reference groups. Each group carries "name" and "lr_scale" beside torch's own keys.
 
     Args:
-        tables: where the model's tables are in host memory: they are stepped by rows (:class:`RowAdamW`).
+        tables: where the model's tables train by rows, by which they are stepped then (:class:`RowAdamW`).
         tables_state: dtype of the moments of those rows.
 
     Raises:
@@ -86,27 +86,23 @@ def build_optimizer(
 
 
 class RowAdamW(torch.optim.AdamW):
-    """AdamW in which the tables, that lie in host memory, are stepped by rows, there. What is no table is as ever.
+    """AdamW in which the tables are stepped by rows (:func:`heron.ops.rows.row_adamw_`). What is no table is as ever.
 
-    A step changes the rows that were brought for it, and no other. With t the steps that this very row has had::
-
-        t <- t + 1,   m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
-        row <- row - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-
-    So moments and their bias correction count a row's own steps. Dense AdamW counts all: it goes on moving a row whose
-    token is not there, and lets its second moment fade. The two are equal where every row is brought each step.
+    A step changes the rows that were brought for it, and no other, and moments and their bias correction count a row's
+    own steps. Dense AdamW counts all: it goes on moving a row whose token is not there, and lets its second moment
+    fade. The two are equal where every row is brought each step.
 
     Args:
         groups: of parameters, as :func:`build_optimizer` makes them. Tables must not decay: a row would by its token's
             frequency.
-        tables: the tables in host memory, which are members of `groups`.
-        state_dtype: of both moments, in host memory; they are computed in the dtype of the table.
+        tables: the tables, which are members of `groups`.
+        state_dtype: of both moments, which lie where the tables do; they are computed in the dtype of the table.
         options: of torch.optim.AdamW.
     """
 
     STATE = ("row_step", "exp_avg", "exp_avg_sq")  # (V,) int32, and (V, width) twice
 
-    def __init__(self, groups: list[dict[str, Any]], tables: HostTables, state_dtype: torch.dtype, **options: Any):
+    def __init__(self, groups: list[dict[str, Any]], tables: RowTables, state_dtype: torch.dtype, **options: Any):
         super().__init__(groups, **options)
         self.tables = tables
         self._state_dtype = state_dtype
@@ -119,39 +115,31 @@ class RowAdamW(torch.optim.AdamW):
             ConfigError: a table has a gradient of its own: its rows were not brought before the forward.
         """
         if any(weight.grad is not None for weight in self.tables.weights):
-            raise ConfigError("tables: their rows were used but not brought; call HostTables.bring before the forward")
+            raise ConfigError("tables: their rows were used but not brought; call RowTables.bring before the forward")
         super().step()
-        gradients = self.tables.gradients()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        if not self.tables.rows:
             return
-        of_weight = {id(weight): i for i, weight in enumerate(self.tables.weights)}
-        for group in self.param_groups:
-            for weight in group["params"]:
-                i = of_weight.get(id(weight))
-                if i is not None and gradients:
-                    self._step_rows(weight, gradients[i], group)
+        (group,) = (group for group in self.param_groups if group["name"] == TABLE.name)
+        states = [self._placed(weight) for weight in self.tables.weights]
+        row_steps, exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in self.STATE)
+        found_inf = getattr(self, "found_inf", None)
+        self.tables.step(exp_avgs, exp_avg_sqs, row_steps, group["lr"], group["betas"], group["eps"], found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, and the rows that were brought."""
         super().zero_grad(set_to_none)
         self.tables.release()
 
-    def _step_rows(self, weight: nn.Parameter, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        ids, (beta1, beta2), state = self.tables.ids, group["betas"], self.state[weight]
+    def _placed(self, weight: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What is kept of a table, zeros at first, where the step reads it; a resumed run has read it from a file."""
+        state = self.state[weight]
         if not state:
             state["row_step"] = torch.zeros(len(weight), dtype=torch.int32)
-            state["exp_avg"] = torch.zeros_like(weight, dtype=self._state_dtype)
-            state["exp_avg_sq"] = torch.zeros_like(weight, dtype=self._state_dtype)
-        t = state["row_step"][ids] + 1
-        m = state["exp_avg"][ids].to(weight.dtype).lerp_(gradient, 1 - beta1)
-        v = state["exp_avg_sq"][ids].to(weight.dtype).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        for name, value in zip(self.STATE, (t, m, v), strict=True):
-            state[name][ids] = value.to(state[name].dtype)
-        t = t.double().unsqueeze(1)
-        step_size = (group["lr"] / (1 - beta1**t)).to(weight.dtype)
-        of_v = (1 - beta2**t).sqrt().to(weight.dtype)
-        weight[ids] = weight[ids].sub_(m.mul_(step_size).div_(v.sqrt_().div_(of_v).add_(group["eps"])))
+            for name in self.STATE[1:]:
+                state[name] = torch.zeros_like(weight, dtype=self._state_dtype)
+        for name in self.STATE:
+            state[name] = self.tables.place(state[name])
+        return state
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

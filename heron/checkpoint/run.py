@@ -368,6 +368,8 @@ def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
+    if isinstance(optimizer, RowAdamW):
+        optimizer.tables.wait()
     for name in _trained(model, optimizer):
         state = optimizer.state.get(model.get_parameter(name)) or {_UNUSED: torch.zeros(0)}
         tensors |= {f"{part}.{name}": value for part, value in state.items()}

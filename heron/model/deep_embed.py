@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,15 @@ class DeepEmbed(nn.Embedding):
     Source: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v8_rc00_demo.py (`ffn.enn.weight`) and its successors.
     """
 
-    brought: Brought | None = None  # set by heron.model.host_tables while a training step runs
+    brought: Brought | None = None  # set by heron.model.row_tables while a training step runs
+    before_reading: Callable[[], None] | None = None  # set there: waits for rows on their way back to the table
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows (..., width) of token ids (...), on the device of `ids` wherever the table lies."""
         if self.brought is not None:
             return self.brought.of(ids)
+        if self.before_reading is not None:
+            self.before_reading()
         return super().forward(ids.to(self.weight.device)).to(ids.device)
 
 

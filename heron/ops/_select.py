@@ -152,6 +152,37 @@ def _why_no_sampling_kernel(capability: tuple[int, int]) -> str | None:
     return _failure_of(lambda: cuda.library(capability), "drawing tokens")
 
 
+def row_adamw(device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+    """Implementation of AdamW by rows for tables of `dtype` that train on `device`.
+
+    Says so, once, when the compiled form can't be built.
+    """
+    why_not = f"it takes fp32, not {dtype}" if dtype != torch.float32 else None
+    if device.type == "cuda":
+        why_not = why_not or _no_kernels or _why_no_row_kernels(torch.cuda.get_device_capability(device))
+        if why_not is None:
+            return Choice("cuda", "all layers at once, tables on the device or read by it from the host")
+    elif device.type == "cpu":
+        why_not = why_not or _why_rows_cannot_be_built()
+        if why_not is None:
+            return Choice("cpu", "C++, one pass over the rows")
+    return Choice("reference", f"plain PyTorch, on the CPU; no compiled form ({why_not or 'for ' + device.type})")
+
+
+@functools.cache
+def _why_no_row_kernels(capability: tuple[int, int]) -> str | None:
+    from heron.ops.rows import cuda
+
+    return _failure_of(lambda: cuda.library(capability), "the tables' rows")
+
+
+@functools.cache
+def _why_rows_cannot_be_built() -> str | None:
+    from heron.ops.rows import cpu
+
+    return _failure_of(cpu.library, "AdamW by rows")
+
+
 def _failure_of(build: Callable[[], object], what: str) -> str | None:
     """Why `build` failed, told on stderr, or None."""
     try:
