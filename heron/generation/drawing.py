@@ -39,6 +39,13 @@ class DeviceDraws:
         self._barred = barred_ids(tokenizer).to(device)
         self._counts: Tensor | None = None  # (rows, V) fp32, once a row has penalties
         self._plan: _Plan | None = None
+        is_cuda = device.type == "cuda"
+        staging = dict(dtype=torch.float64, pin_memory=is_cuda)
+        self._uniforms = torch.zeros(rows, **staging)
+        self._uniforms_there = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._drawn_there = torch.zeros(2, rows, dtype=torch.float64, device=device)  # ids and log-probabilities
+        self._drawn = torch.zeros(2, rows, **staging)
+        self._arrived = torch.cuda.Event() if is_cuda else None
 
     def keep(self, row: int, counts: Tensor) -> Tensor:
         """The occurrences (V,) of `row`, on the device, with these values to begin with; draws update them."""
@@ -54,7 +61,8 @@ class DeviceDraws:
 
         Args:
             generators: of the CPU, one a row; not advanced where the row is greedy.
-            logits: (n, V) of the tokenizer's ids, on the device.
+            logits: (n, V) of the tokenizer's ids, on the device. They may still be being computed: the host waits once,
+                for the tokens.
 
         Raises:
             HeronError: the largest logit of a row is NaN or infinite.
@@ -68,10 +76,11 @@ class DeviceDraws:
         if plan.decay is not None:
             in_order = [number for number, _ in rows] == list(range(self._rows))
             counts = self._counts if in_order else self._counts[plan.numbers]
-        ids, logprobs = sample_rows(
-            logits, counts, self._barred, plan.settings, torch.tensor(uniforms, dtype=torch.float64).to(self._device)
-        )
-        drawn = torch.stack([ids.double(), logprobs.double()]).tolist()
+        n = len(rows)
+        self._uniforms.numpy()[:n] = uniforms
+        self._uniforms_there.copy_(self._uniforms, non_blocking=True)
+        ids, logprobs = sample_rows(logits, counts, self._barred, plan.settings, self._uniforms_there[:n])
+        drawn = self._to_host(ids, logprobs)
         drawn = [(int(token), logprob) for token, logprob in zip(*drawn, strict=True)]
         for i, (token, _) in enumerate(drawn):
             if token < 0:
@@ -82,6 +91,17 @@ class DeviceDraws:
             self._counts *= plan.decay
             self._counts[plan.numbers, ids] += 1
         return drawn
+
+    def _to_host(self, ids: Tensor, logprobs: Tensor) -> list[list[float]]:
+        """ids (n,) and logprobs (n,) as two lists. The wait for them frees every buffer of this step on the host."""
+        n = len(ids)
+        self._drawn_there[0, :n] = ids
+        self._drawn_there[1, :n] = logprobs
+        self._drawn.copy_(self._drawn_there, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+            self._arrived.synchronize()
+        return self._drawn[:, :n].tolist()
 
     def _plan_of(self, rows: list[tuple[int, Sampling]]) -> _Plan:
         if self._plan is None or self._plan.rows != rows:

@@ -43,6 +43,8 @@ class GraphedDecoder:
         device = model.emb.weight.device
         self._on_host = torch.zeros(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._ids = self._on_host.to(device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # until then the host's buffers are read
+        self._in_order = list(range(rows))
         self._fetch = table_rows
         self._rows = None if table_rows is None else [part.to(device).clone() for part in table_rows(self._on_host)]
         self._lookup = lookup(model)
@@ -65,16 +67,20 @@ class GraphedDecoder:
 
         A row that is left out loses its state: write it anew before its next step.
         """
-        self._on_host[list(rows)] = torch.tensor(list(tokens))
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._on_host.numpy()[list(rows)] = tokens
         self._ids.copy_(self._on_host, non_blocking=True)
         if self._fetch is not None:
             for buffer, part in zip(self._rows, self._fetch(self._on_host), strict=True):
                 buffer.copy_(part, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         if self._graph is None:
             self._logits = self._compute()
         else:
             self._graph.replay()
-        return self._logits if list(rows) == list(range(len(self._ids))) else self._logits[list(rows)]
+        return self._logits if list(rows) == self._in_order else self._logits[list(rows)]
 
     def _compute(self) -> Tensor:
         """One step of every row, from `_ids` and `_rows`; changes the states in place."""
