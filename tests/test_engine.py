@@ -282,6 +282,10 @@ def test_rows_of_packed_tables_are_the_rows(tmp_path, dtype):
     packed = Tables(tables, tmp_path / "deep" / "t.bin")
     assert torch.equal(packed.rows(ids), torch.stack([table[ids] for table in tables]))
     assert torch.equal(Tables(tables).rows(ids), packed.rows(ids))
+    for kept in (Tables(tables), packed):
+        staging = kept.staging(len(ids), pinned=False)
+        kept.pick(ids.numpy(), staging)
+        assert torch.equal(staging.transpose(0, 1), packed.rows(ids))
     data = (tmp_path / "deep" / "t.bin").read_bytes()
     with pytest.raises(CheckpointError, match="another model"):
         Tables([table + 1 for table in tables], tmp_path / "deep" / "t.bin")

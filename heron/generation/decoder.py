@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from heron.config import ModelConfig
+from heron.generation.tables import Tables
 from heron.model import RWKV, LayerState, State
 from heron.model.channel_mix import GATE_RANK
 from heron.model.deep_embed import DeepEmbed
@@ -131,18 +132,18 @@ class FusedDecoder:
     Args:
         model: see :func:`is_fusible`.
         rows: number of sequences it has room for.
-        table_rows: token ids (n,) -> DeepEmbed rows (n, width) of every layer; None: looked up in the model's tables.
+        tables: DeepEmbed tables off the device; None: the model has its own.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RWKV, rows: int, table_rows: Callable[[Tensor], Sequence[Tensor | None]] | None = None):
+    def __init__(self, model: RWKV, rows: int, tables: Tables | None = None):
         self._states = RowStates(model, rows)
         self._memory = [[Memory.of(layer, row) for layer in self._states.layers] for row in range(rows)]
         self._embed = model.embed
         self._layers = [_Layer(block, model.config) for block in model.blocks]
         self._ln_out = _layer_norm(model.ln_out)
         self._head = _matrices(*model.head.weight.split(HEAD_COLUMNS))
-        self._table_rows = table_rows or lookup(model)
+        self._table_rows = lookup(model) if tables is None else tables.rows
 
     def write(self, row: int, state: State | None) -> None:
         """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
@@ -194,15 +195,17 @@ def only_computing(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def decoder_of(
-    model: nn.Module, rows: int, table_rows: Callable[[Tensor], Sequence[Tensor | None]] | None = None
-) -> Decoder:
-    """The fastest decoder that `model` can have where it is, with room for `rows` sequences."""
+def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Decoder:
+    """The fastest decoder that `model` can have where it is, with room for `rows` sequences.
+
+    Args:
+        tables: DeepEmbed tables off the device; None: the model has its own.
+    """
     from heron.generation.graphed import GraphedDecoder  # which is built on this module
 
     if not is_fusible(model):
         return ModelDecoder(model, rows)
-    return (FusedDecoder if model.emb.weight.device.type == "cpu" else GraphedDecoder)(model, rows, table_rows)
+    return (FusedDecoder if model.emb.weight.device.type == "cpu" else GraphedDecoder)(model, rows, tables)
 
 
 class _Layer:

@@ -150,8 +150,7 @@ class Engine:
         elif next(model.parameters()).device != self._device:
             raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
         self.model = model
-        rows_of = None if self._tables is None else lambda ids: self._tables.rows(ids.cpu()).to(self._device)
-        self._decoder = decoder_of(model, rows, rows_of)
+        self._decoder = decoder_of(model, rows, self._tables)
         self._reads_by_graph = self._device.type == "cuda" and self._is_fusible and self._tables is None
         self._reader: GraphedReader | None = None
         self._draws = DeviceDraws(tokenizer, rows, self._device) if self._device.type == "cuda" else None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from heron import compilation, ops
 from heron.config import ModelConfig
 from heron.generation.decoder import RowStates, lookup, low_rank_gates
+from heron.generation.tables import Tables
 from heron.model import RWKV, State
 from heron.model.deep_embed import Lookup
 from heron.model.rwkv import Block
@@ -31,12 +32,11 @@ class GraphedDecoder:
     Args:
         model: see :func:`heron.generation.decoder.is_fusible`. On a CPU nothing is recorded or compiled (for tests).
         rows: number of sequences it has room for.
-        table_rows: token ids (n,) on the host -> DeepEmbed rows (n, width) of every layer; None: looked up in the
-            model's tables.
+        tables: DeepEmbed tables off the device; None: the model has its own.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RWKV, rows: int, table_rows: Callable[[Tensor], Sequence[Tensor]] | None = None):
+    def __init__(self, model: RWKV, rows: int, tables: Tables | None = None):
         self._states = RowStates(model, rows)
         self._model = model
         self._layers = [_Layer(block, model.config) for block in model.blocks]
@@ -45,8 +45,9 @@ class GraphedDecoder:
         self._ids = self._on_host.to(device)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # until then the host's buffers are read
         self._in_order = list(range(rows))
-        self._fetch = table_rows
-        self._rows = None if table_rows is None else [part.to(device).clone() for part in table_rows(self._on_host)]
+        self._tables = tables
+        self._picked = None if tables is None else tables.staging(rows, pinned=device.type == "cuda")
+        self._rows = None if tables is None else self._picked.to(device)  # (rows, L, width)
         self._lookup = lookup(model)
         self._stages = _stages(lambda stage: stage)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -71,9 +72,9 @@ class GraphedDecoder:
             self._copied.synchronize()
         self._on_host.numpy()[list(rows)] = tokens
         self._ids.copy_(self._on_host, non_blocking=True)
-        if self._fetch is not None:
-            for buffer, part in zip(self._rows, self._fetch(self._on_host), strict=True):
-                buffer.copy_(part, non_blocking=True)
+        if self._tables is not None:
+            self._tables.pick(self._on_host.numpy(), self._picked)
+            self._rows.copy_(self._picked, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         if self._graph is None:
@@ -85,7 +86,7 @@ class GraphedDecoder:
     def _compute(self) -> Tensor:
         """One step of every row, from `_ids` and `_rows`; changes the states in place."""
         embedded = x = self._model.embed(self._ids)
-        tables = self._lookup(self._ids) if self._rows is None else self._rows
+        tables = self._lookup(self._ids) if self._rows is None else self._rows.unbind(1)
         run, v_first = self._stages, None
         for layer, memory, of_table in zip(self._layers, self._states.layers, tables, strict=True):
             mixed = run.mix_time(layer, x, memory.att_shift)

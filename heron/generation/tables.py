@@ -36,6 +36,8 @@ class Tables:
 
     def __init__(self, tables: list[Tensor], file: Path | None = None):
         self._tables = tables
+        self._bytes = [table.contiguous().view(torch.uint8).numpy() for table in tables]
+        self._n_layer, self._dtype = len(tables), tables[0].dtype
         self._packed: np.ndarray | None = None
         self._fetched = torch.empty(0)
         if file is not None:
@@ -47,6 +49,19 @@ class Tables:
             return torch.stack([table[ids] for table in self._tables])
         picked = torch.from_numpy(self._packed[ids.numpy()]).view(self._dtype)  # (n, L, width)
         return picked.transpose(0, 1).contiguous()
+
+    def pick(self, ids: np.ndarray, out: Tensor) -> None:
+        """Write the rows of token ids (n,) to `out` (n, L, width), on the host, contiguous, in the tables' dtype."""
+        there = out.view(torch.uint8).numpy()
+        if self._packed is not None:
+            np.take(self._packed, ids, axis=0, out=there, mode="clip")  # any other mode would buffer `out`
+            return
+        for layer, table in enumerate(self._bytes):
+            there[:, layer] = table[ids]
+
+    def staging(self, n: int, pinned: bool) -> Tensor:
+        """Zeros (n, L, width) on the host for :meth:`pick`; `pinned`: for asynchronous copies to a GPU."""
+        return torch.zeros(n, self._n_layer, self._width, dtype=self._dtype, pin_memory=pinned)
 
     def fetch(self, ids: Tensor, device: torch.device) -> None:
         """Bring the rows of ids (B, T) to `device`, where the next forward of the model finds them."""
@@ -66,7 +81,7 @@ class Tables:
 
     def _map(self, file: Path) -> None:
         V, width = self._tables[0].shape
-        self._shape, self._dtype = (V, len(self._tables), width), self._tables[0].dtype
+        self._shape = (V, self._n_layer, width)
         header = self._header()
         if not file.exists():
             with new_file(file) as temporary, open(temporary, "wb") as out:
@@ -83,7 +98,7 @@ class Tables:
             )
         shape = (V, len(self._tables), width * self._dtype.itemsize)
         self._packed = np.memmap(file, mode="r", offset=len(header), shape=shape)
-        self._tables = []
+        self._tables, self._bytes = [], []
 
     def _header(self) -> bytes:
         """Fixed by the tables: magic, length, JSON; padded to 64 bytes."""
