@@ -43,10 +43,7 @@ def choose(wanted: str, device: torch.device, model: ModelConfig) -> machine.Cho
         return machine.Choice(wanted, "as asked")
     if reason is not None:
         return machine.Choice("off", reason)
-    few = "the elementwise work of a block in few kernels"
-    if model.deep_embed is not None:  # tables are looked up in rows that are brought anew for each step
-        return machine.Choice("on", few)
-    return machine.Choice("graph", f"{few}, and a pass launched as one")
+    return machine.Choice("on", "the elementwise work of a block in few kernels")
 
 
 def why_not(device: torch.device, model: ModelConfig) -> str | None:
