@@ -97,6 +97,21 @@ def load_op_library(
     _load_op_library(name, tuple(map(Path, sources)), tuple(cuda_flags), tuple(cpp_flags), tuple(map(Path, depends)))
 
 
+def load_kernels_for(
+    capability: tuple[int, int], op: str, name: str, sources: Sequence[Path], depends: Sequence[Path] = ()
+) -> None:
+    """:func:`load_op_library` of the kernels of `op`, for devices of one compute capability.
+
+    Raises:
+        KernelError: a device older than 8.0, or as there.
+    """
+    if capability < (8, 0):
+        raise KernelError(f"{op}: the CUDA form needs compute capability 8.0, this device has {capability}")
+    arch = "".join(map(str, capability))
+    flags = ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    load_op_library(f"{name}_sm{arch}", sources, flags, depends=depends)
+
+
 def _once(load: Callable) -> Callable:
     """Remember what `load` gave for the same arguments in this process: its library, or its KernelError."""
 

@@ -38,9 +38,4 @@ def require(device: torch.device, dtype: torch.dtype) -> None:
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernel for devices of this compute capability; KernelError as in :func:`require`."""
-    if capability < (8, 0):
-        raise KernelError(
-            f"linear_cross_entropy: the CUDA form needs compute capability 8.0, this device has {capability}"
-        )
-    arch = "".join(map(str, capability))
-    _build.load_op_library(f"loss_rows_sm{arch}", [SOURCE], ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"])
+    _build.load_kernels_for(capability, "linear_cross_entropy", "loss_rows", [SOURCE])

@@ -44,7 +44,4 @@ def library(capability: tuple[int, int]) -> None:
     Raises:
         KernelError: it can't be built here, or the device is older than 8.0.
     """
-    if capability < (8, 0):
-        raise KernelError(f"rosa: the CUDA form needs compute capability 8.0, this device has {capability}")
-    arch = "".join(map(str, capability))
-    _build.load_op_library(f"rosa_sm{arch}", [SOURCE], ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"])
+    _build.load_kernels_for(capability, "rosa", "rosa", [SOURCE])

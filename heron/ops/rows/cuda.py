@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heron.errors import KernelError
 from heron.ops import _build
 from heron.ops.rows.cpu import CSRC
 
@@ -71,8 +70,4 @@ def library(capability: tuple[int, int]) -> None:
     Raises:
         KernelError: they can't be built here, or the device is older than 8.0.
     """
-    if capability < (8, 0):
-        raise KernelError(f"rows: the CUDA form needs compute capability 8.0, this device has {capability}")
-    arch = "".join(map(str, capability))
-    flags = ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    _build.load_op_library(f"rows_sm{arch}", [CSRC / "rows.cu"], flags, depends=[CSRC / "rows.h"])
+    _build.load_kernels_for(capability, "rows", "rows", [CSRC / "rows.cu"], [CSRC / "rows.h"])

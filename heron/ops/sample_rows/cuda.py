@@ -34,9 +34,4 @@ def sample_rows_cuda(
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernel for devices of this compute capability; KernelError as above."""
-    if capability < (8, 0):
-        raise KernelError(f"sample_rows: the CUDA form needs compute capability 8.0, this device has {capability}")
-    arch = "".join(map(str, capability))
-    _build.load_op_library(
-        f"sample_rows_sm{arch}", [SOURCE], ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    )
+    _build.load_kernels_for(capability, "sample_rows", "sample_rows", [SOURCE])
