@@ -1,8 +1,21 @@
 """The operators: one folder each, with its definition, its fast forms, and a README on both."""
 
+from heron.ops.head_step import head_step
 from heron.ops.linear_cross_entropy import linear_cross_entropy
+from heron.ops.matvec import matvec
+from heron.ops.norm_mix import norm_mix
 from heron.ops.rosa import rosa
 from heron.ops.sample_rows import sample_rows
+from heron.ops.shift_mix import shift_mix
 from heron.ops.wkv7 import wkv7
 
-__all__ = ["linear_cross_entropy", "rosa", "sample_rows", "wkv7"]
+__all__ = [
+    "head_step",
+    "linear_cross_entropy",
+    "matvec",
+    "norm_mix",
+    "rosa",
+    "sample_rows",
+    "shift_mix",
+    "wkv7",
+]

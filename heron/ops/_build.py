@@ -35,6 +35,7 @@ except ImportError:  # Windows: processes that start together may compile the sa
     fcntl = None
 
 LOCK_TIMEOUT_S = 1200
+EARLY = Path(__file__).parent / "csrc" / "early.cuh"  # what some kernels include
 _COMPILERS = ("c++", "g++", "clang++")
 _thread_lock = threading.RLock()  # flock does not part the threads of one process
 _forbidden: str | None = None

@@ -295,7 +295,6 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "library", fail)
-    _select._why_no_loss_kernel.cache_clear()
     for _ in range(2):
         choice = _select.linear_cross_entropy(torch.device("cuda"))
         assert choice.impl == "chunked"
@@ -303,7 +302,6 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
     assert (
         capsys.readouterr().err == "heron: going on with the slower form of the loss in PyTorch: loss_rows: no nvcc\n"
     )
-    _select._why_no_loss_kernel.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

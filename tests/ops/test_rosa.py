@@ -243,7 +243,7 @@ def test_a_library_that_gives_wrong_answers_is_refused(monkeypatch):
 def no_compiler(monkeypatch, tmp_path):
     def forget():
         cpu.library.cache_clear()
-        _select._why_rosa_cannot_be_built.cache_clear()
+        _select._why_not_built.cache_clear()
 
     monkeypatch.setenv("HERON_CACHE", str(tmp_path))
     monkeypatch.setattr(_build, "find_compiler", lambda: None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from heron.errors import KernelError
-from heron.ops.rows import copy_rows, cuda, row_adamw_
+from heron.ops.rows import Places, copy_rows, cuda, gate_rows, row_adamw_
+from heron.ops.rows.gate import gate_rows_reference
 
 BETAS, EPS, LR = (0.9, 0.99), 1e-18, 3e-3
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -163,3 +164,42 @@ def test_kernels_step_as_cpp_wherever_the_rows_lie(kernels, widths, moments):
             assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(a, b, strict=True))
             assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(a, c, strict=True))
             assert close([one.cpu() for one in a], d)
+
+
+# -- products with rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "tokens", "width"), [(1, 1, 8), (1, 700, 64), (5, 40, 264), (9000, 8192, 64), (37, 513, 768), (40, 100, 8192)]
+)
+@pytest.mark.parametrize("spread", [1, 4])  # 4: most tokens use few rows, and some rows no token
+def test_products_with_rows_and_their_gradients_are_near_fp64(kernels, n, tokens, width, dtype, spread):
+    generator = torch.Generator().manual_seed(n + tokens)
+    row = ((torch.rand(tokens, generator=generator) ** spread) * n).long().cuda()
+    x, d = (torch.randn(1, tokens, width, generator=generator).to("cuda", dtype) for _ in range(2))
+    gates = torch.randn(n, width, generator=generator).cuda().requires_grad_()
+    x.requires_grad_()
+    places = Places.of(row)
+
+    def results():
+        out = gate_rows(x, gates, places)
+        return out, *torch.autograd.grad(out, (x, gates), d)
+
+    exact = [part.detach().double().requires_grad_() for part in (x, gates)]
+    out = gate_rows_reference(*exact, row)
+    want = out, *torch.autograd.grad(out, exact, d.double())
+    for got, again, truth in zip(results(), results(), want, strict=True):
+        assert torch.equal(got, again)
+        size = 1e-6 if got.dtype == torch.float32 else 2**-8
+        assert float((got.double() - truth).norm() / truth.norm().clamp_min(1e-9)) < size
+
+
+def test_places_hold_every_token_in_the_order_of_its_row():
+    row = torch.tensor([[3, 0, 3], [1, 0, 3]])
+    places = Places.of(row)
+    assert places.row.tolist() == [3, 0, 3, 1, 0, 3]
+    assert places.order.tolist() == [1, 4, 3, 0, 2, 5]
+    assert places.row_in_order.tolist() == [0, 0, 1, 3, 3, 3]

@@ -262,12 +262,10 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "library", fail)
-    _select._why_no_sampling_kernel.cache_clear()
     for _ in range(2):
         choice = _select.sample_rows(torch.device("cuda"))
         assert choice.impl == "reference"
         assert "sample_rows: no nvcc" in choice.reason
-    _select._why_no_sampling_kernel.cache_clear()
     said = "heron: going on with the slower form of drawing tokens in PyTorch: sample_rows: no nvcc\n"
     assert capsys.readouterr().err == said
 
@@ -282,8 +280,9 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     begin, end = source.index("namespace {"), source.index("}  // namespace")
     arguments = "int64_t, const float*, const bool*, const double*, const double*, int, bool, int64_t*, float*"
     forms = "\n".join(
-        f"template __global__ void sample_rows<{t}>(const {t}*, {arguments});"
+        f"template __global__ void sample_rows<{t}, {blocks}>(const {t}*, {arguments});"
         for t in ("float", "__nv_bfloat16", "__half")
+        for blocks in ((1, 8) if arch == "90a" else (1,))
     )
     kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
     includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h"))
@@ -292,7 +291,7 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") >= 3
+    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") >= forms.count("template")
 
 
 # On a GPU
@@ -321,10 +320,11 @@ def test_kernel_equals_the_definition(on_gpu, n, vocab, dtype):
         some = slice(i, i + 100)
         parts.append(sample_rows(logits[some], counts[some], barred, settings[some], uniforms[some], impl="reference"))
     compare(got, [torch.cat(part) for part in zip(*parts, strict=True)])
-    few = torch.arange(n - 1, -1, -7, device=logits.device)
-    alone = sample_rows(logits[few], counts[few], barred, settings[few], uniforms[few], impl="cuda")
-    assert torch.equal(alone[0], got[0][few])
-    assert torch.equal(alone[1].nan_to_num(), got[1][few].nan_to_num())
+    for some in (slice(None, None, 7), slice(0, 16), slice(0, 1), slice(1, 2)):  # many rows, few, one that is mixed
+        few = torch.arange(n, device=logits.device)[some]
+        alone = sample_rows(logits[few], counts[few], barred, settings[few], uniforms[few], impl="cuda")
+        assert torch.equal(alone[0], got[0][few])
+        assert torch.equal(alone[1].nan_to_num(), got[1][few].nan_to_num())
     view = sample_rows(logits[:, : vocab - 1], None, barred[:-1], settings, uniforms, impl="cuda")
     whole = sample_rows(logits[:, : vocab - 1].contiguous(), None, barred[:-1].clone(), settings, uniforms, impl="cuda")
     assert torch.equal(view[0], whole[0])

@@ -472,9 +472,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(_select, "_no_kernels", None)
     monkeypatch.setattr(cuda, "build", lambda: None)
-    _select._why_wkv7_cannot_be_built.cache_clear()
-    yield facts
-    _select._why_wkv7_cannot_be_built.cache_clear()
+    return facts
 
 
 def test_auto_takes_the_kernels_where_they_run(gpu):

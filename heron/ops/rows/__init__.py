@@ -1,4 +1,4 @@
-"""Rows of tables that may lie off the device: copied by token id, and stepped by AdamW, each row by its own count."""
+"""Rows of tables that may lie off the device: copied by token id, multiplied with, and stepped by AdamW."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _select
 from heron.ops.rows import cpu, cuda
+from heron.ops.rows.gate import Places, gate_rows
 from heron.ops.rows.reference import row_adamw_reference
 
-__all__ = ["copy_rows", "row_adamw_"]
+__all__ = ["Places", "copy_rows", "gate_rows", "row_adamw_"]
 
 copy_rows = cuda.copy_rows
 

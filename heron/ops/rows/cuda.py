@@ -11,7 +11,7 @@ from torch import Tensor
 from heron.ops import _build
 from heron.ops.rows.cpu import CSRC
 
-BUS_BLOCKS = 12  # of a copy over the bus: enough to fill it, and the other processors compute on
+BUS_BLOCKS = 4  # of a copy over the bus: enough to fill it, and the other processors compute on
 
 
 def copy_rows(
@@ -70,4 +70,4 @@ def library(capability: tuple[int, int]) -> None:
     Raises:
         KernelError: they can't be built here, or the device is older than 8.0.
     """
-    _build.load_kernels_for(capability, "rows", "rows", [CSRC / "rows.cu"], [CSRC / "rows.h"])
+    _build.load_kernels_for(capability, "rows", "rows", [CSRC / "rows.cu", CSRC / "gate.cu"], [CSRC / "rows.h"])

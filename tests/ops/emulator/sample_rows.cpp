@@ -52,7 +52,7 @@ template <typename T>
 const char* draw(const void* logits, int64_t rows, int64_t stride, const float* counts, const bool* barred,
                  const double* settings, const double* uniforms, int vocab, bool aligned, int64_t* ids, float* logprobs) {
   return launch<const T*, int64_t, const float*, const bool*, const double*, const double*, int, bool, int64_t*, float*>(
-      sample_rows<T>, dim3(rows), kThreads, 0, nullptr, static_cast<const T*>(logits), stride, counts, barred, settings,
+      sample_rows<T, 1>, dim3(rows), kThreads, 0, nullptr, static_cast<const T*>(logits), stride, counts, barred, settings,
       uniforms, vocab, aligned, ids, logprobs);
 }
 }  // namespace

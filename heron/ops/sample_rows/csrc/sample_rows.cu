@@ -1,4 +1,6 @@
 // One token for each row of logits, drawn on the GPU: a block for a row, which it reads several times, from the L2 cache.
+// Few rows would leave most of a GPU idle: from compute capability 9.0 on a row then has a cluster of blocks, which read
+// each other's shared memory.
 //
 // Each warp works on one stretch of consecutive ids, its lanes side by side, so that sums in the order of ids are sums
 // over warps and then over lanes. A probability is an integer, 2^42 for the largest, made by exact operations (weight
@@ -7,10 +9,9 @@
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 #endif
 
@@ -20,6 +21,8 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 static_assert(kWarps == 32, "a warp sums what the warps bring, one a lane");
 constexpr unsigned kAll = 0xffffffffu;
+constexpr int kCluster = 8;    // blocks of a row, where rows are few
+constexpr int kFewRows = 16;   // clusters that a large GPU runs at once
 constexpr int kWidth = 8;      // ids of a lane that stand side by side
 constexpr int kBits = 42;      // of a weight below its point
 constexpr int kSettings = 5;   // numbers a row
@@ -71,7 +74,31 @@ __device__ __forceinline__ void load_whole(const T* from, T (&to)[kWidth]) {
     }
 }
 
-template <typename T>
+// Of the blocks of a row: which this one is, a barrier for all, and where `x` of this block lies in another's memory.
+template <int blocks>
+__device__ __forceinline__ int rank() { return static_cast<int>(blockIdx.x) % blocks; }
+
+template <int blocks>
+__device__ __forceinline__ void sync() {
+    if constexpr (blocks == 1) {
+        __syncthreads();
+    } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        __cluster_barrier_arrive();
+        __cluster_barrier_wait();
+#endif
+    }
+}
+
+template <int blocks, typename X>
+__device__ __forceinline__ X* in_block(X* x, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (blocks > 1) return static_cast<X*>(__cluster_map_shared_rank(x, static_cast<unsigned>(rank)));
+#endif
+    return x;
+}
+
+template <typename T, int blocks>
 struct Row {
     const T* logits;
     const float* counts;  // null where the row has no penalties
@@ -119,11 +146,13 @@ struct Row {
     }
 
     // Ids of this warp, and the first of a lane.
-    __device__ __forceinline__ int stretch() const {
-        constexpr int step = 32 * kWidth;
-        return (vocab + kWarps * step - 1) / (kWarps * step) * step;
+    __device__ __forceinline__ int stretch(int parts = blocks) const {
+        const int step = 32 * kWidth * kWarps * parts;
+        return (vocab + step - 1) / step * 32 * kWidth;
     }
-    __device__ __forceinline__ int begin() const { return static_cast<int>(threadIdx.x / 32) * stretch(); }
+    __device__ __forceinline__ int begin() const {
+        return (rank<blocks>() * kWarps + static_cast<int>(threadIdx.x / 32)) * stretch();
+    }
     __device__ __forceinline__ int end() const { return min(begin() + stretch(), vocab); }
     __device__ __forceinline__ static int of_lane() { return static_cast<int>(threadIdx.x % 32) * kWidth; }
 };
@@ -141,27 +170,28 @@ struct Summary {
     unsigned nan;
 };
 
-__device__ __forceinline__ Summary merge(const Summary& mine) {
-    Summary all = mine;
+__device__ __forceinline__ Summary merge(const Summary& a, const Summary& b) {
+    const float larger = fmaxf(a.largest, b.largest);
+    const float of_a = exp2f((a.largest - larger) * static_cast<float>(kLog2E));
+    const float of_b = exp2f((b.largest - larger) * static_cast<float>(kLog2E));
+    const float sum = __fadd_rn(__fmul_rn(a.sum, of_a), __fmul_rn(b.sum, of_b));
+    return {larger, sum, a.best > b.best ? a.best : b.best, a.nan | b.nan};
+}
+
+__device__ __forceinline__ Summary merge(Summary all) {
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) {
-        const float largest = __shfl_xor_sync(kAll, all.largest, mask), sum = __shfl_xor_sync(kAll, all.sum, mask);
-        const unsigned long long best = __shfl_xor_sync(kAll, all.best, mask);
-        all.nan |= __shfl_xor_sync(kAll, all.nan, mask);
-        const float larger = fmaxf(largest, all.largest);
-        all.sum = all.sum * exp2f((all.largest - larger) * static_cast<float>(kLog2E)) +
-                  sum * exp2f((largest - larger) * static_cast<float>(kLog2E));
-        all.largest = larger;
-        all.best = best > all.best ? best : all.best;
+        all = merge(all, Summary{__shfl_xor_sync(kAll, all.largest, mask), __shfl_xor_sync(kAll, all.sum, mask),
+                                 __shfl_xor_sync(kAll, all.best, mask), __shfl_xor_sync(kAll, all.nan, mask)});
     }
     return all;
 }
 
-template <typename T>
-__device__ __forceinline__ Summary summary_of(const Row<T>& row) {
-    __shared__ Summary of_warp[kWarps];
+// Of the ids from `begin` to `end`, for all lanes of a warp.
+template <typename T, int blocks>
+__device__ __forceinline__ Summary summary_of(const Row<T, blocks>& row, int begin, int end) {
     Summary mine{-kLargestFloat, 0.0f, 0, 0};  // finite, so that -inf - largest is -inf
-    for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
+    for (int at = begin + row.of_lane(); at < end; at += 32 * kWidth) {
         float raw[kWidth], allowed[kWidth], larger = mine.largest;
         row.load(at, raw, allowed);
 #pragma unroll
@@ -174,15 +204,35 @@ __device__ __forceinline__ Summary summary_of(const Row<T>& row) {
                 mine.best = here > mine.best ? here : mine.best;
             }
         }
-        mine.sum *= exp2f((mine.largest - larger) * static_cast<float>(kLog2E));
+        mine.sum = __fmul_rn(mine.sum, exp2f((mine.largest - larger) * static_cast<float>(kLog2E)));
         mine.largest = larger;
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) mine.sum += exp2f((raw[j] - larger) * static_cast<float>(kLog2E));
+        for (int j = 0; j < kWidth; ++j) {
+            mine.sum = __fadd_rn(mine.sum, exp2f((raw[j] - larger) * static_cast<float>(kLog2E)));
+        }
     }
-    mine = merge(mine);
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
-    __syncthreads();
-    return merge(of_warp[threadIdx.x % 32]);
+    return merge(mine);
+}
+
+// A block alone sums the parts of a cluster's blocks one after another, so that the sum is the same bit for bit.
+template <typename T, int blocks>
+__device__ __forceinline__ Summary summary_of(const Row<T, blocks>& row) {
+    __shared__ Summary of_warp[kCluster / blocks][kWarps];
+    const int stretch = row.stretch(kCluster);
+#pragma unroll 1
+    for (int part = rank<blocks>(); part < kCluster; part += blocks) {
+        const int begin = (part * kWarps + static_cast<int>(threadIdx.x / 32)) * stretch;
+        const Summary mine = summary_of(row, begin, min(begin + stretch, row.vocab));
+        if (threadIdx.x % 32 == 0) of_warp[part / blocks][threadIdx.x / 32] = mine;
+    }
+    sync<blocks>();
+    const auto of_part = [&](int part) {
+        return *in_block<blocks>(&of_warp[part / blocks][threadIdx.x % 32], part % blocks);
+    };
+    Summary all = of_part(0);
+#pragma unroll 1
+    for (int part = 1; part < kCluster; ++part) all = merge(all, of_part(part));
+    return merge(all);
 }
 
 // Of an interval of distances, a part that ends somewhere inside it.
@@ -196,8 +246,12 @@ __device__ __forceinline__ Tally merge(const Tally& mine) {
             __reduce_min_sync(kAll, mine.after)};
 }
 
+__device__ __forceinline__ Tally merge(const Tally& a, const Tally& b) {
+    return {a.mass + b.mass, a.count + b.count, max(a.last, b.last), min(a.after, b.after)};
+}
+
 // The part up to `middle` of the distances from `low` to `high`; each(visit) shows `visit` this thread's share of them.
-template <typename Each>
+template <int blocks, typename Each>
 __device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned middle, unsigned high) {
     __shared__ Tally of_warp[kWarps];
     Tally mine{0, 0, low, high};
@@ -212,15 +266,21 @@ __device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned midd
         }
     });
     mine = merge(mine);
-    __syncthreads();  // the one before has been read
+    sync<blocks>();  // the one before has been read
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
-    __syncthreads();
-    return merge(of_warp[threadIdx.x % 32]);
+    sync<blocks>();
+    Tally all = of_warp[threadIdx.x % 32];
+#pragma unroll 1
+    for (int i = 1; i < blocks; ++i) {
+        all = merge(all, *in_block<blocks>(&of_warp[threadIdx.x % 32], (rank<blocks>() + i) % blocks));
+    }
+    return merge(all);
 }
 
 // Copy this warp's distances from `low` to `high`. Returns how many they are, or -1 in all warps where one lacks room.
-template <typename T>
-__device__ __forceinline__ int gather(const Row<T>& row, float largest, unsigned low, unsigned high, unsigned* nearby) {
+template <typename T, int blocks>
+__device__ __forceinline__ int gather(const Row<T, blocks>& row, float largest, unsigned low, unsigned high,
+                                      unsigned* nearby) {
     __shared__ bool lacking;
     if (threadIdx.x == 0) lacking = false;
     const unsigned lower_lanes = (1u << threadIdx.x % 32) - 1;
@@ -237,15 +297,18 @@ __device__ __forceinline__ int gather(const Row<T>& row, float largest, unsigned
             count += __popc(votes);
         }
     }
-    __syncthreads();
+    sync<blocks>();
     if (count > kNearby) lacking = true;
-    __syncthreads();
-    return lacking ? -1 : count;
+    sync<blocks>();
+    bool any = false;
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) any |= *in_block<blocks>(&lacking, i);
+    return any ? -1 : count;
 }
 
 // The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all).
-template <typename T, typename Value, typename Point>
-__device__ __forceinline__ int locate(const Row<T>& row, float largest, Value value, Point point) {
+template <typename T, int blocks, typename Value, typename Point>
+__device__ __forceinline__ int locate(const Row<T, blocks>& row, float largest, Value value, Point point) {
     __shared__ unsigned long long of_warp[kWarps];
     __shared__ int found;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -257,11 +320,18 @@ __device__ __forceinline__ int locate(const Row<T>& row, float largest, Value va
         for (int j = 0; j < kWidth; ++j) mine += value(distances[j], at + j);
     }
     mine = warp_sum(mine);
-    __syncthreads();  // the one before has been read
+    sync<blocks>();  // the one before has been read
     if (lane == 0) of_warp[warp] = mine;
-    __syncthreads();
-    const unsigned long long wanted = point(warp_sum(of_warp[lane]));
-    unsigned long long before = warp_sum(lane < warp ? of_warp[lane] : 0);
+    sync<blocks>();
+    unsigned long long all = 0, before = lane < warp ? of_warp[lane] : 0;
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+        const unsigned long long there = *in_block<blocks>(&of_warp[lane], i);
+        all += there;
+        if (i < rank<blocks>()) before += there;
+    }
+    const unsigned long long wanted = point(warp_sum(all));
+    before = warp_sum(before);
     if (before <= wanted && wanted < before + of_warp[warp]) {  // the same in all lanes, and in one warp
         for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
             const int at = start + row.of_lane();
@@ -281,14 +351,17 @@ __device__ __forceinline__ int locate(const Row<T>& row, float largest, Value va
 #pragma unroll
                 for (int j = 0; j < kWidth; ++j) {
                     const unsigned long long next = here + value(distances[j], at + j);
-                    if (here <= wanted && wanted < next) found = at + j;
+                    if (here <= wanted && wanted < next) {
+#pragma unroll 1
+                        for (int k = 0; k < blocks; ++k) *in_block<blocks>(&found, k) = at + j;
+                    }
                     here = next;
                 }
             }
             before += __shfl_sync(kAll, reached, 31);
         }
     }
-    __syncthreads();
+    sync<blocks>();
     return found;
 }
 
@@ -298,8 +371,8 @@ struct Cut {
     int last;
 };
 
-template <typename T>
-__device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double top_p, double top_k) {
+template <typename T, int blocks>
+__device__ __forceinline__ Cut cut_of(const Row<T, blocks>& row, float largest, double top_p, double top_k) {
     __shared__ unsigned nearby[kWarps][kNearby];
     const auto each_of_row = [&](auto visit) {
         for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
@@ -313,7 +386,7 @@ __device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double t
     const auto each_nearby = [&](auto visit) {
         for (int i = threadIdx.x % 32; i < n_nearby; i += 32) visit(nearby[threadIdx.x / 32][i]);
     };
-    const Tally all = tally_of(each_of_row, 0, kInfinity - 1, kInfinity - 1);
+    const Tally all = tally_of<blocks>(each_of_row, 0, kInfinity - 1, kInfinity - 1);
     unsigned low = 0, high = all.last, inside = all.count;
     const unsigned long long no_mass = ~0ull;
     const auto wanted =
@@ -323,7 +396,7 @@ __device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double t
     unsigned count = 0;
     bool try_gathering = true;
     for (int round = 0; low < high; ++round) {
-        if (try_gathering && inside <= kWarps * kNearby / 4) {
+        if (try_gathering && inside <= blocks * kWarps * kNearby / 4) {
             n_nearby = gather(row, largest, low, high, nearby[threadIdx.x / 32]);
             try_gathering = n_nearby < 0 && inside > kNearby;
         }
@@ -333,7 +406,8 @@ __device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double t
         if (farthest > kFar && nearest < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
         middle = max(low, min(middle, high - 1));
         const Tally part =
-            n_nearby < 0 ? tally_of(each_of_row, low, middle, high) : tally_of(each_nearby, low, middle, high);
+            n_nearby < 0 ? tally_of<blocks>(each_of_row, low, middle, high)
+                                        : tally_of<blocks>(each_nearby, low, middle, high);
         if (mass + part.mass >= wanted || count + part.count >= most) {
             high = part.last;
             inside = part.count;
@@ -357,19 +431,20 @@ __device__ __forceinline__ Cut cut_of(const Row<T>& row, float largest, double t
 }
 
 // logits: (rows, vocab), `stride` apart. ids: -1 where the logits are not finite.
-template <typename T>
+template <typename T, int blocks>
 __global__ void __launch_bounds__(kThreads)
 sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restrict__ counts,
             const bool* __restrict__ barred, const double* __restrict__ settings, const double* __restrict__ uniforms,
             int vocab, bool aligned, int64_t* __restrict__ ids, float* __restrict__ logprobs) {
-    const double* mine = settings + static_cast<int64_t>(blockIdx.x) * kSettings;
-    const double temperature = mine[0], top_p = mine[1], top_k = mine[2];
-    Row<T> row{logits + blockIdx.x * stride, nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
+    const unsigned number = blockIdx.x / blocks;
+    const double* mine = settings + static_cast<int64_t>(number) * kSettings;
+    Row<T, blocks> row{logits + number * stride, nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
                static_cast<float>(mine[4])};
     if (counts != nullptr && (mine[3] != 0.0 || mine[4] != 0.0)) {
-        row.counts = counts + static_cast<int64_t>(blockIdx.x) * vocab;
+        row.counts = counts + static_cast<int64_t>(number) * vocab;
     }
     const Summary summary = summary_of(row);
+    const double temperature = mine[0], top_p = mine[1], top_k = mine[2];
     const float best = float_of(static_cast<unsigned>(summary.best >> 32));
     int id = static_cast<int>(kAll - static_cast<unsigned>(summary.best));
     if (summary.nan || summary.largest == INFINITY || summary.best == 0 || best == INFINITY) {
@@ -378,7 +453,7 @@ sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restric
         const float scale = static_cast<float>(fmin(kLog2E / temperature, static_cast<double>(kLargestFloat)));
         Cut cut{kInfinity, vocab};
         if (top_p < 1.0 || top_k > 0.0) cut = cut_of(row, best, top_p, top_k);
-        const double uniform = uniforms[blockIdx.x];
+        const double uniform = uniforms[number];
         const auto value = [=](unsigned distance, int i) -> unsigned long long {
             const bool kept = distance < cut.distance || (distance == cut.distance && i <= cut.last);
             return kept && distance != kInfinity ? weight(__uint_as_float(distance), scale) : 0;
@@ -388,9 +463,10 @@ sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restric
             return point < sum ? point : sum - 1;
         });
     }
-    if (threadIdx.x == 0) {
-        ids[blockIdx.x] = id;
-        logprobs[blockIdx.x] =
+    if (blocks > 1) sync<blocks>();  // no block ends while another one reads its memory
+    if (threadIdx.x == 0 && rank<blocks>() == 0) {
+        ids[number] = id;
+        logprobs[number] =
             id < 0 ? 0.0f : static_cast<float>(row.logits[id]) - summary.largest - logf(summary.sum);
     }
 }
@@ -400,30 +476,45 @@ sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restric
 #ifdef __CUDACC__
 namespace {
 
+template <typename T>
+void start(const at::Tensor& logits, const float* counts, const at::Tensor& barred, const at::Tensor& settings,
+           const at::Tensor& uniforms, at::Tensor& ids, at::Tensor& logprobs) {
+    const T* data = logits.const_data_ptr<T>();
+    const bool* bars = barred.const_data_ptr<bool>();
+    const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && logits.stride(0) * sizeof(T) % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(bars) % 16 == 0;
+    int major = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, logits.get_device()));
+    const bool few = logits.size(0) <= kFewRows && major >= 9;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = kCluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(logits.size(0) * (few ? kCluster : 1)));
+    config.blockDim = dim3(kThreads);
+    config.stream = c10::cuda::getCurrentCUDAStream();
+    config.attrs = &cluster;
+    config.numAttrs = few ? 1 : 0;
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, few ? sample_rows<T, kCluster> : sample_rows<T, 1>, data,
+                                      logits.stride(0), counts, bars, settings.const_data_ptr<double>(),
+                                      uniforms.const_data_ptr<double>(), static_cast<int>(logits.size(1)), aligned,
+                                      ids.data_ptr<int64_t>(), logprobs.data_ptr<float>()));
+}
+
 // Shapes and dtypes as heron.ops.sample_rows says, and checks.
 std::tuple<at::Tensor, at::Tensor> run(const at::Tensor& logits, const std::optional<at::Tensor>& counts,
                                        const at::Tensor& barred, const at::Tensor& settings,
                                        const at::Tensor& uniforms) {
     const c10::cuda::CUDAGuard guard(logits.device());
-    const auto stream = at::cuda::getCurrentCUDAStream();
-    const int vocab = static_cast<int>(logits.size(1));
     auto ids = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
     auto logprobs = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
     if (logits.size(0) == 0) return {ids, logprobs};
     const float* counted = counts.has_value() ? counts->const_data_ptr<float>() : nullptr;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "sample_rows", [&] {
-        if constexpr (!std::is_same_v<scalar_t, double>) {
-            const auto* data = logits.const_data_ptr<scalar_t>();
-            const auto* bars = barred.const_data_ptr<bool>();
-            const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                                 logits.stride(0) * sizeof(scalar_t) % 16 == 0 &&
-                                 reinterpret_cast<uintptr_t>(bars) % 16 == 0;
-            sample_rows<scalar_t><<<static_cast<unsigned>(logits.size(0)), kThreads, 0, stream>>>(
-                data, logits.stride(0), counted, bars, settings.const_data_ptr<double>(),
-                uniforms.const_data_ptr<double>(), vocab, aligned, ids.data_ptr<int64_t>(), logprobs.data_ptr<float>());
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
-        }
-    });
+    const auto of_dtype = logits.scalar_type() == at::kFloat      ? start<float>
+                          : logits.scalar_type() == at::kBFloat16 ? start<at::BFloat16>
+                                                                  : start<at::Half>;
+    of_dtype(logits, counted, barred, settings, uniforms, ids, logprobs);
     return {ids, logprobs};
 }
 

@@ -1,0 +1,33 @@
+// Kernels that begin while the one before them ends (programmatic dependent launch, from compute capability 9.0 on).
+#pragma once
+
+#include <cuda_runtime.h>
+
+// Until what the kernels before this one have written can be read. The next kernel may begin from here on: before it
+// waits itself, it reads nothing but weights, and it writes nothing.
+__device__ __forceinline__ void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Launch a kernel whose every thread calls wait_for_inputs.
+template <typename Problem>
+cudaError_t launch_early(void (*kernel)(Problem), unsigned blocks, unsigned threads, size_t shared_bytes,
+                         cudaStream_t stream, int device, const Problem& problem) {
+    int major = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = major >= 9 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, problem);
+}

@@ -1,0 +1,71 @@
+"""One token of the time mix, between its products: gates, WKV7, norm and bonus of every head. README.md says how."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heron.errors import KernelError
+from heron.ops import _select
+from heron.ops.head_step.cuda import head_step_cuda
+from heron.ops.head_step.reference import HeadInputs, HeadWeights, head_step_reference
+
+__all__ = ["HeadInputs", "HeadWeights", "head_step"]
+_FORMS = {"reference": head_step_reference, "cuda": head_step_cuda}
+
+
+def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str = "auto") -> Tensor:
+    """What the output matrix of the time mix is multiplied with, for one token; `wkv` changes in place.
+
+    With ``iclr = sigmoid(iclr_logits)``, and per head::
+
+        v           <- v + (v_first - v) sigmoid(value_logits)           where there is v_first
+        removal_key  = k k_k / |k k_k|
+        k           <- k (1 + (iclr - 1) k_a)
+        S           <- S diag(exp(-exp(-0.5) sigmoid(w))) - (S removal_key) (removal_key iclr)^T + v k^T
+        y            = (norm(S r) + (sum of r k r_k) v) gate
+
+    Everything is computed in fp32 (fp64 for fp64) and rounded once. Source: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py.
+    No gradients.
+
+    Args:
+        inputs: :class:`HeadInputs`, contiguous, C = H N.
+        weights: :class:`HeadWeights`, contiguous.
+        wkv: the states (n, H, N_value, N_key), contiguous, fp32 (fp64 for fp64).
+        impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
+
+    Returns:
+        y (n, C), in the dtype of the inputs.
+
+    Raises:
+        KernelError: shapes, dtypes or devices that do not fit together, an `impl` that does not exist or run here.
+    """
+    _check(inputs, weights, wkv)
+    if impl == "auto":
+        impl = _select.head_step(wkv.device, inputs.r.dtype, wkv.shape[3]).impl
+    if impl not in _FORMS:
+        raise KernelError(f"head_step: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
+    return _FORMS[impl](inputs, weights, wkv)
+
+
+def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -> None:
+    if wkv.dim() != 4 or wkv.shape[2] != wkv.shape[3]:
+        raise KernelError(f"head_step: wkv must be (n, H, N, N), got {tuple(wkv.shape)}")
+    if (inputs.v_first is None) != (inputs.value_logits is None):
+        raise KernelError("head_step: v_first and value_logits come together, or not at all")
+    n, H, N, _ = wkv.shape
+    dtype = inputs.r.dtype
+    wanted = {
+        **{name: (x, (n, H * N), dtype) for name, x in inputs._asdict().items()},
+        **{name: (x, (H * N,), dtype) for name, x in weights._asdict().items() if name != "eps"},
+        "wkv": (wkv, tuple(wkv.shape), torch.promote_types(dtype, torch.float32)),
+    }
+    for name, (tensor, shape, kind) in wanted.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != kind or not tensor.is_contiguous():
+            raise KernelError(
+                f"head_step: {name} must be {shape} {kind} and contiguous, got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        if tensor.device != wkv.device:
+            raise KernelError(f"head_step: all tensors must be on {wkv.device}; {name} is on {tensor.device}")

@@ -1,0 +1,160 @@
+// One token of every head's time mix on a GPU: a block for a head, all of it in registers and shared memory.
+//
+// Four lanes share a row of the state, one value channel; each has every fourth run of four keys. Sums over a head's
+// channels are sums over warps, then over what the warps bring, in one order.
+
+#ifdef __CUDACC__  // the tests also compile the kernel for a CPU
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "../../csrc/early.cuh"
+#endif
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr float kDecayScale = 0.60653065971263342f;  // e^-0.5
+constexpr float kLeastNorm = 1e-12f;
+
+// Of a channel each, (rows, C) but for the last five, which are (C,). value_logits and v_first may be null.
+enum Name { kR, kW, kK, kV, kIclr, kGate, kValueLogits, kVFirst, kKK, kKA, kRK, kWeight, kBias, kNames };
+
+struct Problem {
+    const void* of[kNames];
+    void* y;
+    float* wkv;  // (rows, H, N, N), changed in place
+    int heads;
+    float eps;
+};
+
+struct alignas(16) Quad {
+    float values[4];
+};
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// The sum over the channels of a head, whose four lanes have the same x; `room` is for this sum alone.
+template <int size>
+__device__ __forceinline__ float head_sum(float x, float (&room)[size / 8]) {
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(kAll, x, mask);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < size / 8; ++i) sum += room[i];
+    return sum;
+}
+
+template <typename T, int size>
+__global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Problem p) {
+    constexpr int kKeys = size / 4;
+    __shared__ float rooms[4][size / 8];
+    __shared__ float vectors[5][size];  // r, decay, k, removal key before it is normed, the same times iclr
+    const int head = static_cast<int>(blockIdx.x) % p.heads;
+    const int channel = static_cast<int>(threadIdx.x / 4), lane = static_cast<int>(threadIdx.x % 4);
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * size + channel;  // of (rows, C)
+    const auto key = [=](int i) { return 16 * (i / 4) + 4 * lane + i % 4; };
+    const auto read = [&](Name name) {
+        return static_cast<float>(static_cast<const T*>(p.of[name])[name < kKK ? at : head * size + channel]);
+    };
+    wait_for_inputs();
+    float* row = p.wkv + at * size;
+    Quad state[kKeys / 4];
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) state[i] = *reinterpret_cast<const Quad*>(row + key(4 * i));
+    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(read(kIclr)), gate = read(kGate);
+    float v = read(kV);
+    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(read(kValueLogits));
+    const float removal_key = raw_key * read(kKK), k = raw_key * (1.0f + (iclr - 1.0f) * read(kKA));
+    const float weight = read(kWeight), bias = read(kBias), bonus_part = r * k * read(kRK);
+    if (lane == 0) {
+        vectors[0][channel] = r;
+        vectors[1][channel] = expf(-kDecayScale * sigmoid(read(kW)));
+        vectors[2][channel] = k;
+        vectors[3][channel] = removal_key;
+        vectors[4][channel] = removal_key * iclr;
+    }
+    const float norm = fmaxf(sqrtf(head_sum<size>(removal_key * removal_key, rooms[0])), kLeastNorm);
+    const float bonus = head_sum<size>(bonus_part, rooms[1]);
+
+    float removed = 0.0f, y = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) removed += state[i / 4].values[i % 4] * vectors[3][key(i)];
+    removed += __shfl_xor_sync(kAll, removed, 1);
+    removed += __shfl_xor_sync(kAll, removed, 2);
+    removed /= norm * norm;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+        float& s = state[i / 4].values[i % 4];
+        s = s * vectors[1][key(i)] - removed * vectors[4][key(i)] + v * vectors[2][key(i)];
+        y += s * vectors[0][key(i)];
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) *reinterpret_cast<Quad*>(row + key(4 * i)) = state[i];
+    y += __shfl_xor_sync(kAll, y, 1);
+    y += __shfl_xor_sync(kAll, y, 2);
+    const float distance = y - head_sum<size>(y, rooms[2]) / size;
+    const float variance = head_sum<size>(distance * distance, rooms[3]) / size;
+    y = distance / sqrtf(variance + p.eps) * weight + bias + bonus * v;
+    if (lane == 0) static_cast<T*>(p.y)[at] = static_cast<T>(y * gate);
+}
+
+}  // namespace
+
+#ifdef __CUDACC__
+namespace {
+
+template <typename T, int size>
+void start(const Problem& problem, int64_t rows, int device) {
+    C10_CUDA_CHECK(launch_early(head_step<T, size>, static_cast<unsigned>(rows * problem.heads), 4 * size, 0,
+                                c10::cuda::getCurrentCUDAStream(), device, problem));
+}
+
+template <typename T>
+void start_size(const Problem& problem, int64_t rows, int size, int device) {
+    if (size == 16) start<T, 16>(problem, rows, device);
+    if (size == 32) start<T, 32>(problem, rows, device);
+    if (size == 64) start<T, 64>(problem, rows, device);
+    if (size == 128) start<T, 128>(problem, rows, device);
+}
+
+// Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name.
+at::Tensor run(const at::TensorList inputs, const std::optional<at::Tensor>& value_logits,
+               const std::optional<at::Tensor>& v_first, const at::TensorList weights, double eps, const at::Tensor& wkv) {
+    const at::Tensor& r = inputs[0];
+    const c10::cuda::CUDAGuard guard(r.device());
+    auto y = at::empty_like(r);
+    Problem problem{};
+    for (int i = 0; i <= kGate; ++i) problem.of[i] = inputs[i].const_data_ptr();
+    if (v_first.has_value()) {
+        problem.of[kValueLogits] = value_logits->const_data_ptr();
+        problem.of[kVFirst] = v_first->const_data_ptr();
+    }
+    for (int i = kKK; i < kNames; ++i) problem.of[i] = weights[i - kKK].const_data_ptr();
+    problem.y = y.data_ptr();
+    problem.wkv = wkv.data_ptr<float>();
+    problem.heads = static_cast<int>(wkv.size(1));
+    problem.eps = static_cast<float>(eps);
+    const auto start = r.scalar_type() == at::kFloat      ? start_size<float>
+                       : r.scalar_type() == at::kBFloat16 ? start_size<at::BFloat16>
+                                                          : start_size<at::Half>;
+    start(problem, r.size(0), static_cast<int>(wkv.size(3)), r.get_device());
+    return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(heron, library) {
+    library.def(
+        "head_step(Tensor[] inputs, Tensor? value_logits, Tensor? v_first, Tensor[] weights, float eps, Tensor(a!) wkv) "
+        "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", &run); }
+#endif

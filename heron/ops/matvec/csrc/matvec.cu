@@ -1,0 +1,174 @@
+// Products of matrices with one vector each, several in one launch: a warp for a row of a matrix, which is read once.
+//
+// A lane holds the next kAhead pieces of 16 bytes of its row in registers and asks for another as it uses one, so that a
+// multiprocessor has tens of KiB under way. The first ones are asked for before the kernel that computes the vectors has
+// ended (programmatic dependent launch, from compute capability 9.0 on): the weights do not depend on it.
+
+#ifdef __CUDACC__  // the tests also compile the kernel for a CPU
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../../csrc/early.cuh"
+#endif
+
+namespace {
+
+constexpr int kWarps = 8;     // of a block
+constexpr int kAhead = 8;     // pieces that a lane waits for
+constexpr int kProducts = 8;  // of a launch
+constexpr unsigned kAll = 0xffffffffu;
+
+enum Activation { kNone, kTanh, kSigmoid, kSquaredRelu };
+
+// y = add + factor activation(weight x)
+struct Product {
+    const void *x, *weight, *factor, *add;  // the last two may be null
+    void* y;
+    int64_t stride;  // of the weight's rows, in elements
+    int in, out, activation;
+    int first_block;
+};
+
+struct Products {
+    Product of[kProducts];
+    int n;
+};
+
+// 16 bytes, which are taken apart only where they are used: they wait in fewer registers.
+struct alignas(16) Piece {
+    unsigned words[4];
+};
+
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char shared[];
+    return shared;
+}
+
+// Read once: it is the first to leave the caches.
+__device__ __forceinline__ Piece streamed(const Piece* from) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
+    return {{bits.x, bits.y, bits.z, bits.w}};
+}
+#endif
+
+__device__ __forceinline__ float activated(float x, int activation) {
+    if (activation == kTanh) return tanhf(x);
+    if (activation == kSigmoid) return 1.0f / (1.0f + expf(-x));
+    if (activation == kSquaredRelu) return x > 0.0f ? x * x : x * 0.0f;  // NaN stays NaN
+    return x;
+}
+
+// Adds the products of the numbers in two words to two sums.
+template <typename T>
+__device__ __forceinline__ void multiply_add(unsigned a, unsigned b, float (&sums)[2]) {
+    if constexpr (sizeof(T) == 4) {
+        sums[0] += __uint_as_float(a) * __uint_as_float(b);
+    } else {
+        T x[2], y[2];
+        memcpy(x, &a, sizeof a);
+        memcpy(y, &b, sizeof b);
+        sums[0] += static_cast<float>(x[0]) * static_cast<float>(y[0]);
+        sums[1] += static_cast<float>(x[1]) * static_cast<float>(y[1]);
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarps, 24 / kWarps) matvec(const __grid_constant__ Products products) {
+    int which = 0;
+    while (which + 1 < products.n && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
+    const Product& p = products.of[which];
+    const int row = (static_cast<int>(blockIdx.x) - p.first_block) * kWarps + static_cast<int>(threadIdx.x / 32);
+    const int lane = static_cast<int>(threadIdx.x % 32), pieces = p.in * static_cast<int>(sizeof(T)) / 16;
+    const bool is_there = row < p.out;
+    const auto* weight =
+        reinterpret_cast<const Piece*>(static_cast<const T*>(p.weight) + (is_there ? row : 0) * p.stride);
+    Piece held[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+        if (lane + 32 * j < pieces) held[j] = streamed(weight + lane + 32 * j);
+    }
+    wait_for_inputs();
+    auto* x = reinterpret_cast<Piece*>(shared_memory());
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < pieces; i += 32 * kWarps) x[i] = static_cast<const Piece*>(p.x)[i];
+    const bool writes = is_there && lane == 0;
+    const float factor = writes && p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[row]) : 1.0f;
+    const float add = writes && p.add ? static_cast<float>(static_cast<const T*>(p.add)[row]) : 0.0f;
+    __syncthreads();
+    float sums[2][2] = {};
+    for (int begin = lane; begin < pieces; begin += 32 * kAhead) {
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            const int at = begin + 32 * j;
+            if (at < pieces) {
+                const Piece u = x[at];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) multiply_add<T>(held[j].words[i], u.words[i], sums[i % 2]);
+            }
+            if (at + 32 * kAhead < pieces) held[j] = streamed(weight + at + 32 * kAhead);
+        }
+    }
+    float sum = (sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]);
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kAll, sum, mask);
+    if (writes) static_cast<T*>(p.y)[row] = static_cast<T>(add + factor * activated(sum, p.activation));
+}
+
+}  // namespace
+
+#ifdef __CUDACC__
+namespace {
+
+using Several = c10::List<std::optional<at::Tensor>>;
+
+const void* data_of(const std::optional<at::Tensor>& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
+
+// Shapes, dtypes and alignment as heron.ops.matvec says, and checks.
+std::vector<at::Tensor> run(const at::TensorList xs, const at::TensorList weights, const at::IntArrayRef activations,
+                            const Several& factors, const Several& adds) {
+    const at::Tensor& first = weights[0];
+    const c10::cuda::CUDAGuard guard(first.device());
+    std::vector<at::Tensor> ys;
+    Products products{};
+    int64_t blocks = 0, longest = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const int64_t out = weights[i].size(0), in = weights[i].size(1);
+        ys.push_back(at::empty({1, out}, weights[i].options()));
+        products.of[products.n++] = {xs[i].const_data_ptr(),
+                                     weights[i].const_data_ptr(),
+                                     data_of(factors.get(i)),
+                                     data_of(adds.get(i)),
+                                     ys.back().data_ptr(),
+                                     weights[i].stride(0),
+                                     static_cast<int>(in),
+                                     static_cast<int>(out),
+                                     static_cast<int>(activations[i]),
+                                     static_cast<int>(blocks)};
+        blocks += (out + kWarps - 1) / kWarps;
+        longest = std::max(longest, in);
+    }
+    const auto kernel = first.scalar_type() == at::kFloat      ? matvec<float>
+                        : first.scalar_type() == at::kBFloat16 ? matvec<at::BFloat16>
+                                                               : matvec<at::Half>;
+    C10_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), 32 * kWarps, longest * first.element_size(),
+                                c10::cuda::getCurrentCUDAStream(), first.get_device(), products));
+    return ys;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(heron, library) {
+    library.def(
+        "matvec(Tensor[] xs, Tensor[] weights, int[] activations, Tensor?[] factors, Tensor?[] adds) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("matvec", &run); }
+#endif

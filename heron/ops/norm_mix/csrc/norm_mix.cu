@@ -1,0 +1,123 @@
+// Layer norm and token shift on a GPU: a block for a token, which it reads three times, from the L1 cache.
+
+#ifdef __CUDACC__  // the tests also compile the kernel for a CPU
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../../csrc/early.cuh"
+#endif
+
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+static_assert(kWarps == 32, "a warp sums what the warps bring, one a lane");
+constexpr unsigned kAll = 0xffffffffu;
+
+struct Problem {
+    const void *x, *weight, *bias, *mixes;  // (n, C), (C,), (C,), (m, C)
+    void *last, *mixed;                     // (n, C), changed in place, and (m, n, C)
+    int n, m, channels;
+    float eps;
+};
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+    T values[2];
+};
+
+// The sum over the block; `room` is for this sum alone.
+__device__ __forceinline__ float block_sum(float x, float (&room)[kWarps]) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(kAll, x, mask);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = room[threadIdx.x % 32];
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(kAll, x, mask);
+    return x;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) norm_mix(const __grid_constant__ Problem p) {
+    __shared__ float rooms[2][kWarps];
+    const int pairs = p.channels / 2;
+    const auto* x = static_cast<const Pair<T>*>(p.x) + static_cast<int64_t>(blockIdx.x) * pairs;
+    auto* last = static_cast<Pair<T>*>(p.last) + static_cast<int64_t>(blockIdx.x) * pairs;
+    const auto value = [](const Pair<T>& pair, int j) { return static_cast<float>(pair.values[j]); };
+    wait_for_inputs();
+    float sum = 0.0f, squares = 0.0f;
+    for (int i = static_cast<int>(threadIdx.x); i < pairs; i += kThreads) {
+        const Pair<T> here = x[i];
+        sum += value(here, 0) + value(here, 1);
+    }
+    const float mean = block_sum(sum, rooms[0]) / p.channels;
+    for (int i = static_cast<int>(threadIdx.x); i < pairs; i += kThreads) {
+        const Pair<T> here = x[i];
+        const float a = value(here, 0) - mean, b = value(here, 1) - mean;
+        squares += a * a + b * b;
+    }
+    const float scale = 1.0f / sqrtf(block_sum(squares, rooms[1]) / p.channels + p.eps);
+    for (int i = static_cast<int>(threadIdx.x); i < pairs; i += kThreads) {
+        const Pair<T> here = x[i], before = last[i];
+        const Pair<T> weight = static_cast<const Pair<T>*>(p.weight)[i], bias = static_cast<const Pair<T>*>(p.bias)[i];
+        Pair<T> now;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            now.values[j] = static_cast<T>((value(here, j) - mean) * scale * value(weight, j) + value(bias, j));
+        }
+#pragma unroll 6
+        for (int k = 0; k < p.m; ++k) {
+            const Pair<T> mix = static_cast<const Pair<T>*>(p.mixes)[k * pairs + i];
+            Pair<T> out;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                out.values[j] = static_cast<T>(value(now, j) + (value(before, j) - value(now, j)) * value(mix, j));
+            }
+            static_cast<Pair<T>*>(p.mixed)[(static_cast<int64_t>(k) * p.n + blockIdx.x) * pairs + i] = out;
+        }
+        last[i] = now;
+    }
+}
+
+}  // namespace
+
+#ifdef __CUDACC__
+namespace {
+
+// Shapes and dtypes as heron.ops.norm_mix says, and checks.
+at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps, const at::Tensor& mixes,
+               const at::Tensor& last) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const int64_t n = x.size(0), channels = x.size(1), m = mixes.size(0);
+    auto mixed = at::empty({m, n, channels}, x.options());
+    const Problem problem{x.const_data_ptr(),
+                          weight.const_data_ptr(),
+                          bias.const_data_ptr(),
+                          mixes.const_data_ptr(),
+                          last.data_ptr(),
+                          mixed.data_ptr(),
+                          static_cast<int>(n),
+                          static_cast<int>(m),
+                          static_cast<int>(channels),
+                          static_cast<float>(eps)};
+    const auto kernel = x.scalar_type() == at::kFloat      ? norm_mix<float>
+                        : x.scalar_type() == at::kBFloat16 ? norm_mix<at::BFloat16>
+                                                           : norm_mix<at::Half>;
+    C10_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(n), kThreads, 0, c10::cuda::getCurrentCUDAStream(),
+                                x.get_device(), problem));
+    return mixed;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(heron, library) {
+    library.def(
+        "norm_mix(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, Tensor(a!) last) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("norm_mix", &run); }
+#endif

@@ -1,0 +1,217 @@
+// x times each token's row, on a GPU, and both gradients. A row's gradient is a sum over its tokens, which lie anywhere:
+// the tokens are taken in the order of their rows, in pieces of one length, so that a token of every other place in
+// the text keeps no block waiting. What a piece has of a row that goes on in the next is put aside, and added up by
+// a second kernel, always in one order.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+namespace {
+
+constexpr int kWidth = 8;    // numbers of a thread
+constexpr int kPiece = 16;   // tokens
+constexpr int kAtOnce = 4;   // tokens that are read before the first is used
+constexpr int kThreads = 1024;  // of a block, at most
+
+__device__ __forceinline__ void read(const float* from, float (&to)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4) *reinterpret_cast<float4*>(to + i) = *reinterpret_cast<const float4*>(from + i);
+}
+
+__device__ __forceinline__ void read(const c10::BFloat16* from, float (&to)[kWidth]) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    const unsigned word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) to[i] = __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+}
+
+__device__ __forceinline__ void write(float* to, const float (&from)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4)
+        *reinterpret_cast<float4*>(to + i) = float4{from[i], from[i + 1], from[i + 2], from[i + 3]};
+}
+
+__device__ __forceinline__ void write(c10::BFloat16* to, const float (&from)[kWidth]) {
+    unsigned word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+        word[i] = *reinterpret_cast<const unsigned*>(&two);
+    }
+    *reinterpret_cast<uint4*>(to) = uint4{word[0], word[1], word[2], word[3]};
+}
+
+template <typename T>
+__global__ void gate(const T* x, const float* rows, const int64_t* row, T* out, int64_t packs, int packs_a_token) {
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < packs; i += stride) {
+        const int64_t token = i / packs_a_token;
+        float a[kWidth], b[kWidth];
+        read(x + i * kWidth, a);
+        read(rows + (row[token] * packs_a_token + i % packs_a_token) * kWidth, b);
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) a[v] *= b[v];
+        write(out + i * kWidth, a);
+    }
+}
+
+template <typename T>
+struct Gradients {
+    const T *d, *x;                     // (tokens, channels)
+    const float* rows;                  // (n_rows, channels)
+    const int64_t *order, *row;         // (tokens,): the tokens in the order of their rows, and these rows
+    T* d_x;                             // (tokens, channels)
+    float *d_rows, *aside;              // (n_rows, channels), (pieces, 2, channels)
+    int64_t tokens, n_rows;
+    int channels;
+};
+
+// Whether the row of place `i` in the order is that of the place before.
+__device__ __forceinline__ bool goes_on(const int64_t* row, int64_t i) { return i > 0 && row[i - 1] == row[i]; }
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) gate_backward(const Gradients<T> p) {
+    const int c = threadIdx.x * kWidth;
+    if (c >= p.channels) return;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kPiece, end = min(first + kPiece, p.tokens);
+    float sum[kWidth] = {};
+    bool begun_here = !goes_on(p.row, first);
+    const auto clear = [&](int64_t from, int64_t to) {  // rows without tokens
+        const float zeros[kWidth] = {};
+        for (int64_t r = from; r < to; ++r) write(p.d_rows + r * p.channels + c, zeros);
+    };
+    for (int64_t i = first; i < end; i += kAtOnce) {
+        float d[kAtOnce][kWidth], x[kAtOnce][kWidth], gates[kAtOnce][kWidth];
+        int64_t token[kAtOnce], row[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int64_t at = min(i + k, end - 1);
+            token[k] = p.order[at] * p.channels + c, row[k] = p.row[at];
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k)
+            read(p.d + token[k], d[k]), read(p.x + token[k], x[k]), read(p.rows + row[k] * p.channels + c, gates[k]);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int64_t at = i + k;
+            if (at >= end) break;
+            if (!goes_on(p.row, at)) clear(at > 0 ? p.row[at - 1] + 1 : 0, row[k]);
+#pragma unroll
+            for (int v = 0; v < kWidth; ++v) {
+                sum[v] += d[k][v] * x[k][v];
+                d[k][v] *= gates[k][v];
+            }
+            write(p.d_x + token[k], d[k]);
+            const bool ends = at + 1 == p.tokens || p.row[at + 1] != row[k];
+            if (!ends && at + 1 < end) continue;
+            float* aside = p.aside + (static_cast<int64_t>(blockIdx.x) * 2 + begun_here) * p.channels + c;
+            write(begun_here && ends ? p.d_rows + row[k] * p.channels + c : aside, sum);
+            begun_here = true;
+#pragma unroll
+            for (int v = 0; v < kWidth; ++v) sum[v] = 0;
+            if (at + 1 == p.tokens) clear(row[k] + 1, p.n_rows);
+        }
+    }
+}
+
+// The row with which this block's piece ends, if it began there and goes on.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) add_up(const Gradients<T> p) {
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kPiece, end = first + kPiece;
+    if (end >= p.tokens || !goes_on(p.row, end)) return;
+    const int64_t row = p.row[end];
+    if (p.row[first] == row && goes_on(p.row, first)) return;
+    int64_t last = end, beyond = p.tokens;  // the row's last place is in [last, beyond)
+    while (beyond - last > 1) {
+        const int64_t middle = (last + beyond) / 2;
+        (p.row[middle] == row ? last : beyond) = middle;
+    }
+    const int c = threadIdx.x * kWidth;
+    if (c >= p.channels) return;
+    float sum[kWidth], more[kWidth];
+    read(p.aside + (static_cast<int64_t>(blockIdx.x) * 2 + 1) * p.channels + c, sum);
+#pragma unroll 4
+    for (int64_t piece = blockIdx.x + 1; piece <= last / kPiece; ++piece) {
+        read(p.aside + piece * 2 * p.channels + c, more);
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) sum[v] += more[v];
+    }
+    write(p.d_rows + row * p.channels + c, sum);
+}
+
+#define HERON_DISPATCH(TYPE, ...)                                                      \
+    AT_DISPATCH_SWITCH(TYPE, "gate_rows", AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)    \
+                       AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+void check(const at::Tensor& x, const at::Tensor& rows) {
+    const auto width = rows.size(-1);
+    TORCH_CHECK(x.size(-1) == width && width % kWidth == 0 && width <= kThreads * kWidth,
+                "gate_rows: rows as wide as x, 8, 16, ... 8192 numbers");
+    TORCH_CHECK(rows.scalar_type() == at::kFloat && rows.device() == x.device(), "gate_rows: rows in fp32, where x is");
+    for (const auto& each : {x, rows})
+        TORCH_CHECK(each.is_contiguous() && reinterpret_cast<uintptr_t>(each.const_data_ptr()) % 16 == 0,
+                    "gate_rows: tensors must be contiguous and 16-byte aligned");
+}
+
+at::Tensor gate_rows(const at::Tensor& x, const at::Tensor& rows, const at::Tensor& row) {
+    check(x, rows);
+    TORCH_CHECK(row.numel() * rows.size(1) == x.numel(), "gate_rows: a row for each token");
+    const c10::cuda::CUDAGuard guard(x.device());
+    auto out = at::empty_like(x);
+    if (x.numel() == 0) return out;
+    const int64_t packs = x.numel() / kWidth;
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>((packs + 255) / 256, 1 << 16));
+    HERON_DISPATCH(x.scalar_type(), [&] {
+        gate<<<blocks, 256, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            x.const_data_ptr<scalar_t>(), rows.const_data_ptr<float>(), row.const_data_ptr<int64_t>(),
+            out.data_ptr<scalar_t>(), packs, static_cast<int>(rows.size(1) / kWidth));
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+    return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> gate_rows_backward(const at::Tensor& d, const at::Tensor& x, const at::Tensor& rows,
+                                                      const at::Tensor& order, const at::Tensor& row_in_order) {
+    check(x, rows), check(d, rows);
+    TORCH_CHECK(d.scalar_type() == x.scalar_type() && d.numel() == x.numel(), "gate_rows: a gradient like x");
+    const c10::cuda::CUDAGuard guard(x.device());
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const int64_t tokens = order.numel(), pieces = (tokens + kPiece - 1) / kPiece;
+    const auto channels = static_cast<int>(rows.size(1));
+    auto d_x = at::empty_like(x), d_rows = tokens ? at::empty_like(rows) : at::zeros_like(rows);
+    if (tokens == 0) return {d_x, d_rows};
+    const auto aside = at::empty({pieces, 2, channels}, rows.options());
+    const unsigned blocks = static_cast<unsigned>(pieces), threads = (channels / kWidth + 31) / 32 * 32;
+    HERON_DISPATCH(x.scalar_type(), [&] {
+        const Gradients<scalar_t> p{d.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
+                                    rows.const_data_ptr<float>(), order.const_data_ptr<int64_t>(),
+                                    row_in_order.const_data_ptr<int64_t>(), d_x.data_ptr<scalar_t>(),
+                                    d_rows.data_ptr<float>(), aside.data_ptr<float>(), tokens, rows.size(0), channels};
+        gate_backward<<<blocks, threads, 0, stream>>>(p);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        add_up<<<blocks, threads, 0, stream>>>(p);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+    return {d_x, d_rows};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(heron, library) {
+    library.def("gate_rows(Tensor x, Tensor rows, Tensor row) -> Tensor");
+    library.def(
+        "gate_rows_backward(Tensor d, Tensor x, Tensor rows, Tensor order, Tensor row_in_order) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+    library.impl("gate_rows", &gate_rows);
+    library.impl("gate_rows_backward", &gate_rows_backward);
+}

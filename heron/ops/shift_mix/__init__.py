@@ -1,0 +1,58 @@
+"""Residual sum, LayerNorm, token shift and mixing as one operator. README.md says how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from heron.errors import KernelError
+from heron.ops import _select
+from heron.ops.shift_mix import cuda
+from heron.ops.shift_mix.reference import shift_mix_reference
+
+IMPLS = ("auto", "reference", "cuda")
+
+
+def shift_mix(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mixes: Sequence[Tensor],
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> tuple[Tensor, list[Tensor]]:
+    """What stands before the projections of a block, from the first token of each sequence on::
+
+        x        = x + branch
+        n_t      = LayerNorm(x_t; weight, bias, eps)
+        mixed_it = n_t + (n_{t-1} - n_t) mix_i,   n_{-1} = 0
+
+    Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
+
+    Args:
+        x: (B, T, C), the residual stream, a floating dtype.
+        branch: (B, T, C), what the branch before gave and nobody has added yet; None: nothing.
+        weight, bias: (C,) of the norm.
+        mixes: C values each, of any shape that broadcasts to x. The kernels take 1, 2 or 6.
+        eps: of the norm.
+        impl: "reference" (PyTorch), "cuda" (a kernel forward, two backward, built at first use; all tensors in one
+            dtype), or "auto": "cuda" where it runs.
+
+    Returns:
+        x with the branch, and (B, T, C) for each mix.
+
+    Raises:
+        KernelError: an `impl` that does not exist or can't run here.
+    """
+    if impl not in IMPLS:
+        raise KernelError(f"shift_mix: impl must be {', '.join(IMPLS)}; got {impl!r}")
+    if impl == "auto":
+        others = (*mixes, weight, bias, *(() if branch is None else (branch,)))
+        alike = len(mixes) in (1, 2, 6) and all(other.dtype == x.dtype for other in others)
+        impl = _select.shift_mix(x.device, x.dtype, x.shape[-1]).impl if alike else "reference"
+    elif impl == "cuda":
+        cuda.require(x.device, x.dtype, x.shape[-1])
+    form = cuda.shift_mix_cuda if impl == "cuda" else shift_mix_reference
+    return form(x, branch, weight, bias, mixes, eps)

@@ -1,0 +1,544 @@
+// LayerNorm, token shift and mixing on a GPU, forward and backward: every activation crosses the memory bus once.
+//
+// A block marches over a strip of consecutive tokens; each thread has `width` channels. What a token takes from its
+// neighbour is kept in registers, so a strip reads one token of another strip. Forward goes up the tokens, for each
+// needs the normed one before; backward goes down, since a token's gradient needs that of the one behind. Sums over
+// tokens (gradients of the mixes and of the norm) stay in registers until the strip ends; a second kernel adds up the
+// strips, in one order.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+namespace {
+
+constexpr int kMixes = 6;             // at most
+constexpr int kForwardStrips = 2048;  // at most; a block each
+constexpr int kBackwardStrips = 512;  // of all kMixes; twice as many of fewer, which keep less in registers
+constexpr int kLargestC = 2048;
+constexpr int kWarps = 16;  // of a block, at most
+
+// `width` numbers that lie side by side. Of bf16, two are in a word.
+template <typename T, int width>
+struct alignas(sizeof(T) * width) Pack {
+    unsigned words[sizeof(T) * width / 4];
+
+    __device__ __forceinline__ void get(float (&values)[width]) const {
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+            if constexpr (sizeof(T) == 4)
+                values[i] = __uint_as_float(words[i]);
+            else
+                values[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+        }
+    }
+    __device__ __forceinline__ void set(const float (&values)[width]) {
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+            for (int i = 0; i < width; ++i) words[i] = __float_as_uint(values[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < width; i += 2) {
+                const __nv_bfloat162 two = __floats2bfloat162_rn(values[i], values[i + 1]);
+                words[i / 2] = *reinterpret_cast<const unsigned*>(&two);
+            }
+        }
+    }
+};
+
+template <typename T, int width>
+__device__ __forceinline__ Pack<T, width> load(const T* from, bool wanted) {
+    Pack<T, width> pack{};
+    if (wanted) pack = *reinterpret_cast<const Pack<T, width>*>(from);
+    return pack;
+}
+
+template <typename T, int width>
+__device__ __forceinline__ void store(T* to, const float (&values)[width]) {
+    Pack<T, width> pack;
+    pack.set(values);
+    *reinterpret_cast<Pack<T, width>*>(to) = pack;
+}
+
+// As load, into shared memory, and at some later time: copies_arrived. Zeros, where it is not wanted.
+template <typename T, int width>
+__device__ __forceinline__ void begin_copy(Pack<T, width>* to, const T* from, bool wanted) {
+    constexpr int bytes = sizeof(T) * width;
+    const auto there = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(there), "l"(from), "n"(bytes),
+                 "r"(wanted ? bytes : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// The thread's own copies are there, but for those of its last `but` groups.
+template <int but>
+__device__ __forceinline__ void copies_arrived() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");
+}
+
+// Sums of `n` numbers over the block, which every thread gets. Calls take turns with two buffers, so that one barrier
+// is enough: who writes into a buffer again has passed the barrier of the other, and so has everybody who read it.
+template <int n>
+class BlockSum {
+  public:
+    __device__ __forceinline__ BlockSum(float (&room)[2][kWarps][n]) : of_warp_(room) {
+        for (int i = threadIdx.x; i < 2 * kWarps * n; i += blockDim.x) (&room[0][0][0])[i] = 0;
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void operator()(float (&values)[n]) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+        for (int mask = 16; mask; mask /= 2)
+#pragma unroll
+            for (int i = 0; i < n; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], mask);
+        if (lane == 0)
+#pragma unroll
+            for (int i = 0; i < n; ++i) of_warp_[turn_][warp][i] = values[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < n; ++i) values[i] = 0;
+#pragma unroll 1
+        for (int first = 0; first < warps; first += 4)  // what is beyond the last warp is 0
+#pragma unroll
+            for (int w = first; w < first + 4; ++w)
+#pragma unroll
+                for (int i = 0; i < n; ++i) values[i] += of_warp_[turn_][w][i];
+        turn_ ^= 1;
+    }
+
+  private:
+    float (&of_warp_)[2][kWarps][n];
+    int turn_ = 0;
+};
+
+template <typename T>
+struct Norm {
+    const T *weight, *bias;
+    const T* mixes[kMixes];
+};
+
+struct Shape {
+    int rows, tokens, channels, strip;  // rows: tokens of all sequences
+    float per_channel;                  // 1 / channels
+};
+
+template <typename T>
+struct Forward {
+    const T *x, *branch;  // (rows, C); branch may be null
+    Norm<T> norm;
+    T* sum;  // of x and branch; null without a branch
+    T* mixed[kMixes];
+    float2* stats;  // (rows,): mean and 1 / deviation
+    Shape shape;
+    float eps;
+};
+
+template <typename T, int width, int n_mixes>
+__global__ void __launch_bounds__(kLargestC / width, width / 4) forward(const Forward<T> p) {
+    constexpr int kAtOnce = 2;
+    const int c = threadIdx.x * width;
+    const bool mine = c < p.shape.channels;
+    const auto weights = load<T, width>(p.norm.weight + c, mine), biases = load<T, width>(p.norm.bias + c, mine);
+    Pack<T, width> mixes[n_mixes];
+#pragma unroll
+    for (int m = 0; m < n_mixes; ++m) mixes[m] = load<T, width>(p.norm.mixes[m] + c, mine);
+    __shared__ __align__(16) float of_warp[2][kWarps][kAtOnce];
+    BlockSum<kAtOnce> block_sum(of_warp);
+
+    const auto offset = [&](int row) { return static_cast<int64_t>(row) * p.shape.channels + c; };
+    // x of `kAtOnce` rows, with the branch, as it is put away: with the rounding.
+    const auto read = [&](int row, int end, float(&x)[kAtOnce][width]) {
+        Pack<T, width> packs[kAtOnce], branches[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            packs[i] = load<T, width>(p.x + offset(row + i), mine && row + i < end);
+            if (p.branch) branches[i] = load<T, width>(p.branch + offset(row + i), mine && row + i < end);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            packs[i].get(x[i]);
+            if (!p.branch) continue;
+            float branch[width];
+            branches[i].get(branch);
+#pragma unroll
+            for (int v = 0; v < width; ++v) x[i][v] += branch[v];
+            packs[i].set(x[i]);
+            packs[i].get(x[i]);
+        }
+    };
+    // x becomes its norm, without weight and bias.
+    const auto normalise = [&](float(&x)[kAtOnce][width], float2(&stats)[kAtOnce]) {
+        float total[kAtOnce] = {}, square[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+            for (int v = 0; v < width; ++v) total[i] += x[i][v];
+        block_sum(total);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            stats[i].x = total[i] * p.shape.per_channel;
+#pragma unroll
+            for (int v = 0; v < width; ++v) {
+                x[i][v] -= stats[i].x;
+                square[i] += x[i][v] * x[i][v];
+            }
+            if (!mine) square[i] = 0;
+        }
+        block_sum(square);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            stats[i].y = rsqrtf(square[i] * p.shape.per_channel + p.eps);
+#pragma unroll
+            for (int v = 0; v < width; ++v) x[i][v] *= stats[i].y;
+        }
+    };
+
+    const int first = blockIdx.x * p.shape.strip, end = min(first + p.shape.strip, p.shape.rows);
+    int position = first % p.shape.tokens;  // of `row` in its sequence
+    float before[width] = {};               // the token before, normed
+    float x[kAtOnce][width], weight[width], bias[width];
+    float2 stats[kAtOnce];
+    if (position > 0) {
+        read(first - 1, first, x);
+        normalise(x, stats);
+        weights.get(weight), biases.get(bias);
+#pragma unroll
+        for (int v = 0; v < width; ++v) before[v] = x[0][v] * weight[v] + bias[v];
+    }
+    for (int row = first; row < end; row += kAtOnce) {
+        read(row, end, x);
+        if (p.branch && mine)
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                if (row + i < end) store(p.sum + offset(row + i), x[i]);
+        normalise(x, stats);
+        float delta[kAtOnce][width];
+        weights.get(weight), biases.get(bias);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (threadIdx.x == 0 && row + i < end) p.stats[row + i] = stats[i];
+#pragma unroll
+            for (int v = 0; v < width; ++v) {
+                x[i][v] = x[i][v] * weight[v] + bias[v];
+                delta[i][v] = (position > 0 ? before[v] : 0.0f) - x[i][v];
+                before[v] = x[i][v];
+            }
+            position = position + 1 == p.shape.tokens ? 0 : position + 1;
+        }
+        if (!mine) continue;
+#pragma unroll
+        for (int m = 0; m < n_mixes; ++m) {
+            float mix[width];
+            mixes[m].get(mix);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                float out[width];
+#pragma unroll
+                for (int v = 0; v < width; ++v) out[v] = x[i][v] + delta[i][v] * mix[v];
+                if (row + i < end) store(p.mixed[m] + offset(row + i), out);
+            }
+        }
+    }
+}
+
+template <typename T>
+struct Backward {
+    const T* d_mixed[kMixes];  // (rows, C)
+    const T *d_sum, *sum;      // (rows, C); d_sum may be null
+    const float2* stats;
+    Norm<T> norm;
+    T* d;             // (rows, C)
+    float* of_strip;  // (strips, n_mixes + 2, C): gradients of the mixes, of weight and bias
+    Shape shape;
+};
+
+// What a row needs is copied to shared memory some rows ahead, by the thread that will use it.
+template <typename T>
+constexpr int kAhead = 8 / sizeof(T);
+
+// Numbers a thread: of many mixes few, for it keeps their sums in registers.
+template <typename T, int n_mixes>
+constexpr int kBackwardWidth = sizeof(T) == 4 || n_mixes > 2 ? 4 : 8;
+
+template <typename T, int n_mixes>
+constexpr size_t backward_memory(int threads) {
+    return sizeof(T) * kBackwardWidth<T, n_mixes> * kAhead<T> * (n_mixes + 2) * threads;
+}
+
+template <typename T, int n_mixes>
+__global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backward(const Backward<T> p) {
+    constexpr int width = kBackwardWidth<T, n_mixes>, ahead = kAhead<T>, parts = n_mixes + 2;
+    using Part = Pack<T, width>;
+    extern __shared__ __align__(16) unsigned char memory[];
+    const int c = threadIdx.x * width, threads = blockDim.x;
+    const bool mine = c < p.shape.channels;
+    const auto weights = load<T, width>(p.norm.weight + c, mine), biases = load<T, width>(p.norm.bias + c, mine);
+    Part mixes[n_mixes];
+#pragma unroll
+    for (int m = 0; m < n_mixes; ++m) mixes[m] = load<T, width>(p.norm.mixes[m] + c, mine);
+    __shared__ __align__(16) float of_warp[2][kWarps][2];
+    BlockSum<2> block_sum(of_warp);
+
+    const int first = blockIdx.x * p.shape.strip, end = min(first + p.shape.strip, p.shape.rows);
+    const auto offset = [&](int row) { return static_cast<int64_t>(row) * p.shape.channels + (mine ? c : 0); };
+    Part* const room = reinterpret_cast<Part*>(memory) + threadIdx.x;  // [row % ahead][part][thread]
+    const auto place = [&](int row) { return room + (row & (ahead - 1)) * parts * threads; };
+    const auto begin_row = [&](int row) {
+        if (row >= first) {
+            const int64_t at = offset(row);
+            Part* to = place(row);
+#pragma unroll
+            for (int m = 0; m < n_mixes; ++m) begin_copy(to + m * threads, p.d_mixed[m] + at, mine);
+            if (p.d_sum) begin_copy(to + n_mixes * threads, p.d_sum + at, mine);
+            if (row > 0) begin_copy(to + (n_mixes + 1) * threads, p.sum + at - p.shape.channels, mine);
+        }
+        end_of_copies();
+    };
+    const auto stats_before = [&](int row) { return row >= first && row > 0 ? p.stats[row - 1] : float2{0, 0}; };
+    for (int i = 1; i <= ahead; ++i) begin_row(end - i);
+
+    float of_mix[n_mixes][width] = {}, of_weight[width] = {}, of_bias[width] = {};
+    float from_behind[width] = {};  // gradient of this token's normed values by way of the next token
+    if (end < p.shape.rows && end % p.shape.tokens != 0) {
+#pragma unroll
+        for (int m = 0; m < n_mixes; ++m) {
+            float d[width], mix[width];
+            load<T, width>(p.d_mixed[m] + offset(end), mine).get(d);
+            mixes[m].get(mix);
+#pragma unroll
+            for (int v = 0; v < width; ++v) from_behind[v] += d[v] * mix[v];
+        }
+    }
+    float normed[width];  // without weight and bias
+    float scale = p.stats[end - 1].y;
+    load<T, width>(p.sum + offset(end - 1), mine).get(normed);
+#pragma unroll
+    for (int v = 0; v < width; ++v) normed[v] = (normed[v] - p.stats[end - 1].x) * scale;
+    float2 next_before = stats_before(end - 1);
+    int position = (end - 1) % p.shape.tokens;  // of `row` in its sequence
+    for (int row = end - 1; row >= first; --row) {
+        const float2 before = next_before;
+        next_before = stats_before(row - 1);
+        copies_arrived<ahead - 1>();
+        const Part* here = place(row);
+        const bool has_before = position > 0;
+        position = (has_before ? position : p.shape.tokens) - 1;
+        float weight[width], bias[width], d_sum[width] = {}, normed_before[width] = {};
+        float all[width] = {}, to_before[width] = {}, delta[width], sums[2] = {};
+        if (p.d_sum) here[n_mixes * threads].get(d_sum);
+        if (row > 0) here[(n_mixes + 1) * threads].get(normed_before);
+        weights.get(weight), biases.get(bias);
+#pragma unroll
+        for (int v = 0; v < width; ++v) {
+            normed_before[v] = (normed_before[v] - before.x) * before.y;
+            delta[v] = has_before ? (normed_before[v] - normed[v]) * weight[v] : -(normed[v] * weight[v] + bias[v]);
+        }
+#pragma unroll
+        for (int m = 0; m < n_mixes; ++m) {
+            float d[width], mix[width];
+            here[m * threads].get(d);
+            mixes[m].get(mix);
+#pragma unroll
+            for (int v = 0; v < width; ++v) {
+                all[v] += d[v];
+                to_before[v] += d[v] * mix[v];
+                of_mix[m][v] += d[v] * delta[v];
+            }
+        }
+        begin_row(row - ahead);  // into the place that has just been read
+#pragma unroll
+        for (int v = 0; v < width; ++v) {
+            const float d = all[v] - to_before[v] + from_behind[v];
+            from_behind[v] = has_before ? to_before[v] : 0.0f;
+            of_weight[v] += d * normed[v];
+            of_bias[v] += d;
+            all[v] = d * weight[v];
+            sums[0] += all[v];
+            sums[1] += all[v] * normed[v];
+        }
+        block_sum(sums);
+        const float mean = sums[0] * p.shape.per_channel, slope = sums[1] * p.shape.per_channel;
+        if (mine) {
+#pragma unroll
+            for (int v = 0; v < width; ++v) d_sum[v] += (all[v] - mean - normed[v] * slope) * scale;
+            store(p.d + offset(row), d_sum);
+        }
+        scale = before.y;
+#pragma unroll
+        for (int v = 0; v < width; ++v) normed[v] = normed_before[v];
+    }
+    if (!mine) return;
+    float* out = p.of_strip + static_cast<int64_t>(blockIdx.x) * (n_mixes + 2) * p.shape.channels + c;
+    const auto put = [&](const float(&values)[width]) {
+        store(out, values);
+        out += p.shape.channels;
+    };
+#pragma unroll
+    for (int m = 0; m < n_mixes; ++m) put(of_mix[m]);
+    put(of_weight);
+    put(of_bias);
+}
+
+constexpr int kColumns = 32, kPerColumn = 16;
+
+template <typename T>
+struct Columns {
+    const float* of_strip;  // (strips, n, C)
+    T* out[kMixes + 2];     // (C,) each
+    int strips, channels, columns;
+};
+
+template <typename T>
+__global__ void add_up_strips(const Columns<T> p) {
+    __shared__ float parts[kPerColumn][kColumns];
+    const int column = blockIdx.x * kColumns + threadIdx.x;
+    float sum = 0;
+    if (column < p.columns)
+        for (int strip = threadIdx.y; strip < p.strips; strip += kPerColumn)
+            sum += p.of_strip[static_cast<int64_t>(strip) * p.columns + column];
+    parts[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y != 0 || column >= p.columns) return;
+    for (int i = 1; i < kPerColumn; ++i) sum += parts[i][threadIdx.x];
+    p.out[column / p.channels][column % p.channels] = static_cast<T>(sum);
+}
+
+Shape shape_of(const at::Tensor& x, int strips) {
+    const int64_t rows = x.size(0) * x.size(1);
+    TORCH_CHECK(rows < (int64_t{1} << 31) - kForwardStrips, "shift_mix: too many tokens");
+    const auto tokens = static_cast<int>(x.size(1)), channels = static_cast<int>(x.size(2));
+    const auto strip = static_cast<int>(std::max<int64_t>(4, (rows + strips - 1) / strips));
+    return {static_cast<int>(rows), tokens, channels, strip, 1.0f / static_cast<float>(channels)};
+}
+
+int strips_of(const Shape& shape) { return (shape.rows + shape.strip - 1) / shape.strip; }
+
+int threads_for(int channels, int width) { return (channels / width + 31) / 32 * 32; }
+
+void check(const at::Tensor& x, const at::Tensor& like, const char* name) {
+    TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.is_contiguous() && x.device() == like.device() &&
+                    reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+                "shift_mix: ", name, " must be contiguous, 16-byte aligned and of the dtype and device of x");
+}
+
+template <typename T>
+Norm<T> norm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::TensorList mixes) {
+    TORCH_CHECK(mixes.size() == 1 || mixes.size() == 2 || mixes.size() == kMixes, "shift_mix: 1, 2 or 6 mixes");
+    TORCH_CHECK(x.dim() == 3 && x.size(2) % 8 == 0 && x.size(2) <= kLargestC, "shift_mix: C must be 8, 16, ... 2048");
+    check(weight, x, "weight"), check(bias, x, "bias");
+    Norm<T> norm{weight.const_data_ptr<T>(), bias.const_data_ptr<T>(), {}};
+    for (size_t i = 0; i < mixes.size(); ++i) {
+        check(mixes[i], x, "mixes");
+        TORCH_CHECK(mixes[i].numel() == x.size(2), "shift_mix: a mix has C values");
+        norm.mixes[i] = mixes[i].const_data_ptr<T>();
+    }
+    return norm;
+}
+
+template <typename Launch>
+void with_mixes(size_t n, const Launch& launch) {
+    if (n == 1) launch(std::integral_constant<int, 1>());
+    if (n == 2) launch(std::integral_constant<int, 2>());
+    if (n == kMixes) launch(std::integral_constant<int, kMixes>());
+}
+
+#define HERON_DISPATCH(TYPE, ...) \
+    AT_DISPATCH_SWITCH(TYPE, "shift_mix", AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
+                       AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+std::vector<at::Tensor> run_forward(const at::Tensor& x, const std::optional<at::Tensor>& branch,
+                                    const at::Tensor& weight, const at::Tensor& bias, at::TensorList mixes,
+                                    double eps) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const Shape shape = shape_of(x, kForwardStrips);
+    check(x, x, "x");
+    std::vector<at::Tensor> out;
+    for (size_t i = 0; i < mixes.size(); ++i) out.push_back(at::empty_like(x));
+    out.push_back(at::empty({shape.rows, 2}, x.options().dtype(at::kFloat)));
+    if (branch) {
+        check(*branch, x, "branch");
+        TORCH_CHECK(branch->sizes() == x.sizes(), "shift_mix: branch must have the shape of x");
+        out.push_back(at::empty_like(x));
+    }
+    if (shape.rows == 0) return out;
+    HERON_DISPATCH(x.scalar_type(), [&] {
+        using T = scalar_t;
+        constexpr int width = 16 / sizeof(T);
+        Forward<T> p{};
+        p.x = x.const_data_ptr<T>(), p.norm = norm_of<T>(x, weight, bias, mixes);
+        for (size_t i = 0; i < mixes.size(); ++i) p.mixed[i] = out[i].data_ptr<T>();
+        p.stats = reinterpret_cast<float2*>(out[mixes.size()].data_ptr<float>());
+        if (branch) p.branch = branch->const_data_ptr<T>(), p.sum = out.back().data_ptr<T>();
+        p.shape = shape, p.eps = static_cast<float>(eps);
+        with_mixes(mixes.size(), [&](auto n) {
+            forward<T, width, n.value><<<strips_of(shape), threads_for(shape.channels, width), 0, stream>>>(p);
+        });
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+    return out;
+}
+
+std::vector<at::Tensor> run_backward(at::TensorList d_mixed, const std::optional<at::Tensor>& d_sum,
+                                     const at::Tensor& sum, const at::Tensor& stats, const at::Tensor& weight,
+                                     const at::Tensor& bias, at::TensorList mixes) {
+    const c10::cuda::CUDAGuard guard(sum.device());
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const int n_mixes = static_cast<int>(mixes.size());
+    const Shape shape = shape_of(sum, n_mixes == kMixes ? kBackwardStrips : 2 * kBackwardStrips);
+    check(sum, sum, "x");
+    TORCH_CHECK(d_mixed.size() == mixes.size(), "shift_mix: a gradient for each mix");
+    std::vector<at::Tensor> out{at::empty_like(sum)};
+    for (int i = 0; i < n_mixes + 2; ++i) out.push_back(shape.rows ? at::empty_like(weight) : at::zeros_like(weight));
+    if (shape.rows == 0) return out;
+    const auto of_strip = at::empty({strips_of(shape), n_mixes + 2, shape.channels}, sum.options().dtype(at::kFloat));
+    HERON_DISPATCH(sum.scalar_type(), [&] {
+        using T = scalar_t;
+        Backward<T> p{};
+        for (int i = 0; i < n_mixes; ++i) {
+            check(d_mixed[i], sum, "gradients");
+            p.d_mixed[i] = d_mixed[i].const_data_ptr<T>();
+        }
+        if (d_sum) {
+            check(*d_sum, sum, "gradient of the sum");
+            p.d_sum = d_sum->const_data_ptr<T>();
+        }
+        p.sum = sum.const_data_ptr<T>(), p.stats = reinterpret_cast<const float2*>(stats.const_data_ptr<float>());
+        p.norm = norm_of<T>(sum, weight, bias, mixes);
+        p.d = out[0].data_ptr<T>(), p.of_strip = of_strip.data_ptr<float>();
+        p.shape = shape;
+        with_mixes(n_mixes, [&](auto n) {
+            const int threads = threads_for(shape.channels, kBackwardWidth<T, n.value>);
+            const auto bytes = static_cast<int>(backward_memory<T, n.value>(threads));
+            const auto kernel = &backward<T, n.value>;
+            C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+            kernel<<<strips_of(shape), threads, bytes, stream>>>(p);
+        });
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        const int columns = (n_mixes + 2) * shape.channels;
+        Columns<T> q{of_strip.const_data_ptr<float>(), {}, strips_of(shape), shape.channels, columns};
+        // as the strips have them: the mixes, weight, bias; as they are returned: weight, bias, the mixes
+        for (int i = 0; i < n_mixes + 2; ++i) q.out[i] = out[i < n_mixes ? i + 3 : i - n_mixes + 1].data_ptr<T>();
+        add_up_strips<T><<<(columns + kColumns - 1) / kColumns, dim3(kColumns, kPerColumn), 0, stream>>>(q);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+    library.impl("shift_mix", &run_forward);
+    library.impl("shift_mix_backward", &run_backward);
+}

@@ -1,0 +1,23 @@
+// What the kernels of single tokens, matvec and head_step, need beside hardware.h.
+#pragma once
+
+#include "hardware.h"
+
+struct Brain {
+  uint16_t bits;
+  Brain() = default;
+  Brain(float x) : bits(round_to_bf16(x)) {}
+  operator float() const { return bits_float(uint32_t(bits) << 16); }
+};
+
+inline float __uint_as_float(uint32_t bits) { return bits_float(bits); }
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+  using namespace emulator;
+  memcpy(my_warp().in[my_lane()], &x, sizeof x);
+  collective([mask](Warp& warp) {
+    for (int lane = 0; lane < 32; lane++) memcpy(warp.out[lane], warp.in[lane ^ mask], sizeof(float));
+  });
+  memcpy(&x, my_warp().out[my_lane()], sizeof x);
+  return x;
+}
+inline void wait_for_inputs() {}

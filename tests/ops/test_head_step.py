@@ -1,0 +1,184 @@
+"""heron.ops.head_step: its definition by WKV7 and PyTorch's layers in fp64, its kernel by the definition."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from heron.errors import KernelError
+from heron.ops import _build, _select, head_step, wkv7
+from heron.ops.head_step import HeadInputs, HeadWeights, cuda
+
+EMULATOR = Path(__file__).parent / "emulator"
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def problem(n, H, N, dtype, mixes=True, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    inputs = [2 * numbers(n, H * N).to(dtype) for _ in range(8 if mixes else 6)]
+    weights = [(0.5 + numbers(H * N)).to(dtype) for _ in range(5)]
+    wkv = numbers(n, H, N, N).to(torch.promote_types(dtype, FP32))
+    return HeadInputs(*inputs), HeadWeights(*weights, 64e-5), wkv
+
+
+def exact(inputs, weights, wkv):
+    """y and the new state in fp64, by the operator and the layers that the model is made of."""
+    n, H, N, _ = wkv.shape
+    r, w, k, v, iclr, gate = (x.double() for x in inputs[:6])
+    k_k, k_a, r_k, norm_weight, norm_bias = (x.double() for x in weights[:5])
+    if inputs.v_first is not None:
+        v = v + (inputs.v_first.double() - v) * inputs.value_logits.double().sigmoid()
+    iclr, removal_key = iclr.sigmoid(), F.normalize((k * k_k).view(n, H, N), dim=-1).view(n, H * N)
+    k = k * (1 + (iclr - 1) * k_a)
+    parts = (x.view(n, 1, H, N) for x in (r, w, k, v, -removal_key, removal_key * iclr))
+    y, state = wkv7(*parts, wkv.double(), impl="reference")
+    y = F.group_norm(y.view(n, H * N), H, norm_weight, norm_bias, weights.eps)
+    bonus = (r * k * r_k).view(n, H, N).sum(-1, keepdim=True) * v.view(n, H, N)
+    return (y + bonus.view(n, H * N)) * gate, state
+
+
+def compare(got, state, want, tolerances):
+    for mine, true, tolerance in zip((got, state), want, tolerances, strict=True):
+        assert (mine.double() - true).norm() <= tolerance * true.norm()
+
+
+TOLERANCES = {FP64: (1e-12, 1e-12), FP32: (2e-6, 1e-6), FP16: (1e-3, 1e-6), BF16: (5e-3, 1e-6)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("n", "H", "N", "mixes"), [(1, 3, 16, True), (2, 2, 64, False), (3, 1, 5, True)])
+def test_the_definition_is_what_the_model_is_made_of(dtype, n, H, N, mixes):
+    inputs, weights, wkv = problem(n, H, N, dtype, mixes)
+    want = exact(inputs, weights, wkv)
+    got = head_step(inputs, weights, wkv)
+    assert got.dtype == dtype
+    compare(got, wkv, want, TOLERANCES[dtype])
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """head_step, computed by the kernel's source on a CPU."""
+    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    flags = ("-O1", "-U_FORTIFY_SOURCE")
+    library = _build.load_c_library("head_step_emulated", [EMULATOR / "head_step.cpp"], flags, depends)
+    library.head_step_emulated.restype = ctypes.c_char_p
+
+    def step(inputs, weights, wkv):
+        parts = [None if x is None else x.data_ptr() for x in (*inputs, *weights[:5])]
+        y = torch.full_like(inputs.r, torch.nan)
+        n, H, N, _ = wkv.shape
+        error = library.head_step_emulated(
+            int(y.dtype == BF16), (ctypes.c_void_p * len(parts))(*parts), ctypes.c_void_p(y.data_ptr()),
+            ctypes.c_void_p(wkv.data_ptr()), n, H, N, ctypes.c_float(weights.eps),
+        )  # fmt: skip
+        assert error is None, error.decode()
+        return y
+
+    return step
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(("n", "H", "N", "mixes"), [(1, 3, 16, True), (2, 2, 64, False), (1, 2, 64, True)])
+def test_the_kernels_source_on_a_cpu_steps(emulated, dtype, n, H, N, mixes):
+    inputs, weights, wkv = problem(n, H, N, dtype, mixes)
+    want = exact(inputs, weights, wkv)
+    compare(emulated(inputs, weights, wkv), wkv, want, TOLERANCES[dtype])
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+def test_a_removal_key_of_zeros_removes_nothing(emulated):
+    inputs, weights, wkv = problem(1, 2, 16, FP32)
+    inputs.k[:, :16] = 0
+    want = exact(inputs, weights, wkv)
+    compare(emulated(inputs, weights, wkv), wkv, want, TOLERANCES[FP32])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=torch.zeros(1, 16)), r"k must be \(1, 32\) torch.float32 and contiguous, got \(1, 16\)"),
+        (dict(gate=torch.zeros(1, 64)[:, ::2]), "gate must be .* contiguous"),
+        (dict(v_first=None), "v_first and value_logits come together, or not at all"),
+        (dict(r=torch.zeros(1, 32, device="meta")), "must be on cpu; r is on meta"),
+        (dict(k_a=torch.zeros(32).half()), r"k_a must be \(32,\) torch.float32 and contiguous, got \(32,\)"),
+        (dict(wkv=torch.zeros(1, 2, 16, 8)), r"wkv must be \(n, H, N, N\), got \(1, 2, 16, 8\)"),
+        (dict(wkv=torch.zeros(1, 2, 16, 16).double()), "wkv must be .* torch.float32"),
+        (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
+        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+    ],
+)
+def test_unfit_arguments_are_refused_in_words(change, message):
+    inputs, weights, wkv = problem(1, 2, 16, FP32)
+    inputs = inputs._replace(**{name: x for name, x in change.items() if name in HeadInputs._fields})
+    weights = weights._replace(**{name: x for name, x in change.items() if name in HeadWeights._fields})
+    with pytest.raises(KernelError, match=message):
+        head_step(inputs, weights, change.get("wkv", wkv), change.get("impl", "auto"))
+
+
+def test_heads_that_the_kernel_does_not_know_are_named():
+    assert cuda.why_not(BF16, 64) is None
+    assert cuda.why_not(FP64, 64) == "it takes fp32, bf16 and fp16, not torch.float64"
+    assert cuda.why_not(BF16, 48) == "it takes heads of 16, 32, 64, 128, not of 48"
+
+
+def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
+    def fail(capability):
+        raise KernelError("head_step: no nvcc")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "library", fail)
+    for _ in range(2):
+        choice = _select.head_step(torch.device("cuda"))
+        assert choice.impl == "reference"
+        assert "head_step: no nvcc" in choice.reason
+    said = "heron: going on with the slower form of the time mix of one token in PyTorch: head_step: no nvcc\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_kernel_compiles_without_spilling(tmp_path, arch):
+    source = cuda.SOURCE.read_text()
+    begin, end = source.index("namespace {"), source.index("}  // namespace")
+    forms = [(t, size) for t in ("float", "__nv_bfloat16") for size in (64, 128)]
+    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
+    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", _build.EARLY))
+    made = "\n".join(
+        f"template __global__ void head_step<{t}, {size}>(const __grid_constant__ Problem);" for t, size in forms
+    )
+    kernels.write_text(f"{includes}\n{source[begin:end]}\n{made}\n}}\n")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(forms)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("N", cuda.HEAD_SIZES)
+@pytest.mark.parametrize("mixes", [True, False])
+def test_kernel_steps(dtype, N, mixes):
+    inputs, weights, wkv = problem(5, 7, N, dtype, mixes, "cuda")
+    before, want = wkv.clone(), exact(inputs, weights, wkv)
+    got = head_step(inputs, weights, wkv, impl="cuda")
+    compare(got, wkv, want, TOLERANCES[dtype])
+    alone = [None if x is None else x[3:4].clone() for x in inputs]
+    one = before[3:4].clone()
+    assert torch.equal(head_step(HeadInputs(*alone), weights, one, impl="cuda")[0], got[3])
+    assert torch.equal(one[0], wkv[3])

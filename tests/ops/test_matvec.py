@@ -1,0 +1,265 @@
+"""heron.ops.matvec: its definition by fp64, its kernel by both, on a CPU by its source."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from heron.errors import KernelError
+from heron.ops import _build, _select, matvec
+from heron.ops.matvec import Product, cuda
+from heron.ops.matvec.reference import ACTIVATIONS
+
+EMULATOR = Path(__file__).parent / "emulator"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ROUNDING = {FP32: 1e-6, FP16: 5e-4, BF16: 4e-3}  # half a unit in the last place, relative, or more
+FORMS = [(name, factor, add) for name in ACTIVATIONS for factor in (False, True) for add in (False, True)]
+
+
+def products(shapes, dtype, device="cpu", seed=0):
+    """One product of each shape (out, in), the forms in turn; every second weight is a part of a wider matrix."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def numbers(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
+
+    made = []
+    for i, (n_out, n_in) in enumerate(shapes):
+        activation, has_factor, has_add = FORMS[(5 * i + seed) % len(FORMS)]
+        weight = numbers(n_out, n_in + 8 * (i % 2), scale=2 * n_in**-0.5)[:, :n_in]
+        factor, add = (numbers(1, n_out) if wanted else None for wanted in (has_factor, has_add))
+        made.append(Product(numbers(1, n_in), weight, activation, factor, add))
+    return made
+
+
+def exact(product):
+    """The product in fp64, from matrix and vector by PyTorch, and what its terms are large at most."""
+    x, weight, activation, factor, add = (part.double() if torch.is_tensor(part) else part for part in product)
+    functions = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+    y = functions.get(activation, lambda x: x.clamp(min=0) ** 2)(x @ weight.T)
+    scale = (x.abs() @ weight.abs().T) * (1 + y.abs().sqrt()) + 1
+    y = y * (1 if factor is None else factor)
+    scale = scale * (1 if factor is None else factor.abs())
+    return y + (0 if add is None else add), scale
+
+
+def compare(got, wanted_of):
+    for y, product in zip(got, wanted_of, strict=True):
+        want, scale = exact(product)
+        assert y.shape == want.shape
+        assert y.dtype == product.x.dtype
+        assert ((y.double() - want).abs() <= ROUNDING[y.dtype] * want.abs() + 2e-6 * scale).all()
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """matvec, computed by the kernel's source on a CPU."""
+    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    flags = ("-O1", "-U_FORTIFY_SOURCE")
+    library = _build.load_c_library("matvec_emulated", [EMULATOR / "matvec.cpp"], flags, depends)
+    library.matvec_emulated.restype = ctypes.c_char_p
+
+    def multiply(some):
+        xs, weights, activations, factors, adds = zip(*some, strict=True)
+        ys = [torch.full((1, len(weight)), torch.nan, dtype=weight.dtype) for weight in weights]
+
+        def pointers(tensors):
+            return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
+
+        def integers(values, kind=ctypes.c_int):
+            return (kind * len(some))(*values)
+
+        error = library.matvec_emulated(
+            int(xs[0].dtype == BF16), len(some), *map(pointers, (xs, weights, factors, adds, ys)),
+            integers([weight.stride(0) for weight in weights], ctypes.c_int64),
+            integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
+            integers([list(ACTIVATIONS).index(name) for name in activations]),
+        )  # fmt: skip
+        assert error is None, error.decode()
+        return ys
+
+    return multiply
+
+
+SMALL = [(3, 8), (1, 768), (9, 40), (8, 2048), (17, 264), (2, 8192), (5, 16), (24, 96)]
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_kernels_source_on_a_cpu_multiplies(emulated, dtype, seed):
+    some = products(SMALL, dtype, seed=seed)
+    together = emulated(some)
+    compare(together, some)
+    for y, product in zip(together, some, strict=True):
+        assert torch.equal(emulated([product])[0], y)
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_stays_so(emulated, activation):
+    weight = torch.zeros(3, 8)
+    weight[1, 7], weight[2, 0] = torch.nan, torch.inf
+    some = [Product(torch.ones(1, 8), weight, activation)]
+    (got,), (want,) = emulated(some), matvec(some)
+    assert torch.equal(got.nan_to_num(nan=-7.0), want.nan_to_num(nan=-7.0))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_definition_multiplies(dtype, seed):
+    some = products([*SMALL, (4, 7), (1, 1)], dtype, seed=seed)
+    compare(matvec(some), some)
+    assert matvec([]) == []
+
+
+def test_the_definition_computes_fp64_in_fp64():
+    product = Product(torch.full((1, 3), 1 / 3).double(), torch.full((2, 3), 1 / 3).double())
+    assert (matvec([product])[0] - product.x @ product.weight.T).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(weight=torch.zeros(4, 8).t()), r"product 1: weight must be \(out, in\).*got \(8, 4\).*strides \(1, 8\)"),
+        (dict(weight=torch.zeros(0, 8)), r"weight must be .* not empty"),
+        (dict(x=torch.zeros(8)), r"x must be \(1, 8\) and contiguous, got \(8,\)"),
+        (dict(x=torch.zeros(1, 8).half()), "all tensors must be torch.float32 on cpu; x is torch.float16 on cpu"),
+        (dict(factor=torch.zeros(1, 3)), r"factor must be \(1, 4\) and contiguous, got \(1, 3\)"),
+        (dict(add=torch.zeros(1, 8)[:, ::2]), r"add must be \(1, 4\) and contiguous"),
+        (dict(add=torch.zeros(1, 4, device="meta")), "add is torch.float32 on meta"),
+        (dict(activation="relu"), "activation must be none, tanh, sigmoid, squared relu; got 'relu'"),
+    ],
+)
+def test_unfit_products_are_refused_in_words(change, message):
+    good = Product(torch.zeros(1, 8), torch.zeros(4, 8))
+    with pytest.raises(KernelError, match=message):
+        matvec([good, good._replace(**change)])
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        ("fast", "impl must be auto, reference, cuda; got 'fast'"),
+        ("cuda", 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+    ],
+)
+def test_a_form_that_does_not_run_here_is_refused(impl, message):
+    with pytest.raises(KernelError, match=message):
+        matvec([Product(torch.zeros(1, 8), torch.zeros(4, 8))], impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.zeros(4, 8), None),
+        (torch.zeros(4, 24576, dtype=BF16), None),
+        (torch.zeros(4, 96)[:, :8], None),
+        (torch.zeros(4, 8).double(), "it takes fp32, bf16 and fp16, not torch.float64"),
+        (torch.zeros(4, 12), "a multiple of 8, up to 12288 of torch.float32, not of 12"),
+        (torch.zeros(4, 24584, dtype=BF16), "up to 24576 of torch.bfloat16, not of 24584"),
+        (torch.zeros(4, 9)[:, :8], "begin at multiples of 16 bytes"),
+        (torch.zeros(4, 16)[:, 1:9], "begin at multiples of 16 bytes"),
+    ],
+)
+def test_weights_that_the_kernel_cannot_read_are_named(weight, reason):
+    said = cuda.why_not(weight)
+    assert said is None if reason is None else reason in said
+
+
+def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
+    def fail(capability):
+        raise KernelError("matvec: no nvcc")
+
+    class OnDevice:
+        device, dtype, shape = torch.device("cuda"), BF16, (8, 8)
+
+        def __getattr__(self, name):
+            return getattr(torch.zeros(8, 8, dtype=BF16), name)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "library", fail)
+    for _ in range(2):
+        choice = _select.matvec([OnDevice()])
+        assert choice.impl == "reference"
+        assert "matvec: no nvcc" in choice.reason
+    said = "heron: going on with the slower form of products with one vector in PyTorch: matvec: no nvcc\n"
+    assert capsys.readouterr().err == said
+
+
+# What nvcc makes of the source
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_kernel_compiles_without_spilling(tmp_path, arch):
+    source = cuda.SOURCE.read_text()
+    begin, end = source.index("namespace {"), source.index("}  // namespace")
+    forms = "\n".join(
+        f"template __global__ void matvec<{t}>(const __grid_constant__ Products);"
+        for t in ("float", "__nv_bfloat16", "__half")
+    )
+    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
+    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", _build.EARLY))
+    kernels.write_text(f"{includes}\n{source[begin:end]}\n{forms}\n}}\n")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 3
+
+
+# On a GPU
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_in", [8, 768, 2048, 8192])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_kernel_multiplies(gpu, n_in, dtype):
+    shapes = [(n_out, n_in) for n_out in (1, 3, 96, 2048, 96, 65536, 3, 2048, 1, 96)]  # more than one launch
+    some = products(shapes, dtype, gpu, seed=n_in)
+    together = matvec(some, impl="cuda")
+    compare(together, some)
+    for y, product in zip(together, some, strict=True):
+        assert torch.equal(matvec([product], impl="cuda")[0], y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_chain_of_kernels_in_a_graph_is_the_chain(gpu, dtype):
+    """Each waits for the one before it, however early it began."""
+    matrices = products([(1024, 1024)] * 6, dtype, gpu)
+    source = torch.randn(1, 1024, device=gpu).to(dtype)
+
+    def chain(x):
+        for product in matrices:
+            (x,) = matvec([product._replace(x=x, activation="tanh", factor=None)], impl="cuda")
+        return x
+
+    def one_by_one(x):
+        for product in matrices:
+            (x,) = matvec([product._replace(x=x, activation="tanh", factor=None)], impl="cuda")
+            torch.cuda.synchronize()
+        return x
+
+    one_by_one(source)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(source)
+    for seed in range(20):
+        source.copy_(torch.randn(1, 1024, generator=torch.Generator().manual_seed(seed)))
+        want = one_by_one(source)
+        graph.replay()
+        assert torch.equal(got, want)

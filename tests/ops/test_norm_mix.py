@@ -1,0 +1,148 @@
+"""heron.ops.norm_mix: its definition in fp64, its kernel by that."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from heron.errors import KernelError
+from heron.ops import _build, _select, norm_mix
+from heron.ops.norm_mix import cuda
+
+EMULATOR = Path(__file__).parent / "emulator"
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+TOLERANCES = {FP64: 1e-12, FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}
+
+
+def problem(n, m, C, dtype, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = [(n, C), (C,), (C,), (m, C), (n, C)]
+    x, weight, bias, mixes, last = (torch.randn(*s, generator=generator, device=device) for s in shapes)
+    return [part.to(dtype) for part in (3 * x + 5, weight, bias)] + [1e-5, mixes.to(dtype), last.to(dtype)]
+
+
+def exact(x, weight, bias, eps, mixes, last):
+    x, weight, bias, mixes, last = (part.double() for part in (x, weight, bias, mixes, last))
+    now = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + eps).sqrt() * weight + bias
+    return torch.stack([now + (last - now) * mix for mix in mixes]), now
+
+
+def compare(got, last, want):
+    for mine, true in zip((got, last), want, strict=True):
+        assert mine.shape == true.shape
+        assert (mine.double() - true).norm() <= TOLERANCES[mine.dtype] * true.norm()
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """norm_mix, computed by the kernel's source on a CPU."""
+    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    library = _build.load_c_library(
+        "norm_mix_emulated", [EMULATOR / "norm_mix.cpp"], ("-O1", "-U_FORTIFY_SOURCE"), depends
+    )
+    library.norm_mix_emulated.restype = ctypes.c_char_p
+
+    def run(x, weight, bias, eps, mixes, last):
+        mixed = torch.full((len(mixes), *x.shape), torch.nan, dtype=x.dtype)
+        tensors = [ctypes.c_void_p(part.data_ptr()) for part in (x, weight, bias, mixes, last, mixed)]
+        sizes = (len(x), len(mixes), x.shape[1], ctypes.c_float(eps))
+        error = library.norm_mix_emulated(int(x.dtype == BF16), *tensors, *sizes)
+        assert error is None, error.decode()
+        return mixed
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 32), (3, 1, 50), (2, 2, 7)])
+def test_the_definition_norms_and_mixes(dtype, n, m, C):
+    arguments = problem(n, m, C, dtype)
+    want = exact(*arguments)
+    compare(norm_mix(*arguments), arguments[-1], want)
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 64), (2, 1, 2050), (3, 2, 6)])
+def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
+    arguments = problem(n, m, C, dtype)
+    want = exact(*arguments)
+    compare(emulated(*arguments), arguments[-1], want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(8)), r"x must be \(n, C\) and mixes \(m, C\), floating; got \(8,\)"),
+        (dict(bias=torch.zeros(4)), r"bias must be \(8,\) torch.float32 and contiguous, got \(4,\)"),
+        (dict(last=torch.zeros(2, 16)[:, ::2]), r"last must be \(2, 8\) .* contiguous"),
+        (dict(mixes=torch.zeros(3, 8).half()), "mixes must be .* torch.float16"),
+        (dict(weight=torch.zeros(8, device="meta")), "must be on cpu; weight is on meta"),
+        (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
+        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+    ],
+)
+def test_unfit_arguments_are_refused_in_words(change, message):
+    arguments = dict(zip(("x", "weight", "bias", "eps", "mixes", "last"), problem(2, 3, 8, FP32), strict=True))
+    with pytest.raises(KernelError, match=message):
+        norm_mix(**(arguments | change))
+
+
+def test_tokens_that_the_kernel_does_not_know_are_named():
+    assert cuda.why_not(BF16, 768) is None
+    assert cuda.why_not(FP64, 768) == "it takes fp32, bf16 and fp16, not torch.float64"
+    assert cuda.why_not(BF16, 7) == "it takes an even number of channels, not 7"
+
+
+def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
+    def fail(capability):
+        raise KernelError("norm_mix: no nvcc")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "library", fail)
+    for _ in range(2):
+        choice = _select.norm_mix(torch.device("cuda"))
+        assert choice.impl == "reference"
+        assert "norm_mix: no nvcc" in choice.reason
+    said = "heron: going on with the slower form of layer norm and token shift in PyTorch: norm_mix: no nvcc\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_kernel_compiles_without_spilling(tmp_path):
+    source = cuda.SOURCE.read_text()
+    begin, end = source.index("namespace {"), source.index("}  // namespace")
+    types = ("float", "__nv_bfloat16", "__half")
+    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
+    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", _build.EARLY))
+    made = "\n".join(f"template __global__ void norm_mix<{t}>(const __grid_constant__ Problem);" for t in types)
+    kernels.write_text(f"{includes}\n{source[begin:end]}\n{made}\n}}\n")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode", "arch=compute_90a,code=sm_90a"]
+    ran = subprocess.run(
+        [*command, str(kernels), "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(types)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("C", [2, 768, 2048, 8194])
+@pytest.mark.parametrize("m", [1, 6, 7])
+def test_kernel_norms_and_mixes(dtype, C, m):
+    arguments = problem(5, m, C, dtype, "cuda")
+    alone = [part[3:4].clone() if i in (0, 5) else part for i, part in enumerate(arguments)]
+    want = exact(*arguments)
+    got = norm_mix(*arguments, impl="cuda")
+    compare(got, arguments[-1], want)
+    assert torch.equal(norm_mix(*alone, impl="cuda")[:, 0], got[:, 3])
+    assert torch.equal(alone[-1][0], arguments[-1][3])
