@@ -25,22 +25,23 @@ SIZES = dict(n_layer=3, n_embd=192, head_size=64, vocab_size=100)
 
 @pytest.mark.parametrize("form", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_the_recorded_step_is_the_models(random_model, form, dtype, tolerance):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_recorded_step_is_the_models(random_model, form, dtype, tolerance, rows):
     model = random_model(**VARIANTS[form], **SIZES)
     exact = model.double()
     tokens = torch.randint(100, (12,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         want, _ = exact(tokens[None])
     small = random_model(**VARIANTS[form], **SIZES).to("cuda", dtype)
-    decoder = GraphedDecoder(small, 3)
+    decoder, row = GraphedDecoder(small, rows), rows // 2
     with torch.inference_mode():
         _, state = small(tokens[None, :5].cuda())
-    decoder.write(1, state)
+    decoder.write(row, state)
     for position, token in enumerate(tokens[5:].tolist(), start=5):
-        got = decoder.step([1], [token])
+        got = decoder.step([row], [token])
         assert got.shape == (1, 100)
         assert (got[0].double().cpu() - want[0, position]).norm() / want[0, position].norm() < tolerance
-    for part, theirs in zip(decoder.read(1).to_list(), state.to_list(), strict=True):
+    for part, theirs in zip(decoder.read(row).to_list(), state.to_list(), strict=True):
         assert (part.shape, part.dtype) == (theirs.shape, theirs.dtype)
 
 
