@@ -30,7 +30,7 @@ from heron.ops.rows import copy_rows, cuda
 BATCH, TOKENS = 4, 128
 LAYERS, V, WIDTH = 12, 65536, 768
 SIZES = {"L12-D768": (12, 768, 64, 512), "L24-D2048": (24, 2048, 8, 2048)}  # layers, channels, batch, tokens
-BLOCKS = (4, 8, cuda.BUS_BLOCKS, 24, 0)
+BLOCKS = (2, cuda.BUS_BLOCKS, 8, 24, 0)
 HEADER = "{:<34}{:>9} {:>9} {:>9} {:>9} {:>9}"
 
 

@@ -43,7 +43,10 @@ def choose(wanted: str, device: torch.device, model: ModelConfig) -> machine.Cho
         return machine.Choice(wanted, "as asked")
     if reason is not None:
         return machine.Choice("off", reason)
-    return machine.Choice("on", "the elementwise work of a block in few kernels")
+    few = "the elementwise work of a block in few kernels"
+    if model.deep_embed is not None:  # tables are looked up in rows that are brought anew for each step
+        return machine.Choice("on", few)
+    return machine.Choice("graph", f"{few}, and a pass launched as one")
 
 
 def why_not(device: torch.device, model: ModelConfig) -> str | None:
@@ -57,7 +60,7 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
     return _why_no_triton()
 
 
-def compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
+def compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`Block.from_zero`, compiled at its first call of each shape, with its backward; as RWKV.compiled_block."""
     return compiled(Block.from_zero, _compile)
 

@@ -22,6 +22,7 @@ from heron import memory
 from heron.config import ModelConfig, TrainConfig
 from heron.learner import Learner
 from heron.model import RWKV
+from heron.optim import CopiedAdamW
 
 _COMPARED = 2, 3  # layers that are run; each further one takes as much more as the last of these did
 
@@ -108,6 +109,8 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
         learner = Learner(network, dataclasses.replace(config, compile="off"), torch.device("cpu"))
         if learner.tables is not None:
             learner.tables.impl = "reference"  # in operations that the ledger sees
+        if isinstance(learner.optimizer, CopiedAdamW) and learner.optimizer.copies:
+            learner.optimizer.impl = "reference"  # like the kernel, it never has all gradients in fp32
         samples = [(torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64),) * 2] * passes
         counts: dict[str, int] = {}
         _count_activations(learner.network, ledger, counts)
@@ -117,9 +120,9 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
         on_host = [] if learner.tables is None else learner.tables.weights
         rows = [] if learner.tables is None else learner.tables.rows
         trained = [parameter for parameter in network.parameters() if not _among(on_host, parameter)]
-        gradients = _bytes(tensor.grad for tensor in (*trained, *rows) if tensor.grad is not None)
-        learner.update(loss, 0.0, math.inf)
         copies = [copy for copy in learner.network.parameters() if not _among([*trained, *on_host], copy)]
+        gradients = _bytes(tensor.grad for tensor in (*trained, *copies, *rows) if tensor.grad is not None)
+        learner.update(loss, 0.0, math.inf)
         state = learner.optimizer.state
         tables = _bytes(on_host) + _bytes(part for weight in on_host for part in state[weight].values())
         return Memory(

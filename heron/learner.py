@@ -31,7 +31,7 @@ class Learner:
 
     Attributes:
         model: the weights that are trained, saved and evaluated.
-        network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, made again after each step.
+        network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, which each step changes too.
         tables: those that train by rows, None where they are plain parameters of the model.
         optimizer: of `model`'s parameters.
         compiled: whether steps are compiled, and why.
@@ -56,7 +56,7 @@ class Learner:
             self.network.compiled_block = compilation.compiled_block()
         self.optimizer = build_optimizer(
             model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
-            self.tables, machine.DTYPES[config.tables_state],
+            self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
         )  # fmt: skip
 
     def gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -81,11 +81,12 @@ class Learner:
 
     def _gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
         if self.tables is not None:
-            self.tables.bring(torch.cat([tokens for tokens, _ in samples]))
+            self.tables.bring(torch.cat([tokens for tokens, _ in samples]), len(samples))
         loss = torch.zeros((), device=self.device)
         for sample in samples:
             loss += self._pass(*(_onto(self.device, part) for part in sample), len(samples))
-            self._hand_over()
+            if len(samples) > 1:
+                self._hand_over()
         return loss
 
     def _pass(self, tokens: Tensor, targets: Tensor, passes: int) -> Tensor:
@@ -121,14 +122,15 @@ class Learner:
             Loss, gradient norm before clipping, and 1.0 if they are bad: (3,) fp32 on the device.
         """
         rows = [] if self.tables is None else self.tables.rows
-        trained = (*self.model.parameters(), *rows)
-        grad_norm = _clip([leaf.grad for leaf in trained if leaf.grad is not None], self.config.grad_clip)
+        trained = (*self.model.parameters(), *(copy for copy, _ in self._copies), *rows)
+        grad_norm = norm_of([leaf.grad for leaf in trained if leaf.grad is not None])
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
+        if self.config.grad_clip:
+            self.optimizer.grad_scale = ((grad_norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)  # a divisor
         self.optimizer.found_inf = bad  # AdamW's own means of holding back weights, moments and step counter
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.refresh()
         return torch.stack((loss, grad_norm, bad))
 
     @torch.no_grad()
@@ -170,7 +172,7 @@ class Learner:
 def in_bf16(model: RWKV) -> RWKV:
     """A network that computes as `model` in bf16, tables apart: these are `model`'s own.
 
-    Its gradients are added up in fp32 as those of `model`, to which :class:`Learner` hands them over.
+    Its gradients are the optimizer's as they are; those of several micro-batches are added up in fp32 as `model`'s.
     """
     with torch.device("meta"):
         network = RWKV(model.config)
@@ -190,9 +192,10 @@ def _onto(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """The global norm of gradients of any dtypes, in fp32."""
+    norms = []
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))

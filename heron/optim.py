@@ -1,8 +1,9 @@
-"""The reference optimizer groups, each with its reason, AdamW by rows, and the learning rate of every step."""
+"""The reference optimizer groups, each with its reason, the forms of AdamW, and the learning rate of every step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from heron.config import TrainConfig
 from heron.errors import ConfigError
 from heron.model.row_tables import RowTables
+from heron.ops.adamw import adamw_
 
 
 class Group(NamedTuple):
@@ -53,12 +55,14 @@ def build_optimizer(
     eps: float = 1e-18,
     tables: RowTables | None = None,
     tables_state: torch.dtype = torch.float32,
+    copies: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over the reference groups. Each group carries "name" and "lr_scale" beside torch's own keys.
 
     Args:
         tables: where the model's tables train by rows, by which they are stepped then (:class:`RowAdamW`).
         tables_state: dtype of the moments of those rows.
+        copies: in bf16, of some parameters of the model, by parameter (:class:`CopiedAdamW`).
 
     Raises:
         ConfigError: the model has no parameter to train.
@@ -80,12 +84,67 @@ def build_optimizer(
         for group, parameters in members.items()
     ]
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
-    if tables is None:
-        return torch.optim.AdamW(groups, **options)
-    return RowAdamW(groups, tables, tables_state, **options)
+    if tables is not None:
+        return RowAdamW(groups, tables, tables_state, copies, **options)
+    return CopiedAdamW(groups, copies, **options) if copies else torch.optim.AdamW(groups, **options)
 
 
-class RowAdamW(torch.optim.AdamW):
+class CopiedAdamW(torch.optim.AdamW):
+    """AdamW for parameters that a network computes with bf16 copies of (:func:`heron.ops.adamw.adamw_`).
+
+    A parameter without a gradient takes that of its copy. After a step the copies are the parameters, rounded. State,
+    groups, `grad_scale` and `found_inf` are those of torch.optim.AdamW.
+
+    Args:
+        groups: of parameters, as :func:`build_optimizer` makes them. A group has copies of all or of none.
+        copies: by parameter.
+        options: of torch.optim.AdamW.
+    """
+
+    impl = "auto"  # of heron.ops.adamw.adamw_
+
+    def __init__(
+        self, groups: list[dict[str, Any]], copies: Mapping[nn.Parameter, nn.Parameter] | None, **options: Any
+    ):
+        super().__init__(groups, **options)
+        self.copies = dict(copies or {})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of everything that has a gradient, or, where `found_inf` is set and not 0, of nothing."""
+        for group in self.param_groups:
+            gradients = {weight: self._gradient(weight) for weight in group["params"]}
+            gradients = {weight: gradient for weight, gradient in gradients.items() if gradient is not None}
+            states = [self._state(weight) for weight in gradients]
+            adamw_(
+                list(gradients),
+                list(gradients.values()),
+                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+                [self.copies[weight] for weight in gradients if weight in self.copies],
+                group["lr"], group["betas"], group["eps"], group["weight_decay"],
+                getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self.impl,
+            )  # fmt: skip
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those of the copies too."""
+        super().zero_grad(set_to_none)
+        for copy in self.copies.values():
+            copy.grad = None
+
+    def _gradient(self, weight: nn.Parameter) -> torch.Tensor | None:
+        return self.copies[weight].grad if weight.grad is None and weight in self.copies else weight.grad
+
+    def _state(self, weight: nn.Parameter) -> dict[str, torch.Tensor]:
+        """As torch.optim.AdamW makes it with fused=True."""
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        return state
+
+
+class RowAdamW(CopiedAdamW):
     """AdamW in which the tables are stepped by rows (:func:`heron.ops.rows.row_adamw_`). What is no table is as ever.
 
     A step changes the rows that were brought for it, and no other, and moments and their bias correction count a row's
@@ -97,13 +156,21 @@ class RowAdamW(torch.optim.AdamW):
             frequency.
         tables: the tables, which are members of `groups`.
         state_dtype: of both moments, which lie where the tables do; they are computed in the dtype of the table.
+        copies: see :class:`CopiedAdamW`.
         options: of torch.optim.AdamW.
     """
 
     STATE = ("row_step", "exp_avg", "exp_avg_sq")  # (V,) int32, and (V, width) twice
 
-    def __init__(self, groups: list[dict[str, Any]], tables: RowTables, state_dtype: torch.dtype, **options: Any):
-        super().__init__(groups, **options)
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        tables: RowTables,
+        state_dtype: torch.dtype,
+        copies: Mapping[nn.Parameter, nn.Parameter] | None = None,
+        **options: Any,
+    ):
+        super().__init__(groups, copies, **options)
         self.tables = tables
         self._state_dtype = state_dtype
 
@@ -122,7 +189,10 @@ class RowAdamW(torch.optim.AdamW):
         (group,) = (group for group in self.param_groups if group["name"] == TABLE.name)
         states = [self._placed(weight) for weight in self.tables.weights]
         row_steps, exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in self.STATE)
-        found_inf = getattr(self, "found_inf", None)
+        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        gradients = [part.grad for part in self.tables.rows if part.grad is not None]
+        if grad_scale is not None and gradients:
+            torch._foreach_div_(gradients, grad_scale)
         self.tables.step(exp_avgs, exp_avg_sqs, row_steps, group["lr"], group["betas"], group["eps"], found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -56,15 +56,22 @@ class ChannelMix(nn.Module):
         Returns the branch's output (B, T, C) and the new last_x.
         """
         mixed = torch.addcmul(x, shifted(x, last_x) - x, self.x_k.to(x.dtype))
+        out = self.from_mixed(mixed, x, of_table)
+        return out * of_table.to(out.dtype) if self.form == "output" else out, last_of(x)
+
+    @property
+    def mixes(self) -> list[Tensor]:
+        """How much of the token before is in the input, (1, 1, C); for the low-rank gate the unshifted input, too."""
+        return [self.x_k, torch.zeros_like(self.x_k)] if self.form == "low-rank" else [self.x_k]
+
+    def from_mixed(self, mixed: Tensor, x: Tensor, of_table: Tensor | None) -> Tensor:
+        """:meth:`forward` between the token shift, which made `mixed` (B, T, C) of `x`, and the gate on the output."""
         hidden = torch.relu(self.key(mixed)).square()  # (B, T, F)
         if self.form == "hidden":
             hidden = hidden * of_table.to(hidden.dtype)
         elif self.form == "low-rank":
             hidden = hidden * self._low_rank_gate(x, of_table).to(hidden.dtype)
-        out = self.value(hidden)
-        if self.form == "output":
-            out = out * of_table.to(out.dtype)
-        return out, last_of(x)
+        return self.value(hidden)
 
     def _low_rank_gate(self, x: Tensor, of_table: Tensor) -> Tensor:
         """(B, T, F) gates from x, which is *not* shifted, and the tokens' rows."""

@@ -10,20 +10,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heron.errors import DataError
+from heron.ops.rows import Places, gate_rows
+
+
+class Where:
+    """Which of the brought rows a token's is, the same for the tables of all layers.
+
+    Args:
+        position: (V,) int64: the row of a token id; -1: none.
+        by_kernel: whether x is multiplied with rows by :func:`heron.ops.rows.gate_rows`.
+        arrive: called before the rows are used: they may still be on their way.
+    """
+
+    def __init__(self, position: Tensor, by_kernel: bool, arrive: Callable[[], None] | None = None):
+        self._position, self.by_kernel, self._arrive = position, by_kernel, arrive
+        self._ids: Tensor | None = None
+        self._places: Places | None = None  # of these ids
+
+    def of(self, ids: Tensor) -> Tensor:
+        """The row of each token id; DataError for one that was not brought (a GPU reports it later)."""
+        if self._arrive is not None:
+            self._arrive()
+        where = self._position[ids]
+        if where.device.type == "cpu" and (where < 0).any():
+            raise DataError(f"tables: token {int(ids[where < 0][0])} was looked up, but not brought for this step")
+        return where
+
+    def places(self, ids: Tensor) -> Places:
+        """The same for the kernel. What one layer asked for is there for the next, which asks with these very ids."""
+        if self._ids is not ids:
+            self._ids, self._places = ids, Places.of(self.of(ids))
+        return self._places
 
 
 class Brought(NamedTuple):
     """Some rows of a table that lies elsewhere: they are where the network runs, and they are what trains."""
 
     rows: Tensor  # (n, width), a leaf of the graph
-    position: Tensor  # (V,) int64: which row is that of a token id; -1: none
-
-    def of(self, ids: Tensor) -> Tensor:
-        """Rows (..., width) of token ids (...); DataError for one that was not brought (a GPU reports it later)."""
-        where = self.position[ids]
-        if where.device.type == "cpu" and (where < 0).any():
-            raise DataError(f"tables: token {int(ids[where < 0][0])} was looked up, but not brought for this step")
-        return F.embedding(where, self.rows)
+    where: Where
 
 
 class DeepEmbed(nn.Embedding):
@@ -38,10 +62,16 @@ class DeepEmbed(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows (..., width) of token ids (...), on the device of `ids` wherever the table lies."""
         if self.brought is not None:
-            return self.brought.of(ids)
+            return F.embedding(self.brought.where.of(ids), self.brought.rows)
         if self.before_reading is not None:
             self.before_reading()
         return super().forward(ids.to(self.weight.device)).to(ids.device)
+
+    def gate(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x (..., width) times the rows of token ids (...), in the dtype of x."""
+        if self.brought is not None and self.brought.where.by_kernel:
+            return gate_rows(x, self.brought.rows, self.brought.where.places(ids))
+        return x * self(ids).to(x.dtype)
 
 
 class Lookup(NamedTuple):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from heron.errors import ConfigError, DataError
-from heron.model.deep_embed import Brought, DeepEmbed
+from heron.model.deep_embed import Brought, DeepEmbed, Where
 from heron.model.rwkv import RWKV
 from heron.ops import _select, rows
 
-_PREFETCHED_BYTES = 1 << 30  # of moments at most: beyond that they are stepped where they lie, over the bus
+_PREFETCHED_BYTES = 4 << 30  # of moments at most: beyond that they are stepped where they lie, over the bus
 
 
 class RowTables:
@@ -68,8 +68,11 @@ class RowTables:
             module.before_reading = self.wait
             module.register_state_dict_pre_hook(lambda *_: self.wait())
 
-    def bring(self, tokens: Tensor) -> None:
+    def bring(self, tokens: Tensor, passes: int = 1) -> None:
         """Bring the rows of token ids, int64 on the host, of any shape. It replaces what was brought before.
+
+        Args:
+            passes: forward and backward passes of the step. In the last, the moments of the rows follow.
 
         Raises:
             DataError: an id outside the vocabulary.
@@ -80,14 +83,19 @@ class RowTables:
             raise DataError(f"tokens: ids must be 0 to {V - 1}, got {int(self.ids[0])} to {int(self.ids[-1])}")
         if self._bus is not None:
             self._there, brought = self._bus.bring(self.ids)
+            arrive = self._bus.arrive
         else:
+            arrive = None
             self._there = _pinned(self.ids, self._pins).to(self._device, non_blocking=True)
             brought = self._gathered()
         position = torch.full((V,), -1, device=self._device)
         position[self._there] = torch.arange(n, device=self._device)
         self.rows = [part.detach().requires_grad_() for part in brought]
+        if self._bus is not None and self.rows:
+            self._bus.prefetch_with(self.rows[len(self.rows) // 2], passes)
+        where = Where(position, self._by_kernel, arrive)
         for module, part in zip(self._modules, self.rows, strict=True):
-            module.brought = Brought(part, position)
+            module.brought = Brought(part, where)
 
     def step(
         self,
@@ -111,7 +119,7 @@ class RowTables:
         if not gradients:
             return
         if self._bus is not None:
-            self._bus.step(exp_avgs, exp_avg_sqs, row_steps, gradients, self._there, lr, betas, eps, found_inf)
+            self._bus.step(exp_avgs, exp_avg_sqs, row_steps, gradients, lr, betas, eps, found_inf)
         elif self._by_kernel:
             rows.cuda.row_adamw_(
                 self.weights, exp_avgs, exp_avg_sqs, row_steps, gradients, self._there, self._there, self._there,
@@ -174,10 +182,9 @@ class RowTables:
 class _Bus:
     """Rows on their way between pinned tables and the device, on two streams beside the one that computes.
 
-    One stream reads, the other writes. The rows of a step go into one of two blocks in turns. Those that were in the
-    step before are taken from its block, once they have been stepped there, so that only the others come over the bus,
-    and for these it need not be waited: they were last written in a step before that one. Moments follow while the
-    step computes, if they are few enough, into a third block. After the step rows and moments are written back.
+    One stream reads, the other writes. Rows that were in the step before are taken from where they were stepped, so
+    that only the others come over the bus, while the step begins. Moments follow in the backward pass, into memory that
+    activations have left by then, if they are few enough. After the step rows and moments are written back.
 
     Args:
         weights: the tables, in pinned memory.
@@ -187,54 +194,59 @@ class _Bus:
     def __init__(self, weights: list[Tensor], device: torch.device):
         self._weights, self._device = weights, device
         self._reading, self._writing = (torch.cuda.Stream(device) for _ in range(2))
-        self._capacity = 0  # rows
-        self._blocks: list[Tensor] = []  # that of the step, and that of the one before
-        self._parts: list[Tensor] = []  # the rows in the first
-        self._position: Tensor | None = None  # (V,) on the host: where a row is in the first block, -1: it is not
-        self._versions: list[int] = []  # of the tables, when the first block was filled
-        self._settled = self._written = self._kept = None  # events: see bring
+        self._index: Tensor | None = None  # what the last `bring` sent, its ids among it
+        self._ids: Tensor | None = None  # of the rows that were brought last, on the device
+        self._parts: list[Tensor] = []  # these rows
+        self._position: Tensor | None = None  # (V,) on the host: where a row is among them, -1: it is not
+        self._versions: list[int] = []  # of the tables, when they were brought
+        self._gathered = self._settled = self._written = None  # events: see bring
         self._moments: list[Tensor] = []  # as the last step had them
-        self._near: Tensor | None = None  # the third block
-        self._prefetched: list[Tensor] = []  # the moments' rows in it, for this step
+        self._prefetched: list[Tensor] = []  # the moments' rows for this step
         self._arrived: torch.cuda.Event | None = None  # of that copy
 
     @torch.no_grad()
     def bring(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`ids` (n,) and the rows of each table, both on the device, for the current stream."""
-        shapes = _shapes(self._weights, len(ids))
+        """`ids` (n,) and the rows of each table, on the device; the rows are there after :meth:`arrive`."""
         versions = [weight._version for weight in self._weights]
-        if len(ids) > self._capacity:
-            self._grow(len(ids))
-        elif versions != self._versions:  # others have written into the tables
+        if versions != self._versions:  # others have written into the tables
             self.wait()
             self._position = None
-        before, self._blocks = self._parts, self._blocks[::-1]
-        self._parts, self._versions = _parts(self._blocks[0][: _size(shapes)], shapes), versions
+        before, self._versions = self._parts, versions
         at = torch.full_like(ids, -1) if self._position is None else self._position[ids]
         new, known = (at < 0).nonzero().flatten(), (at >= 0).nonzero().flatten()
         self._position = torch.full((len(self._weights[0]),), -1)
         self._position[ids] = torch.arange(len(ids))
 
         lists = (ids, ids[new], new, at[known], known)
-        main = torch.cuda.current_stream(self._device)
+        self._index = _pinned(torch.cat(lists)).to(self._device, non_blocking=True)
+        self._ids, new_ids, new, at, known = self._index.split([len(part) for part in lists])
+        self._parts = self._room_for(self._weights)
         with torch.cuda.stream(self._reading):
-            index = _pinned(torch.cat(lists)).to(self._device, non_blocking=True)
-            ids, new_ids, new, at, known = index.split([len(part) for part in lists])
-            listed = self._reading.record_event()
-            for event in (self._settled, self._kept):  # the block is free, and rows not in the last step are written
-                if event is not None:
-                    self._reading.wait_event(event)
+            if self._settled is not None:  # rows that were not in the last step are written
+                self._reading.wait_event(self._settled)
             rows.copy_rows(self._weights, new_ids, self._parts, new, rows.cuda.BUS_BLOCKS)
-            gathered = self._reading.record_event()
-            self._prefetch(ids)
-        for stream in (main, self._writing):
-            index.record_stream(stream)
-        main.wait_event(listed)
+            self._gathered = self._reading.record_event()
         if len(known):
             rows.copy_rows(before, at, self._parts, known)
-        self._kept, self._settled = main.record_event(), self._written
-        main.wait_event(gathered)
-        return ids, self._parts
+        self._settled, self._prefetched = self._written, []
+        return self._ids, self._parts
+
+    def arrive(self) -> None:
+        """Have the current stream wait for the rows that were brought."""
+        if self._gathered is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._gathered)
+            self._gathered = None
+
+    def prefetch_with(self, rows_of_a_table: Tensor, passes: int) -> None:
+        """Prefetch when these rows have got their gradient of the last of so many passes."""
+
+        def hook(_: Tensor) -> None:
+            nonlocal passes
+            passes -= 1
+            if passes == 0:
+                self._prefetch()
+
+        rows_of_a_table.register_post_accumulate_grad_hook(hook)
 
     @torch.no_grad()
     def step(
@@ -243,14 +255,14 @@ class _Bus:
         exp_avg_sqs: Sequence[Tensor],
         row_steps: Sequence[Tensor],
         gradients: Sequence[Tensor],
-        ids: Tensor,
         lr: float,
         betas: tuple[float, float],
         eps: float,
         found_inf: Tensor | None,
     ) -> None:
         """See :meth:`RowTables.step`."""
-        main, n = torch.cuda.current_stream(self._device), len(exp_avgs)
+        main, n, ids = torch.cuda.current_stream(self._device), len(exp_avgs), self._ids
+        self.arrive()
         moments = [*exp_avgs, *exp_avg_sqs]
         prefetched = self._prefetched if _same(moments, self._moments) else []
         untouched = self._versions == [weight._version for weight in self._weights]
@@ -267,6 +279,8 @@ class _Bus:
             if prefetched:
                 rows.copy_rows(prefetched, None, moments, ids, rows.cuda.BUS_BLOCKS)
             self._written = self._writing.record_event()
+        for used in (self._index, *self._parts[:1], *prefetched[:1]):  # of a block, which is one for all tables
+            used.record_stream(self._writing)
         self._moments, self._prefetched = moments, []
         if untouched:
             self._versions = [weight._version for weight in self._weights]
@@ -279,28 +293,27 @@ class _Bus:
     def __del__(self) -> None:
         self.wait()  # whose memory the tables had would find them still being written
 
-    def _prefetch(self, ids: Tensor) -> None:
-        """Begin to copy the moments of these rows, on the current stream."""
-        shapes = _shapes(self._moments, len(ids))
-        self._prefetched = []
+    @torch.no_grad()
+    def _prefetch(self) -> None:
+        """Begin to copy the moments of the rows that were brought."""
+        shapes = _shapes(self._moments, len(self._ids))
         if not shapes or _size(shapes) * self._moments[0].element_size() > _PREFETCHED_BYTES:
             return
-        if self._near is None or self._near.dtype != self._moments[0].dtype:
-            widths = sum(width for _, width in shapes)
-            self._near = self._moments[0].new_empty(self._capacity * widths, device=self._device)
-        if self._written is not None:
-            self._reading.wait_event(self._written)
-        self._prefetched = _parts(self._near[: _size(shapes)], shapes)
-        rows.copy_rows(self._moments, ids, self._prefetched, None, rows.cuda.BUS_BLOCKS)
-        self._arrived = self._reading.record_event()
+        self._prefetched = self._room_for(self._moments)
+        with torch.cuda.stream(self._reading):
+            if self._written is not None:
+                self._reading.wait_event(self._written)
+            rows.copy_rows(self._moments, self._ids, self._prefetched, None, rows.cuda.BUS_BLOCKS)
+            self._arrived = self._reading.record_event()
 
-    def _grow(self, n: int) -> None:
-        """Room for `n` rows and some more. It forgets what was brought, and waits for the device."""
-        torch.cuda.synchronize(self._device)
-        self._blocks, self._parts, self._near, self._prefetched = [], [], None, []
-        self._position, self._capacity = None, n + n // 8
-        widths = sum(weight.shape[1] for weight in self._weights)
-        self._blocks = [self._weights[0].new_empty(self._capacity * widths, device=self._device) for _ in range(2)]
+    def _room_for(self, tables: list[Tensor]) -> list[Tensor]:
+        """Room on the device for the rows that are brought, of each of `tables`; the reading stream may fill it."""
+        shapes = _shapes(tables, len(self._ids))
+        block = tables[0].new_empty(_size(shapes), device=self._device)
+        self._reading.wait_event(torch.cuda.current_stream(self._device).record_event())  # who had that memory is done
+        for used in (block, self._index):
+            used.record_stream(self._reading)
+        return _parts(block, shapes)
 
 
 def row_tables(model: RWKV, device: torch.device, storage: str) -> RowTables | None:

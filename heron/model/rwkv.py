@@ -50,14 +50,27 @@ class Block(nn.Module):
         of_table = self.ffn.table_rows(context.last(x.shape[1]))
         return self.branches(x, state, v_first, of_table, context, window)
 
-    def from_zero(self, x: Tensor, v_first: Tensor | None, of_table: Tensor | None) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` from a zero state that nobody reads afterwards: x (B, T, C) -> x and layer 0's values.
+    def from_zero(
+        self, x: Tensor, branch: Tensor | None, v_first: Tensor | None, of_table: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`forward` from a zero state that nobody reads afterwards, without attention or ROSA.
 
-        It is what a training step needs, and what :mod:`heron.compilation` compiles. Without attention or ROSA.
+        It is what a training step needs, and what :mod:`heron.compilation` compiles. The residual stream goes from
+        block to block in two parts, for their sum belongs to the one kernel with the norm behind it.
+
+        Args:
+            x: (B, T, C).
+            branch: (B, T, C), what the block before has to add to x; None: nothing.
+            v_first: as for :meth:`branches`.
+            of_table: too, but a gate on the output is left to the caller: its gradient is summed in one order there.
+
+        Returns:
+            x, what this block has to add to it, and layer 0's values for the blocks above.
         """
-        zero = x.new_zeros(x.shape[0], x.shape[2])
-        x, _, v_first = self.branches(x, LayerState(zero, None, zero), v_first, of_table, None, None)
-        return x, v_first
+        x, mixed = ops.shift_mix(x, branch, self.ln1.weight, self.ln1.bias, self.att.mixes, self.ln1.eps)
+        branch, _, v_first = self.att.from_mixed(mixed, None, v_first)
+        x, mixed = ops.shift_mix(x, branch, self.ln2.weight, self.ln2.bias, self.ffn.mixes, self.ln2.eps)
+        return x, self.ffn.from_mixed(mixed[0], mixed[-1], of_table), v_first
 
     def branches(
         self,
@@ -94,7 +107,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # recompute each block in the backward pass
-        self.compiled_block: Callable[..., tuple[Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
+        self.compiled_block: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
@@ -172,19 +185,26 @@ class RWKV(nn.Module):
         Tables are looked up between the blocks: compiled, their gradients would be summed in an order that changes.
         """
         self._check_tokens(tokens)
-        v_first, context = None, Lookup(tokens, self.embed(tokens))
-        x = context.embedded
+        context = Lookup(tokens, self.embed(tokens))
+        x, branch, v_first = context.embedded, None, None
         for block in self.blocks:
+            arguments = (block, x, branch, v_first, context)
             if self.grad_checkpoint:
-                x, v_first = checkpoint(
-                    self._run_compiled, block, x, v_first, context, use_reentrant=False, preserve_rng_state=False
+                x, branch, v_first = checkpoint(
+                    self._run_compiled, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, v_first = self._run_compiled(block, x, v_first, context)
-        return self.ln_out(x)
+                x, branch, v_first = self._run_compiled(*arguments)
+        return self.ln_out(x + branch)
 
-    def _run_compiled(self, block: Block, x: Tensor, v_first: Tensor | None, context: Lookup) -> tuple[Tensor, Tensor]:
-        return self.compiled_block(block, x, v_first, block.ffn.table_rows(context))
+    def _run_compiled(
+        self, block: Block, x: Tensor, branch: Tensor | None, v_first: Tensor | None, context: Lookup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ffn = block.ffn
+        gates_output = ffn.form == "output"
+        of_table = None if gates_output else ffn.table_rows(context)
+        x, branch, v_first = self.compiled_block(block, x, branch, v_first, of_table)
+        return x, ffn.enn.gate(branch, context.ids) if gates_output else branch, v_first
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.numel() == 0:

@@ -55,14 +55,31 @@ class TimeMix(nn.Module):
         Returns:
             The branch's output (B, T, C), the new last_x, the new wkv_state, and v_first for the layers above.
         """
-        B, T, C = x.shape
-        per_head = (B, T, self.n_head, -1)
         delta = shifted(x, last_x) - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(x, delta, mix.to(x.dtype))
-            for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        )
+        mixed = [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in self.mixes]
+        out, wkv_state, v_first = self.from_mixed(mixed, wkv_state, v_first)
+        return out, last_of(x), wkv_state, v_first
 
+    @property
+    def mixes(self) -> list[Tensor]:
+        """How much of the token before is in each of the six inputs, (1, 1, C)."""
+        return [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+
+    def from_mixed(
+        self, mixed: list[Tensor], wkv_state: Tensor | None, v_first: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`forward` behind the token shift.
+
+        Args:
+            mixed: six of (B, T, C), in the order of `mixes`.
+            wkv_state: None: zeros.
+
+        Returns:
+            The branch's output (B, T, C), the new wkv_state, and v_first for the layers above.
+        """
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed
+        B, T, C = x_r.shape
+        per_head = (B, T, self.n_head, -1)
         r = self.receptance(x_r)
         k = self.key(x_k)
         v = self.value(x_v)
@@ -77,11 +94,11 @@ class TimeMix(nn.Module):
         removal_key = F.normalize((k * self.k_k).view(per_head), dim=-1, eps=1e-12)  # unit length per head
         k = k * (1 + (iclr - 1) * self.k_a)
 
-        r, decay_logits, k, v, iclr = (t.to(x.dtype).view(per_head) for t in (r, decay_logits, k, v, iclr))
-        removal_key = removal_key.to(x.dtype)
+        r, decay_logits, k, v, iclr = (t.to(x_r.dtype).view(per_head) for t in (r, decay_logits, k, v, iclr))
+        removal_key = removal_key.to(x_r.dtype)
         y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * iclr, wkv_state)
 
         y = self.ln_x(y.reshape(B * T, C)).view(per_head)
         bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True)  # (B, T, H, 1)
         y = (y + bonus * v).view(B, T, C)
-        return self.output(y * gate), last_of(x), wkv_state, v_first
+        return self.output(y * gate), wkv_state, v_first
