@@ -26,8 +26,8 @@ BACKEND = "inductor"
 _GRAPHS = 64  # a process may train with several shapes and precisions, two graphs each; PyTorch would stop at 8
 
 
-def choose(wanted: str, device: torch.device, model: ModelConfig) -> machine.Choice:
-    """Whether training steps of `model` on `device` are compiled. `wanted` is TrainConfig.compile.
+def choose(wanted: str, device: torch.device, model: ModelConfig, tables: str = "device") -> machine.Choice:
+    """Whether training steps of `model` on `device` are compiled. `wanted` and `tables` are TrainConfig's.
 
     Says so, once, where a GPU would profit but something is missing.
 
@@ -37,15 +37,16 @@ def choose(wanted: str, device: torch.device, model: ModelConfig) -> machine.Cho
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model)
+    no_graph = _why_no_graph(model, tables)
     if wanted != "auto":
-        if reason is not None:
+        if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
         return machine.Choice(wanted, "as asked")
     if reason is not None:
         return machine.Choice("off", reason)
     few = "the elementwise work of a block in few kernels"
-    if model.deep_embed is not None:  # tables are looked up in rows that are brought anew for each step
-        return machine.Choice("on", few)
+    if no_graph is not None:
+        return machine.Choice("on", f"{few}; not as one graph: {no_graph}")
     return machine.Choice("graph", f"{few}, and a pass launched as one")
 
 
@@ -58,6 +59,15 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
     if _select.wkv7(device, 512, head_size=model.head_size).impl != "cuda":
         return "WKV7 has no kernels here"
     return _why_no_triton()
+
+
+def _why_no_graph(model: ModelConfig, tables: str) -> str | None:
+    """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
+    if model.deep_embed is None or (model.deep_embed == "output" and tables == "device"):
+        return None
+    if tables == "host":
+        return "rows of tables on the host arrive while a pass runs"
+    return f"rows of {model.variant}'s tables are looked up in a way that is not the same for every step"
 
 
 def compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -112,6 +122,10 @@ class PassGraph:
         self._gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         for leaf, _ in self._gradients:
             leaf.grad = None
+
+    def gives_gradients_to(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether a replay sets the gradients of all these."""
+        return {id(leaf) for leaf in leaves} <= {id(leaf) for leaf, _ in self._gradients}
 
     def replay(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch; the leaves have its gradients until the next replay."""

@@ -50,7 +50,7 @@ class Learner:
         self.network.grad_checkpoint = config.grad_checkpoint
         self._copies = [(copy, master) for copy, master in self._leaves() if copy is not master]
         self._autocast_dtype = "fp32" if in_half else config.dtype
-        self.compiled = compilation.choose(config.compile, device, model.config)
+        self.compiled = compilation.choose(config.compile, device, model.config, config.tables)
         self._passes, self._graphs = Counter(), {}  # by shape of batch
         if self.compiled.value != "off":
             self.network.compiled_block = compilation.compiled_block()
@@ -81,7 +81,8 @@ class Learner:
 
     def _gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
         if self.tables is not None:
-            self.tables.bring(torch.cat([tokens for tokens, _ in samples]), len(samples))
+            ids = torch.cat([tokens for tokens, _ in samples])
+            self.tables.bring(ids, len(samples), self._recorded(len(samples)))
         loss = torch.zeros((), device=self.device)
         for sample in samples:
             loss += self._pass(*(_onto(self.device, part) for part in sample), len(samples))
@@ -98,18 +99,24 @@ class Learner:
             loss.backward()
             return loss.detach()
 
-        # A graph's gradients are overwritten by its next replay, so they must have been handed over by then.
-        adds_up = passes > 1 and any(copy is master for copy, master in self._leaves())
-        if self.compiled.value != "graph" or adds_up or self.tables is not None:
-            return run(tokens, targets)
         shape = (*tokens.shape, passes)
         self._passes[shape] += 1
-        if self._passes[shape] <= _PASSES_BEFORE_GRAPH:
+        if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
             return run(tokens, targets)
+        rows = [] if self.tables is None else self.tables.rows
+        if shape in self._graphs and not self._graphs[shape].gives_gradients_to(rows):
+            del self._graphs[shape]  # rows that moved to where there is more room
         if shape not in self._graphs:
-            leaves = [leaf for leaf, _ in self._leaves()]
+            leaves = [*(leaf for leaf, _ in self._leaves()), *rows]
             self._graphs[shape] = compilation.PassGraph(run, leaves, tokens, targets)
         return self._graphs[shape].replay(tokens, targets)
+
+    def _recorded(self, passes: int) -> bool:
+        """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
+        # A graph's gradients are overwritten by its next replay, so they must have been handed over by then.
+        adds_up = passes > 1 and any(copy is master for copy, master in self._leaves())
+        tables_can = self.tables is None or self.tables.recordable
+        return self.compiled.value == "graph" and not adds_up and tables_can
 
     def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         """The network's parameters, each with the one of `model` that it is, or is a copy of."""
@@ -121,9 +128,9 @@ class Learner:
         Returns:
             Loss, gradient norm before clipping, and 1.0 if they are bad: (3,) fp32 on the device.
         """
-        rows = [] if self.tables is None else self.tables.rows
-        trained = (*self.model.parameters(), *(copy for copy, _ in self._copies), *rows)
-        grad_norm = norm_of([leaf.grad for leaf in trained if leaf.grad is not None])
+        trained = (*self.model.parameters(), *(copy for copy, _ in self._copies))
+        of_rows = [] if self.tables is None else self.tables.gradients()
+        grad_norm = norm_of([*(leaf.grad for leaf in trained if leaf.grad is not None), *of_rows])
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
         if self.config.grad_clip:

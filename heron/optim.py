@@ -190,9 +190,8 @@ class RowAdamW(CopiedAdamW):
         states = [self._placed(weight) for weight in self.tables.weights]
         row_steps, exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in self.STATE)
         found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
-        gradients = [part.grad for part in self.tables.rows if part.grad is not None]
-        if grad_scale is not None and gradients:
-            torch._foreach_div_(gradients, grad_scale)
+        if grad_scale is not None:
+            torch._foreach_div_(self.tables.gradients(), grad_scale)
         self.tables.step(exp_avgs, exp_avg_sqs, row_steps, group["lr"], group["betas"], group["eps"], found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -50,8 +50,10 @@ class RowTables:
         self._by_kernel = self._pins and _select.row_adamw(device, modules[0].weight.dtype).impl == "cuda"
         if storage == "device" and not self._by_kernel:
             raise ConfigError(f'tables device: {device} has no kernels that step them by rows; use storage "host"')
-        self.rows: list[Tensor] = []  # (n, width) of each table in `weights`; empty outside a step
+        self.rows: list[Tensor] = []  # (n or more, width) of each table in `weights`; empty outside a step
         self.ids = torch.empty(0, dtype=torch.int64)  # (n,) ascending, on the host: whose rows those are
+        self._position: Tensor | None = None  # (V,) on the device: see Where
+        self._room: list[Tensor] = []  # rows that stay where they are, with `recorded`
         if storage == "device":
             model.to(device)
         else:
@@ -68,11 +70,18 @@ class RowTables:
             module.before_reading = self.wait
             module.register_state_dict_pre_hook(lambda *_: self.wait())
 
-    def bring(self, tokens: Tensor, passes: int = 1) -> None:
+    @property
+    def recordable(self) -> bool:
+        """Whether :meth:`bring` can bring rows for a recorded pass: whether they come by kernel, and over no bus."""
+        return self._by_kernel and self._bus is None
+
+    def bring(self, tokens: Tensor, passes: int = 1, recorded: bool = False) -> None:
         """Bring the rows of token ids, int64 on the host, of any shape. It replaces what was brought before.
 
         Args:
             passes: forward and backward passes of the step. In the last, the moments of the rows follow.
+            recorded: for a pass that was recorded as a CUDA graph. The rows are then where they were in the last such
+                step, and `rows` the same tensors, unless these lack room; behind the rows is room for more, unused.
 
         Raises:
             DataError: an id outside the vocabulary.
@@ -87,13 +96,15 @@ class RowTables:
         else:
             arrive = None
             self._there = _pinned(self.ids, self._pins).to(self._device, non_blocking=True)
-            brought = self._gathered()
-        position = torch.full((V,), -1, device=self._device)
-        position[self._there] = torch.arange(n, device=self._device)
-        self.rows = [part.detach().requires_grad_() for part in brought]
+            brought = self._gathered_in_place() if recorded else self._gathered()
+        if self._position is None:
+            self._position = torch.empty(V, dtype=torch.int64, device=self._device)
+        self._position.fill_(-1)
+        self._position[self._there] = torch.arange(n, device=self._device)
+        self.rows = brought if recorded else [part.detach().requires_grad_() for part in brought]
         if self._bus is not None and self.rows:
             self._bus.prefetch_with(self.rows[len(self.rows) // 2], passes)
-        where = Where(position, self._by_kernel, arrive)
+        where = Where(self._position, self._by_kernel, arrive)
         for module, part in zip(self._modules, self.rows, strict=True):
             module.brought = Brought(part, where)
 
@@ -134,7 +145,8 @@ class RowTables:
 
     def gradients(self) -> list[Tensor]:
         """The gradient (n, width) of each table's rows, where the network runs: zeros where nothing used them."""
-        return [torch.zeros_like(part) if part.grad is None else part.grad for part in self.rows]
+        n = len(self.ids)
+        return [torch.zeros_like(part[:n]) if part.grad is None else part.grad[:n] for part in self.rows]
 
     def place(self, state: Tensor) -> Tensor:
         """What the optimizer keeps of a table, where :meth:`step` reads it: moments lie where the table does."""
@@ -166,6 +178,20 @@ class RowTables:
         for weight, part in zip(self.weights, _parts(block, shapes), strict=True):
             torch.index_select(weight, 0, self.ids, out=part)
         return _parts(block.to(self._device, non_blocking=True), shapes)
+
+    @torch.no_grad()
+    def _gathered_in_place(self) -> list[Tensor]:
+        """The same as leaves that stay where they are, with room for some more, which grows when it must."""
+        n = len(self.ids)
+        if not self._room or len(self._room[0]) < n:
+            self._room = []  # before there is another
+            shapes = _shapes(self.weights, min(n + n // 4 + 64, len(self.weights[0])))
+            block = torch.zeros(_size(shapes), device=self._device)
+            self._room = [part.detach().requires_grad_() for part in _parts(block, shapes)]
+        for part in self._room:
+            part.grad = None
+        rows.copy_rows(self.weights, self._there, [part.detach()[:n] for part in self._room], None)
+        return self._room
 
     def _on_host(self, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients on the host. Waits for a GPU."""

@@ -115,6 +115,27 @@ def test_rows_that_stay_on_the_device_are_those_of_the_host(random_model, bus, m
                 assert torch.equal(roads[0][2].state[a][name], roads[1][2].state[b][name]), (step, name)
 
 
+def test_rows_of_a_recorded_pass_stay_where_they_are_until_they_lack_room(random_model, monkeypatch):
+    monkeypatch.setattr(rows, "copy_rows", copy_in_pytorch)
+    tables = RowTables(random_model(vocab_size=200), torch.device("cpu"))
+    tables._by_kernel = True
+    assert tables.recordable
+    places, position = [], []
+    for ids in ([3, 5, 5], [7, 1], list(range(90)), [2]):
+        tables.bring(torch.tensor([ids]), recorded=True)
+        n = len(set(ids))
+        for part, weight in zip(tables.rows, tables.weights, strict=True):
+            assert torch.equal(part[:n], weight[sorted(set(ids))])
+            assert part.grad is None
+            part.grad = torch.ones_like(part)
+        assert [len(gradient) for gradient in tables.gradients()] == [n] * len(tables.weights)
+        places.append([id(part) for part in tables.rows])
+        position.append(tables._position.data_ptr())
+        tables.release()
+    assert places[0] == places[1] != places[2] == places[3]
+    assert len(set(position)) == 1
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("settings", [dict(), dict(tables_state="bf16"), dict(accumulate=2)], ids=str)
