@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=65536)
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--package_dtype", choices=DTYPES, default=None, help="of the rwkv package; default: the same")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=int, default=8, help="sequences of the batched figure")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt that is read")
@@ -156,7 +157,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             heron.save(v7, Path(folder) / "v7.pth")
             writing["rwkv package"], reading["rwkv package"] = package(
-                Path(folder) / "v7.pth", f"{device.type} {dtype}", ids
+                Path(folder) / "v7.pth", f"{device.type} {args.package_dtype or dtype}", ids
             )
     writing["heron v7"] = decoding(v7, 1, ids)
     place = {} if device.type == "cpu" else {"tables": "host", "device": device}

@@ -23,6 +23,10 @@ from heron.generation.tables import Tables
 from heron.model import RWKV, LayerState, State
 from heron.model.channel_mix import GATE_RANK
 from heron.model.deep_embed import DeepEmbed
+from heron.model.rwkv import Block
+from heron.ops import _select
+from heron.ops.head_step import HeadWeights
+from heron.ops.token_step import LayerMemory, LayerWeights, LowRank, Network, Norm, TokenStep
 
 HEAD_COLUMNS = 4096  # logits that are computed at once on a CPU: this part of the head stays in its cache for all rows
 
@@ -173,6 +177,42 @@ class FusedDecoder:
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
+class CompiledDecoder:
+    """Decodes a v7 or v8 model on a CPU by :class:`heron.ops.token_step.TokenStep`: a matrix is read once for all rows.
+
+    Args:
+        model: see :func:`is_fusible`; no v7a.
+        rows: number of sequences it has room for.
+        tables: DeepEmbed tables off the device; None: the model has its own.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: RWKV, rows: int, tables: Tables | None = None):
+        self._states = RowStates(model, rows)
+        self._embed = model.embed
+        memories = [LayerMemory(*layer[:3]) for layer in self._states.layers]
+        layers = [_layer_weights(block) for block in model.blocks]
+        self._step = TokenStep(Network(layers, memories, _norm(model.ln_out), model.head.weight))
+        self._table_rows = lookup(model) if tables is None else tables.rows
+
+    def write(self, row: int, state: State | None) -> None:
+        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
+        self._states.write(row, state)
+
+    def read(self, row: int) -> State:
+        """What `row` remembers, as a copy."""
+        return self._states.read(row)
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Read `tokens`, one for each of `rows`; logits (n, V)."""
+        ids = torch.tensor(tokens)
+        of_tables = self._table_rows(ids)
+        if not isinstance(of_tables, Tensor):
+            of_tables = None if of_tables[0] is None else torch.stack(list(of_tables))
+        return self._step(rows, self._embed(ids), of_tables)
+
+
 def is_fusible(model: nn.Module) -> bool:
     """Whether :class:`FusedDecoder` computes with every parameter that `model` has, and all in one dtype."""
     if not isinstance(model, RWKV) or not all(_KNOWN.fullmatch(name) for name, _ in model.named_parameters()):
@@ -205,7 +245,11 @@ def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Dec
 
     if not is_fusible(model):
         return ModelDecoder(model, rows)
-    return (FusedDecoder if model.emb.weight.device.type == "cpu" else GraphedDecoder)(model, rows, tables)
+    weight, config = model.emb.weight, model.config
+    if weight.device.type != "cpu":
+        return GraphedDecoder(model, rows, tables)
+    compiled = _select.token_step(weight.device, weight.dtype, config.head_size).impl == "cpu"
+    return (CompiledDecoder if compiled and config.deep_embed != "low-rank" else FusedDecoder)(model, rows, tables)
 
 
 class _Layer:
@@ -294,6 +338,32 @@ def low_rank_gates(rows: Tensor, embedded: Tensor, of_embedding: Tensor) -> Tens
     dtype = torch.promote_types(embedded.dtype, torch.float32)
     rows = rows.to(dtype) + embedded.to(dtype) @ of_embedding.to(dtype).t()
     return rows.to(embedded.dtype).view(-1, GATE_RANK, GATE_RANK)
+
+
+def _layer_weights(block: Block) -> LayerWeights:
+    """A block's weights for :class:`heron.ops.token_step.TokenStep`; the low-rank matrices are copies."""
+    att, ffn = block.att, block.ffn
+
+    def low_rank(letter: str) -> LowRank:
+        down, up = (getattr(att, f"{letter}{number}").detach().t().contiguous() for number in (1, 2))
+        return LowRank(down, up, None if letter == "g" else getattr(att, f"{letter}0").flatten())
+
+    of_heads = (att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias)
+    return LayerWeights(
+        _norm(block.ln1),
+        torch.stack([getattr(att, f"x_{letter}").flatten() for letter in "rwkvag"]),
+        *(linear.weight for linear in (att.receptance, att.key, att.value, att.output)),
+        *map(low_rank, "vwag"),
+        HeadWeights(*(x.flatten() for x in of_heads), att.ln_x.eps),
+        _norm(block.ln2),
+        ffn.x_k.view(1, -1),
+        ffn.key.weight,
+        ffn.value.weight,
+    )
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _layer_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:

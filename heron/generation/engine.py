@@ -21,7 +21,7 @@ from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import decoder_of, is_fusible, only_computing
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
-from heron.generation.sampling import Sampling, sample
+from heron.generation.sampling import Sampling, log_softmax, sample
 from heron.generation.tables import PLACES, fingerprint, off_device
 from heron.generation.text import UntilStop, stand_for_something
 from heron.model import State
@@ -390,8 +390,7 @@ class Engine:
         if row._counts is not None:
             row._counts *= row.sampling.penalty_decay
             row._counts[token] += 1
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return Token(token, float(logits[token] - logits.logsumexp(0)))
+        return Token(token, float(log_softmax(logits)[token]))
 
     def _check(self, ids: Sequence[int]) -> None:
         for position, token in enumerate(ids):

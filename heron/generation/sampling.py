@@ -78,42 +78,53 @@ def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator:
     check_finite(logits)
     if counts is not None:
         logits = sampling.penalised(logits, counts)
+    # NumPy from here on: PyTorch's threads would still be spinning when those of the next step begin.
     if sampling.greedy:
-        return int(logits.argmax())
+        return int(logits.numpy().argmax())
 
-    log_probs = torch.log_softmax(logits, dim=0)
-    ids = torch.arange(len(logits))
+    log_probs = log_softmax(logits)
+    ids = np.arange(len(log_probs))
     if sampling.top_p < 1 or sampling.top_k:
         ids = _kept(log_probs, sampling)
-    # p ** (1 / temperature) / sum, as logarithms from the largest on and in fp64: no temperature above 0 is too small.
-    log_probs = log_probs[ids]
-    probs = torch.softmax((log_probs - log_probs.max()).double() / sampling.temperature, dim=0)
-    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+    # p ** (1 / temperature), from logarithms below the largest and in fp64: no temperature above 0 is too small.
+    log_probs = log_probs[ids].astype(np.float64)
+    reached = np.exp((log_probs - log_probs.max()) / sampling.temperature).cumsum()
+    point = torch.rand((), generator=generator, dtype=torch.float64).item() * reached[-1]
+    drawn = min(reached.searchsorted(point, "right"), reached.searchsorted(reached[-1]))  # never one of weight 0
+    return int(ids[drawn])
+
+
+def log_softmax(logits: Tensor) -> np.ndarray:
+    """Logarithms of the probabilities (V,) of logits (V,) on the CPU, in at least fp32, on this thread alone."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
+    distances = logits - logits.max()
+    return distances - np.log(np.exp(distances).sum())
 
 
 def check_finite(logits: Tensor) -> None:
     """HeronError if the largest of the logits (V,) is NaN or infinite."""
-    if not math.isfinite(logits.max()):
+    values = logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32)).numpy()
+    if not math.isfinite(values.max()):
         raise HeronError(
-            f"logits: wanted finite numbers, got {float(logits.max())} at token id {int(logits.argmax())}. "
+            f"logits: wanted finite numbers, got {float(values.max())} at token id {int(values.argmax())}. "
             "The weights are damaged or their training has diverged; load an earlier checkpoint"
         )
 
 
-def _kept(log_probs: Tensor, sampling: Sampling) -> Tensor:
+def _kept(log_probs: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Ids (n,), ascending, that `top_p` and `top_k` leave of log_probs (V,)."""
     candidates = log_probs
     if sampling.top_p < 1:
         # Sorting all of a large vocabulary takes longer than a small model. The last token that is kept and those
         # after it hold more than 1 - top_p between them, and it is the largest of them: none below this floor is kept.
         candidates = log_probs[log_probs >= math.log((1 - sampling.top_p) / len(log_probs))]
-    descending = torch.from_numpy(-np.sort(-candidates.numpy()))  # NumPy sorts many times faster than PyTorch
+    descending = -np.sort(-candidates)
     n_kept = sampling.top_k or len(descending)
     if sampling.top_p < 1:
-        n_kept = min(n_kept, 1 + int((descending.exp().cumsum(0) < sampling.top_p).sum()))
+        n_kept = min(n_kept, 1 + int(np.exp(descending).cumsum(dtype=np.float64).searchsorted(sampling.top_p)))
     last = descending[min(n_kept, len(descending)) - 1]
-    ids = (log_probs >= last).nonzero()[:, 0]
+    ids = np.flatnonzero(log_probs >= last)
     if (n_extra := len(ids) - n_kept) > 0:  # of those as likely as the last, the lower ids stay
-        equal = (log_probs[ids] == last).nonzero()[:, 0]
-        ids = ids[~torch.isin(ids, ids[equal[len(equal) - n_extra :]])]
+        equal = np.flatnonzero(log_probs[ids] == last)
+        ids = np.delete(ids, equal[len(equal) - n_extra :])
     return ids

@@ -129,6 +129,16 @@ def norm_mix(device: torch.device, dtype: torch.dtype = torch.bfloat16, channels
     return _cuda_or(other, "a block of threads a token", device, why_not)
 
 
+def token_step(device: torch.device, dtype: torch.dtype = torch.float32, head_size: int = 64) -> Choice:
+    """Implementation of :class:`heron.ops.token_step.TokenStep` for a network of `dtype` on `device`."""
+    from heron.ops.token_step import cpu
+
+    why_not = cpu.why_not(device, dtype, head_size) or _why_not_built(cpu.library, "decoding")
+    if why_not is None:
+        return Choice("cpu", "C++, each weight read once for all sequences")
+    return Choice("reference", f"plain PyTorch; no compiled form ({why_not})")
+
+
 def row_adamw(device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
     """Implementation of AdamW by rows for tables of `dtype` that train on `device`."""
     from heron.ops.rows import cpu, cuda

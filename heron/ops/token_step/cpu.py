@@ -1,0 +1,138 @@
+"""token_step in C++ (csrc/token_step.cpp), one call a step, built at first use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heron.errors import KernelError
+from heron.ops import _build
+from heron.ops.token_step.reference import LayerMemory, LayerWeights, Network
+
+SOURCE = Path(__file__).parent / "csrc" / "token_step.cpp"
+DTYPES = (torch.float32, torch.bfloat16)
+_LANES, _LARGEST_HEAD = 16, 256
+_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}  # by torch.backends.cpu.get_cpu_capability(); elsewhere what the compiler takes for granted
+
+
+class Prepared:
+    """A network as the library reads it: its addresses, and its vectors of channels in fp32.
+
+    Matrices and memories are where they were; what is written into them is seen by the next step.
+
+    Raises:
+        KernelError: what :func:`why_not` says, tensors that are not contiguous, or as :func:`library`.
+    """
+
+    def __init__(self, network: Network):
+        x, wkv = network.head, network.memories[0].wkv
+        if reason := why_not(x.device, x.dtype, wkv.shape[3]):
+            raise KernelError(f"token_step: {reason}; use another impl")
+        self.library = library()
+        self.vocab, self.channels = network.head.shape
+        self._kept: list[Tensor] = []  # whose addresses are in the structures
+        self._layers = (_Layer * len(network.layers))(
+            *(self._layer(*both) for both in zip(network.layers, network.memories, strict=True))
+        )
+        self.structure = _Network(
+            self._layers, *self._vectors(network.norm.weight, network.norm.bias), self._matrix(network.head),
+            len(network.layers), self.channels, wkv.shape[1], network.layers[0].ffn_key.shape[0], self.vocab,
+            x.dtype == torch.bfloat16, 0, network.norm.eps, network.layers[0].head.eps,
+        )  # fmt: skip
+
+    def _layer(self, w: LayerWeights, memory: LayerMemory) -> _Layer:
+        low = (w.values_gate, w.decay, w.iclr, w.gate)
+        pointer, rank = ctypes.c_void_p * 4, ctypes.c_int32 * 4
+        return _Layer(
+            *self._vectors(w.norm1.weight, w.norm1.bias, w.mix),
+            *map(self._matrix, (w.receptance, w.key, w.value, w.output)),
+            pointer(*(self._matrix(part.down) for part in low)),
+            pointer(*(self._matrix(part.up) for part in low)),
+            (ctypes.c_void_p * 3)(*self._vectors(*(part.bias for part in low[:3]))),
+            rank(*(part.down.shape[0] for part in low)),
+            *self._vectors(*w.head[:5], w.norm2.weight, w.norm2.bias, w.channel_mix),
+            *map(self._matrix, (w.ffn_key, w.ffn_value, memory.att_shift, memory.ffn_shift, memory.wkv)),
+        )
+
+    def _vectors(self, *vectors: Tensor) -> list[int]:
+        return [self._address(vector.detach().float().contiguous()) for vector in vectors]
+
+    def _matrix(self, matrix: Tensor) -> int:
+        if not matrix.is_contiguous():
+            raise KernelError(f"token_step: matrices must be contiguous, got strides {matrix.stride()}")
+        return self._address(matrix.detach())
+
+    def _address(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def token_step_cpu(prepared: Prepared, rows: Sequence[int], x: Tensor, gates: Tensor | None) -> Tensor:
+    """See :func:`heron.ops.token_step`; on ``torch.get_num_threads()`` threads."""
+    n, x = len(rows), x.to(torch.float32, copy=True).contiguous()
+    logits = torch.empty(n, prepared.vocab)
+    gates = None if gates is None else gates.float().contiguous()
+    prepared.structure.gates_hidden = gates is not None and gates.shape[2] != prepared.channels
+    prepared.library.heron_token_step(
+        ctypes.byref(prepared.structure), n, (ctypes.c_int32 * n)(*rows), x.data_ptr(),
+        None if gates is None else gates.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return logits
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why the library does not run for such a network, as a clause; None where it does."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"it takes fp32 and bf16, not {dtype}"
+    if head_size % _LANES or head_size > _LARGEST_HEAD:
+        return f"it takes heads of {_LANES}, {2 * _LANES}, ... {_LARGEST_HEAD}, not of {head_size}"
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, built when needed; KernelError where it can't be."""
+    flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+    built = _build.load_c_library("token_step", [SOURCE], ["-fno-math-errno", *flags])
+    pointer, small = ctypes.c_void_p, ctypes.c_int32
+    built.heron_token_step.argtypes = [pointer, small, pointer, pointer, pointer, pointer, small]
+    built.heron_token_step.restype = None
+    return built
+
+
+class _Layer(ctypes.Structure):
+    """HeronLayer of csrc/token_step.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("norm1_weight", "norm1_bias", "mix")),
+        *((name, ctypes.c_void_p) for name in ("receptance", "key", "value", "output")),
+        ("down", ctypes.c_void_p * 4),
+        ("up", ctypes.c_void_p * 4),
+        ("bias", ctypes.c_void_p * 3),
+        ("rank", ctypes.c_int32 * 4),
+        *((name, ctypes.c_void_p) for name in ("k_k", "k_a", "r_k", "head_norm_weight", "head_norm_bias")),
+        *((name, ctypes.c_void_p) for name in ("norm2_weight", "norm2_bias", "channel_mix")),
+        *((name, ctypes.c_void_p) for name in ("ffn_key", "ffn_value", "att_shift", "ffn_shift", "wkv")),
+    ]
+
+
+class _Network(ctypes.Structure):
+    """HeronNetwork of csrc/token_step.cpp."""
+
+    _fields_ = [
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias", "head")),
+        *((name, ctypes.c_int32) for name in ("n_layer", "channels", "heads", "hidden", "vocab")),
+        *((name, ctypes.c_int32) for name in ("in_half", "gates_hidden")),
+        *((name, ctypes.c_float) for name in ("norm_eps", "head_norm_eps")),
+    ]

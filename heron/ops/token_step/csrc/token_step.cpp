@@ -1,0 +1,447 @@
+// One token of some sequences through a whole network on a CPU. Nearly all of its time goes into reading the matrices, so
+// each is read once for all sequences, by threads that share out its rows and meet at a barrier behind each product.
+//
+// A sum of products is made in one order, whatever sequences are computed beside it and however many threads there are.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kUnroll = 2;  // vectors of a row that are under way at once
+#ifdef __AVX512F__          // how many registers there are
+constexpr int kRows = 4, kTogether = 4, kRowsTogether = 2;
+#else
+constexpr int kRows = 2, kTogether = 2, kRowsTogether = 1;
+#endif
+// kRows rows of a matrix are multiplied at once with one sequence, kRowsTogether with kTogether sequences.
+constexpr int64_t kAhead = 8192;  // bytes of a matrix that are asked for before they are needed, at most
+constexpr int kShare = 65536;     // bytes of a matrix that a thread takes at a time
+constexpr float kDecayScale = 0.60653065971263342f;  // e^-0.5
+constexpr float kLeastNorm = 1e-12f;
+
+using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+Vector load(const float* from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+Vector load(const Bf16* from) {
+    using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+    using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    Vector v;
+    std::memcpy(&v, &words, sizeof v);
+    return v;
+}
+
+// The first `some` numbers, and zeros.
+template <typename T>
+Vector load(const T* from, int some) {
+    T lanes[kLanes] = {};
+    std::memcpy(lanes, from, some * sizeof(T));
+    return load(lanes);
+}
+
+float value(float x) { return x; }
+
+float value(Bf16 x) {
+    const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &word, sizeof result);
+    return result;
+}
+
+void set(float& to, float x) { to = x; }
+
+void set(Bf16& to, float x) {
+    uint32_t word;
+    std::memcpy(&word, &x, sizeof word);
+    if (x != x)
+        word |= 0x00400000u;  // NaN stays NaN
+    else
+        word += 0x7fffu + (word >> 16 & 1);
+    to.bits = static_cast<uint16_t>(word >> 16);
+}
+
+// By halves: the upper one is added to the lower one.
+float sum(const Vector& v) {
+    using Eight = float __attribute__((vector_size(8 * sizeof(float))));
+    using Four = float __attribute__((vector_size(4 * sizeof(float))));
+    Eight eights[2];
+    std::memcpy(eights, &v, sizeof v);
+    eights[0] += eights[1];
+    Four fours[2];
+    std::memcpy(fours, eights, sizeof fours);
+    fours[0] += fours[1];
+    return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
+}
+
+// a b + c, rounded in one way wherever the compiler puts it.
+float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+// sums[r][i] = row r of the weight . x[i], of `n` numbers each; vectors of x lie n apart too.
+template <int rows, int together, typename T>
+void dots(const T* weight, const float* x, int n, float (&sums)[rows][together]) {
+    Vector parts[rows][together][kUnroll] = {};
+    const auto ahead = std::min(int64_t{rows} * n * static_cast<int64_t>(sizeof(T)), kAhead);  // the rows behind these
+    int at = 0;
+    for (; at + kUnroll * kLanes <= n; at += kUnroll * kLanes) {
+        for (int r = 0; r < rows; ++r) {
+            const T* here = weight + int64_t{r} * n + at;
+            for (int line = 0; line < kUnroll * kLanes * static_cast<int>(sizeof(T)); line += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(here) + ahead + line);
+            for (int u = 0; u < kUnroll; ++u) {
+                const Vector w = load(here + u * kLanes);
+                for (int i = 0; i < together; ++i) parts[r][i][u] += w * load(x + int64_t{i} * n + at + u * kLanes);
+            }
+        }
+    }
+    for (; at < n; at += kLanes) {
+        const int some = std::min(kLanes, n - at);
+        for (int r = 0; r < rows; ++r)
+            for (int i = 0; i < together; ++i)
+                parts[r][i][0] += load(weight + int64_t{r} * n + at, some) * load(x + int64_t{i} * n + at, some);
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < together; ++i) sums[r][i] = sum(parts[r][i][0] + parts[r][i][1]);
+}
+
+// A point that all threads reach before any goes on.
+class Barrier {
+  public:
+    explicit Barrier(int threads) : threads_(threads) {}
+
+    void wait() {
+        if (threads_ == 1) return;
+        const int round = round_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round_.load(std::memory_order_acquire) == round;)
+            if (++spins > 2000) std::this_thread::yield();  // somebody else may need this core
+    }
+
+  private:
+    const int threads_;
+    std::atomic<int> arrived_{0}, round_{0};
+};
+
+enum Activation { kNone, kTanh, kSigmoid, kSquaredRelu };
+
+float activated(float x, Activation activation) {
+    switch (activation) {
+        case kTanh: return std::tanh(x);
+        case kSigmoid: return sigmoid(x);
+        case kSquaredRelu: return x > 0.0f ? x * x : x * 0.0f;  // NaN stays NaN
+        default: return x;
+    }
+}
+
+// y = add + factor activation(weight x) for each sequence; where it adds onto itself, y takes the place of add.
+template <typename T>
+struct Product {
+    const T* weight;  // (out, in)
+    int out, in;
+    const float* x;  // (n, in)
+    float* y;        // (n, out)
+    Activation activation = kNone;
+    const float* add = nullptr;     // (out,)
+    const float* factor = nullptr;  // (n, out)
+    bool onto_itself = false;
+};
+
+}  // namespace
+
+extern "C" {
+
+// What cpu.py fills in; all contiguous. Vectors of channels are fp32, matrices and shifts fp32 or bf16.
+struct HeronLayer {
+    const float *norm1_weight, *norm1_bias, *mix;  // mix: (6, C), of r, w, k, v, a, g
+    const void *receptance, *key, *value, *output;
+    const void* down[4];   // (rank, C) of values, decay, iclr, gate
+    const void* up[4];     // (C, rank)
+    const float* bias[3];  // of values, decay, iclr
+    int32_t rank[4];
+    const float *k_k, *k_a, *r_k, *head_norm_weight, *head_norm_bias;
+    const float *norm2_weight, *norm2_bias, *channel_mix;
+    const void *ffn_key, *ffn_value;
+    void *att_shift, *ffn_shift;  // (all sequences, C)
+    float* wkv;                   // (all sequences, H, N, N)
+};
+
+struct HeronNetwork {
+    const HeronLayer* layers;
+    const float *norm_weight, *norm_bias;
+    const void* head;  // (V, C)
+    int32_t n_layer, channels, heads, hidden, vocab;
+    int32_t in_half;      // matrices and shifts are bf16
+    int32_t gates_hidden; // the gates are of the hidden channels, not of the output
+    float norm_eps, head_norm_eps;
+};
+
+}  // extern "C"
+
+namespace {
+
+float dot(const float* a, const float* b, int n) {
+    Vector sums = {};
+    int at = 0;
+    for (; at + kLanes <= n; at += kLanes) sums += load(a + at) * load(b + at);
+    if (at < n) sums += load(a + at, n - at) * load(b + at, n - at);
+    return sum(sums);
+}
+
+// y = x less its mean, over its deviation. x and y may be the same.
+void normalise(const float* x, float eps, int n, float* y) {
+    Vector sums = {};
+    int at = 0;
+    for (; at + kLanes <= n; at += kLanes) sums += load(x + at);
+    if (at < n) sums += load(x + at, n - at);
+    const float mean = sum(sums) / n;
+    for (int i = 0; i < n; ++i) y[i] = x[i] - mean;
+    const float scale = 1.0f / std::sqrt(dot(y, y, n) / n + eps);
+    for (int i = 0; i < n; ++i) y[i] *= scale;
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int n, float* y) {
+    normalise(x, eps, n, y);
+    for (int i = 0; i < n; ++i) y[i] = y[i] * weight[i] + bias[i];
+}
+
+template <typename T>
+class Step {
+  public:
+    Step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const float* gates, float* logits, int threads)
+        : net_(net), n_(n), rows_(rows), x_(x), gates_(gates), logits_(logits), threads_(threads), barrier_(threads) {
+        const int64_t C = net.channels;
+        int ranks = 0;
+        for (int l = 0; l < net.n_layer; ++l) {
+            const auto& rank = net.layers[l].rank;
+            ranks = std::max(ranks, rank[0] + rank[1] + rank[2] + rank[3]);
+        }
+        turns_ = std::make_unique<std::atomic<int>[]>(kProducts * net.n_layer + 1);
+        for (int i = 0; i <= kProducts * net.n_layer; ++i) turns_[i] = 0;
+        room_ = std::make_unique<float[]>(n * (16 * C + ranks + net.hidden));
+        float* next = room_.get();
+        const auto take = [&](int64_t width) { return std::exchange(next, next + n * width); };
+        normed_ = take(C), mixed_ = take(6 * C), r_ = take(C), k_ = take(C), v_ = take(C), y_ = take(C);
+        v_first_ = take(C), up_ = take(4 * C), down_ = take(ranks), hidden_ = take(net.hidden);
+    }
+
+    void run(int thread) {
+        for (int l = 0; l < net_.n_layer; ++l) layer(thread, net_.layers[l], l);
+        for (int i = thread; i < n_; i += threads_)
+            layer_norm(x_ + i * C(), net_.norm_weight, net_.norm_bias, net_.norm_eps, net_.channels, normed_ + i * C());
+        barrier_.wait();
+        multiply(turns_[kProducts * net_.n_layer], {{matrix(net_.head), net_.vocab, net_.channels, normed_, logits_}});
+    }
+
+  private:
+    int64_t C() const { return net_.channels; }
+    static const T* matrix(const void* data) { return static_cast<const T*>(data); }
+
+    void layer(int thread, const HeronLayer& w, int number) {
+        const int c = net_.channels;
+        const int64_t part = n_ * C();  // of mixed_ and up_: one of their tensors
+        std::atomic<int>* turn = &turns_[kProducts * number];
+        mix(thread, w.norm1_weight, w.norm1_bias, w.mix, 6, w.att_shift);
+        barrier_.wait();
+        const float *x_r = mixed_, *x_w = x_r + part, *x_k = x_w + part, *x_v = x_k + part, *x_a = x_v + part, *x_g = x_a + part;
+        float* down[4] = {down_};
+        for (int i = 1; i < 4; ++i) down[i] = down[i - 1] + n_ * w.rank[i - 1];
+        multiply(*turn++, {{matrix(w.receptance), c, c, x_r, r_},
+                          {matrix(w.key), c, c, x_k, k_},
+                          {matrix(w.value), c, c, x_v, v_},
+                          {matrix(w.down[0]), w.rank[0], c, x_v, down[0]},
+                          {matrix(w.down[1]), w.rank[1], c, x_w, down[1], kTanh},
+                          {matrix(w.down[2]), w.rank[2], c, x_a, down[2]},
+                          {matrix(w.down[3]), w.rank[3], c, x_g, down[3], kSigmoid}});
+        barrier_.wait();
+        multiply(*turn++, {{matrix(w.up[0]), c, w.rank[0], down[0], up_, kNone, w.bias[0]},
+                          {matrix(w.up[1]), c, w.rank[1], down[1], up_ + part, kNone, w.bias[1]},
+                          {matrix(w.up[2]), c, w.rank[2], down[2], up_ + 2 * part, kNone, w.bias[2]},
+                          {matrix(w.up[3]), c, w.rank[3], down[3], up_ + 3 * part}});
+        barrier_.wait();
+        const int size = c / net_.heads;
+        for (int i = thread; i < n_ * net_.heads; i += threads_) head(w, number == 0, i / net_.heads, i % net_.heads, size);
+        barrier_.wait();
+        multiply(*turn++, {{matrix(w.output), c, c, y_, x_, kNone, nullptr, nullptr, true}});
+        barrier_.wait();
+        mix(thread, w.norm2_weight, w.norm2_bias, w.channel_mix, 1, w.ffn_shift);
+        barrier_.wait();
+        const float* gates = gates_ ? gates_ + number * n_ * int64_t{net_.gates_hidden ? net_.hidden : c} : nullptr;
+        multiply(*turn++, {{matrix(w.ffn_key), net_.hidden, c, mixed_, hidden_, kSquaredRelu, nullptr,
+                           net_.gates_hidden ? gates : nullptr}});
+        barrier_.wait();
+        multiply(*turn++, {{matrix(w.ffn_value), c, net_.hidden, hidden_, x_, kNone, nullptr,
+                           net_.gates_hidden ? nullptr : gates, true}});
+        barrier_.wait();
+    }
+
+    // mixed_ = norm + (last - norm) mix for each of `mixes`, and then last = norm, for this thread's sequences.
+    void mix(int thread, const float* weight, const float* bias, const float* mixes, int n_mixes, void* lasts) {
+        for (int i = thread; i < n_; i += threads_) {
+            float* now = normed_ + i * C();
+            T* last = static_cast<T*>(lasts) + rows_[i] * C();
+            layer_norm(x_ + i * C(), weight, bias, net_.norm_eps, net_.channels, now);
+            for (int m = 0; m < n_mixes; ++m) {
+                float* to = mixed_ + (int64_t{m} * n_ + i) * C();
+                const float* mix = mixes + m * C();
+                for (int c = 0; c < net_.channels; ++c) to[c] = now[c] + (value(last[c]) - now[c]) * mix[c];
+            }
+            for (int c = 0; c < net_.channels; ++c) set(last[c], now[c]);
+        }
+    }
+
+    // Rows of all these matrices, as many as this thread can get hold of. `turn` counts the shares that are taken.
+    void multiply(std::atomic<int>& turn, std::initializer_list<Product<T>> products) {
+        const auto next = [&turn] { return turn.fetch_add(1, std::memory_order_relaxed); };
+        int number = next(), before = 0;
+        for (const auto& p : products) {
+            const int rows = std::max(kRows, kShare / (p.in * static_cast<int>(sizeof(T))));
+            const int shares = (p.out + rows - 1) / rows;
+            for (; number - before < shares; number = next()) {
+                const int begin = (number - before) * rows, end = std::min(begin + rows, p.out);
+                int i = 0;
+                for (; i + kTogether <= n_; i += kTogether) multiply_rows<kRowsTogether, kTogether>(p, begin, end, i);
+                for (; i < n_; ++i) multiply_rows<kRows, 1>(p, begin, end, i);
+            }
+            before += shares;
+        }
+    }
+
+    template <int rows, int together>
+    static void multiply_rows(const Product<T>& p, int begin, int end, int i) {
+        const float* x = p.x + int64_t{i} * p.in;
+        for (; begin + rows <= end; begin += rows) {
+            float sums[rows][together];
+            dots(p.weight + int64_t{begin} * p.in, x, p.in, sums);
+            for (int r = 0; r < rows; ++r)
+                for (int k = 0; k < together; ++k) put(p, i + k, begin + r, sums[r][k]);
+        }
+        if constexpr (rows > 1) multiply_rows<1, together>(p, begin, end, i);
+    }
+
+    static void put(const Product<T>& p, int64_t i, int64_t j, float sum) {
+        float& y = p.y[i * p.out + j];
+        const float factor = p.factor ? p.factor[i * p.out + j] : 1.0f;
+        const float add = p.onto_itself ? y : p.add ? p.add[j] : 0.0f;
+        y = multiply_add(activated(sum, p.activation), factor, add);
+    }
+
+    // Gates, WKV7, norm and bonus of one head of one sequence, as heron.ops.head_step has them.
+    void head(const HeronLayer& w, bool is_first, int64_t i, int number, int size) {
+        const int64_t at = i * C() + number * size, part = n_ * C();
+        const int channel = number * size;
+        const float *r = r_ + at, *value_logits = up_ + at, *decay_logits = value_logits + part;
+        const float *iclr_logits = decay_logits + part, *gate = iclr_logits + part;
+        float *k = k_ + at, *v = v_ + at, *y = y_ + at;
+        float decay[kLargestHead], removal[kLargestHead], replaced[kLargestHead], weighted_key[kLargestHead];
+        for (int j = 0; j < size; ++j) {
+            const float iclr = sigmoid(iclr_logits[j]);
+            decay[j] = std::exp(-kDecayScale * sigmoid(decay_logits[j]));
+            removal[j] = k[j] * w.k_k[channel + j];
+            replaced[j] = iclr;
+            k[j] *= 1.0f + (iclr - 1.0f) * w.k_a[channel + j];
+            weighted_key[j] = k[j] * w.r_k[channel + j];
+            if (is_first)
+                v_first_[at + j] = v[j];
+            else
+                v[j] += (v_first_[at + j] - v[j]) * sigmoid(value_logits[j]);
+        }
+        const float bonus = dot(r, weighted_key, size);
+        const float norm = std::max(std::sqrt(dot(removal, removal, size)), kLeastNorm);
+        for (int j = 0; j < size; ++j) removal[j] /= norm, replaced[j] *= removal[j];
+        float* state = w.wkv + (rows_[i] * int64_t{net_.heads} + number) * size * size;
+        for (int row = 0; row < size; ++row, state += size) {
+            const float removed = -dot(state, removal, size);
+            Vector sums = {};
+            for (int j = 0; j < size; j += kLanes) {
+                const Vector s = load(state + j) * load(decay + j) + removed * load(replaced + j) + v[row] * load(k + j);
+                std::memcpy(state + j, &s, sizeof s);
+                sums += s * load(r + j);
+            }
+            y[row] = sum(sums);
+        }
+        normalise(y, net_.head_norm_eps, size, y);
+        for (int j = 0; j < size; ++j) {
+            const float normed = y[j] * w.head_norm_weight[channel + j] + w.head_norm_bias[channel + j];
+            y[j] = (normed + bonus * v[j]) * gate[j];
+        }
+    }
+
+    static constexpr int kLargestHead = 256;
+    static constexpr int kProducts = 5;  // of a layer, one behind the other
+
+    const HeronNetwork& net_;
+    const int n_;
+    const int32_t* rows_;
+    float* x_;
+    const float* gates_;
+    float* logits_;
+    const int threads_;
+    Barrier barrier_;
+    std::unique_ptr<std::atomic<int>[]> turns_;  // of each product
+    std::unique_ptr<float[]> room_;
+    float *normed_, *mixed_, *r_, *k_, *v_, *y_, *v_first_, *up_, *down_, *hidden_;
+};
+
+template <typename T>
+void step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const float* gates, float* logits, int threads) {
+    std::unique_ptr<Step<T>> step;
+    std::atomic<const Step<T>*> begun{nullptr};  // when it is known how many threads there are
+    std::vector<std::thread> others;
+    try {
+        for (int t = 1; t < threads; ++t) {
+            others.emplace_back([&begun, &step, t] {
+                while (!begun.load(std::memory_order_acquire)) std::this_thread::yield();
+                step->run(t);
+            });
+        }
+    } catch (const std::system_error&) {  // no more threads: the rest is for those that are there
+    }
+    step = std::make_unique<Step<T>>(net, n, rows, x, gates, logits, static_cast<int>(others.size()) + 1);
+    begun.store(step.get(), std::memory_order_release);
+    step->run(0);
+    for (auto& other : others) other.join();
+}
+
+}  // namespace
+
+// x: (n, C) the embedded tokens, changed; gates: (L, n, C) or (L, n, hidden) of the tokens' table rows, or null; logits:
+// (n, V). rows: which of all sequences these are, all different.
+extern "C" void heron_token_step(const HeronNetwork* net, int32_t n, const int32_t* rows, float* x, const float* gates,
+                                 float* logits, int32_t threads) {
+    if (net->in_half)
+        step<Bf16>(*net, n, rows, x, gates, logits, threads);
+    else
+        step<float>(*net, n, rows, x, gates, logits, threads);
+}
