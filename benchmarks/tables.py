@@ -31,6 +31,7 @@ BATCH, TOKENS = 4, 128
 LAYERS, V, WIDTH = 12, 65536, 768
 SIZES = {"L12-D768": (12, 768, 64, 512), "L24-D2048": (24, 2048, 8, 2048)}  # layers, channels, batch, tokens
 BLOCKS = (2, cuda.BUS_BLOCKS, 8, 24, 0)
+WARM_UP = 12  # steps of a learner: some take twice their time after another one has let go of its CUDA graph
 HEADER = "{:<34}{:>9} {:>9} {:>9} {:>9} {:>9}"
 
 
@@ -93,7 +94,8 @@ def whole_steps(size: str, steps: int, like_text: bool, state: str, compiled: st
     n_layer, n_embd, batch, tokens = SIZES[size]
     torch.manual_seed(0)
     weights = (torch.arange(V) + 3.0) ** -1.2 if like_text else torch.ones(V)
-    batches = [torch.multinomial(weights, batch * (tokens + 1), True).view(batch, -1) for _ in range(steps + 4)]
+    n_steps = WARM_UP + steps + 1
+    batches = [torch.multinomial(weights, batch * (tokens + 1), True).view(batch, -1) for _ in range(n_steps)]
     distinct = statistics.median(len(torch.unique(part)) for part in batches)
     name = f"{size} B{batch} T{tokens}, {distinct:.0f} ids"
     print(HEADER.format(name, "ms", "k tok/s", "of v7", "GiB", "GiB, v7"), flush=True)
@@ -109,14 +111,15 @@ def whole_steps(size: str, steps: int, like_text: bool, state: str, compiled: st
         learner = fresh_learner(config, model)
         marks = []
         for n, part in enumerate(batches):
-            if n == 3:
+            if n == 3:  # all is compiled, and no graph recorded yet
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             sample = part[:, :-1].contiguous(), part[:, 1:].contiguous()
             learner.update(learner.gradients([sample]), 1e-4, math.inf)
             marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
         torch.cuda.synchronize()
-        spent = statistics.median(a.elapsed_time(b) for a, b in zip(marks[3:], marks[4:], strict=False))
+        timed = marks[WARM_UP:]
+        spent = statistics.median(a.elapsed_time(b) for a, b in zip(timed, timed[1:], strict=False))
         peak = torch.cuda.max_memory_allocated() / 2**30
         plain = plain or (spent, peak)
         print(
@@ -153,7 +156,7 @@ def main() -> None:
     parser.add_argument("--steps_of", choices=SIZES)
     parser.add_argument("--text", action="store_true", help="ids like those of text, for --steps_of")
     parser.add_argument("--tables_state", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "graph", "off"))
     options = parser.parse_args()
     if options.kernels:
         kernels(options.steps)

@@ -30,6 +30,7 @@ def report() -> str:
         "wkv7": _select.wkv7(there, 512),
         "wkv7, T=1": _select.wkv7(there, 1),
         "shift and mix": _select.shift_mix(there),
+        "time-mix heads": _select.head_mix(there),
         "head and loss": _select.linear_cross_entropy(there),
         "optimizer": _select.adamw(there),
         "rows of tables": _select.row_adamw(there),

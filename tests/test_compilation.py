@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -213,20 +214,27 @@ def test_300_steps_on_a_gpu_end_where_plain_fp32_ends(variant):
 
 @pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
 def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant):
+    """On an average over batches: of one, rounding may hit the compiled form twice as hard, or the other."""
     model = model_of(variant, 3, 128)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     runs = dict(exact=dict(compile="off"), written=dict(compile="off", dtype="bf16"), compiled=dict(dtype="bf16"))
-    gradients = {}
-    for name, changes in runs.items():
-        learner = learner_of(model, GPU, weights="auto", **changes)
-        learner.gradients([batch(256, rows=4, tokens=96)])
-        named = learner.network.named_parameters()
-        gradients[name] = {leaf: p.grad for leaf, p in named if p.grad is not None}
-    for leaf, want in gradients["exact"].items():
-        written, compiled = (distance(gradients[name][leaf], want) for name in ("written", "compiled"))
-        assert compiled < max(2 * written, 0.03), leaf
+    learners = {name: learner_of(model, GPU, weights="auto", **changes) for name, changes in runs.items()}
+    errors = {"written": Counter(), "compiled": Counter()}
+    n_batches = 4
+    for seed in range(n_batches):
+        gradients = {}
+        for name, learner in learners.items():
+            learner.optimizer.zero_grad()
+            learner.gradients([batch(256, rows=4, tokens=96, seed=seed)])
+            named = learner.network.named_parameters()
+            gradients[name] = {leaf: p.grad.clone() for leaf, p in named if p.grad is not None}
+        for name, of_leaf in errors.items():
+            for leaf, want in gradients["exact"].items():
+                of_leaf[leaf] += distance(gradients[name][leaf], want) / n_batches
+    for leaf, error in errors["compiled"].items():
+        assert error < max(2 * errors["written"][leaf], 0.03), leaf
 
 
 @pytest.mark.parametrize(

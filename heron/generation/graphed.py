@@ -1,8 +1,9 @@
 """Decoding and reading on a GPU, each step recorded as one CUDA graph, so that the host launches it as one.
 
 All rows decode at once. The equations are those of :mod:`heron.generation.decoder`, in few kernels: what is elementwise
-is compiled where PyTorch's compiler works, WKV is our kernel with the state in place, the low-rank products are two.
-For one row all products are made by :func:`heron.ops.matvec`, those that need not wait for each other at once.
+is compiled where PyTorch's compiler works, the low-rank products are two, and all between the products of a time mix is
+:func:`heron.ops.head_step`, with the state in place. For one row all products are made by :func:`heron.ops.matvec`,
+those that need not wait for each other at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heron import compilation, ops
+from heron import compilation
 from heron.config import ModelConfig
 from heron.generation.decoder import RowStates, lookup, low_rank_gates
 from heron.generation.tables import Tables
@@ -181,17 +182,18 @@ def recorded(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 class _Layer:
     """One block's weights and its step, for n rows. Its stages are what the compiler sees of a decoder."""
 
-    STAGES = ("mix_time", "project", "normalise", "add_output", "mix_channels", "hide", "add_value")
+    STAGES = ("mix_time", "project", "add_output", "mix_channels", "hide", "add_value")
 
     def __init__(self, block: nn.Module, config: ModelConfig):
         att = block.att
-        self.block, self.form = block, config.deep_embed
-        self.heads = (-1, 1, config.n_head, config.head_size)
+        self.block, self.form, self.head_size = block, config.deep_embed, config.head_size
         self.mix = torch.stack([getattr(att, f"x_{letter}").view(1, -1) for letter in "rkvwag"])  # (6, 1, C)
         self.down = self.low_rank([getattr(att, f"{letter}1").t() for letter in "vwag"], 0)  # (4, rank, C)
         self.up = self.low_rank([getattr(att, f"{letter}2").t() for letter in "vwag"], 1)  # (4, C, rank)
         biases = [getattr(att, f"{letter}0").view(1, -1) for letter in "vwa"]
         self.bias = torch.stack([*biases, torch.zeros_like(biases[0])])  # (4, 1, C)
+        of_channels = (att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias)
+        self.head_weights = HeadWeights(*(x.detach().flatten() for x in of_channels), att.ln_x.eps)
 
     def low_rank(self, parts: Sequence[Tensor], dim: int) -> Tensor | list[Tensor]:
         """The matrices (out, in) of values, decay, iclr and gate as one, with zeros in `dim` up to the largest rank."""
@@ -199,12 +201,15 @@ class _Layer:
         return torch.stack([_filled_up(part, dim, rank) for part in parts])
 
     def stages(self, prepared: Callable[[Callable], Callable] | None) -> SimpleNamespace:
-        """The stages by name, which `prepared` compiles where it is given.
+        """The stages by name, which `prepared` compiles where it is given, and head_step, unless it has a kernel.
 
         They are cut where a product begins, so that its input is computed once, not by every block of the product.
         """
         stages = {name: getattr(type(self), name) for name in self.STAGES}
-        return SimpleNamespace(**{name: prepared(stage) if prepared else stage for name, stage in stages.items()})
+        run = SimpleNamespace(**{name: prepared(stage) if prepared else stage for name, stage in stages.items()})
+        has_kernel = _select.head_step(self.mix.device, self.mix.dtype, self.head_size).impl == "cuda"
+        run.head_step = head_step if has_kernel or prepared is None else prepared(head_step_reference)
+        return run
 
     def step(
         self,
@@ -221,12 +226,13 @@ class _Layer:
             run: the stages.
             of_table, embedded: the tokens' DeepEmbed rows, and the embedded tokens (n, C).
         """
-        mixed = run.mix_time(self, x, memory.att_shift)
-        r, w, k, v, a, b, gate, v_first = run.project(self, mixed, v_first)
-        y, _ = ops.wkv7(*(part.view(self.heads) for part in (r, w, k, v, a, b)), memory.wkv, inplace_state=True)
-        x = run.add_output(self, x, run.normalise(self, y.view(x.shape), r, k, v, gate))
+        r, k, v, of_v, w, of_a, gate = run.project(self, run.mix_time(self, x, memory.att_shift))
+        of_values = (None, None) if v_first is None else (of_v, v_first)
+        y = run.head_step(HeadInputs(r, w, k, v, of_a, gate, *of_values), self.head_weights, memory.wkv)
+        x = run.add_output(self, x, y)
         unmixed, mixed = run.mix_channels(self, x, memory.ffn_shift)
-        return run.add_value(self, x, run.hide(self, unmixed, mixed, of_table, embedded), of_table), v_first
+        x = run.add_value(self, x, run.hide(self, unmixed, mixed, of_table, embedded), of_table)
+        return x, v if v_first is None else v_first
 
     def mix_time(self, residual: Tensor, att_shift: Tensor) -> Tensor:
         """residual (n, C) -> the inputs (6, n, C) of r, k, v, decay, iclr and gate; att_shift changes in place."""
@@ -235,42 +241,16 @@ class _Layer:
         att_shift.copy_(x)
         return mixed
 
-    def project(
-        self, mixed: Tensor, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """mixed (6, n, C) -> r, w, k, v, a, b, gate and layer 0's values, all (n, C)."""
+    def project(self, mixed: Tensor) -> tuple[Tensor, ...]:
+        """mixed (6, n, C) -> r, k, v, and logits of value gate, decay and iclr, and the output gate; all (n, C)."""
         att = self.block.att
-        r, k, v = (
+        large = (
             F.linear(part, linear.weight)
             for part, linear in zip(mixed[:3], (att.receptance, att.key, att.value), strict=True)
         )
         of_v, of_w, of_a, of_g = torch.bmm(mixed[2:], self.down.mT)
         squeezed = torch.stack((of_v, torch.tanh(of_w), of_a, torch.sigmoid(of_g)))
-        of_v, w, of_a, gate = self.bias + torch.bmm(squeezed, self.up.mT)
-        k, v, a, b, v_first = self.keys_and_values(k, v, of_v, of_a, v_first)
-        return r, w, k, v, a, b, gate, v_first
-
-    def keys_and_values(
-        self, k: Tensor, v: Tensor, of_v: Tensor, of_a: Tensor, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Products with key and value, and logits of value gate and iclr -> k, v, a, b and layer 0's values; (n, C)."""
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(of_v))
-        per_head, att = (-1, *self.heads[2:]), self.block.att
-        iclr, key = torch.sigmoid(of_a).view(per_head), k.view(per_head)
-        removal_key = F.normalize(key * att.k_k.view(per_head), dim=-1, eps=1e-12)
-        key = key * (1 + (iclr - 1) * att.k_a.view(per_head))
-        k, a, b = (part.view(k.shape) for part in (key, -removal_key, removal_key * iclr))
-        return k, v, a, b, v_first
-
-    def normalise(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        """WKV's y with norm, bonus and gate; all (n, C)."""
-        norm, per_head = self.block.att.ln_x, (-1, *self.heads[2:])
-        normed = F.group_norm(y, norm.num_groups, norm.weight, norm.bias, norm.eps).view(per_head)
-        bonus = (r * k * self.block.att.r_k.flatten()).view(per_head).sum(dim=-1, keepdim=True)
-        return (normed + bonus * v.view(per_head)).view(y.shape) * gate
+        return *large, *(self.bias + torch.bmm(squeezed, self.up.mT)).unbind()
 
     def add_output(self, residual: Tensor, y: Tensor) -> Tensor:
         """residual (n, C) with the branch's output."""
@@ -311,17 +291,14 @@ class _LayerOfOneRow(_Layer):
 
     def __init__(self, block: nn.Module, config: ModelConfig):
         super().__init__(block, config)
-        att = block.att
         self.mix, self.ffn_mix = self.mix.squeeze(1), block.ffn.x_k.detach().view(1, -1)  # (6, C), (1, C)
-        of_channels = (att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias)
-        self.head_weights = HeadWeights(*(x.detach().flatten() for x in of_channels), att.ln_x.eps)
 
     def low_rank(self, parts: Sequence[Tensor], dim: int) -> list[Tensor]:
         """The matrices (out, in) of values, decay, iclr and gate, zeros in `dim` up to ranks the kernel takes."""
         return [_filled_up(part, dim, -(-part.shape[dim] // 8) * 8).contiguous() for part in parts]
 
     def stages(self, prepared: Callable[[Callable], Callable] | None) -> SimpleNamespace:
-        """The stages by name, and the ops, which are compiled where they have no kernel."""
+        """The stages by name, and more ops, which are compiled where they have no kernel."""
         run = super().stages(prepared)
         att, ffn = self.block.att, self.block.ffn
         linears = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
@@ -330,8 +307,6 @@ class _LayerOfOneRow(_Layer):
         device, dtype, (_, C) = self.mix.device, self.mix.dtype, self.mix.shape
         has_kernel = _select.norm_mix(device, dtype, C).impl == "cuda"
         run.norm_mix = norm_mix if has_kernel or prepared is None else prepared(norm_mix_reference)
-        has_kernel = _select.head_step(device, dtype, self.heads[-1]).impl == "cuda"
-        run.head_step = head_step if has_kernel or prepared is None else prepared(head_step_reference)
         return run
 
     def step(

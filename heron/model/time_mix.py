@@ -6,12 +6,12 @@ Equations: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py and rwkv_v7_demo.py.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heron import ops
 from heron.config import ModelConfig
 from heron.model.state import last_of, shifted
+from heron.ops.head_mix import ChannelWeights, Projected
 
 GROUP_NORM_EPS = 64e-5  # upstream keeps 64e-5 at every head size
 
@@ -78,27 +78,31 @@ class TimeMix(nn.Module):
             The branch's output (B, T, C), the new wkv_state, and v_first for the layers above.
         """
         x_r, x_w, x_k, x_v, x_a, x_g = mixed
-        B, T, C = x_r.shape
-        per_head = (B, T, self.n_head, -1)
-        r = self.receptance(x_r)
-        k = self.key(x_k)
         v = self.value(x_v)
-        decay_logits = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
-        iclr = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)  # in-context learning rate
-        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
+        inputs = Projected(
+            r=self.receptance(x_r).to(x_r.dtype),  # which under autocast is more than that of products
+            w=torch.tanh(x_w @ self.w1) @ self.w2,
+            k=self.key(x_k),
+            v=v,
+            iclr=(x_a @ self.a1) @ self.a2,
+            gate=torch.sigmoid(x_g @ self.g1) @ self.g2,
+            value=None if v_first is None else (x_v @ self.v1) @ self.v2,
+            v_first=v_first,
+        )
+        y, wkv_state = ops.head_mix(inputs, self.channel_weights(v_first is not None), wkv_state)
+        return self.output(y), wkv_state, v if v_first is None else v_first
 
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2).to(v.dtype))
-        removal_key = F.normalize((k * self.k_k).view(per_head), dim=-1, eps=1e-12)  # unit length per head
-        k = k * (1 + (iclr - 1) * self.k_a)
-
-        r, decay_logits, k, v, iclr = (t.to(x_r.dtype).view(per_head) for t in (r, decay_logits, k, v, iclr))
-        removal_key = removal_key.to(x_r.dtype)
-        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * iclr, wkv_state)
-
-        y = self.ln_x(y.reshape(B * T, C)).view(per_head)
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True)  # (B, T, H, 1)
-        y = (y + bonus * v).view(B, T, C)
-        return self.output(y * gate), wkv_state, v_first
+    def channel_weights(self, mixes_v_first: bool) -> ChannelWeights:
+        """The weights of single channels, as ops.head_mix takes them."""
+        norm = self.ln_x
+        return ChannelWeights(
+            w0=self.w0,
+            a0=self.a0,
+            k_k=self.k_k,
+            k_a=self.k_a,
+            r_k=self.r_k,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            v0=self.v0 if mixes_v_first else None,
+        )

@@ -1,5 +1,6 @@
 """The operators: one folder each, with its definition, its fast forms, and a README on both."""
 
+from heron.ops.head_mix import head_mix
 from heron.ops.head_step import head_step
 from heron.ops.linear_cross_entropy import linear_cross_entropy
 from heron.ops.matvec import matvec
@@ -10,6 +11,7 @@ from heron.ops.shift_mix import shift_mix
 from heron.ops.wkv7 import wkv7
 
 __all__ = [
+    "head_mix",
     "head_step",
     "linear_cross_entropy",
     "matvec",

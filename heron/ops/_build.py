@@ -35,7 +35,8 @@ except ImportError:  # Windows: processes that start together may compile the sa
     fcntl = None
 
 LOCK_TIMEOUT_S = 1200
-EARLY = Path(__file__).parent / "csrc" / "early.cuh"  # what some kernels include
+_CSRC = Path(__file__).parent / "csrc"  # what some kernels include
+EARLY, STRIPS = _CSRC / "early.cuh", _CSRC / "strips.cuh"
 _COMPILERS = ("c++", "g++", "clang++")
 _thread_lock = threading.RLock()  # flock does not part the threads of one process
 _forbidden: str | None = None

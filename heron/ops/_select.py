@@ -65,8 +65,26 @@ def _why_no_shift_kernels(device: torch.device, dtype: torch.dtype, channels: in
     )
 
 
+def head_mix(device: torch.device, dtype: torch.dtype = torch.bfloat16, head_size: int = 64) -> Choice:
+    """Implementation of :func:`heron.ops.head_mix` for inputs of `dtype` and `head_size` on `device`."""
+    other = Choice("reference", f"plain PyTorch around WKV7; runs on {device.type}")
+    why_not = _why_no_head_kernels(device, dtype, head_size) if _may_have_kernels(device) else None
+    return _cuda_or(other, "a kernel before that of WKV7 and one after it, each number read once", device, why_not)
+
+
+def _why_no_head_kernels(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    from heron.ops.head_mix import cuda
+
+    return (
+        cuda.why_not(device, dtype, head_size)
+        or _why_no_wkv7_kernels(device, dtype, head_size)
+        or _why_not_built_for(device, cuda.library, "the heads of the time mix")
+    )
+
+
 # What torch.compiler.assume_constant_result sets, which would import the whole compiler here.
-_why_no_wkv7_kernels._dynamo_marked_constant = _why_no_shift_kernels._dynamo_marked_constant = True
+for _asked_while_tracing in (_why_no_wkv7_kernels, _why_no_shift_kernels, _why_no_head_kernels):
+    _asked_while_tracing._dynamo_marked_constant = True
 
 
 def linear_cross_entropy(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Choice:

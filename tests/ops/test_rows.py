@@ -173,7 +173,8 @@ def test_kernels_step_as_cpp_wherever_the_rows_lie(kernels, widths, moments):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("n", "tokens", "width"), [(1, 1, 8), (1, 700, 64), (5, 40, 264), (9000, 8192, 64), (37, 513, 768), (40, 100, 8192)]
+    ("n", "tokens", "width"),
+    [(1, 1, 8), (1, 700, 64), (5, 40, 264), (3000, 40, 264), (9000, 8192, 64), (37, 513, 768), (40, 100, 8192)],
 )
 @pytest.mark.parametrize("spread", [1, 4])  # 4: most tokens use few rows, and some rows no token
 def test_products_with_rows_and_their_gradients_are_near_fp64(kernels, n, tokens, width, dtype, spread):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from heron.errors import KernelError
-from heron.ops import _select, shift_mix
+from heron.ops import _build, _select, shift_mix
 from heron.ops.shift_mix import cuda
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -186,7 +186,7 @@ def test_the_kernels_compile_without_spilling(tmp_path):
         for n in (1, 6)
     )
     kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    includes = "\n".join(f"#include <{name}>" for name in ("algorithm", "cstdint", "cuda_bf16.h"))
+    includes = "\n".join(f"#include <{name}>" for name in ("algorithm", "cstdint", "cuda_bf16.h", _build.STRIPS))
     kernels.write_text(f"{includes}\nusing std::min;\n{source[begin:end]}\n{forms}\n")
     command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode", "arch=compute_90,code=sm_90"]
     ran = subprocess.run([*command, str(kernels), "-o", str(tmp_path / "out")], capture_output=True, text=True)

@@ -61,7 +61,7 @@ def why_not(device: torch.device, dtype: torch.dtype, channels: int) -> str | No
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "shift_mix", "shift_mix", [SOURCE])
+    _build.load_kernels_for(capability, "shift_mix", "shift_mix", [SOURCE], [_build.STRIPS])
 
 
 @torch.library.register_fake("heron::shift_mix", lib=_library)

@@ -65,7 +65,7 @@ def wkv7(
         raise KernelError(f"wkv7: impl must be {', '.join(_IMPLS)}; got {impl!r}")
     _check_inputs(r, (w, k, v, a, b))
     n_seq = r.shape[0] if cu_seqlens is None else _check_cu_seqlens(r, cu_seqlens)
-    initial = _initial_state(r, n_seq, state)
+    initial = initial_state(r, n_seq, state)
     if inplace_state:
         _check_inplace(state, initial, (r, w, k, v, a, b))
     if impl == "auto":
@@ -123,7 +123,7 @@ def _check_cu_seqlens(r: Tensor, cu_seqlens: Tensor) -> int:
     return cu_seqlens.numel() - 1
 
 
-def _initial_state(r: Tensor, n_seq: int, state: Tensor | None) -> Tensor:
+def initial_state(r: Tensor, n_seq: int, state: Tensor | None) -> Tensor:
     """The state before the first token, in the dtype that computes."""
     heads, size = r.shape[2:]
     dtype = torch.promote_types(r.dtype, torch.float32)

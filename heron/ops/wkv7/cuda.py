@@ -138,9 +138,14 @@ def wkv7_kernels(
     if r.shape[1] <= STEP_TOKENS and not needs_gradient and tensor_cores is None:
         return torch.ops.heron.wkv7_kernels_step(*inputs, state, cu_seqlens)
     if tensor_cores is None:
-        tensor_cores = r.dtype == torch.bfloat16 and r.shape[-1] == 64
+        tensor_cores = on_tensor_cores(r.dtype, r.shape[-1])
     y, final, _, _ = torch.ops.heron.wkv7_kernels(*inputs, state, cu_seqlens, needs_gradient, tensor_cores)
     return y, final
+
+
+def on_tensor_cores(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the kernels for tensor cores apply."""
+    return dtype == torch.bfloat16 and head_size == 64
 
 
 class _Plan(NamedTuple):

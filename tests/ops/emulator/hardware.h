@@ -60,7 +60,7 @@ constexpr uint32_t kNaN = 0x7fc07fc0u;  // a NaN as fp32 and twice as bf16
 
 enum class Wait { kNone, kWarp, kBlock, kDone };
 
-struct Copy { void* to; const void* from; bool valid; int group; };
+struct Copy { void* to; const void* from; bool valid; int group, bytes; };
 
 struct Fiber {
   ucontext_t entry;
@@ -255,10 +255,12 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   memcpy(c, mine.c[my_lane()], sizeof c);
 }
 
-inline void copy_async(void* to, const void* from, bool valid) {
-  for (int i = 0; i < 4; i++) static_cast<uint32_t*>(to)[i] = emulator::kNaN;
-  if (reinterpret_cast<uintptr_t>(from) % 16 && valid) emulator::fail("an asynchronous copy from an unaligned address");
-  emulator::current->copies.push_back({to, from, valid, emulator::current->group});
+inline void copy_async(void* to, const void* from, bool valid, int bytes = 16) {
+  for (int i = 0; i < bytes / 4; i++) static_cast<uint32_t*>(to)[i] = emulator::kNaN;
+  if (reinterpret_cast<uintptr_t>(from) % bytes && valid) {
+    emulator::fail("an asynchronous copy from an unaligned address");
+  }
+  emulator::current->copies.push_back({to, from, valid, emulator::current->group, bytes});
 }
 inline void copy_commit() { emulator::current->group++; }
 template <int pending> inline void copy_wait() {
@@ -268,9 +270,9 @@ template <int pending> inline void copy_wait() {
     if (copy.group >= emulator::current->group - pending) {
       copies[kept++] = copy;
     } else if (copy.valid) {
-      memcpy(copy.to, copy.from, 16);
+      memcpy(copy.to, copy.from, copy.bytes);
     } else {
-      memset(copy.to, 0, 16);
+      memset(copy.to, 0, copy.bytes);
     }
   }
   copies.resize(kept);

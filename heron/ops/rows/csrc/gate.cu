@@ -117,9 +117,10 @@ __global__ void __launch_bounds__(kThreads) gate_backward(const Gradients<T> p) 
             begun_here = true;
 #pragma unroll
             for (int v = 0; v < kWidth; ++v) sum[v] = 0;
-            if (at + 1 == p.tokens) clear(row[k] + 1, p.n_rows);
         }
     }
+    // Those behind the last row with a token may be many: each block has some.
+    for (int64_t r = p.row[p.tokens - 1] + 1 + blockIdx.x; r < p.n_rows; r += gridDim.x) clear(r, r + 1);
 }
 
 // The row with which this block's piece ends, if it began there and goes on.

@@ -18,73 +18,15 @@
 #include <optional>
 #include <vector>
 
+#include "../../csrc/strips.cuh"
+
 namespace {
 
-constexpr int kMixes = 6;             // at most
+constexpr int kMixes = 6;             // at most; kMostSums - 2
 constexpr int kForwardStrips = 2048;  // at most; a block each
 constexpr int kBackwardStrips = 512;  // of all kMixes; twice as many of fewer, which keep less in registers
 constexpr int kLargestC = 2048;
 constexpr int kWarps = 16;  // of a block, at most
-
-// `width` numbers that lie side by side. Of bf16, two are in a word.
-template <typename T, int width>
-struct alignas(sizeof(T) * width) Pack {
-    unsigned words[sizeof(T) * width / 4];
-
-    __device__ __forceinline__ void get(float (&values)[width]) const {
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            if constexpr (sizeof(T) == 4)
-                values[i] = __uint_as_float(words[i]);
-            else
-                values[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
-        }
-    }
-    __device__ __forceinline__ void set(const float (&values)[width]) {
-        if constexpr (sizeof(T) == 4) {
-#pragma unroll
-            for (int i = 0; i < width; ++i) words[i] = __float_as_uint(values[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < width; i += 2) {
-                const __nv_bfloat162 two = __floats2bfloat162_rn(values[i], values[i + 1]);
-                words[i / 2] = *reinterpret_cast<const unsigned*>(&two);
-            }
-        }
-    }
-};
-
-template <typename T, int width>
-__device__ __forceinline__ Pack<T, width> load(const T* from, bool wanted) {
-    Pack<T, width> pack{};
-    if (wanted) pack = *reinterpret_cast<const Pack<T, width>*>(from);
-    return pack;
-}
-
-template <typename T, int width>
-__device__ __forceinline__ void store(T* to, const float (&values)[width]) {
-    Pack<T, width> pack;
-    pack.set(values);
-    *reinterpret_cast<Pack<T, width>*>(to) = pack;
-}
-
-// As load, into shared memory, and at some later time: copies_arrived. Zeros, where it is not wanted.
-template <typename T, int width>
-__device__ __forceinline__ void begin_copy(Pack<T, width>* to, const T* from, bool wanted) {
-    constexpr int bytes = sizeof(T) * width;
-    const auto there = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(there), "l"(from), "n"(bytes),
-                 "r"(wanted ? bytes : 0)
-                 : "memory");
-}
-
-__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// The thread's own copies are there, but for those of its last `but` groups.
-template <int but>
-__device__ __forceinline__ void copies_arrived() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");
-}
 
 // Sums of `n` numbers over the block, which every thread gets. Calls take turns with two buffers, so that one barrier
 // is enough: who writes into a buffer again has passed the barrier of the other, and so has everybody who read it.
@@ -280,7 +222,6 @@ template <typename T, int n_mixes>
 __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backward(const Backward<T> p) {
     constexpr int width = kBackwardWidth<T, n_mixes>, ahead = kAhead<T>, parts = n_mixes + 2;
     using Part = Pack<T, width>;
-    extern __shared__ __align__(16) unsigned char memory[];
     const int c = threadIdx.x * width, threads = blockDim.x;
     const bool mine = c < p.shape.channels;
     const auto weights = load<T, width>(p.norm.weight + c, mine), biases = load<T, width>(p.norm.bias + c, mine);
@@ -292,7 +233,7 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
 
     const int first = blockIdx.x * p.shape.strip, end = min(first + p.shape.strip, p.shape.rows);
     const auto offset = [&](int row) { return static_cast<int64_t>(row) * p.shape.channels + (mine ? c : 0); };
-    Part* const room = reinterpret_cast<Part*>(memory) + threadIdx.x;  // [row % ahead][part][thread]
+    Part* const room = reinterpret_cast<Part*>(shared_memory()) + threadIdx.x;  // [row % ahead][part][thread]
     const auto place = [&](int row) { return room + (row & (ahead - 1)) * parts * threads; };
     const auto begin_row = [&](int row) {
         if (row >= first) {
@@ -388,30 +329,6 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
     for (int m = 0; m < n_mixes; ++m) put(of_mix[m]);
     put(of_weight);
     put(of_bias);
-}
-
-constexpr int kColumns = 32, kPerColumn = 16;
-
-template <typename T>
-struct Columns {
-    const float* of_strip;  // (strips, n, C)
-    T* out[kMixes + 2];     // (C,) each
-    int strips, channels, columns;
-};
-
-template <typename T>
-__global__ void add_up_strips(const Columns<T> p) {
-    __shared__ float parts[kPerColumn][kColumns];
-    const int column = blockIdx.x * kColumns + threadIdx.x;
-    float sum = 0;
-    if (column < p.columns)
-        for (int strip = threadIdx.y; strip < p.strips; strip += kPerColumn)
-            sum += p.of_strip[static_cast<int64_t>(strip) * p.columns + column];
-    parts[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y != 0 || column >= p.columns) return;
-    for (int i = 1; i < kPerColumn; ++i) sum += parts[i][threadIdx.x];
-    p.out[column / p.channels][column % p.channels] = static_cast<T>(sum);
 }
 
 Shape shape_of(const at::Tensor& x, int strips) {
@@ -530,7 +447,7 @@ std::vector<at::Tensor> run_backward(at::TensorList d_mixed, const std::optional
         Columns<T> q{of_strip.const_data_ptr<float>(), {}, strips_of(shape), shape.channels, columns};
         // as the strips have them: the mixes, weight, bias; as they are returned: weight, bias, the mixes
         for (int i = 0; i < n_mixes + 2; ++i) q.out[i] = out[i < n_mixes ? i + 3 : i - n_mixes + 1].data_ptr<T>();
-        add_up_strips<T><<<(columns + kColumns - 1) / kColumns, dim3(kColumns, kPerColumn), 0, stream>>>(q);
+        add_up_strips<T><<<(columns + kColumns - 1) / kColumns, kColumns * kPerColumn, 0, stream>>>(q);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
     return out;

@@ -1,0 +1,233 @@
+"""The op on CUDA: csrc/head_mix.cu around the kernels of WKV7, as one operator of PyTorch.
+
+``heron::head_mix_before``, ``_after`` and their backward launch kernels: the source implements them for CUDA, and the
+tests implement them for a CPU. ``heron::head_mix_kernels`` above them knows its gradient and its shapes, and so works
+under torch.compile, CUDA graphs and checkpointing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from heron.errors import KernelError
+from heron.ops import _build
+from heron.ops.head_mix.reference import ChannelWeights, Projected
+from heron.ops.wkv7 import cuda as wkv7_cuda
+from heron.ops.wkv7 import initial_state
+
+SOURCE = Path(__file__).parent / "csrc" / "head_mix.cu"
+DTYPES = (torch.float32, torch.bfloat16)
+HEAD_SIZES = (16, 32, 64, 128)
+
+_library = torch.library.Library("heron", "FRAGMENT")
+# What each takes and gives is listed in csrc/head_mix.cu, in the same order; sums over tokens are given last, but for
+# what after_backward tells before_backward of every head: (B, T, H, 2).
+for _schema in (
+    "head_mix_before(Tensor[] inputs, Tensor[] weights, int head_size)",
+    "head_mix_after(Tensor[] inputs, Tensor[] weights, int head_size, float eps)",
+    "head_mix_after_backward(Tensor[] inputs, Tensor[] weights, int head_size, float eps)",
+    "head_mix_before_backward(Tensor[] inputs, Tensor[] weights, Tensor of_heads, int head_size)",
+    "head_mix_kernels(Tensor r, Tensor w, Tensor k, Tensor v, Tensor iclr, Tensor gate, Tensor? value, Tensor? v_first,"
+    " Tensor w0, Tensor a0, Tensor k_k, Tensor k_a, Tensor r_k, Tensor norm_weight, Tensor norm_bias, float eps,"
+    " Tensor? v0, Tensor state, bool save)",
+    "head_mix_kernels_backward(Tensor d_y, Tensor? d_final, Tensor[] inputs, Tensor[] weights, Tensor[] kept,"
+    " float eps)",
+):
+    _library.define(f"{_schema} -> Tensor[]")
+
+
+def head_mix_cuda(inputs: Projected, weights: ChannelWeights, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See :func:`heron.ops.head_mix`; wherever the operators of the kernels are implemented."""
+    B, T, _ = inputs.r.shape
+    state = initial_state(inputs.r.view(B, T, *weights.r_k.shape), B, state)
+    tensors = [None if x is None else x.contiguous() for x in inputs]
+    of_channels = [x.reshape(-1) if isinstance(x, Tensor) else x for x in weights]
+    of_channels[ChannelWeights._fields.index("r_k")] = weights.r_k.contiguous()
+    given = [x for x in (*tensors, *of_channels, state) if isinstance(x, Tensor)]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    y, final, *_ = torch.ops.heron.head_mix_kernels(*tensors, *of_channels, state, save)
+    return y, final
+
+
+def require(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+    """Build and load the kernels for heads of `head_size` and `dtype` on `device`.
+
+    Raises:
+        KernelError: there are none for it, or they can't be built here.
+    """
+    if (reason := why_not(device, dtype, head_size)) is not None:
+        raise KernelError(f'head_mix: impl="cuda" {reason}; use impl="auto"')
+    library(torch.cuda.get_device_capability(device))
+    wkv7_cuda.build()
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why there is no kernel for these, as a clause; None if there is one."""
+    if device.type != "cuda":
+        return f"needs tensors on a CUDA device, got {device}"
+    if dtype not in DTYPES or head_size not in HEAD_SIZES:
+        return f"takes fp32 and bf16 with N = 16, 32, 64 or 128; got {dtype} with N = {head_size}"
+    return wkv7_cuda.why_not(device, dtype, head_size)
+
+
+@functools.cache
+def library(capability: tuple[int, int]) -> None:
+    """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
+    _build.load_kernels_for(capability, "head_mix", "head_mix", [SOURCE], [_build.STRIPS])
+
+
+def _forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    iclr: Tensor,
+    gate: Tensor,
+    value: Tensor | None,
+    v_first: Tensor | None,
+    w0: Tensor,
+    a0: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    v0: Tensor | None,
+    state: Tensor,
+    save: bool,
+) -> list[Tensor]:
+    """y, the final state, and to `save` what WKV7 gave, its inputs but r (v last, where it is not v) and its states."""
+    B, T, _ = r.shape
+    head_size = r_k.shape[1]
+    of_first = [[], []] if v_first is None else [[v, value, v_first], [v0]]
+    decay_logits, k, a, b, *mixed = torch.ops.heron.head_mix_before(
+        [w, k, iclr, *of_first[0]], [w0, a0, k_k, k_a, *of_first[1]], head_size
+    )
+    v = mixed[0] if mixed else v
+    recurrent = [x.view(B, T, *r_k.shape) for x in (r, decay_logits, k, v, a, b)]
+    if T <= wkv7_cuda.STEP_TOKENS and not save:
+        wkv, final = torch.ops.heron.wkv7_kernels_step(*recurrent, state, None)
+        kept = []
+    else:
+        wkv, final, *kept = torch.ops.heron.wkv7_kernels(
+            *recurrent, state, None, save, wkv7_cuda.on_tensor_cores(r.dtype, head_size)
+        )
+    after = [wkv, r, k, v, gate], [r_k, norm_weight, norm_bias]
+    (y,) = torch.ops.heron.head_mix_after(*after, head_size, eps)
+    return [y, final, *([wkv, decay_logits, k, a, b, *kept, *mixed] if save else [])]
+
+
+def _backward(
+    d_y: Tensor,
+    d_final: Tensor | None,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    eps: float,
+) -> list[Tensor]:
+    """The gradients of _forward's tensors in its order, but those of value, v_first and v0 last, if at all."""
+    r, k, v, iclr, gate, *of_first = inputs
+    a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
+    wkv, decay_logits, wkv_k, a, b, saved, transfer, *mixed = kept
+    wkv_v = mixed[0] if mixed else v
+    head_size = r_k.shape[1]
+    d_wkv, d_gate, d_r_k, d_norm_weight, d_norm_bias, of_heads = torch.ops.heron.head_mix_after_backward(
+        [wkv, r, wkv_k, wkv_v, gate, d_y], [r_k, norm_weight, norm_bias], head_size, eps
+    )
+    *d_recurrent, d_state = torch.ops.heron.wkv7_kernels_backward(
+        *(x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)),
+        *(d_wkv.view(wkv.shape), d_final, saved, transfer, None),
+        *(r.shape[0], wkv7_cuda.on_tensor_cores(r.dtype, head_size)),
+    )
+    d_r, d_w, d_k, d_v, d_a, d_b = (x.view(r.shape) for x in d_recurrent)
+    of_values = [v, *of_first] if of_first else []
+    d_r, d_k, d_iclr, d_v, *rest = torch.ops.heron.head_mix_before_backward(
+        [k, iclr, r, d_w, d_r, d_k, d_v, d_a, d_b, d_y, gate, *of_values], [a0, k_k, k_a, r_k, *v0], of_heads, head_size
+    )
+    d_of_first, (d_w0, d_a0, d_k_k, d_k_a, *d_v0) = rest[: len(of_first)], rest[len(of_first) :]
+    of_inputs = [d_r, d_w, d_k, d_v, d_iclr, d_gate]
+    of_weights = [d_w0, d_a0, d_k_k, d_k_a, d_r_k.view(r_k.shape), d_norm_weight, d_norm_bias]
+    return [*of_inputs, *of_weights, d_state, *d_of_first, *d_v0]
+
+
+class _Kernels(torch.autograd.Function):
+    """The gradient of ``heron::head_mix_kernels``."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        r, _, *inputs = arguments[:8]
+        _, *weights, ctx.eps, v0 = arguments[8:17]
+        y, final, *kept = _below_autograd(*arguments)
+        ctx.mixes = v0 is not None
+        ctx.save_for_backward(r, *inputs, *weights, v0, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
+        return y, final, *kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y, d_final, *_):
+        tensors = ctx.saved_tensors  # which checkpointing gives only once
+        inputs, weights, kept = tensors[:7], tensors[7:14], tensors[14:]
+        if not ctx.mixes:
+            inputs, weights = inputs[:5], weights[:6]
+        d_y = torch.zeros_like(inputs[0]) if d_y is None else d_y.contiguous()
+        gradients = torch.ops.heron.head_mix_kernels_backward(d_y, d_final, inputs, weights, kept, ctx.eps)
+        of_inputs, of_weights, d_state = gradients[:6], gradients[6:13], gradients[13]
+        *of_first, d_v0 = gradients[14:] if ctx.mixes else (None, None, None)
+        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None)
+
+
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.heron.head_mix_kernels.default(*arguments)
+
+
+def _with_gradient(*arguments):
+    save = arguments[-1]
+    return list(_Kernels.apply(*arguments)) if save else _below_autograd(*arguments)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("head_mix_kernels", _forward, _device)
+    _library.impl("head_mix_kernels_backward", _backward, _device)
+_library.impl("head_mix_kernels", _with_gradient, "Autograd")
+
+
+# Shapes: the two above have them of what they call.
+torch.library.register_fake("heron::head_mix_kernels", _forward, lib=_library)
+torch.library.register_fake("heron::head_mix_kernels_backward", _backward, lib=_library)
+
+
+def _like(x: Tensor, n: int) -> list[Tensor]:
+    return [torch.empty_like(x) for _ in range(n)]
+
+
+@torch.library.register_fake("heron::head_mix_before", lib=_library)
+def _(inputs, weights, head_size):
+    return _like(inputs[0], 4 if len(inputs) == 3 else 5)
+
+
+@torch.library.register_fake("heron::head_mix_after", lib=_library)
+def _(inputs, weights, head_size, eps):
+    return _like(inputs[-1], 1)
+
+
+@torch.library.register_fake("heron::head_mix_after_backward", lib=_library)
+def _(inputs, weights, head_size, eps):
+    gate = inputs[4]
+    heads = gate.new_empty(*gate.shape[:2], gate.shape[2] // head_size, 2, dtype=torch.float32)
+    return [*_like(gate, 2), *_like(weights[1], 3), heads]
+
+
+@torch.library.register_fake("heron::head_mix_before_backward", lib=_library)
+def _(inputs, weights, of_heads, head_size):
+    mixes = len(inputs) > 11
+    return [*_like(inputs[0], 6 if mixes else 4), *_like(weights[0], 5 if mixes else 4)]

@@ -1,0 +1,69 @@
+"""The definition of head_mix, in PyTorch on any device and in any dtype up to fp64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heron.ops.wkv7 import wkv7
+
+LEAST_NORM = 1e-12
+
+
+class Projected(NamedTuple):
+    """What the projections of a time mix give, (B, T, C) each; of low-rank ones the product, before its bias."""
+
+    r: Tensor
+    w: Tensor
+    """Of the decay logits."""
+    k: Tensor
+    v: Tensor
+    iclr: Tensor
+    """Of the logits of the in-context learning rate."""
+    gate: Tensor
+    value: Tensor | None = None
+    """Of the logits of the mix of v with v_first; None in layer 0."""
+    v_first: Tensor | None = None
+    """Layer 0's v; None in layer 0."""
+
+
+class ChannelWeights(NamedTuple):
+    """One layer's weights of single channels: C values each, of any shape that broadcasts to (B, T, C)."""
+
+    w0: Tensor
+    a0: Tensor
+    k_k: Tensor
+    k_a: Tensor
+    r_k: Tensor
+    """(H, N): it says what the heads are."""
+    norm_weight: Tensor
+    """(C,), as the next."""
+    norm_bias: Tensor
+    eps: float
+    """Of the norm over a head."""
+    v0: Tensor | None = None
+    """None in layer 0."""
+
+
+def head_mix_reference(inputs: Projected, weights: ChannelWeights, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See :func:`heron.ops.head_mix`."""
+    r, w, k, v, iclr, gate, value, v_first = inputs
+    B, T, C = r.shape
+    H, N = weights.r_k.shape
+    per_head = (B, T, H, N)
+    w = weights.w0 + w
+    iclr = torch.sigmoid(weights.a0 + iclr)
+    if v_first is not None:
+        v = torch.lerp(v, v_first, torch.sigmoid(weights.v0 + value).to(v.dtype))
+    removal_key = F.normalize((k * weights.k_k).view(per_head), dim=-1, eps=LEAST_NORM)  # unit length per head
+    k = k * (1 + (iclr - 1) * weights.k_a)
+
+    r, w, k, v, iclr, removal_key = (x.to(r.dtype).view(per_head) for x in (r, w, k, v, iclr, removal_key))
+    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state)
+
+    y = F.group_norm(y.reshape(B * T, C), H, weights.norm_weight, weights.norm_bias, weights.eps).view(per_head)
+    bonus = (r * k * weights.r_k).sum(dim=-1, keepdim=True)  # (B, T, H, 1)
+    return (y + bonus * v).view(B, T, C) * gate, state

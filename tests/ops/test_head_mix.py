@@ -1,0 +1,419 @@
+"""heron.ops.head_mix: its definition by its equations, its kernels by fp64, on a GPU and, emulated, without one."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from heron.errors import KernelError
+from heron.ops import _build, _select, head_mix
+from heron.ops.head_mix import ChannelWeights, Projected, cuda
+from tests.ops import emulator
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+EMULATOR = Path(emulator.__file__).parent
+TOLERANCE = {FP32: 3e-6, BF16: 8e-3}  # of the norm of the difference
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+
+
+def problem(B, T, H, N, dtype=FP64, first=True, seed=0, device="cpu"):
+    """Inputs, weights and a state as leaves, and gradients of y and of the final state."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0, mean=0.0):
+        numbers = mean + scale * torch.randn(*shape, generator=generator, dtype=FP64)
+        return numbers.to(device, dtype).requires_grad_()
+
+    C = H * N
+    inputs = Projected(*(normal(B, T, C) if first or i < 6 else None for i in range(8)))
+    weights = ChannelWeights(
+        w0=normal(1, 1, C, mean=-2.0),
+        a0=normal(1, 1, C),
+        k_k=normal(1, 1, C, scale=0.3, mean=0.7),
+        k_a=normal(1, 1, C, scale=0.3, mean=1.0),
+        r_k=normal(H, N, scale=0.3),
+        norm_weight=normal(C, scale=0.3, mean=1.0),
+        norm_bias=normal(C),
+        eps=64e-5,
+        v0=normal(1, 1, C) if first else None,
+    )
+    states = [normal(B, H, N, N).detach().to(torch.promote_types(dtype, FP32)) for _ in range(2)]
+    return inputs, weights, states[0].requires_grad_(), (normal(B, T, C).detach(), states[1])
+
+
+def leaves_of(inputs, weights, state):
+    """By name."""
+    named = {**inputs._asdict(), **weights._asdict(), "initial state": state}
+    return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+
+
+def gradients_of(out, leaves, gradients):
+    return dict(zip(leaves, torch.autograd.grad(out, tuple(leaves.values()), gradients), strict=True))
+
+
+def results(inputs, weights, state, gradients, **options):
+    """What comes out, and the gradient of each leaf, by name."""
+    y, final = head_mix(inputs, weights, state, **options)
+    return {"y": y, "state": final} | gradients_of((y, final), leaves_of(inputs, weights, state), gradients)
+
+
+def in_fp64(inputs, weights, state, gradients):
+    def converted(x):
+        return x.detach().double().requires_grad_() if isinstance(x, Tensor) else x
+
+    given = Projected(*map(converted, inputs)), ChannelWeights(*map(converted, weights)), converted(state)
+    return *given, tuple(gradient.double() for gradient in gradients)
+
+
+def distances(got, want):
+    pairs = {name: (got[name].detach().double(), want[name].detach()) for name in want}
+    return {name: float((a - b).norm() / b.norm().clamp_min(1e-12)) for name, (a, b) in pairs.items()}
+
+
+def compare_with_fp64(got, given, dtype):
+    """Within TOLERANCE, or twice the error of PyTorch in the same dtype."""
+    want = results(*in_fp64(*given), impl="reference")
+    assert got.keys() == want.keys()
+    assert all(got[name].dtype == (FP32 if "state" in name else dtype) for name in got)
+    away, eager = distances(got, want), distances(results(*given, impl="reference"), want)
+    assert all(away[name] <= max(TOLERANCE[dtype], 2 * eager[name]) for name in away), (away, eager)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_the_definition_is_its_equations(first, impl):
+    B, T, H, N = 2, 3, 2, 5
+    inputs, weights, state, _ = problem(B, T, H, N, first=first)
+    y, final = head_mix(inputs, weights, state, impl)
+    flat = {name: x.flatten() for name, x in weights._asdict().items() if isinstance(x, Tensor)}
+    for b, h in ((0, 1), (1, 0)):
+        own = slice(h * N, (h + 1) * N)
+        S = state[b, h]
+        weight = {name: x[own] for name, x in flat.items()}
+        for t in range(T):
+            r, w, k, v, iclr, gate, *_ = (None if x is None else x[b, t, own] for x in inputs)
+            if first:
+                share = torch.sigmoid(weight["v0"] + inputs.value[b, t, own])
+                v = (1 - share) * v + share * inputs.v_first[b, t, own]
+            iclr = torch.sigmoid(weight["a0"] + iclr)
+            removal_key = k * weight["k_k"] / (k * weight["k_k"]).square().sum().sqrt()
+            k = k * (1 - weight["k_a"]) + k * iclr * weight["k_a"]
+            decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(weight["w0"] + w))
+            S = S * decay - torch.outer(S @ removal_key, removal_key * iclr) + torch.outer(v, k)
+            read = S @ r
+            normed = (read - read.mean()) / (read.var(correction=0) + weights.eps).sqrt()
+            normed = normed * weight["norm_weight"] + weight["norm_bias"]
+            want = (normed + (r * k * weight["r_k"]).sum() * v) * gate
+            torch.testing.assert_close(y[b, t, own], want, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(final[b, h], S, rtol=1e-11, atol=1e-12)
+
+
+def test_without_a_state_it_starts_from_zeros():
+    inputs, weights, state, _ = problem(1, 3, 2, 16)
+    for got, want in zip(head_mix(inputs, weights), head_mix(inputs, weights, torch.zeros_like(state)), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.fixture(scope="module")
+def kernels_on_cpu():
+    """The kernels' source, compiled for a CPU, as the operators on CPU tensors; in strips of three tokens."""
+    depends = [cuda.SOURCE, _build.STRIPS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    flags = ("-O1", "-U_FORTIFY_SOURCE")
+    emulated = _build.load_c_library("head_mix_emulated", [EMULATOR / "head_mix.cpp"], flags, depends)
+    emulated.head_mix_emulated.restype = ctypes.c_char_p
+
+    def pointers(tensors):
+        return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+
+    def run(name, mixes, inputs, weights, outputs, sums, of_heads, head_size, eps=0.0):
+        like, channels = inputs[0], weights[0].numel()
+        rows, strip = like.numel() // channels, 3
+        assert all(x.is_contiguous() and x.dtype == like.dtype for x in (*inputs, *weights))
+        shape = (*of_heads.shape[:2], channels) if name == "after_backward" else (rows, channels)
+        out = [torch.full(shape, torch.nan, dtype=like.dtype) for _ in range(outputs)]
+        out += [torch.full((channels,), torch.nan, dtype=like.dtype) for _ in range(sums)]
+        of_strip = torch.full((-(-rows // strip), max(sums, 1), channels), torch.nan)
+        error = emulated.head_mix_emulated(
+            name.encode(), int(like.dtype == BF16), int(mixes), pointers(inputs), pointers(weights), len(weights),
+            pointers(out), ctypes.c_void_p(None if of_heads is None else of_heads.data_ptr()),
+            ctypes.c_void_p(of_strip.data_ptr()), (ctypes.c_int * 4)(rows, channels, head_size, strip),
+            ctypes.c_float(eps),
+        )  # fmt: skip
+        assert error is None, error.decode()
+        return out
+
+    def before(inputs, weights, head_size):
+        mixes = len(inputs) == 6
+        out = run("before", mixes, inputs, weights, 5 if mixes else 4, 0, None, head_size)
+        return [x.view(inputs[0].shape) for x in out]
+
+    def after(inputs, weights, head_size, eps):
+        (y,) = run("after", False, inputs, weights, 1, 0, None, head_size, eps)
+        return [y.view(inputs[-1].shape)]
+
+    def after_backward(inputs, weights, head_size, eps):
+        B, T, C = inputs[-1].shape
+        of_heads = torch.full((B, T, C // head_size, 2), torch.nan)
+        return [*run("after_backward", False, inputs, weights, 2, 3, of_heads, head_size, eps), of_heads]
+
+    def before_backward(inputs, weights, of_heads, head_size):
+        mixes = len(inputs) == 14
+        sizes = (6, 5) if mixes else (4, 4)
+        out = run("before_backward", mixes, inputs, weights, *sizes, of_heads, head_size)
+        return [x.view(inputs[0].shape) if i < sizes[0] else x for i, x in enumerate(out)]
+
+    library = torch.library.Library("heron", "IMPL")
+    for name, form in zip(
+        ("before", "after", "after_backward", "before_backward"),
+        (before, after, after_backward, before_backward),
+        strict=True,
+    ):
+        library.impl(f"head_mix_{name}", form, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def emulated(kernels_on_cpu, monkeypatch):
+    """impl="cuda" runs on a CPU."""
+    monkeypatch.setattr(cuda, "require", lambda *_: None)
+
+
+SHAPES = [(3, 1, 3, 16), (3, 5, 1, 64), (3, 33, 1, 64), (1, 33, 3, 16), (1, 5, 2, 128), (1, 4, 40, 32)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_the_kernels_source_on_a_cpu_is_near_fp64(emulated, shape, dtype, first):
+    given = problem(*shape, dtype, first)
+    got = results(*given, impl="cuda")
+    compare_with_fp64(got, given, dtype)
+    again = results(*given, impl="cuda")
+    assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_keys_of_zeros_are_no_numbers_to_divide_by(emulated, dtype):
+    given = problem(1, 2, 2, 16, dtype)
+    with torch.no_grad():
+        given[0].k[0, 1, :16] = 0
+    compare_with_fp64(results(*given, impl="cuda"), given, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("output", [0, 1])
+def test_the_gradient_of_one_output_alone(emulated, output):
+    *given, gradients = problem(1, 12, 1, 16, FP32)
+    leaves = tuple(leaves_of(*given).values())
+
+    def gradient(impl):
+        out = head_mix(*given, impl=impl)[output]
+        return torch.autograd.grad(out, leaves, gradients[output], allow_unused=True, materialize_grads=True)
+
+    for got, want in zip(gradient("cuda"), gradient("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()) + 1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_without_gradients_it_is_the_same_and_nothing_is_kept(emulated, tokens):
+    *given, _ = problem(2, tokens, 1, 16, FP32)
+    want = head_mix(*given, impl="cuda")
+    with torch.no_grad():
+        got = head_mix(*given, impl="cuda")
+    assert all(not one.requires_grad for one in got)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_only_some_leaves_may_want_a_gradient(emulated):
+    inputs, weights, state, gradients = problem(1, 3, 2, 16, FP32)
+    every = results(inputs, weights, state, gradients, impl="cuda")
+    leaves = leaves_of(inputs, weights, state)
+    wanted = {name: leaves.pop(name) for name in ("k_a", "v")}
+    for leaf in leaves.values():
+        leaf.requires_grad_(False)
+    got = gradients_of(head_mix(inputs, weights, state, impl="cuda"), wanted, gradients)
+    assert all(torch.equal(got[name], every[name]) for name in wanted)
+
+
+@needs_compiler
+def test_layouts_change_nothing(emulated):
+    inputs, weights, state, gradients = problem(2, 5, 2, 16, FP32)
+    want = results(inputs, weights, state, gradients, impl="cuda")
+    moved = Projected(*(x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for x in inputs))
+    gradients = tuple(x.transpose(0, 2).contiguous().transpose(0, 2) for x in gradients)
+    got = results(moved, weights, state, gradients, impl="cuda")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("tokens", "first"), [(12, True), (3, False)])
+def test_it_is_traced_with_its_gradients(emulated, tokens, first):
+    *given, gradients = problem(2, tokens, 2, 16, FP32, first)
+    want = results(*given, gradients, impl="cuda")
+    torch._dynamo.reset()
+    run = torch.compile(lambda *a: head_mix(*a, impl="cuda"), backend="aot_eager", fullgraph=True, dynamic=False)
+    out = run(*given)
+    got = {"y": out[0], "state": out[1]} | gradients_of(out, leaves_of(*given), gradients)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*given), out)
+
+
+@needs_compiler
+def test_it_can_be_computed_again_in_the_backward(emulated):
+    *given, gradients = problem(1, 12, 2, 16, FP32)
+    want = results(*given, gradients, impl="cuda")
+    out = checkpoint(head_mix, *given, "cuda", use_reentrant=False)
+    got = gradients_of(out, leaves_of(*given), gradients)
+    assert all(torch.equal(got[name], want[name]) for name in got)
+
+
+@needs_compiler
+def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model):
+    tokens, targets = torch.randint(0, 37, (2, 2, 11), generator=torch.Generator().manual_seed(0))
+    model = random_model()
+    model.loss(tokens, targets).backward()
+    want = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+    model.zero_grad()
+    monkeypatch.setattr(_select, "head_mix", lambda *_: _select.Choice("cuda", "emulated"))
+    before = cuda.head_mix_cuda
+    calls = []
+    monkeypatch.setattr(cuda, "head_mix_cuda", lambda *a: (calls.append(a), before(*a))[1])
+    model.loss(tokens, targets).backward()
+    assert len(calls) == 3  # layers
+    got = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+# Choices and errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
+        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu; use impl="auto"'),
+        (dict(r=torch.zeros(1, 32)), r"r must be \(B, T, C\) with T >= 1, got \(1, 32\)"),
+        (dict(k=torch.zeros(1, 2, 16)), r"k must have the shape of r, \(1, 3, 32\); got \(1, 2, 16\)"),
+        (dict(v_first=None), "value, v_first and v0 come together, or not at all"),
+        (dict(v0=None), "value, v_first and v0 come together, or not at all"),
+        (dict(r_k=torch.zeros(32)), r"r_k must be \(H, N\) with H N = C = 32, got \(32,\)"),
+        (dict(k_a=torch.zeros(16)), r"k_a must have C = 32 values; got \(16,\)"),
+        (dict(state=torch.zeros(1, 2, 16, 8)), r"state must be .* \(1, 2, 16, 16\)"),
+        (dict(gate=torch.zeros(1, 3, 32).half(), impl="cuda"), "one dtype, that of r, torch.float32; gate is torch"),
+    ],
+)
+def test_unfit_arguments_are_refused_in_words(change, message):
+    inputs, weights, state, _ = problem(1, 3, 2, 16, FP32)
+    inputs = inputs._replace(**{name: x for name, x in change.items() if name in Projected._fields})
+    weights = weights._replace(**{name: x for name, x in change.items() if name in ChannelWeights._fields})
+    with pytest.raises(KernelError, match=message):
+        head_mix(inputs, weights, change.get("state", state), change.get("impl", "auto"))
+
+
+def test_heads_that_the_kernels_do_not_know_are_named():
+    reason = cuda.why_not(torch.device("cuda"), torch.float16, 64)
+    assert reason == "takes fp32 and bf16 with N = 16, 32, 64 or 128; got torch.float16 with N = 64"
+    assert "N = 48" in cuda.why_not(torch.device("cuda"), BF16, 48)
+
+
+def test_mixed_dtypes_take_the_definition(monkeypatch):
+    monkeypatch.setattr(_select, "head_mix", lambda *_: _select.Choice("cuda", "for once"))
+    inputs, weights, state, _ = problem(1, 3, 2, 16, FP32)
+    half = inputs._replace(k=inputs.k.detach().half().float())  # the same number in both
+    want = head_mix(half, weights, state, "reference")
+    got = head_mix(half._replace(k=half.k.half()), weights, state)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-3, atol=1e-3)
+
+
+def test_kernels_that_cannot_be_built_are_said_once(monkeypatch, capsys):
+    def fail(capability):
+        raise KernelError("head_mix: no nvcc")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
+    monkeypatch.setattr(_select, "_why_no_wkv7_kernels", lambda *_: None)
+    monkeypatch.setattr(cuda, "library", fail)
+    for _ in range(2):
+        choice = _select.head_mix(torch.device("cuda"))
+        assert choice.impl == "reference"
+        assert "head_mix: no nvcc" in choice.reason
+    told = "heron: going on with the slower form of the heads of the time mix in PyTorch: head_mix: no nvcc\n"
+    assert capsys.readouterr().err == told
+
+
+def test_without_wkv7s_kernels_there_are_none(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
+    monkeypatch.setattr(_select, "_why_no_wkv7_kernels", lambda *_: "no nvcc for WKV7")
+    choice = _select.head_mix(torch.device("cuda"))
+    assert choice.impl == "reference"
+    assert "no nvcc for WKV7" in choice.reason
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_kernels_compile_without_spilling(tmp_path, arch):
+    source = cuda.SOURCE.read_text()
+    begin, end = source.index("namespace {"), source.index("}  // namespace\n")
+    kernels = ("before<{}, true>", "before<{}, false>", "after<{}>", "after_backward<{}>")
+    kernels += ("before_backward<{}, true>", "before_backward<{}, false>")
+    forms = [(kernel.format(t), t) for kernel in kernels for t in ("float", "__nv_bfloat16")]
+    made = "\n".join(f"template __global__ void run_{form}(const __grid_constant__ Problem<{t}>);" for form, t in forms)
+    includes = "\n".join(f"#include <{name}>" for name in ("algorithm", "cstdint", "cuda_bf16.h", _build.STRIPS))
+    file = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
+    file.write_text(f"{includes}\nusing std::min;\n{source[begin:end]}\n{made}\n}}\n")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(file), "-o", str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(forms), ran.stderr
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=needs_gpu, id=str(shape)) for shape in (*SHAPES, (2, 700, 5, 64))]
+)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_kernels_are_near_fp64(shape, dtype, first):
+    given = problem(*shape, dtype, first, device="cuda")
+    got, again = results(*given, impl="cuda"), results(*given, impl="cuda")
+    assert all(torch.equal(got[name], again[name]) for name in got)
+    compare_with_fp64(got, given, dtype)
+
+
+@pytest.mark.parametrize("first", [pytest.param(first, marks=needs_gpu) for first in (True, False)])
+def test_the_kernels_are_near_fp64_at_a_models_size(first):
+    given = problem(4, 512, 12, 64, BF16, first, device="cuda")
+    compare_with_fp64(results(*given, impl="cuda"), given, BF16)
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=needs_gpu) for tokens in (3, 70)])
+def test_a_graph_replays_it(tokens):
+    cuda.require(torch.device("cuda"), BF16, 64)  # nothing is built or loaded while a graph is recorded
+    given = problem(2, tokens, 3, 64, BF16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = results(*given, impl="cuda")
+    graph.replay()
+    want = results(*given, impl="cuda")
+    assert all(torch.equal(got[name], want[name]) for name in want)
