@@ -12,8 +12,8 @@ uneven as those of text: drawn from 1 / (rank + 3)^1.2, 32,768 of which are some
 from __future__ import annotations
 
 import argparse
-import gc
 import math
+import multiprocessing
 import statistics
 import time
 
@@ -31,7 +31,7 @@ BATCH, TOKENS = 4, 128
 LAYERS, V, WIDTH = 12, 65536, 768
 SIZES = {"L12-D768": (12, 768, 64, 512), "L24-D2048": (24, 2048, 8, 2048)}  # layers, channels, batch, tokens
 BLOCKS = (2, cuda.BUS_BLOCKS, 8, 24, 0)
-WARM_UP = 12  # steps of a learner: some take twice their time after another one has let go of its CUDA graph
+WARM_UP = 4  # steps in which all is compiled, and a pass recorded
 HEADER = "{:<34}{:>9} {:>9} {:>9} {:>9} {:>9}"
 
 
@@ -90,46 +90,51 @@ def _of_rows(weights: list[Tensor], moments: list[Tensor], ids: Tensor, steps: i
 
 
 def whole_steps(size: str, steps: int, like_text: bool, state: str, compiled: str) -> None:
-    """Time of training steps, back to back, and the device memory they need."""
+    """Time of training steps, back to back, and the device memory they need; each learner in a process of its own."""
+    print(HEADER.format(size, "ids", "ms", "k tok/s", "of v7", "GiB"), flush=True)
+    plain = None
+    for variant, tables in (("v7", "device"), ("v8", "device"), ("v8", "host")):
+        if plain and tables == "device" and SIZES[size][1] > 1024:
+            continue  # tables and moments of 36 GiB
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            distinct, spent, peak = alone.apply(
+                _median_step, (size, variant, tables, steps, like_text, state, compiled)
+            )
+        plain = plain or spent
+        n_tokens = SIZES[size][2] * SIZES[size][3]
+        print(
+            f"{variant + (' ' + tables if variant != 'v7' else ''):<34}{distinct:>9.0f} {spent:9.2f} "
+            f"{n_tokens / spent:9.1f} {plain / spent:9.3f} {peak / 2**30:9.2f}",
+            flush=True,
+        )
+
+
+def _median_step(
+    size: str, variant: str, tables: str, steps: int, like_text: bool, state: str, compiled: str
+) -> tuple[float, float, int]:
+    """Distinct ids of a batch, ms of a step, and the most bytes on the device."""
     n_layer, n_embd, batch, tokens = SIZES[size]
     torch.manual_seed(0)
     weights = (torch.arange(V) + 3.0) ** -1.2 if like_text else torch.ones(V)
-    n_steps = WARM_UP + steps + 1
-    batches = [torch.multinomial(weights, batch * (tokens + 1), True).view(batch, -1) for _ in range(n_steps)]
+    n_batches = WARM_UP + steps + 1
+    batches = [torch.multinomial(weights, batch * (tokens + 1), True).view(batch, -1) for _ in range(n_batches)]
+    model = heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=V)
+    config = heron.TrainConfig(
+        max_steps=1, micro_bsz=batch, ctx_len=tokens, dtype="bf16", device="cuda",
+        tables=tables, tables_state=state, compile=compiled,
+    )  # fmt: skip
+    learner = fresh_learner(config, model)
+    torch.cuda.reset_peak_memory_stats()
+    marks = []
+    for part in batches:
+        sample = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+        learner.update(learner.gradients([sample]), 1e-4, math.inf)
+        marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
+    torch.cuda.synchronize()
+    timed = marks[WARM_UP:]
+    spent = statistics.median(a.elapsed_time(b) for a, b in zip(timed, timed[1:], strict=False))
     distinct = statistics.median(len(torch.unique(part)) for part in batches)
-    name = f"{size} B{batch} T{tokens}, {distinct:.0f} ids"
-    print(HEADER.format(name, "ms", "k tok/s", "of v7", "GiB", "GiB, v7"), flush=True)
-    plain = None
-    for variant, tables in (("v7", "device"), ("v8", "device"), ("v8", "host")):
-        if plain and tables == "device" and n_embd > 1024:
-            continue  # tables and moments of 36 GiB
-        model = heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=V)
-        config = heron.TrainConfig(
-            max_steps=1, micro_bsz=batch, ctx_len=tokens, dtype="bf16", device="cuda",
-            tables=tables, tables_state=state, compile=compiled,
-        )  # fmt: skip
-        learner = fresh_learner(config, model)
-        marks = []
-        for n, part in enumerate(batches):
-            if n == 3:  # all is compiled, and no graph recorded yet
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            sample = part[:, :-1].contiguous(), part[:, 1:].contiguous()
-            learner.update(learner.gradients([sample]), 1e-4, math.inf)
-            marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
-        torch.cuda.synchronize()
-        timed = marks[WARM_UP:]
-        spent = statistics.median(a.elapsed_time(b) for a, b in zip(timed, timed[1:], strict=False))
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        plain = plain or (spent, peak)
-        print(
-            f"{variant + (' ' + tables if variant != 'v7' else ''):<34}{spent:9.2f} {batch * tokens / spent:9.1f} "
-            f"{plain[0] / spent:9.3f} {peak:9.2f} {peak / plain[1]:9.3f}",
-            flush=True,
-        )
-        del learner
-        gc.collect()
-        torch.cuda.empty_cache()
+    return distinct, spent, torch.cuda.max_memory_allocated()
 
 
 def median_ms(run, times: int) -> float:

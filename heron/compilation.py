@@ -90,7 +90,7 @@ def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
 def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """BACKEND, but what a matrix product of the backward reads may be computed again too, from what is kept anyway.
 
-    A block then keeps 30 instead of 38 tensors of (B, T, C): squared ReLUs, and keys after their gates, are not kept.
+    A block then does not keep its squared ReLUs, the size of four tensors of (B, T, C).
     """
     import torch._dynamo
     import torch._functorch.config

@@ -37,6 +37,11 @@ def report() -> str:
         "rosa": _select.rosa(there),
         "rosa gradients": _select.rosa_gradients(there),
     }
+    if there.type == "cpu":
+        decoding = {"a step": _select.token_step(there)}
+    else:
+        of_one_token = {"norm and mix": _select.norm_mix, "time-mix heads": _select.head_step}
+        decoding = {name: choose(there) for name, choose in (*of_one_token.items(), ("drawing", _select.sample_rows))}
     units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in machine.cpu_flags()]
     sections = {
         "machine": [
@@ -55,6 +60,7 @@ def report() -> str:
             ("compile", f"{compiled.value}: {compiled.reason}"),
             *((name, f"{choice.impl}: {choice.reason}") for name, choice in operators.items()),
         ],
+        "decoding here would use": [(name, f"{choice.impl}: {choice.reason}") for name, choice in decoding.items()],
         "packages": [(name, _version(name) or f"MISSING: {_install(name)}") for name in _NEEDED],
         "extras": [(name, _version(name) or f"not installed: {_install(name)}") for name in _EXTRAS],
     }

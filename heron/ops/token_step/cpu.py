@@ -26,10 +26,10 @@ _FLAGS = {
 class Prepared:
     """A network as the library reads it: its addresses, and its vectors of channels in fp32.
 
-    Matrices and memories are where they were; what is written into them is seen by the next step.
+    Contiguous matrices, and memories, are where they were; what is written into them is seen by the next step.
 
     Raises:
-        KernelError: what :func:`why_not` says, tensors that are not contiguous, or as :func:`library`.
+        KernelError: what :func:`why_not` says, memories that are not contiguous, or as :func:`library`.
     """
 
     def __init__(self, network: Network):
@@ -59,16 +59,20 @@ class Prepared:
             (ctypes.c_void_p * 3)(*self._vectors(*(part.bias for part in low[:3]))),
             rank(*(part.down.shape[0] for part in low)),
             *self._vectors(*w.head[:5], w.norm2.weight, w.norm2.bias, w.channel_mix),
-            *map(self._matrix, (w.ffn_key, w.ffn_value, memory.att_shift, memory.ffn_shift, memory.wkv)),
+            *map(self._matrix, (w.ffn_key, w.ffn_value)),
+            *map(self._memory, (memory.att_shift, memory.ffn_shift, memory.wkv)),
         )
 
     def _vectors(self, *vectors: Tensor) -> list[int]:
         return [self._address(vector.detach().float().contiguous()) for vector in vectors]
 
     def _matrix(self, matrix: Tensor) -> int:
-        if not matrix.is_contiguous():
-            raise KernelError(f"token_step: matrices must be contiguous, got strides {matrix.stride()}")
-        return self._address(matrix.detach())
+        return self._address(matrix.detach().contiguous())
+
+    def _memory(self, memory: Tensor) -> int:
+        if not memory.is_contiguous():
+            raise KernelError(f"token_step: memories must be contiguous, got strides {memory.stride()}")
+        return self._address(memory)
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor)

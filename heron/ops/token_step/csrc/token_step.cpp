@@ -135,7 +135,8 @@ void dots(const T* weight, const float* x, int n, float (&sums)[rows][together])
 // A point that all threads reach before any goes on.
 class Barrier {
   public:
-    explicit Barrier(int threads) : threads_(threads) {}
+    // Before any of them comes.
+    void set_threads(int threads) { threads_ = threads; }
 
     void wait() {
         if (threads_ == 1) return;
@@ -150,7 +151,7 @@ class Barrier {
     }
 
   private:
-    const int threads_;
+    int threads_ = 1;
     std::atomic<int> arrived_{0}, round_{0};
 };
 
@@ -239,8 +240,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 template <typename T>
 class Step {
   public:
-    Step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const float* gates, float* logits, int threads)
-        : net_(net), n_(n), rows_(rows), x_(x), gates_(gates), logits_(logits), threads_(threads), barrier_(threads) {
+    Step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const float* gates, float* logits)
+        : net_(net), n_(n), rows_(rows), x_(x), gates_(gates), logits_(logits) {
         const int64_t C = net.channels;
         int ranks = 0;
         for (int l = 0; l < net.n_layer; ++l) {
@@ -256,6 +257,12 @@ class Step {
         v_first_ = take(C), up_ = take(4 * C), down_ = take(ranks), hidden_ = take(net.hidden);
     }
 
+    void set_threads(int threads) {
+        threads_ = threads;
+        barrier_.set_threads(threads);
+    }
+
+    // To be called by each of the threads, which are numbered.
     void run(int thread) {
         for (int l = 0; l < net_.n_layer; ++l) layer(thread, net_.layers[l], l);
         for (int i = thread; i < n_; i += threads_)
@@ -407,7 +414,7 @@ class Step {
     float* x_;
     const float* gates_;
     float* logits_;
-    const int threads_;
+    int threads_ = 1;
     Barrier barrier_;
     std::unique_ptr<std::atomic<int>[]> turns_;  // of each product
     std::unique_ptr<float[]> room_;
@@ -416,21 +423,22 @@ class Step {
 
 template <typename T>
 void step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const float* gates, float* logits, int threads) {
-    std::unique_ptr<Step<T>> step;
-    std::atomic<const Step<T>*> begun{nullptr};  // when it is known how many threads there are
+    Step<T> step(net, n, rows, x, gates, logits);
+    std::atomic<bool> begun{false};  // not before it is known how many threads there are
     std::vector<std::thread> others;
+    others.reserve(threads);
     try {
         for (int t = 1; t < threads; ++t) {
             others.emplace_back([&begun, &step, t] {
                 while (!begun.load(std::memory_order_acquire)) std::this_thread::yield();
-                step->run(t);
+                step.run(t);
             });
         }
-    } catch (const std::system_error&) {  // no more threads: the rest is for those that are there
+    } catch (const std::system_error&) {  // no more threads: those that are there do the work
     }
-    step = std::make_unique<Step<T>>(net, n, rows, x, gates, logits, static_cast<int>(others.size()) + 1);
-    begun.store(step.get(), std::memory_order_release);
-    step->run(0);
+    step.set_threads(static_cast<int>(others.size()) + 1);
+    begun.store(true, std::memory_order_release);
+    step.run(0);
     for (auto& other : others) other.join();
 }
 
