@@ -173,7 +173,7 @@ def test_what_can_be_drawn_is_what_the_sampler_of_single_rows_keeps(sampling, ti
 
 
 def sampling_module_kept(logits, settings):
-    return sampling._kept(logits.log_softmax(0), settings)
+    return torch.from_numpy(sampling._kept(sampling.log_softmax(logits), settings))
 
 
 def test_greedy_rows_take_the_lowest_of_the_largest_and_penalties_are_those_of_the_sampler():
