@@ -433,7 +433,8 @@ def test_inductor_and_auto():
 def test_training_ends_where_the_definition_ends(dtype, monkeypatch):
     """200 steps of a small model on real text (the sources of Heron), once with the kernels and once with the loop.
 
-    The learning rate falls to 0: at a constant one rounding alone, in fp32, moves the loss by more than 0.01.
+    The learning rate falls to 0, and a batch is 4096 tokens: at a constant rate, or with a quarter of them, rounding
+    alone moves the loss by some 0.01, also between two forms in PyTorch.
     """
     losses = {}
     text = b"".join(path.read_bytes() for path in sorted(Path(heron.__file__).parent.rglob("*.py")))
@@ -449,7 +450,7 @@ def test_training_ends_where_the_definition_ends(dtype, monkeypatch):
         tail = []
         for step in range(steps):
             set_lr(optimizer, 6e-4 * min(1, (step + 1) / 10) * (1 + math.cos(math.pi * step / steps)) / 2)
-            starts = torch.randint(len(tokens) - 65, (16,), generator=generator)
+            starts = torch.randint(len(tokens) - 65, (64,), generator=generator)
             batch = torch.stack([tokens[i : i + 65] for i in starts.tolist()])
             with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model.loss(batch[:, :-1], batch[:, 1:])
