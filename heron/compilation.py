@@ -26,10 +26,16 @@ BACKEND = "inductor"
 _GRAPHS = 64  # a process may train with several shapes and precisions, two graphs each; PyTorch would stop at 8
 
 
-def choose(wanted: str, device: torch.device, model: ModelConfig, tables: str = "device") -> machine.Choice:
-    """Whether training steps of `model` on `device` are compiled. `wanted` and `tables` are TrainConfig's.
+def choose(
+    wanted: str, device: torch.device, model: ModelConfig, tables: str = "device", adds_up: bool = False
+) -> machine.Choice:
+    """Whether training steps of `model` on `device` are compiled.
 
     Says so, once, where a GPU would profit but something is missing.
+
+    Args:
+        wanted, tables: TrainConfig's.
+        adds_up: whether gradients of several passes are added up where the passes leave them.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -37,7 +43,7 @@ def choose(wanted: str, device: torch.device, model: ModelConfig, tables: str = 
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model)
-    no_graph = _why_no_graph(model, tables)
+    no_graph = _why_no_graph(model, tables, adds_up)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
@@ -61,8 +67,10 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
     return _why_no_triton()
 
 
-def _why_no_graph(model: ModelConfig, tables: str) -> str | None:
+def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool) -> str | None:
     """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
+    if adds_up:  # a replay overwrites its gradients
+        return "gradients of several passes are added up in place"
     if model.deep_embed is None or (model.deep_embed == "output" and tables == "device"):
         return None
     if tables == "host":
@@ -122,10 +130,6 @@ class PassGraph:
         self._gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         for leaf, _ in self._gradients:
             leaf.grad = None
-
-    def gives_gradients_to(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether a replay sets the gradients of all these."""
-        return {id(leaf) for leaf in leaves} <= {id(leaf) for leaf, _ in self._gradients}
 
     def replay(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch; the leaves have its gradients until the next replay."""

@@ -50,8 +50,12 @@ class Learner:
         self.network.grad_checkpoint = config.grad_checkpoint
         self._copies = [(copy, master) for copy, master in self._leaves() if copy is not master]
         self._autocast_dtype = "fp32" if in_half else config.dtype
-        self.compiled = compilation.choose(config.compile, device, model.config, config.tables)
+        in_place = any(copy is master for copy, master in self._leaves())  # its gradients are those of the pass
+        adds_up = config.accumulate > 1 and in_place
+        self.compiled = compilation.choose(config.compile, device, model.config, config.tables, adds_up)
         self._passes, self._graphs = Counter(), {}  # by shape of batch
+        if self.tables is not None:
+            self.tables.before_moving = self._graphs.clear
         if self.compiled.value != "off":
             self.network.compiled_block = compilation.compiled_block()
         self.optimizer = build_optimizer(
@@ -103,20 +107,17 @@ class Learner:
         self._passes[shape] += 1
         if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
             return run(tokens, targets)
-        rows = [] if self.tables is None else self.tables.rows
-        if shape in self._graphs and not self._graphs[shape].gives_gradients_to(rows):
-            del self._graphs[shape]  # rows that moved to where there is more room
         if shape not in self._graphs:
-            leaves = [*(leaf for leaf, _ in self._leaves()), *rows]
+            leaves = [leaf for leaf, _ in self._leaves()]
+            if self.tables is not None:
+                leaves += self.tables.rows
             self._graphs[shape] = compilation.PassGraph(run, leaves, tokens, targets)
         return self._graphs[shape].replay(tokens, targets)
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
-        # A graph's gradients are overwritten by its next replay, so they must have been handed over by then.
-        adds_up = passes > 1 and any(copy is master for copy, master in self._leaves())
-        tables_can = self.tables is None or self.tables.recordable
-        return self.compiled.value == "graph" and not adds_up and tables_can
+        as_chosen = self.compiled.value == "graph" and passes == self.config.accumulate
+        return as_chosen and (self.tables is None or self.tables.recordable)
 
     def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         """The network's parameters, each with the one of `model` that it is, or is a copy of."""

@@ -560,6 +560,7 @@ class Trainer:
             "cuda": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
             "MKL_CBWR": os.environ.get("MKL_CBWR"),
             "wkv7": _select.wkv7(self.device, config.ctx_len).impl,
+            **{op.__name__: op(self.device).impl for op in (_select.shift_mix, _select.head_mix, _select.adamw)},
             "compile": learner.compiled.value,
             **{name: getattr(config, name) for name in _EXACT},
         }

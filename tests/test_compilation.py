@@ -158,25 +158,41 @@ def test_what_a_gpu_compiles(monkeypatch, capsys, variant, kernels, triton, reas
 
 
 @pytest.mark.parametrize(
-    ("model", "tables", "reason"),
+    ("model", "tables", "adds_up", "reason"),
     [
-        (dict(variant="v7"), "device", None),
-        (dict(variant="v8"), "host", "on the host"),
-        (dict(variant="v8", deep_embed_4x=True), "device", "looked up"),
-        (dict(variant="v7a"), "device", "looked up"),
+        (dict(variant="v7"), "device", False, None),
+        (dict(variant="v8"), "device", False, None),
+        (dict(variant="v7"), "device", True, "added up"),
+        (dict(variant="v8"), "host", False, "on the host"),
+        (dict(variant="v8", deep_embed_4x=True), "device", False, "looked up"),
+        (dict(variant="v7a"), "device", False, "looked up"),
     ],
     ids=str,
 )
-def test_what_is_recorded(monkeypatch, model, tables, reason):
+def test_what_is_recorded(monkeypatch, model, tables, adds_up, reason):
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
-    model = heron.ModelConfig(**model)
-    choice = compilation.choose("auto", GPU, model, tables)
+    settings = GPU, heron.ModelConfig(**model), tables, adds_up
+    choice = compilation.choose("auto", *settings)
     assert choice.value == ("graph" if reason is None else "on")
     assert reason is None or reason in choice.reason
     if reason is not None:
         with pytest.raises(ConfigError, match=f"compile graph: .*{reason}.*--compile auto"):
-            compilation.choose("graph", GPU, model, tables)
-    assert compilation.choose("on", GPU, model, tables).value == "on"
+            compilation.choose("graph", *settings)
+    assert compilation.choose("on", *settings).value == "on"
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        (dict(accumulate=2), "on"),
+        (dict(accumulate=2, dtype="bf16", weights="bf16"), "graph"),
+        (dict(accumulate=1), "graph"),
+    ],
+    ids=str,
+)
+def test_gradients_that_are_added_up_in_place_are_not_recorded(compiles, random_model, changes, chosen):
+    learner = learner_of(random_model(variant="v7"), compile="auto", **changes)
+    assert learner.compiled.value == chosen
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ FUSED = {
     "v7": dict(variant="v7"),
     "v8": dict(variant="v8"),
     "4x": dict(variant="v8", deep_embed_4x=True),
+    "4x, no wider": dict(variant="v8", deep_embed_4x=True, ffn_dim=32),
     "v7a": dict(variant="v7a"),
 }
 ATTENTION = {"v7b": dict(variant="v7b"), "v8-hybrid": dict(variant="v8-hybrid")}

@@ -138,6 +138,21 @@ def test_equal_probabilities_are_kept_from_the_lowest_id_on():
     assert drawn == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("n_tokens", [2, 7, 10, 22, 37, 1000])
+def test_the_least_top_p_keeps_the_first_of_equal_tokens(n_tokens):
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        flat = torch.zeros(n_tokens, dtype=dtype)
+        assert {sample(flat, Sampling(top_p=1e-9), None, generator) for _ in range(5)} == {0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_at_the_end_of_their_range_are_quiet():
+    generator = torch.Generator().manual_seed(0)
+    assert sample(torch.tensor([1.0, 3.0, 2.0]), Sampling(top_p=1, temperature=1e-308), None, generator) == 1
+    assert sample(torch.tensor([-3e38, 3e38, 0.0]), Sampling(top_p=0.9), None, generator) == 1
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.6])
 def test_top_p_of_a_large_vocabulary_keeps_the_fewest_tokens_that_reach_it(top_p):
     torch.manual_seed(0)

@@ -192,7 +192,8 @@ class CompiledDecoder:
         self._embed = model.embed
         memories = [LayerMemory(*layer[:3]) for layer in self._states.layers]
         layers = [_layer_weights(block) for block in model.blocks]
-        self._step = TokenStep(Network(layers, memories, _norm(model.ln_out), model.head.weight))
+        gates_hidden = model.config.deep_embed == "hidden"
+        self._step = TokenStep(Network(layers, memories, _norm(model.ln_out), model.head.weight, gates_hidden))
         self._table_rows = lookup(model) if tables is None else tables.rows
 
     def write(self, row: int, state: State | None) -> None:

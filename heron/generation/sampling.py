@@ -88,7 +88,8 @@ def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator:
         ids = _kept(log_probs, sampling)
     # p ** (1 / temperature), from logarithms below the largest and in fp64: no temperature above 0 is too small.
     log_probs = log_probs[ids].astype(np.float64)
-    reached = np.exp((log_probs - log_probs.max()) / sampling.temperature).cumsum()
+    with np.errstate(over="ignore"):
+        reached = np.exp((log_probs - log_probs.max()) / sampling.temperature).cumsum()
     point = torch.rand((), generator=generator, dtype=torch.float64).item() * reached[-1]
     drawn = min(reached.searchsorted(point, "right"), reached.searchsorted(reached[-1]))  # never one of weight 0
     return int(ids[drawn])
@@ -97,7 +98,8 @@ def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator:
 def log_softmax(logits: Tensor) -> np.ndarray:
     """Logarithms of the probabilities (V,) of logits (V,) on the CPU, in at least fp32, on this thread alone."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
-    distances = logits - logits.max()
+    with np.errstate(over="ignore"):
+        distances = logits - logits.max()
     return distances - np.log(np.exp(distances).sum())
 
 
@@ -117,7 +119,8 @@ def _kept(log_probs: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_p < 1:
         # Sorting all of a large vocabulary takes longer than a small model. The last token that is kept and those
         # after it hold more than 1 - top_p between them, and it is the largest of them: none below this floor is kept.
-        candidates = log_probs[log_probs >= math.log((1 - sampling.top_p) / len(log_probs))]
+        floor = math.log((1 - sampling.top_p) / len(log_probs))
+        candidates = log_probs[log_probs >= min(floor, log_probs.max())]  # rounded, all may lie below it
     descending = -np.sort(-candidates)
     n_kept = sampling.top_k or len(descending)
     if sampling.top_p < 1:

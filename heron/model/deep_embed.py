@@ -39,7 +39,9 @@ class Where:
     def places(self, ids: Tensor) -> Places:
         """The same for the kernel. What one layer asked for is there for the next, which asks with these very ids."""
         if self._ids is not ids:
-            self._ids, self._places = ids, Places.of(self.of(ids))
+            where = self.of(ids)
+            torch._assert_async((where >= 0).all())  # the kernel would read, and write, what is no row
+            self._ids, self._places = ids, Places.of(where)
         return self._places
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class RowTables:
         self.ids = torch.empty(0, dtype=torch.int64)  # (n,) ascending, on the host: whose rows those are
         self._position: Tensor | None = None  # (V,) on the device: see Where
         self._room: list[Tensor] = []  # rows that stay where they are, with `recorded`
+        self.before_moving: Callable[[], None] | None = None  # called before they get another place, with more room
         if storage == "device":
             model.to(device)
         else:
@@ -104,7 +105,8 @@ class RowTables:
         self.rows = brought if recorded else [part.detach().requires_grad_() for part in brought]
         if self._bus is not None and self.rows:
             self._bus.prefetch_with(self.rows[len(self.rows) // 2], passes)
-        where = Where(self._position, self._by_kernel, arrive)
+        gates_by_kernel = self._by_kernel and self.weights[0].shape[1] <= rows.LARGEST_WIDTH
+        where = Where(self._position, gates_by_kernel, arrive)
         for module, part in zip(self._modules, self.rows, strict=True):
             module.brought = Brought(part, where)
 
@@ -184,7 +186,9 @@ class RowTables:
         """The same as leaves that stay where they are, with room for some more, which grows when it must."""
         n = len(self.ids)
         if not self._room or len(self._room[0]) < n:
-            self._room = []  # before there is another
+            if self.before_moving is not None:
+                self.before_moving()
+            self._room = []
             shapes = _shapes(self.weights, min(n + n // 4 + 64, len(self.weights[0])))
             block = torch.zeros(_size(shapes), device=self._device)
             self._room = [part.detach().requires_grad_() for part in _parts(block, shapes)]

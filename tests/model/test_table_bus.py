@@ -120,7 +120,8 @@ def test_rows_of_a_recorded_pass_stay_where_they_are_until_they_lack_room(random
     tables = RowTables(random_model(vocab_size=200), torch.device("cpu"))
     tables._by_kernel = True
     assert tables.recordable
-    places, position = [], []
+    moved, places, position = [], [], []
+    tables.before_moving = lambda: moved.append(len(places))
     for ids in ([3, 5, 5], [7, 1], list(range(90)), [2]):
         tables.bring(torch.tensor([ids]), recorded=True)
         n = len(set(ids))
@@ -129,10 +130,12 @@ def test_rows_of_a_recorded_pass_stay_where_they_are_until_they_lack_room(random
             assert part.grad is None
             part.grad = torch.ones_like(part)
         assert [len(gradient) for gradient in tables.gradients()] == [n] * len(tables.weights)
-        places.append([id(part) for part in tables.rows])
+        places.append(tables.rows)
         position.append(tables._position.data_ptr())
         tables.release()
-    assert places[0] == places[1] != places[2] == places[3]
+    assert moved == [0, 2]  # before the first and before the third
+    for one, other, same in ((0, 1, True), (1, 2, False), (2, 3, True)):
+        assert all((a is b) == same for a, b in zip(places[one], places[other], strict=True))
     assert len(set(position)) == 1
 
 

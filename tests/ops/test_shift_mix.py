@@ -155,6 +155,8 @@ def test_a_form_that_cannot_run_here_says_what_to_type():
         shift_mix(*leaves, mixes, impl="cuda")
     with pytest.raises(KernelError, match="impl must be auto, reference, cuda; got 'fast'"):
         shift_mix(*leaves, mixes, impl="fast")
+    with pytest.raises(KernelError, match="1, 2 or 6 mixes .* got 3 mixes"):
+        shift_mix(*leaves, [mixes[0]] * 3, impl="cuda")
     reason = cuda.why_not(torch.device("cuda"), torch.float16, 768)
     assert reason == "takes fp32 and bf16 with C = 8, 16, ... 2048, got torch.float16 with C = 768"
     assert cuda.why_not(torch.device("cuda"), torch.bfloat16, 2056) is not None

@@ -7,10 +7,10 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _select
 from heron.ops.rows import cpu, cuda
-from heron.ops.rows.gate import Places, gate_rows
+from heron.ops.rows.gate import LARGEST_WIDTH, Places, gate_rows
 from heron.ops.rows.reference import row_adamw_reference
 
-__all__ = ["Places", "copy_rows", "gate_rows", "row_adamw_"]
+__all__ = ["LARGEST_WIDTH", "Places", "copy_rows", "gate_rows", "row_adamw_"]
 
 copy_rows = cuda.copy_rows
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LARGEST_WIDTH = 8192
+
 
 class Places(NamedTuple):
     """Which row each of N tokens uses. One serves the tables of all layers: it takes a sort."""

@@ -48,10 +48,16 @@ def shift_mix(
     """
     if impl not in IMPLS:
         raise KernelError(f"shift_mix: impl must be {', '.join(IMPLS)}; got {impl!r}")
+    others = (*mixes, weight, bias, *(() if branch is None else (branch,)))
+    alike = len(mixes) in (1, 2, 6) and all(other.dtype == x.dtype for other in others)
     if impl == "auto":
-        others = (*mixes, weight, bias, *(() if branch is None else (branch,)))
-        alike = len(mixes) in (1, 2, 6) and all(other.dtype == x.dtype for other in others)
         impl = _select.shift_mix(x.device, x.dtype, x.shape[-1]).impl if alike else "reference"
+    elif impl == "cuda" and not alike:
+        dtypes = ", ".join(sorted({str(other.dtype) for other in others}))
+        raise KernelError(
+            f'shift_mix: impl="cuda" takes 1, 2 or 6 mixes and all tensors in the dtype of x, {x.dtype}; '
+            f'got {len(mixes)} mixes and {dtypes}; use impl="auto"'
+        )
     elif impl == "cuda":
         cuda.require(x.device, x.dtype, x.shape[-1])
     form = cuda.shift_mix_cuda if impl == "cuda" else shift_mix_reference

@@ -50,8 +50,8 @@ class TokenStep:
         Args:
             rows: which n of the sequences that the memories are of, all different.
             x: (n, C), their tokens, embedded, the embedding's norm included.
-            gates: (L, n, C) or (L, n, F), the tokens' DeepEmbed rows of each layer, multiplied with the channel mix's
-                output or with its hidden channels; None for a v7.
+            gates: (L, n, C), or (L, n, F) where the network says that they are of the hidden channels: the tokens'
+                DeepEmbed rows of each layer; None for a v7.
 
         Raises:
             KernelError: rows that are not there or not all different, shapes that do not fit.
@@ -61,9 +61,9 @@ class TokenStep:
             raise KernelError(f"token_step: rows must be different, 0 to {self._n_sequences - 1}; got {list(rows)}")
         if tuple(x.shape) != (n, C):
             raise KernelError(f"token_step: x must be {(n, C)}, got {tuple(x.shape)}")
-        F = self._network.layers[0].ffn_key.shape[0]
-        if gates is not None and tuple(gates.shape) not in ((L, n, C), (L, n, F)):
-            raise KernelError(f"token_step: gates must be {(L, n, C)} or {(L, n, F)}, got {tuple(gates.shape)}")
+        wanted = (L, n, self._network.layers[0].ffn_key.shape[0] if self._network.gates_hidden else C)
+        if gates is not None and tuple(gates.shape) != wanted:
+            raise KernelError(f"token_step: gates must be {wanted}, got {tuple(gates.shape)}")
         if self._prepared is None:
             return token_step_reference(self._network, rows, x, gates)
         return token_step_cpu(self._prepared, rows, x, gates)

@@ -37,15 +37,15 @@ class Prepared:
         if reason := why_not(x.device, x.dtype, wkv.shape[3]):
             raise KernelError(f"token_step: {reason}; use another impl")
         self.library = library()
-        self.vocab, self.channels = network.head.shape
+        self.vocab, channels = network.head.shape
         self._kept: list[Tensor] = []  # whose addresses are in the structures
         self._layers = (_Layer * len(network.layers))(
             *(self._layer(*both) for both in zip(network.layers, network.memories, strict=True))
         )
         self.structure = _Network(
             self._layers, *self._vectors(network.norm.weight, network.norm.bias), self._matrix(network.head),
-            len(network.layers), self.channels, wkv.shape[1], network.layers[0].ffn_key.shape[0], self.vocab,
-            x.dtype == torch.bfloat16, 0, network.norm.eps, network.layers[0].head.eps,
+            len(network.layers), channels, wkv.shape[1], network.layers[0].ffn_key.shape[0], self.vocab,
+            x.dtype == torch.bfloat16, network.gates_hidden, network.norm.eps, network.layers[0].head.eps,
         )  # fmt: skip
 
     def _layer(self, w: LayerWeights, memory: LayerMemory) -> _Layer:
@@ -81,10 +81,9 @@ class Prepared:
 
 def token_step_cpu(prepared: Prepared, rows: Sequence[int], x: Tensor, gates: Tensor | None) -> Tensor:
     """See :func:`heron.ops.token_step`; on ``torch.get_num_threads()`` threads."""
-    n, x = len(rows), x.to(torch.float32, copy=True).contiguous()
-    logits = torch.empty(n, prepared.vocab)
-    gates = None if gates is None else gates.float().contiguous()
-    prepared.structure.gates_hidden = gates is not None and gates.shape[2] != prepared.channels
+    n, x = len(rows), x.to("cpu", torch.float32, copy=True).contiguous()
+    logits = x.new_empty(n, prepared.vocab)
+    gates = None if gates is None else gates.to("cpu", torch.float32).contiguous()
     prepared.library.heron_token_step(
         ctypes.byref(prepared.structure), n, (ctypes.c_int32 * n)(*rows), x.data_ptr(),
         None if gates is None else gates.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
@@ -107,7 +106,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 def library() -> ctypes.CDLL:
     """The library, built when needed; KernelError where it can't be."""
     flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
-    built = _build.load_c_library("token_step", [SOURCE], ["-fno-math-errno", *flags])
+    built = _build.load_c_library("token_step", [SOURCE], ["-fno-math-errno", "-ffp-contract=fast", *flags])
     pointer, small = ctypes.c_void_p, ctypes.c_int32
     built.heron_token_step.argtypes = [pointer, small, pointer, pointer, pointer, pointer, small]
     built.heron_token_step.restype = None

@@ -75,6 +75,8 @@ class Network(NamedTuple):
     norm: Norm
     head: Tensor
     """(V, C)."""
+    gates_hidden: bool = False
+    """Whether DeepEmbed's rows gate the channel mix's hidden channels rather than its output."""
 
 
 def token_step_reference(network: Network, rows: Sequence[int], x: Tensor, gates: Tensor | None) -> Tensor:
@@ -83,7 +85,8 @@ def token_step_reference(network: Network, rows: Sequence[int], x: Tensor, gates
     for number, (layer, memory) in enumerate(zip(network.layers, network.memories, strict=True)):
         att_shift, wkv, ffn_shift = (part[rows] for part in memory)
         x, v_first = _time_mix(layer, x, att_shift, wkv, v_first)
-        x = _channel_mix(layer, x, ffn_shift, None if gates is None else gates[number].to(x.dtype))
+        of_table = None if gates is None else gates[number].to(x.dtype)
+        x = _channel_mix(layer, x, ffn_shift, of_table, network.gates_hidden)
         for part, new in zip(memory, (att_shift, wkv, ffn_shift), strict=True):
             part[rows] = new
     norm = network.norm
@@ -108,9 +111,13 @@ def _low_rank(part: LowRank, x: Tensor, activation: Callable[[Tensor], Tensor] |
     return F.linear(squeezed if activation is None else activation(squeezed), part.up, part.bias)
 
 
-def _channel_mix(layer: LayerWeights, x: Tensor, shift: Tensor, gates: Tensor | None) -> Tensor:
+def _channel_mix(
+    layer: LayerWeights, x: Tensor, shift: Tensor, gates: Tensor | None, gates_hidden: bool
+) -> Tensor:
     (mixed,) = norm_mix_reference(x, *layer.norm2, layer.channel_mix, shift).unbind()
     hidden = torch.relu(F.linear(mixed, layer.ffn_key)).square()
-    on_hidden = gates is not None and gates.shape[1] == hidden.shape[1]
-    out = F.linear(hidden * gates if on_hidden else hidden, layer.ffn_value)
-    return x + (out if gates is None or on_hidden else out * gates)
+    if gates is None:
+        return x + F.linear(hidden, layer.ffn_value)
+    if gates_hidden:
+        return x + F.linear(hidden * gates, layer.ffn_value)
+    return x + F.linear(hidden, layer.ffn_value) * gates
