@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import heron
+from heron import compilation, machine
 from heron.learner import Learner
 from heron.model import row_tables
 from heron.model.row_tables import RowTables
+from heron.model.rwkv import Block
 from heron.ops import rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -44,12 +46,14 @@ def step_in_pytorch(
 ):
     if found_inf is not None and found_inf.item():
         return
-    assert at is None
     for p, m, v, t, g in zip(weights, exp_avgs, exp_avg_sqs, row_steps, gradients, strict=True):
+        stepped = p if at is None else p[at]
         compact = (m, v) if moments_at is None else (m[moments_at], v[moments_at])
         count = t[ids]
-        rows.row_adamw_(p, *compact, count, g, torch.arange(len(ids)), lr, betas, eps, "reference")
+        rows.row_adamw_(stepped, *compact, count, g, torch.arange(len(ids)), lr, betas, eps, "reference")
         t[ids] = count
+        if at is not None:
+            p.detach()[at] = stepped
         if moments_at is not None:
             m[moments_at], v[moments_at] = compact
 
@@ -130,6 +134,7 @@ def test_rows_of_a_recorded_pass_stay_where_they_are_until_they_lack_room(random
             assert part.grad is None
             part.grad = torch.ones_like(part)
         assert [len(gradient) for gradient in tables.gradients()] == [n] * len(tables.weights)
+        assert (tables._position >= 0).nonzero().flatten().tolist() == sorted(set(ids))
         places.append(tables.rows)
         position.append(tables._position.data_ptr())
         tables.release()
@@ -137,6 +142,55 @@ def test_rows_of_a_recorded_pass_stay_where_they_are_until_they_lack_room(random
     for one, other, same in ((0, 1, True), (1, 2, False), (2, 3, True)):
         assert all((a is b) == same for a, b in zip(places[one], places[other], strict=True))
     assert len(set(position)) == 1
+
+
+class Replayed:
+    """As PassGraph, but it makes the pass anew, of tensors that must be where they were."""
+
+    def __init__(self, run, leaves, tokens, targets):
+        assert all(leaf.grad is None for leaf in leaves)
+        self.run, self.leaves, self.inputs = run, leaves, (tokens.clone(), targets.clone())
+
+    def replay(self, *inputs):
+        for mine, new in zip(self.inputs, inputs, strict=True):
+            mine.copy_(new)
+        for leaf in self.leaves:
+            leaf.grad = None
+        return self.run(*self.inputs)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model, monkeypatch, checkpointed):
+    monkeypatch.setattr(rows, "copy_rows", copy_in_pytorch)
+    monkeypatch.setattr(rows.cuda, "row_adamw_", step_in_pytorch)
+    monkeypatch.setattr(rows, "LARGEST_WIDTH", 0)  # no kernel multiplies with them
+    monkeypatch.setattr(compilation, "compiled_block", lambda: Block.from_zero)
+    monkeypatch.setattr(compilation, "PassGraph", Replayed)
+
+    def tables_of_a_gpu(model, device, storage):
+        tables = RowTables(model, device)
+        tables._by_kernel = True
+        return tables
+
+    monkeypatch.setattr("heron.learner.row_tables", tables_of_a_gpu)
+    results = []
+    for compiled in ("on", "graph"):
+        monkeypatch.setattr(compilation, "choose", lambda *_, value=compiled: machine.Choice(value, ""))
+        config = heron.TrainConfig(max_steps=1, dtype="fp32", grad_checkpoint=checkpointed)
+        learner = Learner(random_model(vocab_size=300), config, torch.device("cpu"))
+        numbers, room = [], []
+        for step in range(9):
+            ids = torch.randint(0, 10 if step < 6 else 300, (4, 33), generator=torch.Generator().manual_seed(step))
+            loss = learner.gradients([(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())])
+            for graph in learner._graphs.values():
+                assert all(any(part is leaf for leaf in graph.leaves) for part in learner.tables.rows)
+            room.append(len(learner.tables.rows[0]))
+            numbers.append(learner.update(loss, 1e-3, -1.0 if step == 5 else math.inf))
+        assert len(learner._graphs) == (compiled == "graph")
+        results.append((torch.stack(numbers), dict(learner.model.state_dict())))
+    assert room[0] == room[5] < 100 < room[6]
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[1][1][name], value) for name, value in results[0][1].items())
 
 
 @pytest.mark.gpu
