@@ -5,8 +5,9 @@ take the same batches in turns, so that a busy machine disturbs both, and the fi
 moves, and the time is that of the process: what is compared there is the dense optimizer with the one by rows.
 
 On a CUDA device `--kernels` times the copies and the step of the rows alone, L12-D768 with V 65536, and `--steps_of`
-whole training steps: v7, v8 with its tables on the device, and on the host. Their ids are random or, with `--text`, as
-uneven as those of text: drawn from 1 / (rank + 3)^1.2, 32,768 of which are some 6,000 different ones.
+whole training steps: v7, v8 with its tables on the device, and on the host. Their ids are random; or with `--text` as
+uneven as those of text, drawn from 1 / (rank + 3)^1.2, 32,768 of which are some 6,000 different ones; or with `--data`
+those of a text, by the World tokenizer.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _of_rows(weights: list[Tensor], moments: list[Tensor], ids: Tensor, steps: i
         print(f"{name:<34}{n:>9} {blocks or 'all':>9} {spent:9.2f} {moved / spent:9.1f}", flush=True)
 
 
-def whole_steps(size: str, steps: int, like_text: bool, state: str, compiled: str) -> None:
+def whole_steps(size: str, steps: int, text: str | bool, state: str, compiled: str) -> None:
     """Time of training steps, back to back, and the device memory they need; each learner in a process of its own."""
     print(HEADER.format(size, "ids", "ms", "k tok/s", "of v7", "GiB"), flush=True)
     plain = None
@@ -98,7 +99,7 @@ def whole_steps(size: str, steps: int, like_text: bool, state: str, compiled: st
             continue  # tables and moments of 36 GiB
         with multiprocessing.get_context("spawn").Pool(1) as alone:
             distinct, spent, peak = alone.apply(
-                _median_step, (size, variant, tables, steps, like_text, state, compiled)
+                _median_step, (size, variant, tables, steps, text, state, compiled)
             )
         plain = plain or spent
         n_tokens = SIZES[size][2] * SIZES[size][3]
@@ -109,15 +110,24 @@ def whole_steps(size: str, steps: int, like_text: bool, state: str, compiled: st
         )
 
 
+def samples_of(n: int, batch: int, tokens: int, text: str | bool) -> list[tuple[Tensor, Tensor]]:
+    """n batches, (batch, tokens) and as much again as targets: of `text`, its name, like one (True), or random."""
+    if isinstance(text, str):
+        corpus = load_corpus(text, tokenizer.load("world"), None, None, V)
+        batches = Batches(corpus.train, tokens, 0, corpus.kind)
+        return [batches.batch(i * batch, batch) for i in range(n)]
+    torch.manual_seed(0)
+    weights = (torch.arange(V) + 3.0) ** -1.2 if text else torch.ones(V)
+    drawn = [torch.multinomial(weights, batch * (tokens + 1), True).view(batch, -1) for _ in range(n)]
+    return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in drawn]
+
+
 def _median_step(
-    size: str, variant: str, tables: str, steps: int, like_text: bool, state: str, compiled: str
+    size: str, variant: str, tables: str, steps: int, text: str | bool, state: str, compiled: str
 ) -> tuple[float, float, int]:
     """Distinct ids of a batch, ms of a step, and the most bytes on the device."""
     n_layer, n_embd, batch, tokens = SIZES[size]
-    torch.manual_seed(0)
-    weights = (torch.arange(V) + 3.0) ** -1.2 if like_text else torch.ones(V)
-    n_batches = WARM_UP + steps + 1
-    batches = [torch.multinomial(weights, batch * (tokens + 1), True).view(batch, -1) for _ in range(n_batches)]
+    samples = samples_of(WARM_UP + steps + 1, batch, tokens, text)
     model = heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=V)
     config = heron.TrainConfig(
         max_steps=1, micro_bsz=batch, ctx_len=tokens, dtype="bf16", device="cuda",
@@ -126,14 +136,13 @@ def _median_step(
     learner = fresh_learner(config, model)
     torch.cuda.reset_peak_memory_stats()
     marks = []
-    for part in batches:
-        sample = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+    for sample in samples:
         learner.update(learner.gradients([sample]), 1e-4, math.inf)
         marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
     torch.cuda.synchronize()
     timed = marks[WARM_UP:]
     spent = statistics.median(a.elapsed_time(b) for a, b in zip(timed, timed[1:], strict=False))
-    distinct = statistics.median(len(torch.unique(part)) for part in batches)
+    distinct = statistics.median(len(torch.unique(ids)) for ids, _ in samples)
     return distinct, spent, torch.cuda.max_memory_allocated()
 
 
@@ -160,13 +169,15 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--steps_of", choices=SIZES)
     parser.add_argument("--text", action="store_true", help="ids like those of text, for --steps_of")
+    parser.add_argument("--data", help="ids of this text, such as builtin:python-docs or a file, for --steps_of")
     parser.add_argument("--tables_state", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "graph", "off"))
     options = parser.parse_args()
     if options.kernels:
         kernels(options.steps)
     elif options.steps_of:
-        whole_steps(options.steps_of, options.steps, options.text, options.tables_state, options.compile)
+        text = options.data or options.text
+        whole_steps(options.steps_of, options.steps, text, options.tables_state, options.compile)
     else:
         small_models(options.steps, torch.device(machine.choose_device(options.device).value))
 
