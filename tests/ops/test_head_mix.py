@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from heron.errors import KernelError
 from heron.ops import _build, _select, head_mix
 from heron.ops.head_mix import ChannelWeights, Projected, cuda
 from tests.ops import emulator
+from tests.ops.nvcc import BFLOAT16, check_that_none_spills, needs_nvcc
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 EMULATOR = Path(emulator.__file__).parent
@@ -367,23 +366,14 @@ def test_without_wkv7s_kernels_there_are_none(monkeypatch):
     assert "no nvcc for WKV7" in choice.reason
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernels_compile_without_spilling(tmp_path, arch):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("namespace {"), source.index("}  // namespace\n")
     kernels = ("before<{}, true>", "before<{}, false>", "after<{}>", "after_backward<{}>")
     kernels += ("before_backward<{}, true>", "before_backward<{}, false>")
-    forms = [(kernel.format(t), t) for kernel in kernels for t in ("float", "__nv_bfloat16")]
-    made = "\n".join(f"template __global__ void run_{form}(const __grid_constant__ Problem<{t}>);" for form, t in forms)
-    includes = "\n".join(f"#include <{name}>" for name in ("algorithm", "cstdint", "cuda_bf16.h", _build.STRIPS))
-    file = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    file.write_text(f"{includes}\nusing std::min;\n{source[begin:end]}\n{made}\n}}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(file), "-o", str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(forms), ran.stderr
+    types = ("float", BFLOAT16)
+    forms = [f"run_{kernel.format(t)}(const __grid_constant__ Problem<{t}>)" for kernel in kernels for t in types]
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, ["algorithm", _build.STRIPS], before="using std::min;")
 
 
 # On a GPU

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from heron.errors import KernelError
 from heron.ops import _build, _select, head_step, wkv7
 from heron.ops.head_step import HeadInputs, HeadWeights, cuda
+from tests.ops.nvcc import BFLOAT16, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -146,23 +145,12 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("namespace {"), source.index("}  // namespace")
-    forms = [(t, size) for t in ("float", "__nv_bfloat16") for size in (64, 128)]
-    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", _build.EARLY))
-    made = "\n".join(
-        f"template __global__ void head_step<{t}, {size}>(const __grid_constant__ Problem);" for t, size in forms
-    )
-    kernels.write_text(f"{includes}\n{source[begin:end]}\n{made}\n}}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(forms)
+    sizes = [(t, size) for t in ("float", BFLOAT16) for size in (64, 128)]
+    forms = [f"head_step<{t}, {size}>(const __grid_constant__ Problem)" for t, size in sizes]
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY])
 
 
 # On a GPU

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from heron.errors import KernelError
 from heron.ops import _select, linear_cross_entropy
 from heron.ops.linear_cross_entropy import cuda
 from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
+from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
 
 IMPLS = ("reference", "chunked")
 
@@ -304,22 +303,12 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
     )
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("constexpr int kThreads"), source.index("// logits: (rows, V) fp32, bf16 or fp16")
-    types = {"float": (4, 1), "__nv_bfloat16": (8, 1), "__half": (8, 1)}
-    forms = "\n".join(
-        f"template __global__ void loss_rows<{t}, {w}>({t}*, const int64_t*, int, float, bool, float*);"
-        for t, widths in types.items()
-        for w in widths
-    )
-    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h"))
-    kernels.write_text(f"{includes}\n#define CUDA_KERNEL_ASSERT(x)\n{source[begin:end]}\n{forms}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") >= 6
+    types = {"float": (4, 1), BFLOAT16: (8, 1), HALF: (8, 1)}
+    forms = [
+        f"loss_rows<{t}, {w}>({t}*, const int64_t*, int, float, bool, float*)" for t, ws in types.items() for w in ws
+    ]
+    part = dict(begin="constexpr int kThreads", end="// logits: (rows, V) fp32, bf16 or fp16")
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, before="#define CUDA_KERNEL_ASSERT(x)", **part)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from heron.errors import KernelError
 from heron.ops import _build, _select, matvec
 from heron.ops.matvec import Product, cuda
 from heron.ops.matvec.reference import ACTIVATIONS
+from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -195,23 +194,11 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 # What nvcc makes of the source
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("namespace {"), source.index("}  // namespace")
-    forms = "\n".join(
-        f"template __global__ void matvec<{t}>(const __grid_constant__ Products);"
-        for t in ("float", "__nv_bfloat16", "__half")
-    )
-    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", _build.EARLY))
-    kernels.write_text(f"{includes}\n{source[begin:end]}\n{forms}\n}}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 3
+    forms = [f"matvec<{t}>(const __grid_constant__ Products)" for t in ("float", BFLOAT16, HALF)]
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY])
 
 
 # On a GPU

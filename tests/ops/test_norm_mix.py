@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from heron.errors import KernelError
 from heron.ops import _build, _select, norm_mix
 from heron.ops.norm_mix import cuda
+from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -113,21 +112,10 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 def test_the_kernel_compiles_without_spilling(tmp_path):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("namespace {"), source.index("}  // namespace")
-    types = ("float", "__nv_bfloat16", "__half")
-    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", _build.EARLY))
-    made = "\n".join(f"template __global__ void norm_mix<{t}>(const __grid_constant__ Problem);" for t in types)
-    kernels.write_text(f"{includes}\n{source[begin:end]}\n{made}\n}}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode", "arch=compute_90a,code=sm_90a"]
-    ran = subprocess.run(
-        [*command, str(kernels), "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(types)
+    forms = [f"norm_mix<{t}>(const __grid_constant__ Problem)" for t in ("float", BFLOAT16, HALF)]
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, "90a", [_build.EARLY])
 
 
 # On a GPU

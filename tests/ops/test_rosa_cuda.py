@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import pytest
 import torch
 
 from heron.errors import KernelError
 from heron.ops import _select
 from heron.ops.rosa import cuda, rosa
+from tests.ops.nvcc import check_that_none_spills, needs_nvcc
 from tests.ops.test_rosa import mixed_streams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -52,19 +50,10 @@ def test_without_a_device_it_says_what_to_type():
         rosa(x, x, impl="cuda")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_the_kernels_compile_without_spilling(tmp_path, arch):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("constexpr int kWarps"), source.index("// q, k: (S, T) int32, contiguous")
-    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    forms = "\n".join(
-        f"template __global__ void match<{m}>(const int32_t*, const int32_t*, int64_t, int, int, int, uint32_t*);"
-        for m in (4, 8, 16, 32)
-    )
-    kernels.write_text(f"#include <cstdint>\n{source[begin:end]}\n{forms}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") >= 5
+    arguments = "const int32_t*, const int32_t*, int64_t, int, int, int, uint32_t*"
+    forms = [f"match<{m}>({arguments})" for m in (4, 8, 16, 32)]
+    part = dict(begin="constexpr int kWarps", end="// q, k: (S, T) int32, contiguous")
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, **part)

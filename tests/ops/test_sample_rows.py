@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from heron.generation.sampling import Sampling
 from heron.ops import _build, _select, sample_rows
 from heron.ops.sample_rows import cuda
 from heron.ops.sample_rows.reference import LOG2_E, weights
+from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
 MIXED = (
@@ -273,25 +272,16 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 # What nvcc makes of the source
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("namespace {"), source.index("}  // namespace")
     arguments = "int64_t, const float*, const bool*, const double*, const double*, int, bool, int64_t*, float*"
-    forms = "\n".join(
-        f"template __global__ void sample_rows<{t}, {blocks}>(const {t}*, {arguments});"
-        for t in ("float", "__nv_bfloat16", "__half")
+    forms = [
+        f"sample_rows<{t}, {blocks}>(const {t}*, {arguments})"
+        for t in ("float", BFLOAT16, HALF)
         for blocks in ((1, 8) if arch == "90a" else (1,))
-    )
-    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    includes = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h"))
-    kernels.write_text(f"{includes}\n{source[begin:end]}\n{forms}\n}}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(kernels), "-o", str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") >= forms.count("template")
+    ]
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch)
 
 
 # On a GPU

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +10,7 @@ from torch import nn
 from heron.errors import KernelError
 from heron.ops import _build, _select, shift_mix
 from heron.ops.shift_mix import cuda
+from tests.ops.nvcc import BFLOAT16, check_that_none_spills, needs_nvcc
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}  # of the norm of the difference
@@ -177,20 +175,13 @@ def test_kernels_that_cannot_be_built_are_said_once(monkeypatch, capsys):
     assert capsys.readouterr().err == told
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 def test_the_kernels_compile_without_spilling(tmp_path):
-    source = cuda.SOURCE.read_text()
-    begin, end = source.index("constexpr int kMixes"), source.index("Shape shape_of(")
-    forms = "\n".join(
-        f"template __global__ void forward<{t}, {width}, {n}>(const Forward<{t}>);"
-        f"template __global__ void backward<{t}, {n}>(const Backward<{t}>);"
-        for t, width in (("float", 4), ("__nv_bfloat16", 8))
+    forms = [
+        form
+        for t, width in (("float", 4), (BFLOAT16, 8))
         for n in (1, 6)
-    )
-    kernels = tmp_path / "kernels.cu"  # without the headers of PyTorch, which may be built without CUDA
-    includes = "\n".join(f"#include <{name}>" for name in ("algorithm", "cstdint", "cuda_bf16.h", _build.STRIPS))
-    kernels.write_text(f"{includes}\nusing std::min;\n{source[begin:end]}\n{forms}\n")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode", "arch=compute_90,code=sm_90"]
-    ran = subprocess.run([*command, str(kernels), "-o", str(tmp_path / "out")], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 8, ran.stderr
+        for form in (f"forward<{t}, {width}, {n}>(const Forward<{t}>)", f"backward<{t}, {n}>(const Backward<{t}>)")
+    ]
+    part = dict(begin="constexpr int kMixes", end="Shape shape_of(", before="using std::min;")
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, "90", ["algorithm", _build.STRIPS], **part)

@@ -1,0 +1,50 @@
+"""What nvcc says of an op's kernels, compiled without the headers of PyTorch: that may be built without CUDA."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+BFLOAT16, HALF = "__nv_bfloat16", "__half"
+_NAMESPACE = "namespace {"
+
+
+def check_that_none_spills(
+    folder: Path,
+    source: Path,
+    kernels: Sequence[str],
+    arch: str,
+    includes: Sequence[str | Path] = (),
+    begin: str = _NAMESPACE,
+    end: str = "}  // namespace\n",
+    before: str = "",
+) -> None:
+    """Compile kernels of `source` for `arch` and assert that none keeps registers in memory.
+
+    Args:
+        folder: for temporary files.
+        kernels: their instances, as they are declared: ``copy<float>(float*, int)``.
+        includes: headers, beside those of bf16 and fp16.
+        begin, end: the part of the source from the one up to the other is compiled.
+        before: what that part needs, behind the headers.
+    """
+    text = source.read_text()
+    part = text[text.index(begin) : text.index(end, text.index(begin))]
+    headers = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", *includes))
+    made = "\n".join(f"template __global__ void {kernel};" for kernel in kernels)
+    closing = "}" if begin == _NAMESPACE else ""
+    file = folder / "kernels.cu"
+    file.write_text(f"{headers}\n{before}\n{part}\n{made}\n{closing}\n")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(file), "-o", str(folder / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ran.stderr)
+    assert len(spills) >= len(kernels)
+    assert set(spills) == {("0", "0")}, ran.stderr
