@@ -40,8 +40,11 @@ def report() -> str:
     if there.type == "cpu":
         decoding = {"a step": _select.token_step(there)}
     else:
-        of_one_token = {"norm and mix": _select.norm_mix, "time-mix heads": _select.head_step}
-        decoding = {name: choose(there) for name, choose in (*of_one_token.items(), ("drawing", _select.sample_rows))}
+        decoding = {
+            "norm and mix": _select.norm_mix(there),
+            "time-mix heads": _select.head_step(there),
+            "drawing": _select.sample_rows(there),
+        }
     units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in machine.cpu_flags()]
     sections = {
         "machine": [

@@ -1,8 +1,8 @@
 """One token for each of several rows, at a cost that never grows: what an engine runs after the prompt.
 
-:class:`heron.RWKV` is the definition. :class:`FusedDecoder` computes the same with its weights laid out for reading
-them once per token, and changes its rows' states in place, on a CPU; :mod:`heron.generation.graphed` does on a GPU.
-:class:`ModelDecoder` asks the model itself.
+:class:`heron.RWKV` is the definition. On a CPU :class:`CompiledDecoder` computes the same in C++ or, where that can't
+run, :class:`FusedDecoder` in PyTorch; on a GPU :mod:`heron.generation.graphed` does. They change their rows' states in
+place. :class:`ModelDecoder` asks the model itself.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from heron.model import RWKV, LayerState, State
 from heron.model.channel_mix import GATE_RANK
 from heron.model.deep_embed import DeepEmbed
 from heron.model.rwkv import Block
+from heron.model.time_mix import TimeMix
 from heron.ops import _select
 from heron.ops.head_step import HeadWeights
 from heron.ops.token_step import LayerMemory, LayerWeights, LowRank, Network, Norm, TokenStep
@@ -126,7 +127,22 @@ class RowStates:
         return State.from_list([part[row : row + 1].clone() for layer in self.layers for part in layer[:3]])
 
 
-class FusedDecoder:
+class StateDecoder:
+    """What is common to decoders that keep their rows in :class:`RowStates`."""
+
+    def __init__(self, model: RWKV, rows: int):
+        self._states = RowStates(model, rows)
+
+    def write(self, row: int, state: State | None) -> None:
+        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
+        self._states.write(row, state)
+
+    def read(self, row: int) -> State:
+        """What `row` remembers, as a copy."""
+        return self._states.read(row)
+
+
+class FusedDecoder(StateDecoder):
     """Decodes a v7, v7a or v8 model on a CPU with fewer, larger operators and no allocation of states.
 
     Every row is computed by itself, so that what a row says cannot depend on its neighbours, not by a bit. The rows
@@ -141,21 +157,13 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def __init__(self, model: RWKV, rows: int, tables: Tables | None = None):
-        self._states = RowStates(model, rows)
+        super().__init__(model, rows)
         self._memory = [[Memory.of(layer, row) for layer in self._states.layers] for row in range(rows)]
         self._embed = model.embed
         self._layers = [_Layer(block, model.config) for block in model.blocks]
         self._ln_out = _layer_norm(model.ln_out)
         self._head = _matrices(*model.head.weight.split(HEAD_COLUMNS))
         self._table_rows = lookup(model) if tables is None else tables.rows
-
-    def write(self, row: int, state: State | None) -> None:
-        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
-        self._states.write(row, state)
-
-    def read(self, row: int) -> State:
-        """What `row` remembers, as a copy."""
-        return self._states.read(row)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -177,7 +185,7 @@ class FusedDecoder:
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
-class CompiledDecoder:
+class CompiledDecoder(StateDecoder):
     """Decodes a v7 or v8 model on a CPU by :class:`heron.ops.token_step.TokenStep`: a matrix is read once for all rows.
 
     Args:
@@ -188,21 +196,13 @@ class CompiledDecoder:
 
     @torch.inference_mode()
     def __init__(self, model: RWKV, rows: int, tables: Tables | None = None):
-        self._states = RowStates(model, rows)
+        super().__init__(model, rows)
         self._embed = model.embed
         memories = [LayerMemory(*layer[:3]) for layer in self._states.layers]
         layers = [_layer_weights(block) for block in model.blocks]
         gates_hidden = model.config.deep_embed == "hidden"
         self._step = TokenStep(Network(layers, memories, _norm(model.ln_out), model.head.weight, gates_hidden))
         self._table_rows = lookup(model) if tables is None else tables.rows
-
-    def write(self, row: int, state: State | None) -> None:
-        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
-        self._states.write(row, state)
-
-    def read(self, row: int) -> State:
-        """What `row` remembers, as a copy."""
-        return self._states.read(row)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -265,7 +265,7 @@ class _Layer:
         self.ln_x = functools.partial(
             torch.group_norm, num_groups=ln_x.num_groups, weight=ln_x.weight, bias=ln_x.bias, eps=ln_x.eps
         )
-        self.mix = torch.stack([getattr(att, f"x_{letter}").view(1, -1) for letter in "rwkvag"])  # (6, 1, C)
+        self.mix = torch.stack([mix.view(1, -1) for mix in att.mixes])  # (6, 1, C)
         linears = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
         self.receptance, self.key, self.value, self.output, self.ffn_key, self.ffn_value = _matrices(
             *(linear.weight for linear in linears)
@@ -341,6 +341,12 @@ def low_rank_gates(rows: Tensor, embedded: Tensor, of_embedding: Tensor) -> Tens
     return rows.to(embedded.dtype).view(-1, GATE_RANK, GATE_RANK)
 
 
+def head_weights(att: TimeMix) -> HeadWeights:
+    """A time mix's weights of single channels, as :func:`heron.ops.head_step` takes them."""
+    of_channels = (att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias)
+    return HeadWeights(*(weight.detach().flatten() for weight in of_channels), att.ln_x.eps)
+
+
 def _layer_weights(block: Block) -> LayerWeights:
     """A block's weights for :class:`heron.ops.token_step.TokenStep`; the low-rank matrices are copies."""
     att, ffn = block.att, block.ffn
@@ -349,13 +355,12 @@ def _layer_weights(block: Block) -> LayerWeights:
         down, up = (getattr(att, f"{letter}{number}").detach().t().contiguous() for number in (1, 2))
         return LowRank(down, up, None if letter == "g" else getattr(att, f"{letter}0").flatten())
 
-    of_heads = (att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias)
     return LayerWeights(
         _norm(block.ln1),
-        torch.stack([getattr(att, f"x_{letter}").flatten() for letter in "rwkvag"]),
+        torch.stack([mix.flatten() for mix in att.mixes]),
         *(linear.weight for linear in (att.receptance, att.key, att.value, att.output)),
         *map(low_rank, "vwag"),
-        HeadWeights(*(x.flatten() for x in of_heads), att.ln_x.eps),
+        head_weights(att),
         _norm(block.ln2),
         ffn.x_k.view(1, -1),
         ffn.key.weight,

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from heron import compilation
 from heron.config import ModelConfig
-from heron.generation.decoder import RowStates, lookup, low_rank_gates
+from heron.generation.decoder import StateDecoder, head_weights, lookup, low_rank_gates
 from heron.generation.tables import Tables
 from heron.model import RWKV, State
 from heron.model.deep_embed import Lookup
 from heron.model.rwkv import Block
 from heron.model.state import LayerState
 from heron.ops import _select
-from heron.ops.head_step import HeadInputs, HeadWeights, head_step
+from heron.ops.head_step import HeadInputs, head_step
 from heron.ops.head_step.reference import head_step_reference
 from heron.ops.matvec import Product, matvec
 from heron.ops.matvec.reference import matvec_reference
@@ -34,7 +34,7 @@ from heron.ops.norm_mix import norm_mix
 from heron.ops.norm_mix.reference import norm_mix_reference
 
 
-class GraphedDecoder:
+class GraphedDecoder(StateDecoder):
     """Decodes a v7, v7a or v8 model on a GPU. The shapes never change: rows without a sequence are computed too.
 
     The graph is recorded here, which takes a moment, and where a compiler is used up to half a minute the first time.
@@ -47,7 +47,7 @@ class GraphedDecoder:
 
     @torch.inference_mode()
     def __init__(self, model: RWKV, rows: int, tables: Tables | None = None):
-        self._states = RowStates(model, rows)
+        super().__init__(model, rows)
         self._model = model
         layer = _LayerOfOneRow if rows == 1 else _Layer
         self._layers = [layer(block, model.config) for block in model.blocks]
@@ -64,14 +64,6 @@ class GraphedDecoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._record()
-
-    def write(self, row: int, state: State | None) -> None:
-        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
-        self._states.write(row, state)
-
-    def read(self, row: int) -> State:
-        """What `row` remembers, as a copy."""
-        return self._states.read(row)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -192,8 +184,7 @@ class _Layer:
         self.up = self.low_rank([getattr(att, f"{letter}2").t() for letter in "vwag"], 1)  # (4, C, rank)
         biases = [getattr(att, f"{letter}0").view(1, -1) for letter in "vwa"]
         self.bias = torch.stack([*biases, torch.zeros_like(biases[0])])  # (4, 1, C)
-        of_channels = (att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias)
-        self.head_weights = HeadWeights(*(x.detach().flatten() for x in of_channels), att.ln_x.eps)
+        self.head_weights = head_weights(att)
 
     def low_rank(self, parts: Sequence[Tensor], dim: int) -> Tensor | list[Tensor]:
         """The matrices (out, in) of values, decay, iclr and gate as one, with zeros in `dim` up to the largest rank."""
@@ -326,8 +317,8 @@ class _LayerOfOneRow(_Layer):
         of_v, w, of_a, gate = run.multiply(
             [Product(part, up, add=bias) for part, up, bias in zip(low, self.up, self.bias, strict=True)]
         )
-        mixed_in = (None, None) if v_first is None else (of_v, v_first)
-        y = run.head_step(HeadInputs(r, w, k, v, of_a, gate, *mixed_in), self.head_weights, memory.wkv)
+        of_values = (None, None) if v_first is None else (of_v, v_first)
+        y = run.head_step(HeadInputs(r, w, k, v, of_a, gate, *of_values), self.head_weights, memory.wkv)
         (x,) = run.multiply([Product(y, att.output.weight, add=x)])
         (mixed,) = run.norm_mix(x, ln2.weight, ln2.bias, ln2.eps, self.ffn_mix, memory.ffn_shift)
         if self.form == "low-rank":  # of what is not mixed, which the memory has by now

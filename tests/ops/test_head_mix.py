@@ -15,7 +15,7 @@ from heron.errors import KernelError
 from heron.ops import _build, _select, head_mix
 from heron.ops.head_mix import ChannelWeights, Projected, cuda
 from tests.ops import emulator
-from tests.ops.nvcc import BFLOAT16, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 EMULATOR = Path(emulator.__file__).parent
@@ -343,19 +343,10 @@ def test_mixed_dtypes_take_the_definition(monkeypatch):
 
 
 def test_kernels_that_cannot_be_built_are_said_once(monkeypatch, capsys):
-    def fail(capability):
-        raise KernelError("head_mix: no nvcc")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "why_not", lambda *_: None)
     monkeypatch.setattr(_select, "_why_no_wkv7_kernels", lambda *_: None)
-    monkeypatch.setattr(cuda, "library", fail)
-    for _ in range(2):
-        choice = _select.head_mix(torch.device("cuda"))
-        assert choice.impl == "reference"
-        assert "head_mix: no nvcc" in choice.reason
-    told = "heron: going on with the slower form of the heads of the time mix in PyTorch: head_mix: no nvcc\n"
-    assert capsys.readouterr().err == told
+    said = cuda, lambda: _select.head_mix(torch.device("cuda")), "reference", "head_mix", "the heads of the time mix"
+    check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 def test_without_wkv7s_kernels_there_are_none(monkeypatch):

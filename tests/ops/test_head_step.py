@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from heron.errors import KernelError
 from heron.ops import _build, _select, head_step, wkv7
 from heron.ops.head_step import HeadInputs, HeadWeights, cuda
-from tests.ops.nvcc import BFLOAT16, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -132,17 +132,8 @@ def test_heads_that_the_kernel_does_not_know_are_named():
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    def fail(capability):
-        raise KernelError("head_step: no nvcc")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "library", fail)
-    for _ in range(2):
-        choice = _select.head_step(torch.device("cuda"))
-        assert choice.impl == "reference"
-        assert "head_step: no nvcc" in choice.reason
-    said = "heron: going on with the slower form of the time mix of one token in PyTorch: head_step: no nvcc\n"
-    assert capsys.readouterr().err == said
+    said = cuda, lambda: _select.head_step(torch.device("cuda")), "reference", "head_step", "the time mix of one token"
+    check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 @needs_nvcc

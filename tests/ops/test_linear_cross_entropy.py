@@ -13,7 +13,13 @@ from heron.errors import KernelError
 from heron.ops import _select, linear_cross_entropy
 from heron.ops.linear_cross_entropy import cuda
 from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
-from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import (
+    BFLOAT16,
+    HALF,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    needs_nvcc,
+)
 
 IMPLS = ("reference", "chunked")
 
@@ -289,18 +295,8 @@ def test_without_a_device_it_says_what_to_type():
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    def fail(capability):
-        raise KernelError("loss_rows: no nvcc")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "library", fail)
-    for _ in range(2):
-        choice = _select.linear_cross_entropy(torch.device("cuda"))
-        assert choice.impl == "chunked"
-        assert "loss_rows: no nvcc" in choice.reason
-    assert (
-        capsys.readouterr().err == "heron: going on with the slower form of the loss in PyTorch: loss_rows: no nvcc\n"
-    )
+    said = cuda, lambda: _select.linear_cross_entropy(torch.device("cuda")), "chunked", "loss_rows", "the loss"
+    check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 @needs_nvcc

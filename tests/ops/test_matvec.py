@@ -12,7 +12,13 @@ from heron.errors import KernelError
 from heron.ops import _build, _select, matvec
 from heron.ops.matvec import Product, cuda
 from heron.ops.matvec.reference import ACTIVATIONS
-from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import (
+    BFLOAT16,
+    HALF,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    needs_nvcc,
+)
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -172,23 +178,14 @@ def test_weights_that_the_kernel_cannot_read_are_named(weight, reason):
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    def fail(capability):
-        raise KernelError("matvec: no nvcc")
-
     class OnDevice:
         device, dtype, shape = torch.device("cuda"), BF16, (8, 8)
 
         def __getattr__(self, name):
             return getattr(torch.zeros(8, 8, dtype=BF16), name)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "library", fail)
-    for _ in range(2):
-        choice = _select.matvec([OnDevice()])
-        assert choice.impl == "reference"
-        assert "matvec: no nvcc" in choice.reason
-    said = "heron: going on with the slower form of products with one vector in PyTorch: matvec: no nvcc\n"
-    assert capsys.readouterr().err == said
+    said = cuda, lambda: _select.matvec([OnDevice()]), "reference", "matvec", "products with one vector"
+    check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 # What nvcc makes of the source

@@ -11,7 +11,13 @@ import torch
 from heron.errors import KernelError
 from heron.ops import _build, _select, norm_mix
 from heron.ops.norm_mix import cuda
-from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import (
+    BFLOAT16,
+    HALF,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    needs_nvcc,
+)
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -99,17 +105,8 @@ def test_tokens_that_the_kernel_does_not_know_are_named():
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    def fail(capability):
-        raise KernelError("norm_mix: no nvcc")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "library", fail)
-    for _ in range(2):
-        choice = _select.norm_mix(torch.device("cuda"))
-        assert choice.impl == "reference"
-        assert "norm_mix: no nvcc" in choice.reason
-    said = "heron: going on with the slower form of layer norm and token shift in PyTorch: norm_mix: no nvcc\n"
-    assert capsys.readouterr().err == said
+    said = cuda, lambda: _select.norm_mix(torch.device("cuda")), "reference", "norm_mix", "layer norm and token shift"
+    check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 @needs_nvcc

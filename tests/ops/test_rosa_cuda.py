@@ -8,7 +8,7 @@ import torch
 from heron.errors import KernelError
 from heron.ops import _select
 from heron.ops.rosa import cuda, rosa
-from tests.ops.nvcc import check_that_none_spills, needs_nvcc
+from tests.ops.kernels import check_that_none_spills, needs_nvcc
 from tests.ops.test_rosa import mixed_streams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

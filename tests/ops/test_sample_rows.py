@@ -15,7 +15,13 @@ from heron.generation.sampling import Sampling
 from heron.ops import _build, _select, sample_rows
 from heron.ops.sample_rows import cuda
 from heron.ops.sample_rows.reference import LOG2_E, weights
-from tests.ops.nvcc import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import (
+    BFLOAT16,
+    HALF,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    needs_nvcc,
+)
 
 EMULATOR = Path(__file__).parent / "emulator"
 MIXED = (
@@ -256,17 +262,8 @@ def test_unfit_arguments_are_refused_in_words(change, message):
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    def fail(capability):
-        raise KernelError("sample_rows: no nvcc")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "library", fail)
-    for _ in range(2):
-        choice = _select.sample_rows(torch.device("cuda"))
-        assert choice.impl == "reference"
-        assert "sample_rows: no nvcc" in choice.reason
-    said = "heron: going on with the slower form of drawing tokens in PyTorch: sample_rows: no nvcc\n"
-    assert capsys.readouterr().err == said
+    said = cuda, lambda: _select.sample_rows(torch.device("cuda")), "reference", "sample_rows", "drawing tokens"
+    check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 # What nvcc makes of the source

@@ -10,7 +10,7 @@ from torch import nn
 from heron.errors import KernelError
 from heron.ops import _build, _select, shift_mix
 from heron.ops.shift_mix import cuda
-from tests.ops.nvcc import BFLOAT16, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}  # of the norm of the difference
@@ -162,17 +162,10 @@ def test_a_form_that_cannot_run_here_says_what_to_type():
 
 
 def test_kernels_that_cannot_be_built_are_said_once(monkeypatch, capsys):
-    def fail(capability):
-        raise KernelError("shift_mix: no nvcc")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "library", fail)
-    for _ in range(2):
-        choice = _select.shift_mix(torch.device("cuda"))
-        assert choice.impl == "reference"
-        assert "shift_mix: no nvcc" in choice.reason
-    told = "heron: going on with the slower form of norm, token shift and mixing in PyTorch: shift_mix: no nvcc\n"
-    assert capsys.readouterr().err == told
+    said = "reference", "shift_mix", "norm, token shift and mixing"
+    check_that_a_failed_build_is_said_once(
+        monkeypatch, capsys, cuda, lambda: _select.shift_mix(torch.device("cuda")), *said
+    )
 
 
 @needs_nvcc

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heron.ops.head_step.reference import LEAST_NORM
 from heron.ops.wkv7 import wkv7
-
-LEAST_NORM = 1e-12
 
 
 class Projected(NamedTuple):

@@ -1,14 +1,19 @@
-"""What nvcc says of an op's kernels, compiled without the headers of PyTorch: that may be built without CUDA."""
+"""What the tests of every op with CUDA kernels ask of them, on a machine without a GPU."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+
+from heron.errors import KernelError
+from heron.ops._select import Choice
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 BFLOAT16, HALF = "__nv_bfloat16", "__half"
@@ -26,6 +31,8 @@ def check_that_none_spills(
     before: str = "",
 ) -> None:
     """Compile kernels of `source` for `arch` and assert that none keeps registers in memory.
+
+    They are compiled without the headers of PyTorch, which may be built without CUDA.
 
     Args:
         folder: for temporary files.
@@ -48,3 +55,33 @@ def check_that_none_spills(
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ran.stderr)
     assert len(spills) >= len(kernels)
     assert set(spills) == {("0", "0")}, ran.stderr
+
+
+def check_that_a_failed_build_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    cuda: ModuleType,
+    choose: Callable[[], Choice],
+    impl: str,
+    name: str,
+    what: str,
+) -> None:
+    """Assert that without nvcc `choose` twice takes `impl` for that reason, and says so once.
+
+    Args:
+        cuda: the op's module, whose `library` fails.
+        name: what the build calls the kernels.
+        what: what they are for, as stderr has it.
+    """
+
+    def fail(capability):
+        raise KernelError(f"{name}: no nvcc")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "library", fail)
+    for _ in range(2):
+        choice = choose()
+        assert choice.impl == impl
+        assert f"{name}: no nvcc" in choice.reason
+    said = f"heron: going on with the slower form of {what} in PyTorch: {name}: no nvcc\n"
+    assert capsys.readouterr().err == said
