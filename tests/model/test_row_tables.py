@@ -12,7 +12,7 @@ import heron
 from heron.errors import ConfigError, DataError
 from heron.learner import Learner
 from heron.model.deep_embed import DeepEmbed
-from heron.model.row_tables import RowTables
+from heron.model.row_tables import RowTables, distinct_ids
 
 FORMS = {
     "v8": dict(variant="v8"),
@@ -175,6 +175,13 @@ def test_moments_in_bf16_stay_close(random_model):
     exact, rough = (model.blocks[0].ffn.enn.weight for model in models)
     assert (exact - rough).abs().max() < 0.1 * LR * 6
     assert (exact != rough).any()
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 7), (64, 129)])
+def test_distinct_ids_are_sorted(shape):
+    tokens = torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(0))
+    for ids in (tokens, tokens.t()):
+        assert torch.equal(distinct_ids(ids, 500), torch.unique(ids))
 
 
 def test_misuse_is_refused(random_model):
