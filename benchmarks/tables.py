@@ -98,9 +98,7 @@ def whole_steps(size: str, steps: int, text: str | bool, state: str, compiled: s
         if plain and tables == "device" and SIZES[size][1] > 1024:
             continue  # tables and moments of 36 GiB
         with multiprocessing.get_context("spawn").Pool(1) as alone:
-            distinct, spent, peak = alone.apply(
-                _median_step, (size, variant, tables, steps, text, state, compiled)
-            )
+            distinct, spent, peak = alone.apply(_median_step, (size, variant, tables, steps, text, state, compiled))
         plain = plain or spent
         n_tokens = SIZES[size][2] * SIZES[size][3]
         print(

@@ -111,9 +111,7 @@ def _low_rank(part: LowRank, x: Tensor, activation: Callable[[Tensor], Tensor] |
     return F.linear(squeezed if activation is None else activation(squeezed), part.up, part.bias)
 
 
-def _channel_mix(
-    layer: LayerWeights, x: Tensor, shift: Tensor, gates: Tensor | None, gates_hidden: bool
-) -> Tensor:
+def _channel_mix(layer: LayerWeights, x: Tensor, shift: Tensor, gates: Tensor | None, gates_hidden: bool) -> Tensor:
     (mixed,) = norm_mix_reference(x, *layer.norm2, layer.channel_mix, shift).unbind()
     hidden = torch.relu(F.linear(mixed, layer.ffn_key)).square()
     if gates is None:
