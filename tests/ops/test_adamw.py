@@ -335,7 +335,7 @@ def test_a_learner_with_the_kernel_trains_as_with_torchs_and_gives_the_same_bits
     rest = {name: value for name, value in changes.items() if name != "variant"}
 
     def trained(impl):
-        learner = learner_of(random_model(**model), GPU, **rest)
+        learner = learner_of(random_model(**model), GPU, adam_eps=1e-4, **rest)
         learner.optimizer.impl = impl
         lines = []
         for step in range(6):
@@ -348,6 +348,5 @@ def test_a_learner_with_the_kernel_trains_as_with_torchs_and_gives_the_same_bits
     first, again, torchs = (trained(impl) for impl in ("cuda", "auto", "fused"))
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
-    # Last bits differ. With an epsilon of 1e-18 a gradient near 0 turns them into whole steps: norms drift first.
-    torch.testing.assert_close(first[0][:4], torchs[0][:4], rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(first[0][:, 0], torchs[0][:, 0], rtol=1e-2, atol=1e-3)
+    # Last bits differ. An epsilon near the clipped gradients' own size keeps them from becoming whole steps.
+    torch.testing.assert_close(first[0], torchs[0], rtol=1e-2, atol=1e-3)
