@@ -172,6 +172,15 @@ def row_adamw(device: torch.device, dtype: torch.dtype = torch.float32) -> Choic
     return _cuda_or(other, "all layers at once, tables on the device or read by it from the host", device, why_not)
 
 
+def copy_rows(device: torch.device) -> Choice:
+    """Who brings rows of tables in the host's memory to a model that runs on `device`."""
+    from heron.ops.rows import cuda
+
+    other = Choice("host", "the host picks the rows and sends them")
+    why_not = _why_not_built_for(device, cuda.library, "the tables' rows")
+    return _cuda_or(other, "the device reads them over the bus, in pinned memory", device, why_not)
+
+
 def rosa(device: torch.device, n_tokens: int = 0) -> Choice:
     """Implementation of :func:`heron.ops.rosa` for streams of `n_tokens` on `device`."""
     from heron.ops.rosa import cpu, cuda

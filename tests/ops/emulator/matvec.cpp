@@ -1,6 +1,8 @@
 // The kernel of matvec as a library for a CPU.
 #include "single_token.h"
 
+#define __shared__ static
+
 template <typename Piece> Piece streamed(const Piece* from) { return *from; }
 
 #include "../../../heron/ops/matvec/csrc/matvec.cu"
@@ -13,8 +15,9 @@ extern "C" const char* matvec_emulated(int in_bf16, int n, const void** xs, cons
   int blocks = 0, longest = 0;
   for (; products.n < n; products.n++) {
     const int i = products.n;
-    products.of[i] = {xs[i], weights[i], factors[i], adds[i], ys[i], strides[i], ins[i], outs[i], activations[i], blocks};
-    blocks += (outs[i] + kWarps - 1) / kWarps;
+    const int warps = warps_of(int64_t(ins[i]) * (in_bf16 ? 2 : 4));
+    products.of[i] = {xs[i], weights[i], factors[i], adds[i], ys[i], strides[i], ins[i], outs[i], activations[i], warps, blocks};
+    blocks += blocks_of(outs[i], warps);
     longest = ins[i] > longest ? ins[i] : longest;
   }
   return launch<Products>(in_bf16 ? matvec<Brain> : matvec<float>, dim3(blocks), 32 * kWarps, 4 * longest, nullptr, products);

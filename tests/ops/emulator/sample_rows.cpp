@@ -36,13 +36,11 @@ template <typename Merge> unsigned reduce(unsigned value, Merge merge) {
   for (int mask = 16; mask; mask /= 2) value = merge(value, __shfl_xor_sync(0xffffffffu, value, mask));
   return value;
 }
-inline unsigned __reduce_add_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return a + b; }); }
-inline unsigned __reduce_max_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return max(a, b); }); }
-inline unsigned __reduce_min_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return min(a, b); }); }
 
 inline unsigned __ballot_sync(unsigned, bool x) {
   return reduce(unsigned(x) << emulator::my_lane(), [](unsigned a, unsigned b) { return a | b; });
 }
+inline bool __any_sync(unsigned, bool x) { return __ballot_sync(0xffffffffu, x) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 #include "../../../heron/ops/sample_rows/csrc/sample_rows.cu"

@@ -1,4 +1,5 @@
-// Products of matrices with one vector each, several in one launch: a warp for a row of a matrix, which is read once.
+// Products of matrices with one vector each, several in one launch: a warp for a row of a matrix, which is read once, or
+// several warps for a long one.
 //
 // A lane holds the next kAhead pieces of 16 bytes of its row in registers and asks for another as it uses one, so that a
 // multiprocessor has tens of KiB under way. The first ones are asked for before the kernel that computes the vectors has
@@ -33,8 +34,17 @@ struct Product {
     void* y;
     int64_t stride;  // of the weight's rows, in elements
     int in, out, activation;
+    int warps;  // of a row
     int first_block;
 };
+
+// As many for a row of `bytes` as hold it at once, if a block has them.
+inline int warps_of(int64_t bytes) {
+    int warps = 1;
+    while (warps < kWarps && 32 * 16 * kAhead * warps < bytes) warps *= 2;
+    return warps;
+}
+inline int blocks_of(int64_t rows, int warps) { return static_cast<int>((rows * warps + kWarps - 1) / kWarps); }
 
 struct Products {
     Product of[kProducts];
@@ -85,40 +95,47 @@ __global__ void __launch_bounds__(32 * kWarps, 24 / kWarps) matvec(const __grid_
     int which = 0;
     while (which + 1 < products.n && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
     const Product& p = products.of[which];
-    const int row = (static_cast<int>(blockIdx.x) - p.first_block) * kWarps + static_cast<int>(threadIdx.x / 32);
-    const int lane = static_cast<int>(threadIdx.x % 32), pieces = p.in * static_cast<int>(sizeof(T)) / 16;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    const int row = ((static_cast<int>(blockIdx.x) - p.first_block) * kWarps + warp) / p.warps;
+    const int first = warp % p.warps * 32 + lane, step = 32 * p.warps, pieces = p.in * static_cast<int>(sizeof(T)) / 16;
     const bool is_there = row < p.out;
     const auto* weight =
         reinterpret_cast<const Piece*>(static_cast<const T*>(p.weight) + (is_there ? row : 0) * p.stride);
     Piece held[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-        if (lane + 32 * j < pieces) held[j] = streamed(weight + lane + 32 * j);
+        if (first + step * j < pieces) held[j] = streamed(weight + first + step * j);
     }
     wait_for_inputs();
     auto* x = reinterpret_cast<Piece*>(shared_memory());
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < pieces; i += 32 * kWarps) x[i] = static_cast<const Piece*>(p.x)[i];
-    const bool writes = is_there && lane == 0;
+    const bool writes = is_there && first == 0;
     const float factor = writes && p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[row]) : 1.0f;
     const float add = writes && p.add ? static_cast<float>(static_cast<const T*>(p.add)[row]) : 0.0f;
     __syncthreads();
     float sums[2][2] = {};
-    for (int begin = lane; begin < pieces; begin += 32 * kAhead) {
+    for (int begin = first; begin < pieces; begin += step * kAhead) {
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
-            const int at = begin + 32 * j;
+            const int at = begin + step * j;
             if (at < pieces) {
                 const Piece u = x[at];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) multiply_add<T>(held[j].words[i], u.words[i], sums[i % 2]);
             }
-            if (at + 32 * kAhead < pieces) held[j] = streamed(weight + at + 32 * kAhead);
+            if (at + step * kAhead < pieces) held[j] = streamed(weight + at + step * kAhead);
         }
     }
     float sum = (sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]);
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kAll, sum, mask);
+    if (p.warps > 1) {
+        __shared__ float of_warp[kWarps];
+        if (lane == 0) of_warp[warp] = sum;
+        __syncthreads();
+        for (int i = 1; i < p.warps && writes; ++i) sum += of_warp[warp + i];
+    }
     if (writes) static_cast<T*>(p.y)[row] = static_cast<T>(add + factor * activated(sum, p.activation));
 }
 
@@ -141,6 +158,7 @@ std::vector<at::Tensor> run(const at::TensorList xs, const at::TensorList weight
     int64_t blocks = 0, longest = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
         const int64_t out = weights[i].size(0), in = weights[i].size(1);
+        const int warps = warps_of(in * first.element_size());
         ys.push_back(at::empty({1, out}, weights[i].options()));
         products.of[products.n++] = {xs[i].const_data_ptr(),
                                      weights[i].const_data_ptr(),
@@ -151,8 +169,9 @@ std::vector<at::Tensor> run(const at::TensorList xs, const at::TensorList weight
                                      static_cast<int>(in),
                                      static_cast<int>(out),
                                      static_cast<int>(activations[i]),
+                                     warps,
                                      static_cast<int>(blocks)};
-        blocks += (out + kWarps - 1) / kWarps;
+        blocks += blocks_of(out, warps);
         longest = std::max(longest, in);
     }
     const auto kernel = first.scalar_type() == at::kFloat      ? matvec<float>

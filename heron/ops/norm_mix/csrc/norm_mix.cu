@@ -1,4 +1,5 @@
-// Layer norm and token shift on a GPU: a block for a token, which it reads three times, from the L1 cache.
+// Layer norm and token shift on a GPU: a block for a token. What a thread needs of the first 2048 channels it holds in
+// registers, weights since before its inputs were there; channels beyond them it reads three times, from the L1 cache.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <ATen/ATen.h>
@@ -15,6 +16,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 static_assert(kWarps == 32, "a warp sums what the warps bring, one a lane");
+constexpr int kMixes = 6;  // that a thread holds
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Problem {
@@ -47,38 +49,64 @@ __global__ void __launch_bounds__(kThreads) norm_mix(const __grid_constant__ Pro
     const int pairs = p.channels / 2;
     const auto* x = static_cast<const Pair<T>*>(p.x) + static_cast<int64_t>(blockIdx.x) * pairs;
     auto* last = static_cast<Pair<T>*>(p.last) + static_cast<int64_t>(blockIdx.x) * pairs;
+    const auto* weights = static_cast<const Pair<T>*>(p.weight);
+    const auto* biases = static_cast<const Pair<T>*>(p.bias);
+    const auto* mixes = static_cast<const Pair<T>*>(p.mixes);
+    const int first = static_cast<int>(threadIdx.x);
+    const bool is_there = first < pairs;
     const auto value = [](const Pair<T>& pair, int j) { return static_cast<float>(pair.values[j]); };
+    Pair<T> here{}, before{}, weight{}, bias{}, mix[kMixes] = {};
+    if (is_there) {
+        weight = weights[first], bias = biases[first];
+#pragma unroll
+        for (int k = 0; k < kMixes; ++k) {
+            if (k < p.m) mix[k] = mixes[k * pairs + first];
+        }
+    }
     wait_for_inputs();
-    float sum = 0.0f, squares = 0.0f;
-    for (int i = static_cast<int>(threadIdx.x); i < pairs; i += kThreads) {
-        const Pair<T> here = x[i];
-        sum += value(here, 0) + value(here, 1);
+    if (is_there) here = x[first], before = last[first];
+    float sum = value(here, 0) + value(here, 1);
+    for (int i = first + kThreads; i < pairs; i += kThreads) {
+        const Pair<T> other = x[i];
+        sum += value(other, 0) + value(other, 1);
     }
     const float mean = block_sum(sum, rooms[0]) / p.channels;
-    for (int i = static_cast<int>(threadIdx.x); i < pairs; i += kThreads) {
-        const Pair<T> here = x[i];
-        const float a = value(here, 0) - mean, b = value(here, 1) - mean;
-        squares += a * a + b * b;
-    }
+    const auto square = [&](const Pair<T>& pair) {
+        const float a = value(pair, 0) - mean, b = value(pair, 1) - mean;
+        return a * a + b * b;
+    };
+    float squares = is_there ? square(here) : 0.0f;
+    for (int i = first + kThreads; i < pairs; i += kThreads) squares += square(x[i]);
     const float scale = 1.0f / sqrtf(block_sum(squares, rooms[1]) / p.channels + p.eps);
-    for (int i = static_cast<int>(threadIdx.x); i < pairs; i += kThreads) {
-        const Pair<T> here = x[i], before = last[i];
-        const Pair<T> weight = static_cast<const Pair<T>*>(p.weight)[i], bias = static_cast<const Pair<T>*>(p.bias)[i];
+    const auto normed = [&](const Pair<T>& pair, const Pair<T>& times, const Pair<T>& plus) {
         Pair<T> now;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            now.values[j] = static_cast<T>((value(here, j) - mean) * scale * value(weight, j) + value(bias, j));
+            now.values[j] = static_cast<T>((value(pair, j) - mean) * scale * value(times, j) + value(plus, j));
         }
-#pragma unroll 6
-        for (int k = 0; k < p.m; ++k) {
-            const Pair<T> mix = static_cast<const Pair<T>*>(p.mixes)[k * pairs + i];
-            Pair<T> out;
+        return now;
+    };
+    const auto write_mix = [&](int k, int i, const Pair<T>& now, const Pair<T>& past, const Pair<T>& by) {
+        Pair<T> out;
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                out.values[j] = static_cast<T>(value(now, j) + (value(before, j) - value(now, j)) * value(mix, j));
-            }
-            static_cast<Pair<T>*>(p.mixed)[(static_cast<int64_t>(k) * p.n + blockIdx.x) * pairs + i] = out;
+        for (int j = 0; j < 2; ++j) {
+            out.values[j] = static_cast<T>(value(now, j) + (value(past, j) - value(now, j)) * value(by, j));
         }
+        static_cast<Pair<T>*>(p.mixed)[(static_cast<int64_t>(k) * p.n + blockIdx.x) * pairs + i] = out;
+    };
+    if (is_there) {
+        const Pair<T> now = normed(here, weight, bias);
+#pragma unroll
+        for (int k = 0; k < kMixes; ++k) {
+            if (k < p.m) write_mix(k, first, now, before, mix[k]);
+        }
+        for (int k = kMixes; k < p.m; ++k) write_mix(k, first, now, before, mixes[k * pairs + first]);
+        last[first] = now;
+    }
+    for (int i = first + kThreads; i < pairs; i += kThreads) {
+        const Pair<T> now = normed(x[i], weights[i], biases[i]), past = last[i];
+#pragma unroll 6
+        for (int k = 0; k < p.m; ++k) write_mix(k, i, now, past, mixes[k * pairs + i]);
         last[i] = now;
     }
 }

@@ -106,6 +106,9 @@ struct Row {
     int vocab;
     bool aligned;  // all three on 16 bytes, so that whole packs can be read
     float presence, frequency;
+    float held[kWidth];  // what a first reading found allowed; all that there is for this thread, if `is_held`
+
+    __device__ __forceinline__ bool is_held() const { return blocks > 1 && vocab <= 32 * kWidth * kWarps * blocks; }
 
     // Of the ids from `at` on: the logits as they are, and less the penalties, -inf where barred or behind the last id.
     __device__ __forceinline__ void load(int at, float (&raw)[kWidth], float (&allowed)[kWidth]) const {
@@ -138,7 +141,12 @@ struct Row {
     // Bits of the distances from the largest logit, which are ordered as the distances are; kInfinity where barred.
     __device__ __forceinline__ void load_distances(int at, float largest, unsigned (&distances)[kWidth]) const {
         float raw[kWidth], allowed[kWidth];
-        load(at, raw, allowed);
+        if (is_held()) {
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) allowed[j] = held[j];
+        } else {
+            load(at, raw, allowed);
+        }
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
             distances[j] = allowed[j] > -INFINITY ? __float_as_uint(largest - allowed[j]) : kInfinity;
@@ -178,9 +186,10 @@ __device__ __forceinline__ Summary merge(const Summary& a, const Summary& b) {
     return {larger, sum, a.best > b.best ? a.best : b.best, a.nan | b.nan};
 }
 
-__device__ __forceinline__ Summary merge(Summary all) {
+// Over `lanes` neighbours.
+__device__ __forceinline__ Summary merge(Summary all, int lanes) {
 #pragma unroll
-    for (int mask = 16; mask; mask /= 2) {
+    for (int mask = lanes / 2; mask; mask /= 2) {
         all = merge(all, Summary{__shfl_xor_sync(kAll, all.largest, mask), __shfl_xor_sync(kAll, all.sum, mask),
                                  __shfl_xor_sync(kAll, all.best, mask), __shfl_xor_sync(kAll, all.nan, mask)});
     }
@@ -189,18 +198,20 @@ __device__ __forceinline__ Summary merge(Summary all) {
 
 // Of the ids from `begin` to `end`, for all lanes of a warp.
 template <typename T, int blocks>
-__device__ __forceinline__ Summary summary_of(const Row<T, blocks>& row, int begin, int end) {
+__device__ __forceinline__ Summary summary_of(Row<T, blocks>& row, int begin, int end) {
     Summary mine{-kLargestFloat, 0.0f, 0, 0};  // finite, so that -inf - largest is -inf
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) row.held[j] = -INFINITY;
     for (int at = begin + row.of_lane(); at < end; at += 32 * kWidth) {
-        float raw[kWidth], allowed[kWidth], larger = mine.largest;
-        row.load(at, raw, allowed);
+        float raw[kWidth], larger = mine.largest;
+        row.load(at, raw, row.held);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
             mine.nan |= raw[j] != raw[j];
             larger = fmaxf(larger, raw[j]);
-            if (allowed[j] > -INFINITY) {
-                const unsigned long long here =
-                    static_cast<unsigned long long>(ordered(allowed[j])) << 32 | (kAll - static_cast<unsigned>(at + j));
+            if (row.held[j] > -INFINITY) {
+                const unsigned long long here = static_cast<unsigned long long>(ordered(row.held[j])) << 32 |
+                                                (kAll - static_cast<unsigned>(at + j));
                 mine.best = here > mine.best ? here : mine.best;
             }
         }
@@ -211,28 +222,28 @@ __device__ __forceinline__ Summary summary_of(const Row<T, blocks>& row, int beg
             mine.sum = __fadd_rn(mine.sum, exp2f((raw[j] - larger) * static_cast<float>(kLog2E)));
         }
     }
-    return merge(mine);
+    return merge(mine, 32);
 }
 
-// A block alone sums the parts of a cluster's blocks one after another, so that the sum is the same bit for bit.
+// A block alone makes the sums of a cluster's blocks one after another, so that they are the same bit for bit.
 template <typename T, int blocks>
-__device__ __forceinline__ Summary summary_of(const Row<T, blocks>& row) {
-    __shared__ Summary of_warp[kCluster / blocks][kWarps];
-    const int stretch = row.stretch(kCluster);
+__device__ __forceinline__ Summary summary_of(Row<T, blocks>& row) {
+    __shared__ Summary of_warp[kCluster / blocks][kWarps], of_part[kCluster / blocks];
+    const int stretch = row.stretch(kCluster), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int part = rank<blocks>(); part < kCluster; part += blocks) {
-        const int begin = (part * kWarps + static_cast<int>(threadIdx.x / 32)) * stretch;
+        const int begin = (part * kWarps + warp) * stretch;
         const Summary mine = summary_of(row, begin, min(begin + stretch, row.vocab));
-        if (threadIdx.x % 32 == 0) of_warp[part / blocks][threadIdx.x / 32] = mine;
+        if (lane == 0) of_warp[part / blocks][warp] = mine;
+    }
+    __syncthreads();
+    if (warp < kCluster / blocks) {
+        const Summary all = merge(of_warp[warp][lane], 32);
+        if (lane == 0) of_part[warp] = all;
     }
     sync<blocks>();
-    const auto of_part = [&](int part) {
-        return *in_block<blocks>(&of_warp[part / blocks][threadIdx.x % 32], part % blocks);
-    };
-    Summary all = of_part(0);
-#pragma unroll 1
-    for (int part = 1; part < kCluster; ++part) all = merge(all, of_part(part));
-    return merge(all);
+    const int part = lane % kCluster;
+    return merge(*in_block<blocks>(&of_part[part / blocks], part % blocks), kCluster);
 }
 
 // Of an interval of distances, a part that ends somewhere inside it.
@@ -241,19 +252,24 @@ struct Tally {
     unsigned count, last, after;  // tokens in the part, the largest distance there, and the smallest after it
 };
 
-__device__ __forceinline__ Tally merge(const Tally& mine) {
-    return {warp_sum(mine.mass), __reduce_add_sync(kAll, mine.count), __reduce_max_sync(kAll, mine.last),
-            __reduce_min_sync(kAll, mine.after)};
-}
-
-__device__ __forceinline__ Tally merge(const Tally& a, const Tally& b) {
-    return {a.mass + b.mass, a.count + b.count, max(a.last, b.last), min(a.after, b.after)};
+// Over `lanes` neighbours.
+__device__ __forceinline__ Tally merge(Tally all, int lanes) {
+#pragma unroll
+    for (int mask = lanes / 2; mask; mask /= 2) {
+        all.mass += __shfl_xor_sync(kAll, all.mass, mask);
+        all.count += __shfl_xor_sync(kAll, all.count, mask);
+        all.last = max(all.last, __shfl_xor_sync(kAll, all.last, mask));
+        all.after = min(all.after, __shfl_xor_sync(kAll, all.after, mask));
+    }
+    return all;
 }
 
 // The part up to `middle` of the distances from `low` to `high`; each(visit) shows `visit` this thread's share of them.
+// `turn` is another one, odd or even, than that of the call before: its results may still be being read.
 template <int blocks, typename Each>
-__device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned middle, unsigned high) {
-    __shared__ Tally of_warp[kWarps];
+__device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned middle, unsigned high, int turn) {
+    __shared__ Tally of_warp[kWarps], of_block[2];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Tally mine{0, 0, low, high};
     each([&](unsigned distance) {
         if (distance < low || distance > high) return;
@@ -265,16 +281,15 @@ __device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned midd
             mine.count += 1;
         }
     });
-    mine = merge(mine);
-    sync<blocks>();  // the one before has been read
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
-    sync<blocks>();
-    Tally all = of_warp[threadIdx.x % 32];
-#pragma unroll 1
-    for (int i = 1; i < blocks; ++i) {
-        all = merge(all, *in_block<blocks>(&of_warp[threadIdx.x % 32], (rank<blocks>() + i) % blocks));
+    mine = merge(mine, 32);
+    if (lane == 0) of_warp[warp] = mine;
+    __syncthreads();
+    if (warp == 0) {
+        mine = merge(of_warp[lane], 32);
+        if (lane == 0) of_block[turn % 2] = mine;
     }
-    return merge(all);
+    sync<blocks>();
+    return merge(*in_block<blocks>(&of_block[turn % 2], lane % blocks), blocks);
 }
 
 // Copy this warp's distances from `low` to `high`. Returns how many they are, or -1 in all warps where one lacks room.
@@ -283,7 +298,8 @@ __device__ __forceinline__ int gather(const Row<T, blocks>& row, float largest, 
                                       unsigned* nearby) {
     __shared__ bool lacking;
     if (threadIdx.x == 0) lacking = false;
-    const unsigned lower_lanes = (1u << threadIdx.x % 32) - 1;
+    const int lane = threadIdx.x % 32;
+    const unsigned lower_lanes = (1u << lane) - 1;
     int count = 0;
     for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
         unsigned distances[kWidth];
@@ -300,16 +316,13 @@ __device__ __forceinline__ int gather(const Row<T, blocks>& row, float largest, 
     sync<blocks>();
     if (count > kNearby) lacking = true;
     sync<blocks>();
-    bool any = false;
-#pragma unroll 1
-    for (int i = 0; i < blocks; ++i) any |= *in_block<blocks>(&lacking, i);
-    return any ? -1 : count;
+    return __any_sync(kAll, *in_block<blocks>(&lacking, lane % blocks)) ? -1 : count;
 }
 
 // The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all).
 template <typename T, int blocks, typename Value, typename Point>
 __device__ __forceinline__ int locate(const Row<T, blocks>& row, float largest, Value value, Point point) {
-    __shared__ unsigned long long of_warp[kWarps];
+    __shared__ unsigned long long of_warp[kWarps], of_block;
     __shared__ int found;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned long long mine = 0;
@@ -322,17 +335,18 @@ __device__ __forceinline__ int locate(const Row<T, blocks>& row, float largest, 
     mine = warp_sum(mine);
     sync<blocks>();  // the one before has been read
     if (lane == 0) of_warp[warp] = mine;
-    sync<blocks>();
-    unsigned long long all = 0, before = lane < warp ? of_warp[lane] : 0;
-#pragma unroll 1
-    for (int i = 0; i < blocks; ++i) {
-        const unsigned long long there = *in_block<blocks>(&of_warp[lane], i);
-        all += there;
-        if (i < rank<blocks>()) before += there;
+    __syncthreads();
+    const unsigned long long beside = of_warp[lane];
+    unsigned long long before = warp_sum(lane < warp ? beside : 0);
+    if (warp == 0) {
+        const unsigned long long sum = warp_sum(beside);
+        if (lane == 0) of_block = sum;
     }
-    const unsigned long long wanted = point(warp_sum(all));
-    before = warp_sum(before);
-    if (before <= wanted && wanted < before + of_warp[warp]) {  // the same in all lanes, and in one warp
+    sync<blocks>();
+    const unsigned long long there = lane < blocks ? *in_block<blocks>(&of_block, lane) : 0;
+    before += warp_sum(lane < rank<blocks>() ? there : 0);
+    const unsigned long long wanted = point(warp_sum(there));
+    if (before <= wanted && wanted < before + mine) {  // the same in all lanes, and in one warp
         for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
             const int at = start + row.of_lane();
             unsigned distances[kWidth];
@@ -386,7 +400,7 @@ __device__ __forceinline__ Cut cut_of(const Row<T, blocks>& row, float largest, 
     const auto each_nearby = [&](auto visit) {
         for (int i = threadIdx.x % 32; i < n_nearby; i += 32) visit(nearby[threadIdx.x / 32][i]);
     };
-    const Tally all = tally_of<blocks>(each_of_row, 0, kInfinity - 1, kInfinity - 1);
+    const Tally all = tally_of<blocks>(each_of_row, 0, kInfinity - 1, kInfinity - 1, 1);
     unsigned low = 0, high = all.last, inside = all.count;
     const unsigned long long no_mass = ~0ull;
     const auto wanted =
@@ -394,7 +408,7 @@ __device__ __forceinline__ Cut cut_of(const Row<T, blocks>& row, float largest, 
     const unsigned most = top_k > 0.0 ? static_cast<unsigned>(fmin(top_k, 4294967295.0)) : 4294967295u;
     unsigned long long mass = 0;  // nearer than low
     unsigned count = 0;
-    bool try_gathering = true;
+    bool try_gathering = !row.is_held();
     for (int round = 0; low < high; ++round) {
         if (try_gathering && inside <= blocks * kWarps * kNearby / 4) {
             n_nearby = gather(row, largest, low, high, nearby[threadIdx.x / 32]);
@@ -405,9 +419,8 @@ __device__ __forceinline__ Cut cut_of(const Row<T, blocks>& row, float largest, 
         if (farthest <= kFar && round < kHalvings) middle = __float_as_uint(0.5f * (nearest + farthest));
         if (farthest > kFar && nearest < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
         middle = max(low, min(middle, high - 1));
-        const Tally part =
-            n_nearby < 0 ? tally_of<blocks>(each_of_row, low, middle, high)
-                                        : tally_of<blocks>(each_nearby, low, middle, high);
+        const Tally part = n_nearby < 0 ? tally_of<blocks>(each_of_row, low, middle, high, round)
+                                        : tally_of<blocks>(each_nearby, low, middle, high, round);
         if (mass + part.mass >= wanted || count + part.count >= most) {
             high = part.last;
             inside = part.count;
@@ -438,8 +451,8 @@ sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restric
             int vocab, bool aligned, int64_t* __restrict__ ids, float* __restrict__ logprobs) {
     const unsigned number = blockIdx.x / blocks;
     const double* mine = settings + static_cast<int64_t>(number) * kSettings;
-    Row<T, blocks> row{logits + number * stride, nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
-               static_cast<float>(mine[4])};
+    Row<T, blocks> row{logits + number * stride,    nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
+                       static_cast<float>(mine[4]), {}};
     if (counts != nullptr && (mine[3] != 0.0 || mine[4] != 0.0)) {
         row.counts = counts + static_cast<int64_t>(number) * vocab;
     }
