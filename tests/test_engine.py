@@ -15,7 +15,7 @@ import heron
 from heron import tokenizer
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
-from heron.generation import Engine, Request, Sampling, Snapshot, engine
+from heron.generation import Engine, Request, Sampling, Snapshot, Token, engine
 from heron.generation.decoder import CompiledDecoder, FusedDecoder, ModelDecoder, is_fusible
 from heron.generation.drawing import DeviceDraws, barred_ids
 from heron.generation.graphed import GraphedDecoder, GraphedReader
@@ -23,6 +23,7 @@ from heron.generation.tables import Tables, fingerprint
 
 INTEGERS = tokenizer.load("integers:37")
 GREEDY = Sampling(temperature=0)
+CPU = torch.device("cpu")
 FUSED = {
     "v7": dict(variant="v7"),
     "v8": dict(variant="v8"),
@@ -287,19 +288,19 @@ def test_tables_on_disk_take_no_memory(random_model, tmp_path):
 def test_rows_of_packed_tables_are_the_rows(tmp_path, dtype):
     tables = [torch.randn(2500, 6).to(dtype) for _ in range(3)]
     ids = torch.tensor([0, 2499, 7, 7, 1024, 1023])
-    packed = Tables(tables, tmp_path / "deep" / "t.bin")
+    packed = Tables(tables, CPU, tmp_path / "deep" / "t.bin")
     assert torch.equal(packed.rows(ids), torch.stack([table[ids] for table in tables]))
-    assert torch.equal(Tables(tables).rows(ids), packed.rows(ids))
-    for kept in (Tables(tables), packed):
+    assert torch.equal(Tables(tables, CPU).rows(ids), packed.rows(ids))
+    for kept in (Tables(tables, CPU), packed):
         staging = kept.staging(len(ids), pinned=False)
         kept.pick(ids.numpy(), staging)
         assert torch.equal(staging.transpose(0, 1), packed.rows(ids))
     data = (tmp_path / "deep" / "t.bin").read_bytes()
     with pytest.raises(CheckpointError, match="another model"):
-        Tables([table + 1 for table in tables], tmp_path / "deep" / "t.bin")
+        Tables([table + 1 for table in tables], CPU, tmp_path / "deep" / "t.bin")
     (tmp_path / "deep" / "t.bin").write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match="cut short"):
-        Tables(tables, tmp_path / "deep" / "t.bin")
+        Tables(tables, CPU, tmp_path / "deep" / "t.bin")
 
 
 def test_long_prompts_are_read_in_pieces_and_the_state_is_that_of_the_whole(random_model, monkeypatch):
@@ -489,7 +490,7 @@ def drawing_engine(monkeypatch):
 
     def make(model, tokens, rows=1):
         made = Engine(model, tokens, rows)
-        monkeypatch.setattr(made, "_draws", DeviceDraws(tokens, rows, torch.device("cpu")))
+        monkeypatch.setattr(made, "_draws", DeviceDraws(tokens, rows, CPU))
         return made
 
     return make
@@ -556,6 +557,87 @@ def test_rows_drawn_at_once_say_which_logits_are_not_finite(drawing_engine, rand
         model.head.weight[5] = math.nan
     with pytest.raises(HeronError, match="wanted finite numbers, got nan at token id 5"):
         next(drawing_engine(model, INTEGERS).run([Request([1], 3)]))
+
+
+@pytest.fixture
+def looking_ahead(drawing_engine, monkeypatch):
+    """A function as Engine's constructor: of one row, drawn as on a CUDA device, and that looks ahead, or not."""
+
+    def make(model, looks_ahead=True):
+        made = drawing_engine(model, INTEGERS)
+        decoder = GraphedDecoder(model, 1)
+        decoder._logits = torch.zeros(1, model.config.vocab_size)
+        # As a recorded step does it, which overwrites the logits of the step before.
+        monkeypatch.setattr(decoder, "_compute_into_place", lambda: decoder._logits.copy_(decoder._compute()))
+        monkeypatch.setattr(made, "_decoder", decoder)
+        if not looks_ahead:
+            monkeypatch.setattr(made._decoder, "_before", None)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["v7", "v8", "v7a"])
+def test_looking_ahead_changes_nothing(looking_ahead, random_model, form):
+    """Rows are opened, closed in the middle, saved and gone on with, by chance."""
+    model = random_model(variant=form)
+    engines = looking_ahead(model), looking_ahead(model, looks_ahead=False)
+    chance = random.Random(form)
+    told = [[], []]
+    for _ in range(12):
+        prompt, seed = [chance.randrange(37) for _ in range(chance.randint(1, 4))], chance.randrange(9)
+        sampling = Sampling(top_p=0.9, presence_penalty=chance.choice((0, 0.3)))
+        after, n_tokens, is_kept = None, chance.randrange(6), chance.random() < 0.5
+        for made, tokens in zip(engines, told, strict=True):
+            if is_kept and tokens and not isinstance(tokens[-1], Token):
+                after = tokens[-1]
+            row = made.open(prompt, after, sampling, seed)
+            tokens += [made.step()[0][1] for _ in range(n_tokens)]
+            tokens.append(made.snapshot(row))
+            tokens += [made.step()[0][1]]
+            tokens.append(made.snapshot(row))
+            made.close(row)
+    for mine, theirs in zip(*told, strict=True):
+        if isinstance(mine, Token):
+            assert mine == theirs
+        else:
+            assert mine.pending == theirs.pending
+            assert equal(bits(mine.state), bits(theirs.state))
+            assert torch.equal(mine.generator, theirs.generator)
+            assert (mine.counts is None) == (theirs.counts is None)
+            assert mine.counts is None or torch.equal(mine.counts, theirs.counts)
+
+
+def test_a_step_is_begun_before_its_token_is_known_on_the_host(looking_ahead, random_model, monkeypatch):
+    engine = looking_ahead(random_model())
+    begun, known = [], []
+    run, receive = engine._decoder._run, engine._draws._receive
+    monkeypatch.setattr(engine._decoder, "_run", lambda: (begun.append(len(known)), run()))
+    monkeypatch.setattr(engine._draws, "_receive", lambda n: (known.append(n), receive(n))[1])
+    engine.open([1, 2])
+    for _ in range(4):
+        engine.step()
+    assert begun == [0, 0, 1, 2, 3]
+
+
+def test_a_row_whose_token_cannot_be_drawn_stays_where_it_is(looking_ahead, random_model):
+    """Only the token that it read makes its logits bad: what was looked ahead, with another one, is fine."""
+    model = random_model(variant="v8", n_layer=1)
+    engine = looking_ahead(model)
+    engine.open([1, 2], sampling=GREEDY)
+    bad = engine.step()[0][1].id
+    assert bad
+    with torch.no_grad():
+        model.blocks[0].ffn.enn.weight[bad] = math.inf
+    engines = looking_ahead(model), looking_ahead(model, looks_ahead=False)
+    rows = [engine.open([1, 2], sampling=GREEDY) for engine in engines]
+    for engine in engines:
+        assert engine.step()[0][1].id == bad
+        for _ in range(2):
+            with pytest.raises(HeronError, match="wanted finite numbers, got nan"):
+                engine.step()
+    mine, theirs = (engine.snapshot(row) for engine, row in zip(engines, rows, strict=True))
+    assert equal(bits(mine.state), bits(theirs.state))
 
 
 def test_barred_ids_are_those_that_stand_for_nothing():

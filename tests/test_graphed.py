@@ -9,6 +9,7 @@ import torch
 
 import heron
 from heron import tokenizer
+from heron.errors import HeronError
 from heron.generation import Request, Sampling
 from heron.generation import engine as engine_module
 from heron.generation.graphed import GraphedDecoder
@@ -81,6 +82,44 @@ def test_tables_off_the_device_give_the_same_text(random_model, tmp_path, tables
     want = "".join(heron.Engine(model, ids).stream(request))
     place = dict(tables=tables, tables_file=tmp_path / "tables" if tables == "disk" else None, device="cuda")
     assert "".join(heron.Engine(model.cpu(), ids, **place).stream(request)) == want
+
+
+@pytest.mark.parametrize("tables", ["device", "host"])
+def test_looking_ahead_changes_nothing(random_model, tables, monkeypatch):
+    model, ids = random_model(variant="v8", **SIZES).to("cuda"), tokenizer.load("integers:100")
+    place = {} if tables == "device" else dict(tables="host", device="cuda")
+    engines = [heron.Engine(model if tables == "device" else model.cpu(), ids, **place) for _ in range(2)]
+    assert engines[0]._decoder.look_ahead is not None
+    sampling, told = Sampling(top_p=0.9, presence_penalty=0.3), [[], []]
+    for engine, tokens in zip(engines, told, strict=True):
+        if engine is engines[1]:
+            monkeypatch.setattr(GraphedDecoder, "look_ahead", None)
+        after = None
+        for seed in range(6):
+            row = engine.open([seed, 7], after, sampling, seed)
+            for _ in range(5):
+                tokens.append(engine.step()[0][1])
+            after = engine.snapshot(row)
+            tokens += after.state.to_list()
+            tokens += [token for _, token in engine.step()]
+            engine.close(row)
+    for mine, theirs in zip(*told, strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def test_logits_that_are_not_finite_are_refused_again_and_again(random_model):
+    model = random_model(variant="v8", **{**SIZES, "n_layer": 1}).to("cuda")
+    engine = heron.Engine(model, tokenizer.load("integers:100"))
+    engine.open([5, 6], sampling=Sampling(temperature=0))
+    bad = engine.step()[0][1].id
+    with torch.no_grad():
+        model.blocks[0].ffn.enn.weight[bad] = float("inf")
+    engine = heron.Engine(model, tokenizer.load("integers:100"))
+    engine.open([5, 6], sampling=Sampling(temperature=0))
+    assert engine.step()[0][1].id == bad
+    for _ in range(2):
+        with pytest.raises(HeronError, match="wanted finite numbers"):
+            engine.step()
 
 
 @pytest.mark.parametrize("form", VARIANTS)

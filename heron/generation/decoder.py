@@ -40,7 +40,15 @@ _KNOWN = re.compile(
 
 
 class Decoder(Protocol):
-    """Several sequences, each in a row of its own, that go on token by token."""
+    """Several sequences, each in a row of its own, that go on token by token.
+
+    Attributes:
+        look_ahead: starts the next step of all rows with token ids (rows,) on the device, which the host need not know
+            yet; that step then gives the logits. Until then the rows read as before, and a row that is written is
+            there without it. None: not this decoder.
+    """
+
+    look_ahead: Callable[[Tensor], None] | None
 
     def write(self, row: int, state: State | None) -> None:
         """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
@@ -57,6 +65,8 @@ class Decoder(Protocol):
 
 class ModelDecoder:
     """Decodes with the model, row by row: for models that remember more than :class:`FusedDecoder` computes with."""
+
+    look_ahead = None
 
     def __init__(self, model: nn.Module, rows: int):
         self._model = model
@@ -98,19 +108,23 @@ class RowStates:
     """What several rows of a v7, v7a or v8 model remember, in tensors that a decoder changes in place.
 
     Attributes:
-        layers: of each layer att_shift (rows, C), wkv (rows, H, N_value, N_key), ffn_shift (rows, C).
+        layers: of each layer att_shift (rows, C), wkv (rows, H, N_value, N_key), ffn_shift (rows, C); views of two
+            tensors.
     """
 
     def __init__(self, model: RWKV, rows: int):
         self._config, weight = model.config, model.emb.weight
         self._device, self._dtype = weight.device, weight.dtype
-        C, H, N = self._config.n_embd, self._config.n_head, self._config.head_size
-        shift = dict(dtype=self._dtype, device=self._device)
-        wkv = dict(dtype=torch.promote_types(self._dtype, torch.float32), device=self._device)
-        self.layers = [
-            LayerState(torch.zeros(rows, C, **shift), torch.zeros(rows, H, N, N, **wkv), torch.zeros(rows, C, **shift))
-            for _ in range(self._config.n_layer)
-        ]
+        L, C, H, N = self._config.n_layer, self._config.n_embd, self._config.n_head, self._config.head_size
+        self._shifts = torch.zeros(L, 2, rows, C, dtype=self._dtype, device=self._device)
+        in_fp32 = torch.promote_types(self._dtype, torch.float32)
+        self._wkv = torch.zeros(L, rows, H, N, N, dtype=in_fp32, device=self._device)
+        self.layers = [LayerState(att, wkv, ffn) for (att, ffn), wkv in zip(self._shifts, self._wkv, strict=True)]
+
+    def copy_(self, other: RowStates) -> None:
+        """Take over the states of as many rows of the same model."""
+        self._shifts.copy_(other._shifts)
+        self._wkv.copy_(other._wkv)
 
     @torch.inference_mode()
     def write(self, row: int, state: State | None) -> None:
@@ -129,6 +143,8 @@ class RowStates:
 
 class StateDecoder:
     """What is common to decoders that keep their rows in :class:`RowStates`."""
+
+    look_ahead: Callable[[Tensor], None] | None = None
 
     def __init__(self, model: RWKV, rows: int):
         self._states = RowStates(model, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,11 +40,10 @@ class DeviceDraws:
         self._counts: Tensor | None = None  # (rows, V) fp32, once a row has penalties
         self._plan: _Plan | None = None
         is_cuda = device.type == "cuda"
-        staging = dict(dtype=torch.float64, pin_memory=is_cuda)
-        self._uniforms = torch.zeros(rows, **staging)
+        self._uniforms = torch.zeros(rows, dtype=torch.float64, pin_memory=is_cuda)
         self._uniforms_there = torch.zeros(rows, dtype=torch.float64, device=device)
-        self._drawn_there = torch.zeros(2, rows, dtype=torch.float64, device=device)  # ids and log-probabilities
-        self._drawn = torch.zeros(2, rows, **staging)
+        self._ids = torch.zeros(rows, dtype=torch.int64, pin_memory=is_cuda)
+        self._logprobs = torch.zeros(rows, pin_memory=is_cuda)
         self._arrived = torch.cuda.Event() if is_cuda else None
 
     def keep(self, row: int, counts: Tensor) -> Tensor:
@@ -55,14 +54,20 @@ class DeviceDraws:
 
     @torch.inference_mode()
     def draw(
-        self, rows: Sequence[tuple[int, Sampling]], generators: Sequence[torch.Generator], logits: Tensor
+        self,
+        rows: Sequence[tuple[int, Sampling]],
+        generators: Sequence[torch.Generator],
+        logits: Tensor,
+        meanwhile: Callable[[Tensor], None] | None = None,
     ) -> list[tuple[int, float]]:
-        """A token id and its log-probability for each of `rows` (its number and its settings); one copy to the host.
+        """A token id and its log-probability for each of `rows` (its number and its settings).
 
         Args:
             generators: of the CPU, one a row; not advanced where the row is greedy.
             logits: (n, V) of the tokenizer's ids, on the device. They may still be being computed: the host waits once,
                 for the tokens.
+            meanwhile: called with the ids (n,) on the device, -1 where a row could not be drawn, before the host waits
+                for them. It may overwrite the logits.
 
         Raises:
             HeronError: the largest logit of a row is NaN or infinite.
@@ -80,8 +85,11 @@ class DeviceDraws:
         self._uniforms.numpy()[:n] = uniforms
         self._uniforms_there.copy_(self._uniforms, non_blocking=True)
         ids, logprobs = sample_rows(logits, counts, self._barred, plan.settings, self._uniforms_there[:n])
-        drawn = self._to_host(ids, logprobs)
-        drawn = [(int(token), logprob) for token, logprob in zip(*drawn, strict=True)]
+        self._send(ids, logprobs)
+        if meanwhile is not None:
+            logits = logits.clone()
+            meanwhile(ids)
+        drawn = self._receive(n)
         for i, (token, _) in enumerate(drawn):
             if token < 0:
                 check_finite(logits[i])
@@ -92,16 +100,18 @@ class DeviceDraws:
             self._counts[plan.numbers, ids] += 1
         return drawn
 
-    def _to_host(self, ids: Tensor, logprobs: Tensor) -> list[list[float]]:
-        """ids (n,) and logprobs (n,) as two lists. The wait for them frees every buffer of this step on the host."""
-        n = len(ids)
-        self._drawn_there[0, :n] = ids
-        self._drawn_there[1, :n] = logprobs
-        self._drawn.copy_(self._drawn_there, non_blocking=True)
+    def _send(self, ids: Tensor, logprobs: Tensor) -> None:
+        """Start the copy of ids (n,) and logprobs (n,) to the host."""
+        self._ids[: len(ids)].copy_(ids, non_blocking=True)
+        self._logprobs[: len(ids)].copy_(logprobs, non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()
+
+    def _receive(self, n: int) -> list[tuple[int, float]]:
+        """Both, row by row. The wait for them frees every buffer of this draw on the host."""
+        if self._arrived is not None:
             self._arrived.synchronize()
-        return self._drawn[:, :n].tolist()
+        return list(zip(self._ids[:n].tolist(), self._logprobs[:n].tolist(), strict=True))
 
     def _plan_of(self, rows: list[tuple[int, Sampling]]) -> _Plan:
         if self._plan is None or self._plan.rows != rows:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from heron.checkpoint.architecture import is_finite
 from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
-from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from heron.errors import CheckpointError, ConfigError, DataError, HeronError, did_you_mean
 from heron.generation.decoder import decoder_of, is_fusible, only_computing
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
@@ -102,9 +102,9 @@ class Engine:
         model: an RWKV (or a module with its `forward`, `hidden_states`, `config.vocab_size`), in the dtype to run in.
         tokenizer: the one that the model was trained with. Ids that stand for nothing in it are never drawn.
         rows: sequences that can be open at once; their states are allocated now.
-        tables: where DeepEmbed tables are: "device" (with the weights), "host" (in memory, as `model` has them), or
-            "disk" (in `tables_file`, mapped; once the caller lets go of `model` they take no memory). Rows are the same
-            bit for bit, and fetched once per token for all layers.
+        tables: where DeepEmbed tables are: "device" (with the weights), "host" (in memory, as `model` has them, or
+            pinned copies for a GPU), or "disk" (in `tables_file`, mapped; once the caller lets go of `model` they take
+            no memory). Rows are the same bit for bit, and fetched once per token for all layers.
         tables_file: of "disk"; written where it is missing.
         device: where the rest runs; None: where the model is.
 
@@ -112,6 +112,7 @@ class Engine:
         ConfigError: rows below 1, an unknown `tables`, or one that this model does not have; a tokenizer larger than
             the model.
         CheckpointError: `tables_file` belongs to another model or cannot be written.
+        HeronError: tables on the host don't fit into memory that can be pinned.
     """
 
     def __init__(
@@ -354,7 +355,13 @@ class Engine:
         logits = logits[:, : self.tokenizer.vocab_size]
         if self._draws is not None:
             settings = [(row.number, row.sampling) for row in self._open]
-            drawn = self._draws.draw(settings, [row._generator for row in self._open], logits)
+            generators = [row._generator for row in self._open]
+            try:
+                drawn = self._draws.draw(settings, generators, logits, self._decoder.look_ahead)
+            except HeronError:
+                for row in self._open:  # back to before what was looked ahead
+                    self._decoder.write(row.number, self._decoder.read(row.number))
+                raise
             tokens = [(row, Token(*token)) for row, token in zip(self._open, drawn, strict=True)]
             for row, token in tokens:
                 row._token = token.id

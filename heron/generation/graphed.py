@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from heron import compilation
 from heron.config import ModelConfig
-from heron.generation.decoder import StateDecoder, head_weights, lookup, low_rank_gates
+from heron.generation.decoder import RowStates, StateDecoder, head_weights, lookup, low_rank_gates
 from heron.generation.tables import Tables
 from heron.model import RWKV, State
 from heron.model.deep_embed import Lookup
@@ -38,6 +38,7 @@ class GraphedDecoder(StateDecoder):
     """Decodes a v7, v7a or v8 model on a GPU. The shapes never change: rows without a sequence are computed too.
 
     The graph is recorded here, which takes a moment, and where a compiler is used up to half a minute the first time.
+    A decoder of one row can look ahead: at every token a copy of its state is kept, a hundredth of what a step reads.
 
     Args:
         model: see :func:`heron.generation.decoder.is_fusible`. On a CPU nothing is recorded or compiled (for tests).
@@ -56,14 +57,38 @@ class GraphedDecoder(StateDecoder):
         self._ids = self._on_host.to(device)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # until then the host's buffers are read
         self._in_order = list(range(rows))
-        self._tables = tables
-        self._picked = None if tables is None else tables.staging(rows, pinned=device.type == "cuda")
-        self._rows = None if tables is None else self._picked.to(device)  # (rows, L, width)
-        self._lookup = lookup(model)
+        self._lookup = lookup(model) if tables is None else tables.gathered
+        self._tables = None if tables is None or tables.by_kernel else tables  # whose rows the host picks
+        if self._tables is not None:
+            self._picked = tables.staging(rows, pinned=device.type == "cuda")
+            self._there = there = self._picked.to(device)  # (rows, L, width)
+            self._lookup = lambda _: there.unbind(1)
+        self._before = RowStates(model, rows) if rows == 1 and self._tables is None else None  # the last step
+        self._is_ahead = False
         self._stages = self._layers[0].stages(None)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._record()
+
+    def write(self, row: int, state: State | None) -> None:
+        """Let `row` go on from `state` (batch size 1; None: zeros), which is copied."""
+        super().write(row, state)
+        self._is_ahead = False
+
+    def read(self, row: int) -> State:
+        """What `row` remembers, as a copy."""
+        return self._before.read(row) if self._is_ahead else super().read(row)
+
+    @property
+    def look_ahead(self) -> Callable[[Tensor], None] | None:
+        """See :class:`heron.generation.decoder.Decoder`. None: several rows, or tables whose rows the host picks."""
+        return None if self._before is None else self._look_ahead
+
+    @torch.inference_mode()
+    def _look_ahead(self, ids: Tensor) -> None:
+        torch.clamp(ids, min=0, out=self._ids)  # -1: none could be drawn
+        self._run()
+        self._is_ahead = True
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -71,25 +96,33 @@ class GraphedDecoder(StateDecoder):
 
         A row that is left out loses its state: write it anew before its next step.
         """
+        if self._is_ahead:
+            self._is_ahead = False
+            return self._logits
         if self._copied is not None:
             self._copied.synchronize()
         self._on_host.numpy()[list(rows)] = tokens
         self._ids.copy_(self._on_host, non_blocking=True)
         if self._tables is not None:
             self._tables.pick(self._on_host.numpy(), self._picked)
-            self._rows.copy_(self._picked, non_blocking=True)
+            self._there.copy_(self._picked, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        if self._graph is None:
-            self._logits = self._compute()
-        else:
-            self._graph.replay()
+        self._run()
         return self._logits if list(rows) == self._in_order else self._logits[list(rows)]
 
+    def _run(self) -> None:
+        if self._graph is None:
+            self._compute_into_place()
+        else:
+            self._graph.replay()
+
     def _compute(self) -> Tensor:
-        """One step of every row, from `_ids` and `_rows`; changes the states in place."""
+        """One step of every row, from `_ids` and what the host picked; changes the states in place."""
+        if self._before is not None:
+            self._before.copy_(self._states)
         embedded = x = self._model.embed(self._ids)
-        tables = self._lookup(self._ids) if self._rows is None else self._rows.unbind(1)
+        tables = self._lookup(self._ids)
         v_first = None
         for layer, memory, of_table in zip(self._layers, self._states.layers, tables, strict=True):
             x, v_first = layer.step(self._stages, x, memory, v_first, of_table, embedded)

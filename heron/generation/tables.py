@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from heron.checkpoint.atomic import new_file
-from heron.errors import CheckpointError, ConfigError
+from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
+from heron.ops import _select
+from heron.ops.rows import copy_rows
 
 PLACES = ("device", "host", "disk")
 _MAGIC = b"HERONTAB"
@@ -27,19 +30,25 @@ class Tables:
 
     Args:
         tables: (V, width) of each layer, on the host.
+        device: that the rows are fetched for. A GPU with kernels for it reads them by itself, in pinned copies.
         file: where to keep them packed, V x L x width, so that a token's rows are one read; None: in memory as given.
             A file of the same tables is used as it is; another one is refused.
 
+    Attributes:
+        by_kernel: whether the device reads the rows by itself, with :meth:`gathered`.
+
     Raises:
         CheckpointError: `file` holds something else, or cannot be written.
+        HeronError: the tables don't fit into memory that can be pinned.
     """
 
-    def __init__(self, tables: list[Tensor], file: Path | None = None):
-        self._tables = tables
+    def __init__(self, tables: list[Tensor], device: torch.device, file: Path | None = None):
+        self.by_kernel = file is None and _select.copy_rows(device).impl == "cuda"
+        self._tables = tables = _pinned(tables) if self.by_kernel else tables
         self._bytes = [table.contiguous().view(torch.uint8).numpy() for table in tables]
         self._n_layer, self._dtype = len(tables), tables[0].dtype
         self._packed: np.ndarray | None = None
-        self._fetched = torch.empty(0)
+        self._fetched: Sequence[Tensor] = ()
         if file is not None:
             self._map(file)
 
@@ -59,14 +68,21 @@ class Tables:
         for layer, table in enumerate(self._bytes):
             there[:, layer] = table[ids]
 
+    def gathered(self, ids: Tensor) -> Sequence[Tensor]:
+        """Rows (n, width) of each layer for token ids (n,), on their GPU, by a kernel of its current stream."""
+        rows = torch.empty(self._n_layer, len(ids), self._width, dtype=self._dtype, device=ids.device).unbind()
+        copy_rows(self._tables, ids, rows, None)
+        return rows
+
     def staging(self, n: int, pinned: bool) -> Tensor:
         """Zeros (n, L, width) on the host for :meth:`pick`; `pinned`: for asynchronous copies to a GPU."""
         return torch.zeros(n, self._n_layer, self._width, dtype=self._dtype, pin_memory=pinned)
 
     def fetch(self, ids: Tensor, device: torch.device) -> None:
         """Bring the rows of ids (B, T) to `device`, where the next forward of the model finds them."""
-        host = ids.reshape(-1).cpu()
-        self._fetched = self.rows(host).to(device).view(-1, *ids.shape, self._width)
+        flat = ids.reshape(-1)
+        rows = self.gathered(flat.to(device)) if self.by_kernel else self.rows(flat.cpu()).to(device)
+        self._fetched = [part.view(*ids.shape, self._width) for part in rows]
 
     def fetched(self, layer: int, ids: Tensor) -> Tensor:
         """Rows (B, T, width) of `layer` that :meth:`fetch` brought."""
@@ -109,6 +125,18 @@ class Tables:
         return _MAGIC + struct.pack("<Q", len(text)) + text
 
 
+def _pinned(tables: list[Tensor]) -> list[Tensor]:
+    """Copies that no page of can be moved, so that a GPU may read them."""
+    try:
+        return [table.pin_memory() for table in tables]
+    except RuntimeError as error:
+        size = sum(table.nbytes for table in tables) / 2**30
+        raise HeronError(
+            f"tables host: {size:.1f} GiB of memory could not be pinned for the GPU: {str(error).splitlines()[0]}. "
+            "Give tables='disk' (--tables disk)"
+        ) from None
+
+
 class _Fetched(nn.Module):
     """Stands where a DeepEmbed stood and gives the rows that were fetched ahead."""
 
@@ -137,7 +165,7 @@ def off_device(model: RWKV, device: torch.device, file: Path | None) -> tuple[RW
         bare = RWKV(config)
     bare.load_state_dict(model.state_dict(), assign=True)
     [name] = [name for name, part in bare.blocks[0].ffn.named_children() if isinstance(part, DeepEmbed)]
-    store = Tables([getattr(block.ffn, name).weight.detach().cpu() for block in bare.blocks], file)
+    store = Tables([getattr(block.ffn, name).weight.detach().cpu() for block in bare.blocks], device, file)
     for layer, block in enumerate(bare.blocks):
         setattr(block.ffn, name, _Fetched(store, layer))
     return bare.to(device), store
