@@ -44,6 +44,7 @@ def report() -> str:
             "norm and mix": _select.norm_mix(there),
             "time-mix heads": _select.head_step(there),
             "drawing": _select.sample_rows(there),
+            "rows of tables": _select.copy_rows(there),
         }
     units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in machine.cpu_flags()]
     sections = {

@@ -640,6 +640,25 @@ def test_a_row_whose_token_cannot_be_drawn_stays_where_it_is(looking_ahead, rand
     assert equal(bits(mine.state), bits(theirs.state))
 
 
+def test_an_interrupted_step_leaves_no_token_out(looking_ahead, random_model, monkeypatch):
+    def interrupt(n):
+        raise KeyboardInterrupt
+
+    model, told = random_model(), []
+    for looks_ahead in (True, False):
+        made = looking_ahead(model, looks_ahead)
+        row = made.open([1, 2], sampling=Sampling(top_p=1.0), seed=3)
+        made.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(made._draws, "_receive", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                made.step()
+        snapshot = made.snapshot(row)
+        told.append((bits(snapshot.state), snapshot.pending, [made.step()[0][1] for _ in range(5)]))
+    assert equal(told[0][0], told[1][0])
+    assert told[0][1:] == told[1][1:]
+
+
 def test_barred_ids_are_those_that_stand_for_nothing():
     world = tokenizer.load("world")
     assert barred_ids(world).nonzero()[:, 0].tolist() == list(range(65530, 65536))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from heron.checkpoint.architecture import is_finite
 from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
-from heron.errors import CheckpointError, ConfigError, DataError, HeronError, did_you_mean
+from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import decoder_of, is_fusible, only_computing
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
@@ -356,11 +356,12 @@ class Engine:
         if self._draws is not None:
             settings = [(row.number, row.sampling) for row in self._open]
             generators = [row._generator for row in self._open]
+            look_ahead = self._decoder.look_ahead
             try:
-                drawn = self._draws.draw(settings, generators, logits, self._decoder.look_ahead)
-            except HeronError:
-                for row in self._open:  # back to before what was looked ahead
-                    self._decoder.write(row.number, self._decoder.read(row.number))
+                drawn = self._draws.draw(settings, generators, logits, look_ahead)
+            except BaseException:  # an interrupt, too
+                for row in self._open if look_ahead is not None else ():
+                    self._decoder.write(row.number, self._decoder.read(row.number))  # not what was looked ahead
                 raise
             tokens = [(row, Token(*token)) for row, token in zip(self._open, drawn, strict=True)]
             for row, token in tokens:

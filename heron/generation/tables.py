@@ -128,12 +128,12 @@ class Tables:
 def _pinned(tables: list[Tensor]) -> list[Tensor]:
     """Copies that no page of can be moved, so that a GPU may read them."""
     try:
-        return [table.pin_memory() for table in tables]
+        return [table.contiguous().pin_memory() for table in tables]
     except RuntimeError as error:
         size = sum(table.nbytes for table in tables) / 2**30
         raise HeronError(
-            f"tables host: {size:.1f} GiB of memory could not be pinned for the GPU: {str(error).splitlines()[0]}. "
-            "Give tables='disk' (--tables disk)"
+            f"tables host: {size:.1f} GiB of memory, or more, as a table takes a power of two, could not be pinned for "
+            f"the GPU: {str(error).splitlines()[0]}. Give tables='disk' (--tables disk)"
         ) from None
 
 

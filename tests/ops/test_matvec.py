@@ -91,7 +91,7 @@ def emulated():
     return multiply
 
 
-SMALL = [(3, 8), (1, 768), (9, 40), (8, 2048), (17, 264), (2, 8192), (5, 16), (24, 96)]
+SMALL = [(3, 8), (1, 768), (9, 40), (9, 2056), (17, 264), (3, 8192), (5, 16), (24, 4104)]
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
@@ -206,6 +206,14 @@ def gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_kernel_multiplies_the_longest_vectors(gpu, dtype):
+    some = products([(17, 48 * 1024 // dtype.itemsize), (2, 8)], dtype, gpu)
+    assert not any(cuda.why_not(product.weight) for product in some)
+    compare(matvec(some, impl="cuda"), some)
 
 
 @pytest.mark.gpu

@@ -73,7 +73,7 @@ def test_the_definition_norms_and_mixes(dtype, n, m, C):
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 64), (2, 1, 2050), (3, 2, 6)])
+@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 64), (2, 1, 2050), (3, 2, 6), (1, 8, 2052)])
 def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
     arguments = problem(n, m, C, dtype)
     want = exact(*arguments)

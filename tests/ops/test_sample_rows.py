@@ -293,7 +293,9 @@ def on_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "vocab"), [(2000, 7), (2000, 1000), (2000, 50277), (2000, 65536), (3, 2**20)])
+@pytest.mark.parametrize(
+    ("n", "vocab"), [(2000, 7), (2000, 1000), (60, 8200), (2000, 50277), (2000, 65536), (60, 65537), (3, 2**20)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_equals_the_definition(on_gpu, n, vocab, dtype):
     arguments = on_gpu(problem(n, vocab, dtype))

@@ -144,6 +144,9 @@ __global__ void __launch_bounds__(32 * kWarps, 24 / kWarps) matvec(const __grid_
 #ifdef __CUDACC__
 namespace {
 
+// Of shared memory for a vector, beside the sums of warps, without asking for it.
+constexpr int kFreeBytes = 48 * 1024 - kWarps * static_cast<int>(sizeof(float));
+
 using Several = c10::List<std::optional<at::Tensor>>;
 
 const void* data_of(const std::optional<at::Tensor>& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
@@ -177,7 +180,12 @@ std::vector<at::Tensor> run(const at::TensorList xs, const at::TensorList weight
     const auto kernel = first.scalar_type() == at::kFloat      ? matvec<float>
                         : first.scalar_type() == at::kBFloat16 ? matvec<at::BFloat16>
                                                                : matvec<at::Half>;
-    C10_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), 32 * kWarps, longest * first.element_size(),
+    const auto vector_bytes = static_cast<int>(longest * first.element_size());
+    if (vector_bytes > kFreeBytes) {
+        C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, vector_bytes));
+    }
+    C10_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), 32 * kWarps, vector_bytes,
                                 c10::cuda::getCurrentCUDAStream(), first.get_device(), products));
     return ys;
 }

@@ -333,7 +333,7 @@ __device__ __forceinline__ int locate(const Row<T, blocks>& row, float largest, 
         for (int j = 0; j < kWidth; ++j) mine += value(distances[j], at + j);
     }
     mine = warp_sum(mine);
-    sync<blocks>();  // the one before has been read
+    sync<blocks>();  // what a call before this one left has been read
     if (lane == 0) of_warp[warp] = mine;
     __syncthreads();
     const unsigned long long beside = of_warp[lane];
