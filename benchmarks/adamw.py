@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 
 import torch
+from timing import median_ms
 from torch import Tensor, nn
 
 import heron
@@ -19,19 +18,6 @@ from heron.learner import norm_of
 SIZES = {"L12-D768": (12, 768), "L24-D2048": (24, 2048)}
 BYTES = {"PyTorch": 52, "norm": 2, "kernel": 30}  # a parameter: see heron/ops/adamw/README.md
 CLIP = 1.0
-
-
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Median of some calls, each on its own between two events, after 3 to warm up."""
-    times = []
-    for _ in range(3 + repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
 
 
 def by_pytorch(masters: list[nn.Parameter], copies: list[nn.Parameter], optimizer: torch.optim.AdamW) -> None:
@@ -69,12 +55,12 @@ def measure(name: str, repeats: int) -> None:
     gradients = [copy.grad for copy in copies]
     n = sum(master.numel() for master in masters)
     plain = heron.build_optimizer(model)
-    took = {"PyTorch": milliseconds(lambda: by_pytorch(masters, copies, plain), repeats)}
+    took = {"PyTorch": median_ms(lambda: by_pytorch(masters, copies, plain), repeats)}
     plain.state.clear()
     torch.cuda.empty_cache()
     optimizer = heron.build_optimizer(model, copies=dict(zip(masters, copies, strict=True)))
-    took["norm"] = milliseconds(lambda: norm_of(gradients), repeats)
-    took["kernel"] = milliseconds(lambda: by_kernel(gradients, optimizer), repeats)
+    took["norm"] = median_ms(lambda: norm_of(gradients), repeats)
+    took["kernel"] = median_ms(lambda: by_kernel(gradients, optimizer), repeats)
     for form, ms in took.items():
         print(f"{name:<10} {n / 1e6:6.0f} M  {form:<8}{ms:8.3f} ms {BYTES[form] * n / ms / 1e9:6.2f} TB/s", flush=True)
 

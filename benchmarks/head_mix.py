@@ -8,10 +8,10 @@ definition around the kernels of WKV7; `WKV7` is those alone. The last two colum
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
+from timing import median_ms
 from torch import Tensor
 
 from heron import compilation
@@ -73,22 +73,14 @@ def forms(batch: int, tokens: int, heads: int) -> dict[str, tuple[Call, Call]]:
     }
 
 
-def median_ms(call: Call, repeats: int) -> float:
+def recorded_ms(call: Call, repeats: int) -> float:
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    times = []
-    for _ in range(3 + repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
+    return median_ms(graph.replay, repeats)
 
 
 def main() -> None:
@@ -104,7 +96,7 @@ def main() -> None:
     for name in args.shapes:
         batch, tokens, heads = SHAPES[name]
         took = {
-            form: [median_ms(call, args.repeats) for call in calls]
+            form: [recorded_ms(call, args.repeats) for call in calls]
             for form, calls in forms(batch, tokens, heads).items()
         }
         for form, times in took.items():

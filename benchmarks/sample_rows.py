@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 
 import torch
+from timing import median_ms
 
 from heron.ops import sample_rows
 
@@ -21,19 +21,6 @@ SETTINGS = {  # temperature, top_p, top_k, presence_penalty, frequency_penalty
     "top_k 50": (1, 1, 50, 0, 0),
     "top_p 0.5, penalties": (1, 0.5, 0, 0.3, 0.3),
 }
-
-
-def milliseconds(call) -> float:
-    """Median of 20 calls, each on its own between two events, after 5 to warm up."""
-    times = []
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[5:])
 
 
 def main() -> None:
@@ -54,7 +41,9 @@ def main() -> None:
                 settings = torch.tensor([numbers], dtype=torch.float64, device=device).repeat(n, 1)
                 of_row = counts if numbers[3] else None
                 draw = functools.partial(sample_rows, logits, of_row, barred, settings, uniforms)
-                took = {impl: milliseconds(functools.partial(draw, impl=impl)) for impl in ("cuda", "reference")}
+                took = {
+                    impl: median_ms(functools.partial(draw, impl=impl), 20, warm_up=5) for impl in ("cuda", "reference")
+                }
                 print(
                     f"{str(dtype)[6:]:9} spread {spread}  {name:21} kernel {took['cuda']:.3f}  "
                     f"PyTorch {took['reference']:.2f}",
