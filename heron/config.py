@@ -6,6 +6,7 @@ Standard library only (PyYAML is imported when YAML is read or written), so that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -389,9 +390,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
     """The plain types that field `name` of config class `cls` takes, and whether None is one of its values."""
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
 

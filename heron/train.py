@@ -467,12 +467,15 @@ class Trainer:
         return f"Try {', or '.join(flags)}; heron estimate says what each is worth. Checkpoints are whole"
 
     def _base_model(self, model: RWKV, is_fresh: bool) -> str:
-        """Put what a run starts from into its model, in fp32; gives the words for the header.
+        """Put what a fresh run starts from into its model; gives the words for the header.
 
-        A rwkv-init.pth that lies in the run folder is started from and never written over.
+        A rwkv-init.pth that lies in the run folder is what the run starts from, and is never written over.
 
         Args:
             model: of the run's sizes: with initial values where `is_fresh`, else with those of `config.model`.
+
+        Raises:
+            CheckpointError: a file that does not fit the model, or a rwkv-init.pth beside another file to start from.
         """
         config, init = self.config, self.out / "rwkv-init.pth"
         if is_fresh and config.init_dtype == "bf16":
@@ -484,7 +487,8 @@ class Trainer:
                 f"{base}: {', '.join(missing[:5])} missing, of {len(missing)} in all; "
                 f"--base {base} gives these their initial values, or name another --out"
             )
-        if init.exists() and (base is None or base.resolve() != init.resolve()) and not _holds(init, model):
+        in_folder = base is not None and base.parent.resolve() == self.out.resolve()
+        if init.exists() and not in_folder and not _holds(init, model):
             raise CheckpointError(
                 f"{init}: is there, and is not what {config.base or config.model} would start from; it is not written "
                 "over: name another --out, or move it"
@@ -493,10 +497,11 @@ class Trainer:
             return str(config.model)
         if base is None:
             return f"initial values in {config.init_dtype}, seed {config.seed}"
+        start = f"{base.name} of the run folder, kept as it is" if in_folder else str(base)
         if missing:
             names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            return f"{base}, which lacks {len(missing)} tensors; these have their initial values: {names}"
-        return f"{base}, which stays as it is"
+            start += f"; it lacks {len(missing)} tensors, which have their initial values: {names}"
+        return start
 
     def _prime(self, corpus: Corpus) -> int | None:
         """The prime of the sample order; None: a permutation.

@@ -258,8 +258,9 @@ def write_initial_weights(config: TrainConfig) -> str:
     path, sizes = Path(config.out) / "rwkv-init.pth", _model_of(config)
     if config.base or (isinstance(config.model, str) and config.model not in PRESETS):
         raise ConfigError(
-            f"--train_stage 1 with --load_model {config.base or config.model}: initial values are not combined with a "
-            f"file here; drop one. A base model starts a run as {path}, or by --load_model without a stage"
+            f"--train_stage 1 with {config.base or config.model}: initial values are not combined with a file here; "
+            "drop one of the two. A base model is trained by --load_model alone, or as rwkv-init.pth in "
+            "--proj_dir"
         )
     if config.magic_prime is not None and is_binidx(config.data):
         check_prime(config.magic_prime, len(open_binidx(config.data).tokens), config.ctx_len)
