@@ -245,7 +245,7 @@ class TrainConfig:
     """
 
     model: ModelConfig | str = _setting("rwkv8-tiny", "a ModelConfig, a preset's name, or a checkpoint to start from")
-    base: str = _setting("", "weights laid over the initial values of a model: what the file lacks keeps them")
+    init_from: str = _setting("", "a weights file laid over the initial values: what it lacks keeps them")
     init_dtype: str = _setting("fp32", "initial values: fp32, or bf16: rounded, as RWKV-LM's --precision bf16 has them")
     data: str = _setting("builtin:python-docs", "txt, jsonl, folder, binidx prefix, builtin:python-docs or -stdlib")
     val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
@@ -328,8 +328,8 @@ class TrainConfig:
             if value not in known:
                 near = did_you_mean(value, known)
                 raise ConfigError(f"{name}: wanted one of {', '.join(known)}, got {value!r}.{near}")
-        if self.base and isinstance(self.model, str) and self.model not in PRESETS:
-            raise ConfigError(f"model {self.model} and base {self.base} are two files to start from; drop one")
+        if self.init_from and isinstance(self.model, str) and self.model not in PRESETS:
+            raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
         if self.weights == "bf16" and self.dtype == "fp32":
             raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
         if self.tables_state != "fp32" and self.tables != "host":

@@ -480,18 +480,18 @@ class Trainer:
         config, init = self.config, self.out / "rwkv-init.pth"
         if is_fresh and config.init_dtype == "bf16":
             round_to_bf16(model)
-        base = Path(config.base) if config.base else init if is_fresh and init.exists() else None
+        base = Path(config.init_from) if config.init_from else init if is_fresh and init.exists() else None
         missing = [] if base is None else lay_over(model, read_tensors(base), base)
-        if missing and not config.base:
+        if missing and not config.init_from:
             raise CheckpointError(
                 f"{base}: {', '.join(missing[:5])} missing, of {len(missing)} in all; "
-                f"--base {base} gives these their initial values, or name another --out"
+                f"--init_from {base} gives these their initial values, or name another --out"
             )
         in_folder = base is not None and base.parent.resolve() == self.out.resolve()
         if init.exists() and not in_folder and not _holds(init, model):
             raise CheckpointError(
-                f"{init}: is there, and is not what {config.base or config.model} would start from; it is not written "
-                "over: name another --out, or move it"
+                f"{init}: is there, and is not what {config.init_from or config.model} would start from; it is not "
+                "written over: name another --out, or move it"
             )
         if not is_fresh:
             return str(config.model)

@@ -46,8 +46,8 @@ TRANSLATED = {  # -> its help text
 }
 CHECKED = {  # -> the values that say what Heron does, and the reason why another one is refused
     "my_testing": (("x070",), "RWKV-7, x070, is the oldest that is trained here"),
-    "devices": (("1",), "one device per run for now; --devices 1 --accumulate {value} makes the same steps on one"),
-    "num_nodes": (("1",), "one node per run for now; --num_nodes 1 --accumulate {value} makes the same steps on one"),
+    "devices": (("1",), "one device per run for now; type --devices 1, and --accumulate N for the steps of N devices"),
+    "num_nodes": (("1",), "one node per run for now; type --num_nodes 1, and --accumulate N for the steps of N nodes"),
     "strategy": (
         ("auto", "ddp", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2"),
         "one device needs no sharding; type --strategy deepspeed_stage_2. --grad_cp 1 and --tables host save memory",
@@ -166,12 +166,12 @@ class Official:
             newest = _newest_weights(config.out)
             if newest is not None and newest.stem != "rwkv-init":
                 changes["warmup_steps"] = 10  # what train.py makes of -1 then
-        if _number("load_partial", given.get("load_partial", "0"), 0, 1) and not config.base:
+        if _number("load_partial", given.get("load_partial", "0"), 0, 1) and not config.init_from:
             newest = _newest_weights(config.out)
             if newest is None:
                 self.notes.append("--load_partial 1: no effect; there is no file to load")
             else:
-                changes["base"] = str(newest)
+                changes["init_from"] = str(newest)
         if given.get("data_type") == "binidx" and not has_tokenizer:
             vocab_size = _model_of(config).vocab_size
             changes["tokenizer"] = _TOKENIZERS.get(vocab_size, f"integers:{vocab_size}")
@@ -214,7 +214,7 @@ def read(options: argparse.Namespace, any_length: bool) -> Official:
         elif name in CHECKED:
             known, reason = CHECKED[name]
             if value not in known:
-                raise ConfigError(f"--{name} {value}: {reason.format(value=value)}")
+                raise ConfigError(f"--{name} {value}: {reason}")
         elif name in NO_EFFECT:
             if name != "kernel":
                 _number(name, value)
@@ -256,11 +256,10 @@ def write_initial_weights(config: TrainConfig) -> str:
     from heron.model.init import round_to_bf16
 
     path, sizes = Path(config.out) / "rwkv-init.pth", _model_of(config)
-    if config.base or (isinstance(config.model, str) and config.model not in PRESETS):
+    if config.init_from or (isinstance(config.model, str) and config.model not in PRESETS):
         raise ConfigError(
-            f"--train_stage 1 with {config.base or config.model}: initial values are not combined with a file here; "
-            "drop one of the two. A base model is trained by --load_model alone, or as rwkv-init.pth in "
-            "--proj_dir"
+            f"--train_stage 1 with {config.init_from or config.model}: initial values are not combined with a file "
+            "here; drop one of the two. A base model is trained by --load_model alone, or as rwkv-init.pth in --proj_dir"
         )
     if config.magic_prime is not None and is_binidx(config.data):
         check_prime(config.magic_prime, len(open_binidx(config.data).tokens), config.ctx_len)
@@ -294,7 +293,7 @@ def _renamed(name: str, value: str, official: Official) -> dict[str, Any]:
                 "rwkv-*.pth in --proj_dir"
             )
         partial = _number("load_partial", official.given.get("load_partial", "0"), 0, 1)
-        return {"base" if partial else new: value}
+        return {"init_from" if partial else new: value}
     if name in ("proj_dir", "data_file"):
         return {new: value}
     number = _number(name, value)

@@ -211,7 +211,7 @@ def test_each_flag_without_effect_is_taken_with_a_line(resolved):
          dict(model=heron.ModelConfig.preset("rwkv8-tiny", decay_rank=40, iclr_rank=41, value_rank=42, gate_rank=43)),
          None),
         ("--load_partial 1 --out {}/none", dict(out="{}/none"), "there is no file to load"),
-        ("--load_partial 1 --load_model x.pth", dict(base="x.pth"), None),
+        ("--load_partial 1 --load_model x.pth", dict(init_from="x.pth"), None),
         ("--load_partial 0 --load_model x.pth", dict(model="x.pth"), None),
         ("--load_model x.pth --train_stage 3", dict(model="x.pth"), "the file of --load_model is loaded"),
         ("--init_dtype bf16", dict(init_dtype="bf16"), None),
