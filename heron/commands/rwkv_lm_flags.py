@@ -259,7 +259,7 @@ def write_initial_weights(config: TrainConfig) -> str:
     if config.init_from or (isinstance(config.model, str) and config.model not in PRESETS):
         raise ConfigError(
             f"--train_stage 1 with {config.init_from or config.model}: initial values are not combined with a file "
-            "here; drop one of the two. A base model is trained by --load_model alone, or as rwkv-init.pth in --proj_dir"
+            "here; drop one of the two. A base model is trained by --load_model alone, or as PROJ_DIR/rwkv-init.pth"
         )
     if config.magic_prime is not None and is_binidx(config.data):
         check_prime(config.magic_prime, len(open_binidx(config.data).tokens), config.ctx_len)

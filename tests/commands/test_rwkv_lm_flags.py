@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shlex
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -355,6 +357,22 @@ def test_a_base_model_in_the_folder_is_trained_and_kept(run, tmp_path, base, dat
     start = cubic_slot(1, 113) * CTX
     tokens = torch.from_numpy(binidx.open_binidx(data(256)).tokens[start : start + CTX + 1].astype(np.int64))[None]
     assert first_loss(tmp_path / "run") == pytest.approx(model.loss(tokens[:, :-1], tokens[:, 1:]).item(), rel=1e-5)
+
+
+def test_wandb_has_upstreams_names(run, monkeypatch):
+    begun = []
+
+    def init(**options):
+        begun.append(options)
+        return types.SimpleNamespace(id="x", log=lambda values, step: None, finish=list)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for given in (TRAIN + " --wandb ''", TRAIN.replace("--max_steps 1", "--max_steps 2 --wandb Test")):
+        code, _, err = run(given)
+        assert (code, err) == (0, "")
+    [options] = begun
+    assert options["project"] == "Test"
+    assert re.fullmatch(rf"256 ctx{CTX} L2 D64 \d{{4}}(-\d\d){{5}}", options["name"])
 
 
 @pytest.mark.parametrize("change", ["--n_layer 1", "--n_embd 128", "--vocab_size 300", "--dim_ffn 128", "--variant v8"])
