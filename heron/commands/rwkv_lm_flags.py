@@ -253,7 +253,6 @@ def write_initial_weights(config: TrainConfig) -> str:
     from heron.data.sampling import check_prime
     from heron.errors import CheckpointError
     from heron.model import RWKV
-    from heron.model.init import round_to_bf16
 
     path, sizes = Path(config.out) / "rwkv-init.pth", _model_of(config)
     if config.init_from or (isinstance(config.model, str) and config.model not in PRESETS):
@@ -266,7 +265,6 @@ def write_initial_weights(config: TrainConfig) -> str:
     torch.manual_seed(config.seed)
     model = RWKV(sizes)
     if config.init_dtype == "bf16":
-        round_to_bf16(model)
         model = model.to(torch.bfloat16)
     if path.exists():
         old, new = read_tensors(path), model.state_dict()
