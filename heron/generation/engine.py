@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import numbers
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from heron.checkpoint.architecture import is_finite
 from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
+from heron.continuation import encode_behind
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import decoder_of, is_fusible, only_computing
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
-from heron.generation.sampling import Sampling, log_softmax, sample
+from heron.generation.sampling import Sampling, fade, increments, log_softmax, sample
 from heron.generation.tables import PLACES, fingerprint, off_device
-from heron.generation.text import UntilStop, stand_for_something
+from heron.generation.text import stand_for_something, until_stop
 from heron.model import State
 from heron.tokenizer import TextStream, Tokenizer
 
@@ -61,11 +63,13 @@ class Request:
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     """How its tokens are drawn; every request may have its own."""
     stop: str | Sequence[str] = ()
-    """Texts that end it; looked for in the new text only, and not given out."""
+    """Texts that end it; looked for in the new text only, and not given out. Of integers: whole numbers."""
     seed: int = 0
     """Same seed, same text, whatever else is running."""
     after: Snapshot | None = None
-    """What comes before the prompt."""
+    """What comes before the prompt; how a text goes on there, :func:`heron.continuation.encode_behind` says."""
+    stop_ids: Sequence[int] = ()
+    """Ids that end it and are not given out, as the end of a document does."""
 
 
 class Token(NamedTuple):
@@ -81,7 +85,7 @@ class Piece(NamedTuple):
     request: int  # its number, from 0
     text: str  # what became certain: whole characters, no part of a stop text; often empty
     token: Token | None  # None where nothing was drawn (max_tokens 0)
-    finish: str | None  # None: goes on; "end" (of document), "stop" or "length"
+    finish: str | None  # None: goes on; "end" (of document), "stop" (a text or an id) or "length"
 
 
 class Row:
@@ -206,13 +210,20 @@ class Engine:
     def prompt_ids(self, prompt: str | Sequence[int], after: Snapshot | None = None) -> list[int]:
         """The ids that are read for `prompt`, those pending in `after` first; never empty.
 
+        A text behind a snapshot is encoded as what goes on there, see :func:`heron.continuation.encode_behind`.
+
         Raises:
             ConfigError: nothing to read under a tokenizer without end of document.
             DataError: a text that cannot be encoded, an id outside the vocabulary.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if after is not None:
-            ids = [*after.pending, *ids]
+        pending = () if after is None else after.pending
+        if not isinstance(prompt, str):
+            ids = list(prompt)
+        elif pending or (after is not None and after.state is not None):
+            ids = encode_behind(self.tokenizer, pending, prompt)
+        else:
+            ids = self.tokenizer.encode(prompt)
+        ids = [*pending, *ids]
         if not ids:
             if self.tokenizer.eod is None:
                 raise ConfigError(
@@ -396,9 +407,13 @@ class Engine:
             token = sample(allowed, row.sampling, row._counts, row._generator)
         row._token = token
         if row._counts is not None:
-            row._counts *= row.sampling.penalty_decay
-            row._counts[token] += 1
+            fade(row._counts, row.sampling.penalty_decay)
+            row._counts[token] += self._increments[int(row.sampling.count_digits), token]
         return Token(token, float(log_softmax(logits)[token]))
+
+    @functools.cached_property
+    def _increments(self) -> Tensor:
+        return increments(self.tokenizer)
 
     def _check(self, ids: Sequence[int]) -> None:
         for position, token in enumerate(ids):
@@ -441,7 +456,8 @@ class Engine:
                         yield Piece(number, "", None, "length")
                         continue
                     row = self._take(ids, request.after, request.sampling, request.seed)
-                    running[row.number] = _Writing(number, request, row, self.tokenizer)
+                    pending = request.after.pending if request.after else ()
+                    running[row.number] = _Writing(number, request, row, self.tokenizer, [*pending, *ids])
                 pieces = []
                 for row, token in self._advance():
                     pieces.append(piece := running[row.number].push(token))
@@ -468,7 +484,8 @@ class Engine:
         """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
         check_max_tokens(request.max_tokens)
         _check_seed(request.seed)
-        UntilStop(request.stop)
+        until_stop(self.tokenizer, request.stop)
+        _check_stop_ids(request.stop_ids, self.vocab_size)
         ids = self.prompt_ids(request.prompt, request.after)
         return ids if request.after is None else ids[len(request.after.pending) :]
 
@@ -484,6 +501,12 @@ def _check_seed(seed: int) -> None:
         raise ConfigError(f"seed: wanted a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
 
 
+def _check_stop_ids(ids: Sequence[int], vocab_size: int) -> None:
+    whole = not isinstance(ids, str) and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in ids)
+    if not whole or not all(0 <= i < vocab_size for i in ids):
+        raise ConfigError(f"stop_ids: wanted ids from 0 to {vocab_size - 1}, got {ids!r:.80}")
+
+
 def _format_of(path: Path) -> str | None:
     """What a file says it is, where it is a safetensors file that can be read."""
     try:
@@ -495,20 +518,24 @@ def _format_of(path: Path) -> str | None:
 class _Writing:
     """A request on its way from tokens to text."""
 
-    def __init__(self, number: int, request: Request, row: Row, tokenizer: Tokenizer):
+    def __init__(self, number: int, request: Request, row: Row, tokenizer: Tokenizer, before: list[int]):
         self.row = row
         self._number, self._left, self._eod = number, request.max_tokens, tokenizer.eod
-        self._text = TextStream(tokenizer)
-        self._until_stop = UntilStop(request.stop)
+        self._stop_ids = frozenset(request.stop_ids)
+        # An end of document alone is where an empty prompt starts: no text is in front.
+        self._text = TextStream(tokenizer, () if before == [tokenizer.eod] else before)
+        self._until_stop = until_stop(tokenizer, request.stop)
 
     def push(self, token: Token) -> Piece:
         self._left -= 1
-        text, finish = "", None
+        text = ""
         if token.id == self._eod:
             finish = "end"
+        elif token.id in self._stop_ids:
+            finish = "stop"
         else:
             text = self._until_stop.push(self._text.push(token.id))
             finish = "stop" if self._until_stop.found else None if self._left else "length"
-        if finish in ("end", "length"):
+        if finish and not self._until_stop.found:
             text += self._until_stop.push(self._text.flush()) + self._until_stop.flush()
         return Piece(self._number, text, token, finish)
