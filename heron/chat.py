@@ -13,7 +13,7 @@ from pathlib import Path
 
 from heron.errors import ConfigError, HeronError, did_you_mean
 from heron.generation import Engine, Request, Sampling, Snapshot
-from heron.generation.engine import check_max_tokens
+from heron.generation.requests import check_max_tokens
 
 THINKING = {"": "", "on": " <think", "off": " <think>\n</think"}
 STOP = "\n\nUser:"

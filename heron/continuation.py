@@ -39,9 +39,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 def encode_behind(tokenizer: Tokenizer, before: Sequence[int], text: str) -> list[int]:
     """The ids of `text` where a model has read something already, or surely will: nothing of that can change.
 
-    They are cut out of the ids of the whole, as in :func:`encode_pair`, the text of `before` in front. Where an id would
-    lie across the border, or nothing is known of what was read, they are the ids of the text inside a text, so without
-    the space that begins one. Behind an end of document they are those of a text of its own.
+    They are cut out of the ids of the whole, as in :func:`encode_pair`, with the text of `before` in front. Where an id
+    would lie across the border, or nothing is known of what was read, they are the ids of the text inside a text, so
+    without the space that begins one. Behind an end of document they are those of a text of its own.
 
     Args:
         before: the last ids that were read, as many as are known; none: something was read, and nobody knows what.

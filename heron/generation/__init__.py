@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from heron.generation.engine import Engine, Piece, Request, Row, Snapshot, Token
+from heron.generation.engine import Engine, Row
+from heron.generation.requests import Piece, Request, Snapshot, Token
 from heron.generation.sampling import Sampling, sample
 from heron.model import RWKV, State
 from heron.tokenizer import Tokenizer
@@ -25,10 +26,9 @@ def stream(
 ) -> Iterator[str]:
     """Continue `prompt` and yield the text piece by piece, each as soon as it is certain.
 
-    It is the text that stands behind the prompt's, the space or the separator between them included.
-
-    It ends before the tokenizer's end-of-document token, before one of `stop_ids`, before the first text in `stop` (no
-    part of which is yielded), or after `max_tokens`. Ids that stand for nothing in the tokenizer (a padded vocabulary) are never drawn.
+    It is the text that stands behind the prompt's, the space or the separator between them included. It ends before the
+    tokenizer's end-of-document token, before one of `stop_ids`, before the first text in `stop` (no part of which is
+    yielded), or after `max_tokens`. Ids that stand for nothing in the tokenizer (a padded vocabulary) are never drawn.
     The same arguments give the same text on the same device. Between two pieces the model's training mode and autograd
     are as the caller left them. For more than one text build an :class:`Engine`.
 
