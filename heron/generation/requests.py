@@ -60,7 +60,7 @@ class Request:
         check_seed(self.seed)
         until_stop(tokenizer, self.stop)
         ids = self.stop_ids
-        whole = not isinstance(ids, str) and all(type(i) is int or isinstance(i, np.integer) for i in ids)
+        whole = np.iterable(ids) and all(type(i) is int or isinstance(i, np.integer) for i in ids)
         if not whole or not all(0 <= i < vocab_size for i in ids):
             raise ConfigError(f"stop_ids: wanted ids from 0 to {vocab_size - 1}, got {ids!r:.80}")
 
