@@ -74,8 +74,8 @@ class HeronLM(LM):
         """The model that `model_args` name.
 
         Args:
-            arg_dict: pretrained (a weights file, a checkpoint or a run folder), and perhaps tokenizer, dtype (fp32, bf16,
-                fp16), device (cpu, cuda, cuda:N, auto), rosa (qkv-1bit, qkv-4bit).
+            arg_dict: pretrained (a weights file, a checkpoint or a run folder), and perhaps tokenizer, dtype (fp32,
+                bf16, fp16), device (cpu, cuda, cuda:N, auto), rosa (qkv-1bit, qkv-4bit).
             additional_config: batch_size: sequences that `generate_until` writes at a time; "auto": 8; and a device.
 
         Raises:
@@ -85,7 +85,10 @@ class HeronLM(LM):
         from heron import cli  # which knows where the tokenizer of a run lies
         from heron.config import RosaConfig
 
-        settings = {name: value for name, value in (additional_config or {}).items() if value is not None} | arg_dict
+        settings = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if not torch.cuda.is_available() and settings.get("device") == "cuda:0":
+            del settings["device"]  # what the harness's command line gives where nobody asked for a device
+        settings |= arg_dict
         for name in settings:
             if name not in _ARGUMENTS:
                 near = did_you_mean(name, _ARGUMENTS)
@@ -131,8 +134,8 @@ class HeronLM(LM):
         """What follows each context.
 
         Settings: until (stop texts; null: none), max_gen_toks (256) or one of its other names, do_sample, temperature,
-        top_p, top_k, presence_penalty, frequency_penalty. As in the harness, tokens are drawn where do_sample is true, or
-        where it is not given and the temperature is above 0; else the likeliest is taken.
+        top_p, top_k, presence_penalty, frequency_penalty. As in the harness, tokens are drawn where do_sample is true,
+        or where it is not given and the temperature is above 0; else the likeliest is taken.
 
         Raises:
             ConfigError: another setting, unless its value changes nothing.

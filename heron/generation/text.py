@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from heron.errors import ConfigError, DataError
-from heron.tokenizer import Tokenizer
+from heron.tokenizer import TextStream, Tokenizer
 
 
 def until_stop(tokenizer: Tokenizer, stops: str | Sequence[str]) -> UntilStop | UntilWords:
@@ -85,6 +85,14 @@ class UntilWords:
 def _overlap(text: str | list[str], stop: str | list[str]) -> int:
     """Length of the longest end of `text` with which `stop` begins, less than all of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text[-n:] == stop[:n]), 0)
+
+
+def text_of(token: int, before: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of one token as it stands behind the ids `before`; bytes that are no character as ``\\xe4``."""
+    if tokenizer.byte_level or not tokenizer.is_text:
+        return tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
+    stream = TextStream(tokenizer, before)
+    return stream.push(token) + stream.flush()
 
 
 def stand_for_something(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
