@@ -215,7 +215,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except HeronError as error:
-        sys.exit(f"heron: error: {error}")
+        sys.exit(f"heron: {error}")
 
 
 if __name__ == "__main__":
