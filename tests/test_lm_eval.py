@@ -1,4 +1,4 @@
-"""The harness with a local task, against sums by hand. Skipped where lm-eval and what it needs are not installed."""
+"""The harness with local tasks, against sums by hand. Skipped where lm-eval and what it needs are not installed."""
 
 from __future__ import annotations
 
