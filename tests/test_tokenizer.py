@@ -136,6 +136,7 @@ def test_integers():
     assert (tokenizer.vocab_size, tokenizer.eod) == (12, None)
     assert tokenizer.encode(" 3 11\n007\t0 ") == [3, 11, 7, 0]
     assert tokenizer.decode([3, 11, 7, 0]) == "3 11 7 0"
+    assert tokenizer.encode(tokenizer.decode(range(12))) == list(range(12))
     assert tokenizer.decode_bytes([3, 11]) == b"3 11"
     assert load("integers:12:11").eod == 11
     assert load("integers:100000").encode_array("99999").dtype == np.int32
