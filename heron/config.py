@@ -250,7 +250,9 @@ class TrainConfig:
     data: str = _setting("builtin:python-docs", "txt, jsonl, folder, binidx prefix, builtin:python-docs or -stdlib")
     val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
     val_fraction: float | None = _setting(None, "share kept for validation (the end); None: 0.1 for text, 0 for binidx")
-    tokenizer: str = _setting("bytes", "bytes, world, integers:V, a tokenizer.json, or bpe:V (learned from the data)")
+    tokenizer: str = _setting(
+        "bytes", "bytes, world, integers:V[:E] (E ends a document), a tokenizer.json, bpe:V (learned from the data)"
+    )
     out: str = _setting("runs/first", "run folder: config, log, plot, samples, checkpoints, final weights")
     ctx_len: int = _setting(512, "tokens of one sample (T)")
     micro_bsz: int = _setting(8, "samples of one forward pass (B)")

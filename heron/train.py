@@ -27,7 +27,7 @@ from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.background import Stream
 from heron.data.loader import Batches, Corpus, load_corpus, training_text
 from heron.data.sampling import check_prime, magic_prime
-from heron.errors import CheckpointError, ConfigError, HeronError
+from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
 from heron.generation import generate
 from heron.guards import Guard
@@ -39,6 +39,7 @@ from heron.ops import _select
 from heron.optim import lr_at
 from heron.preemption import Preemption
 from heron.report import Reporter, plot
+from heron.tokenizer import TextStream
 
 _STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
 _EXACT = (  # settings that the numbers of every later step depend on
@@ -187,6 +188,11 @@ class Trainer:
                 f"tokenizer {config.tokenizer} has {text_tokenizer.vocab_size} ids, the model's vocab_size is "
                 f"{model_config.vocab_size}; set --vocab_size {text_tokenizer.vocab_size}"
             )
+        if config.sample_prompt:
+            try:
+                text_tokenizer.encode(config.sample_prompt)
+            except DataError as error:  # now, not at the first sample
+                raise ConfigError(f"sample_prompt: {error}") from None
         corpus = load_corpus(
             config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size
         )
@@ -371,9 +377,10 @@ class Trainer:
             prompt = parts.tokenizer.encode(config.sample_prompt)
         else:
             prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
-        separator = "" if parts.tokenizer.is_text else " "
+        before = TextStream(parts.tokenizer)
+        shown = "".join(map(before.push, prompt))  # but for half a character at its end, which the model may complete
         continuation = generate(parts.learner.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed)
-        parts.reporter.sample(progress.step, parts.tokenizer.decode(prompt) + separator + continuation)
+        parts.reporter.sample(progress.step, continuation, shown)
 
     def _save(self, parts: _Parts, progress: _Progress) -> None:
         progress.seconds = time.perf_counter() - progress.begun
