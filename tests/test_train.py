@@ -934,7 +934,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_found_before_the_first_step(se
     data, ids = write_binidx(tmp_path, 32 * 60, highest=299)
     with pytest.raises(DataError, match=f"id {ids[(ids > 255).argmax()]} at position .*vocabulary of 256"):
         fit(settings(data=data, model=MODEL.changed(vocab_size=300)))
-    with pytest.raises(DataError, match="wanted integers"):
+    with pytest.raises(ConfigError, match="sample_prompt: .*wanted integers"):
         fit(settings(data=data, model=MODEL.changed(vocab_size=300), tokenizer="integers:300", sample_every=9,
                      sample_prompt="one two"))  # fmt: skip
 
