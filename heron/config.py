@@ -243,10 +243,15 @@ class TrainConfig:
     """
 
     model: ModelConfig | str = _setting("rwkv8-tiny", "a ModelConfig, a preset's name, or a checkpoint to start from")
-    data: str = _setting("builtin:python-docs", "txt, jsonl, folder, binidx prefix, builtin:python-docs or -stdlib")
+    data: str = _setting("builtin:python-docs", "txt, JSON, csv, folder, binidx prefix, builtin:python-docs, -stdlib")
     val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
     val_fraction: float | None = _setting(None, "share kept for validation (the end); None: 0.1 for text, 0 for binidx")
+    column: str | None = _setting(None, "field of JSON rows, or column of csv and parquet, to read; None: text")
+    glob: str | None = _setting(None, 'files of a folder to read, "*.py,*.rst" say; None: text, JSON, csv, parquet')
+    split_at: str | None = _setting(None, "cut texts into documents at this, <|endoftext|> say; None: nowhere")
+    allow_normalized: bool = _setting(False, "let texts through that the tokenizer's normalizer changes; count them")
     tokenizer: str = _setting("bytes", "bytes, world, integers:V, a tokenizer.json, or bpe:V (learned from the data)")
+    eod: str | None = _setting(None, "token or id that ends a document; None: as the tokenizer's files say")
     out: str = _setting("runs/first", "run folder: config, log, plot, samples, checkpoints, final weights")
     ctx_len: int = _setting(512, "tokens of one sample (T)")
     micro_bsz: int = _setting(8, "samples of one forward pass (B)")

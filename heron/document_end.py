@@ -24,10 +24,14 @@ _LARGEST = 1 << 26  # bytes of a file that is looked into
 
 
 class End(NamedTuple):
-    """The end of a document: its id, or None, and the reason as a clause."""
+    """The end of a document: its id and token, or None, and the reason as a clause."""
 
     id: int | None
+    token: str | None
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.token!r} (id {self.id}), {self.reason}"
 
 
 def find(path: Path, id_of: Mapping[str, int], special: Mapping[str, int], named: str | None = None) -> End:
@@ -62,23 +66,23 @@ def find(path: Path, id_of: Mapping[str, int], special: Mapping[str, int], named
                 "--eod names another",
                 stacklevel=3,
             )
-        return End(end, f"as {name} beside the tokenizer says")
+        return End(end, _token(end, id_of), f"as {name} beside the tokenizer says")
     for token in NAMES:
         if token in id_of:
-            return End(id_of[token], "by its name")
-    letters = {"".join(filter(str.isalnum, token)).lower(): index for token, index in special.items()}
+            return End(id_of[token], token, "by its name")
+    letters = {"".join(filter(str.isalnum, token)).lower(): token for token in special}
     for name in _LETTERS:
         if name in letters:
-            return End(letters[name], "by its name")
-    return End(None, f"its special tokens: {', '.join(map(repr, special)) or 'none'}"[:300])
+            return End(special[letters[name]], letters[name], "by its name")
+    return End(None, None, f"its special tokens: {', '.join(map(repr, special)) or 'none'}"[:300])
 
 
 def _named(path: Path, id_of: Mapping[str, int], special: Mapping[str, int], named: str) -> End:
     if named in id_of and not (named.isdecimal() and named not in special):
-        return End(id_of[named], "as --eod says")
+        return End(id_of[named], named, "as --eod says")
     if named.isdecimal():
         if int(named) in id_of.values():
-            return End(int(named), "as --eod says")
+            return End(int(named), _token(int(named), id_of), "as --eod says")
         raise ConfigError(f"eod {named}: {path} has no such id; wanted one of 0 to {max(id_of.values())}")
     tokens = ", ".join(map(repr, special))[:300] or "none"
     raise ConfigError(
@@ -104,5 +108,9 @@ def _ids(path: Path, key: str, id_of: Mapping[str, int]) -> list[int]:
     return [item for item in (said if isinstance(said, list) else [said]) if type(item) is int and item in known]
 
 
+def _token(index: int, id_of: Mapping[str, int]) -> str:
+    return next(token for token, other in id_of.items() if other == index)
+
+
 def _shown(index: int, id_of: Mapping[str, int]) -> str:
-    return f"{next(token for token, other in id_of.items() if other == index)!r} (id {index})"
+    return f"{_token(index, id_of)!r} (id {index})"

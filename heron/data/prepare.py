@@ -77,9 +77,7 @@ class PrepareStats:
     def __str__(self) -> str:
         primes = ", ".join(f"{prime or 'none'} at {ctx_len}" for ctx_len, prime in self.magic_primes.items())
         skipped = f"{self.skipped:,} skipped: see {_skip_log(self.out)}\n" if self.skipped else ""
-        normalized = f"{self.normalized:,} documents in the form that the tokenizer gives them\n" * bool(
-            self.normalized
-        )
+        normalized = f"{self.normalized:,} documents as the tokenizer normalizes them\n" if self.normalized else ""
         end = f"each document ends with {self.end}\n" if self.end else ""
         resumed = f"went on after {self.resumed_at:,} documents of a run that was stopped\n" if self.resumed_at else ""
         return (
@@ -129,10 +127,11 @@ def encode_document(
         same = _normal_form(tokenizer, back) == _normal_form(tokenizer, text)
         if not (same and allow_normalized):
             at = len(os.path.commonprefix([back, text]))
-            hint = "; its normalizer changes such texts, and --allow_normalized lets and counts them;" if same else ";"
+            shown = ascii if same else repr  # two forms of one text may look the same
+            hint = "--allow_normalized lets texts through that it only normalizes, and counts them; or " if same else ""
             raise DataError(
-                f"{where}: tokenizer {tokenizer.spec} does not give the text back: from character {at} on, "
-                f"wanted {text[at : at + 20]!r}, got {back[at : at + 20]!r}{hint} use one without loss, such as world"
+                f"{where}: tokenizer {tokenizer.spec} does not give the text back: from character {at} on, wanted "
+                f"{shown(text[at : at + 20])}, got {shown(back[at : at + 20])}; {hint}use one without loss, such as world"
             )
         on_normalized()
     if tokenizer.eod is not None and len(ids):
@@ -156,12 +155,9 @@ def warn_of_no_end(tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, tokenizers.IntegerTokenizer):
         what = f"{tokenizer.spec}:E names id E as the end of document"
     else:
-        what = (
-            f"--eod names the end of document{getattr(tokenizer, 'end', None) and f' ({tokenizer.end.reason})' or ''}"
-        )
-    warnings.warn(
-        f"tokenizer {tokenizer.spec}: nothing stands between documents, they run together; {what}", stacklevel=3
-    )
+        reason = f" ({tokenizer.end.reason})" if isinstance(tokenizer, JsonTokenizer) else ""
+        what = f"--eod names the end of document{reason}"
+    warnings.warn(f"tokenizer {tokenizer.spec}: no id ends a document, so that they run together; {what}", stacklevel=3)
 
 
 def prepare(
@@ -237,7 +233,7 @@ def prepare(
 def _end_of(tokenizer: Tokenizer) -> str:
     if tokenizer.eod is None:
         return ""
-    return f"id {tokenizer.eod}" + (f", {tokenizer.end.reason}" if isinstance(tokenizer, JsonTokenizer) else "")
+    return str(tokenizer.end) if isinstance(tokenizer, JsonTokenizer) else f"id {tokenizer.eod}"
 
 
 class _Work(NamedTuple):
