@@ -96,8 +96,8 @@ def read_documents(
     * A folder: its files in the order of their paths (:func:`heron.data.folders.files_in` says which).
     * ``builtin:...``: see :func:`builtin`.
 
-    With `reading.split_at`, each of these documents is cut wherever that text stands, which is in none of the parts. A
-    line that holds nothing else goes with it. Parts without a character are no documents.
+    With `reading.split_at`, each of these documents is cut wherever that text stands, which is in none of the parts; a
+    newline right behind it goes with it. Parts without a character are no documents.
 
     Args:
         on_bad_line: is handed the refusal of each line or row that is no such object, and reading goes on behind it;
@@ -123,7 +123,7 @@ def read_documents(
         return
     for where, text in documents:
         if not isinstance(text, str):
-            text = _decoded(where, b"".join(text))
+            text = _decoded(where, b"".join(text)).removeprefix("\ufeff")
         before, marks = marks, marks + text.count(END_MARK)
         if before < 2 <= marks:
             warnings.warn(
@@ -140,19 +140,18 @@ def text_files(source: str, reading: Reading = PLAIN) -> list[Path]:
 
 
 def cut(pieces: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
-    """The parts between the marks in what `pieces` join to; a line that is the mark alone goes with its newline.
+    """The parts between the marks in what `pieces` join to; a newline right behind a mark goes with it.
 
     A part is held in memory, and little beside it.
     """
-    alone, held, searched = re.compile(re.escape(mark) + rb"\r?\n"), bytearray(), 0
+    marks, held, searched = re.compile(re.escape(mark) + rb"(?:\r?\n)?"), bytearray(), 0
     for piece in itertools.chain(pieces, [None]):
         held += piece or b""
         while (at := held.find(mark, searched)) >= 0:
             searched = at
             if piece is not None and len(held) < at + len(mark) + 2:
                 break  # whether a newline follows is not known yet
-            line = alone.match(held, at) if at == 0 or held[at - 1] == ord("\n") else None
-            end = line.end() if line else at + len(mark)
+            end = marks.match(held, at).end()
             yield bytes(held[:at])
             del held[:end]
             searched = 0
@@ -253,7 +252,7 @@ def _fault(path: Path, reading: Reading) -> str | None:
 
 def _decoded(where: str | Path, data: bytes) -> str:
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         in_line = "" if line == 1 else f" (line {line})"

@@ -51,7 +51,7 @@ def files_in(root: Path, glob: str | None, fault: Callable[[Path], str | None]) 
             wanted = suffix in (*TEXT_SUFFIXES, *ROW_SUFFIXES) and not path.name.endswith(_OF_PREPARE)
             wanted = wanted and patterns is None
             if wanted and (reason := fault(path)):
-                passed["that do not hold what their names say"] += 1
+                passed["not what their names say"] += 1
                 reasons.append(reason)
                 continue
         if wanted:
@@ -77,24 +77,24 @@ def _walk(root: Path, passed: collections.Counter[str]) -> Iterator[Path]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
         except OSError:
-            passed["that cannot be opened"] += 1
+            passed["folders that cannot be opened"] += 1
             continue
         for entry in entries:
             path = folder / entry.name
             if entry.name.startswith("."):
-                passed["hidden"] += 1
+                passed["hidden ones"] += 1
             elif folder == root and entry.name in own:
-                passed["of the run that is there"] += 1
+                passed["the run's own"] += 1
             elif entry.is_file():
                 yield path
             elif not entry.is_dir():
-                passed["that are neither files nor folders"] += 1
+                passed["neither files nor folders"] += 1
             elif _is_run(path):
-                passed["folders of runs"] += 1
+                passed["runs"] += 1
             elif _is_model(path):
-                passed["folders of models"] += 1
+                passed["models"] += 1
             elif (identity := _identity(path)) in seen:
-                passed["links to a folder that is read already"] += 1
+                passed["folders that are read under another name"] += 1
             else:
                 seen.add(identity)
                 waiting.append(path)
@@ -130,12 +130,10 @@ def _matches(path: str, patterns: list[str]) -> bool:
 def _clause(
     passed: collections.Counter[str], suffixes: collections.Counter[str], reasons: list[str], glob: str | None
 ) -> str:
-    parts = [f"{count:,} {what}" for what, count in sorted(passed.items())]
-    parts += [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(8)]
-    others = sum(suffixes.values()) - sum(count for _, count in suffixes.most_common(8))
-    parts += [f"{others:,} others"] if others else []
+    common = suffixes.most_common(8)
+    counts = [*sorted(passed.items()), *common, ("other suffixes", sum(suffixes.values()) - sum(dict(common).values()))]
+    parts = [f"{what} ({count:,})" for what, count in counts if count]
     if not parts:
         return ""
-    hint = ' (--glob "*.py" would read the .py)' if glob is None and ".py" in suffixes else ""
-    first = f"; the first of these: {reasons[0]}" if reasons else ""
-    return f"passed over {', '.join(parts)}{hint}{first}"
+    hint = '; --glob "*.py,*.txt" would choose by name' if glob is None and common else ""
+    return f"passed over: {', '.join(parts)}{hint}{''.join(f'; {reason}' for reason in reasons[:3])}"

@@ -131,7 +131,7 @@ def encode_document(
             hint = "--allow_normalized lets texts through that it only normalizes, and counts them; or " if same else ""
             raise DataError(
                 f"{where}: tokenizer {tokenizer.spec} does not give the text back: from character {at} on, wanted "
-                f"{shown(text[at : at + 20])}, got {shown(back[at : at + 20])}; {hint}use one without loss, such as world"
+                f"{shown(text[at : at + 20])}, got {shown(back[at : at + 20])}; {hint}use one without loss, say world"
             )
         on_normalized()
     if tokenizer.eod is not None and len(ids):
