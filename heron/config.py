@@ -250,7 +250,7 @@ class TrainConfig:
     glob: str | None = _setting(None, 'files of a folder to read, "*.py,*.rst" say; None: text, JSON, csv, parquet')
     split_at: str | None = _setting(None, "cut texts into documents at this, <|endoftext|> say; None: nowhere")
     allow_normalized: bool = _setting(False, "let texts through that the tokenizer's normalizer changes; count them")
-    tokenizer: str = _setting("bytes", "bytes, world, integers:V, a tokenizer.json, or bpe:V (learned from the data)")
+    tokenizer: str = _setting("bytes", "bytes, world, integers:V or V:E, a tokenizer.json, bpe:V (learned from data)")
     eod: str | None = _setting(None, "token or id that ends a document; None: as the tokenizer's files say")
     out: str = _setting("runs/first", "run folder: config, log, plot, samples, checkpoints, final weights")
     ctx_len: int = _setting(512, "tokens of one sample (T)")

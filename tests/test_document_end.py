@@ -159,6 +159,12 @@ def rows(tmp_path):
     return str(tmp_path / "a.jsonl")
 
 
+def test_an_end_inside_a_text_says_how_to_cut_there(path):
+    ended = tokenizer.load(path, "<fin>")
+    with pytest.raises(DataError, match="id 257, stands inside the text .*; --split_at '<fin>' ends a document there"):
+        encode_document(ended, "here", "ab<fin>cd", 300)
+
+
 def test_prepare_ends_each_document_and_says_by_what(path, rows, tmp_path):
     beside(path, generation_config={"eos_token_id": [258]})
     for workers, eod, wanted in [(1, None, 258), (1, "<pad>", 256), (2, "257", 257)]:

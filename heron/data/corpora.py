@@ -227,6 +227,8 @@ def _holds_rows(path: Path, column: str) -> bool:
 
 
 def _listed(source: str, reading: Reading) -> tuple[list[Path], str]:
+    if not source:
+        raise DataError("wanted the path of a file or folder, got an empty text")
     root = Path(source)
     if root.is_file():
         return [root], ""
@@ -234,6 +236,8 @@ def _listed(source: str, reading: Reading) -> tuple[list[Path], str]:
         return files_in(root, reading.glob, lambda path: _fault(path, reading))
     if root.exists():
         raise DataError(f"{source}: is a pipe or device; write it to a file first: it is read more than once")
+    if any(sign in root.name for sign in "*?["):
+        raise DataError(f"{source}: no such file. For files by their names give the folder, and --glob '{root.name}'")
     beside = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
     raise DataError(f"{source}: no such file or folder.{did_you_mean(root.name, beside)}")
 

@@ -29,7 +29,7 @@ def read(
     path: Path,
     parse: Callable[[dict[str, Any]], T],
     on_bad_line: Callable[[DataError], None] | None = None,
-    used: Collection[str] = (),
+    used: Collection[str] | None = None,
 ) -> Iterator[tuple[str, T]]:
     """What `parse` makes of every object in `path`, with the file and line (or row) where it stands.
 
@@ -40,7 +40,7 @@ def read(
         parse: raises ValueError for an object that is not what was wanted, with the reason.
         on_bad_line: is handed the refusal of each bad line or row, and reading goes on behind it; None: the first is
             raised. Behind a fault of the array itself nothing can be read: that one is raised in any case.
-        used: keys that `parse` reads; a row in which one of them comes twice is refused.
+        used: keys that `parse` reads; a row in which one of them comes twice is refused. None: it reads any.
 
     Raises:
         DataError: a file that cannot be read; a line that is no object, that `parse` refuses, or that is longer than
@@ -92,23 +92,28 @@ def _kind(value: object) -> str:
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, dict)) else type(value).__name__
 
 
-def _parsed(found: Any, parse: Callable[[dict[str, Any]], T], used: Collection[str]) -> T:
-    """What `parse` makes of a row or of the bytes of one. What cannot be used is held to strict JSON first."""
+def _parsed(found: Any, parse: Callable[[dict[str, Any]], T], used: Collection[str] | None) -> T:
+    """What `parse` makes of a row, or of the bytes of one."""
     if not isinstance(found, bytes):
         return _checked(found, parse, used)
+    row = strict_json.lenient(found)
     try:
-        return _checked(strict_json.lenient(found), parse, used)
-    except ValueError:
-        strict_json.loads(found)
+        return _checked(row, parse, used)
+    except ValueError as error:
+        try:
+            strict_json.loads(found)
+        except ValueError as fault:
+            raise ValueError(f"{error}; besides, {fault}") from None
         raise
 
 
-def _checked(row: Any, parse: Callable[[dict[str, Any]], T], used: Collection[str]) -> T:
+def _checked(row: Any, parse: Callable[[dict[str, Any]], T], used: Collection[str] | None) -> T:
     if row is None:
         raise ValueError(f"wanted at most {LONGEST_LINE:,} bytes in a line, got more; is it a jsonl?")
     if not isinstance(row, dict):
         raise ValueError(f"wanted an object, got {type(row).__name__}")
-    if twice := strict_json.doubled(row) & set(used):
+    twice = strict_json.doubled(row)
+    if twice := twice if used is None else twice & set(used):
         raise ValueError(f"the key {min(twice)[:80]!r} comes twice")
     return parse(row)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heron import __version__, document_end
+from heron import __version__
 from heron import tokenizer as tokenizers
 from heron.data.binidx import BinidxWriter, bin_path
 from heron.data.corpora import PLAIN, Reading, read_documents, text_files
@@ -118,8 +118,8 @@ def encode_document(
         raise DataError(f"{where}: {error}") from None
     if tokenizer.eod is not None and (ids == tokenizer.eod).any():
         position = int((ids == tokenizer.eod).argmax())
-        mark = next((mark for mark in document_end.NAMES if tokenizer.is_text and mark in text), None)
-        hint = f"; --split_at '{mark}' ends a document there" if mark else ""
+        mark = tokenizer.end.token if isinstance(tokenizer, JsonTokenizer) else None
+        hint = f"; --split_at '{mark}' ends a document there" if mark and mark in text else ""
         raise DataError(
             f"{where}: the end of document, id {tokenizer.eod}, stands inside the text (token {position}){hint}"
         )

@@ -393,6 +393,12 @@ def test_what_prepare_leaves_in_the_folder_is_not_read_and_changes_no_job(folder
     assert text_files(str(folder), reading) == before
 
 
+@pytest.mark.parametrize(("source", "message"), [("", "got an empty text"), ("texts/*.txt", r"--glob '\*.txt'")])
+def test_sources_that_shells_hand_on(source, message):
+    with pytest.raises(DataError, match=message):
+        texts_of(source)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/null"), reason="has no devices")
 def test_a_device_is_refused(tmp_path):
     with pytest.raises(DataError, match="is a pipe or device; write it to a file"):
@@ -444,3 +450,14 @@ def test_prepare_ends_each_part(tmp_path, spec):
     path = written(tmp_path / "a.txt", f"{MARK}\n".join(STORIES) + MARK)
     stats = prepare([str(path)], str(tmp_path / "o"), spec, 1, reading=Reading(split_at=MARK))
     assert (stats.documents, stats.empty_documents, stats.text_bytes) == (60, 0, sum(map(len, STORIES)))
+
+
+def test_questions_may_be_packed_and_an_array_and_hold_any_other_field(tmp_path):
+    row = '{"question": "2+2=", "choices": ["4", "5"], "answer": 0, "score": NaN}'
+    question = lambda row: (row["question"], row["answer"])  # noqa: E731
+    for name, data in [("q.jsonl", row), ("q.json", f"[{row}]"), ("q.jsonl.gz", gzip.compress(row.encode()))]:
+        path = written(tmp_path / name, data)
+        assert [found for _, found in jsonl.read(path, question)] == [("2+2=", 0)]
+    path = written(tmp_path / "twice.jsonl", row.replace('"score"', '"answer"'))
+    with pytest.raises(DataError, match="'answer' comes twice"):
+        list(jsonl.read(path, question))
