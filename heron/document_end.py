@@ -66,7 +66,9 @@ def find(path: Path, id_of: Mapping[str, int], special: Mapping[str, int], named
                 "--eod names another",
                 stacklevel=3,
             )
-        return End(end, _token(end, id_of), f"as {name} beside the tokenizer says")
+        usual = NAMES[0] in id_of and id_of[NAMES[0]] != end
+        hint = f"; --eod '{NAMES[0]}' would be the other end that it has" if usual else ""
+        return End(end, _token(end, id_of), f"as {name} beside the tokenizer says{hint}")
     for token in NAMES:
         if token in id_of:
             return End(id_of[token], token, "by its name")

@@ -75,6 +75,8 @@ def load(spec: str, eod: str | None = None) -> Tokenizer:
         return named
     if spec.endswith(".json") or Path(spec).is_file():
         return JsonTokenizer(spec, eod)
+    if Path(spec, "tokenizer.json").is_file():
+        raise ConfigError(f"tokenizer {spec!r} is a folder; name its file, {Path(spec, 'tokenizer.json')}")
     if spec.startswith(LEARNED):
         raise ConfigError(f"tokenizer {spec}: only heron train learns it; name the tokenizer.json of the run instead")
     raise ConfigError(f"no tokenizer {spec!r}; there are {', '.join(SPECS)}.{did_you_mean(spec, (*SPECS, 'integers'))}")

@@ -78,6 +78,15 @@ def test_files_beside_it_say_the_end(path, files, wanted):
         assert tokenizer.load(path).eod == wanted
 
 
+def test_the_end_of_a_turn_is_told_from_the_usual_end_of_a_document(tmp_path):
+    path = byte_level(tmp_path / "tokenizer.json", ("<|endoftext|>", "<|im_end|>"))
+    beside(path, tokenizer_config={"eos_token": "<|im_end|>"})
+    assert str(tokenizer.load(path).end).endswith("; --eod '<|endoftext|>' would be the other end that it has")
+    assert tokenizer.load(path, "<|endoftext|>").eod == 256
+    with pytest.raises(ConfigError, match="is a folder; name its file"):
+        tokenizer.load(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("files", "wanted", "message"),
     [
@@ -320,7 +329,7 @@ def test_the_flags(path, tmp_path, capsys, monkeypatch):
     assert cli.main(["prepare", "src", "--glob", "*.py", "--out", "a", *prepared]) == 0
     out, err = capsys.readouterr()
     assert "9 bytes of text" in out
-    assert err.startswith("heron: src: 1 files are read; passed over: .txt (1)")
+    assert err.startswith("heron: src: reads 1 file; passed over: .txt (1)")
     assert cli.main(["prepare", "s.csv", "--column", "story", "--split-at", "###", "--out", "b", *prepared]) == 0
     assert "of 3 documents" in capsys.readouterr().out
     fit(data="b", tokenizer=path, eod="<fin>", out="run", max_steps=1, ctx_len=4)

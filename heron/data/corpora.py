@@ -178,7 +178,7 @@ def _of_files(
     """Each document of files, as a text or, where the file is one, as its bytes; these must be taken at once."""
     files, passed = _listed(source, reading)
     if passed:
-        say(f"{source}: {len(files):,} files are read; {passed}")
+        say(f"{source}: reads {len(files):,} file{'s' if len(files) > 1 else ''}; {passed}")
     is_file = files == [Path(source)]
     if is_file and reading.glob is not None:
         warnings.warn(f"glob {reading.glob!r} chooses files of a folder; {source} is a file and is read", stacklevel=3)

@@ -25,10 +25,10 @@ _OF_PREPARE = (".part", ".bin", ".idx", ".checks.json", ".skipped.log")
 def files_in(root: Path, glob: str | None, fault: Callable[[Path], str | None]) -> tuple[list[Path], str]:
     """The data files below the folder `root`, in the order of their paths, and what was passed over, as a clause.
 
-    Left out are: Heron's runs and official ones, folders of a model's weights, hidden files and folders, what
-    `heron prepare` wrote, and files whose suffix (in either case, also behind it .gz, .bz2, .xz) is not of
-    TEXT_SUFFIXES or ROW_SUFFIXES. If `root` is a run itself, the run's own files are. Links to folders are followed,
-    to each folder once.
+    Left out are: Heron's runs and official ones, folders of a model's weights, virtual environments and installed
+    packages, hidden files and folders, what `heron prepare` wrote, and files whose suffix (in either case, also behind
+    it .gz, .bz2, .xz) is not of TEXT_SUFFIXES or ROW_SUFFIXES. If `root` is a run itself, the run's own files are.
+    Links to folders are followed, to each folder once.
 
     Args:
         glob: patterns between commas, such as ``"*.py,docs/**/*.rst"``: read these files instead, whatever they hold.
@@ -93,6 +93,8 @@ def _walk(root: Path, passed: collections.Counter[str]) -> Iterator[Path]:
                 passed["runs"] += 1
             elif _is_model(path):
                 passed["models"] += 1
+            elif _is_of_tools(path):
+                passed["virtual environments and packages"] += 1
             elif (identity := _identity(path)) in seen:
                 passed["folders that are read under another name"] += 1
             else:
@@ -111,7 +113,12 @@ def _is_run(folder: Path) -> bool:
 
 def _is_model(folder: Path) -> bool:
     """Whether weights and their config lie there: the .txt and .md beside them are a vocabulary and a model card."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    has_config = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return has_config and any(folder.glob("*.safetensors"))
+
+
+def _is_of_tools(folder: Path) -> bool:
+    return folder.name in ("node_modules", "site-packages", "__pycache__") or (folder / "pyvenv.cfg").is_file()
 
 
 def _patterns(glob: str | None) -> list[str] | None:

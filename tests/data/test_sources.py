@@ -305,6 +305,12 @@ def folder(tmp_path):
     written(root / "hf/config.json", "{}")
     written(root / "hf/model.safetensors", "")
     written(root / "hf/merges.txt", "a b")
+    written(root / "adapter/adapter_config.json", "{}")
+    written(root / "adapter/adapter_model.safetensors", "")
+    written(root / "adapter/README.md", "a card")
+    written(root / "venv/pyvenv.cfg", "")
+    written(root / "venv/lib/LICENSE.txt", "not data")
+    written(root / "node_modules/x/README.md", "not data")
     written(root / ".git/description.txt", "hidden")
     written(root / "deep/.ipynb_checkpoints/a-checkpoint.txt", "hidden")
     written(root / "deep/._a.txt", "hidden")
@@ -326,8 +332,9 @@ def test_a_folder_gives_its_data_and_says_what_it_passed_over(folder):
     assert texts_of(folder, say=said.append) == DATA
     (line,) = said
     for part in (
-        "7 files are read; passed over: ", "runs (3)", "models (1)", "hidden ones (3)", ".py (1)", ".pdf (1)",
-        "without suffix (1)", "not what their names say (2)", "folders that are read under another name (1)",
+        "reads 7 files; passed over: ", "runs (3)", "models (2)", "hidden ones (3)", ".py (1)", ".pdf (1)",
+        "without suffix (1)", "virtual environments and packages (2)",
+        "not what their names say (2)", "folders that are read under another name (1)",
         "neither files nor folders (1)", '--glob "*.py', "h.csv: column 'text' is not there",
     ):  # fmt: skip
         assert part in line, line
