@@ -294,6 +294,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.model, Mapping):
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
+        if type(self.eod) is int:  # YAML reads an id so
+            object.__setattr__(self, "eod", str(self.eod))
         _check_types(self)
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
         for name in ("warmup_steps", "threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):

@@ -283,7 +283,7 @@ def test_a_run_keeps_the_end_that_was_named(rows, path, tmp_path):
     fit(data=rows, val_fraction=0.0, tokenizer=path, out=str(tmp_path / "a"), max_steps=1, eod="<turn>")
     assert cli._tokenizer(str(tmp_path / "a"), None, 300).eod == 258
     (tmp_path / "ids.txt").write_text("1 2 3 " * 20)
-    fit(data=str(tmp_path / "ids.txt"), tokenizer="integers:300", eod="7", out=str(tmp_path / "b"), max_steps=1)
+    fit(data=str(tmp_path / "ids.txt"), tokenizer="integers:300", eod=7, out=str(tmp_path / "b"), max_steps=1)
     assert cli._tokenizer(str(tmp_path / "b"), None, 300).eod == 7
     foreign = tmp_path / "c" / "tokenizer_config.json"
     foreign.parent.mkdir()
