@@ -406,10 +406,11 @@ def test_sources_that_shells_hand_on(source, message):
         texts_of(source)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="has no devices")
-def test_a_device_is_refused(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="is a pipe or device; write it to a file"):
-        texts_of("/dev/null")
+        texts_of(tmp_path / "pipe")
 
 
 # -- cuts -----------------------------------------------------------------------------------------------------------
