@@ -66,6 +66,10 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"heron: warning: {_one_line(message)}", file=sys.stderr)
 
 
+def _note(line: str) -> None:
+    print(f"heron: {_one_line(line)}", file=sys.stderr)
+
+
 def _one_line(message: object) -> str:
     return " ".join(line.strip() for line in str(message).splitlines() if line.strip())
 
@@ -136,10 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb("demo", _demo, "train a small RWKV-8 on text that every Python has, and generate from it")
     demo.add_argument("--out", default="runs/demo", help="run folder")
 
-    prepare = verb("prepare", _prepare, "turn txt, jsonl and folders into a binidx dataset")
-    prepare.add_argument("inputs", nargs="+", help="txt, jsonl ({'text': ...} a line), folders, builtin:NAME")
+    prepare = verb("prepare", _prepare, "turn texts, JSON rows, tables and folders into a binidx dataset")
+    inputs_help = "txt, jsonl ({'text': ...} a line), json, csv, parquet, each also .gz .bz2 .xz; folders, builtin:NAME"
+    prepare.add_argument("inputs", nargs="+", help=inputs_help)
     prepare.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
     prepare.add_argument("--tokenizer", default="world", help=_TOKENIZERS)
+    _add_settings(prepare, TrainConfig, prefix="", names=_READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
     bad_line_help = "a jsonl line or document that cannot be used: stop, or skip, count and log it"
@@ -201,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("eval", _eval, "how well one or more models predict: a text, LAMBADA, multiple choice")
     evaluate.add_argument("models", nargs="+", metavar="model", help="weights files, checkpoints or run folders")
     evaluate.add_argument("--data", help="txt, jsonl, folder, binidx prefix or builtin:NAME: loss over all of it")
+    _add_settings(evaluate, TrainConfig, prefix="", names=_READING)
     evaluate.add_argument("--lambada", help='a jsonl of {"text": ...}: perplexity and accuracy of the last words')
     evaluate.add_argument("--choices", help='a jsonl of {"question", "choices", "answer"}: share answered rightly')
     evaluate.add_argument("--limit", type=int, help="only so many texts and questions; default: all")
@@ -242,9 +249,16 @@ def _parser() -> argparse.ArgumentParser:
 # -- flags from the dataclasses -------------------------------------------------------------------------------------
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: type, prefix: str) -> None:
-    """One flag per field; absent flags stay absent, so that a config file shows through."""
+_READING = ("column", "glob", "split_at", "allow_normalized", "eod")  # settings of what reads text besides train
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser, config: type, prefix: str, names: Sequence[str] | None = None
+) -> None:
+    """One flag per field, or for those of `names`; absent flags stay absent, so that a config file shows through."""
     for field in dataclasses.fields(config):
+        if names is not None and field.name not in names:
+            continue
         kinds, _ = setting_type(config, field.name)
         flags = [f"--{prefix}{field.name}", f"--{field.name}"] if prefix else [f"--{field.name}"]
         default = "none" if field.default in (None, "") else field.default
@@ -268,6 +282,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
     """What generate and chat have in common, with the defaults that differ."""
     parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
+    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
     parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top_p", type=float, default=top_p, help="keep the likeliest tokens up to this probability")
@@ -385,11 +400,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from heron.data.corpora import Reading
     from heron.data.prepare import prepare
 
+    reading = {name: value for name, value in _given(options, TrainConfig, "").items() if name in _READING}
     stats = prepare(
         options.inputs, options.out, options.tokenizer, options.workers,
         overwrite=options.overwrite, on_bad_line=options.on_bad_line, hashes=options.hashes,
+        eod=reading.pop("eod", None), reading=Reading(**reading), say=_note,
     )  # fmt: skip
     print(stats)
 
@@ -562,7 +580,7 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
     device, file = _device(options.device), options.tables_file
     model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
-    tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size)
+    tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size, options.eod)
     if options.tables == "disk" and file is None:
         weights = weights_file(Path(options.model))
         in_run = weights.parent.parent.name == "checkpoints"  # whose folders hold what they were verified with, no more
@@ -599,14 +617,16 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed where it is the only one."""
     from heron import evaluate, scores
     from heron.checkpoint import load
+    from heron.data.corpora import Reading
     from heron.data.loader import load_tokens
 
     model = load(path, rosa=options.rosa).to(_device(options.device))
-    tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size)
+    reading = {name: value for name, value in _given(options, TrainConfig, "").items() if name in _READING}
+    tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
     result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
     lines = []
     if options.data:
-        tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size)
+        tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), _note)
         score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode)
         result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
         result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
@@ -690,26 +710,27 @@ def _device(wanted: str) -> str:
     return machine.choose_device(wanted).value
 
 
-def _tokenizer(model: str, wanted: str | None, vocab_size: int):  # noqa: ANN202 - heron.tokenizer.Tokenizer
+def _tokenizer(model: str, wanted: str | None, vocab_size: int, eod: str | None = None):  # noqa: ANN202 - a Tokenizer
     """The tokenizer that was asked for, else the one of the run that the weights lie in, else by the vocabulary."""
     from heron import tokenizer
     from heron.checkpoint import run
 
     if wanted:
-        return tokenizer.load(wanted)
+        return tokenizer.load(wanted, eod)
     path = Path(model).resolve()
     if path.is_dir():
         folder = path.parents[1] if run.is_checkpoint(path) else path
     else:
         folder = path.parents[2] if run.is_checkpoint(path.parent) else path.parent
     if (folder / "tokenizer.json").is_file():
-        return tokenizer.load(str(folder / "tokenizer.json"))
+        return tokenizer.load(str(folder / "tokenizer.json"), eod)
     if (folder / "run.lock").is_file():
-        return tokenizer.load(TrainConfig.from_yaml(folder / "config.yaml").tokenizer)
+        settings = TrainConfig.from_yaml(folder / "config.yaml")
+        return tokenizer.load(settings.tokenizer, eod or settings.eod)
     usual = {256: "bytes", 65536: "world"}
     if vocab_size not in usual:
         raise ConfigError(f"{path}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
-    return tokenizer.load(usual[vocab_size])
+    return tokenizer.load(usual[vocab_size], eod)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from heron import document_end
 from heron.byte_fallback import byte_tokens, mended
 from heron.errors import ConfigError, DataError, did_you_mean
 
 SPECS = ("world", "bytes", "integers:V", "integers:V:E", "path/tokenizer.json")
 LEARNED = "bpe:"  # in a TrainConfig, "bpe:V" is learned from the training text and becomes a tokenizer.json
 _WINDOW = 16  # ids that decide how the next one is written, and more
-END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "[EOS]")
 
 
 class Tokenizer(Protocol):
@@ -54,25 +54,32 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of `ids`; they may begin or end inside a character. DataError as in `decode`."""
 
 
-def load(spec: str) -> Tokenizer:
+def load(spec: str, eod: str | None = None) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     Args:
         spec: ``"world"`` (RWKV World, 65,536 ids), ``"bytes"`` (256), ``"integers:V"`` (whitespace-separated integers
             below V; ``"integers:V:E"`` names E as the end of document), or the path of a `tokenizer.json`.
+        eod: what ends a document: the digits of an id, or a token of a `tokenizer.json`. None: see
+            :func:`heron.document_end.find`. World and bytes have 0.
 
     Raises:
-        ConfigError: `spec` is none of these, or the package that it needs is not installed.
+        ConfigError: `spec` is none of these, or the package that it needs is not installed; an `eod` that it has not.
         DataError: the file is missing or damaged.
     """
-    if spec == "world":
-        return _world()
-    if spec == "bytes":
-        return ByteTokenizer()
+    if spec in ("world", "bytes"):
+        if eod not in (None, "0"):
+            raise ConfigError(f"eod {eod!r}: under the tokenizer {spec} a document ends with id 0; drop it")
+        return _world() if spec == "world" else ByteTokenizer()
     if spec.split(":")[0] == "integers":
-        return IntegerTokenizer(spec)
+        named = IntegerTokenizer(f"{spec}:{eod}" if eod is not None and spec.count(":") == 1 else spec)
+        if eod not in (None, str(named.eod)):
+            raise ConfigError(f"tokenizer {spec} has the end of document {named.eod}, eod is {eod!r}; drop one")
+        return named
     if spec.endswith(".json") or Path(spec).is_file():
-        return JsonTokenizer(spec)
+        return JsonTokenizer(spec, eod)
+    if Path(spec, "tokenizer.json").is_file():
+        raise ConfigError(f"tokenizer {spec!r} is a folder; name its file, {Path(spec, 'tokenizer.json')}")
     if spec.startswith(LEARNED):
         raise ConfigError(f"tokenizer {spec}: only heron train learns it; name the tokenizer.json of the run instead")
     raise ConfigError(f"no tokenizer {spec!r}; there are {', '.join(SPECS)}.{did_you_mean(spec, (*SPECS, 'integers'))}")
@@ -96,7 +103,7 @@ def learn_bpe(texts: Sequence[str], vocab_size: int) -> str:
     tokenizer.decoder = package.decoders.ByteLevel()
     trainer = package.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_TOKENS[0]],
+        special_tokens=[document_end.NAMES[0]],
         initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -270,14 +277,17 @@ class IntegerTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's. The end of document is its own end token.
+    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's.
 
     `vocab_size` is the highest id plus 1. Nothing is added, truncated or padded, whatever the file asks for.
+
+    Attributes:
+        end: how the end of a document was found (:func:`heron.document_end.find`).
     """
 
     is_text = True
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, eod: str | None = None) -> None:
         self.spec = path
         package = _package("tokenizers", "tokenizers", path)
         try:
@@ -294,7 +304,10 @@ class JsonTokenizer:
         if not self._id_of:
             raise DataError(f"{path}: its vocabulary is empty")
         self.vocab_size = max(self._id_of.values()) + 1
-        self.eod = next((self._id_of[token] for token in END_TOKENS if token in self._id_of), None)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: index for index, token in sorted(added.items()) if token.special}
+        self.end = document_end.find(Path(path), self._id_of, special, eod)
+        self.eod = self.end.id
         self.byte_level = isinstance(self._tokenizer.decoder, package.decoders.ByteLevel)
 
     def encode(self, text: str) -> list[int]:
@@ -319,6 +332,11 @@ class JsonTokenizer:
             return self.decode(ids).encode("utf-8")
         table = self._bytes_of
         return b"".join([table[i] for i in self._known(ids)])
+
+    def normalized(self, text: str) -> str:
+        """The form of `text`, NFC or lower case for instance, that the file's normalizer makes before it is encoded."""
+        normalizer = self._tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
 
     def _known(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         known = _checked_ids(ids, self.spec, self.vocab_size).tolist()
