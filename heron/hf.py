@@ -245,7 +245,8 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, state, inputs_embeds, position_ids, output_hidden_states: as for
                 :meth:`HeronModel.forward`.
-            labels: (B, T), the ids themselves, shifted here as everywhere in transformers; -100 is not counted.
+            labels: (B, T), the ids themselves, shifted here as everywhere in transformers; not counted are -100 and
+                what stands behind padding.
             use_cache: too, but None is False with labels.
             logits_to_keep: only the logits of so many last tokens, or of these; 0: of all.
             token_type_ids: some tokenizers make them; they mean nothing here.
@@ -265,6 +266,8 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         loss = logits = None
         if has_labels:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+            if attention_mask is not None:  # padding predicts nothing
+                targets = targets.masked_fill(attention_mask[:, -targets.shape[1] :] == 0, -100)
             loss = self.rwkv.head_loss(hidden, targets.to(hidden.device))
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
@@ -294,8 +297,6 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         prompt = {"attention_mask": attention_mask, "state": state, "use_cache": use_cache, "logits_to_keep": 1, **kept}
         if inputs_embeds is None:
             return {"input_ids": input_ids, **prompt}
-        if not use_cache:
-            raise DataError("generate: inputs_embeds stand for the prompt alone; they need use_cache=True")
         whole = input_ids.shape == inputs_embeds.shape[:2]
         return {"input_ids": input_ids if whole else None, "inputs_embeds": inputs_embeds, **prompt}
 
