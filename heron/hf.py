@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from heron.compat.transformers import sequences, vocabulary
@@ -248,7 +247,8 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
             labels: (B, T), the ids themselves, shifted here as everywhere in transformers; not counted are -100 and
                 what stands behind padding.
             use_cache: too, but None is False with labels.
-            logits_to_keep: only the logits of so many last tokens, or of these; 0: of all.
+            logits_to_keep: only the logits of so many last tokens; 0: of all. Or places: (n,) for every row, (B, n) for
+                each, or (B, T) bool, whose logits are (places, V).
             token_type_ids: some tokenizers make them; they mean nothing here.
             num_items_in_batch: what the sum over the labels is divided by; None: their number.
             others: too, and shift_labels (B, T), labels that are shifted already.
@@ -272,7 +272,7 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
         if not has_labels or not self.training:
-            logits = self.rwkv.head(slice_logits_to_keep(hidden, logits_to_keep))
+            logits = self.rwkv.head(_kept(hidden, logits_to_keep))
         output = HeronOutput(loss, logits, body.state, body.hidden_states)
         return output if return_dict or return_dict is None else output.to_tuple()
 
@@ -286,7 +286,7 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         use_cache: bool | None = True,
         **others: Any,
     ) -> dict[str, Any]:
-        """The whole prompt at first, then the newest token and the state."""
+        """The whole prompt at first, then the newest token and the state. Padding may follow a prompt, too."""
         kept = {
             name: others[name]
             for name in ("logits_to_keep", "output_hidden_states", "output_attentions")
@@ -294,7 +294,11 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         }
         if state is not None and not is_first_iteration:
             return {"input_ids": input_ids[:, -1:], "state": state, "use_cache": True, **kept}
-        prompt = {"attention_mask": attention_mask, "state": state, "use_cache": use_cache, "logits_to_keep": 1, **kept}
+        prompt = {**kept, "attention_mask": attention_mask, "state": state, "use_cache": use_cache, "logits_to_keep": 1}
+        if attention_mask is not None:  # the logits of each row's last token, behind which padding may stand
+            T = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            at = torch.arange(T, device=attention_mask.device)
+            prompt["logits_to_keep"] = (at * (attention_mask[:, -T:] != 0)).argmax(dim=1, keepdim=True)
         if inputs_embeds is None:
             return {"input_ids": input_ids, **prompt}
         whole = input_ids.shape == inputs_embeds.shape[:2]
@@ -327,6 +331,15 @@ def _mask(attention_mask: Tensor | None, shape: torch.Size, has_state: bool) -> 
         raise DataError(f"attention_mask: wanted {(B, T)}, got {tuple(attention_mask.shape)}")
     mask = attention_mask[:, -T:] != 0
     return None if mask.all() else mask
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:]
+    places = logits_to_keep.to(hidden.device)
+    if places.dim() == 1:
+        return hidden[:, places]
+    return hidden[places] if places.dtype == torch.bool else hidden.take_along_dim(places.unsqueeze(-1), dim=1)
 
 
 def _positions(position_ids: Tensor, shape: torch.Size) -> Tensor:

@@ -65,6 +65,8 @@ def test_outputs_have_their_forms(models, variant):
         assert near(model(IDS[:1]).logits, out.logits[:1])  # what stands beside it is another matter
         last = model(IDS, logits_to_keep=2).logits
         some = model(IDS, logits_to_keep=torch.tensor([0, 4])).logits
+        each = model(IDS, logits_to_keep=torch.arange(4)[:, None]).logits
+        marked = model(IDS, logits_to_keep=LEFT.bool()).logits
     assert [type(part) for part in as_tuple] == [type(part) for part in out.to_tuple()]
     assert all(torch.equal(a, b) for a, b in zip(as_tuple[:2], out.to_tuple()[:2], strict=True))
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
@@ -73,6 +75,8 @@ def test_outputs_have_their_forms(models, variant):
     assert torch.equal(model.get_output_embeddings()(body.last_hidden_state), out.logits)
     assert near(last, out.logits[:, -2:])
     assert near(some, out.logits[:, [0, 4]])
+    assert near(each[:, 0], out.logits[range(4), range(4)])
+    assert near(marked, out.logits[LEFT.bool()])
     assert model.get_decoder() is model.base_model
     assert model(IDS, labels=IDS).state is None
     assert model.base_model.train(False)(IDS).state is not None
@@ -182,10 +186,14 @@ def test_gradients_of_a_padded_batch_are_those_of_its_sequences(models, variant)
 def test_prompts_of_unequal_length_are_continued_as_each_alone(models, variant):
     model = models(variant)
     for settings in ({}, {"num_beams": 2}):
-        together = greedy(model, IDS, attention_mask=LEFT, **settings)
-        for row in (0, 1, 2):
-            n = LENGTHS[row]
-            assert torch.equal(greedy(model, IDS[row : row + 1, 9 - n :], **settings)[0, n:], together[row, 9:])
+        alone = [greedy(model, IDS[i : i + 1, 9 - n :], **settings)[0, n:] for i, n in enumerate(LENGTHS)]
+        left = greedy(model, IDS, attention_mask=LEFT, **settings)
+        assert torch.equal(left[:, 9:], torch.stack(alone))
+    expected = greedy(model, IDS, attention_mask=LEFT)[:, 9:]
+    right = torch.stack([row.roll(n - 9) for row, n in zip(IDS, LENGTHS, strict=True)])
+    for settings in ({}, {"use_cache": False}, {"inputs_embeds": model.get_input_embeddings()(right)}):
+        found = greedy(model, right, attention_mask=LEFT.flip(1), **settings)
+        assert torch.equal(found[:, 9:], expected)
 
 
 def test_a_mask_is_made_of_the_pads_or_not_at_all(models):
@@ -259,6 +267,10 @@ def test_every_way_to_generate(models, variant):
     assert all(layer.shape == (4, 1, 32) for layer in told.hidden_states[1])
     goes_on = greedy(model, told.sequences[:, -1:], n=2, state=told.past_key_values)
     assert torch.equal(goes_on[:, 1:], greedy(model, IDS, attention_mask=LEFT)[:, 13:])
+    mask = torch.cat((LEFT, torch.ones(4, 4, dtype=LEFT.dtype)), dim=1)
+    assert torch.equal(
+        greedy(model, told.sequences[:, -1:], n=2, state=told.past_key_values, attention_mask=mask), goes_on
+    )
     copies = greedy(model, told.sequences[:, -1:], n=2, state=told.past_key_values, num_beams=2, num_return_sequences=2)
     assert copies.shape == (8, 3)
     assert greedy(model, n=3).shape == (1, 4)  # from the start of a text

@@ -102,6 +102,9 @@ class RWKV(nn.Module):
     It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`. Three plain
     attributes say how it runs: `grad_checkpoint`; `attention_window`, which bounds what DeepEmbedAttention (v7b,
     v8-hybrid) reads and remembers (upstream has no such bound); and `compiled_block`.
+
+    A linear layer, an embedding or a norm may be replaced or hooked (adapters, quantized layers): what is not plain is
+    called. `compiled_block` alone reads the weights of ln1, ln2 and ln_x; it is for networks whose norms are plain.
     """
 
     def __init__(self, config: ModelConfig):
