@@ -199,11 +199,11 @@ class HeronLM(LM):
 
     @torch.inference_mode()
     def _whole(self, ids: Sequence[int]) -> float:
-        total, state, weight = 0.0, None, self._model.head.weight
+        total, state = 0.0, None
         for start in range(0, len(ids) - 1, _TOKENS_AT_ONCE):
             piece = torch.tensor([ids[start : start + _TOKENS_AT_ONCE + 1]], device=weight.device)
             hidden, state = self._model.hidden_states(piece[:, :-1], state)
-            mean = ops.linear_cross_entropy(hidden, weight, piece[:, 1:])
+            mean = self._model.head_loss(hidden, piece[:, 1:])
             total -= float(mean.double()) * (piece.shape[1] - 1)
         return total
 

@@ -9,7 +9,7 @@ from heron.ops import _select
 from heron.ops.head_mix import cuda
 from heron.ops.head_mix.reference import ChannelWeights, Projected, head_mix_reference
 
-__all__ = ["ChannelWeights", "Projected", "head_mix"]
+__all__ = ["ChannelWeights", "Projected", "head_mix", "head_mix_reference"]
 IMPLS = ("auto", "reference", "cuda")
 
 
