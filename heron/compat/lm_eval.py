@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from heron import machine, ops
+from heron import machine
 from heron.chat import cleaned
 from heron.checkpoint import load
 from heron.continuation import encode_pair
@@ -201,7 +201,7 @@ class HeronLM(LM):
     def _whole(self, ids: Sequence[int]) -> float:
         total, state = 0.0, None
         for start in range(0, len(ids) - 1, _TOKENS_AT_ONCE):
-            piece = torch.tensor([ids[start : start + _TOKENS_AT_ONCE + 1]], device=weight.device)
+            piece = torch.tensor([ids[start : start + _TOKENS_AT_ONCE + 1]], device=next(self._model.parameters()).device)
             hidden, state = self._model.hidden_states(piece[:, :-1], state)
             mean = self._model.head_loss(hidden, piece[:, 1:])
             total -= float(mean.double()) * (piece.shape[1] - 1)
