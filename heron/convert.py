@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from heron import machine
-from heron.checkpoint import load, migrate, read_tensors, unsaid, weights_file, write
+from heron.checkpoint import assume, card, holds_tokenizer, load, migrate, read_tensors, unsaid, weights_file, write
 from heron.checkpoint.architecture import TUNED, build, converted
+from heron.checkpoint.beside import papers_of, vocabulary_of
+from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV
+from heron.tokenizer import load as load_tokenizer
 
 _CHECKED_TOKENS = 32
 
@@ -29,8 +33,9 @@ def convert(
     seed: int = 42,
     rosa: RosaConfig | None = None,
     add_rosa: RosaConfig | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[RWKV, RWKV]:
-    """Read a model, change what is asked for, and write it.
+    """Read a model, change what is asked for, and write it, with its tokenizer where the target has a place for one.
 
     Args:
         source: what :func:`heron.load` takes.
@@ -44,6 +49,8 @@ def convert(
         seed: of what is random in new parts, whose effect is multiplied by 0 before training.
         rosa: how the ROSA in the source works, where nothing beside it says so.
         add_rosa: give the model such a ROSA branch.
+        tokenizer: what :func:`heron.tokenizer.load` takes; None: what the source holds or lies in, and for 65,536 ids
+            of which nothing tells, World. Warns of one that is assumed, and of one that the target can't hold.
 
     Returns:
         The model before and after.
@@ -57,7 +64,9 @@ def convert(
         raise ConfigError(f"{target} exists already; name another file")
     if dtype is not None and dtype not in machine.DTYPES:
         raise ConfigError(f"dtype: wanted {', '.join(machine.DTYPES)}, got {dtype!r}")
+    named = None if tokenizer is None else Vocabulary.of(load_tokenizer(tokenizer))
     source = weights_file(Path(source))
+    known = named or vocabulary_of(source)
     tensors = read_tensors(source)
     tuned = {name: tensor for name, tensor in tensors.items() if TUNED.match(name)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in tuned}
@@ -74,7 +83,27 @@ def convert(
         after = _in(after, machine.DTYPES[dtype], source)
         tuned = converted(tuned, machine.DTYPES[dtype], source)
     _check_target(target, format, after.config, tuned)
-    write({**after.state_dict(), **tuned}, after.config, target, format)
+    if not holds_tokenizer(target, format):
+        if known is not None:
+            warnings.warn(
+                f"{target}: this file has no place for the tokenizer ({known.spec}), which stays behind; name it "
+                "(--tokenizer) wherever nothing else tells",
+                stacklevel=2,
+            )
+    elif known is None:
+        known = assume(after.config.vocab_size, target)
+    elif named is None and known.vocab_size > after.config.vocab_size:
+        warnings.warn(
+            f"{target}: the tokenizer {known.spec} has {known.vocab_size} ids, the model only "
+            f"{after.config.vocab_size}; it does not go along",
+            stacklevel=2,
+        )
+        known = None
+    same = (before.config.variant, before.config.vocab_size) == (after.config.variant, after.config.vocab_size)
+    papers = papers_of(source)
+    if not same:
+        papers.pop(card.CARD, None)  # it speaks of another model
+    write({**after.state_dict(), **tuned}, after.config, target, format, known, papers)
     return before, after
 
 

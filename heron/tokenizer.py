@@ -187,6 +187,11 @@ class WorldTokenizer:
         table = self._bytes_of
         return b"".join([table[i] for i in _checked_ids(ids, self.spec, len(table)).tolist()])
 
+    @property
+    def table(self) -> list[bytes]:
+        """The bytes of ids 0 to 65529; id 0 stands for none."""
+        return self._bytes_of
+
     @functools.cached_property
     def _encoder(self) -> Any:
         return self._package.RWKVTokenizer()
@@ -323,7 +328,7 @@ class JsonTokenizer:
         spelled = {index: token.encode("utf-8") for token, index in self._id_of.items()}
         if self.byte_level:
             added = self._tokenizer.get_added_tokens_decoder()
-            byte_of = _byte_alphabet()
+            byte_of = byte_alphabet()
             for token, index in self._id_of.items():
                 if index not in added and all(character in byte_of for character in token):
                     spelled[index] = bytes(byte_of[character] for character in token)
@@ -403,7 +408,7 @@ def _utf8(text: str) -> bytes:
         ) from None
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The byte-level alphabet of GPT-2: printable Latin-1 stands for itself, the other 68 bytes for U+0100 onwards."""
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in themselves]
