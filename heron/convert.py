@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heron import machine
 from heron.checkpoint import assume, card, holds_tokenizer, load, migrate, read_tensors, unsaid, weights_file, write
-from heron.checkpoint.architecture import TUNED, build, converted
+from heron.checkpoint.architecture import TUNED, build, converted, in_one_dtype
 from heron.checkpoint.beside import papers_of, vocabulary_of
 from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig, RosaConfig
@@ -80,7 +80,7 @@ def convert(
     if vocab_size is not None and vocab_size != after.config.vocab_size:
         after = migrate.resize_vocabulary(after, vocab_size, new_rows)
     if dtype is not None:
-        after = _in(after, machine.DTYPES[dtype], source)
+        after = in_one_dtype(after, machine.DTYPES[dtype], source)
         tuned = converted(tuned, machine.DTYPES[dtype], source)
     _check_target(target, format, after.config, tuned)
     if not holds_tokenizer(target, format):
@@ -131,13 +131,5 @@ def largest_difference(before: RWKV, target: str | Path, seed: int = 42, rosa: R
     after = load(target, rosa=rosa)
     ids = min(before.config.vocab_size, after.config.vocab_size)
     tokens = torch.randint(ids, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(seed))
-    one, other = (_in(model, torch.float32, target)(tokens)[0][..., :ids] for model in (before, after))
+    one, other = (in_one_dtype(model, torch.float32, target)(tokens)[0][..., :ids] for model in (before, after))
     return float((one - other).abs().max())
-
-
-def _in(model: RWKV, dtype: torch.dtype, source: object) -> RWKV:
-    """A copy of the model whose tensors are all of `dtype`."""
-    with torch.device("meta"):
-        copy = RWKV(model.config)
-    copy.load_state_dict(converted(model.state_dict(), dtype, source), assign=True)
-    return copy.requires_grad_(True)

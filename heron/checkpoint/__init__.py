@@ -54,7 +54,8 @@ def load(
         path: a .pth, .safetensors or .gguf file, a Hugging Face folder (config.json and safetensors), a checkpoint
             folder, or a run folder (its newest whole checkpoint, else its rwkv-final.pth). Variant and every size are
             read from the tensors.
-        dtype: convert the weights to this; None: as in the file.
+        dtype: convert the weights to this; None: as in the file. A file that mixes dtypes (llama.cpp's F16 and BF16
+            keep vectors in fp32) stays as it is and computes in the widest of them, which a warning says.
         has_ln0: whether a v8-hybrid applies its ln0, which its tensors cannot say; None: as its run or its config.json
             says, else no.
         rosa: how the ROSA in it works (1 or 4 bits, the rules), which tensors cannot say either; None: as its run or
@@ -66,7 +67,14 @@ def load(
     """
     source = weights_file(Path(path))
     tensors = read_tensors(source)
-    return build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
+    model = build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
+    if (widest := model.widest()) is not None:
+        warnings.warn(
+            f"{source}: its weights mix dtypes; they stay as they are and compute in {_name(widest)}, the widest "
+            "(dtype= in Python, --dtype: all in one)",
+            stacklevel=2,
+        )
+    return model
 
 
 def load_toy(path: str | Path) -> SelfToy | QKVToy:
@@ -267,6 +275,10 @@ def recorded(source: Path) -> ModelConfig | None:
     except ConfigError as error:
         raise CheckpointError(f"{config}, which lies beside {source.name}: {error}") from None
     return model if isinstance(model, ModelConfig) else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _format(path: Path) -> ModuleType:

@@ -76,6 +76,27 @@ def build(
     return model.requires_grad_(True)
 
 
+def in_one_dtype(model: RWKV, dtype: torch.dtype | None = None, source: object = "model") -> RWKV:
+    """A copy of a model whose tensors are all of `dtype`.
+
+    None: the model itself, or where it mixes dtypes a copy in the widest of them, tables as they are. ConfigError and
+    CheckpointError as in :func:`converted`, with `source` in the message.
+    """
+    if dtype is None and (not isinstance(model, RWKV) or model.widest() is None):
+        return model
+    tensors = model.state_dict()
+    if dtype is None:
+        widest = model.widest()
+        tensors |= converted({name: tensors[name] for name, _ in model.in_products()}, widest, source)
+    else:
+        tensors = converted(tensors, dtype, source)
+    with torch.device("meta"):
+        copy = RWKV(model.config)
+    copy.load_state_dict(tensors, assign=True)
+    copy.attention_window = model.attention_window
+    return copy.requires_grad_(True).train(model.training)
+
+
 def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object) -> dict[str, Tensor]:
     """The tensors in another floating dtype.
 
