@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from heron import machine
 from heron.checkpoint import card, run
 from heron.checkpoint.architecture import TUNED, build, is_finite, leave_unsaid
 from heron.checkpoint.atomic import new_file, new_folder, sync
@@ -174,6 +175,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Named CPU tensors of a file or a Hugging Face folder, under upstream's names, unchecked."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    machine.settle_threads()
     if path.is_dir():
         return hf.read(path)
     if path.stat().st_size == 0:

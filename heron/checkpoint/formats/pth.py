@@ -247,11 +247,19 @@ def _compare(path: Path, plan: dict[str, pickle_plan.Tensor], loaded: object, ch
         ):
             raise CheckpointError(f"{path}: {name!r}: PyTorch reads another tensor than the file announces")
         storages[wanted.storage.key] = name, got
-    with concurrent.futures.ThreadPoolExecutor(_CHECKSUM_THREADS) as threads:
-        found = threads.map(_checksum, (tensor for _, tensor in storages.values()))
-        for (key, (name, _)), checksum in zip(storages.items(), found, strict=True):
-            if checksum != checksums.get(key, checksum):
-                raise CheckpointError(f"{path}: {name!r}: its checksum in the file is another one: the file is damaged")
+    found = _checksums([tensor for _, tensor in storages.values()])
+    for (key, (name, _)), checksum in zip(storages.items(), found, strict=True):
+        if checksum != checksums.get(key, checksum):
+            raise CheckpointError(f"{path}: {name!r}: its checksum in the file is another one: the file is damaged")
+
+
+def _checksums(tensors: list[Tensor]) -> list[int]:
+    """That of each tensor, by several threads where the system gives any."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor(_CHECKSUM_THREADS) as threads:
+            return list(threads.map(_checksum, tensors))
+    except RuntimeError:  # "can't start new thread": a limit on processes (ulimit -u), which one thread satisfies
+        return list(map(_checksum, tensors))
 
 
 def _checksum(tensor: Tensor) -> int:
