@@ -328,7 +328,7 @@ class JsonTokenizer:
         spelled = {index: token.encode("utf-8") for token, index in self._id_of.items()}
         if self.byte_level:
             added = self._tokenizer.get_added_tokens_decoder()
-            byte_of = byte_alphabet()
+            byte_of = _byte_alphabet()
             for token, index in self._id_of.items():
                 if index not in added and all(character in byte_of for character in token):
                     spelled[index] = bytes(byte_of[character] for character in token)
@@ -408,7 +408,7 @@ def _utf8(text: str) -> bytes:
         ) from None
 
 
-def byte_alphabet() -> dict[str, int]:
+def _byte_alphabet() -> dict[str, int]:
     """The byte-level alphabet of GPT-2: printable Latin-1 stands for itself, the other 68 bytes for U+0100 onwards."""
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in themselves]

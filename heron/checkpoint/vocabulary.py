@@ -26,7 +26,7 @@ SPEC = "heron_tokenizer"  # in a tokenizer_config.json: what heron.tokenizer.loa
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # of id 0, as the released Hugging Face folders call it
 WORLD_SIZE = 65536
-_END = tokenizer.END_TOKENS[0]
+_END = "<|endoftext|>"  # of bytes
 
 # The turns of heron.chat. llama.cpp knows a template that names rwkv-world by itself, without Jinja.
 CHAT_TEMPLATE = r"""{#- rwkv-world -#}
@@ -121,7 +121,10 @@ class Vocabulary:
         out = {TOKENIZER: content.encode(), **self.files}
         if self.spec == "world":
             out[WORLD_FILE] = world_file().read_bytes()
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         if self.eod is not None:
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), token_of(content, self.eod))
         if self.json is None:
@@ -129,7 +132,7 @@ class Vocabulary:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
             out.setdefault(TEMPLATE, self.chat_template.encode())
-        out.setdefault(TOKENIZER_CONFIG, _text(config))
+        out[TOKENIZER_CONFIG] = _text(config | _object(self.files.get(TOKENIZER_CONFIG)))
         return out
 
 
@@ -244,7 +247,7 @@ def _spelled(token: bytes) -> str:
 @functools.cache
 def _characters() -> dict[int, str]:
     """The character that stands for each byte in byte-level files."""
-    return {byte: character for character, byte in tokenizer.byte_alphabet().items()}
+    return {byte: character for character, byte in tokenizer._byte_alphabet().items()}
 
 
 def _longest_first(tokens: list[str]) -> str:

@@ -97,17 +97,6 @@ class Block(nn.Module):
         return x + out, LayerState(att_shift, wkv, ffn_shift, attention, rosa), v_first
 
 
-class Head(nn.Linear):
-    """The output projection. Where its weight has another dtype than `hidden`, both count in the wider one."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V)."""
-        if self.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
-            return super().forward(hidden)
-        dtype = torch.promote_types(self.weight.dtype, hidden.dtype)
-        return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype))
-
-
 class _Call(nn.Module):
     """A method of a model as a module, which is what torch.func.functional_call takes."""
 
@@ -141,7 +130,7 @@ class RWKV(nn.Module):
             block = Block if config.has_time_mix else RosaBlock
             self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
             self.ln_out = nn.LayerNorm(config.n_embd)
-            self.head = Head(config.n_embd, config.vocab_size, bias=False)
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         device = torch.get_default_device()
         if device.type != "meta":
             self.to_empty(device=device)
@@ -161,6 +150,8 @@ class RWKV(nn.Module):
             DataError: T = 0, wrong shape or dtype, an id outside the vocabulary.
             ConfigError: a state of another model or batch size, or none at all; an attention_window below 1.
         """
+        if self.mixes_dtypes and (widest := self.widest()) is not None:
+            return self._in_dtype(widest, RWKV.forward, tokens, state)
         hidden, state = self.hidden_states(tokens, state)
         return self.head(hidden), state
 

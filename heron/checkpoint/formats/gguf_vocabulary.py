@@ -20,6 +20,7 @@ from heron.tokenizer import load
 _END_OF_TURN = 261  # "\n\n" of the World vocabulary
 _MODEL, _TOKENS, _EOS = "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"
 _JSON, _SPEC = "tokenizer.huggingface.json", "heron.tokenizer"
+_NO_MERGE = "[PAD] [PAD]"  # llama.cpp wants at least one; this joins nothing that a text can be cut into
 _OF_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 
 
@@ -50,8 +51,7 @@ def write(gguf: ModuleType, writer: Any, vocabulary: Vocabulary | None, vocab_si
         writer.add_tokenizer_model(model)
         if model == "gpt2":
             writer.add_tokenizer_pre("gpt-2")
-            if merges:
-                writer.add_token_merges(merges)
+            writer.add_token_merges(merges or [_NO_MERGE])
         writer.add_token_list(tokens)
         writer.add_token_types(kinds)
     if vocabulary is None:
