@@ -148,7 +148,7 @@ def sizes_of(
 
     def shape(name: str, dims: int) -> torch.Size:
         if name not in tensors:
-            raise CheckpointError(f"{source}: tensor {name} is missing (variant {variant})")
+            raise CheckpointError(f"{source}: tensor {name} is missing (variant {variant}){_elsewhere(name, tensors)}")
         if tensors[name].dim() != dims:
             raise CheckpointError(f"{source}: {name} must have {dims} dimensions, got {tuple(tensors[name].shape)}")
         return tensors[name].shape
@@ -217,6 +217,15 @@ def _variant(tensors: Mapping[str, Tensor], source: object) -> str:
     raise CheckpointError(
         f"{source}: no RWKV-7 or RWKV-8 weights: blocks.0.att.w1 is missing; the first keys are {first}"
     )
+
+
+def _elsewhere(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Behind which prefix a tensor stands that is missed, and how many have it; "" where there is none."""
+    prefix = next((other.removesuffix(name) for other in tensors if other.endswith(f".{name}")), "")
+    if not prefix:
+        return ""
+    n = sum(other.startswith(prefix) for other in tensors)
+    return f"; {n} of {len(tensors)} names begin with {prefix!r}: take it off"
 
 
 def _check(tensors: dict[str, Tensor], config: ModelConfig, source: object) -> None:

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}", local_files_only=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", local_files_only=True)""",
-    "rwkv7": """from rwkv7_hf import RWKV7ForCausalLM  # or fla's class of this name
-from transformers import AutoTokenizer
+    "rwkv7": """# The model's class is that of flash-linear-attention or of rwkv7-hf: pip install rwkv7-hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = RWKV7ForCausalLM.from_pretrained("{folder}", local_files_only=True)
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True, local_files_only=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", local_files_only=True)""",
 }
 

@@ -43,6 +43,23 @@ _LARGEST_CONFIG = 1 << 24  # bytes
 
 _FUSED = ".attn.x_x"
 
+# Where transformers finds the model's class, as the released folders tell it (trust_remote_code=True).
+_CODE = "modeling_rwkv7"
+_AUTO_MAP = {
+    "AutoConfig": f"{_CODE}.RWKV7Config",
+    "AutoModel": f"{_CODE}.RWKV7Model",
+    "AutoModelForCausalLM": f"{_CODE}.RWKV7ForCausalLM",
+}
+_CODE_TEXT = '''"""RWKV-7 for transformers: the classes of flash-linear-attention, else those of rwkv7-hf."""
+
+try:
+    from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
+except ImportError:
+    from rwkv7_hf import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
+
+__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model"]
+'''
+
 
 def _places() -> dict[str, Place]:
     norms = (("ln0", "pre_norm"), ("ln1", "attn_norm"), ("ln2", "ffn_norm"), ("att.ln_x", "attn.g_norm"))
@@ -203,6 +220,7 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path, e
     kept = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
     free = {
         "architectures": ["RWKV7ForCausalLM"],
+        "auto_map": _AUTO_MAP,
         "model_type": RWKV7,
         "dtype": _dtype_of(tensors),
         "hidden_ratio": config.ffn_dim / config.n_embd,
@@ -210,6 +228,8 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path, e
         "use_cache": True,
         **vocabulary.ids(eod),
     }
+    (folder / f"{_CODE}.py").write_text(_CODE_TEXT, encoding="utf-8")
+    sync(folder / f"{_CODE}.py")
     _write(LAYOUT.out(kept), free | _rwkv7_facts(config), folder)
 
 
