@@ -101,8 +101,8 @@ def convert(
         known = None
     same = (before.config.variant, before.config.vocab_size) == (after.config.variant, after.config.vocab_size)
     papers = papers_of(source)
-    if not same:
-        papers.pop(card.CARD, None)  # it speaks of another model
+    if not same and card.CARD in papers:
+        papers[card.CARD] = card.licence_alone(papers[card.CARD])  # the rest of it speaks of another model
     write({**after.state_dict(), **tuned}, after.config, target, format, known, papers)
     return before, after
 

@@ -13,6 +13,7 @@ from heron.config import ModelConfig
 CARD, LICENSE = "README.md", "LICENSE"
 PAPERS = (CARD, "LICENSE*", "NOTICE*")  # what goes along from folder to folder
 _LICENSE_NAME = "apache-2.0"
+_HEAD = b"---\n---\n"  # of a card that says nothing
 _WHOSE = """, that of Heron and of the released RWKV-7 weights. If the data or the weights that this model was made
 from ask for another one, name it here and put its text into LICENSE"""
 _LOAD = {
@@ -45,18 +46,26 @@ def papers(
         model_type: "heron" or "rwkv7", the kind of the folder.
         name: of the folder.
     """
+    licence = _licence_of(theirs.get(CARD, b""))
     out = dict(theirs)
-    out.setdefault(CARD, _card(config, n_parameters, vocabulary, model_type, name, _license_of(theirs)).encode())
-    lacks_license = not any(file.upper().startswith(LICENSE) for file in out)
-    if lacks_license and _license_of(theirs) == _LICENSE_NAME and (text := _license_text()) is not None:
+    if theirs.get(CARD, _HEAD) == licence_alone(theirs.get(CARD, _HEAD)):
+        out[CARD] = _card(config, n_parameters, vocabulary, model_type, name, licence or _LICENSE_NAME).encode()
+    lacks_text = not any(file.upper().startswith(LICENSE) for file in out)
+    if lacks_text and licence in (None, _LICENSE_NAME) and (text := _license_text()) is not None:
         out[LICENSE] = text
     return out
 
 
-def _license_of(theirs: dict[str, bytes]) -> str:
-    """The licence that a card names; Heron's own where there is no card or it names none."""
-    found = re.search(rb"^license:[ \t]*(\S+)", theirs.get(CARD, b""), re.MULTILINE)
-    return found[1].decode("utf-8", errors="replace") if found else _LICENSE_NAME
+def licence_alone(theirs: bytes) -> bytes:
+    """Nothing but the licence of a card, for a model that has become another; :func:`papers` writes the rest anew."""
+    licence = _licence_of(theirs)
+    return _HEAD if licence is None else f"---\nlicense: {licence}\n---\n".encode()
+
+
+def _licence_of(card: bytes) -> str | None:
+    """The licence that a card names."""
+    found = re.search(rb"^license:[ \t]*(\S+)", card, re.MULTILINE)
+    return found[1].decode("utf-8", errors="replace") if found else None
 
 
 def _card(
