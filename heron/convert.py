@@ -14,7 +14,7 @@ from heron.checkpoint.architecture import TUNED, build, converted, in_one_dtype
 from heron.checkpoint.beside import papers_of, vocabulary_of
 from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig, RosaConfig
-from heron.errors import CheckpointError, ConfigError
+from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV
 from heron.tokenizer import load as load_tokenizer
 
@@ -66,7 +66,13 @@ def convert(
         raise ConfigError(f"dtype: wanted {', '.join(machine.DTYPES)}, got {dtype!r}")
     named = None if tokenizer is None else Vocabulary.of(load_tokenizer(tokenizer))
     source = weights_file(Path(source))
-    known = named or vocabulary_of(source)
+    known = named
+    if named is None:
+        try:
+            known = vocabulary_of(source)
+        except (CheckpointError, DataError):
+            if holds_tokenizer(target, format):
+                raise
     tensors = read_tensors(source)
     tuned = {name: tensor for name, tensor in tensors.items() if TUNED.match(name)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in tuned}

@@ -113,6 +113,8 @@ def save(
         known = Vocabulary.of(tokenizer)
         if known is None:
             warnings.warn(f"{path}: no file can hold a tokenizer of the class {type(tokenizer).__name__}", stacklevel=2)
+        elif not holds_tokenizer(path, format):
+            warnings.warn(f"{path}: this file has no place for a tokenizer", stacklevel=2)
     elif config is not None and holds_tokenizer(path, format):
         known = assume(config.vocab_size, path)
     write(model.state_dict(), config, path, format, known)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from heron import tokenizer
-from heron.errors import HeronError
+from heron.errors import DataError, HeronError
 from heron.tokenizer import Tokenizer, WorldTokenizer
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -154,16 +154,18 @@ def from_folder(folder: Path, eod: object = None) -> Vocabulary | None:
         eod: the end of a document, where the tokenizer's own files don't tell it.
 
     Raises:
-        DataError: a tokenizer.json that is none.
+        DataError: a tokenizer.json that is none, or another RWKV table than World's alone.
     """
     files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
     spec = _object(files.get(TOKENIZER_CONFIG)).get(SPEC)
     if isinstance(spec, str) and _is_built_in(spec):
         return Vocabulary.of(tokenizer.load(spec), files)
-    if (folder / WORLD_FILE).is_file():
-        is_world = (folder / WORLD_FILE).read_bytes().replace(b"\r\n", b"\n") == world_file().read_bytes()
-        return Vocabulary.of(tokenizer.load("world"), _without_code(files)) if is_world else None
+    tables = sorted(folder.glob("rwkv_vocab_v*.txt"))
+    if any(table.read_bytes().replace(b"\r\n", b"\n") == world_file().read_bytes() for table in tables):
+        return Vocabulary.of(world(), _without_code(files))
     if not (folder / TOKENIZER).is_file():
+        if tables:
+            raise DataError(f"{tables[0]}: another table than {WORLD_FILE}, the only one that is known here")
         return None
     found = Vocabulary.of(tokenizer.load(str(folder / TOKENIZER)), files)
     if found is not None and found.eod is None and type(eod) is int and 0 <= eod < found.vocab_size:

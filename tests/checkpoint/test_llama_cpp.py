@@ -14,6 +14,7 @@ import torch
 import heron
 from heron import cli, tokenizer
 from heron.checkpoint import beside, vocabulary
+from heron.errors import CheckpointError, DataError
 
 TEXT = 'def f(x):\n    return "Grüße, 世界! 🦢"  # 3.14\n\n\tthe end\r\n\x00\x7f ' + "".join(
     map(chr, range(0x20, 0x250))
@@ -226,7 +227,25 @@ def test_another_table_is_not_taken_for_world(world, tmp_path):
     assert found.spec == "world"
     assert b"auto_map" not in found.folder()["tokenizer_config.json"]
     (folder / vocabulary.WORLD_FILE).write_bytes(vocabulary.world_file().read_bytes() + b"65530 'x' 1\n")
-    assert vocabulary.from_folder(folder) is None
+    with pytest.raises(DataError, match="another table than rwkv_vocab_v20230424.txt, the only one"):
+        vocabulary.from_folder(folder)
+
+
+def test_a_tokenizer_of_others_in_a_gguf_is_not_taken_for_world(random_model, tmp_path, capsys):
+    """Nothing is guessed where the file says that there is one; weights alone come out without it."""
+    from tests.checkpoint.test_malformed import rewrite_gguf
+
+    path = tmp_path / "x.gguf"
+    (tmp_path / "t.json").write_text(tokenizer.learn_bpe(["the heron and the hen " * 9], 262))
+    model = random_model(variant="v7", n_layer=1, n_embd=64, head_size=64, vocab_size=262)
+    heron.save(model, path, tokenizer=str(tmp_path / "t.json"))
+    rewrite_gguf(path, lambda tensors: None, {"tokenizer.huggingface.json": None})
+    with pytest.raises(CheckpointError, match=r"its tokenizer \('gpt2', 262 ids\) is not known here; name one"):
+        beside.vocabulary_of(path)
+    assert cli.main(["generate", str(path), "--prompt", "a"]) == 1
+    assert "is not known here; name one (--tokenizer)" in capsys.readouterr().err
+    assert cli.main(["convert", str(path), str(tmp_path / "f"), "--format", "hf"]) == 1
+    assert cli.main(["convert", str(path), str(tmp_path / "x.pth")]) == 0
 
 
 def test_world_is_assumed_for_its_number_of_ids_and_said(world, tmp_path):

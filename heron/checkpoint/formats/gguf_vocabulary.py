@@ -67,10 +67,10 @@ def write(gguf: ModuleType, writer: Any, vocabulary: Vocabulary | None, vocab_si
 
 
 def read(path: Path) -> Vocabulary | None:
-    """The tokenizer that a file holds; None: none, or one that is not known here.
+    """The tokenizer that a file holds; None: none.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: damaged, or a tokenizer that is not known here.
     """
     try:
         told = gguf_header.read(path, (_MODEL, _TOKENS, _EOS, _JSON, _SPEC))
@@ -81,10 +81,16 @@ def read(path: Path) -> Vocabulary | None:
             return Vocabulary.from_json(told[_JSON], eos if type(eos) is int else None, f"{path} ({_JSON})")
     except (OSError, ValueError, HeronError) as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}") from None
-    if told.get(_MODEL) != "rwkv" or not isinstance(told.get(_TOKENS), list):
+    tokens = told.get(_TOKENS)
+    if not isinstance(tokens, list):
         return None
     table = [_escaped(token) for token in world().table[1:]]
-    return Vocabulary.of(world()) if told[_TOKENS][1 : 1 + len(table)] == table else None
+    if told.get(_MODEL) == "rwkv" and tokens[1 : 1 + len(table)] == table:
+        return Vocabulary.of(world())
+    raise CheckpointError(
+        f"{path}: its tokenizer ({str(told.get(_MODEL))[:40]!r}, {len(tokens):,} ids) is not known here; name one "
+        "(--tokenizer)"
+    )
 
 
 def _escaped(token: bytes) -> str:
