@@ -52,6 +52,10 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
         sys.stderr.close()
         return 0
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        return _fail(f"{error}: the system allows no more processes (see ulimit -u)", EXIT_FAILED)
     except OSError as error:  # a folder that cannot be written, a disk that is full
         return _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
 
