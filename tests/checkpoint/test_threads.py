@@ -49,7 +49,7 @@ def test_convert_goes_on_with_one(random_model, tmp_path, capsys, no_threads, ta
 
 
 def test_other_verbs_end_in_one_line(tmp_path, capsys, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("heron.convert.convert", refuse)
