@@ -14,6 +14,7 @@ import torch
 import heron
 from heron import cli, tokenizer
 from heron.checkpoint import beside, vocabulary
+from heron.checkpoint.formats import gguf_header
 from heron.errors import CheckpointError, DataError
 
 TEXT = 'def f(x):\n    return "Grüße, 世界! 🦢"  # 3.14\n\n\tthe end\r\n\x00\x7f ' + "".join(
@@ -229,6 +230,27 @@ def test_another_table_is_not_taken_for_world(world, tmp_path):
     (folder / vocabulary.WORLD_FILE).write_bytes(vocabulary.world_file().read_bytes() + b"65530 'x' 1\n")
     with pytest.raises(DataError, match="another table than rwkv_vocab_v20230424.txt, the only one"):
         vocabulary.from_folder(folder)
+
+
+@pytest.mark.parametrize("spec", ["bytes", "integers:65536:9", "bpe"])
+@pytest.mark.filterwarnings("ignore:.*llama.cpp has no tokenizer like")
+def test_a_model_of_as_many_ids_with_another_tokenizer_never_gets_worlds_table(random_model, tmp_path, spec):
+    pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'heron-rwkv[gguf]'")
+    if spec == "bpe":
+        spec = str(tmp_path / "t.json")
+        Path(spec).write_text(tokenizer.learn_bpe(["the heron and the hen " * 9], 262))
+    model = random_model(variant="v7", n_layer=1, n_embd=32, head_size=32, vocab_size=65536)
+    heron.save(model, tmp_path / "x.gguf", tokenizer=spec)
+    heron.save(model, tmp_path / "f", "safetensors", tokenizer=spec)
+    keys = [f"tokenizer.ggml.{key}" for key in ("model", "eos_token_id", "eot_token_id")]
+    told = gguf_header.read(tmp_path / "x.gguf", keys)
+    assert told["tokenizer.ggml.model"] == ("gpt2" if spec.endswith("t.json") else "none")
+    assert "tokenizer.ggml.eot_token_id" not in told
+    assert not (tmp_path / "f" / vocabulary.WORLD_FILE).exists()
+    eod = tokenizer.load(spec).eod
+    for path in (tmp_path / "x.gguf", tmp_path / "f"):
+        assert beside.vocabulary_of(path).eod == eod
+    assert told["tokenizer.ggml.eos_token_id"] == eod
 
 
 def test_a_tokenizer_of_others_in_a_gguf_is_not_taken_for_world(random_model, tmp_path, capsys):
