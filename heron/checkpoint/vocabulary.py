@@ -67,24 +67,30 @@ class Vocabulary:
 
     @classmethod
     def of(cls, known: Tokenizer, files: Mapping[str, bytes] | None = None) -> Vocabulary | None:
-        """That of a tokenizer; None: one of a class of one's own, of which no file could be made."""
-        content = None
+        """That of a tokenizer; None: one of a class of one's own, of which no file could be made.
+
+        `files` go along; None: what lies beside a file that is called tokenizer.json.
+        """
+        content, path = None, Path(known.spec)
         if not _is_built_in(known.spec):
-            if not isinstance(known, tokenizer.JsonTokenizer) or not Path(known.spec).is_file():
+            if not isinstance(known, tokenizer.JsonTokenizer) or not path.is_file():
                 return None
-            content = Path(known.spec).read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8")
+            if files is None and path.name == TOKENIZER:
+                files = beside(path.parent)
         return cls(known.spec, known.vocab_size, known.eod, content, files or {})
 
     @classmethod
-    def from_json(cls, content: str, eod: int | None, name: str) -> Vocabulary:
+    def from_json(cls, content: str, eod: int | None, files: Mapping[str, bytes], name: str) -> Vocabulary:
         """That of the content of a tokenizer.json which is no file of its own; `name` stands for it in messages.
 
-        `eod` is the end of a document; None: as the tokenizer.json says.
+        `eod` is the end of a document; None: as the tokenizer.json says. `files` go along.
 
         Raises:
             DataError: it is no tokenizer.json.
         """
-        files = {} if eod is None else {GENERATION: generation_config(eod)}
+        if eod is not None:
+            files = {GENERATION: generation_config(eod), **files}
         known = _from_text(content, files, name)
         return cls(name, known.vocab_size, known.eod if eod is None else eod, content, files)
 
@@ -156,12 +162,15 @@ def from_folder(folder: Path, eod: object = None) -> Vocabulary | None:
     Raises:
         DataError: a tokenizer.json that is none, or another RWKV table than World's alone.
     """
-    files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
+    files = beside(folder)
     spec = _object(files.get(TOKENIZER_CONFIG)).get(SPEC)
-    if isinstance(spec, str) and _is_built_in(spec):
+    has_grown = _has_grown(folder / TOKENIZER)
+    if isinstance(spec, str) and _is_built_in(spec) and not has_grown:
         return Vocabulary.of(tokenizer.load(spec), files)
     tables = sorted(folder.glob("rwkv_vocab_v*.txt"))
-    if any(table.read_bytes().replace(b"\r\n", b"\n") == world_file().read_bytes() for table in tables):
+    if not has_grown and any(
+        table.read_bytes().replace(b"\r\n", b"\n") == world_file().read_bytes() for table in tables
+    ):
         return Vocabulary.of(world(), _without_code(files))
     if not (folder / TOKENIZER).is_file():
         if tables:
@@ -171,6 +180,11 @@ def from_folder(folder: Path, eod: object = None) -> Vocabulary | None:
     if found is not None and found.eod is None and type(eod) is int and 0 <= eod < found.vocab_size:
         found = dataclasses.replace(found, eod=eod)
     return found
+
+
+def beside(folder: Path) -> dict[str, bytes]:
+    """The files that a Hugging Face folder holds beside its tokenizer.json, by name."""
+    return {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
 
 
 def world() -> WorldTokenizer:
@@ -289,6 +303,12 @@ def _from_text(content: str, files: Mapping[str, bytes], name: str) -> Tokenizer
             raise type(error)(str(error).replace(path, name)) from None
     known.spec = name
     return known
+
+
+def _has_grown(path: Path) -> bool:
+    """Whether a tokenizer.json has added tokens; that of World, bytes or integers has one at most."""
+    added = _object(path.read_bytes() if path.is_file() else None).get("added_tokens")
+    return isinstance(added, list) and len(added) > 1
 
 
 def _is_built_in(spec: str) -> bool:

@@ -266,6 +266,32 @@ def test_the_files_of_anothers_folder_go_along_as_they_are(home, tmp_path):
     assert (tmp_path / "v8" / "LICENSE.txt").read_text() == "MIT"
 
 
+def test_a_template_of_its_own_stays_through_every_format(home, tmp_path):
+    """From the files beside a tokenizer.json that is named, into a folder, a .gguf, and back."""
+    (tmp_path / "t").mkdir()
+    shutil.copy(home / "t.json", tmp_path / "t" / "tokenizer.json")
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}?")
+    convert(home / "w.pth", tmp_path / "f", format="hf", tokenizer=str(tmp_path / "t" / "tokenizer.json"))
+    convert(tmp_path / "f", tmp_path / "x.gguf")
+    convert(tmp_path / "x.gguf", tmp_path / "g", format="safetensors")
+    for folder in ("f", "g"):
+        assert (tmp_path / folder / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}?"
+
+
+@pytest.mark.parametrize("spec", ["bytes", "integers:290:7"])
+def test_a_folder_whose_tokenizer_got_more_tokens_is_not_read_as_before(home, tmp_path, spec):
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
+    heron.save(heron.load(home / "w.pth"), tmp_path / "f", "safetensors", tokenizer=spec)
+    known = transformers.AutoTokenizer.from_pretrained(tmp_path / "f")
+    known.save_pretrained(tmp_path / "f")
+    assert beside.vocabulary_of(tmp_path / "f").spec == spec
+    known.add_tokens(["<tool>"])
+    known.save_pretrained(tmp_path / "f")
+    found = beside.tokenizer_of(tmp_path / "f")
+    assert found.encode("7 <tool>") == known("7 <tool>")["input_ids"]
+    assert found.vocab_size == len(known)
+
+
 def test_the_card_says_what_the_model_is(exported):
     for kind, loads in (("hf", "trust_remote_code=True"), ("safetensors", "import heron.hf")):
         card = (exported.place / kind / "README.md").read_text()

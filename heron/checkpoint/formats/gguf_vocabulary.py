@@ -13,13 +13,13 @@ from types import ModuleType
 from typing import Any
 
 from heron.checkpoint.formats import gguf_header
-from heron.checkpoint.vocabulary import Vocabulary, world
+from heron.checkpoint.vocabulary import CHAT_TEMPLATE, TEMPLATE, Vocabulary, world
 from heron.errors import CheckpointError, HeronError
 from heron.tokenizer import load
 
 _END_OF_TURN = 261  # "\n\n" of the World vocabulary
 _MODEL, _TOKENS, _EOS = "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"
-_JSON, _SPEC = "tokenizer.huggingface.json", "heron.tokenizer"
+_JSON, _SPEC, _TEMPLATE = "tokenizer.huggingface.json", "heron.tokenizer", "tokenizer.chat_template"
 _NO_MERGE = "[PAD] [PAD]"  # llama.cpp wants at least one; this joins nothing that a text can be cut into
 _OF_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 
@@ -73,12 +73,14 @@ def read(path: Path) -> Vocabulary | None:
         CheckpointError: damaged, or a tokenizer that is not known here.
     """
     try:
-        told = gguf_header.read(path, (_MODEL, _TOKENS, _EOS, _JSON, _SPEC))
+        told = gguf_header.read(path, (_MODEL, _TOKENS, _EOS, _JSON, _SPEC, _TEMPLATE))
+        template = told.get(_TEMPLATE)
+        files = {TEMPLATE: template.encode()} if isinstance(template, str) and template != CHAT_TEMPLATE else {}
         if isinstance(told.get(_SPEC), str):
-            return Vocabulary.of(load(told[_SPEC]))
+            return Vocabulary.of(load(told[_SPEC]), files)
         if isinstance(told.get(_JSON), str):
             eos = told.get(_EOS)
-            return Vocabulary.from_json(told[_JSON], eos if type(eos) is int else None, f"{path} ({_JSON})")
+            return Vocabulary.from_json(told[_JSON], eos if type(eos) is int else None, files, f"{path} ({_JSON})")
     except (OSError, ValueError, HeronError) as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}") from None
     tokens = told.get(_TOKENS)
@@ -86,7 +88,7 @@ def read(path: Path) -> Vocabulary | None:
         return None
     table = [_escaped(token) for token in world().table[1:]]
     if told.get(_MODEL) == "rwkv" and tokens[1 : 1 + len(table)] == table:
-        return Vocabulary.of(world())
+        return Vocabulary.of(world(), files)
     raise CheckpointError(
         f"{path}: its tokenizer ({str(told.get(_MODEL))[:40]!r}, {len(tokens):,} ids) is not known here; name one "
         "(--tokenizer)"
