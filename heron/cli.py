@@ -668,7 +668,7 @@ def _convert(options: argparse.Namespace) -> None:
     before, after = convert(
         options.input, options.output, options.variant, options.format, options.dtype,
         options.vocab_size, options.new_rows, options.deep_embed_4x, rosa=options.rosa, add_rosa=options.add_rosa,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer, say=print,
     )  # fmt: skip
     print(f"wrote {options.output}: {_sizes(after.config)}")
     if options.check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def convert(
     rosa: RosaConfig | None = None,
     add_rosa: RosaConfig | None = None,
     tokenizer: str | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> tuple[RWKV, RWKV]:
     """Read a model, change what is asked for, and write it, with its tokenizer where the target has a place for one.
 
@@ -50,7 +52,8 @@ def convert(
         rosa: how the ROSA in the source works, where nothing beside it says so.
         add_rosa: give the model such a ROSA branch.
         tokenizer: what :func:`heron.tokenizer.load` takes; None: what the source holds or lies in, and for 65,536 ids
-            of which nothing tells, World. Warns of one that is assumed, and of one that the target can't hold.
+            of which nothing tells, World. Warns of one that is assumed.
+        say: told of a tokenizer that the target can't hold.
 
     Returns:
         The model before and after.
@@ -89,16 +92,10 @@ def convert(
         after = in_one_dtype(after, machine.DTYPES[dtype], source)
         tuned = converted(tuned, machine.DTYPES[dtype], source)
     _check_target(target, format, after.config, tuned)
-    if not holds_tokenizer(target, format):
-        if known is not None:
-            warnings.warn(
-                f"{target}: this file has no place for the tokenizer ({known.spec}), which stays behind; name it "
-                "(--tokenizer) wherever nothing else tells",
-                stacklevel=2,
-            )
-    elif known is None:
+    holds = holds_tokenizer(target, format)
+    if holds and known is None:
         known = assume(after.config.vocab_size, target)
-    elif named is None and known.vocab_size > after.config.vocab_size:
+    elif holds and named is None and known.vocab_size > after.config.vocab_size:
         warnings.warn(
             f"{target}: the tokenizer {known.spec} has {known.vocab_size} ids, the model only "
             f"{after.config.vocab_size}; it does not go along",
@@ -109,7 +106,12 @@ def convert(
     papers = papers_of(source)
     if not same and card.CARD in papers:
         papers[card.CARD] = card.licence_alone(papers[card.CARD])  # the rest of it speaks of another model
-    write({**after.state_dict(), **tuned}, after.config, target, format, known, papers)
+    write({**after.state_dict(), **tuned}, after.config, target, format, known if holds else None, papers)
+    if known is not None and not holds:
+        say(
+            f"{target}: this file has no place for the tokenizer ({known.spec}), which stays behind; name it "
+            "(--tokenizer) wherever nothing else tells"
+        )
     return before, after
 
 
