@@ -724,7 +724,8 @@ def _tokenizer(model: str, wanted: str | None, vocab_size: int):  # noqa: ANN202
         return known
     if (usual := beside.USUAL.get(vocab_size)) is None:
         raise ConfigError(f"{model}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
-    warnings.warn(f"{model}: nothing tells its tokenizer; assuming {usual} (--tokenizer names another)", stacklevel=2)
+    if usual == "world":  # so many ids are a usual size of other vocabularies, too; 256 ids are bytes
+        warnings.warn(f"{model}: nothing tells its tokenizer; assuming World (--tokenizer names another)", stacklevel=2)
     return tokenizer.load(usual)
 
 

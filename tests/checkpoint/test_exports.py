@@ -184,12 +184,23 @@ def test_generate_takes_the_tokenizer_of_what_it_runs(exported, capsys):
 
 
 def test_a_file_that_nothing_tells_about_is_said_to_be_assumed(random_model, tmp_path, capsys):
-    heron.save(random_model(variant="v7", n_layer=1, n_embd=32, head_size=32, vocab_size=256), tmp_path / "w.pth")
-    assert cli.main(["generate", str(tmp_path / "w.pth"), "--prompt", "a", "--max_tokens", "1"]) == 0
-    assert "w.pth: nothing tells its tokenizer; assuming bytes (--tokenizer names another)" in capsys.readouterr().err
-    command = ["generate", str(tmp_path / "w.pth"), "--prompt", "a", "--max_tokens", "1", "--tokenizer", "bytes"]
-    assert cli.main(command) == 0
-    assert capsys.readouterr().err == ""
+    (tmp_path / "t.txt").write_text("Some text.")
+    for vocab_size, said in (
+        (65536, "w.pth: nothing tells its tokenizer; assuming World (--tokenizer names another)"),
+        (256, ""),
+    ):
+        model = random_model(variant="v7", n_layer=1, n_embd=32, head_size=32, vocab_size=vocab_size)
+        heron.save(model, tmp_path / "w.pth")
+        for command in (
+            ["generate", str(tmp_path / "w.pth"), "--prompt", "a", "--max_tokens", "1"],
+            ["eval", str(tmp_path / "w.pth"), "--data", str(tmp_path / "t.txt")],
+        ):
+            assert cli.main(command) == 0
+            err = capsys.readouterr().err
+            assert said in err
+            assert err.count("\n") == bool(said)
+            assert cli.main([*command, "--tokenizer", "bytes"]) == 0
+            assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("target", ["x.pth", "x.safetensors"])
