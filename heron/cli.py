@@ -53,6 +53,10 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
         sys.stderr.close()
         return 0
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        return _fail(f"{error}: the system allows no more processes (see ulimit -u)", EXIT_FAILED)
     except OSError as error:  # a folder that cannot be written, a disk that is full
         return _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
 
@@ -228,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the input")
     convert.add_argument("--vocab_size", type=int, help="number of token ids; default: as in the input")
     convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
+    convert.add_argument("--tokenizer", help="that of the model, kept in a folder or .gguf; default: the input's own")
     convert.add_argument("--add_rosa", type=_rosa, help="add a ROSA branch: qkv-1bit or qkv-4bit; default: none")
     _add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of both and print the difference")
@@ -666,6 +671,7 @@ def _convert(options: argparse.Namespace) -> None:
     before, after = convert(
         options.input, options.output, options.variant, options.format, options.dtype,
         options.vocab_size, options.new_rows, options.deep_embed_4x, rosa=options.rosa, add_rosa=options.add_rosa,
+        tokenizer=options.tokenizer, say=print,
     )  # fmt: skip
     print(f"wrote {options.output}: {_sizes(after.config)}")
     if options.check:
@@ -711,26 +717,19 @@ def _device(wanted: str) -> str:
 
 
 def _tokenizer(model: str, wanted: str | None, vocab_size: int, eod: str | None = None):  # noqa: ANN202 - a Tokenizer
-    """The tokenizer that was asked for, else the one of the run that the weights lie in, else by the vocabulary."""
+    """The tokenizer that was asked for, else the one that the weights hold or lie beside, else by the vocabulary."""
     from heron import tokenizer
-    from heron.checkpoint import run
+    from heron.checkpoint import beside
 
     if wanted:
         return tokenizer.load(wanted, eod)
-    path = Path(model).resolve()
-    if path.is_dir():
-        folder = path.parents[1] if run.is_checkpoint(path) else path
-    else:
-        folder = path.parents[2] if run.is_checkpoint(path.parent) else path.parent
-    if (folder / "tokenizer.json").is_file():
-        return tokenizer.load(str(folder / "tokenizer.json"), eod)
-    if (folder / "run.lock").is_file():
-        settings = TrainConfig.from_yaml(folder / "config.yaml")
-        return tokenizer.load(settings.tokenizer, eod or settings.eod)
-    usual = {256: "bytes", 65536: "world"}
-    if vocab_size not in usual:
-        raise ConfigError(f"{path}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
-    return tokenizer.load(usual[vocab_size], eod)
+    if (known := beside.tokenizer_of(model, eod)) is not None:
+        return known
+    if (usual := beside.USUAL.get(vocab_size)) is None:
+        raise ConfigError(f"{model}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
+    if usual == "world":  # so many ids are a usual size of other vocabularies, too; 256 ids are bytes
+        warnings.warn(f"{model}: nothing tells its tokenizer; assuming World (--tokenizer names another)", stacklevel=2)
+    return tokenizer.load(usual, eod)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from heron import machine
-from heron.checkpoint import load, migrate, read_tensors, unsaid, weights_file, write
-from heron.checkpoint.architecture import TUNED, build, converted
+from heron.checkpoint import assume, card, holds_tokenizer, load, migrate, read_tensors, unsaid, weights_file, write
+from heron.checkpoint.architecture import TUNED, build, converted, in_one_dtype
+from heron.checkpoint.beside import papers_of, vocabulary_of
+from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig, RosaConfig
-from heron.errors import CheckpointError, ConfigError
+from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV
+from heron.tokenizer import load as load_tokenizer
 
 _CHECKED_TOKENS = 32
 
@@ -29,8 +34,10 @@ def convert(
     seed: int = 42,
     rosa: RosaConfig | None = None,
     add_rosa: RosaConfig | None = None,
+    tokenizer: str | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> tuple[RWKV, RWKV]:
-    """Read a model, change what is asked for, and write it.
+    """Read a model, change what is asked for, and write it, with its tokenizer where the target has a place for one.
 
     Args:
         source: what :func:`heron.load` takes.
@@ -44,6 +51,9 @@ def convert(
         seed: of what is random in new parts, whose effect is multiplied by 0 before training.
         rosa: how the ROSA in the source works, where nothing beside it says so.
         add_rosa: give the model such a ROSA branch.
+        tokenizer: what :func:`heron.tokenizer.load` takes; None: what the source holds or lies in, and for 65,536 ids
+            of which nothing tells, World. Warns of one that is assumed.
+        say: told of a tokenizer that the target can't hold.
 
     Returns:
         The model before and after.
@@ -57,7 +67,15 @@ def convert(
         raise ConfigError(f"{target} exists already; name another file")
     if dtype is not None and dtype not in machine.DTYPES:
         raise ConfigError(f"dtype: wanted {', '.join(machine.DTYPES)}, got {dtype!r}")
+    named = None if tokenizer is None else Vocabulary.of(load_tokenizer(tokenizer))
     source = weights_file(Path(source))
+    known = named
+    if named is None:
+        try:
+            known = vocabulary_of(source)
+        except (CheckpointError, DataError):
+            if holds_tokenizer(target, format):
+                raise
     tensors = read_tensors(source)
     tuned = {name: tensor for name, tensor in tensors.items() if TUNED.match(name)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in tuned}
@@ -71,10 +89,29 @@ def convert(
     if vocab_size is not None and vocab_size != after.config.vocab_size:
         after = migrate.resize_vocabulary(after, vocab_size, new_rows)
     if dtype is not None:
-        after = _in(after, machine.DTYPES[dtype], source)
+        after = in_one_dtype(after, machine.DTYPES[dtype], source)
         tuned = converted(tuned, machine.DTYPES[dtype], source)
     _check_target(target, format, after.config, tuned)
-    write({**after.state_dict(), **tuned}, after.config, target, format)
+    holds = holds_tokenizer(target, format)
+    if holds and known is None:
+        known = assume(after.config.vocab_size, target)
+    elif holds and named is None and known.vocab_size > after.config.vocab_size:
+        warnings.warn(
+            f"{target}: the tokenizer {known.spec} has {known.vocab_size} ids, the model only "
+            f"{after.config.vocab_size}; it does not go along",
+            stacklevel=2,
+        )
+        known = None
+    same = (before.config.variant, before.config.vocab_size) == (after.config.variant, after.config.vocab_size)
+    papers = papers_of(source)
+    if not same and card.CARD in papers:
+        papers[card.CARD] = card.licence_alone(papers[card.CARD])  # the rest of it speaks of another model
+    write({**after.state_dict(), **tuned}, after.config, target, format, known if holds else None, papers)
+    if known is not None and not holds:
+        say(
+            f"{target}: this file has no place for the tokenizer ({known.spec}), which stays behind; name it "
+            "(--tokenizer) wherever nothing else tells"
+        )
     return before, after
 
 
@@ -102,13 +139,5 @@ def largest_difference(before: RWKV, target: str | Path, seed: int = 42, rosa: R
     after = load(target, rosa=rosa)
     ids = min(before.config.vocab_size, after.config.vocab_size)
     tokens = torch.randint(ids, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(seed))
-    one, other = (_in(model, torch.float32, target)(tokens)[0][..., :ids] for model in (before, after))
+    one, other = (in_one_dtype(model, torch.float32, target)(tokens)[0][..., :ids] for model in (before, after))
     return float((one - other).abs().max())
-
-
-def _in(model: RWKV, dtype: torch.dtype, source: object) -> RWKV:
-    """A copy of the model whose tensors are all of `dtype`."""
-    with torch.device("meta"):
-        copy = RWKV(model.config)
-    copy.load_state_dict(converted(model.state_dict(), dtype, source), assign=True)
-    return copy.requires_grad_(True)

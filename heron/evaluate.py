@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heron.checkpoint.architecture import in_one_dtype
 from heron.continuation import encode_pair
 from heron.data import jsonl
 from heron.data.corpora import read_documents
@@ -92,6 +93,7 @@ def evaluate(
     n_targets = len(tokens) - 1
     if n_targets < 1:
         raise DataError(f"evaluate: wanted at least 2 tokens, got {len(tokens)}")
+    model = in_one_dtype(model)
     device = next(model.parameters()).device
     if mode == "rnn":
         windows = (tokens[i : i + ctx_len + 1].tolist() for i in range(0, n_targets, ctx_len))
@@ -128,6 +130,7 @@ def loglikelihoods(
         DataError: an empty context or continuation (its number is named), or an id outside the vocabulary.
     """
     _check_mode(mode)
+    model = in_one_dtype(model)
     pairs = [(list(context), list(continuation)) for context, continuation in pairs]
     for number, pair in enumerate(pairs):
         if not all(pair):

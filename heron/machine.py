@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,33 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split())
+
+
+def settle_threads() -> None:
+    """Go on with one thread, and say so, where the system gives no more: OpenMP would end the process at its first.
+
+    A limit on processes (ulimit -u, that of a container) is the usual reason.
+    """
+    wanted = torch.get_num_threads()
+    if wanted == 1:
+        return
+    stop, started = threading.Event(), []
+    try:
+        for _ in range(wanted):
+            thread = threading.Thread(target=stop.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:  # "can't start new thread"
+        torch.set_num_threads(1)
+        warnings.warn(
+            f"threads: wanted {wanted}, and the system starts no more than {len(started)} (see ulimit -u); going on "
+            "with one",
+            stacklevel=3,
+        )
+    finally:
+        stop.set()
+        for thread in started:
+            thread.join()
 
 
 def choose_device(wanted: str) -> Choice:

@@ -197,6 +197,11 @@ class WorldTokenizer:
         table = self._bytes_of
         return b"".join([table[i] for i in _checked_ids(ids, self.spec, len(table)).tolist()])
 
+    @property
+    def table(self) -> list[bytes]:
+        """The bytes of ids 0 to 65529; id 0 stands for none."""
+        return self._bytes_of
+
     @functools.cached_property
     def _encoder(self) -> Any:
         return self._package.RWKVTokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +12,18 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from heron.checkpoint import run
+from heron import machine
+from heron.checkpoint import card, run
 from heron.checkpoint.architecture import TUNED, build, is_finite, leave_unsaid
-from heron.checkpoint.atomic import new_file, new_folder
-from heron.checkpoint.formats import gguf, hf, pth, safetensors
+from heron.checkpoint.atomic import new_file, new_folder, sync
+from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
+from heron.checkpoint.vocabulary import GENERATION, WORLD_SIZE, Vocabulary, generation_config
 from heron.config import ModelConfig, RosaConfig, TrainConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV, State
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
+from heron.tokenizer import Tokenizer
+from heron.tokenizer import load as load_tokenizer
 
 __all__ = [
     "FORMATS",
@@ -50,7 +55,8 @@ def load(
         path: a .pth, .safetensors or .gguf file, a Hugging Face folder (config.json and safetensors), a checkpoint
             folder, or a run folder (its newest whole checkpoint, else its rwkv-final.pth). Variant and every size are
             read from the tensors.
-        dtype: convert the weights to this; None: as in the file.
+        dtype: convert the weights to this; None: as in the file. A file that mixes dtypes (llama.cpp's F16 and BF16
+            keep vectors in fp32) stays as it is and computes in the widest of them, which a warning says.
         has_ln0: whether a v8-hybrid applies its ln0, which its tensors cannot say; None: as its run or its config.json
             says, else no.
         rosa: how the ROSA in it works (1 or 4 bits, the rules), which tensors cannot say either; None: as its run or
@@ -62,7 +68,14 @@ def load(
     """
     source = weights_file(Path(path))
     tensors = read_tensors(source)
-    return build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
+    model = build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
+    if (widest := model.widest()) is not None:
+        warnings.warn(
+            f"{source}: its weights mix dtypes; they stay as they are and compute in {_name(widest)}, the widest "
+            "(dtype= in Python, --dtype: all in one)",
+            stacklevel=2,
+        )
+    return model
 
 
 def load_toy(path: str | Path) -> SelfToy | QKVToy:
@@ -74,7 +87,9 @@ def load_toy(path: str | Path) -> SelfToy | QKVToy:
     return toy_from(read_tensors(Path(path)), path)
 
 
-def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
+def save(
+    model: nn.Module, path: str | Path, format: str | None = None, tokenizer: Tokenizer | str | None = None
+) -> None:
     """Write a model's weights, dtypes as they are. The file or folder appears whole or not at all.
 
     Args:
@@ -83,10 +98,14 @@ def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
         format: "pth" (loads in upstream's tools), "safetensors" (a file, or a folder with config.json where `path` has
             no suffix), "hf" (a folder as flash-linear-attention and rwkv7-hf read it) or "gguf" (llama.cpp); the last
             two hold RWKV-7 alone. None: by the suffix of `path`.
+        tokenizer: that of the model, or what :func:`heron.tokenizer.load` takes: a folder and a .gguf hold it, and the
+            end of a document. None: World is assumed for 65,536 ids, which a warning says, and any other model goes
+            without.
 
     Raises:
         CheckpointError: no such format, one that can't hold the model, adapters of peft in it, or the file cannot be
             written.
+        ConfigError, DataError: no such tokenizer, or one with more ids than the model.
     """
     if adapted := next(
         (name for name in model.state_dict() if ".base_layer." in f".{name}" or ".modules_to_save." in name), None
@@ -95,25 +114,69 @@ def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
             f"{path}: an adapter is on {adapted}, and the file would hold it apart from its weight; merge it first "
             "(peft: merge_and_unload), or save the adapter alone (peft: save_pretrained)"
         )
-    write(model.state_dict(), getattr(model, "config", None), Path(path), format)
+    config, path = getattr(model, "config", None), Path(path)
+    known = None
+    if tokenizer is not None:
+        tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        known = Vocabulary.of(tokenizer)
+        if known is None:
+            warnings.warn(f"{path}: no file can hold a tokenizer of the class {type(tokenizer).__name__}", stacklevel=2)
+        elif not holds_tokenizer(path, format):
+            warnings.warn(f"{path}: this file has no place for a tokenizer", stacklevel=2)
+    elif config is not None and holds_tokenizer(path, format):
+        known = assume(config.vocab_size, path)
+    write(model.state_dict(), config, path, format, known)
 
 
-def write(tensors: Mapping[str, Tensor], config: ModelConfig | None, path: Path, format: str | None = None) -> None:
-    """:func:`save` for named tensors, of a model of `config`."""
+def holds_tokenizer(path: Path, format: str | None) -> bool:
+    """Whether what :func:`write` makes of these has a place for a tokenizer: a folder or a .gguf."""
+    return format in ("hf", "gguf") or path.suffix == ".gguf" or (format == "safetensors" and not path.suffix)
+
+
+def assume(vocab_size: int, path: Path) -> Vocabulary | None:
+    """What weights are taken for of which nothing tells the tokenizer, said in a warning about `path`."""
+    if vocab_size == WORLD_SIZE:
+        warnings.warn(f"{path}: nothing tells the tokenizer; World is assumed, for {WORLD_SIZE:,} ids", stacklevel=3)
+        return Vocabulary.of(load_tokenizer("world"))
+    warnings.warn(f"{path}: nothing tells the tokenizer, so none goes along; name it (--tokenizer)", stacklevel=3)
+    return None
+
+
+def write(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig | None,
+    path: Path,
+    format: str | None = None,
+    vocabulary: Vocabulary | None = None,
+    papers: Mapping[str, bytes] = types.MappingProxyType({}),
+) -> None:
+    """:func:`save` for named tensors, of a model of `config`. A folder also holds the files `papers`."""
     if format is None and path.suffix not in _FILES:
         raise CheckpointError(f"{path}: wanted a file name ending in {', '.join(_FILES)}, got {path.suffix!r}")
     if format not in (None, *FORMATS):
         raise CheckpointError(f"{path}: format must be {', '.join(FORMATS)}, got {format!r}")
+    if vocabulary is not None and config is not None and vocabulary.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{path}: the tokenizer {vocabulary.spec} has {vocabulary.vocab_size} ids, the model only "
+            f"{config.vocab_size}: it is that of another model"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if format == "hf" or (format == "safetensors" and not path.suffix):
         with new_folder(path) as temporary:
-            (hf.write_rwkv7 if format == "hf" else hf.write)(tensors, config, temporary)
+            eod = 0 if vocabulary is None else vocabulary.eod  # upstream closes documents by 0
+            (hf.write_rwkv7 if format == "hf" else hf.write)(tensors, config, temporary, eod)
+            files = {GENERATION: generation_config(eod), **(vocabulary.folder() if vocabulary else {})}
+            kind, n_parameters = hf.model_type(temporary), sum(map(Tensor.numel, tensors.values()))
+            files |= card.papers(config, n_parameters, vocabulary, kind, path.name, dict(papers))
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
+                sync(temporary / name)
         return
     if format is not None and path.suffix != f".{format}":
         raise CheckpointError(f"{path}: wanted a file name ending in .{format}, got {path.suffix!r}")
     with new_file(path) as temporary:
         if path.suffix == ".gguf":
-            gguf.write(tensors, config, temporary)
+            gguf.write(tensors, config, temporary, vocabulary, path)
         else:
             _FILES[path.suffix].write(tensors, temporary)
 
@@ -122,17 +185,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Named CPU tensors of a file or a Hugging Face folder, under upstream's names, unchecked."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    machine.settle_threads()
     if path.is_dir():
         return hf.read(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
-    return _format(path).read(path)
+    return safetensors.read_plain(path) if path.suffix == ".safetensors" else _format(path).read(path)
 
 
 def put_right(path: Path) -> list[str]:
     """What reading a file or folder that is readable has changed about its tensors, in words."""
     if path.is_dir():
         return hf.put_right(path)
+    if path.suffix == ".safetensors":
+        return wrappers.described(safetensors.names(path))
     return pth.put_right(path) if path.suffix == ".pth" else []
 
 
@@ -221,6 +287,10 @@ def recorded(source: Path) -> ModelConfig | None:
     except ConfigError as error:
         raise CheckpointError(f"{config}, which lies beside {source.name}: {error}") from None
     return model if isinstance(model, ModelConfig) else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _format(path: Path) -> ModuleType:

@@ -98,6 +98,27 @@ def lay_over(model: RWKV, tensors: Mapping[str, Tensor], source: object) -> list
     return [name for name in own if name not in tensors and name not in UNUSED]
 
 
+def in_one_dtype(model: RWKV, dtype: torch.dtype | None = None, source: object = "model") -> RWKV:
+    """A copy of a model whose tensors are all of `dtype`.
+
+    None: the model itself, or where it mixes dtypes a copy in the widest of them, tables as they are. ConfigError and
+    CheckpointError as in :func:`converted`, with `source` in the message.
+    """
+    if dtype is None and (not isinstance(model, RWKV) or model.widest() is None):
+        return model
+    tensors = model.state_dict()
+    if dtype is None:
+        widest = model.widest()
+        tensors |= converted({name: tensors[name] for name, _ in model.in_products()}, widest, source)
+    else:
+        tensors = converted(tensors, dtype, source)
+    with torch.device("meta"):
+        copy = RWKV(model.config)
+    copy.load_state_dict(tensors, assign=True)
+    copy.attention_window = model.attention_window
+    return copy.requires_grad_(True).train(model.training)
+
+
 def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object) -> dict[str, Tensor]:
     """The tensors in another floating dtype.
 
@@ -149,7 +170,7 @@ def sizes_of(
 
     def shape(name: str, dims: int) -> torch.Size:
         if name not in tensors:
-            raise CheckpointError(f"{source}: tensor {name} is missing (variant {variant})")
+            raise CheckpointError(f"{source}: tensor {name} is missing (variant {variant}){_elsewhere(name, tensors)}")
         if tensors[name].dim() != dims:
             raise CheckpointError(f"{source}: {name} must have {dims} dimensions, got {tuple(tensors[name].shape)}")
         return tensors[name].shape
@@ -218,6 +239,15 @@ def _variant(tensors: Mapping[str, Tensor], source: object) -> str:
     raise CheckpointError(
         f"{source}: no RWKV-7 or RWKV-8 weights: blocks.0.att.w1 is missing; the first keys are {first}"
     )
+
+
+def _elsewhere(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Behind which prefix a tensor stands that is missed, and how many have it; "" where there is none."""
+    prefix = next((other.removesuffix(name) for other in tensors if other.endswith(f".{name}")), "")
+    if not prefix:
+        return ""
+    n = sum(other.startswith(prefix) for other in tensors)
+    return f"; {n} of {len(tensors)} names begin with {prefix!r}: take it off"
 
 
 def _check(tensors: dict[str, Tensor], config: ModelConfig, source: object) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from heron import checkpoint
+from heron.checkpoint.architecture import in_one_dtype
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV, State
@@ -62,6 +63,7 @@ class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
                 )
             rosa = getattr(args, "rosa", None)
             loaded = checkpoint.load(path, dtype, rosa=RosaConfig.preset(rosa) if isinstance(rosa, str) else rosa)
+            loaded = in_one_dtype(loaded)
             with torch.device("meta"):
                 super().__init__(loaded.config)
             self.load_state_dict(loaded.state_dict(), assign=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from heron.checkpoint.architecture import is_finite
+from heron.checkpoint.architecture import in_one_dtype, is_finite
 from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
 from heron.continuation import encode_behind
@@ -49,7 +49,8 @@ class Engine:
     ROSA model decodes through the model itself, row by row; its state grows as :class:`heron.State` says.
 
     Args:
-        model: an RWKV (or a module with its `forward`, `hidden_states`, `config.vocab_size`), in the dtype to run in.
+        model: an RWKV (or a module with its `forward`, `hidden_states`, `config.vocab_size`), in the dtype to run in;
+            one that mixes dtypes runs as a copy in the widest of them.
         tokenizer: the one that the model was trained with. Ids that stand for nothing in it are never drawn.
         rows: sequences that can be open at once; their states are allocated now.
         tables: where DeepEmbed tables are: "device" (with the weights), "host" (in memory, as `model` has them, or
@@ -90,6 +91,7 @@ class Engine:
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
         self._fingerprint: str | None = None
         self._tables = None
+        model = in_one_dtype(model)  # token after token, a cast at each step would cost more than the step
         self._is_fusible = is_fusible(model)
         if tables != "device":
             if not self._is_fusible:

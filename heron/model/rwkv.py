@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from heron.config import ModelConfig
 from heron.errors import ConfigError, DataError
 from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
-from heron.model.deep_embed import Lookup
+from heron.model.deep_embed import DeepEmbed, Lookup
 from heron.model.init import initialize
 from heron.model.plain import is_plain
 from heron.model.rosa import RosaBlock, RosaQKV
@@ -96,6 +98,18 @@ class Block(nn.Module):
         return x + out, LayerState(att_shift, wkv, ffn_shift, attention, rosa), v_first
 
 
+class _Call(nn.Module):
+    """A method of a model as a module, which is what torch.func.functional_call takes."""
+
+    def __init__(self, model: nn.Module, method: Callable[..., Any]):
+        super().__init__()
+        self.model, self._method = model, method
+
+    def forward(self, *arguments: Any) -> Any:
+        """Call it."""
+        return self._method(self.model, *arguments)
+
+
 class RWKV(nn.Module):
     """An RWKV-7 or RWKV-8 language model. `state_dict()` is the upstream .pth format, key for key.
 
@@ -112,6 +126,7 @@ class RWKV(nn.Module):
         self.config = config
         self.grad_checkpoint = False  # recompute each block in the backward pass
         self.compiled_block: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
+        self.mixes_dtypes = False  # whether weights were loaded in several dtypes: they compute in the widest of them
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
@@ -139,6 +154,8 @@ class RWKV(nn.Module):
             DataError: T = 0, wrong shape or dtype, an id outside the vocabulary.
             ConfigError: a state of another model or batch size, or none at all; an attention_window below 1.
         """
+        if self.mixes_dtypes and (widest := self.widest()) is not None:
+            return self._in_dtype(widest, RWKV.forward, tokens, state)
         hidden, state = self.hidden_states(tokens, state)
         return self.head(hidden), state
 
@@ -149,6 +166,8 @@ class RWKV(nn.Module):
 
         `embeddings` (B, T, C) stand in for the rows of emb; tables are still looked up by the ids.
         """
+        if self.mixes_dtypes and (widest := self.widest()) is not None:
+            return self._in_dtype(widest, RWKV.hidden_states, tokens, state, embeddings)
         self._check_tokens(tokens)
         window = self.attention_window
         if window is not None and window < 1:
@@ -187,6 +206,8 @@ class RWKV(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward."""
+        if self.mixes_dtypes and (widest := self.widest()) is not None:
+            return self._in_dtype(widest, RWKV.loss, tokens, targets)
         if self.compiled_block is not None and torch.is_grad_enabled():
             hidden = self._compiled_hidden_states(tokens)
         else:
@@ -198,6 +219,27 @@ class RWKV(nn.Module):
         if is_plain(self.head, nn.Linear):
             return ops.linear_cross_entropy(hidden, self.head.weight, targets)
         return ops.cross_entropy(self.head(hidden), targets)
+
+    def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
+        """As everywhere in PyTorch; dtypes that were assigned may differ from tensor to tensor."""
+        keys = super().load_state_dict(*arguments, **settings)
+        self.mixes_dtypes = self.widest() is not None
+        return keys
+
+    def widest(self) -> torch.dtype | None:
+        """The dtype in which weights that mix several compute; None where all but the tables have one."""
+        dtypes = {parameter.dtype for _, parameter in self.in_products()}
+        return functools.reduce(torch.promote_types, dtypes) if len(dtypes) > 1 else None
+
+    def in_products(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that meet each other in sums and products, by name: all but tables, whose rows are cast."""
+        tables = {id(module.weight) for module in self.modules() if isinstance(module, DeepEmbed)}
+        return ((name, tensor) for name, tensor in self.named_parameters() if id(tensor) not in tables)
+
+    def _in_dtype(self, dtype: torch.dtype, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""
+        cast = {f"model.{name}": tensor.to(dtype) for name, tensor in self.in_products()}
+        return torch.func.functional_call(_Call(self, method), cast, arguments)
 
     def _compiled_hidden_states(self, tokens: Tensor) -> Tensor:
         """:meth:`hidden_states` from a zero state, block by compiled block.

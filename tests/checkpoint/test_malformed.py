@@ -88,6 +88,7 @@ def rewrite_gguf(path: Path, change: Callable[[Tensors], object], fields: dict[s
     kept = {key: field for key, field in reader.fields.items() if not key.startswith(("GGUF.", "general.arch"))}
     values = {key: (field.contents(), field.types[0]) for key, field in kept.items()}
     tensors = {item.name: torch.from_numpy(item.data.copy()) for item in reader.tensors}
+    of_bytes = {item.name: item.tensor_type for item in reader.tensors if item.tensor_type.name == "BF16"}
     change(tensors)
     writer = gguf.GGUFWriter(path, "rwkv7")
     for key, value in (fields or {}).items():
@@ -98,7 +99,7 @@ def rewrite_gguf(path: Path, change: Callable[[Tensors], object], fields: dict[s
     for key, (value, kind) in values.items():
         writer.add_key_value(key, value, kind)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        writer.add_tensor(name, tensor.contiguous().numpy(), raw_dtype=of_bytes.get(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -7,9 +7,7 @@ Source of names, shapes and metadata: ggml-org/llama.cpp, pull request 12412, an
 
 from __future__ import annotations
 
-import ast
 import json
-import os
 import re
 from importlib import util
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from heron import strict_json
 from heron.checkpoint.architecture import UNUSED, sizes_of
+from heron.checkpoint.formats import gguf_header, gguf_vocabulary
 from heron.checkpoint.formats.layout import (
     LERP,
     Layout,
@@ -32,22 +31,20 @@ from heron.checkpoint.formats.layout import (
     same,
     transposed,
 )
+from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig
 from heron.errors import CheckpointError
 
 ARCHITECTURE = "rwkv7"
 _CONTEXT_LENGTH = 1048576  # what llama.cpp's own converter writes; the state has no length
 _DTYPES_KEY = "heron.dtypes"
-_WORLD_SIZE = 65536
-_END_OF_TURN = 261  # "\n\n" of the World vocabulary
+_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # general.file_type, by the dtype of matrices
 _FUSED = "time_mix_lerp_fused.weight"
 _MATRIX = re.compile(r"(emb|head|att\.(receptance|key|value|output)|ffn\.(key|value))\.weight$")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _VALUE_RANK_KEY = "rwkv7.attention.value_residual_mix_lora_rank"
 _EPSILON_KEY, _EPSILON = "rwkv7.attention.layer_norm_epsilon", 1e-5
-_TEXT, _ARRAY = 8, 9  # kinds of metadata values; of the others, the bytes
-_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def _places() -> dict[str, Place]:
@@ -82,10 +79,17 @@ LAYOUT = Layout(
 )
 
 
-def write(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
+def write(
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    path: Path,
+    vocabulary: Vocabulary | None = None,
+    target: Path | None = None,
+) -> None:
     """Write an RWKV-7 with upstream-named `tensors`; OSError when the disk refuses.
 
-    A vocabulary of 65536 ids is taken for World's, with which llama.cpp can tokenise; any other goes without one.
+    `vocabulary` is that of the model, None: unknown, and the file holds none. `target` is the name that the file will
+    have, which is the model's name in it; None: `path`.
     `v0 v1 v2` of block 0, which nothing uses, become copies of `a0 a1 a2`, as llama.cpp wants it.
 
     Raises:
@@ -98,18 +102,19 @@ def write(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
             "neutral, or keep .pth or .safetensors"
         )
     gguf = _package()
+    target = target or path
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer.add_type("model")
+    writer.add_name(target.stem)
+    if (file_type := _FILE_TYPES.get(tensors["emb.weight"].dtype)) is not None:
+        writer.add_file_type(file_type)
     writer.add_context_length(_CONTEXT_LENGTH)
     for key, value in _facts(config).items():
         writer.add_uint32(key, value)
     writer.add_float32(_EPSILON_KEY, _EPSILON)
     layout, dtypes = _to_layout(tensors, config.n_layer)
     writer.add_string(_DTYPES_KEY, json.dumps(dtypes))
-    if config.vocab_size == _WORLD_SIZE:
-        _add_world(gguf, writer)
-    else:
-        writer.add_tokenizer_model("none")
-        writer.add_vocab_size(config.vocab_size)
+    gguf_vocabulary.write(gguf, writer, vocabulary, config.vocab_size, target)
     for name, tensor in layout.items():
         _add(gguf, writer, name, tensor)
     writer.write_header_to_file()
@@ -126,7 +131,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     gguf = _package()
     try:
-        _check_lengths(path)
+        gguf_header.read(path)
         reader = gguf.GGUFReader(path)
         told = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
         dtypes = strict_json.loads(str(told.get(_DTYPES_KEY, "{}")).encode())
@@ -162,56 +167,6 @@ def _facts(config: ModelConfig) -> dict[str, int]:
         _VALUE_RANK_KEY: config.value_rank,
         "rwkv7.attention.gate_lora_rank": config.gate_rank,
     }
-
-
-def _check_lengths(path: Path) -> None:
-    """ValueError where the header counts or measures more than the file holds: the package would take its word.
-
-    Source of the format: ggml-org/ggml, docs/gguf.md.
-    """
-    with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size
-
-        def take(n_bytes: int) -> bytes:
-            nonlocal left
-            if n_bytes > left:
-                raise ValueError(f"its header speaks of {n_bytes:,} more bytes, {left:,} are left: damaged, or cut")
-            left -= n_bytes
-            return file.read(n_bytes)
-
-        def number(n_bytes: int = 8) -> int:
-            return int.from_bytes(take(n_bytes), "little")
-
-        def skip_value(kind: int) -> None:
-            if kind == _TEXT:
-                take(number())
-            elif kind == _ARRAY:
-                of, length = number(4), number()
-                if of == _TEXT and length <= left // 8:
-                    for _ in range(length):
-                        take(number())
-                else:
-                    take(length * _bytes_of(of))
-            else:
-                take(_bytes_of(kind))
-
-        if take(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        if (version := number(4)) not in (2, 3):
-            raise ValueError(f"wanted version 2 or 3, got {version}")
-        n_tensors, n_fields = number(), number()
-        for _ in range(n_fields):
-            take(number())
-            skip_value(number(4))
-        for _ in range(n_tensors):
-            take(number())
-            take(8 * number(4) + 12)  # the sizes, the type, the offset
-
-
-def _bytes_of(kind: int) -> int:
-    if kind not in _BYTES:
-        raise ValueError(f"there is no kind {kind} of value")
-    return _BYTES[kind]
 
 
 def _narrowed(tensors: dict[str, Tensor], dtypes: Any, path: Path) -> dict[str, Tensor]:
@@ -285,25 +240,6 @@ def _tensor(gguf: ModuleType, item: Any) -> Tensor:
     shape = [int(size) for size in reversed(item.shape)]
     content = torch.from_numpy(np.array(item.data).view(np.uint8).reshape(-1))
     return content.view(dtypes[item.tensor_type]).reshape(shape)
-
-
-def _add_world(gguf: ModuleType, writer: Any) -> None:
-    """The World vocabulary, each token's bytes escaped as llama.cpp takes them apart."""
-    from pyrwkv_tokenizer import RWKVTokenizer
-
-    tokens, kinds = [b"<s>"], [gguf.TokenType.CONTROL]
-    for line in Path(RWKVTokenizer().vocab_filepath).read_text(encoding="utf-8").splitlines():
-        token = ast.literal_eval(line.split(" ", 1)[1].rsplit(" ", 1)[0])
-        content = token.encode() if isinstance(token, str) else token
-        tokens.append(repr(content)[2:-1].encode())
-        kinds.append(gguf.TokenType.NORMAL)
-    while len(tokens) < _WORLD_SIZE:
-        tokens.append(f"[PAD{len(tokens)}]".encode())
-        kinds.append(gguf.TokenType.UNUSED)
-    writer.add_tokenizer_model("rwkv")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_eot_token_id(_END_OF_TURN)
 
 
 def _package() -> ModuleType:

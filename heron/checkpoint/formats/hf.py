@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from heron import strict_json
+from heron.checkpoint import vocabulary
 from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.atomic import sync
 from heron.checkpoint.formats import safetensors
@@ -31,15 +33,32 @@ from heron.errors import CheckpointError, ConfigError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OURS, RWKV7 = "heron", "rwkv7"
-WRAPPER_PREFIX = "rwkv."  # of the names that heron.hf writes, whose model is an attribute of the wrapper
 HEAD_SIZE = 64
 _HEADS = (
     "the group norm of this layout has eps = head_dim * 1e-5 and RWKV's has 64e-5, so that they agree for "
     "head_dim 64 alone, and this one is {}; take --format safetensors"
 )
+_SQUARED_RELU = ("relu2", "relu_squared", "squared_relu")
 _LARGEST_CONFIG = 1 << 24  # bytes
 
 _FUSED = ".attn.x_x"
+
+# Where transformers finds the model's class, as the released folders tell it (trust_remote_code=True).
+_CODE = "modeling_rwkv7"
+_AUTO_MAP = {
+    "AutoConfig": f"{_CODE}.RWKV7Config",
+    "AutoModel": f"{_CODE}.RWKV7Model",
+    "AutoModelForCausalLM": f"{_CODE}.RWKV7ForCausalLM",
+}
+_CODE_TEXT = '''"""RWKV-7 for transformers: the classes of flash-linear-attention, else those of rwkv7-hf."""
+
+try:
+    from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
+except ImportError:
+    from rwkv7_hf import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
+
+__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model"]
+'''
 
 
 def _places() -> dict[str, Place]:
@@ -89,24 +108,57 @@ def read(folder: Path) -> dict[str, Tensor]:
             if name in tensors:
                 raise CheckpointError(f"{file}: {name} stands in another file of {folder} too")
             tensors[name] = tensor
+    tensors = safetensors.unwrapped(tensors, folder)  # of our kind, what heron.hf writes begins with `rwkv.`
     if kind == RWKV7:
-        tensors = LAYOUT.back(_unfused(tensors, folder), folder)
+        tensors = LAYOUT.back(_unfused(_untied(tensors, config, folder), folder), folder)
         sizes = sizes_of(tensors, folder)
-        for head_size in (config.get("head_dim", HEAD_SIZE), sizes.head_size):
+        told = _as_written_here(config, sizes)
+        for head_size in (told["head_dim"], sizes.head_size):
             if head_size != HEAD_SIZE:
                 raise CheckpointError(f"{folder / CONFIG}: {_HEADS.format(head_size)}")
         wanted = _rwkv7_facts(sizes)
         if sizes.n_layer == 1:
             del wanted["v_low_rank_dim"]  # no tensor of this layout tells it, as block 0 has no use for it
+        config = told
     else:
-        if all(name.startswith(WRAPPER_PREFIX) for name in tensors):
-            tensors = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in tensors.items()}
         told = recorded(folder)
         wanted = sizes_of(tensors, folder, told.has_ln0, told.rosa).to_dict()
         if config.get("tie_word_embeddings"):  # transformers writes one of two that are the same
             tensors.setdefault("head.weight", tensors["emb.weight"].clone())
     confirm(config, wanted, folder / CONFIG)
     return tensors
+
+
+def _as_written_here(config: dict[str, object], sizes: ModelConfig) -> dict[str, object]:
+    """A config of this layout with what other writers leave out or say otherwise put as :func:`write_rwkv7` has it.
+
+    As flash-linear-attention reads it: a number as `value_dim` is that of every layer; `head_dim` goes before
+    `num_heads`, which stand for each other where one is missing; `hidden_ratio` matters where there is no
+    `intermediate_size`, and then the tensors say the same; squared ReLU has three names.
+    """
+    told = dict(config)
+    if type(told.get("value_dim")) is int:
+        told["value_dim"] = [told["value_dim"]] * sizes.n_layer
+    heads = told.pop("num_heads", None)
+    if told.get("head_dim") is None:
+        told["head_dim"] = sizes.n_embd // heads if type(heads) is int and heads > 0 else HEAD_SIZE
+    if told.get("hidden_act") in _SQUARED_RELU:
+        told["hidden_act"] = "sqrelu"
+    told.pop("tie_word_embeddings", None)
+    return told
+
+
+def _untied(tensors: dict[str, Tensor], config: dict[str, object], source: object) -> dict[str, Tensor]:
+    """The tensors with a head of their own, where the config ties it to the embedding."""
+    emb, head = LAYOUT.top["emb.weight"], LAYOUT.top["head.weight"]
+    if not config.get("tie_word_embeddings") or emb not in tensors:
+        return tensors
+    if head in tensors and not torch.equal(tensors[head], tensors[emb]):
+        raise CheckpointError(
+            f"{source}: {CONFIG} says tie_word_embeddings True, but {head} is another matrix than {emb}; RWKV-7 wants "
+            "False, with a head of its own"
+        )
+    return {**tensors, head: tensors[emb].clone()}
 
 
 def recorded(folder: Path) -> ModelConfig | None:
@@ -121,6 +173,14 @@ def recorded(folder: Path) -> ModelConfig | None:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
 
+def end_of_document(folder: Path) -> object:
+    """The eos_token_id of a folder: its generation_config.json's, else its config.json's; None: neither says one."""
+    for name in (vocabulary.GENERATION, CONFIG):
+        if (folder / name).is_file() and (eod := _json(folder / name).get("eos_token_id")) is not None:
+            return eod[0] if isinstance(eod, list) and eod else eod
+    return None
+
+
 def model_type(folder: Path) -> str:
     """ "heron" or "rwkv7"; CheckpointError for a folder of any other model."""
     kind = _config(folder).get("model_type")
@@ -129,13 +189,24 @@ def model_type(folder: Path) -> str:
     return kind
 
 
-def write(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Write our own kind of folder, for any variant, into the empty `folder`; OSError when the disk refuses."""
-    _write(tensors, {"architectures": ["HeronForCausalLM"], "model_type": OURS, **config.to_dict()}, folder)
+def write(tensors: dict[str, Tensor], config: ModelConfig, folder: Path, eod: int | None = 0) -> None:
+    """Write our own kind of folder, for any variant, into the empty `folder`; OSError when the disk refuses.
+
+    `eod` is the id that ends a document; None: no id does.
+    """
+    free = {
+        "architectures": ["HeronForCausalLM"],
+        "model_type": OURS,
+        "dtype": _dtype_of(tensors),
+        **vocabulary.ids(eod),
+    }
+    _write(tensors, free | config.to_dict(), folder)
 
 
-def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path, eod: int | None = 0) -> None:
     """Write the layout of flash-linear-attention and rwkv7-hf into the empty `folder`; OSError when the disk refuses.
+
+    `eod` as in :func:`write`.
 
     Raises:
         CheckpointError: the model is more than RWKV-7, or its heads are not of size 64.
@@ -151,15 +222,16 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
     kept = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
     free = {
         "architectures": ["RWKV7ForCausalLM"],
+        "auto_map": _AUTO_MAP,
         "model_type": RWKV7,
-        "dtype": str(tensors["emb.weight"].dtype).removeprefix("torch."),
+        "dtype": _dtype_of(tensors),
         "hidden_ratio": config.ffn_dim / config.n_embd,
         "attn_mode": "chunk",
-        "pad_token_id": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
         "use_cache": True,
+        **vocabulary.ids(eod),
     }
+    (folder / f"{_CODE}.py").write_text(_CODE_TEXT, encoding="utf-8")
+    sync(folder / f"{_CODE}.py")
     _write(LAYOUT.out(kept), free | _rwkv7_facts(config), folder)
 
 
@@ -183,6 +255,10 @@ def _rwkv7_facts(config: ModelConfig) -> dict[str, object]:
         "norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
+
+
+def _dtype_of(tensors: dict[str, Tensor]) -> str:
+    return str(tensors["emb.weight"].dtype).removeprefix("torch.")
 
 
 def _write(tensors: dict[str, Tensor], config: dict[str, object], folder: Path) -> None:

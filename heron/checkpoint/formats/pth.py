@@ -1,4 +1,7 @@
-"""The upstream format: a `.pth` with a flat dict of named tensors."""
+"""The upstream format: a `.pth` with a flat dict of named tensors.
+
+Read too is what trainers put around one: `{"state_dict": ...}` and its like, and the prefixes of wrappers.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from heron.checkpoint.formats import archive, pickle_plan
+from heron.checkpoint.formats import archive, pickle_plan, wrappers
 from heron.errors import CheckpointError
 
 MOST_TENSORS = 5_000
-_ZERO3_PREFIX = "_forward_module."  # left in the names by DeepSpeed ZeRO-3 saves
+_AROUND = ("state_dict", "model_state_dict", "model", "module", "weights")  # under which trainers keep the weights
 _SMALL_MEMBERS = ("version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id")
 _CHECKSUM_THREADS = 4
 _OLD_MAGIC, _OLD_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch.serialization, files of PyTorch before 1.6
@@ -39,23 +42,24 @@ def read(path: Path) -> dict[str, Tensor]:
             content, checksums = _announced(file)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable .pth of weights: {error}") from None
-    plan = _checked(path, content)
+    key, plan = _checked(path, content)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # a foreign file can fail anywhere in the reader; every failure means the same
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable .pth of weights: {first_line}") from error
+    loaded = loaded if key is None or not isinstance(loaded, dict) else loaded.get(key)
     _compare(path, plan, loaded, checksums)
-    return {name.removeprefix(_ZERO3_PREFIX): _of_its_own(value.detach()) for name, value in loaded.items()}
+    plain = wrappers.unwrapped(loaded)
+    return {plain[name]: _of_its_own(value.detach()) for name, value in loaded.items()}
 
 
 def put_right(path: Path) -> list[str]:
     """What :func:`read` changes about a readable file, in words."""
     with open(path, "rb") as file:
         content, _ = _announced(file)
-    if not any(name.startswith(_ZERO3_PREFIX) for name in _checked(path, content)):
-        return []
-    return [f"names begin with {_ZERO3_PREFIX!r}, as DeepSpeed ZeRO-3 saves them; read without it"]
+    key, plan = _checked(path, content)
+    return [*([] if key is None else [f"the weights lie in a dict under {key!r}"]), *wrappers.described(plan)]
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -150,15 +154,22 @@ def _next_pickle(file: BinaryIO) -> object:
 
 
 def _tensors(content: object) -> list[pickle_plan.Tensor]:
-    values = content.values() if isinstance(content, dict) else ()
-    return [value for value in values if isinstance(value, pickle_plan.Tensor)]
+    return [value for _, value in _entries(content) if isinstance(value, pickle_plan.Tensor)]
+
+
+def _entries(content: object) -> list[tuple[object, object]]:
+    """Names and values of a dict and of the dicts in it."""
+    entries: list[tuple[object, object]] = []
+    for name, value in content.items() if isinstance(content, dict) else ():
+        entries += value.items() if isinstance(value, dict) else [(name, value)]
+    return entries
 
 
 def _check_storages(content: object, size_of: Callable[[str], int]) -> None:
     """Each storage has one type and the bytes it needs; each tensor lies inside, and no two share an element."""
     known: dict[str, pickle_plan.Storage] = {}
     spans: dict[str, list[tuple[int, int, str]]] = {}
-    for name, tensor in content.items() if isinstance(content, dict) else ():
+    for name, tensor in _entries(content):
         if not isinstance(tensor, pickle_plan.Tensor):
             continue  # refused by _checked, with words of its own
         storage = tensor.storage
@@ -191,10 +202,23 @@ def _is_injective(tensor: pickle_plan.Tensor) -> bool:
     return True
 
 
-def _checked(path: Path, content: object) -> dict[str, pickle_plan.Tensor]:
-    """The announced tensors by name; CheckpointError when there is anything else."""
+def _checked(path: Path, content: object) -> tuple[str | None, dict[str, pickle_plan.Tensor]]:
+    """The announced tensors by name, and the name of the dict around them; CheckpointError for anything else."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: wanted a dict of named tensors, got {type(content).__name__}")
+    key = next((key for key in _AROUND if isinstance(content.get(key), dict) and content[key]), None)
+    if key is not None:
+        besides = [
+            name
+            for name, value in content.items()
+            if name != key and isinstance(value, (pickle_plan.Tensor, dict, list))
+        ]
+        if besides:
+            raise CheckpointError(
+                f"{path}: beside the weights under {key!r} it holds {', '.join(map(repr, besides[:5]))[:200]}; save "
+                f"the weights alone: torch.save(torch.load(file, weights_only=True)[{key!r}], 'weights.pth')"
+            )
+        content = content[key]
     if len(content) > MOST_TENSORS:
         raise CheckpointError(f"{path}: wanted at most {MOST_TENSORS:,} tensors, got {len(content):,}")
     for name, value in content.items():
@@ -202,9 +226,11 @@ def _checked(path: Path, content: object) -> dict[str, pickle_plan.Tensor]:
             raise CheckpointError(f"{path}: wanted named tensors only, got {name!r}: {type(value).__name__}")
         if not name.isprintable() or len(name) > pickle_plan.LONGEST_NAME:
             raise CheckpointError(f"{path}: wanted names of at most 256 printable characters, got {name[:80]!r}")
-        if name.startswith(_ZERO3_PREFIX) and name.removeprefix(_ZERO3_PREFIX) in content:
-            raise CheckpointError(f"{path}: {name!r} comes twice, with and without {_ZERO3_PREFIX!r}")
-    return content
+    try:
+        wrappers.unwrapped(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return key, content
 
 
 def _compare(path: Path, plan: dict[str, pickle_plan.Tensor], loaded: object, checksums: _Checksums) -> None:
@@ -221,11 +247,19 @@ def _compare(path: Path, plan: dict[str, pickle_plan.Tensor], loaded: object, ch
         ):
             raise CheckpointError(f"{path}: {name!r}: PyTorch reads another tensor than the file announces")
         storages[wanted.storage.key] = name, got
-    with concurrent.futures.ThreadPoolExecutor(_CHECKSUM_THREADS) as threads:
-        found = threads.map(_checksum, (tensor for _, tensor in storages.values()))
-        for (key, (name, _)), checksum in zip(storages.items(), found, strict=True):
-            if checksum != checksums.get(key, checksum):
-                raise CheckpointError(f"{path}: {name!r}: its checksum in the file is another one: the file is damaged")
+    found = _checksums([tensor for _, tensor in storages.values()])
+    for (key, (name, _)), checksum in zip(storages.items(), found, strict=True):
+        if checksum != checksums.get(key, checksum):
+            raise CheckpointError(f"{path}: {name!r}: its checksum in the file is another one: the file is damaged")
+
+
+def _checksums(tensors: list[Tensor]) -> list[int]:
+    """That of each tensor, by several threads where the system gives any."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor(_CHECKSUM_THREADS) as threads:
+            return list(threads.map(_checksum, tensors))
+    except RuntimeError:  # "can't start new thread": a limit on processes (ulimit -u), which one thread satisfies
+        return list(map(_checksum, tensors))
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heron import strict_json
+from heron.checkpoint.formats import wrappers
 from heron.errors import CheckpointError
 
 MOST_TENSORS = 5_000
@@ -42,6 +43,20 @@ def read(path: Path) -> dict[str, Tensor]:
         if got is None or (got.dtype, tuple(got.shape)) != announced.get(name):
             raise CheckpointError(f"{path}: {name!r}: the library reads another tensor than the header announces")
     return {name: tensor.clone() for name, tensor in loaded.items()}
+
+
+def read_plain(path: Path) -> dict[str, Tensor]:
+    """As :func:`read`, names without what wrappers put in them (:mod:`heron.checkpoint.formats.wrappers`)."""
+    return unwrapped(read(path), path)
+
+
+def unwrapped(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The tensors of one model without what wrappers put in their names; CheckpointError where two become one."""
+    try:
+        plain = wrappers.unwrapped(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    return {plain[name]: tensor for name, tensor in tensors.items()}
 
 
 def names(path: Path) -> list[str]:
