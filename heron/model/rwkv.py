@@ -18,6 +18,7 @@ from heron.model.init import initialize
 from heron.model.rosa import RosaBlock, RosaQKV
 from heron.model.state import LayerState, State
 from heron.model.time_mix import TimeMix
+from heron.ops._graph import in_graph
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 
@@ -212,7 +213,7 @@ class RWKV(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise DataError(f"tokens: wanted int64 ids, got {tokens.dtype}")
         # On a GPU this would wait for the device; the data loader has checked every id by then.
-        if tokens.device.type == "cpu" and tokens.numel():
+        if tokens.device.type == "cpu" and not in_graph():
             low, high = torch.aminmax(tokens)
             if low < 0 or high >= self.config.vocab_size:
                 raise DataError(
