@@ -48,14 +48,20 @@ def assert_close(got, want, tolerance):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-def check_compiled(model, backend, tolerance):
+def read(model, tokens, targets, state=None):
+    """The same with a loss of PyTorch's own, in half the time to compile."""
+    logits, after = model(tokens, state)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits, after
+
+
+def check_compiled(model, backend, tolerance, function=used):
     torch._dynamo.reset()
     tokens, targets = ids(2, 17), ids(2, 17, seed=1)
-    compiled = torch.compile(used, backend=backend, fullgraph=True)
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
     before = model(ids(2, 3, seed=2))[1].detach()
     results, slopes = [], []
-    for function in (compiled, used):
-        loss, logits, state = function(model, tokens, targets, before)
+    for run in (compiled, function):
+        loss, logits, state = run(model, tokens, targets, before)
         slopes.append(gradients(model, loss + logits.square().mean() + state.layers[-1].wkv.square().mean()))
         results.append((loss.detach(), logits.detach(), *state.detach().to_list()))
     assert_close(*results, tolerance)
@@ -72,7 +78,7 @@ def test_a_model_is_one_graph_with_the_same_numbers_and_gradients(model):
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler on the path")
 def test_torch_compile_with_its_own_compiler(random_model):
-    check_compiled(random_model(n_layer=1, vocab_size=29, variant="v8"), "inductor", 1e-5)
+    check_compiled(random_model(n_layer=1, vocab_size=29, variant="v8"), "inductor", 1e-5, read)
 
 
 def test_an_exported_model_takes_any_batch_and_length_and_survives_a_file(model):
