@@ -53,6 +53,7 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
 
     Raises:
         ConfigError: another ending.
+        CheckpointError: the picture can't be written.
     """
     from matplotlib.figure import Figure
 
@@ -68,8 +69,8 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
         axes.set_xlabel("step" if has_steps else "")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    with new_file(out) as temporary:
+        figure.savefig(temporary, dpi=150)
     return out
 
 

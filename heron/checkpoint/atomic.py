@@ -39,8 +39,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk or the folder refuses; the message names the path.
     """
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -52,8 +51,8 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except FileExistsError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.filename} is not a folder") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -63,7 +62,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk or the folder refuses; the message names the path.
     """
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    temporary = _beside(path)
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
@@ -73,7 +72,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync(temporary)
         os.rename(temporary, path)
         sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """Where what is to become `path` is written first; CheckpointError for what can't be a file's name."""
+    if path.name in ("", "..") or "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r}: cannot be written: wanted the name of a file")
+    return path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+
+
+def _reason(error: OSError | UnicodeEncodeError) -> str:
+    if isinstance(error, UnicodeEncodeError):  # a library takes no name that is not UTF-8
+        return "its name is not UTF-8; choose another"
+    return error.strerror or str(error)

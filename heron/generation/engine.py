@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from heron.checkpoint.architecture import is_finite
@@ -229,8 +228,6 @@ class Engine:
             CheckpointError: the file cannot be written, or is there and no state file.
         """
         path = Path(path)
-        if path.exists() and _format_of(path) != _FORMAT:
-            raise CheckpointError(f"{path} exists and is no state file; name another one")
         parts = [] if snapshot.state is None else snapshot.state.to_list()
         tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
         tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
@@ -238,7 +235,9 @@ class Engine:
             if (part := getattr(snapshot, name)) is not None:
                 tensors[name] = part.clone()
         with new_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "model": self.fingerprint})
+            if path.exists() and _format_of(path) != _FORMAT:
+                raise CheckpointError(f"{path} exists and is no state file; name another one")
+            safetensors.write(tensors, temporary, {"format": _FORMAT, "model": self.fingerprint})
 
     def load(self, path: str | Path) -> Snapshot:
         """A snapshot that :meth:`save` wrote, onto this engine's device.

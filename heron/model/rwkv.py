@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from heron.model.rosa import RosaBlock, RosaQKV
 from heron.model.state import LayerState, State
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 
@@ -104,9 +108,10 @@ class RWKV(nn.Module):
     v8-hybrid) reads and remembers (upstream has no such bound); and `compiled_block`.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig | str | Mapping[str, Any]):
+        """`config` may be a preset's name, or a mapping of settings. ConfigError for what is none of these."""
         super().__init__()
-        self.config = config
+        self.config = config = ModelConfig.of(config)
         self.grad_checkpoint = False  # recompute each block in the backward pass
         self.compiled_block: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
@@ -126,7 +131,7 @@ class RWKV(nn.Module):
         """Next-token logits of a batch of sequences.
 
         Args:
-            tokens: (B, T) integer ids, T >= 1.
+            tokens: (B, T) integer ids, T >= 1; lists and NumPy arrays of such are taken as well.
             state: what the sequences left off with; None: zeros. Never changed in place; gradients flow into it.
 
         Returns:
@@ -141,7 +146,7 @@ class RWKV(nn.Module):
 
     def hidden_states(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """As :meth:`forward`, without the head: (B, T) ids -> (B, T, C) outputs of ln_out, and the new state."""
-        self._check_tokens(tokens)
+        tokens = self._checked_tokens(tokens)
         window = self.attention_window
         if window is not None and window < 1:
             raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
@@ -174,6 +179,7 @@ class RWKV(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward."""
+        targets = self._integers("targets", targets)
         if self.compiled_block is not None and torch.is_grad_enabled():
             hidden = self._compiled_hidden_states(tokens)
         else:
@@ -185,7 +191,7 @@ class RWKV(nn.Module):
 
         Tables are looked up between the blocks: compiled, their gradients would be summed in an order that changes.
         """
-        self._check_tokens(tokens)
+        tokens = self._checked_tokens(tokens)
         context = Lookup(tokens, self.embed(tokens))
         x, branch, v_first = context.embedded, None, None
         for block in self.blocks:
@@ -207,11 +213,22 @@ class RWKV(nn.Module):
         x, branch, v_first = self.compiled_block(block, x, branch, v_first, of_table)
         return x, ffn.enn.gate(branch, context.ids) if gates_output else branch, v_first
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _integers(self, name: str, ids: Tensor | Sequence | np.ndarray) -> Tensor:
+        """(B, T) int64 ids, from a tensor as from a list or an array; DataError for what is none."""
+        if not isinstance(ids, Tensor):
+            try:
+                ids = torch.as_tensor(ids, device=self.emb.weight.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(f"{name}: wanted (B, T) integer ids, got {type(ids).__name__}: {error}") from None
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise DataError(f"{name}: wanted int64 ids, got {ids.dtype}")
+        return ids.long()
+
+    def _checked_tokens(self, tokens: Tensor | Sequence | np.ndarray) -> Tensor:
+        tokens = self._integers("tokens", tokens)
         if tokens.dim() != 2 or tokens.numel() == 0:
-            raise DataError(f"tokens: wanted (B, T) with B, T >= 1, got {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise DataError(f"tokens: wanted int64 ids, got {tokens.dtype}")
+            one = "; of one sequence, give [tokens] or tokens.unsqueeze(0)" if tokens.dim() == 1 else ""
+            raise DataError(f"tokens: wanted (B, T) with B, T >= 1, got {tuple(tokens.shape)}{one}")
         # On a GPU this would wait for the device; the data loader has checked every id by then.
         if tokens.device.type == "cpu" and not in_graph():
             low, high = torch.aminmax(tokens)
@@ -220,3 +237,4 @@ class RWKV(nn.Module):
                     f"tokens: ids must be 0 to {self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}), "
                     f"got {int(low)} to {int(high)}"
                 )
+        return tokens

@@ -58,10 +58,10 @@ def metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a readable .safetensors file: {error}") from None
 
 
-def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write named tensors; OSError when the disk refuses."""
+def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors, with `metadata` beside the usual format "pt"; OSError when the disk refuses."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
