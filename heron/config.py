@@ -180,8 +180,9 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """The named preset, with `changes` laid over it. ``heron info --presets`` lists them all."""
-        if name not in PRESETS:
-            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            near = did_you_mean(str(name), PRESETS)
+            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{near}")
         return cls.from_dict({**PRESETS[name], **changes})
 
     def changed(self, **changes: Any) -> ModelConfig:
@@ -414,6 +415,8 @@ def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
 
 
 def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: wanted a mapping of names to values, got {type(values).__name__}")
     known = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
@@ -422,7 +425,7 @@ def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A number of NumPy or PyTorch as Python has it, and a path as a string; anything else as it is."""
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "shape", None) == ():
         return value.item()
@@ -432,7 +435,7 @@ def _plain(value: Any) -> Any:
 def _check_types(config: Any) -> None:
     """Bring each field to its declared type where nothing is lost (8.0 to an int, "6e-4" to a float), else refuse."""
     for field in dataclasses.fields(config):
-        value = _plain(getattr(config, field.name))
+        value = plain(getattr(config, field.name))
         kinds, optional = setting_type(type(config), field.name)
         if value is None and optional:
             continue

@@ -40,7 +40,7 @@ def write(results: Sequence[dict[str, Any]], path: Path) -> None:
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()}
         for result in results
     ]
-    with new_file(path) as temporary:
+    with new_file(Path(path)) as temporary:
         temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
@@ -57,6 +57,7 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
+    out = Path(out)
     check_picture(out)
     keys = _shared_figures(results)
     has_steps = all(result["step"] is not None for result in results)

@@ -6,6 +6,7 @@ import ast
 import codecs
 import functools
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of `ids`; they may begin or end inside a character. DataError as in `decode`."""
 
 
-def load(spec: str) -> Tokenizer:
+def load(spec: str | Path) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     Args:
@@ -62,6 +63,9 @@ def load(spec: str) -> Tokenizer:
         ConfigError: `spec` is none of these, or the package that it needs is not installed.
         DataError: the file is missing or damaged.
     """
+    if not isinstance(spec, str | os.PathLike):
+        raise ConfigError(f"tokenizer: wanted a name or a path, got {type(spec).__name__}")
+    spec = os.fspath(spec)
     if spec == "world":
         return _world()
     if spec == "bytes":

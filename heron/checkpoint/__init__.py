@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from heron.checkpoint import run
 from heron.checkpoint.architecture import TUNED, build, is_finite, leave_unsaid
-from heron.checkpoint.atomic import new_file, new_folder
+from heron.checkpoint.atomic import as_path, new_file, new_folder
 from heron.checkpoint.formats import gguf, hf, pth, safetensors
 from heron.config import ModelConfig, RosaConfig, TrainConfig
 from heron.errors import CheckpointError, ConfigError
@@ -60,7 +60,7 @@ def load(
         CheckpointError: missing, unreadable, damaged, or not a model of a known variant: the message names the file
             and the tensor. ROSA of which nothing says how it works.
     """
-    source = weights_file(Path(path))
+    source = weights_file(as_path(path))
     tensors = read_tensors(source)
     return build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
 
@@ -71,7 +71,7 @@ def load_toy(path: str | Path) -> SelfToy | QKVToy:
     Raises:
         CheckpointError: missing, unreadable, damaged, or not one of these toys.
     """
-    return toy_from(read_tensors(Path(path)), path)
+    return toy_from(read_tensors(as_path(path)), path)
 
 
 def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
@@ -87,7 +87,9 @@ def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
     Raises:
         CheckpointError: no such format, one that can't hold the model, or the file cannot be written.
     """
-    write(model.state_dict(), getattr(model, "config", None), Path(path), format)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"wanted a model to save, got {type(model).__name__}; heron.save(model, path)")
+    write(model.state_dict(), getattr(model, "config", None), as_path(path), format)
 
 
 def write(tensors: Mapping[str, Tensor], config: ModelConfig | None, path: Path, format: str | None = None) -> None:
@@ -167,7 +169,11 @@ def weights_file(path: Path) -> Path:
 
     Warns of each checkpoint of a run that is damaged and passed over.
     """
-    if not path.is_dir() or (path / hf.CONFIG).exists():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if not is_folder or (path / hf.CONFIG).exists():
         return path
     if run.is_checkpoint(path):
         run.verify(path)

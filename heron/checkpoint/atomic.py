@@ -12,6 +12,14 @@ from pathlib import Path
 from heron.errors import CheckpointError
 
 
+def as_path(path: str | Path) -> Path:
+    """`path` as a Path; CheckpointError for what is none."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise CheckpointError(f"wanted the path of a file or folder, got {type(path).__name__}: {path!r}") from None
+
+
 def sync(path: Path) -> None:
     """Force a file's content, or a folder's entries, onto the disk."""
     if path.is_dir() and os.name == "nt":  # Windows has no such call for folders

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from heron.checkpoint.architecture import is_finite
-from heron.checkpoint.atomic import new_file
+from heron.checkpoint.atomic import as_path, new_file
 from heron.checkpoint.formats import safetensors
+from heron.config import plain
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import decoder_of, is_fusible, only_computing
 from heron.generation.drawing import DeviceDraws
@@ -123,6 +124,7 @@ class Engine:
         tables_file: str | Path | None = None,
         device: torch.device | str | None = None,
     ):
+        _check_kinds(model, tokenizer)
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
         if tables not in PLACES:
@@ -209,6 +211,10 @@ class Engine:
             ConfigError: nothing to read under a tokenizer without end of document.
             DataError: a text that cannot be encoded, an id outside the vocabulary.
         """
+        if hasattr(prompt, "tolist"):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, Iterable):
+            raise DataError(f"prompt: wanted a text or token ids, got {type(prompt).__name__}")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if after is not None:
             ids = [*after.pending, *ids]
@@ -227,7 +233,7 @@ class Engine:
         Raises:
             CheckpointError: the file cannot be written, or is there and no state file.
         """
-        path = Path(path)
+        path = as_path(path)
         parts = [] if snapshot.state is None else snapshot.state.to_list()
         tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
         tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
@@ -245,7 +251,7 @@ class Engine:
         Raises:
             CheckpointError: no such file, a damaged one, or one that another model (or another dtype of it) wrote.
         """
-        path = Path(path)
+        path = as_path(path)
         try:
             tensors, about = safetensors.read(path), safetensors.metadata(path)
         except CheckpointError as error:
@@ -323,7 +329,7 @@ class Engine:
         if after.state is not None and self._is_fusible:
             after.state.check(self.model.config, 1)
         state = self.prefill(context, after.state)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         if after.generator is not None:
             generator.set_state(after.generator)
         counts = None
@@ -474,13 +480,23 @@ class Engine:
 
 def check_max_tokens(max_tokens: int) -> None:
     """ConfigError unless it is a whole number from 0 on."""
-    if type(max_tokens) is not int or max_tokens < 0:
+    if type(plain(max_tokens)) is not int or max_tokens < 0:
         raise ConfigError(f"max_tokens: wanted a whole number from 0 on, got {max_tokens!r}")
 
 
 def _check_seed(seed: int) -> None:
-    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+    if type(plain(seed)) is not int or not 0 <= seed <= LARGEST_SEED:
         raise ConfigError(f"seed: wanted a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+
+
+def _check_kinds(model: object, tokenizer: object) -> None:
+    """ConfigError for what is no model or no tokenizer."""
+    if not hasattr(model, "config") or not isinstance(model, nn.Module):
+        raise ConfigError(f"model: wanted an RWKV, such as heron.load gives, got {type(model).__name__}")
+    if not hasattr(tokenizer, "vocab_size") or isinstance(tokenizer, nn.Module):
+        raise ConfigError(
+            f"tokenizer: wanted a tokenizer, such as heron.tokenizer.load gives, got {type(tokenizer).__name__}"
+        )
 
 
 def _format_of(path: Path) -> str | None:

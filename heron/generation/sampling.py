@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heron.config import plain
 from heron.errors import ConfigError, HeronError
 
 
@@ -36,13 +37,14 @@ class Sampling:
     def __post_init__(self) -> None:
         highest = {"top_p": 1.0, "penalty_decay": 1.0}
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), (int,) if field.name == "top_k" else (int, float)
+            value, kinds = plain(getattr(self, field.name)), (int,) if field.name == "top_k" else (int, float)
             high = highest.get(field.name, math.inf)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"{field.name}: wanted {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
             if not (0 <= value <= high and math.isfinite(value)):
                 wanted = "a finite number, at least 0" if high == math.inf else f"0 to {high:g}"
                 raise ConfigError(f"{field.name}: wanted {wanted}, got {value}")
+            object.__setattr__(self, field.name, value)
 
     @property
     def greedy(self) -> bool:

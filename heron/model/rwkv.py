@@ -220,6 +220,8 @@ class RWKV(nn.Module):
                 ids = torch.as_tensor(ids, device=self.emb.weight.device)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise DataError(f"{name}: wanted (B, T) integer ids, got {type(ids).__name__}: {error}") from None
+        if not ids.numel():
+            return ids  # and its shape will be refused
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise DataError(f"{name}: wanted int64 ids, got {ids.dtype}")
         return ids.long()
