@@ -40,18 +40,27 @@ def main(arguments: Sequence[str] | None = None, before_work: Callable[[], None]
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return _run(arguments, before_work)
-        finally:
-            streams.flush()
+            return _flushed(_run(arguments, before_work))
+        except SystemExit as stop:  # of argparse, which has shown a help text or what is wrong
+            raise SystemExit(_flushed(stop.code or 0)) from None
+
+
+def _flushed(code: int) -> int:
+    """`code`, or that of a failure where what was printed can't be written."""
+    try:
+        streams.flush()
+    except OSError as error:
+        return code or _fail(f"standard output: {error.strerror}", EXIT_FAILED)
+    return code
 
 
 def _run(arguments: list[str], before_work: Callable[[], None]) -> int:
     try:
         options = _parser().parse_args(arguments)
+        if options.run not in (_train, _demo):  # which answer a signal in a way of their own
+            import torch  # noqa: F401 - what an exception would break in the middle is whole once work begins
         before_work()
-        code = options.run(options) or 0
-        sys.stdout.flush()
-        return code
+        return options.run(options) or 0
     except UnknownKeyError as error:
         return _fail(error, EXIT_USAGE)
     except HeronError as error:
@@ -62,6 +71,10 @@ def _run(arguments: list[str], before_work: Callable[[], None]) -> int:
         return 0
     except OSError as error:  # a folder that cannot be written, a disk that is full
         return _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        return _fail("the name of a file holds a null byte; no file can have that name", EXIT_FAILED)
     except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
         if (shortage := _shortage(error)) is None:
             raise

@@ -401,7 +401,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-40
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: wanted `name: value` lines, got {type(values).__name__}")
     return values

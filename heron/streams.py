@@ -24,12 +24,21 @@ def open_closed() -> None:
 
 
 def flush() -> None:
-    """Write out what is buffered. What can't be written is dropped, or the interpreter would complain at its end."""
+    """Write out what is buffered. What can't be written is dropped, or the interpreter would complain at its end.
+
+    Raises:
+        OSError: it can't be written to standard output, for another reason than that its reader has gone.
+    """
+    lost = None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if stream is sys.stdout and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                lost = error
             with contextlib.suppress(OSError, ValueError):  # it is no file, or closed
                 nothing = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nothing, stream.fileno())
                 os.close(nothing)
+    if lost is not None:
+        raise lost

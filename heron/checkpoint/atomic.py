@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,11 @@ def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure `path` is untouched.
 
     Raises:
-        CheckpointError: the disk or the folder refuses; the message names the path.
+        CheckpointError: the disk or the folder refuses, or `path` is no file (a device, a pipe), which must not be
+            replaced; the message names the path.
     """
     temporary = _beside(path)
+    _refuse_special(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,6 +87,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_special(path: Path) -> None:
+    """CheckpointError for a device, a pipe or a socket: who replaces /dev/null breaks the machine for everybody."""
+    special = (stat.S_ISCHR, stat.S_ISBLK, stat.S_ISFIFO, stat.S_ISSOCK)
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or can't be: writing it will say so
+        is_stream = path.is_symlink() and os.readlink(path).startswith("/proc/")  # such as /dev/stdout
+        mode = os.stat(path).st_mode
+        if is_stream or any(is_one(mode) for is_one in special):
+            raise CheckpointError(f"{path}: cannot be written: it is a device or a pipe; wanted the name of a file")
 
 
 def _beside(path: Path) -> Path:

@@ -192,7 +192,7 @@ class Engine:
         probs = logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
         ranked = probs[: self.tokenizer.vocab_size].argsort(descending=True, stable=True).tolist()
         known = (token for token in ranked if stand_for_something(self.tokenizer, [token]))
-        return [(token, float(probs[token])) for token in itertools.islice(known, n)]
+        return [(token, float(probs[token])) for token in itertools.islice(known, min(n, len(ranked)))]
 
     def _ask(
         self, function: Callable[[Tensor, State | None], tuple[Tensor, State]], ids: Sequence[int], state: State | None
