@@ -191,17 +191,6 @@ class ModelConfig:
         return ModelConfig.from_dict({**self.to_dict(), **derived, **changes})
 
     @classmethod
-    def of(cls, what: ModelConfig | str | Mapping[str, Any]) -> ModelConfig:
-        """A config as it is, of a preset's name, or of a mapping; ConfigError for anything else."""
-        if isinstance(what, cls):
-            return what
-        if isinstance(what, str):
-            return cls.preset(what)
-        if isinstance(what, Mapping):
-            return cls.from_dict(what)
-        raise ConfigError(f"model: wanted a ModelConfig, a preset's name or a mapping, got {type(what).__name__}")
-
-    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
         return _from_dict(cls, values, where="model")

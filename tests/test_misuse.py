@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +277,14 @@ def test_what_is_no_path_or_no_model_is_refused():
     for spec in (3, None):
         with pytest.raises(ConfigError, match="tokenizer: wanted a name or a path"):
             heron.tokenizer.load(spec)
+
+
+def test_the_page_of_the_package_index_needs_no_file_beside_it():
+    root = Path(heron.__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (root / project["readme"]).read_text(encoding="utf-8")
+    assert "![" not in page
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]*)\)", page))
 
 
 # -- typing ---------------------------------------------------------------------------------------------------------

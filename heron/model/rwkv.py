@@ -111,7 +111,14 @@ class RWKV(nn.Module):
     def __init__(self, config: ModelConfig | str | Mapping[str, Any]):
         """`config` may be a preset's name, or a mapping of settings. ConfigError for what is none of these."""
         super().__init__()
-        self.config = config = ModelConfig.of(config)
+        if isinstance(config, str):
+            config = ModelConfig.preset(config)
+        elif isinstance(config, Mapping):
+            config = ModelConfig.from_dict(config)
+        if not isinstance(config, ModelConfig):
+            kind = type(config).__name__
+            raise ConfigError(f"model: wanted a ModelConfig, a preset's name or a mapping, got {kind}")
+        self.config = config
         self.grad_checkpoint = False  # recompute each block in the backward pass
         self.compiled_block: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
