@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from timing import median_ms
+from timing import median_ms, need_gpu
 from torch import Tensor, nn
 
 import heron
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
+    need_gpu(parser)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: medians of {options.repeats}")
     for name in options.sizes:
         measure(name, options.repeats)

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import device_of
 
 import heron
 from heron import tokenizer
 from heron.generation import Snapshot
-from heron.machine import choose_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--constant", action="store_true", help="time per token far into a text, and memory")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device(choose_device(args.device).value)
+    device = device_of(parser, args.device)
     if args.constant:
         constant(device)
         return

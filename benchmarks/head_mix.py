@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from timing import median_ms
+from timing import median_ms, need_gpu
 from torch import Tensor
 
 from heron import compilation
@@ -88,8 +88,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all of them")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each (default 20)")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a CUDA device")
+    need_gpu(parser)
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, N = {SIZE}, median of {args.repeats}\n")
     print(f"{'shape':<7}{'B':>4}{'T':>6}{'H':>4}  {'form':<10}{'forward':>9}{'f+b':>9}{'- WKV7':>9}{'- WKV7':>9}")

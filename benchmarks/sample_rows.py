@@ -9,7 +9,7 @@ import argparse
 import functools
 
 import torch
-from timing import median_ms
+from timing import median_ms, need_gpu
 
 from heron.ops import sample_rows
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=65536)
     arguments = parser.parse_args()
+    need_gpu(parser)
     n, vocab, device = arguments.rows, arguments.vocab, torch.device("cuda")
     torch.manual_seed(0)
     uniforms = torch.rand(n, dtype=torch.float64, device=device)

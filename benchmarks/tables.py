@@ -19,10 +19,11 @@ import statistics
 import time
 
 import torch
+from timing import device_of, need_gpu
 from torch import Tensor
 
 import heron
-from heron import machine, tokenizer
+from heron import tokenizer
 from heron.bench import fresh_learner
 from heron.data.loader import Batches, load_corpus
 from heron.learner import Learner
@@ -171,13 +172,16 @@ def main() -> None:
     parser.add_argument("--tables_state", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "graph", "off"))
     options = parser.parse_args()
+    device = device_of(parser, options.device)
+    if options.kernels or options.steps_of:
+        need_gpu(parser)
     if options.kernels:
         kernels(options.steps)
     elif options.steps_of:
         text = options.data or options.text
         whole_steps(options.steps_of, options.steps, text, options.tables_state, options.compile)
     else:
-        small_models(options.steps, torch.device(machine.choose_device(options.device).value))
+        small_models(options.steps, device)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from timing import need_gpu
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--weights", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--grad_checkpoint", action="store_true")
     options = parser.parse_args()
+    need_gpu(parser, "; benchmarks/train_cpu.py needs none")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, compile {options.compile}")
     if options.rows:
         print(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timing import need_gpu
 from torch import Tensor
 
 from heron.ops import wkv7
@@ -131,8 +132,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=("cuda", "chunked", "fla"), help="default: those that there are")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each (default 30)")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a CUDA device; benchmarks/wkv7_cpu.py does not")
+    need_gpu(parser, "; benchmarks/wkv7_cpu.py needs none")
     torch.manual_seed(0)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, N = {SIZE}, median of {args.rounds}\n")

@@ -22,6 +22,7 @@ from heron.errors import ConfigError
 from heron.learner import Learner
 from heron.model import RWKV
 
+_BYTES_PER_WEIGHT = 16  # of fp32 weights, gradients and two moments; activations come on top
 _WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTorch makes or compiles once
 
 
@@ -78,6 +79,8 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
 def fresh_learner(config: TrainConfig, model: ModelConfig) -> Learner:
     """A learner of initial values, which are computed where they are used: orthogonal ones take a CPU minutes."""
     device = torch.device(config.device)
+    if device.type == "cpu":
+        memory.check_host(_BYTES_PER_WEIGHT * memory.parameters(model), "a step on the CPU")
     with device:
         network = RWKV(model)
     return Learner(network, config, device)

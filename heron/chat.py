@@ -184,7 +184,7 @@ def run(chat: Chat, read: Callable[[str], str], write: Callable[[str], None]) ->
             return
         try:
             _act(chat, line, write)
-        except HeronError as error:
+        except (HeronError, OSError) as error:  # whatever it is, the conversation goes on
             write(f"{printable(str(error))}\n")
         except KeyboardInterrupt:  # while the turns so far are read; nothing is lost
             write(" [cut short]\n")
@@ -202,10 +202,10 @@ def _act(chat: Chat, line: str, write: Callable[[str], None]) -> None:
     if command in others and rest.strip():
         raise ConfigError(f"{command} takes nothing behind it")
     if command == "/save":
-        chat.save(rest.strip())
+        chat.save(Path(rest.strip()).expanduser())
         write(f"saved {rest.strip()}\n")
     elif command == "/load":
-        chat.load(rest.strip())
+        chat.load(Path(rest.strip()).expanduser())
         write(f"loaded {rest.strip()}\n")
     elif command == "/reset":
         chat.reset()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from heron import __version__
+from heron import __version__, streams
 from heron.commands import rwkv_lm_flags
 from heron.config import (
     INIT_DTYPES,
@@ -24,26 +24,44 @@ from heron.config import (
     setting_type,
 )
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError, UnknownKeyError, did_you_mean
+from heron.progress import progress
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (failed), 2 (usage), 75 (stopped by a signal after saving)."""
+def main(arguments: Sequence[str] | None = None, before_work: Callable[[], None] = lambda: None) -> int:
+    """Run one command; returns the exit code: 0, 1 (failed), 2 (usage), 75 (stopped by a signal after saving).
+
+    `before_work` is called once the command line has been read.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    streams.open_closed()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        return _run(arguments)
+        try:
+            return _flushed(_run(arguments, before_work))
+        except SystemExit as stop:  # of argparse, which has shown a help text or what is wrong
+            raise SystemExit(_flushed(stop.code or 0)) from None
 
 
-def _run(arguments: list[str]) -> int:
+def _flushed(code: int) -> int:
+    """`code`, or that of a failure where what was printed can't be written."""
+    try:
+        streams.flush()
+    except OSError as error:
+        return code or _fail(f"standard output: {error.strerror}", EXIT_FAILED)
+    return code
+
+
+def _run(arguments: list[str], before_work: Callable[[], None]) -> int:
     try:
         options = _parser().parse_args(arguments)
-        code = options.run(options) or 0
-        sys.stdout.flush()
-        return code
+        if options.run not in (_train, _demo):  # which answer a signal in a way of their own
+            import torch  # noqa: F401 - what an exception would break in the middle is whole once work begins
+        before_work()
+        return options.run(options) or 0
     except UnknownKeyError as error:
         return _fail(error, EXIT_USAGE)
     except HeronError as error:
@@ -51,14 +69,27 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
-        sys.stderr.close()
         return 0
-    except RuntimeError as error:
-        if "can't start new thread" not in str(error):
-            raise
-        return _fail(f"{error}: the system allows no more processes (see ulimit -u)", EXIT_FAILED)
     except OSError as error:  # a folder that cannot be written, a disk that is full
         return _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        return _fail("the name of a file holds a null byte; no file can have that name", EXIT_FAILED)
+    except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
+        if "can't start new thread" in str(error):
+            return _fail(f"{error}: the system allows no more processes (see ulimit -u)", EXIT_FAILED)
+        if (shortage := _shortage(error)) is None:
+            raise
+        return _fail(f"not enough memory: {shortage}; choose smaller sizes", EXIT_FAILED)
+
+
+def _shortage(error: BaseException) -> str | None:
+    if "torch" not in sys.modules:
+        return None
+    from heron import memory
+
+    return memory.shortage(error)
 
 
 def _fail(message: object, code: int) -> int:
@@ -420,6 +451,7 @@ def _prepare(options: argparse.Namespace) -> None:
 def _init(options: argparse.Namespace) -> None:
     import torch
 
+    from heron import memory
     from heron.checkpoint import save
     from heron.machine import DTYPES
     from heron.model import RWKV
@@ -428,9 +460,13 @@ def _init(options: argparse.Namespace) -> None:
     config = ModelConfig.preset(options.model, **changes) if options.model else ModelConfig.from_dict(changes)
     if Path(options.out).exists():
         raise ConfigError(f"{options.out} exists already; name another --out")
+    n_parameters = memory.parameters(config)
+    memory.check_host(4 * n_parameters, f"a model of {n_parameters:,} parameters in fp32")
     torch.manual_seed(options.seed)
-    model = RWKV(config).to(DTYPES[options.dtype])
-    save(model, options.out)
+    with progress(f"making {n_parameters:,} initial values"):
+        model = RWKV(config).to(DTYPES[options.dtype])
+    with progress(f"writing {options.out}"):
+        save(model, options.out)
     print(f"wrote {options.out}: {_sizes(config)}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -471,11 +507,14 @@ def _estimate(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     config, model = _step_of(options)
     from heron import bench
+    from heron.checkpoint.atomic import new_file
 
-    result = bench.bench(config, model, options.steps)
+    with progress(f"making {options.steps} steps"):
+        result = bench.bench(config, model, options.steps)
     print(bench.describe(config, model, result))
     if options.json:
-        Path(options.json).write_text(json.dumps(bench.record(config, model, result), indent=1), encoding="utf-8")
+        with new_file(Path(options.json)) as temporary:
+            temporary.write_text(json.dumps(bench.record(config, model, result), indent=1), encoding="utf-8")
         print(f"wrote {options.json}")
 
 
@@ -552,7 +591,7 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from heron import chat
+    from heron import chat, line_editing
 
     talk = chat.Chat(
         _engine(options), _sampling(options), options.max_tokens, options.seed, options.system, options.think
@@ -562,7 +601,7 @@ def _chat(options: argparse.Namespace) -> None:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     print("Type a message, or /help.")
-    chat.run(talk, input, lambda text: print(text, end="", flush=True))
+    chat.run(talk, line_editing.reader(), lambda text: print(text, end="", flush=True))
 
 
 def _sampling(options: argparse.Namespace):  # noqa: ANN202 - heron.generation.Sampling
@@ -584,7 +623,8 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
     device, file = _device(options.device), options.tables_file
-    model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
+    with progress(f"reading {options.model}"):
+        model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
     tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size, options.eod)
     if options.tables == "disk" and file is None:
         weights = weights_file(Path(options.model))
@@ -625,14 +665,16 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     from heron.data.corpora import Reading
     from heron.data.loader import load_tokens
 
-    model = load(path, rosa=options.rosa).to(_device(options.device))
+    with progress(f"reading {path}"):
+        model = load(path, rosa=options.rosa).to(_device(options.device))
     reading = {name: value for name, value in _given(options, TrainConfig, "").items() if name in _READING}
     tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
     result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
     lines = []
     if options.data:
         tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), _note)
-        score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode)
+        with progress(f"reading {len(tokens):,} tokens of {options.data} with {path}"):
+            score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode)
         result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
         result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
         lines += [
@@ -643,7 +685,8 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
         if score.bits_per_byte is not None:
             lines.append(f"bits per byte  {score.bits_per_byte:.4f}")
     if options.lambada:
-        last_words = evaluate.lambada(model, tokenizer, options.lambada, options.mode, options.limit)
+        with progress(f"reading {options.lambada} with {path}"):
+            last_words = evaluate.lambada(model, tokenizer, options.lambada, options.mode, options.limit)
         result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
         result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
         lines += [
@@ -652,7 +695,8 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
             f"accuracy       {100 * last_words.accuracy:.2f} %",
         ]
     if options.choices:
-        answers = evaluate.multiple_choice(model, tokenizer, options.choices, options.mode, options.limit)
+        with progress(f"reading {options.choices} with {path}"):
+            answers = evaluate.multiple_choice(model, tokenizer, options.choices, options.mode, options.limit)
         result |= {"choices": options.choices, "questions": answers.n_questions}
         result |= {"accuracy": answers.accuracy, "accuracy_per_byte": answers.accuracy_per_byte}
         lines += [
@@ -668,14 +712,16 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
 def _convert(options: argparse.Namespace) -> None:
     from heron.convert import convert, largest_difference
 
-    before, after = convert(
-        options.input, options.output, options.variant, options.format, options.dtype,
-        options.vocab_size, options.new_rows, options.deep_embed_4x, rosa=options.rosa, add_rosa=options.add_rosa,
-        tokenizer=options.tokenizer, say=print,
-    )  # fmt: skip
+    with progress(f"converting {options.input}"):
+        before, after = convert(
+            options.input, options.output, options.variant, options.format, options.dtype,
+            options.vocab_size, options.new_rows, options.deep_embed_4x, rosa=options.rosa, add_rosa=options.add_rosa,
+            tokenizer=options.tokenizer, say=print,
+        )  # fmt: skip
     print(f"wrote {options.output}: {_sizes(after.config)}")
     if options.check:
-        difference = largest_difference(before, options.output, rosa=after.config.rosa)
+        with progress("comparing the logits"):
+            difference = largest_difference(before, options.output, rosa=after.config.rosa)
         print(f"largest difference of a logit, before and after, in fp32: {difference:.3g}")
         if difference and options.dtype is None and options.vocab_size is None:
             raise CheckpointError(f"{options.output}: the same numbers were to give the same logits; do not use it")

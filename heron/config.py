@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ COMPILE = ("auto", "on", "graph", "off")
 ON_NONFINITE = ("stop", "skip", "rewind")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
 LARGEST_SEED = 2**63 - 1
+LARGEST_COUNT = 2**31 - 1  # of tokens, samples and the like at once
+LARGEST_WIDTH = 2**24
+LARGEST_SIZES = {"n_layer": 4096, "vocab_size": LARGEST_COUNT}  # no product of sizes then overflows 64 bits
 
 
 def _setting(default: Any, doc: str) -> Any:
@@ -130,13 +134,11 @@ class ModelConfig:
                 f"variant: wanted one of {', '.join(VARIANTS)}, got {self.variant!r}."
                 f"{did_you_mean(self.variant, VARIANTS)}"
             )
+        self._check_sizes()
         for name, value in self._derived().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and value < 1:
-                raise ConfigError(f"{field.name}: wanted at least 1, got {value}")
+        self._check_sizes()
         if not 16 <= self.head_size <= 128:
             raise ConfigError(f"head_size: wanted 16 to 128, got {self.head_size}")
         if self.n_embd % self.head_size and self.has_time_mix:
@@ -149,6 +151,13 @@ class ModelConfig:
             raise ConfigError(f"rosa: a branch has source qkv, got {self.rosa.source}; give qkv-1bit or qkv-4bit")
         if self.rosa is not None and self.n_embd % self.rosa.bits:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of {self.rosa.bits}, the bits of a ROSA symbol")
+
+    def _check_sizes(self) -> None:
+        for field in dataclasses.fields(self):
+            value, most = getattr(self, field.name), LARGEST_SIZES.get(field.name, LARGEST_WIDTH)
+            if type(value) is int and not 1 <= value <= most:
+                wanted = "at least 1" if value < 1 else f"at most {most}"
+                raise ConfigError(f"{field.name}: wanted {wanted}, got {value}")
 
     @property
     def has_time_mix(self) -> bool:
@@ -173,8 +182,9 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """The named preset, with `changes` laid over it. ``heron info --presets`` lists them all."""
-        if name not in PRESETS:
-            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            near = did_you_mean(str(name), PRESETS)
+            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{near}")
         return cls.from_dict({**PRESETS[name], **changes})
 
     def changed(self, **changes: Any) -> ModelConfig:
@@ -311,6 +321,9 @@ class TrainConfig:
             at_least[name] = 0
         for name in ("lr_init", "lr_final", "weight_decay", "grad_clip"):
             at_least[name] = 0
+        for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "num_workers", "sample_tokens"):
+            if getattr(self, name) > LARGEST_COUNT:
+                raise ConfigError(f"{name}: wanted at most {LARGEST_COUNT}, got {getattr(self, name)}")
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -393,7 +406,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-40
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: wanted `name: value` lines, got {type(values).__name__}")
     return values
@@ -412,6 +426,8 @@ def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
 
 
 def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: wanted a mapping of names to values, got {type(values).__name__}")
     known = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
@@ -420,10 +436,17 @@ def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as Python has it, and a path as a string; anything else as it is."""
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "shape", None) == ():
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _check_types(config: Any) -> None:
     """Bring each field to its declared type where nothing is lost (8.0 to an int, "6e-4" to a float), else refuse."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value = plain(getattr(config, field.name))
         kinds, optional = setting_type(type(config), field.name)
         if value is None and optional:
             continue

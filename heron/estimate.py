@@ -7,9 +7,10 @@ in a ledger. What the model, the loss or the optimizer come to hold tomorrow is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,9 @@ from heron.config import ModelConfig, TrainConfig
 from heron.learner import Learner
 from heron.model import RWKV
 from heron.optim import CopiedAdamW
+from heron.progress import progress
 
+_WORTH_A_SETTING = 0.01  # of what a step takes; what a setting saves must be more, unless the step then fits
 _COMPARED = 2, 3  # layers that are run; each further one takes as much more as the last of these did
 
 
@@ -59,6 +62,11 @@ def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
 
 def describe(config: TrainConfig, model: ModelConfig, available: int | None) -> str:
     """What ``heron estimate`` prints: the bytes of each part, then, where they do not fit, what each setting gives."""
+    with progress("estimating") as note:
+        return _described(config, model, available, note)
+
+
+def _described(config: TrainConfig, model: ModelConfig, available: int | None, note: Callable[[str], None]) -> str:
     found = estimate(config, model)
     batch = f"micro_bsz {config.micro_bsz}, ctx_len {config.ctx_len}, accumulate {config.accumulate}"
     places = [
@@ -82,8 +90,12 @@ def describe(config: TrainConfig, model: ModelConfig, available: int | None) -> 
         return "\n".join([*lines, "", f"fits in {memory.in_words(available)}"])
     lines += ["", f"does not fit in {memory.in_words(available)}; most at once with"]
     while found.peak > available:
-        tried = [(estimate(changed, model), flags, changed) for flags, changed in memory.knobs(config, model)]
-        tried = sorted((entry for entry in tried if entry[0].peak < found.peak), key=lambda entry: entry[0].peak)
+        tried = []
+        for flags, changed in memory.knobs(config, model):
+            note(f"now with {flags}")
+            tried.append((estimate(changed, model), flags, changed))
+        enough = max((1 - _WORTH_A_SETTING) * found.peak, available)
+        tried = sorted((entry for entry in tried if entry[0].peak <= enough), key=lambda entry: entry[0].peak)
         for changed, flags, _ in tried:
             verdict = "fits" if changed.peak <= available else ""
             lines.append(f"  {flags:<40}{memory.in_words(changed.peak):>12}  {verdict}".rstrip())
@@ -147,6 +159,8 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0  # every id is in the vocabulary, no number is bad
+        if (written := _written(func)) is not None:  # in place: nothing new, and quicker than to work out its shape
+            return args[0] if written == "self" else kwargs[written]
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -164,6 +178,15 @@ class _Ledger(TorchDispatchMode):
     def _strike(self, key: int, n_bytes: int) -> None:
         self._known.discard(key)
         self.held -= n_bytes
+
+
+@functools.cache
+def _written(func: Any) -> str | None:
+    """The argument that an operator writes into and returns as it was shaped: "self" or "out". None: it does not."""
+    written = [argument.name for argument in func._schema.arguments if argument.is_write]
+    if len(func._schema.returns) != 1 or torch.Tag.inplace_view in func.tags or written not in (["self"], ["out"]):
+        return None
+    return written[0]
 
 
 def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -> None:

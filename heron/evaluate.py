@@ -94,6 +94,7 @@ def evaluate(
     if n_targets < 1:
         raise DataError(f"evaluate: wanted at least 2 tokens, got {len(tokens)}")
     model = in_one_dtype(model)
+    ctx_len = min(ctx_len, n_targets)
     device = next(model.parameters()).device
     if mode == "rnn":
         windows = (tokens[i : i + ctx_len + 1].tolist() for i in range(0, n_targets, ctx_len))

@@ -9,6 +9,7 @@ import torch
 
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
+from heron.model import RWKV
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -31,6 +32,38 @@ def in_words(n_bytes: float) -> str:
     return f"{n_bytes:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
+def parameters(model: ModelConfig) -> int:
+    """The number of parameters of such a model."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in RWKV(model).parameters())
+
+
+def available() -> int | None:
+    """Bytes of the host's memory that a process can still have, by Linux or its container; None: not known."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
+            found.append(max(0, int(limit.read()) - int(used.read())))
+    except (OSError, ValueError):  # another system, no container, or one without a limit ("max")
+        pass
+    return min(found, default=None)
+
+
+def check_host(n_bytes: int, what: str) -> None:
+    """ConfigError where `what` needs more memory of the host than it has: the system would end the process for it."""
+    there = available()
+    if there is not None and n_bytes > there:
+        raise ConfigError(
+            f"{what} takes {in_words(n_bytes)}, and this machine has {in_words(there)} left; choose a smaller model, "
+            "or a machine with more memory (heron estimate says how much training takes)"
+        )
+
+
 def shortage(error: BaseException) -> str | None:
     """What an error says was asked for when memory ran out, as a clause; None: it is about something else."""
     text = str(error)
@@ -42,6 +75,8 @@ def shortage(error: BaseException) -> str | None:
         return (
             f"the host had no {in_words(int(asked[1]))} ({asked[1]} bytes) left" if asked else "the host had none left"
         )
+    if isinstance(error, (RuntimeError, TypeError, OverflowError)) and re.search("overflow|too large", text):
+        return "sizes whose product no memory holds"
     if isinstance(error, MemoryError):
         asked = re.search(r"allocate ([\d.]+ \w+)", text)  # as NumPy puts it
         return f"the host had no {asked[1]} left" if asked else "the host had no memory left"

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from heron.checkpoint.atomic import new_file
 from heron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         DataError: no log, or a line that is not a record, with its number.
     """
     path = _log_path(run)
-    if not path.is_file():
+    if not _is_file(path):
         raise DataError(f"{path}: no such log; wanted the folder of a run that `heron train` made (its --out)")
     records = [record for _, record in _parse(path)]
     validations = [record for record in records if "val_loss" in record]
@@ -342,6 +343,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         ConfigError: no run, or another ending.
         DataError: as :func:`read_log`, or a run without a single logged step.
+        CheckpointError: the picture can't be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
@@ -397,8 +399,8 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
     if len(runs) == 1:
         figure.suptitle(_summary(names[0], *logs[0]), fontsize=11)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    with new_file(out) as temporary:
+        figure.savefig(temporary, dpi=120)
     return out
 
 
@@ -433,6 +435,11 @@ def _wandb(folder: Path, project: str, name: str | None, config: dict[str, Any] 
         return None
     id_file.write_text(run.id + "\n", encoding="utf-8")
     return run
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file that can be read; a name that no file can have is none."""
+    return os.path.isfile(path) and os.access(path, os.R_OK)
 
 
 def _log_path(run: Path) -> Path:

@@ -40,7 +40,7 @@ def write(results: Sequence[dict[str, Any]], path: Path) -> None:
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()}
         for result in results
     ]
-    with new_file(path) as temporary:
+    with new_file(Path(path)) as temporary:
         temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
@@ -53,9 +53,11 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
 
     Raises:
         ConfigError: another ending.
+        CheckpointError: the picture can't be written.
     """
     from matplotlib.figure import Figure
 
+    out = Path(out)
     check_picture(out)
     keys = _shared_figures(results)
     has_steps = all(result["step"] is not None for result in results)
@@ -68,8 +70,8 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
         axes.set_xlabel("step" if has_steps else "")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    with new_file(out) as temporary:
+        figure.savefig(temporary, dpi=150)
     return out
 
 

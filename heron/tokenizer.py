@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import functools
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of `ids`; they may begin or end inside a character. DataError as in `decode`."""
 
 
-def load(spec: str, eod: str | None = None) -> Tokenizer:
+def load(spec: str | Path, eod: str | None = None) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     Args:
@@ -67,6 +68,9 @@ def load(spec: str, eod: str | None = None) -> Tokenizer:
         ConfigError: `spec` is none of these, or the package that it needs is not installed; an `eod` that it has not.
         DataError: the file is missing or damaged.
     """
+    if not isinstance(spec, str | os.PathLike):
+        raise ConfigError(f"tokenizer: wanted a name or a path, got {type(spec).__name__}")
+    spec = os.fspath(spec)
     if spec in ("world", "bytes"):
         if eod not in (None, "0"):
             raise ConfigError(f"eod {eod!r}: under the tokenizer {spec} a document ends with id 0; drop it")

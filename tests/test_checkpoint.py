@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_the_old_file_whole(random_model, tmp_path, suffix):
     [
         ("file/x.pth", "cannot be written: .*file is not a folder"),
         ("file/sub/x.safetensors", "cannot be written: Not a directory"),
-        ("folder.pth", "cannot be written: it is a folder; wanted the name of a file"),
+        ("folder.pth", "cannot be written: Is a directory"),
         ("new/x.bin", "wanted a file name ending in .pth, .safetensors, .gguf, got '.bin'"),
         ("new/x", "wanted a file name ending in .pth, .safetensors, .gguf, got ''"),
     ],

@@ -119,6 +119,15 @@ def test_what_fits_is_said_and_what_does_not_names_the_settings(peaks):
     assert max(map(len, never.splitlines())) <= 80
 
 
+def test_a_setting_that_saves_next_to_nothing_is_not_followed_to_the_end(peaks):
+    peaks({("ctx_len", 8): 0.995, ("grad_checkpoint", True): 0.5})
+    told = estimate.describe(training(micro_bsz=3), MODEL, 100 << 20)
+    assert "ctx_len 8" not in told
+    assert told.endswith("nothing more helps; a smaller model, or another device")
+    just = estimate.describe(training(micro_bsz=3, grad_checkpoint=True), MODEL, 499 << 20)
+    assert just.splitlines()[-1].split() == ["--ctx_len", "8", "498.00", "MiB", "fits"]
+
+
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
     [("24GiB", 24 << 30), ("24G", 24 << 30), ("80 gb", 80 * 10**9), ("1.5MiB", 3 << 19), ("4096", 4096), ("7B", 7)],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from heron import machine
 from heron.checkpoint import card, run
 from heron.checkpoint.architecture import TUNED, build, is_finite, leave_unsaid
-from heron.checkpoint.atomic import new_file, new_folder, sync
+from heron.checkpoint.atomic import as_path, new_file, new_folder, sync
 from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
 from heron.checkpoint.vocabulary import GENERATION, WORLD_SIZE, Vocabulary, generation_config
 from heron.config import ModelConfig, RosaConfig, TrainConfig
@@ -66,7 +66,7 @@ def load(
         CheckpointError: missing, unreadable, damaged, or not a model of a known variant: the message names the file
             and the tensor. ROSA of which nothing says how it works.
     """
-    source = weights_file(Path(path))
+    source = weights_file(as_path(path))
     tensors = read_tensors(source)
     model = build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
     if (widest := model.widest()) is not None:
@@ -84,7 +84,7 @@ def load_toy(path: str | Path) -> SelfToy | QKVToy:
     Raises:
         CheckpointError: missing, unreadable, damaged, or not one of these toys.
     """
-    return toy_from(read_tensors(Path(path)), path)
+    return toy_from(read_tensors(as_path(path)), path)
 
 
 def save(
@@ -107,6 +107,8 @@ def save(
             written.
         ConfigError, DataError: no such tokenizer, or one with more ids than the model.
     """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"wanted a model to save, got {type(model).__name__}; heron.save(model, path)")
     if adapted := next(
         (name for name in model.state_dict() if ".base_layer." in f".{name}" or ".modules_to_save." in name), None
     ):
@@ -114,7 +116,7 @@ def save(
             f"{path}: an adapter is on {adapted}, and the file would hold it apart from its weight; merge it first "
             "(peft: merge_and_unload), or save the adapter alone (peft: save_pretrained)"
         )
-    config, path = getattr(model, "config", None), Path(path)
+    config, path = getattr(model, "config", None), as_path(path)
     known = None
     if tokenizer is not None:
         tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -241,7 +243,11 @@ def weights_file(path: Path) -> Path:
 
     Warns of each checkpoint of a run that is damaged and passed over.
     """
-    if not path.is_dir() or (path / hf.CONFIG).exists():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if not is_folder or (path / hf.CONFIG).exists():
         return path
     if run.is_checkpoint(path):
         run.verify(path)

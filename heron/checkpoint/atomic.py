@@ -5,11 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from heron.errors import CheckpointError
+
+
+def as_path(path: str | Path) -> Path:
+    """`path` as a Path; CheckpointError for what is none."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise CheckpointError(f"wanted the path of a file or folder, got {type(path).__name__}: {path!r}") from None
 
 
 def sync(path: Path) -> None:
@@ -37,13 +46,11 @@ def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure `path` is untouched.
 
     Raises:
-        CheckpointError: the disk or the folder refuses; the message names the path.
+        CheckpointError: the disk or the folder refuses, or `path` is no file (a device, a pipe), which must not be
+            replaced; the message names the path.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a rename would put a file in the place of a device
-        what = "a folder" if path.is_dir() else "a device or a pipe"
-        raise CheckpointError(f"{path}: cannot be written: it is {what}; wanted the name of a file")
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    temporary = _beside(path)
+    _refuse_special(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -55,8 +62,8 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except FileExistsError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.filename} is not a folder") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -66,7 +73,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk or the folder refuses; the message names the path.
     """
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    temporary = _beside(path)
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
@@ -76,7 +83,30 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync(temporary)
         os.rename(temporary, path)
         sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_special(path: Path) -> None:
+    """CheckpointError for a device, a pipe or a socket: who replaces /dev/null breaks the machine for everybody."""
+    special = (stat.S_ISCHR, stat.S_ISBLK, stat.S_ISFIFO, stat.S_ISSOCK)
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or can't be: writing it will say so
+        is_stream = path.is_symlink() and os.readlink(path).startswith("/proc/")  # such as /dev/stdout
+        mode = os.stat(path).st_mode
+        if is_stream or any(is_one(mode) for is_one in special):
+            raise CheckpointError(f"{path}: cannot be written: it is a device or a pipe; wanted the name of a file")
+
+
+def _beside(path: Path) -> Path:
+    """Where what is to become `path` is written first; CheckpointError for what can't be a file's name."""
+    if path.name in ("", "..") or "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r}: cannot be written: wanted the name of a file")
+    return path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+
+
+def _reason(error: OSError | UnicodeEncodeError) -> str:
+    if isinstance(error, UnicodeEncodeError):  # a library takes no name that is not UTF-8
+        return "its name is not UTF-8; choose another"
+    return error.strerror or str(error)

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from heron.checkpoint.architecture import in_one_dtype, is_finite
-from heron.checkpoint.atomic import new_file
+from heron.checkpoint.atomic import as_path, new_file
 from heron.checkpoint.formats import safetensors
 from heron.continuation import encode_behind
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
@@ -75,6 +74,7 @@ class Engine:
         tables_file: str | Path | None = None,
         device: torch.device | str | None = None,
     ):
+        _check_kinds(model, tokenizer)
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
         if tables not in PLACES:
@@ -143,7 +143,7 @@ class Engine:
         probs = logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
         ranked = probs[: self.tokenizer.vocab_size].argsort(descending=True, stable=True).tolist()
         known = (token for token in ranked if stand_for_something(self.tokenizer, [token]))
-        return [(token, float(probs[token])) for token in itertools.islice(known, n)]
+        return [(token, float(probs[token])) for token in itertools.islice(known, min(n, len(ranked)))]
 
     def _ask(
         self, function: Callable[[Tensor, State | None], tuple[Tensor, State]], ids: Sequence[int], state: State | None
@@ -165,6 +165,10 @@ class Engine:
             DataError: a text that cannot be encoded, an id outside the vocabulary.
         """
         pending = () if after is None else after.pending
+        if hasattr(prompt, "tolist"):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, Iterable):
+            raise DataError(f"prompt: wanted a text or token ids, got {type(prompt).__name__}")
         if not isinstance(prompt, str):
             ids = list(prompt)
         elif pending or (after is not None and after.state is not None):
@@ -187,9 +191,7 @@ class Engine:
         Raises:
             CheckpointError: the file cannot be written, or is there and no state file.
         """
-        path = Path(path)
-        if path.exists() and _format_of(path) != _FORMAT:
-            raise CheckpointError(f"{path} exists and is no state file; name another one")
+        path = as_path(path)
         parts = [] if snapshot.state is None else snapshot.state.to_list()
         tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
         tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
@@ -197,7 +199,9 @@ class Engine:
             if (part := getattr(snapshot, name)) is not None:
                 tensors[name] = part.clone()
         with new_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "model": self.fingerprint})
+            if path.exists() and _format_of(path) != _FORMAT:
+                raise CheckpointError(f"{path} exists and is no state file; name another one")
+            safetensors.write(tensors, temporary, {"format": _FORMAT, "model": self.fingerprint})
 
     def load(self, path: str | Path) -> Snapshot:
         """A snapshot that :meth:`save` wrote, onto this engine's device.
@@ -205,7 +209,7 @@ class Engine:
         Raises:
             CheckpointError: no such file, a damaged one, or one that another model (or another dtype of it) wrote.
         """
-        path = Path(path)
+        path = as_path(path)
         try:
             tensors, about = safetensors.read(path), safetensors.metadata(path)
         except CheckpointError as error:
@@ -283,7 +287,7 @@ class Engine:
         if after.state is not None and self._is_fusible:
             after.state.check(self.model.config, 1)
         state = self.prefill(context, after.state)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         if after.generator is not None:
             generator.set_state(after.generator)
         counts = None
@@ -433,6 +437,16 @@ class Engine:
         request.check(self.tokenizer, self.vocab_size)
         ids = self.prompt_ids(request.prompt, request.after)
         return ids if request.after is None else ids[len(request.after.pending) :]
+
+
+def _check_kinds(model: object, tokenizer: object) -> None:
+    """ConfigError for what is no model or no tokenizer."""
+    if not hasattr(model, "config") or not isinstance(model, nn.Module):
+        raise ConfigError(f"model: wanted an RWKV, such as heron.load gives, got {type(model).__name__}")
+    if not hasattr(tokenizer, "vocab_size") or isinstance(tokenizer, nn.Module):
+        raise ConfigError(
+            f"tokenizer: wanted a tokenizer, such as heron.tokenizer.load gives, got {type(tokenizer).__name__}"
+        )
 
 
 def _format_of(path: Path) -> str | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from heron.config import plain
 from heron.errors import ConfigError
 from heron.generation.sampling import Sampling
 from heron.generation.text import until_stop
@@ -109,11 +110,11 @@ class Writing:
 
 def check_max_tokens(max_tokens: int) -> None:
     """ConfigError unless it is a whole number from 0 on."""
-    if type(max_tokens) is not int or max_tokens < 0:
+    if type(plain(max_tokens)) is not int or max_tokens < 0:
         raise ConfigError(f"max_tokens: wanted a whole number from 0 on, got {max_tokens!r}")
 
 
 def check_seed(seed: int) -> None:
     """ConfigError unless it is a whole number from 0 to LARGEST_SEED."""
-    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+    if type(plain(seed)) is not int or not 0 <= seed <= LARGEST_SEED:
         raise ConfigError(f"seed: wanted a whole number from 0 to {LARGEST_SEED}, got {seed!r}")

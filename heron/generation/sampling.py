@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heron.config import plain
 from heron.errors import ConfigError, DataError, HeronError
 from heron.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         highest = {"top_p": 1.0, "penalty_decay": 1.0}
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), (int,) if field.name == "top_k" else (int, float)
+            value, kinds = plain(getattr(self, field.name)), (int,) if field.name == "top_k" else (int, float)
             high = highest.get(field.name, math.inf)
             if field.name == "count_digits":
                 if not isinstance(value, bool):
@@ -54,6 +55,7 @@ class Sampling:
             if not (0 <= value <= high and math.isfinite(value)):
                 wanted = "a finite number, at least 0" if high == math.inf else f"0 to {high:g}"
                 raise ConfigError(f"{field.name}: wanted {wanted}, got {value}")
+            object.__setattr__(self, field.name, value)
 
     @property
     def greedy(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from heron.errors import ConfigError, DataError
 from heron.tokenizer import TextStream, Tokenizer
@@ -27,7 +27,9 @@ class UntilStop:
     """Lets text through up to the first stop text, holding back whatever could still become one."""
 
     def __init__(self, stops: str | Sequence[str]):
-        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        stops = tuple(stops) if isinstance(stops, Iterable) and not isinstance(stops, str) else (stops,)
+        if not all(isinstance(stop, str) for stop in stops):
+            raise ConfigError(f"stop: wanted texts, got {stops!r}")
         if "" in stops:
             raise ConfigError("stop: wanted texts of at least one character, got an empty one")
         self.found = False

@@ -16,6 +16,7 @@ from heron.config import ModelConfig, RosaConfig
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import Lookup
 from heron.model.state import LayerState, RosaState, last_of, shifted
+from heron.ops._graph import in_graph
 from heron.ops.rosa import rosa_last
 from heron.ops.rosa.gradients import rosa_emb01, rosa_qkv, to_streams
 
@@ -128,8 +129,8 @@ def recall(
 ) -> tuple[Tensor, RosaState]:
     """One ROSA layer on what follows `state`.
 
-    With autograd on, `layer` runs over the whole history, in which what came before has no gradient. With autograd off
-    the same numbers come from the match alone, of which a single token is one step.
+    With autograd on, or where a graph is recorded, `layer` runs over the whole history, in which what came before has
+    no gradient. With autograd off the same numbers come from the match alone, of which a single token is one step.
 
     Args:
         inputs: (B, T, C) each: q, k, v, or the one that is all three. A bit is ``> 0``, so 0 and NaN are bit 0.
@@ -141,7 +142,7 @@ def recall(
     """
     B, T, C = inputs[0].shape
     symbols = torch.stack([to_streams(x, rosa.bits).view(B, -1, T) for x in inputs], dim=1)  # (B, 3 or 1, G, T)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or in_graph():  # where nothing can be looked at, `layer` is one operator
         past = (2.0 * _bits(kind, rosa.bits) - 1 for kind in state.symbols.unbind(1))  # (B, t, C), of these signs
         whole = [torch.cat((before.to(x.dtype), x), dim=1) for before, x in zip(past, inputs, strict=True)]
         options = dict(bits=rosa.bits, no_match=rosa.no_match, max_match=rosa.max_match, grad=rosa.grad)

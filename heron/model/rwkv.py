@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from heron.model.plain import is_plain
 from heron.model.rosa import RosaBlock, RosaQKV
 from heron.model.state import LayerState, State
 from heron.model.time_mix import TimeMix
+from heron.ops._graph import in_graph
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 
@@ -121,8 +125,16 @@ class RWKV(nn.Module):
     called. `compiled_block` alone reads the weights of ln1, ln2 and ln_x; it is for networks whose norms are plain.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig | str | Mapping[str, Any]):
+        """`config` may be a preset's name, or a mapping of settings. ConfigError for what is none of these."""
         super().__init__()
+        if isinstance(config, str):
+            config = ModelConfig.preset(config)
+        elif isinstance(config, Mapping):
+            config = ModelConfig.from_dict(config)
+        if not isinstance(config, ModelConfig):
+            kind = type(config).__name__
+            raise ConfigError(f"model: wanted a ModelConfig, a preset's name or a mapping, got {kind}")
         self.config = config
         self.grad_checkpoint = False  # recompute each block in the backward pass
         self.compiled_block: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
@@ -144,7 +156,7 @@ class RWKV(nn.Module):
         """Next-token logits of a batch of sequences.
 
         Args:
-            tokens: (B, T) integer ids, T >= 1.
+            tokens: (B, T) integer ids, T >= 1; lists and NumPy arrays of such are taken as well.
             state: what the sequences left off with; None: zeros. Never changed in place; gradients flow into it.
 
         Returns:
@@ -168,7 +180,7 @@ class RWKV(nn.Module):
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
             return self._in_dtype(widest, RWKV.hidden_states, tokens, state, embeddings)
-        self._check_tokens(tokens)
+        tokens = self._checked_tokens(tokens)
         window = self.attention_window
         if window is not None and window < 1:
             raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
@@ -208,6 +220,7 @@ class RWKV(nn.Module):
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward."""
         if self.mixes_dtypes and (widest := self.widest()) is not None:
             return self._in_dtype(widest, RWKV.loss, tokens, targets)
+        targets = self._integers("targets", targets)
         if self.compiled_block is not None and torch.is_grad_enabled():
             hidden = self._compiled_hidden_states(tokens)
         else:
@@ -246,7 +259,7 @@ class RWKV(nn.Module):
 
         Tables are looked up between the blocks: compiled, their gradients would be summed in an order that changes.
         """
-        self._check_tokens(tokens)
+        tokens = self._checked_tokens(tokens)
         context = Lookup(tokens, self.embed(tokens))
         x, branch, v_first = context.embedded, None, None
         for block in self.blocks:
@@ -268,16 +281,30 @@ class RWKV(nn.Module):
         x, branch, v_first = self.compiled_block(block, x, branch, v_first, of_table)
         return x, ffn.enn.gate(branch, context.ids) if gates_output else branch, v_first
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _integers(self, name: str, ids: Tensor | Sequence | np.ndarray) -> Tensor:
+        """(B, T) int64 ids, from a tensor as from a list or an array; DataError for what is none."""
+        if not isinstance(ids, Tensor):
+            try:
+                ids = torch.as_tensor(ids, device=self.emb.weight.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(f"{name}: wanted (B, T) integer ids, got {type(ids).__name__}: {error}") from None
+        if not ids.numel():
+            return ids  # and its shape will be refused
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise DataError(f"{name}: wanted int64 ids, got {ids.dtype}")
+        return ids.long()
+
+    def _checked_tokens(self, tokens: Tensor | Sequence | np.ndarray) -> Tensor:
+        tokens = self._integers("tokens", tokens)
         if tokens.dim() != 2 or tokens.numel() == 0:
-            raise DataError(f"tokens: wanted (B, T) with B, T >= 1, got {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise DataError(f"tokens: wanted int64 ids, got {tokens.dtype}")
+            one = "; of one sequence, give [tokens] or tokens.unsqueeze(0)" if tokens.dim() == 1 else ""
+            raise DataError(f"tokens: wanted (B, T) with B, T >= 1, got {tuple(tokens.shape)}{one}")
         # On a GPU this would wait for the device; the data loader has checked every id by then.
-        if tokens.device.type == "cpu" and tokens.numel():
+        if tokens.device.type == "cpu" and not in_graph():
             low, high = torch.aminmax(tokens)
             if low < 0 or high >= self.config.vocab_size:
                 raise DataError(
                     f"tokens: ids must be 0 to {self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}), "
                     f"got {int(low)} to {int(high)}"
                 )
+        return tokens

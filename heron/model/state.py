@@ -4,14 +4,16 @@ size, and what DeepEmbedAttention and ROSA saw, which grows."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from heron.config import ModelConfig
 from heron.errors import ConfigError
+from heron.ops._graph import in_graph
 
 DEA_WIDTH, DEA_RANK = 256, 32  # of DeepEmbedAttention's queries and keys, and of its codes
 ROSA_BYTES = 5  # a stream of ROSA and a token: three symbols and a match length (7 beyond 32768 tokens)
@@ -185,7 +187,8 @@ class State:
             n_past = self.tokens.shape[-1]
             if self.tokens.shape != (batch_size, n_past):
                 raise ConfigError(f"state, tokens: wanted {(batch_size, n_past)}, got {tuple(self.tokens.shape)}")
-            if self.tokens.device.type == "cpu" and ((self.tokens < 0) | (self.tokens >= config.vocab_size)).any():
+            readable = self.tokens.device.type == "cpu" and not in_graph()
+            if readable and ((self.tokens < 0) | (self.tokens >= config.vocab_size)).any():
                 raise ConfigError(f"state, tokens: ids must be 0 to {config.vocab_size - 1}")
         fresh = State.zeros(config, batch_size, torch.device("meta"), torch.float32).layers[0]
         wanted = {name: tuple(part.shape) for name, part in _parts(fresh)}
@@ -201,9 +204,42 @@ class State:
                     raise ConfigError(f"state of layer {i}, {name}: wanted {wanted.get(name)}, got {found.get(name)}")
 
 
+def _taken_apart(state: State) -> tuple[list[Tensor], str]:
+    """All tensors of `state`, and which of those that can be absent are there: for torch.export and torch.func.
+
+    What is there is said as ``tokens layer layer ...``, a layer as ``attention:rosa``, with a digit for each tensor.
+    """
+    parts, layers = [], []
+    for layer in state.layers:
+        memories = layer.attention or (), layer.rosa or ()
+        parts += [*layer[:3], *(part for memory in memories for part in memory if part is not None)]
+        layers.append(":".join("".join(str(int(part is not None)) for part in memory) for memory in memories))
+    parts += [] if state.tokens is None else [state.tokens]
+    return parts, " ".join([str(int(state.tokens is not None)), *layers])
+
+
+def _put_together(parts: Iterable[Tensor], there: str) -> State:
+    """The inverse of :func:`_taken_apart`."""
+    parts = iter(parts)
+
+    def memory(kind: type, digits: str) -> NamedTuple | None:
+        return kind(*(next(parts) if digit == "1" else None for digit in digits)) if digits else None
+
+    has_tokens, *forms = there.split(" ")
+    layers = []
+    for form in forms:
+        attention, _, rosa = form.partition(":")
+        always = next(parts), next(parts), next(parts)
+        layers.append(LayerState(*always, memory(AttentionState, attention), memory(RosaState, rosa)))
+    return State(tuple(layers), next(parts) if has_tokens == "1" else None)
+
+
+_pytree.register_pytree_node(State, _taken_apart, _put_together, serialized_type_name="heron.State")
+
+
 def shifted(x: Tensor, last: Tensor) -> Tensor:
     """The previous token's vector at each position: x (B, T, C) moved by one, `last` (B, C) in front."""
-    return torch.cat((last.unsqueeze(1).to(x.dtype), x[:, :-1]), dim=1)
+    return torch.cat((last.unsqueeze(1).to(x.dtype), x), dim=1)[:, :-1]  # T - 1 would be a size that T must not make 1
 
 
 def last_of(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from heron.errors import KernelError
+from heron.progress import progress
 
 try:
     import fcntl
@@ -212,7 +213,7 @@ def _published(name: str, key: str, compile_into: Callable[[Path], Path]) -> Ite
             home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _file_lock(home.with_suffix(".lock"), name):
                 if not _whole(library):
-                    _build(home, library, compile_into)
+                    _build(name, home, library, compile_into)
         except OSError as error:
             raise KernelError(
                 f"{name}: the cache for built kernels, {home.parent}, can't be written ({error.strerror or error}); "
@@ -221,7 +222,7 @@ def _published(name: str, key: str, compile_into: Callable[[Path], Path]) -> Ite
     yield library
 
 
-def _build(home: Path, library: Path, compile_into: Callable[[Path], Path]) -> None:
+def _build(name: str, home: Path, library: Path, compile_into: Callable[[Path], Path]) -> None:
     """Compile in a private folder and rename it to `home`; the caller holds the lock of `home`."""
     for left_over in home.parent.glob(f"{home.name}.building-*"):  # of a process that was killed while it held the lock
         shutil.rmtree(left_over, ignore_errors=True)
@@ -230,7 +231,8 @@ def _build(home: Path, library: Path, compile_into: Callable[[Path], Path]) -> N
         shutil.rmtree(home)
     private = Path(tempfile.mkdtemp(prefix=f"{home.name}.building-", dir=home.parent))
     try:
-        built = compile_into(private)
+        with progress(f"building {name}, once for this machine"):
+            built = compile_into(private)
         whole = private / "whole"
         whole.mkdir()
         os.replace(built, whole / library.name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
+from heron.ops import _graph
 
 _no_kernels: str | None = None
 
@@ -212,7 +213,7 @@ def _cuda_or(other: Choice, reason: str, device: torch.device, why_not: str | No
     """The CUDA form, for `reason`, on a CUDA device that nothing speaks against; elsewhere `other`, with what does."""
     if device.type != "cuda":
         return other
-    why_not = _no_kernels or why_not
+    why_not = _no_kernels or ("torch.func transforms this call" if _graph.in_transform() else None) or why_not
     if why_not is None:
         return Choice("cuda", reason)
     return Choice(other.impl, f"{other.reason}; no CUDA kernel ({why_not})")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     try:
         announced = _announced(path)
-        loaded = load_file(path)
+        loaded = load_file(path) if _is_utf8(path) else load_bytes(path.read_bytes())
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable .safetensors file: {error}") from error
     for name in announced.keys() | loaded.keys():
@@ -67,22 +68,50 @@ def names(path: Path) -> list[str]:
 def metadata(path: Path) -> dict[str, str]:
     """What a file says about itself; CheckpointError if it can't be read."""
     try:
+        if not _is_utf8(path):
+            return _header(path)[0].get(_METADATA, {})
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable .safetensors file: {error}") from None
 
 
-def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write named tensors; OSError when the disk refuses."""
+def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors, with `metadata` beside the usual format "pt"; OSError when the disk refuses."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
 def _announced(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor by the header; ValueError when that does not describe the file to the byte.
+    """Dtype and shape of each tensor by the header; ValueError when that does not describe the file to the byte."""
+    header, data_bytes = _header(path)
+    header.pop(_METADATA, None)
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"wanted at most {MOST_TENSORS:,} tensors, got {len(header):,}")
+    regions = sorted((*_region(name, entry), name) for name, entry in header.items())
+    last = 0
+    for begin, end, name in regions:
+        if begin != last:
+            raise ValueError(f"{name!r}: wanted it at byte {last:,} of the data, got {begin:,}")
+        last = end
+    if last != data_bytes:
+        raise ValueError(f"wanted {last:,} bytes of data, got {data_bytes:,}")
+    return {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether the library can open a file of this name."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a file says it holds, and how many bytes of data follow; ValueError where that is no header.
 
     Source of the format: huggingface/safetensors, README.
     """
@@ -95,20 +124,10 @@ def _announced(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     if not text.startswith(b"{"):
         raise ValueError("its header does not begin with '{'")
     header = strict_json.loads(text)
-    metadata = header.pop(_METADATA, {})
+    metadata = header.get(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{_METADATA!r}: wanted texts by name")
-    if len(header) > MOST_TENSORS:
-        raise ValueError(f"wanted at most {MOST_TENSORS:,} tensors, got {len(header):,}")
-    regions = sorted((*_region(name, entry), name) for name, entry in header.items())
-    last = 0
-    for begin, end, name in regions:
-        if begin != last:
-            raise ValueError(f"{name!r}: wanted it at byte {last:,} of the data, got {begin:,}")
-        last = end
-    if last != file_bytes - 8 - header_bytes:
-        raise ValueError(f"wanted {last:,} bytes of data, got {file_bytes - 8 - header_bytes:,}")
-    return {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+    return header, file_bytes - 8 - header_bytes
 
 
 def _region(name: str, entry: Any) -> tuple[int, int]:

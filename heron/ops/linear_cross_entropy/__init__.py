@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked, linear_cross_entropy_cuda
+from heron.ops import _graph, _select
+from heron.ops.linear_cross_entropy.chunked import (
+    check_targets,
+    linear_cross_entropy_chunked,
+    linear_cross_entropy_cuda,
+)
 from heron.ops.linear_cross_entropy.reference import cross_entropy, linear_cross_entropy_reference
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
@@ -79,11 +83,5 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
             f"linear_cross_entropy: all tensors must be on {hidden.device}; "
             f"weight is on {weight.device}, targets on {targets.device}"
         )
-    if targets.device.type == "cpu":
-        bad = (targets != -100) & ((targets < 0) | (targets >= weight.shape[0]))
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise KernelError(
-                f"linear_cross_entropy: targets must be in [0, {weight.shape[0]}) or -100 to be ignored; "
-                f"got {targets[tuple(where)].item()} at position {where}"
-            )
+    if not _graph.in_graph():  # there the operator looks, when it runs
+        check_targets(targets, weight.shape[0])

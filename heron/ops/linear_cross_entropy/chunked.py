@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from heron.errors import KernelError
+from heron.ops import _graph
 from heron.ops.linear_cross_entropy import cuda
 
 _LOGITS_PER_CHUNK = 1 << 24
@@ -22,6 +26,8 @@ def linear_cross_entropy_chunked(
     """
     if chunk_rows is None:
         chunk_rows = max(1, _LOGITS_PER_CHUNK // weight.shape[0])
+    if _graph.in_graph():
+        return _in_graph(hidden, weight, targets, l2wrap, chunk_rows, False)
     return _Chunked.apply(hidden, weight, targets, l2wrap, chunk_rows, loss_rows, torch.is_grad_enabled())
 
 
@@ -33,6 +39,8 @@ def linear_cross_entropy_cuda(hidden: Tensor, weight: Tensor, targets: Tensor, l
     """
     cuda.require(hidden.device, _product_dtype(hidden))
     chunk_rows = max(1, _LOGITS_PER_CHUNK_CUDA // weight.shape[0])
+    if _graph.in_graph():
+        return _in_graph(hidden, weight, targets, l2wrap, chunk_rows, True)
     return _Chunked.apply(hidden, weight, targets, l2wrap, chunk_rows, cuda.loss_rows_cuda, torch.is_grad_enabled())
 
 
@@ -71,27 +79,12 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, l2wrap, chunk_rows, rows_of, grad_mode):
+        wanted = (grad_mode and ctx.needs_input_grad[0], grad_mode and ctx.needs_input_grad[1])
         product_dtype = _product_dtype(hidden)
-        dtype = torch.promote_types(product_dtype, torch.float32)
-        d_hidden = torch.empty_like(hidden, dtype=product_dtype) if grad_mode and ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if grad_mode and ctx.needs_input_grad[1] else None
-        with_gradient = d_hidden is not None or d_weight is not None
-
-        with torch.autocast(hidden.device.type, enabled=False):
-            weight = weight.to(product_dtype)
-            total = hidden.new_zeros((), dtype=dtype)
-            for start in range(0, hidden.shape[0], chunk_rows):
-                rows = slice(start, start + chunk_rows)
-                x = hidden[rows].to(product_dtype)
-                # The gradient of count * loss; 1 / count comes last, so that half precision doesn't underflow.
-                losses, d_logits = rows_of(x @ weight.mT, targets[rows], l2wrap, with_gradient)
-                total += losses.sum()
-                if d_hidden is not None:
-                    torch.mm(d_logits, weight, out=d_hidden[rows])
-                if d_weight is not None:
-                    _add_product(d_weight, d_logits.mT, x)
-            count = (targets != -100).sum().clamp(min=1)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        total, count, d_hidden, d_weight = _summed(
+            hidden, weight, targets, l2wrap, chunk_rows, rows_of, product_dtype, wanted
+        )
+        ctx.dtypes = hidden.dtype, product_dtype
         ctx.save_for_backward(count, d_hidden, d_weight)
         return total / count
 
@@ -99,12 +92,107 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):
         count, *grads = ctx.saved_tensors
-        scale = d_loss / count
-        d_hidden, d_weight = (
-            None if grad is None else (grad.to(scale.dtype) * scale).to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        return *_scaled(grads, d_loss / count, ctx.dtypes), None, None, None, None, None
+
+
+def _scaled(grads: tuple[Tensor | None, ...], scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Tensor | None]:
+    """The gradients of `_summed` times `scale`, which holds 1 / count: last, so that half precision won't underflow."""
+    return [
+        None if grad is None else (grad.to(scale.dtype) * scale).to(dtype)
+        for grad, dtype in zip(grads, dtypes, strict=True)
+    ]
+
+
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    l2wrap: float,
+    chunk_rows: int,
+    rows_of: Callable[..., tuple[Tensor, Tensor | None]],
+    product_dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """count * loss, the count (at least 1), and the gradients of the former by hidden and weight where `wanted`."""
+    dtype = torch.promote_types(product_dtype, torch.float32)
+    d_hidden = torch.empty_like(hidden, dtype=product_dtype) if wanted[0] else None
+    d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight = weight.to(product_dtype)
+        total = hidden.new_zeros((), dtype=dtype)
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            x = hidden[rows].to(product_dtype)
+            losses, d_logits = rows_of(x @ weight.mT, targets[rows], l2wrap, any(wanted))
+            total += losses.sum()
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[rows])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits.mT, x)
+        return total, (targets != -100).sum().clamp(min=1), d_hidden, d_weight
+
+
+def _in_graph(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, chunk_rows: int, kernel: bool) -> Tensor:
+    """The loss as one operator of PyTorch; `kernel`: the one for CUDA does the rows."""
+    dtype, with_gradient = _product_dtype(hidden), torch.is_grad_enabled()
+    total, count, _, _ = _operator(hidden, weight, targets, l2wrap, chunk_rows, kernel, dtype, with_gradient)
+    return total / count
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    l2wrap: float,
+    chunk_rows: int,
+    kernel: bool,
+    product_dtype: torch.dtype,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_targets(targets, weight.shape[0])
+    rows_of = cuda.loss_rows_cuda if kernel else loss_rows
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    total, count, *grads = _summed(
+        hidden, weight, targets, l2wrap, chunk_rows, rows_of, product_dtype, (with_gradient,) * 2
+    )
+    return total, count, *(hidden.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _shapes(hidden, weight, targets, l2wrap, chunk_rows, kernel, product_dtype, with_gradient):
+    dtype = torch.promote_types(product_dtype, torch.float32)
+    scalars = hidden.new_empty((), dtype=dtype), targets.new_empty(())
+    if not with_gradient:
+        return *scalars, hidden.new_empty(0), hidden.new_empty(0)
+    d_hidden = hidden.new_empty(hidden.shape, dtype=product_dtype)
+    return *scalars, d_hidden, weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    hidden, weight = inputs[:2]
+    ctx.dtypes = hidden.dtype, weight.dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+def _operator_backward(ctx, d_total, *_):
+    return *_scaled(ctx.saved_tensors, d_total, ctx.dtypes), *(None,) * 6
+
+
+_operator = _graph.Operator("linear_cross_entropy", _run, _shapes, _keep_for_backward, _operator_backward)
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """KernelError for a target on the CPU that is neither in [0, V) nor -100."""
+    if targets.device.type != "cpu":
+        return
+    bad = (targets != -100) & ((targets < 0) | (targets >= vocab_size))
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        raise KernelError(
+            f"linear_cross_entropy: targets must be in [0, {vocab_size}) or -100 to be ignored; "
+            f"got {targets[tuple(where)].item()} at position {where}"
         )
-        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

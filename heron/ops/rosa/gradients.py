@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
+from heron.ops import _graph
 from heron.ops.rosa.flips import flip_differences
 from heron.ops.rosa.soft import soft_gradients
 
@@ -104,51 +105,147 @@ def _rosa(
     for x in (high, low):
         if x.shape != q.shape[2:]:
             raise KernelError(f"rosa: output vectors must be (C,) = ({q.shape[2]},), got {tuple(x.shape)}")
-    return _Rosa.apply(q, k, v, high, low, bits, no_match, max_match, grad)
+    inputs = (q, k, v, high, low)
+    if _graph.in_graph():
+        return _operator(*inputs, bits, no_match, max_match, grad, k is q and v is q)
+    return _Rosa.apply(*inputs, bits, no_match, max_match, grad)
 
 
 class _Rosa(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, high, low, bits, no_match, max_match, grad):
-        from heron.ops.rosa import rosa
-
-        ctx.self_form = k is q and v is q
-        streams = [to_streams(q, bits)] * 3 if ctx.self_form else [to_streams(x, bits) for x in (q, k, v)]
-        src, _ = rosa(streams[0], streams[1], max_match)
-        nothing = low if no_match == "bit0" else torch.zeros_like(low)
-        matched, ones = _found(src, streams[2], len(q), bits)
-        ctx.save_for_backward(q, k, v, high, low, nothing, src, *streams)
-        ctx.choices = bits, no_match, max_match, grad
-        return torch.where(matched, torch.where(ones, high, low), nothing)
+        ctx.choices = bits, no_match, max_match, grad, k is q and v is q
+        out, src = _forward(q, k, v, high, low, *ctx.choices)
+        ctx.save_for_backward(q, k, v, high, low, src)
+        return out
 
     @staticmethod
     def backward(ctx, gy):
-        saved = ctx.saved_tensors  # asked for once: a recomputed block gives them once
-        inputs, (nothing, src), streams = saved[:5], saved[5:7], saved[7:]
-        bits, no_match, max_match, grad = ctx.choices
-        wide = torch.promote_types(gy.dtype, torch.float32)
-        q, k, v, high, low, nothing, gy = (x.to(wide) for x in (*inputs, nothing, gy))
-        matched, ones = _found(src, streams[2], len(q), bits)
-        zeros = matched & ~ones if no_match == "zero" else ~(matched & ones)
-        d_high, d_low = ((gy * chosen).sum((0, 1)) for chosen in (matched & ones, zeros))
-        dq = dk = dv = None
-        if grad == "bitflip":
-            worth = _worth_of_values(gy, high, low, bits), _per_stream(gy * nothing, bits).sum(2)
+        *inputs, src = ctx.saved_tensors  # asked for once: a recomputed block gives them once
+        return *_backward(gy, *inputs, src, *ctx.choices), None, None, None, None
 
-            def slopes(x: Tensor, flipped: str) -> Tensor:
-                return _per_size(_joined(flip_differences(*streams, *worth, bits, max_match, flipped), x), x)
 
-            dq = slopes(q, "all" if ctx.self_form else "q")
-            dk = None if ctx.self_form else slopes(k, "k")
-        elif grad == "soft_suffix":
-            half, middle = (high - low) / 2, (high + low) / 2
-            worth = [_per_stream(gy * half, bits), *(_per_stream(gy * x, bits).sum(2) for x in (middle, nothing))]
-            by_sign = soft_gradients(*streams, *worth, max_match)
-            dq, dk, dv = (_joined(d, x) / (1 + x.abs()) ** 2 for d, x in zip(by_sign, (q, k, v), strict=True))
-        if not ctx.self_form:
-            dv = value_gradient(v, gy, high - low, src, bits)
-        found = (dq, dk, dv, d_high, d_low)
-        return *(d if d is None else d.to(x.dtype) for d, x in zip(found, inputs, strict=True)), None, None, None, None
+def _streams(q: Tensor, k: Tensor, v: Tensor, bits: int, self_form: bool) -> list[Tensor]:
+    """The symbols of queries, keys and values; in the self form they are one tensor."""
+    return [to_streams(q, bits)] * 3 if self_form else [to_streams(x, bits) for x in (q, k, v)]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    high: Tensor,
+    low: Tensor,
+    bits: int,
+    no_match: str,
+    max_match: int | None,
+    grad: str,
+    self_form: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and where the matches end, (B * C / bits, T)."""
+    from heron.ops.rosa import rosa
+
+    queries, keys, values = _streams(q, k, v, bits, self_form)
+    src, _ = rosa(queries, keys, max_match)
+    nothing = low if no_match == "bit0" else torch.zeros_like(low)
+    matched, ones = _found(src, values, len(q), bits)
+    return torch.where(matched, torch.where(ones, high, low), nothing), src
+
+
+def _backward(
+    gy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    high: Tensor,
+    low: Tensor,
+    src: Tensor,
+    bits: int,
+    no_match: str,
+    max_match: int | None,
+    grad: str,
+    self_form: bool,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, high and low; None for what has none under this rule."""
+    inputs, streams = (q, k, v, high, low), _streams(q, k, v, bits, self_form)
+    wide = torch.promote_types(gy.dtype, torch.float32)
+    q, k, v, high, low, gy = (x.to(wide) for x in (*inputs, gy))
+    nothing = low if no_match == "bit0" else torch.zeros_like(low)
+    matched, ones = _found(src, streams[2], len(q), bits)
+    zeros = matched & ~ones if no_match == "zero" else ~(matched & ones)
+    d_high, d_low = ((gy * chosen).sum((0, 1)) for chosen in (matched & ones, zeros))
+    dq = dk = dv = None
+    if grad == "bitflip":
+        worth = _worth_of_values(gy, high, low, bits), _per_stream(gy * nothing, bits).sum(2)
+
+        def slopes(x: Tensor, flipped: str) -> Tensor:
+            return _per_size(_joined(flip_differences(*streams, *worth, bits, max_match, flipped), x), x)
+
+        dq = slopes(q, "all" if self_form else "q")
+        dk = None if self_form else slopes(k, "k")
+    elif grad == "soft_suffix":
+        half, middle = (high - low) / 2, (high + low) / 2
+        worth = [_per_stream(gy * half, bits), *(_per_stream(gy * x, bits).sum(2) for x in (middle, nothing))]
+        by_sign = soft_gradients(*streams, *worth, max_match)
+        dq, dk, dv = (_joined(d, x) / (1 + x.abs()) ** 2 for d, x in zip(by_sign, (q, k, v), strict=True))
+    if not self_form:
+        dv = value_gradient(v, gy, high - low, src, bits)
+    found = (dq, dk, dv, d_high, d_low)
+    return [d if d is None else d.to(x.dtype) for d, x in zip(found, inputs, strict=True)]
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    high: Tensor,
+    low: Tensor,
+    bits: int,
+    no_match: str,
+    max_match: int | None,
+    grad: str,
+    self_form: bool,
+) -> Tensor:
+    return _forward(q, k, v, high, low, bits, no_match, max_match, grad, self_form)[0].contiguous()
+
+
+def _run_backward(
+    gy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    high: Tensor,
+    low: Tensor,
+    bits: int,
+    no_match: str,
+    max_match: int | None,
+    grad: str,
+    self_form: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs, choices = (q, k, v, high, low), (bits, no_match, max_match, grad, self_form)
+    found = _backward(gy, *inputs, _forward(*inputs, *choices)[1], *choices)
+    dense = (torch.zeros_like(x) if d is None else d for d, x in zip(found, inputs, strict=True))
+    return tuple(d.clone(memory_format=torch.contiguous_format) for d in dense)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.choices = inputs[5:]
+
+
+# The backward looks for the matches again.
+_operator_backward = _graph.Operator(
+    "rosa_layer_backward",
+    _run_backward,
+    lambda gy, q, k, v, high, low, *_: tuple(x.new_empty(x.shape) for x in (q, k, v, high, low)),
+)
+_operator = _graph.Operator(
+    "rosa_layer",
+    _run,
+    lambda q, k, v, high, *_: high.new_empty(q.shape),
+    keep=_keep_for_backward,
+    backward=lambda ctx, gy: (*_operator_backward(gy, *ctx.saved_tensors, *ctx.choices), *(None,) * 5),
+)
 
 
 def value_gradient(v: Tensor, gy: Tensor, height: Tensor, src: Tensor, bits: int) -> Tensor:

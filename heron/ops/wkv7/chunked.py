@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from heron.ops import _graph
+
 _DECAY_SCALE = math.exp(-0.5)
 
 
@@ -22,6 +24,8 @@ def wkv7_chunked(
 ) -> tuple[Tensor, Tensor]:
     """:func:`heron.ops.wkv7` in chunks. Inputs (B, T, H, N); state (B, H, N_value, N_key), whose dtype computes."""
     inputs = (r, w, k, v, a, b, state)
+    if _graph.in_graph():
+        return _operator(*inputs)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Chunked.apply(*inputs)
     y, state, _ = _forward(*inputs)
@@ -41,6 +45,33 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(dy, d_state, ctx.saved_tensors, ctx.n_tokens, ctx.dtype, ctx.needs_input_grad)
+
+
+def _run(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return _forward(r, w, k, v, a, b, state)[:2]
+
+
+def _run_backward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, dy: Tensor, d_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved = _forward(r, w, k, v, a, b, state)[2]
+    *grads, d_initial = _backward(dy, d_state, saved, r.shape[1], r.dtype, (True,) * 7)
+    return *grads, d_initial.clone()
+
+
+# The backward runs the forward again rather than have in every graph what that saves, whose sizes go with the chunks.
+_operator_backward = _graph.Operator(
+    "wkv7_chunked_backward",
+    _run_backward,
+    lambda r, w, k, v, a, b, state, *_: (*(r.new_empty(r.shape) for _ in range(6)), state.new_empty(state.shape)),
+)
+_operator = _graph.Operator(
+    "wkv7_chunked",
+    _run,
+    lambda r, w, k, v, a, b, state: (r.new_empty(r.shape), state.new_empty(state.shape)),
+    keep=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=lambda ctx, dy, d_state: _operator_backward(*ctx.saved_tensors, dy, d_state),
+)
 
 
 def _forward(

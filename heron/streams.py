@@ -1,0 +1,44 @@
+"""Standard input, output and error of a process that its caller left without them, or whose reader has gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+
+def open_closed() -> None:
+    """Open what the caller closed (``>&-``) on nothing. Else the next file of ours would have its number, and in it
+    the output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def flush() -> None:
+    """Write out what is buffered. What can't be written is dropped, or the interpreter would complain at its end.
+
+    Raises:
+        OSError: it can't be written to standard output, for another reason than that its reader has gone.
+    """
+    lost = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:
+            if stream is sys.stdout and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                lost = error
+            with contextlib.suppress(OSError, ValueError):  # it is no file, or closed
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, stream.fileno())
+                os.close(nothing)
+    if lost is not None:
+        raise lost
