@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from heron import __version__
+from heron import __version__, threads
 from heron.config import (
     LARGEST_SEED,
     MINI_EPOCH,
@@ -29,12 +30,19 @@ EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (failed), 2 (usage), 75 (stopped by a signal after saving)."""
+    of_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    threads.wait_briefly()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        return _run(arguments)
+        code = _run(arguments)
+    if of_process and "heron.preemption" in sys.modules and sys.modules["heron.preemption"].left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a library's call goes on in a thread, which the end of Python may not disturb
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -69,8 +77,40 @@ def _one_line(message: object) -> str:
     return " ".join(line.strip() for line in str(message).splitlines() if line.strip())
 
 
+_MAY_BE_EMPTY = {"prompt", "sample_prompt", "system", "think", "stop", "wandb", "rwkv_lm.load_model"}
+
+
+class _Once(argparse.Action):
+    """Stores a value; refuses an empty one where it names something, and a second one that differs."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+        words = values if isinstance(values, list) else [values]
+        if self.dest not in _MAY_BE_EMPTY and any(isinstance(word, str) and not word.strip() for word in words):
+            raise argparse.ArgumentError(self, "wanted a value, got an empty one; is a shell variable not set?")
+        _set_once(self, namespace, values, option_string)
+
+
+class _OnOff(argparse.BooleanOptionalAction):
+    """--flag and --no-flag; refuses both at once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+        _set_once(self, namespace, not option_string.startswith("--no-"), option_string)
+
+
+def _set_once(action: argparse.Action, namespace: argparse.Namespace, value: object, option: str | None) -> None:
+    given = vars(namespace).setdefault("_given", {})
+    if option is not None and given.setdefault(action.dest, value) != value:
+        raise argparse.ArgumentError(action, f"given twice, as {given[action.dest]!r} and as {value!r}; drop one")
+    setattr(namespace, action.dest, value)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest the near flag or verb."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
 
     def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 - argparse's own signature
         args = [_with_underscores(argument) for argument in (sys.argv[1:] if args is None else args)]
@@ -238,7 +278,7 @@ def _add_settings(parser: argparse.ArgumentParser, config: type, prefix: str) ->
         help_text = f"{field.metadata['doc']} (default: {default})".replace("%", "%%")
         common = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
         if bool in kinds:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+            parser.add_argument(*flags, action=_OnOff, **common)
         else:
             kind = next((kind for kind in (int, float) if kind in kinds), str)
             parser.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
@@ -382,7 +422,6 @@ def _number(flag: str, text: str) -> int:
 
 def _train_config(options: argparse.Namespace, any_length: bool = False) -> TrainConfig:
     """--config, with the flags laid over it; `any_length`: max_steps and max_tokens may both be missing."""
-    settings = read_yaml(options.config) if options.config else {}
     flags = _given(options, TrainConfig, "")
     rwkv_lm = {key.partition(".")[2]: value for key, value in vars(options).items() if key.startswith("rwkv_lm.")}
     aliases = _from_rwkv_lm(rwkv_lm)
@@ -390,6 +429,10 @@ def _train_config(options: argparse.Namespace, any_length: bool = False) -> Trai
     for name, value in aliases.items():
         if flags.setdefault(name, value) != value:
             raise ConfigError(f"--{name} and its RWKV-LM name were both given, with different values")
+    from heron import defaults
+
+    out = Path(flags["out"]) if "out" in flags else None
+    settings = read_yaml(options.config) if options.config else defaults.of_run(out, flags.get("resume", "auto"))
     for one, other in _EITHER_OR:  # a flag takes the place of the file's other choice
         if (one in flags) != (other in flags):
             settings.pop(other if one in flags else one, None)
@@ -398,8 +441,12 @@ def _train_config(options: argparse.Namespace, any_length: bool = False) -> Trai
     changes = _given(options, ModelConfig, "model.")
     if "my_testing" in rwkv_lm and "model" not in settings:
         changes.setdefault("variant", "v7")
-    if changes:
-        settings["model"] = _changed_model(settings.get("model", TrainConfig.model), changes)
+    named = settings.get("model")
+    found = defaults.weights_in(Path(settings.get("out", TrainConfig.out))) if named is None else None
+    if found is None and "vocab_size" not in changes and "tokenizer" in settings:
+        changes |= defaults.vocabulary(settings["tokenizer"], named)
+    if changes or named in list(PRESETS):
+        settings["model"] = _changed_model(named or found or TrainConfig.model, changes)
     if any_length and not settings.keys() & {"max_steps", "max_tokens"}:
         settings["max_steps"] = 1
     config = TrainConfig.from_dict(settings)

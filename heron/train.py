@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 import heron
-from heron import faults, guards, machine, tokenizer
-from heron.checkpoint import atomic, load, run, save
+from heron import base_model, faults, guards, machine, resume, threads, tokenizer, vocabulary
+from heron.checkpoint import atomic, load, ownership, run, save
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.background import Stream
 from heron.data.loader import Batches, Corpus, load_corpus, training_text
 from heron.data.sampling import magic_prime
-from heron.errors import CheckpointError, ConfigError, HeronError
+from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
 from heron.generation import generate
 from heron.guards import Guard
@@ -35,15 +35,10 @@ from heron.memory import knobs, shortage
 from heron.model import RWKV
 from heron.ops import _select
 from heron.optim import lr_at
-from heron.preemption import Preemption
+from heron.preemption import Preemption, Stopped
 from heron.report import Reporter, plot
 
 _STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
-_EXACT = (  # settings that the numbers of every later step depend on
-    "tokenizer", "seed", "ctx_len", "micro_bsz", "accumulate", "max_steps", "max_tokens",
-    "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip",
-    "on_nonfinite", "spike", "tables", "tables_state", "weights",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -55,6 +50,7 @@ class _Progress:
         cursor: number of the next batch's first sample. Steps alone do not tell it: bad batches are passed over.
         owed: of the step: "validation", "sample".
         saved: whether a checkpoint holds all this.
+        kept: the step of the newest checkpoint; None: there is none.
         begun, settled: perf_counter readings: when the run would have begun without pauses; the end of the last step.
     """
 
@@ -64,6 +60,7 @@ class _Progress:
     seconds: float = 0.0
     owed: list[str] = dataclasses.field(default_factory=list)
     saved: bool = False
+    kept: int | None = None
     begun: float = 0.0
     settled: float = 0.0
 
@@ -79,6 +76,7 @@ class _Parts:
     guard: Guard
     stop: Preemption
     reporter: Reporter
+    pace: threads.Pace
 
 
 class _Gradients(NamedTuple):
@@ -115,7 +113,7 @@ class Trainer:
 
     Args:
         config: a TrainConfig.
-        say: takes one line for the user at a time; default: print.
+        say: takes one line for the user at a time, also from another thread; default: the console.
         _fault: for Heron's own tests, which alone can make it be accepted (:mod:`heron.faults`).
     """
 
@@ -128,8 +126,10 @@ class Trainer:
         self.device = torch.device(device.value)
         self.dtype = machine.choose_dtype(config.dtype, self.device)
         weights = machine.choose_weights(config.weights, self.dtype.value, self.device)
+        threads.check(config.threads)
         if config.threads:
             torch.set_num_threads(config.threads)
+        self._asked = config
         self.config = dataclasses.replace(
             config,
             model=_model_config(config.model),
@@ -150,10 +150,17 @@ class Trainer:
             HeronError: bad settings, data or checkpoints; a loss that is not finite.
         """
         try:
+            ownership.check(self.out, [Path(self.config.tokenizer)])
             self.out.mkdir(parents=True, exist_ok=True)
-            with run.lock(self.out), Preemption(self.config.max_hours) as stop:
+            with run.lock(self.out), Preemption(self.config.max_hours, self.say) as stop:
+                ownership.claim(self.out)
                 atomic.sweep(self.out)
-                return self._fit(stop)
+                progress = _Progress()
+                try:
+                    return self._fit(stop, progress)
+                except Stopped:
+                    self._write_status("preempted", progress)
+                    return "preempted"
         except OSError as error:
             raise CheckpointError(f"{error.filename or self.out}: {error.strerror or error}") from error
         except (RuntimeError, MemoryError) as error:
@@ -162,32 +169,31 @@ class Trainer:
                 raise
             raise HeronError(f"out of memory: {short}. {self._knobs()}") from error
 
-    def _fit(self, stop: Preemption) -> str:
+    def _fit(self, stop: Preemption, progress: _Progress) -> str:
         config = self.config
         resume_from = self._resume_point()
-        is_fresh = isinstance(config.model, ModelConfig)
-        loaded = None if is_fresh or resume_from is not None else load(config.model, dtype=torch.float32)
+        start = base_model.find(self.out, config.model) if resume_from is None else None
+        loaded = None if start is None else load(start, dtype=torch.float32)
         model_config = self._sizes = self._resolved_model(resume_from) if loaded is None else loaded.config
+        if loaded is not None and isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
+            base_model.check_sizes(start, loaded.config, config.model)
         if resume_from is not None:
             earlier = run.trainer_of(resume_from)
+            progress.step = progress.kept = earlier["step"]
             _check_tables(resume_from, earlier.get("exact", {}), config)
             if earlier["step"] >= config.total_steps and not earlier["owed"]:
-                self.say(
-                    f"{self.out}: finished at step {earlier['step']}; nothing to do. "
-                    "Raise --max_steps to train longer, or name another --out."
-                )
-                return "finished"
+                return self._nothing_to_do(resume_from, earlier["step"], stop)
+        self._settle_threads(resume_from)
+        config = self.config
 
         # [1] text -> ids, [2] ids -> batches
-        text_tokenizer = self._tokenizer(resume_from)
+        text_tokenizer = self._tokenizer(resume_from, stop)
         if text_tokenizer.vocab_size > model_config.vocab_size:
             raise ConfigError(
                 f"tokenizer {config.tokenizer} has {text_tokenizer.vocab_size} ids, the model's vocab_size is "
                 f"{model_config.vocab_size}; set --vocab_size {text_tokenizer.vocab_size}"
             )
-        corpus = load_corpus(
-            config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size
-        )
+        corpus = stop.interruptible(lambda: self._corpus(text_tokenizer))
         self._check_prime(corpus)
         batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind)
 
@@ -196,16 +202,19 @@ class Trainer:
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         model = RWKV(model_config) if loaded is None else loaded
-        learner = Learner(model, config, self.device)
+        learner = Learner(model, config, self.device, self.say)
         if self._fault is not None:
             faults.install(learner.network, self._fault)
-        guard, progress = Guard(config.on_nonfinite, config.spike), _Progress()
+        guard = Guard(config.on_nonfinite, config.spike)
         if resume_from is not None:
             record = self._restore(resume_from, learner, guard, progress)
             for reason in self._differences(record, corpus, learner):
                 self.say(f"resuming, but not bit-exact because {reason}")
-        else:
-            save(model, self.out / "rwkv-init.pth")
+            if jump := resume.learning_rate_jump(resume_from, progress.step, config):
+                self.say(jump)
+        elif not base_model.candidates(self.out):  # else it is there, and stays as it is
+            with ownership.writing(self.out / ownership.INIT):
+                save(model, self.out / ownership.INIT)
         self._write(self.out / "config.yaml", config.to_yaml())
 
         reporter = Reporter(
@@ -217,21 +226,26 @@ class Trainer:
             config=config.to_dict(),
             steps_per_epoch=config.steps_per_mini_epoch,
             owed=progress.owed,
+            say=None if self.say is print else self.say,
         )
-        parts = _Parts(learner, text_tokenizer, corpus, batches, guard, stop, reporter)
+        parts = _Parts(learner, text_tokenizer, corpus, batches, guard, stop, reporter, threads.Pace())
+        stop.at_stake = lambda: _at_stake(progress)
         self._write_status("running", progress)
         status = "failed"
         try:
             with contextlib.closing(reporter):
-                reporter.header(self._header(learner, corpus, batches, resume_from))
+                reporter.header(self._header(learner, corpus, batches, resume_from or start, resume_from is not None))
                 status = self._loop(parts, progress)
         finally:
             self._write_status(status, progress)
-        plot([self.out], self.out / "loss.png")
+        if progress.step:
+            plot([self.out], self.out / "loss.png")
         return status
 
     def _loop(self, parts: _Parts, progress: _Progress) -> str:
         progress.begun = time.perf_counter() - progress.seconds
+        if parts.learner.compiled.value == "off":  # else a first step takes long, and stopped it loses nothing
+            parts.stop.begin()
         if progress.owed:  # the run was stopped within this step
             self._close_step(parts, progress)
         elif progress.step == 0 and self.config.on_nonfinite == "rewind":
@@ -303,6 +317,7 @@ class Trainer:
         loss, grad_norm, bad = update.read()
         if bad:
             return self._refuse(parts, progress, update, loss, grad_norm)
+        parts.stop.begin()
         parts.guard.accept(loss)
         progress.step += 1
         progress.tokens += config.tokens_per_step
@@ -311,8 +326,8 @@ class Trainer:
         now = time.perf_counter()
         parts.stop.step_ended()
         done, finished = progress.step, progress.step == config.total_steps
+        seconds = now - max(update.gradients.begun, progress.settled)
         if finished or parts.stop.reason or done % config.log_every == 0:
-            seconds = now - max(update.gradients.begun, progress.settled)
             parts.reporter.step(
                 {
                     "step": done,
@@ -329,6 +344,8 @@ class Trainer:
         if config.sample_every and (finished or _every(config.sample_every, done)):
             progress.owed.append("sample")
         self._close_step(parts, progress)
+        if slower := parts.pace.slowed(seconds):
+            self._adapt_threads(parts, done, slower)
         progress.settled = time.perf_counter()
         return "accepted"
 
@@ -342,8 +359,9 @@ class Trainer:
                 progress.saved = False
         finished = progress.step == self.config.total_steps and not progress.owed
         if finished:  # before the last checkpoint: with that one in place, the run counts as finished
-            save(parts.learner.model, self.out / "rwkv-final.pth")
-            parts.reporter.note(f"wrote {self.out / 'rwkv-final.pth'}")
+            with ownership.writing(self.out / ownership.FINAL):
+                save(parts.learner.model, self.out / ownership.FINAL)
+            parts.reporter.note(f"wrote {self.out / ownership.FINAL}")
         if finished or _every(self.config.save_every, progress.step):
             self._save(parts, progress)
 
@@ -389,7 +407,7 @@ class Trainer:
         folder = run.save(
             self.out, progress.step, parts.learner.model, parts.learner.optimizer, state, yaml, self.config.keep
         )
-        progress.saved = True
+        progress.saved, progress.kept = True, progress.step
         parts.reporter.note(f"saved {folder}")
 
     def _restore(self, folder: Path, learner: Learner, guard: Guard, progress: _Progress) -> dict[str, Any]:
@@ -401,7 +419,7 @@ class Trainer:
         guard.restore(record["guard"])
         for name in ("step", "tokens", "cursor", "seconds", "owed"):
             setattr(progress, name, record[name])
-        progress.saved = True
+        progress.saved, progress.kept = True, progress.step
         return record
 
     def _refuse(self, parts: _Parts, progress: _Progress, update: _Update, loss: float, grad_norm: float) -> str:
@@ -474,7 +492,7 @@ class Trainer:
                 "drop the flag, it is computed"
             )
 
-    def _tokenizer(self, resume_from: Path | None) -> tokenizer.Tokenizer:
+    def _tokenizer(self, resume_from: Path | None, stop: Preemption) -> tokenizer.Tokenizer:
         """The tokenizer of the run. One that is a file, or is learned now, is kept in the run folder.
 
         A run that goes on keeps the one it has: ids would mean something else under any other.
@@ -484,8 +502,8 @@ class Trainer:
         if config.tokenizer.startswith(tokenizer.LEARNED):
             vocab_size = _whole_number(config.tokenizer)
             if resume_from is None:
-                texts = training_text(config.data, config.val_data, config.val_fraction)
-                content = tokenizer.learn_bpe(texts, vocab_size)
+                texts = stop.interruptible(lambda: training_text(config.data, config.val_data, config.val_fraction))
+                content = vocabulary.learn(texts, vocab_size, self.say)
             elif earlier is None:
                 raise CheckpointError(f"{resume_from}: its run has no tokenizer.json, so it was not {config.tokenizer}")
             else:
@@ -497,7 +515,8 @@ class Trainer:
             vocab_size, content = asked.vocab_size, Path(config.tokenizer).read_text(encoding="utf-8")
             if resume_from is not None and content != earlier:
                 raise CheckpointError(f"{resume_from}: its run has another tokenizer than {config.tokenizer}")
-        self._write(kept, content)
+        if Path(config.tokenizer).resolve() != kept.resolve():
+            self._write(kept, content)
         found = tokenizer.load(str(kept))
         if found.vocab_size != vocab_size:
             raise CheckpointError(f"{resume_from}: its run has a tokenizer of {found.vocab_size} ids, not {vocab_size}")
@@ -507,6 +526,76 @@ class Trainer:
     def _write(path: Path, content: str) -> None:
         with atomic.new_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
+
+    def _corpus(self, text_tokenizer: tokenizer.Tokenizer) -> Corpus:
+        config, vocab_size = self.config, text_tokenizer.vocab_size
+        return load_corpus(config.data, text_tokenizer, config.val_data, config.val_fraction, vocab_size)
+
+    def _nothing_to_do(self, folder: Path, step: int, stop: Preemption) -> str:
+        """Say that a run is finished; CheckpointError, by their names, where settings differ from those it had."""
+        home, config = folder.parents[1], self.config
+        if (kept := home / "tokenizer.json").exists() and config.tokenizer.startswith(tokenizer.LEARNED):
+            text_tokenizer = tokenizer.load(str(kept))
+        else:
+            text_tokenizer = tokenizer.load(config.tokenizer)
+        try:
+            data = stop.interruptible(lambda: self._corpus(text_tokenizer)).fingerprint
+        except DataError:  # gone, as it may be when all is done
+            data = None
+        if found := resume.differing_settings(folder, config, self._asked, data):
+            raise CheckpointError(
+                f"{home}: finished at step {step}, with other settings: {'; '.join(found)}. Name another --out to "
+                "train with these, or raise --max_steps or --max_tokens to go on with them"
+            )
+        self.say(
+            f"{home}: finished at step {step}; nothing to do. Raise --max_steps to train longer, or name another --out."
+        )
+        return "finished"
+
+    def _settle_threads(self, resume_from: Path | None) -> None:
+        """The number of threads: as asked, else that of the run that goes on, else what is fastest here now."""
+        if self._asked.threads:
+            return
+        usual = torch.get_num_threads()
+        if resume_from is None:
+            number, reason = threads.settle(0, self.device)
+            if reason:
+                self.say(f"threads: {number}: {reason}")
+        else:
+            number = run.trainer_of(resume_from).get("exact", {}).get("threads", usual)
+            number = number if number <= threads.most() else usual
+            if self.device.type == "cpu" and number > 1:
+                best, times = threads.fewer(number)
+                if best != number:
+                    self.say(
+                        f"the machine is busy: on {best} threads this run would be {times:.0f} times as fast as on its "
+                        f"{number}, and not bit-exact; --threads {best} chooses that"
+                    )
+        self._use_threads(number)
+
+    def _use_threads(self, number: int) -> None:
+        torch.set_num_threads(number)
+        self.config = dataclasses.replace(self.config, threads=number)
+
+    def _adapt_threads(self, parts: _Parts, step: int, slower: float) -> None:
+        """After steps that took ten times as long as those before: compute on fewer threads where that helps."""
+        before = self.config.threads
+        if self.device.type != "cpu":
+            return
+        best, times = threads.fewer(before)
+        what = f"step {step}: steps take {slower:.0f} times as long as they did"
+        if best == before:
+            parts.reporter.note(f"{what}; fewer than {before} threads would not help")
+            return
+        if self._asked.threads:
+            parts.reporter.note(f"{what}: the machine is busy; --threads {best} would be {times:.0f} times as fast now")
+            return
+        self._use_threads(best)
+        parts.reporter.refused({"step": step, "threads": best, "threads_before": before})
+        parts.reporter.note(
+            f"{what}: the machine is busy; going on with {best} threads, not {before}, which are {times:.0f} times as "
+            "fast now (not bit-exact from here on with a run that keeps them)"
+        )
 
     def _resume_point(self) -> Path | None:
         """The verified checkpoint to go on from, or None for a fresh start."""
@@ -518,13 +607,19 @@ class Trainer:
             if used:
                 raise CheckpointError(f"{self.out}: holds a run already and resume is none; name another --out")
             return None
-        path = Path(config.resume)
+        if used and TrainConfig.from_yaml(self.out / "config.yaml").resume == config.resume:
+            return run.newest(self.out, self.say) or self._named(Path(config.resume))  # the same command again
+        folder = self._named(Path(config.resume))
+        if used and folder.resolve() != (run.newest(self.out) or self.out).resolve():
+            raise CheckpointError(f"{self.out}: holds another run, or newer steps than {folder}; name another --out")
+        return folder
+
+    def _named(self, path: Path) -> Path:
+        """The verified checkpoint that `resume` names, or the newest of the run that it names."""
         folder = path if run.is_checkpoint(path) else run.newest(path, self.say)
         if folder is None:
             raise CheckpointError(f"resume: {path} is neither a checkpoint nor a run folder with one")
         run.verify(folder)
-        if used and folder.resolve() != (run.newest(self.out) or self.out).resolve():
-            raise CheckpointError(f"{self.out}: holds another run, or newer steps than {folder}; name another --out")
         return folder
 
     def _resolved_model(self, resume_from: Path | None) -> ModelConfig:
@@ -539,9 +634,8 @@ class Trainer:
                 for name, value in saved.to_dict().items()
                 if getattr(wanted, name) != value
             ]
-            raise CheckpointError(
-                f"{resume_from}: this run has another model: {', '.join(differing)}; name another --out"
-            )
+            remedy = "name another --out" if resume_from.is_relative_to(self.out) else "drop --resume"
+            raise CheckpointError(f"{resume_from}: this run has another model: {', '.join(differing)}; {remedy}")
         return saved
 
     def _exact(self, corpus: Corpus, learner: Learner) -> dict[str, Any]:
@@ -562,7 +656,7 @@ class Trainer:
             "wkv7": _select.wkv7(self.device, config.ctx_len).impl,
             **{op.__name__: op(self.device).impl for op in (_select.shift_mix, _select.head_mix, _select.adamw)},
             "compile": learner.compiled.value,
-            **{name: getattr(config, name) for name in _EXACT},
+            **{name: getattr(config, name) for name in resume.EXACT},
         }
 
     def _differences(self, record: dict[str, Any], corpus: Corpus, learner: Learner) -> list[str]:
@@ -576,7 +670,7 @@ class Trainer:
         ]
 
     def _header(
-        self, learner: Learner, corpus: Corpus, batches: Batches, resume_from: Path | None
+        self, learner: Learner, corpus: Corpus, batches: Batches, begin: Path | None, resumes: bool
     ) -> list[tuple[str, str]]:
         config, model_config = self.config, learner.model.config
         wkv7 = _select.wkv7(self.device, config.ctx_len)
@@ -596,7 +690,8 @@ class Trainer:
             ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),
             ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
             *([("rosa", f"{rosa.impl}: {rosa.reason}")] if rosa else []),
-            ("out", f"{self.out}" + (f", going on from {resume_from.name}" if resume_from else "")),
+            *([("start", base_model.what_it_lacks(begin))] if begin and not resumes else []),
+            ("out", f"{self.out}" + (f", going on from {begin.name}" if resumes else "")),
         ]  # fmt: skip
 
 
@@ -628,6 +723,13 @@ def _check_tables(folder: Path, before: dict[str, Any], config: TrainConfig) -> 
     if earlier != {name: getattr(config, name) for name in earlier}:
         flags = " ".join(f"--{name} {value}" for name, value in earlier.items())
         raise CheckpointError(f"{folder}: this run trains with {flags}; give these, or start another from its weights")
+
+
+def _at_stake(progress: _Progress) -> str:
+    if progress.saved or progress.step == progress.kept:
+        return "nothing is lost"
+    since = "the beginning" if progress.kept is None else f"step {progress.kept}"
+    return f"what was trained since {since} is lost ({progress.step - (progress.kept or 0)} steps)"
 
 
 def _every(period: int, step: int) -> bool:

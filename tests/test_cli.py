@@ -360,7 +360,8 @@ def test_generate_from_nothing_and_to_a_stop(heron_, trained):
 
 
 def test_the_tokenizer_is_found_beside_the_run(heron_, trained, tmp_path, text, monkeypatch):
-    words = f"train {SMALL} --vocab_size 300 --tokenizer bpe:300 --data {text} --max_steps 1 --out {tmp_path}/bpe"
+    small = SMALL.replace(" --vocab_size 256", "")  # so that it follows the tokenizer
+    words = f"train {small} --tokenizer bpe:300 --data {text} --max_steps 1 --out {tmp_path}/bpe"
     assert heron_(words)[0] == 0
     expected = heron.generate(
         heron.load(tmp_path / "bpe"), tokenizer.load(str(tmp_path / "bpe/tokenizer.json")), "Line", 9
@@ -582,7 +583,10 @@ def test_bad_weights_are_one_line_everywhere(heron_, weights, text, tmp_path, co
         ("plot {run} --out {text}/x.png", ["text.txt"]),
         ("train --max_steps 2 --out {text}/run", ["text.txt"]),
         ("train --max_steps 2 --out {here}/r --data {here}/none.txt", ["none.txt"]),
-        ("train --max_steps 2 --out {here}/r --data {text} --tokenizer bpe:300", ["bpe:300", "--vocab_size 300"]),
+        (
+            "train --max_steps 2 --out {here}/r --data {text} --tokenizer bpe:300 --vocab_size 256",
+            ["bpe:300", "--vocab_size 300"],
+        ),
         ("train --out {here}/r", ["max_steps", "max_tokens"]),
         ("train --max_steps 2 --model rwkv8-tinny", ["rwkv8-tinny"]),
         ("train --max_steps 2 --out {run} --resume none", ["holds a run already"]),
