@@ -726,8 +726,8 @@ def _check_tables(folder: Path, before: dict[str, Any], config: TrainConfig) -> 
 
 
 def _at_stake(progress: _Progress) -> str:
-    if progress.saved or progress.step == progress.kept:
-        return "nothing is lost"
+    if progress.step == (progress.kept or 0):
+        return "of the run, the step that has begun is lost"
     since = "the beginning" if progress.kept is None else f"step {progress.kept}"
     return f"what was trained since {since} is lost ({progress.step - (progress.kept or 0)} steps)"
 
