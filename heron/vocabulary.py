@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,20 +28,21 @@ def learn(texts: Sequence[str], vocab_size: int, say: Callable[[str], None]) -> 
         ConfigError: as `learn_bpe`.
         HeronError: the process ended without an answer: it ran out of memory, or was killed.
     """
-    asked = json.dumps({"texts": list(texts), "vocab_size": vocab_size}).encode()
-    root = str(Path(__file__).parents[1])
-    command = [sys.executable, "-P", "-c", _PROGRAM, root]
-    begun, due = time.monotonic(), _SECONDS_UNTIL_A_LINE
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[1])]
+    with tempfile.TemporaryFile("w+", encoding="ascii") as asked:
+        json.dump({"texts": list(texts), "vocab_size": vocab_size}, asked)
+        asked.seek(0)
+        begun, due = time.monotonic(), _SECONDS_UNTIL_A_LINE
+        process = subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         while True:
             try:
-                out, err = process.communicate(asked, timeout=max(begun + due - time.monotonic(), 0.0))
+                out, err = process.communicate(timeout=max(begun + due - time.monotonic(), 0.0))
                 break
             except subprocess.TimeoutExpired:
                 seconds, size = time.monotonic() - begun, sum(map(len, texts)) / 1e6
                 say(f"learning {vocab_size:,} ids from {size:,.1f} M characters: {seconds:.0f} s so far")
-                asked, due = None, seconds + _SECONDS_BETWEEN_LINES
+                due = seconds + _SECONDS_BETWEEN_LINES
     finally:
         if process.poll() is None:
             process.kill()
