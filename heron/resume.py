@@ -66,10 +66,9 @@ def learning_rate_jump(folder: Path, step: int, config: TrainConfig) -> str | No
     if 1 / _JUMP < factor < _JUMP:
         return None
     times = f"{factor:.3g} times as high" if factor > 1 else f"a factor of {factor:.3g}"
-    return (
-        f"the learning rate jumps from {last:.3g} in step {step} to {now:.3g} in step {step + 1}, {times}: the "
-        f"schedule was one of {earlier.total_steps:,} steps and is one of {config.total_steps:,}"
-    )
+    steps = earlier.total_steps, config.total_steps
+    why = "" if steps[0] == steps[1] else f": the schedule was one of {steps[0]:,} steps and is one of {steps[1]:,}"
+    return f"the learning rate jumps from {last:.3g} in step {step} to {now:.3g} in step {step + 1}, {times}{why}"
 
 
 def _config(folder: Path) -> TrainConfig | None:
