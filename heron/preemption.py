@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -50,7 +49,7 @@ class Preemption:
         self._before: dict[int, Any] = {}
         self._saves = False
         self._heard = 0
-        self._ears: tuple[socket.socket, socket.socket] | None = None
+        self._ears: tuple[int, int] | None = None  # of a pipe into which Python writes each signal's number
 
     def begin(self) -> None:
         """From now on there is something to save: a signal is noted and nothing else."""
@@ -103,9 +102,10 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._ears = socket.socketpair()
-            self._ears[1].setblocking(False)
-            self._wakeup = signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
+            self._ears = os.pipe()
+            if os.name != "nt":
+                os.set_blocking(self._ears[1], False)
+            self._wakeup = signal.set_wakeup_fd(self._ears[1], warn_on_full_buffer=False)
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()
             for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -122,10 +122,10 @@ class Preemption:
         if self._ears is not None:
             signal.set_wakeup_fd(self._wakeup)
             with contextlib.suppress(BlockingIOError):
-                self._ears[1].send(b"\0")  # no signal: the end
+                os.write(self._ears[1], b"\0")  # no signal: the end
             self._listener.join()
             for end in self._ears:
-                end.close()
+                os.close(end)
             self._ears = None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -148,7 +148,7 @@ class Preemption:
     def _listen(self) -> None:
         """Say a line for each signal as it comes."""
         heard = 0
-        while (number := self._ears[0].recv(1)) not in (b"", b"\0"):
+        while (number := os.read(self._ears[0], 1)) not in (b"", b"\0"):
             name = signal.Signals(number[0]).name
             if name not in ("SIGINT", "SIGTERM", "SIGUSR1"):
                 continue

@@ -150,7 +150,8 @@ class Trainer:
             HeronError: bad settings, data or checkpoints; a loss that is not finite.
         """
         try:
-            ownership.check(self.out, [Path(self.config.tokenizer)])
+            found = base_model.candidates(self.out)
+            ownership.check(self.out, [Path(self.config.tokenizer)], found[0] if found else None)
             self.out.mkdir(parents=True, exist_ok=True)
             with run.lock(self.out), Preemption(self.config.max_hours, self.say) as stop:
                 ownership.claim(self.out)

@@ -182,6 +182,18 @@ def test_files_of_another_program_are_not_written_over(files, settings, tmp_path
     assert contents(tmp_path / "run") == {path: b"of another program"}
 
 
+def test_the_folder_of_an_official_run_is_refused_with_the_command_that_goes_on_elsewhere(files, settings, tmp_path):
+    put(files, tmp_path / "run", init=0, _0=1, _1=2)
+    (tmp_path / "run" / "train_log.txt").write_text("0 3.141593 23.14 0.00060000 2026-01-01 00:00:00.0 0\n")
+    before = contents(tmp_path / "run")
+    command = f"--model {tmp_path}/run/rwkv-1.pth --out {tmp_path}/run-2"
+    with pytest.raises(CheckpointError, match=command):
+        heron.Trainer(settings()).fit()
+    config = settings(model=str(tmp_path / "run" / "rwkv-1.pth"), out=str(tmp_path / "run-2"))
+    assert heron.Trainer(config).fit() == "finished"
+    assert contents(tmp_path / "run") == before
+
+
 def test_an_out_that_is_a_file(settings, tmp_path):
     (tmp_path / "run").write_text("x")
     with pytest.raises(CheckpointError, match="is a file; name a folder"):

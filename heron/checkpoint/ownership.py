@@ -32,11 +32,12 @@ def has_begun(folder: Path) -> bool:
     return (folder / LOCK).is_file() and (folder / "run_status.json").is_file()  # of a Heron without records
 
 
-def check(folder: Path, kept: Iterable[Path] = ()) -> None:
+def check(folder: Path, kept: Iterable[Path] = (), start: Path | None = None) -> None:
     """CheckpointError where a run would write over what is not its own.
 
     Args:
         kept: files that the run reads and leaves as they are.
+        start: weights in the folder that a run there would start from.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"out: {folder} is a file; name a folder")
@@ -47,9 +48,11 @@ def check(folder: Path, kept: Iterable[Path] = ()) -> None:
     if begun and is_own(folder / FINAL):
         foreign = []
     if foreign:
+        start = start or (folder / FINAL if FINAL in foreign else None)
+        example = "" if start is None else f", such as --model {start} --out {folder}-2"
         raise CheckpointError(
             f"{folder}: {', '.join(foreign)} {'is' if len(foreign) == 1 else 'are'} there, no run of heron wrote that, "
-            "and this one would write over it; name another --out (and what to start from: --model FILE), or move it"
+            f"and this one would write over it; name another --out{example}, or move it"
         )
 
 
