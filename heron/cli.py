@@ -24,6 +24,7 @@ from heron.config import (
     setting_type,
 )
 from heron.errors import CheckpointError, ConfigError, HeronError, UnknownKeyError, did_you_mean
+from heron.preemption import Preemption, Stopped, left_behind
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code = _run(arguments)
-    if of_process and "heron.preemption" in sys.modules and sys.modules["heron.preemption"].left_behind():
+    if of_process and left_behind():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a library's call goes on in a thread, which the end of Python may not disturb
@@ -57,6 +58,8 @@ def _run(arguments: list[str]) -> int:
         return _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Stopped:  # before a run had begun
+        return EXIT_PREEMPTED
     except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
         sys.stderr.close()
         return 0
@@ -481,7 +484,8 @@ def _changed_model(base: object, changes: dict[str, Any]) -> ModelConfig | str:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from heron import demo
+    with Preemption():  # PyTorch takes seconds to load
+        from heron import demo
 
     return EXIT_PREEMPTED if demo.run(Path(options.out)) == "preempted" else 0
 
@@ -513,10 +517,11 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = _train_config(options)
-    from heron.train import Trainer
+    with Preemption():  # PyTorch, and weights whose sizes are compared, take seconds to load
+        config = _train_config(options)
+        from heron.train import Trainer
 
-    trainer = Trainer(config)
+        trainer = Trainer(config)
     if options.dry_run:
         print(trainer.config.to_yaml(), end="")
         return 0

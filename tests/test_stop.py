@@ -13,7 +13,7 @@ import time
 import pytest
 
 import heron
-from heron import preemption, tokenizer, train, vocabulary
+from heron import cli, preemption, tokenizer, train, vocabulary
 from heron.errors import ConfigError, HeronError
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its root is near {n**0.5:.1f}.\n" for n in range(150))
@@ -148,6 +148,16 @@ def test_a_vocabulary_is_what_the_library_learns_and_its_refusal_comes_back(monk
     monkeypatch.setattr(vocabulary, "_PROGRAM", "raise MemoryError('all of it is used')")
     with pytest.raises(HeronError, match="bpe:300: it could not be learned: MemoryError: all of it is used"):
         vocabulary.learn([TEXT], 300, said.append)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_while_pytorch_is_loaded_is_code_75_too(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(cli, "_train_config", interrupted(number))
+    assert cli.main(["train", "--max_steps", "2", "--out", str(tmp_path / "run")]) == 75
+    out, err = capsys.readouterr()
+    assert out == f"{number.name}: stopping now, before the first step; the same command goes on\n"
+    assert err == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_learns_a_vocabulary_ends_with_who_asked(monkeypatch):
