@@ -243,7 +243,6 @@ class _Console:
                     min(COLUMNS, self._rich.width),
                     initial_indent=name.ljust(indent),
                     subsequent_indent=" " * indent,
-                    break_long_words=False,
                     break_on_hyphens=False,
                 )
             )

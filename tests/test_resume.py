@@ -300,6 +300,17 @@ def test_steps_that_slow_down_tenfold_go_on_with_fewer_threads_unless_a_number_w
         assert "going on with 1 threads, not 2" in line
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_steps_that_slow_down_for_another_reason_change_nothing(home, monkeypatch):
+    busy(monkeypatch, {2: 1.0, 1: 1.9})
+    factors = iter([None, 15.0, None, None])
+    monkeypatch.setattr(threads.Pace, "slowed", lambda self, seconds: next(factors))
+    said = []
+    heron.Trainer(asked(home, out=str(home / "fresh"), threads=0), say=said.append).fit()
+    assert any("steps take 15 times as long as they did; fewer than 2 threads would not help" in line for line in said)
+    assert run.trainer_of(run.newest(home / "fresh"))["exact"]["threads"] == 2
+
+
 def test_a_pace_is_told_once_and_a_single_slow_step_is_none():
     pace = threads.Pace()
     assert [pace.slowed(1.0) for _ in range(20)] == [None] * 20
