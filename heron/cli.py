@@ -445,11 +445,15 @@ def _train_config(options: argparse.Namespace, any_length: bool = False) -> Trai
     if "my_testing" in rwkv_lm and "model" not in settings:
         changes.setdefault("variant", "v7")
     named = settings.get("model")
-    found = defaults.weights_in(Path(settings.get("out", TrainConfig.out))) if named is None else None
-    if found is None and "vocab_size" not in changes and "tokenizer" in settings:
+    found = defaults.weights_in(Path(str(settings.get("out", TrainConfig.out)))) if named is None else None
+    if found is None and "vocab_size" not in changes and isinstance(settings.get("tokenizer"), str):
         changes |= defaults.vocabulary(settings["tokenizer"], named)
     if changes or named in list(PRESETS):
         settings["model"] = _changed_model(named or found or TrainConfig.model, changes)
+    elif found is not None:
+        settings["model"] = found
+    if out is not None and not any_length and not settings.keys() & {"max_steps", "max_tokens"}:
+        raise ConfigError(f"{out}: holds no run to go on with; to begin one, give --max_steps or --max_tokens")
     if any_length and not settings.keys() & {"max_steps", "max_tokens"}:
         settings["max_steps"] = 1
     config = TrainConfig.from_dict(settings)

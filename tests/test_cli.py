@@ -278,6 +278,8 @@ def test_wrong_usage_is_code_2_and_one_line(heron_, command, words):
         ("ctx_length: 3\nmax_steps: 3\n", 2, ["ctx_length", "Did you mean 'ctx_len'"]),
         ("max_steps: 3\nmodel: {n_layers: 3}\n", 2, ["n_layers", "Did you mean 'n_layer'"]),
         ("max_steps: three\n", 1, ["max_steps", "'three'"]),
+        ("max_steps: 3\nout: 3\n", 1, ["out", "3"]),
+        ("max_steps: 3\nout:\ntokenizer: [bytes]\n", 1, ["tokenizer"]),
         ("max_steps: 3\nmodel: [1]\n", 1, ["model"]),
         ("model: {n_layer: [1, 2\n", 1, ["bad.yaml"]),
         ("max_steps: 2026-13-40\n", 1, ["bad.yaml"]),

@@ -91,7 +91,7 @@ def test_a_folder_that_holds_no_run_is_no_run_to_go_on_with(heron_, home):
     shutil.copy(home / "run" / "config.yaml", home / "other" / "config.yaml")
     code, _, err = heron_(f"train --out {home}/other")
     assert (code, err.count("\n")) == (1, 1)
-    assert "max_steps" in err
+    assert "holds no run to go on with; to begin one, give --max_steps" in err
     assert [path.name for path in (home / "other").iterdir()] == ["config.yaml"]
 
 
