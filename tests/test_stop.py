@@ -44,17 +44,17 @@ def interrupted(number):
     return wait
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    ("holder", "name"),
+    ("holder", "name", "number"),
     [
-        (train, "training_text"),
-        (vocabulary, "learn"),
-        (train, "load_corpus"),
-        (train, "RWKV"),
-        (train, "Learner"),
+        (train, "training_text", signal.SIGINT),
+        (vocabulary, "learn", signal.SIGTERM),
+        (vocabulary, "learn", signal.SIGINT),
+        (train, "load_corpus", signal.SIGUSR1),
+        (train, "RWKV", signal.SIGINT),
+        (train, "Learner", signal.SIGUSR1),
     ],
-    ids=["text", "vocabulary", "data", "model", "kernels"],
+    ids=["text", "vocabulary", "vocabulary again", "data", "model", "kernels"],
 )
 def test_a_stop_before_the_first_step_is_heard_at_once(config, tmp_path, monkeypatch, holder, name, number):
     said, before = [], signal.getsignal(number)
