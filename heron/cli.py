@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from heron import __version__, streams
+from heron import __version__, streams, threads
 from heron.commands import rwkv_lm_flags
 from heron.config import (
     INIT_DTYPES,
@@ -24,6 +25,7 @@ from heron.config import (
     setting_type,
 )
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError, UnknownKeyError, did_you_mean
+from heron.preemption import Preemption, Stopped, left_behind
 from heron.progress import progress
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
@@ -34,16 +36,23 @@ def main(arguments: Sequence[str] | None = None, before_work: Callable[[], None]
 
     `before_work` is called once the command line has been read.
     """
+    of_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    threads.wait_briefly()
     streams.open_closed()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return _flushed(_run(arguments, before_work))
+            code = _flushed(_run(arguments, before_work))
         except SystemExit as stop:  # of argparse, which has shown a help text or what is wrong
             raise SystemExit(_flushed(stop.code or 0)) from None
+    if of_process and left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a library's call goes on in a thread, which the end of Python may not disturb
+    return code
 
 
 def _flushed(code: int) -> int:
@@ -68,6 +77,8 @@ def _run(arguments: list[str], before_work: Callable[[], None]) -> int:
         return _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Stopped:  # before a run had begun
+        return EXIT_PREEMPTED
     except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
         return 0
     except OSError as error:  # a folder that cannot be written, a disk that is full
@@ -109,8 +120,40 @@ def _one_line(message: object) -> str:
     return " ".join(line.strip() for line in str(message).splitlines() if line.strip())
 
 
+_MAY_BE_EMPTY = {"prompt", "sample_prompt", "system", "think", "stop", "wandb", "rwkv_lm.load_model", "rwkv_lm.kernel"}
+
+
+class _Once(argparse.Action):
+    """Stores a value; refuses an empty one where it names something, and a second one that differs."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+        words = values if isinstance(values, list) else [values]
+        if self.dest not in _MAY_BE_EMPTY and any(isinstance(word, str) and not word.strip() for word in words):
+            raise argparse.ArgumentError(self, "wanted a value, got an empty one; is a shell variable not set?")
+        _set_once(self, namespace, values, option_string)
+
+
+class _OnOff(argparse.BooleanOptionalAction):
+    """--flag and --no-flag; refuses both at once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+        _set_once(self, namespace, not option_string.startswith("--no-"), option_string)
+
+
+def _set_once(action: argparse.Action, namespace: argparse.Namespace, value: object, option: str | None) -> None:
+    given = vars(namespace).setdefault("_given", {})
+    if option is not None and given.setdefault(action.dest, value) != value:
+        raise argparse.ArgumentError(action, f"given twice, as {given[action.dest]!r} and as {value!r}; drop one")
+    setattr(namespace, action.dest, value)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest the near flag or verb."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
 
     def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 - argparse's own signature
         args = [_with_underscores(argument) for argument in (sys.argv[1:] if args is None else args)]
@@ -301,7 +344,7 @@ def _add_settings(
         help_text = f"{field.metadata['doc']} (default: {default})".replace("%", "%%")
         common = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
         if bool in kinds:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+            parser.add_argument(*flags, action=_OnOff, **common)
         else:
             kind = next((kind for kind in (int, float) if kind in kinds), str)
             parser.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
@@ -375,13 +418,16 @@ _EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
 
 def _train_config(options: argparse.Namespace, any_length: bool = False) -> TrainConfig:
     """--config, with the flags laid over it; `any_length`: max_steps and max_tokens may both be missing."""
-    settings = read_yaml(options.config) if options.config else {}
+    from heron import defaults
+
     official = rwkv_lm_flags.read(options, any_length)
     flags, changes = _given(options, TrainConfig, ""), _given(options, ModelConfig, "model.")
     for ours, theirs in ((flags, official.settings), (changes, official.model)):
         for name, value in theirs.items():
             if ours.setdefault(name, value) != value:
                 raise ConfigError(f"--{name} and its RWKV-LM name were both given, with different values")
+    out = Path(flags["out"]) if "out" in flags else None
+    settings = read_yaml(options.config) if options.config else defaults.of_run(out, flags.get("resume", "auto"))
     for one, other in _EITHER_OR:  # a flag takes the place of the file's other choice
         if (one in flags) != (other in flags):
             settings.pop(other if one in flags else one, None)
@@ -389,9 +435,19 @@ def _train_config(options: argparse.Namespace, any_length: bool = False) -> Trai
 
     if official.is_x070 and "model" not in settings:
         changes.setdefault("variant", "v7")
-    if changes:
-        settings["model"] = _changed_model(settings.get("model", TrainConfig.model), changes, official.model_flags)
-    if (any_length or official.stage == 1) and not settings.keys() & {"max_steps", "max_tokens"}:
+    named = settings.get("model")
+    lies_there = named is None and not official.is_partial and "init_from" not in settings and official.stage != 1
+    found = defaults.weights_in(Path(str(settings.get("out", TrainConfig.out)))) if lies_there else None
+    if found is None and "vocab_size" not in changes and isinstance(settings.get("tokenizer"), str):
+        changes |= defaults.vocabulary(settings["tokenizer"], named)
+    if changes or named in list(PRESETS):
+        settings["model"] = _changed_model(named or found or TrainConfig.model, changes, official.model_flags)
+    elif found is not None:
+        settings["model"] = found
+    of_any_length = any_length or official.stage == 1
+    if out is not None and not of_any_length and not settings.keys() & {"max_steps", "max_tokens"}:
+        raise ConfigError(f"{out}: holds no run to go on with; to begin one, give --max_steps or --max_tokens")
+    if of_any_length and not settings.keys() & {"max_steps", "max_tokens"}:
         settings["max_steps"] = 1
     if official.saves_by_mini_epochs and "save_every" in flags:
         raise ConfigError("--save_every and --epoch_save were both given; drop one")
@@ -430,7 +486,8 @@ def _changed_model(base: object, changes: dict[str, Any], flags: dict[str, str])
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from heron import demo
+    with Preemption():  # PyTorch takes seconds to load
+        from heron import demo
 
     return EXIT_PREEMPTED if demo.run(Path(options.out)) == "preempted" else 0
 
@@ -471,13 +528,14 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = _train_config(options)
-    if options.stage == 1 and not options.dry_run:
-        print(rwkv_lm_flags.write_initial_weights(config))
-        return 0
-    from heron.train import Trainer
+    with Preemption():  # PyTorch, and weights whose sizes are compared, take seconds to load
+        config = _train_config(options)
+        if options.stage == 1 and not options.dry_run:
+            print(rwkv_lm_flags.write_initial_weights(config))
+            return 0
+        from heron.train import Trainer
 
-    trainer = Trainer(config)
+        trainer = Trainer(config)
     if options.dry_run:
         print(trainer.config.to_yaml(), end="")
         return 0

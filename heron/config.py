@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from heron.errors import ConfigError, UnknownKeyError, did_you_mean
+from heron.strict_yaml import read as read_yaml
 
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
 _DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
@@ -32,6 +33,7 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_COUNT = 2**31 - 1  # of tokens, samples and the like at once
 LARGEST_WIDTH = 2**24
 LARGEST_SIZES = {"n_layer": 4096, "vocab_size": LARGEST_COUNT}  # no product of sizes then overflows 64 bits
+_NAMES = ("model", "data", "val_data", "tokenizer", "out", "device", "resume")  # an empty text names nothing
 
 
 def _setting(default: Any, doc: str) -> Any:
@@ -189,8 +191,11 @@ class ModelConfig:
 
     def changed(self, **changes: Any) -> ModelConfig:
         """A copy with `changes`; what is as the rules make it (ffn_dim, ranks, has_ln0) follows them."""
-        derived = {name: None for name, value in self._derived().items() if getattr(self, name) == value}
-        return ModelConfig.from_dict({**self.to_dict(), **derived, **changes})
+        return ModelConfig.from_dict({**self.to_dict(), **self.by_rule(), **changes})
+
+    def by_rule(self) -> dict[str, None]:
+        """None for each field that is as the rules for new models make it."""
+        return {name: None for name, value in self._derived().items() if getattr(self, name) == value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -289,7 +294,7 @@ class TrainConfig:
     device: str = _setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
     tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
     tables_state: str = _setting("fp32", "of tables on the host: AdamW's moments of their rows, fp32 or bf16")
-    threads: int = _setting(0, "CPU threads; 0: as PyTorch likes. A resume is bit-equal at equal number")
+    threads: int = _setting(0, "CPU threads; 0: the run's own, at first as many as are of use. Others change last bits")
     magic_prime: int | None = _setting(None, "binidx: prime of RWKV-LM's sample order; None: the largest that fits")
     seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
     save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
@@ -313,6 +318,10 @@ class TrainConfig:
         if type(self.eod) is int:  # YAML reads an id so
             object.__setattr__(self, "eod", str(self.eod))
         _check_types(self)
+        for name in _NAMES:
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.strip():
+                raise ConfigError(f"{name}: wanted a name or a path, got {value!r}; is a shell variable not set?")
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
         at_least["warmup_steps"] = -1
         for name in ("threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
@@ -397,20 +406,6 @@ class TrainConfig:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError when it is unreadable or something else."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-40
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: wanted `name: value` lines, got {type(values).__name__}")
-    return values
 
 
 @functools.cache

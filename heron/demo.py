@@ -53,7 +53,7 @@ def run(out: Path) -> str:
 The curve is in {out / "loss.png"}. Three commands to try next (in .venv/bin, if you came by `make demo`):
   heron generate {out} --prompt "Lists are " --temperature 0.8 --seed 1
   heron eval {out} --data builtin:python-docs
-  heron train --data YOUR.txt --tokenizer bpe:512 --vocab_size 512 --max_steps 800 --out runs/mine
+  heron train --data YOUR.txt --tokenizer bpe:512 --max_steps 800 --out runs/mine
 """
     )
     return status

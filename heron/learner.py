@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Learner:
         model: with fp32 weights, on the CPU; it is moved.
         config: its `dtype` is fp32 or bf16.
         device: where steps run.
+        say: takes a line for the user; None: standard error.
 
     Attributes:
         model: the weights that are trained, saved and evaluated.
@@ -40,7 +41,10 @@ class Learner:
         ConfigError: tables on the host for a model that has none; `compile` on or graph where nothing can be compiled.
     """
 
-    def __init__(self, model: RWKV, config: TrainConfig, device: torch.device):
+    def __init__(
+        self, model: RWKV, config: TrainConfig, device: torch.device, say: Callable[[str], None] | None = None
+    ):
+        self._say = say or (lambda line: print(f"heron: {line}", file=sys.stderr))
         self.config, self.device, self.model = config, device, model
         self.tables = row_tables(model, device, config.tables)
         if self.tables is None:
@@ -170,7 +174,7 @@ class Learner:
         told = compilation.first_line(error)
         if self.config.compile != "auto":
             raise HeronError(f"compile {self.config.compile}: {told}. Use --compile auto or --compile off") from error
-        print(f"heron: training steps are not compiled, so they take longer: {told}", file=sys.stderr)
+        self._say(f"training steps are not compiled, so they take longer: {told}")
         self.compiled = machine.Choice("off", told)
         self.network.compiled_block = None
         for leaf in (*self.network.parameters(), *self.model.parameters()):

@@ -19,7 +19,7 @@ import textwrap
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ class Reporter:
         config: the run's settings as plain values, kept by Weights & Biases.
         steps_per_epoch: steps of a mini-epoch (RWKV-LM: 40,320 samples); None: the whole run.
         quiet: print nothing.
+        say: takes what would be printed, line by line; None: the console.
         owed: what the last of the finished steps has yet to do; a "validation" of it is cut off as well.
 
     Raises:
@@ -73,6 +74,7 @@ class Reporter:
         steps_per_epoch: int | None = None,
         quiet: bool = False,
         owed: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
     ):
         self.folder = Path(folder)
         self.total_steps = total_steps
@@ -81,7 +83,7 @@ class Reporter:
         self._events = _tensorboard(self.folder, first_step) if tensorboard else None
         self._wandb = _wandb(self.folder, wandb, wandb_name, config, first_step) if wandb else None
         self._weight_decay = (config or {}).get("weight_decay")
-        self._console = None if quiet else _Console(total_steps, first_step)
+        self._console = None if quiet else _Console(total_steps, first_step, say)
 
         self._open(first_step, owed)
 
@@ -213,11 +215,12 @@ class Reporter:
 class _Console:
     """The printed half: one live line on a terminal, about `PLAIN_LINES` plain ones elsewhere."""
 
-    def __init__(self, total_steps: int, first_step: int):
+    def __init__(self, total_steps: int, first_step: int, say: Callable[[str], None] | None = None):
         from rich.console import Console
         from rich.live import Live
 
         self._rich = Console(highlight=False, markup=False, emoji=False)
+        self._say = say
         self._total = total_steps
         self._every = max(2, -(-total_steps // PLAIN_LINES))
         self._next = first_step + 1
@@ -225,11 +228,15 @@ class _Console:
         self._unprinted = ""
         on_terminal = sys.stdout.isatty() and self._rich.is_terminal and not self._rich.is_dumb_terminal
         # Redrawn from `step`, not from a thread of its own: a thread is trouble when data workers are forked.
-        self._live = Live(console=self._rich, auto_refresh=False) if on_terminal else None
+        self._live = Live(console=self._rich, auto_refresh=False) if on_terminal and say is None else None
         self._drawn = 0.0
 
     def print(self, text: str, style: str = "") -> None:
         """Print lines above the live one, with what the output's encoding lacks replaced."""
+        if self._say is not None:
+            for line in text.split("\n"):
+                self._say(line)
+            return
         encoding = self._rich.encoding
         text = text.encode(encoding, "replace").decode(encoding)
         self._rich.print(text, style=style or None, soft_wrap=True)

@@ -321,7 +321,8 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # Unlike `encode`, this lets other threads run meanwhile, and it finds no positions, which nobody asks for.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.array(self.encode(text), dtype=id_dtype(self.vocab_size))

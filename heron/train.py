@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import heron
-from heron import document_end, faults, guards, machine, tokenizer
-from heron.checkpoint import atomic, load, read_tensors, run, save
+from heron import base_model, document_end, faults, guards, machine, resume, threads, tokenizer, vocabulary
+from heron.checkpoint import atomic, load, ownership, read_tensors, run, save
 from heron.checkpoint.architecture import UNUSED, lay_over
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
@@ -38,16 +38,11 @@ from heron.model import RWKV
 from heron.model.init import round_to_bf16
 from heron.ops import _select
 from heron.optim import lr_at
-from heron.preemption import Preemption
+from heron.preemption import Preemption, Stopped
 from heron.report import Reporter, plot
 from heron.tokenizer import TextStream
 
 _STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
-_EXACT = (  # settings that the numbers of every later step depend on
-    "tokenizer", "seed", "ctx_len", "micro_bsz", "accumulate", "max_steps", "max_tokens",
-    "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip",
-    "on_nonfinite", "spike", "tables", "tables_state", "weights",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -59,6 +54,7 @@ class _Progress:
         cursor: number of the next batch's first sample. Steps alone do not tell it: bad batches are passed over.
         owed: of the step: "validation", "sample".
         saved: whether a checkpoint holds all this.
+        kept: the step of the newest checkpoint; None: there is none.
         begun, settled: perf_counter readings: when the run would have begun without pauses; the end of the last step.
     """
 
@@ -68,6 +64,7 @@ class _Progress:
     seconds: float = 0.0
     owed: list[str] = dataclasses.field(default_factory=list)
     saved: bool = False
+    kept: int | None = None
     begun: float = 0.0
     settled: float = 0.0
 
@@ -83,6 +80,7 @@ class _Parts:
     guard: Guard
     stop: Preemption
     reporter: Reporter
+    pace: threads.Pace
 
 
 class _Gradients(NamedTuple):
@@ -119,7 +117,7 @@ class Trainer:
 
     Args:
         config: a TrainConfig.
-        say: takes one line for the user at a time; default: print.
+        say: takes one line for the user at a time, also from another thread; default: the console.
         _fault: for Heron's own tests, which alone can make it be accepted (:mod:`heron.faults`).
     """
 
@@ -132,8 +130,10 @@ class Trainer:
         self.device = torch.device(device.value)
         self.dtype = machine.choose_dtype(config.dtype, self.device)
         weights = machine.choose_weights(config.weights, self.dtype.value, self.device)
+        threads.check(config.threads)
         if config.threads:
             torch.set_num_threads(config.threads)
+        self._asked = config
         self.config = dataclasses.replace(
             config,
             model=_model_config(config.model),
@@ -154,10 +154,18 @@ class Trainer:
             HeronError: bad settings, data or checkpoints; a loss that is not finite.
         """
         try:
+            found = base_model.candidates(self.out)
+            ownership.check(self.out, [Path(self.config.tokenizer)], found[0] if found else None)
             self.out.mkdir(parents=True, exist_ok=True)
-            with run.lock(self.out), Preemption(self.config.max_hours) as stop:
+            with run.lock(self.out), Preemption(self.config.max_hours, self.say) as stop:
+                ownership.claim(self.out)
                 atomic.sweep(self.out)
-                return self._fit(stop)
+                progress = _Progress()
+                try:
+                    return self._fit(stop, progress)
+                except Stopped:
+                    self._write_status("preempted", progress)
+                    return "preempted"
         except OSError as error:
             raise CheckpointError(f"{error.filename or self.out}: {error.strerror or error}") from error
         except (RuntimeError, MemoryError) as error:
@@ -166,24 +174,26 @@ class Trainer:
                 raise
             raise HeronError(f"out of memory: {short}. {self._knobs()}") from error
 
-    def _fit(self, stop: Preemption) -> str:
+    def _fit(self, stop: Preemption, progress: _Progress) -> str:
         config = self.config
         resume_from = self._resume_point()
-        is_fresh = isinstance(config.model, ModelConfig)
-        loaded = None if is_fresh or resume_from is not None else load(config.model, dtype=torch.float32)
+        laid_over = bool(config.init_from) and isinstance(config.model, ModelConfig)
+        start = None if resume_from is not None or laid_over else base_model.find(self.out, config.model)
+        loaded = None if start is None else load(start, dtype=torch.float32)
         model_config = self._sizes = self._resolved_model(resume_from) if loaded is None else loaded.config
+        if loaded is not None and isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
+            base_model.check_sizes(start, loaded.config, config.model)
         if resume_from is not None:
             earlier = run.trainer_of(resume_from)
+            progress.step = progress.kept = earlier["step"]
             _check_tables(resume_from, earlier.get("exact", {}), config)
             if earlier["step"] >= config.total_steps and not earlier["owed"]:
-                self.say(
-                    f"{self.out}: finished at step {earlier['step']}; nothing to do. "
-                    "Raise --max_steps to train longer, or name another --out."
-                )
-                return "finished"
+                return self._nothing_to_do(resume_from, earlier["step"], stop)
+        self._settle_threads(resume_from)
+        config = self.config
 
         # [1] text -> ids, [2] ids -> batches
-        text_tokenizer = self._tokenizer(resume_from)
+        text_tokenizer = self._tokenizer(resume_from, stop)
         if text_tokenizer.vocab_size > model_config.vocab_size:
             raise ConfigError(
                 f"tokenizer {config.tokenizer} has {text_tokenizer.vocab_size} ids, the model's vocab_size is "
@@ -194,10 +204,7 @@ class Trainer:
                 text_tokenizer.encode(config.sample_prompt)
             except DataError as error:  # now, not at the first sample
                 raise ConfigError(f"sample_prompt: {error}") from None
-        corpus = load_corpus(
-            config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
-            Reading.of(config), self.say,
-        )  # fmt: skip
+        corpus = stop.interruptible(lambda: self._corpus(text_tokenizer))
         batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, self._prime(corpus))
 
         # [3] the model, [6] its optimizer
@@ -205,17 +212,20 @@ class Trainer:
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         model = RWKV(model_config) if loaded is None else loaded
-        start = None if resume_from is not None else self._base_model(model, is_fresh)
-        learner = Learner(model, config, self.device)
+        beginning = None if resume_from is not None else self._begin_with(model, start)
+        learner = Learner(model, config, self.device, self.say)
         if self._fault is not None:
             faults.install(learner.network, self._fault)
-        guard, progress = Guard(config.on_nonfinite, config.spike), _Progress()
+        guard = Guard(config.on_nonfinite, config.spike)
         if resume_from is not None:
             record = self._restore(resume_from, learner, guard, progress)
             for reason in self._differences(record, corpus, learner):
                 self.say(f"resuming, but not bit-exact because {reason}")
-        elif not (self.out / "rwkv-init.pth").exists():
-            save(model, self.out / "rwkv-init.pth")
+            if jump := resume.learning_rate_jump(resume_from, progress.step, config):
+                self.say(jump)
+        elif not base_model.candidates(self.out):  # else it is there, and stays as it is
+            with ownership.writing(self.out / ownership.INIT):
+                save(model, self.out / ownership.INIT)
         self._write(self.out / "config.yaml", config.to_yaml())
 
         reporter = Reporter(
@@ -228,21 +238,26 @@ class Trainer:
             config=config.to_dict(),
             steps_per_epoch=config.steps_per_mini_epoch,
             owed=progress.owed,
+            say=None if self.say is print else self.say,
         )
-        parts = _Parts(learner, text_tokenizer, corpus, batches, guard, stop, reporter)
+        parts = _Parts(learner, text_tokenizer, corpus, batches, guard, stop, reporter, threads.Pace())
+        stop.at_stake = lambda: _at_stake(progress)
         self._write_status("running", progress)
         status = "failed"
         try:
             with contextlib.closing(reporter):
-                reporter.header(self._header(learner, corpus, batches, resume_from, start))
+                reporter.header(self._header(learner, corpus, batches, resume_from, beginning))
                 status = self._loop(parts, progress)
         finally:
             self._write_status(status, progress)
-        plot([self.out], self.out / "loss.png")
+        if progress.step:
+            plot([self.out], self.out / "loss.png")
         return status
 
     def _loop(self, parts: _Parts, progress: _Progress) -> str:
         progress.begun = time.perf_counter() - progress.seconds
+        if parts.learner.compiled.value == "off":  # else a first step takes long, and stopped it loses nothing
+            parts.stop.begin()
         if progress.owed:  # the run was stopped within this step
             self._close_step(parts, progress)
         elif progress.step == 0 and self.config.on_nonfinite == "rewind":
@@ -314,6 +329,7 @@ class Trainer:
         loss, grad_norm, bad = update.read()
         if bad:
             return self._refuse(parts, progress, update, loss, grad_norm)
+        parts.stop.begin()
         parts.guard.accept(loss)
         progress.step += 1
         progress.tokens += config.tokens_per_step
@@ -322,8 +338,8 @@ class Trainer:
         now = time.perf_counter()
         parts.stop.step_ended()
         done, finished = progress.step, progress.step == config.total_steps
+        seconds = now - max(update.gradients.begun, progress.settled)
         if finished or parts.stop.reason or done % config.log_every == 0:
-            seconds = now - max(update.gradients.begun, progress.settled)
             parts.reporter.step(
                 {
                     "step": done,
@@ -340,6 +356,8 @@ class Trainer:
         if config.sample_every and (finished or _every(config.sample_every, done)):
             progress.owed.append("sample")
         self._close_step(parts, progress)
+        if slower := parts.pace.slowed(seconds):
+            self._adapt_threads(parts, done, slower)
         progress.settled = time.perf_counter()
         return "accepted"
 
@@ -353,8 +371,9 @@ class Trainer:
                 progress.saved = False
         finished = progress.step == self.config.total_steps and not progress.owed
         if finished:  # before the last checkpoint: with that one in place, the run counts as finished
-            save(parts.learner.model, self.out / "rwkv-final.pth")
-            parts.reporter.note(f"wrote {self.out / 'rwkv-final.pth'}")
+            with ownership.writing(self.out / ownership.FINAL):
+                save(parts.learner.model, self.out / ownership.FINAL)
+            parts.reporter.note(f"wrote {self.out / ownership.FINAL}")
         if finished or _every(self.config.save_every, progress.step):
             self._save(parts, progress)
 
@@ -401,7 +420,7 @@ class Trainer:
         folder = run.save(
             self.out, progress.step, parts.learner.model, parts.learner.optimizer, state, yaml, self.config.keep
         )
-        progress.saved = True
+        progress.saved, progress.kept = True, progress.step
         parts.reporter.note(f"saved {folder}")
 
     def _restore(self, folder: Path, learner: Learner, guard: Guard, progress: _Progress) -> dict[str, Any]:
@@ -413,7 +432,7 @@ class Trainer:
         guard.restore(record["guard"])
         for name in ("step", "tokens", "cursor", "seconds", "owed"):
             setattr(progress, name, record[name])
-        progress.saved = True
+        progress.saved, progress.kept = True, progress.step
         return record
 
     def _refuse(self, parts: _Parts, progress: _Progress, update: _Update, loss: float, grad_norm: float) -> str:
@@ -475,42 +494,29 @@ class Trainer:
         flags = [flags for flags, _ in knobs(self.config, self._sizes)]
         return f"Try {', or '.join(flags)}; heron estimate says what each is worth. Checkpoints are whole"
 
-    def _base_model(self, model: RWKV, is_fresh: bool) -> str:
-        """Put what a fresh run starts from into its model; gives the words for the header.
-
-        A rwkv-init.pth that lies in the run folder is what the run starts from, and is never written over.
+    def _begin_with(self, model: RWKV, start: Path | None) -> str:
+        """Finish what a fresh run starts from; gives the words for the header.
 
         Args:
-            model: of the run's sizes: with initial values where `is_fresh`, else with those of `config.model`.
+            model: with the weights of the file `start`, or with initial values where that is None.
 
         Raises:
-            CheckpointError: a file that does not fit the model, or a rwkv-init.pth beside another file to start from.
+            CheckpointError: weights in the run folder beside those of `init_from`, or ones that don't fit the model.
         """
-        config, init = self.config, self.out / "rwkv-init.pth"
-        if is_fresh and config.init_dtype == "bf16":
+        if start is not None:
+            return base_model.what_it_lacks(start)
+        config = self.config
+        words = f"initial values in {config.init_dtype}, seed {config.seed}"
+        if config.init_dtype == "bf16":
             round_to_bf16(model)
-        base = Path(config.init_from) if config.init_from else init if is_fresh and init.exists() else None
-        missing = [] if base is None else lay_over(model, read_tensors(base), base)
-        if missing and not config.init_from:
-            raise CheckpointError(
-                f"{base}: {', '.join(missing[:5])} missing, of {len(missing)} in all; "
-                f"--init_from {base} gives these their initial values, or name another --out"
-            )
-        in_folder = base is not None and base.parent.resolve() == self.out.resolve()
-        if init.exists() and not in_folder and not _holds(init, model):
-            raise CheckpointError(
-                f"{init}: is there, and is not what {config.init_from or config.model} would start from; it is not "
-                "written over: name another --out, or move it"
-            )
-        if not is_fresh:
-            return str(config.model)
-        if base is None:
-            return f"initial values in {config.init_dtype}, seed {config.seed}"
-        start = f"{base.name} of the run folder, kept as it is" if in_folder else str(base)
-        if missing:
-            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            start += f"; it lacks {len(missing)} tensors, which have their initial values: {names}"
-        return start
+        if not config.init_from:
+            return words
+        base = base_model.find(self.out, config.init_from, "--init_from")
+        missing = lay_over(model, read_tensors(base), base)
+        if not missing:
+            return base_model.what_it_lacks(base)
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        return f"{base}; it lacks {len(missing)} tensors, which have their {words}: {names}"
 
     def _prime(self, corpus: Corpus) -> int | None:
         """The prime of the sample order; None: a permutation.
@@ -531,7 +537,7 @@ class Trainer:
         check_prime(config.magic_prime, len(corpus.train), config.ctx_len)
         return config.magic_prime
 
-    def _tokenizer(self, resume_from: Path | None) -> tokenizer.Tokenizer:
+    def _tokenizer(self, resume_from: Path | None, stop: Preemption) -> tokenizer.Tokenizer:
         """The tokenizer of the run. One that is a file, or is learned now, is kept in the run folder.
 
         A run that goes on keeps the one it has: ids would mean something else under any other.
@@ -543,8 +549,11 @@ class Trainer:
             if config.eod not in (None, "0", document_end.NAMES[0]):
                 raise ConfigError(f"eod {config.eod!r}: a learned vocabulary has {document_end.NAMES[0]} for it")
             if resume_from is None:
-                texts = training_text(config.data, config.val_data, config.val_fraction, Reading.of(config))
-                content = tokenizer.learn_bpe(texts, vocab_size)
+                reading = Reading.of(config)
+                texts = stop.interruptible(
+                    lambda: training_text(config.data, config.val_data, config.val_fraction, reading)
+                )
+                content = vocabulary.learn(texts, vocab_size, self.say)
             elif earlier is None:
                 raise CheckpointError(f"{resume_from}: its run has no tokenizer.json, so it was not {config.tokenizer}")
             else:
@@ -565,7 +574,8 @@ class Trainer:
             end = asked.end
             if end.id is not None:
                 self.say(f"each document ends with {end}")
-        self._write(kept, content)
+        if Path(config.tokenizer).resolve() != kept.resolve():
+            self._write(kept, content)
         found = tokenizer.load(str(kept))
         if end is not None and found.eod != end.id:  # the run folder must tell by itself, wherever it is moved
             beside = kept.with_name(document_end.CONFIG)
@@ -582,6 +592,79 @@ class Trainer:
         with atomic.new_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
 
+    def _corpus(self, text_tokenizer: tokenizer.Tokenizer) -> Corpus:
+        config = self.config
+        return load_corpus(
+            config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
+            Reading.of(config), self.say,
+        )  # fmt: skip
+
+    def _nothing_to_do(self, folder: Path, step: int, stop: Preemption) -> str:
+        """Say that a run is finished; CheckpointError, by their names, where settings differ from those it had."""
+        home, config = folder.parents[1], self.config
+        if (kept := home / "tokenizer.json").exists() and config.tokenizer.startswith(tokenizer.LEARNED):
+            text_tokenizer = tokenizer.load(str(kept))
+        else:
+            text_tokenizer = tokenizer.load(config.tokenizer, config.eod)
+        try:
+            data = stop.interruptible(lambda: self._corpus(text_tokenizer)).fingerprint
+        except DataError:  # gone, as it may be when all is done
+            data = None
+        if found := resume.differing_settings(folder, config, self._asked, data):
+            raise CheckpointError(
+                f"{home}: finished at step {step}, with other settings: {'; '.join(found)}. Name another --out to "
+                "train with these, or raise --max_steps or --max_tokens to go on with them"
+            )
+        self.say(
+            f"{home}: finished at step {step}; nothing to do. Raise --max_steps to train longer, or name another --out."
+        )
+        return "finished"
+
+    def _settle_threads(self, resume_from: Path | None) -> None:
+        """The number of threads: as asked, else that of the run that goes on, else what is fastest here now."""
+        if self._asked.threads:
+            return
+        usual = torch.get_num_threads()
+        if resume_from is None:
+            number, reason = threads.settle(0, self.device)
+            if reason:
+                self.say(f"threads: {number}: {reason}")
+        else:
+            number = run.trainer_of(resume_from).get("exact", {}).get("threads", usual)
+            number = number if number <= threads.most() else usual
+            if self.device.type == "cpu" and number > 1:
+                best, times = threads.fewer(number)
+                if best != number:
+                    self.say(
+                        f"the machine is busy: on {best} threads this run would be {times:.0f} times as fast as on its "
+                        f"{number}, and not bit-exact; --threads {best} chooses that"
+                    )
+        self._use_threads(number)
+
+    def _use_threads(self, number: int) -> None:
+        torch.set_num_threads(number)
+        self.config = dataclasses.replace(self.config, threads=number)
+
+    def _adapt_threads(self, parts: _Parts, step: int, slower: float) -> None:
+        """After steps that took ten times as long as those before: compute on fewer threads where that helps."""
+        before = self.config.threads
+        if self.device.type != "cpu":
+            return
+        best, times = threads.fewer(before)
+        what = f"step {step}: steps take {slower:.0f} times as long as they did"
+        if best == before:
+            parts.reporter.note(f"{what}; fewer than {before} threads would not help")
+            return
+        if self._asked.threads:
+            parts.reporter.note(f"{what}: the machine is busy; --threads {best} would be {times:.0f} times as fast now")
+            return
+        self._use_threads(best)
+        parts.reporter.refused({"step": step, "threads": best, "threads_before": before})
+        parts.reporter.note(
+            f"{what}: the machine is busy; going on with {best} threads, not {before}, which are {times:.0f} times as "
+            "fast now (not bit-exact from here on with a run that keeps them)"
+        )
+
     def _resume_point(self) -> Path | None:
         """The verified checkpoint to go on from, or None for a fresh start."""
         config = self.config
@@ -592,13 +675,19 @@ class Trainer:
             if used:
                 raise CheckpointError(f"{self.out}: holds a run already and resume is none; name another --out")
             return None
-        path = Path(config.resume)
+        if used and TrainConfig.from_yaml(self.out / "config.yaml").resume == config.resume:
+            return run.newest(self.out, self.say) or self._named(Path(config.resume))  # the same command again
+        folder = self._named(Path(config.resume))
+        if used and folder.resolve() != (run.newest(self.out) or self.out).resolve():
+            raise CheckpointError(f"{self.out}: holds another run, or newer steps than {folder}; name another --out")
+        return folder
+
+    def _named(self, path: Path) -> Path:
+        """The verified checkpoint that `resume` names, or the newest of the run that it names."""
         folder = path if run.is_checkpoint(path) else run.newest(path, self.say)
         if folder is None:
             raise CheckpointError(f"resume: {path} is neither a checkpoint nor a run folder with one")
         run.verify(folder)
-        if used and folder.resolve() != (run.newest(self.out) or self.out).resolve():
-            raise CheckpointError(f"{self.out}: holds another run, or newer steps than {folder}; name another --out")
         return folder
 
     def _resolved_model(self, resume_from: Path | None) -> ModelConfig:
@@ -613,9 +702,8 @@ class Trainer:
                 for name, value in saved.to_dict().items()
                 if getattr(wanted, name) != value
             ]
-            raise CheckpointError(
-                f"{resume_from}: this run has another model: {', '.join(differing)}; name another --out"
-            )
+            remedy = "name another --out" if resume_from.is_relative_to(self.out) else "drop --resume"
+            raise CheckpointError(f"{resume_from}: this run has another model: {', '.join(differing)}; {remedy}")
         return saved
 
     def _exact(self, corpus: Corpus, learner: Learner) -> dict[str, Any]:
@@ -637,7 +725,7 @@ class Trainer:
             **{op.__name__: op(self.device).impl for op in (_select.shift_mix, _select.head_mix, _select.adamw)},
             "compile": learner.compiled.value,
             "magic_prime": self._prime(corpus),
-            **{name: getattr(config, name) for name in _EXACT},
+            **{name: getattr(config, name) for name in resume.EXACT},
         }
 
     def _differences(self, record: dict[str, Any], corpus: Corpus, learner: Learner) -> list[str]:
@@ -653,7 +741,7 @@ class Trainer:
         ]
 
     def _header(
-        self, learner: Learner, corpus: Corpus, batches: Batches, resume_from: Path | None, start: str | None
+        self, learner: Learner, corpus: Corpus, batches: Batches, resume_from: Path | None, beginning: str | None
     ) -> list[tuple[str, str]]:
         config, model_config = self.config, learner.model.config
         wkv7 = _select.wkv7(self.device, config.ctx_len)
@@ -663,7 +751,7 @@ class Trainer:
         return [
             ("model", f"{model_config.variant}  L{model_config.n_layer} C{model_config.n_embd} "
                       f"{head_size}V{model_config.vocab_size}  {n_parameters / 1e6:.2f} M parameters"),
-            *([("start", start)] if start else []),
+            *([("start", beginning)] if beginning else []),
             ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
                      + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
             ("order", batches.order.description),
@@ -714,6 +802,13 @@ def _check_tables(folder: Path, before: dict[str, Any], config: TrainConfig) -> 
     if earlier != {name: getattr(config, name) for name in earlier}:
         flags = " ".join(f"--{name} {value}" for name, value in earlier.items())
         raise CheckpointError(f"{folder}: this run trains with {flags}; give these, or start another from its weights")
+
+
+def _at_stake(progress: _Progress) -> str:
+    if progress.step == (progress.kept or 0):
+        return "of the run, the step that has begun is lost"
+    since = "the beginning" if progress.kept is None else f"step {progress.kept}"
+    return f"what was trained since {since} is lost ({progress.step - (progress.kept or 0)} steps)"
 
 
 def _every(period: int, step: int) -> bool:

@@ -285,6 +285,8 @@ def test_wrong_usage_is_code_2_and_one_line(heron_, command, words):
         ("ctx_length: 3\nmax_steps: 3\n", 2, ["ctx_length", "Did you mean 'ctx_len'"]),
         ("max_steps: 3\nmodel: {n_layers: 3}\n", 2, ["n_layers", "Did you mean 'n_layer'"]),
         ("max_steps: three\n", 1, ["max_steps", "'three'"]),
+        ("max_steps: 3\nout: 3\n", 1, ["out", "3"]),
+        ("max_steps: 3\nout:\ntokenizer: [bytes]\n", 1, ["tokenizer"]),
         ("max_steps: 3\nmodel: [1]\n", 1, ["model"]),
         ("model: {n_layer: [1, 2\n", 1, ["bad.yaml"]),
         ("max_steps: 2026-13-40\n", 1, ["bad.yaml"]),
@@ -301,6 +303,127 @@ def test_a_bad_config_file(heron_, tmp_path, content, code, words):
 def test_a_missing_config_file(heron_):
     code, _, err = heron_("train --config missing.yaml")
     assert_one_line(code, err, 1, "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("max_steps: 3\nseed: 1\nmax_steps: 4\n", ["'max_steps'", "line 1", "line 3"]),
+        ("max_steps: 3\nmodel: {n_layer: 3, n_embd: 64, n_layer: 4}\n", ["'n_layer'", "line 2"]),
+        ("max_steps: 3\nmodel:\n  variant: v8\n  rosa: {bits: 1, source: qkv, no_match: zero, bits: 1}\n", ["'bits'"]),
+        ('max_steps: 3\n"max_steps": 3\n', ["'max_steps'"]),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_file_is_refused(heron_, tmp_path, content, words):
+    (tmp_path / "bad.yaml").write_text(content)
+    got, _, err = heron_(f"train --config {tmp_path}/bad.yaml --dry_run")
+    assert_one_line(got, err, 1, "bad.yaml", *words)
+
+
+def test_a_mapping_may_be_taken_into_another(resolved, tmp_path):
+    (tmp_path / "x.yaml").write_text("max_steps: 3\nmodel: &m {n_layer: 3}\n<<: {seed: 4}\nseed: 5\n")
+    assert resolved(f"--config {tmp_path}/x.yaml").seed == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seed 1 --seed 2", ["--seed", "twice", "1", "2"]),
+        ("--n_layer 2 --model.n_layer 3", ["--n_layer", "twice"]),
+        ("--micro_bsz 2 --micro-bsz=3", ["--micro_bsz", "twice"]),
+        ("--grad_checkpoint --no-grad_checkpoint", ["--grad_checkpoint", "twice"]),
+        ("--proj_dir a --proj_dir b", ["--proj_dir", "twice"]),
+        ("--out a --out b", ["--out", "'a'", "'b'"]),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_refused(heron_, flags, words):
+    code, _, err = heron_("train --max_steps 3 --dry_run", flags)
+    assert_one_line(code, err, 2, *words)
+
+
+def test_a_flag_may_be_given_twice_with_one_value_and_some_with_several(heron_, resolved, trained):
+    assert resolved("--max_steps 3 --seed 4 --seed 04 --tensorboard --tensorboard").seed == 4
+    code, out, _ = heron_(f"generate {trained} --prompt Line --max_tokens 9 --stop a --stop e --temperature 0")
+    assert code == 0
+    assert not {"a", "e"} & set(out.removeprefix("Line"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --max_steps 2 --data '' --out {here}/run",
+        "train --max_steps 2 --data_file '' --out {here}/run",
+        "train --max_steps 2 --out ''",
+        "train --max_steps 2 --proj_dir=",
+        "train --max_steps 2 --out '  '",
+        "train --max_steps 2 --val_data '' --out {here}/run",
+        "train --max_steps 2 --tokenizer '' --out {here}/run",
+        "train --max_steps 2 --resume '' --out {here}/run",
+        "train --max_steps 2 --model '' --out {here}/run",
+        "train --max_steps 2 --config '' --out {here}/run",
+        "bench --model ''",
+        "estimate --data ''",
+        "demo --out ''",
+        "prepare '' --out {here}/x",
+        "prepare {run} '' --out {here}/x",
+        "prepare {run} --out ''",
+        "init --out ''",
+        "generate ''",
+        "generate {run} --tokenizer ''",
+        "chat '' ",
+        "chat {run} --load ''",
+        "eval {run} '' --data x",
+        "eval {run} --data ''",
+        "convert '' x.pth",
+        "convert {run} ''",
+        "info ''",
+        "plot ''",
+        "plot {run} --out ''",
+    ],
+)
+def test_an_empty_value_is_refused_on_every_verb(heron_, trained, tmp_path, monkeypatch, command):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = heron_(command.format(run=trained, here=tmp_path / "here"))
+    assert_one_line(code, err, 2, "empty", "shell variable")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["data", "out", "val_data", "tokenizer", "resume", "model", "device"])
+def test_an_empty_name_is_refused_in_a_file_and_in_python(heron_, tmp_path, name):
+    for value in ("", " "):
+        with pytest.raises(heron.HeronError, match=f"{name}: wanted a name or a path, got '{value}'"):
+            TrainConfig(**{"max_steps": 1, name: value})
+    (tmp_path / "x.yaml").write_text(f"max_steps: 1\n{name}: ''\n")
+    code, _, err = heron_(f"train --config {tmp_path}/x.yaml")
+    assert_one_line(code, err, 1, name, "shell variable")
+
+
+def test_texts_may_be_empty(resolved, heron_, trained):
+    assert resolved("--max_steps 3 --wandb '' --sample_prompt '' --load_model ''").wandb == ""
+    assert heron_(f"generate {trained} --prompt '' --max_tokens 2")[0] == 0
+    with pytest.raises(heron.HeronError, match="shell variable"):
+        heron.load("")
+
+
+@pytest.mark.parametrize(
+    ("flags", "vocab_size"),
+    [
+        ("--tokenizer bpe:300", 300),
+        ("--tokenizer integers:17 --n_layer 2", 17),
+        ("--tokenizer world", 65536),
+        ("--tokenizer {folder}/tok.json", 270),
+        ("--tokenizer bpe:300 --vocab_size 320", 320),
+        ("--tokenizer integers:17 --model rwkv8-tiny", 256),
+        ("--tokenizer bpe:300 --model rwkv8-tiny", 300),
+        ("--tokenizer integers:17 --my_testing x070", 17),
+        ("--n_layer 2", 256),
+    ],
+)
+def test_the_number_of_token_ids_follows_the_tokenizer(resolved, tmp_path, flags, vocab_size):
+    (tmp_path / "tok.json").write_text(tokenizer.learn_bpe([TEXT], 270), encoding="utf-8")
+    assert resolved("--max_steps 3", flags.format(folder=tmp_path)).model.vocab_size == vocab_size
 
 
 # -- the verbs ------------------------------------------------------------------------------------------------------
@@ -367,7 +490,8 @@ def test_generate_from_nothing_and_to_a_stop(heron_, trained):
 
 
 def test_the_tokenizer_is_found_beside_the_run(heron_, trained, tmp_path, text, monkeypatch):
-    words = f"train {SMALL} --vocab_size 300 --tokenizer bpe:300 --data {text} --max_steps 1 --out {tmp_path}/bpe"
+    small = SMALL.replace(" --vocab_size 256", "")  # so that it follows the tokenizer
+    words = f"train {small} --tokenizer bpe:300 --data {text} --max_steps 1 --out {tmp_path}/bpe"
     assert heron_(words)[0] == 0
     expected = heron.generate(
         heron.load(tmp_path / "bpe"), tokenizer.load(str(tmp_path / "bpe/tokenizer.json")), "Line", 9
@@ -589,7 +713,10 @@ def test_bad_weights_are_one_line_everywhere(heron_, weights, text, tmp_path, co
         ("plot {run} --out {text}/x.png", ["text.txt"]),
         ("train --max_steps 2 --out {text}/run", ["text.txt"]),
         ("train --max_steps 2 --out {here}/r --data {here}/none.txt", ["none.txt"]),
-        ("train --max_steps 2 --out {here}/r --data {text} --tokenizer bpe:300", ["bpe:300", "--vocab_size 300"]),
+        (
+            "train --max_steps 2 --out {here}/r --data {text} --tokenizer bpe:300 --vocab_size 256",
+            ["bpe:300", "--vocab_size 300"],
+        ),
         ("train --out {here}/r", ["max_steps", "max_tokens"]),
         ("train --max_steps 2 --model rwkv8-tinny", ["rwkv8-tinny"]),
         ("train --max_steps 2 --out {run} --resume none", ["holds a run already"]),

@@ -484,7 +484,7 @@ def test_an_equal_resume_says_nothing_of_the_kind(settings):
     StopAt(settings(max_steps=3), 2).fit()
     said = []
     fit(settings(max_steps=3, eval_every=2, sample_every=1), say=said.append)
-    assert said == []
+    assert not any("bit-exact" in line or "jumps" in line for line in said)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(settings, tmp_path):

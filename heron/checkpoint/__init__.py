@@ -66,6 +66,8 @@ def load(
         CheckpointError: missing, unreadable, damaged, or not a model of a known variant: the message names the file
             and the tensor. ROSA of which nothing says how it works.
     """
+    if not str(path).strip():
+        raise CheckpointError(f"wanted the path of a model, got {path!r}; is a shell variable not set?")
     source = weights_file(as_path(path))
     tensors = read_tensors(source)
     model = build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
@@ -252,11 +254,18 @@ def weights_file(path: Path) -> Path:
     if run.is_checkpoint(path):
         run.verify(path)
         return path / run.MODEL
-    newest = run.newest(path, say=lambda text: warnings.warn(text, stacklevel=5))
+    final = path / "rwkv-final.pth"
+    try:
+        newest = run.newest(path, say=lambda text: warnings.warn(text, stacklevel=5))
+    except CheckpointError:
+        if not final.exists():
+            raise
+        newest = None
+        warnings.warn(f"{path}: no checkpoint is whole; taking {final.name}", stacklevel=4)
     if newest is not None:
         return newest / run.MODEL
-    if (path / "rwkv-final.pth").exists():
-        return path / "rwkv-final.pth"
+    if final.exists():
+        return final
     raise CheckpointError(
         f"{path}: no weights here; wanted a run folder (checkpoints/step-*, rwkv-final.pth), a checkpoint folder, or "
         f"{hf.CONFIG} with safetensors"

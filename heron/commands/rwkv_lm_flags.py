@@ -148,6 +148,11 @@ class Official:
         return "epoch_save" in self.given
 
     @property
+    def is_partial(self) -> bool:
+        """Whether --load_partial lays a file over initial values of the sizes that were given."""
+        return _number("load_partial", self.given.get("load_partial", "0"), 0, 1) == 1
+
+    @property
     def model_flags(self) -> dict[str, str]:
         """The flag that set each field of `model`."""
         return {new: name for name, new in WIDTHS.items() if new in self.model}
@@ -166,7 +171,7 @@ class Official:
             newest = _newest_weights(config.out)
             if newest is not None and newest.stem != "rwkv-init":
                 changes["warmup_steps"] = 10  # what train.py makes of -1 then
-        if _number("load_partial", given.get("load_partial", "0"), 0, 1) and not config.init_from:
+        if self.is_partial and not config.init_from:
             newest = _newest_weights(config.out)
             if newest is None:
                 self.notes.append("--load_partial 1: no effect; there is no file to load")

@@ -3,7 +3,7 @@
 SIGTERM, SIGINT and SIGUSR1, to the process or to its whole group (as a batch system sends them), in each phase: while
 the data are read, in a forward pass, between two forward passes of one step, while a worker is awaited, in a
 validation, in a sample, and in a save; with 0 and 2 loader workers. A tenth of the trials send a second signal, which
-ends the process at once and must leave the newest checkpoint whole. The control lets the workers take the signal.
+may end the process at once and must leave the newest checkpoint whole. The control lets the workers take the signal.
 """
 
 from __future__ import annotations
@@ -109,11 +109,18 @@ def _trial(
     pid = minute.child(work, folder / "output.txt")
     code = minute.wait(pid)
     seconds = time.monotonic() - float(sent_at.read_text()) if sent_at.exists() else float("inf")
-    return seconds, _problem(settings, folder, code, seconds, pid, number, twice)
+    return seconds, _problem(settings, folder, phase, code, seconds, pid, number, twice)
 
 
 def _problem(
-    settings: TrainConfig, folder: Path, code: int | None, seconds: float, pid: int, number: int, twice: bool
+    settings: TrainConfig,
+    folder: Path,
+    phase: str,
+    code: int | None,
+    seconds: float,
+    pid: int,
+    number: int,
+    twice: bool,
 ) -> str | None:
     left = _wait_for_group(pid)
     if left:
@@ -130,9 +137,12 @@ def _problem(
         return None
     if code != 75:
         return f"exit code {code}: {minute.said(folder)}"
-    wanted = {"status": "preempted", "step": step, "checkpoint": newest.name if newest else None}
-    if minute.status(settings) != wanted or step is None:
+    before_the_first_step = phase == "data"
+    wanted = {"status": "preempted", "step": step or 0, "checkpoint": newest.name if newest else None}
+    if minute.status(settings) != wanted or (step is None) != before_the_first_step:
         return f"status {minute.status(settings)}, wanted {wanted}"
+    if before_the_first_step:
+        return None
     logged = [record[0] for record in minute.curve(settings)[0]]
     return None if logged == list(range(1, step + 1)) else f"saved step {step}, logged {logged[-1:]}"
 

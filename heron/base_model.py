@@ -1,0 +1,101 @@
+"""What a run that has not begun starts from: fresh initial values, the weights that were named, or those in its folder.
+
+The official trainer starts from the newest `rwkv-*.pth` of the output folder, `rwkv-init.pth` before `rwkv-0.pth`, and
+its scripts tell people to put a base model there under that name. So does this one, and it leaves the file as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from heron.checkpoint import ownership
+from heron.config import ModelConfig
+from heron.errors import CheckpointError
+
+_NUMBERED = re.compile(r"rwkv-([0-9]+)\.pth")
+_WEIGHTS = (".pth", ".safetensors", ".gguf")
+
+
+def candidates(out: Path) -> list[Path]:
+    """Weights in an output folder that a run may start from and that no run of Heron's wrote, newest first.
+
+    Raises:
+        CheckpointError: two files of one number.
+    """
+    numbers: dict[int, Path] = {}
+    for path in sorted(out.glob("rwkv-*.pth")) if out.is_dir() else []:
+        match = _NUMBERED.fullmatch(path.name)
+        if match is None and path.name != ownership.INIT:
+            continue
+        number = -1 if match is None else int(match[1])
+        if number in numbers:
+            raise CheckpointError(
+                f"{out}: {numbers[number].name} and {path.name} are of one number; type which one to start from: "
+                f"--model {path} --out {_another(out)}"
+            )
+        if not ownership.is_own(path):
+            numbers[number] = path
+    return [numbers[number] for number in sorted(numbers, reverse=True)]
+
+
+def find(out: Path, model: ModelConfig | str, flag: str = "--model") -> Path | None:
+    """The weights that a run in `out` which has not begun starts from; None: fresh initial values.
+
+    Args:
+        out: the run folder, which may not exist yet.
+        model: sizes, or the path of weights.
+        flag: that gave the path, for messages.
+
+    Raises:
+        CheckpointError: `model` names weights elsewhere although there are some in `out`; weights in `out` of which
+            the name does not say that they are to start from.
+    """
+    found = candidates(out)
+    if isinstance(model, ModelConfig):
+        if not found:
+            _refuse_unnamed(out)
+        return found[0] if found else None
+    named = Path(model)
+    if found and named.resolve() not in [path.resolve() for path in found]:
+        raise CheckpointError(
+            f"{out}: {found[0].name} is there, and {flag} names {named}: drop {flag} to start from {found[0]}, or "
+            f"type {flag} {named} --out {_another(out)}"
+        )
+    return named
+
+
+def check_sizes(path: Path, held: ModelConfig, wanted: ModelConfig) -> None:
+    """CheckpointError unless weights that were found have the sizes that were asked for; widths by rule may differ."""
+    held, wanted = held.to_dict(), {**wanted.to_dict(), **wanted.by_rule()}
+    differing = [
+        f"{name} {value} (asked for: {wanted[name]})"
+        for name, value in held.items()
+        if wanted[name] != value and wanted[name] is not None
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path}: a run starts from the weights in its folder, and these have {', '.join(differing)}; type "
+            f"--model {path} without sizes to start from them, or name another --out"
+        )
+
+
+def what_it_lacks(path: Path) -> str:
+    """For the header: where a run starts that begins with a file of weights."""
+    return f"from the weights in {path}, which hold no moments and no position: AdamW and the schedule begin at step 1"
+
+
+def _refuse_unnamed(out: Path) -> None:
+    """CheckpointError where a folder holds weights under another name: the run would begin from random values."""
+    found = [path for path in sorted(out.glob("*")) if path.suffix in _WEIGHTS] if out.is_dir() else []
+    found = [path for path in found if path.name not in (ownership.INIT, ownership.FINAL)]
+    if found:
+        raise CheckpointError(
+            f"{out}: holds {found[0].name}, under a name that no run starts from. To start from it, type --model "
+            f"{found[0]}; for fresh initial values name another --out"
+        )
+
+
+def _another(out: Path) -> str:
+    return os.fspath(out.with_name(f"{out.name}-2"))
