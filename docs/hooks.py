@@ -135,10 +135,9 @@ def _imported(file: str) -> dict[str, str]:
     return {name: origin.get(name, package) for name in public}
 
 
-def _entry(identifier: str, shown: str, signature: bool = True) -> Iterator[str]:
+def _entry(identifier: str, shown: str) -> Iterator[str]:
     """The directive that mkdocstrings replaces by the docstring of `identifier`, under the name `shown`."""
-    yield from (f"::: {identifier}", "    options:", f"      heading: {shown}", f"      toc_label: {shown}")
-    yield from ("" if signature else "      show_signature: false", "")
+    yield from (f"::: {identifier}", "    options:", f"      heading: {shown}", f"      toc_label: {shown}", "")
 
 
 def _names() -> Iterator[str]:
@@ -147,7 +146,7 @@ def _names() -> Iterator[str]:
 
     for name, home in heron._HOMES.items():
         if home != "heron.errors":
-            yield from _entry(f"{home}.{name}", f"heron.{name}", signature=home != "heron.config")
+            yield from _entry(f"{home}.{name}", f"heron.{name}")
 
 
 def _generation() -> Iterator[str]:
