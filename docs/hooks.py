@@ -67,8 +67,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Docstrings name things by Sphinx's roles; without their prefix what is left is the name in code."""
-    return re.sub(r":(?:class|mod|func|meth|attr|exc):(<code)", r"\1", html)
+    """Docstrings have Sphinx's roles before names, and `::` before a block; here the name and one colon are enough."""
+    return re.sub(r":(?:class|mod|func|meth|attr|exc):(<code)", r"\1", html).replace("::</p>", ":</p>")
 
 
 def _cell(value: object) -> str:
