@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test torture bench clean
+.PHONY: demo test torture bench docs docs-serve wheel clean
 
 demo: .venv/installed            ## train a small RWKV-8 on real text and generate from it
 	$(BIN)/heron demo
@@ -22,8 +22,25 @@ bench: .venv/installed-dev       ## the figures that README and docs quote
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/generate.py
 
-clean:                           ## remove the virtual environment and the runs
-	rm -rf .venv runs
+docs: .venv/installed-docs       ## the documentation's pages into site/; a broken link or docstring fails
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/installed-docs ## the same on http://127.0.0.1:8000, built anew when a file changes
+	$(BIN)/mkdocs serve --strict
+
+wheel: .venv/bin/python          ## dist/*.tar.gz and *.whl; the wheel is complete, and trains in an environment of its own
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build
+	$(BIN)/python -m build
+	$(BIN)/python .github/check_wheel.py dist/*.whl
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd .venv-wheel && bin/heron doctor
+	cd .venv-wheel && bin/heron train --max_steps 2 --ctx_len 32 --micro_bsz 1 --sample_tokens 8 --out runs/wheel
+	cd .venv-wheel && bin/heron generate runs/wheel --prompt "def " --max_tokens 8
+
+clean:                           ## remove what the other targets made, and the runs
+	rm -rf .venv .venv-wheel runs dist site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -35,3 +52,7 @@ clean:                           ## remove the virtual environment and the runs
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/installed-docs: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@

@@ -1,4 +1,4 @@
-"""Every command in the README is one that exists: `heron ...` by the real parser, `make ...` by the Makefile."""
+"""Every command in README and docs is one that exists: `heron ...` by the real parser, `make ...` by the Makefile."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from heron import cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def commands(program):
-    """The commands of `program` in the README's code blocks, continued lines joined, comments and prompts taken off."""
-    fenced = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"^ {4}.*\n", README, re.MULTILINE)
+    """The commands of `program` in the pages' code blocks, continued lines joined, comments and prompts taken off."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^ {4}.*\n", TEXT, re.MULTILINE)
     lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
     starts = re.compile(rf"^\s*(?:\$ )?(?:\S*/)?(?:python3? -m )?{program} (?=\S)")
     return [shlex.split(line[found.end() :], comments=True) for line in lines if (found := starts.match(line))]
@@ -30,8 +31,8 @@ def parsed(words):
         return None
 
 
-def test_the_readme_shows_commands():
-    assert len(commands("heron")) >= 3
+def test_the_pages_show_commands():
+    assert len(commands("heron")) >= 30
     assert commands("make")
 
 
