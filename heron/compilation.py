@@ -20,7 +20,7 @@ from heron import machine
 from heron.config import ModelConfig
 from heron.errors import ConfigError
 from heron.model.rwkv import Block
-from heron.ops import _select
+from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
 _GRAPHS = 64  # a process may train with several shapes and precisions, two graphs each; PyTorch would stop at 8
@@ -62,7 +62,7 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
         return "it is for a GPU; a CPU gains little"
     if model.has_attention or model.rosa is not None:
         return f"{model.variant} has branches that look back over a growing context"
-    if _select.wkv7(device, 512, head_size=model.head_size).impl != "cuda":
+    if wkv7_choice(device, 512, head_size=model.head_size).impl != "cuda":
         return "WKV7 has no kernels here"
     return _why_no_triton()
 

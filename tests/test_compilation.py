@@ -19,7 +19,7 @@ import heron
 from heron import compilation
 from heron.errors import ConfigError, HeronError
 from heron.learner import Learner
-from heron.ops import _build, _select
+from heron.ops import _build, _choice
 from heron.ops.wkv7 import cuda
 from tests.ops import emulator
 
@@ -37,8 +37,8 @@ def compiles(monkeypatch):
     if _build.find_compiler() is None:
         pytest.skip("no C++ compiler on the path")
     emulator.load()
-    monkeypatch.setattr(sys.modules["heron.ops.wkv7"], "wkv7_cuda", cuda.wkv7_kernels)
-    monkeypatch.setattr(_select, "wkv7", lambda *_, **__: _select.Choice("cuda", "emulated"))
+    monkeypatch.setitem(sys.modules["heron.ops.wkv7"]._FORMS, "cuda", cuda.wkv7_kernels)
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "emulated"))
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
@@ -145,7 +145,7 @@ def test_a_cpu_is_left_as_it_is(random_model):
     ],
 )
 def test_what_a_gpu_compiles(monkeypatch, capsys, variant, kernels, triton, reason):
-    monkeypatch.setattr(_select, "wkv7", lambda *_, **__: _select.Choice(kernels, ""))
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice(kernels, ""))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     compilation._why_no_triton.cache_clear()
     for _ in range(2):

@@ -25,9 +25,16 @@ from heron.model.channel_mix import GATE_RANK
 from heron.model.deep_embed import DeepEmbed
 from heron.model.rwkv import Block
 from heron.model.time_mix import TimeMix
-from heron.ops import _select
 from heron.ops.head_step import HeadWeights
-from heron.ops.token_step import LayerMemory, LayerWeights, LowRank, Network, Norm, TokenStep
+from heron.ops.token_step import (
+    LayerMemory,
+    LayerWeights,
+    LowRank,
+    Network,
+    Norm,
+    TokenStep,
+    token_step_choice,
+)
 
 HEAD_COLUMNS = 4096  # logits that are computed at once on a CPU: this part of the head stays in its cache for all rows
 
@@ -265,7 +272,7 @@ def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Dec
     weight, config = model.emb.weight, model.config
     if weight.device.type != "cpu":
         return GraphedDecoder(model, rows, tables)
-    compiled = _select.token_step(weight.device, weight.dtype, config.head_size).impl == "cpu"
+    compiled = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
     return (CompiledDecoder if compiled and config.deep_embed != "low-rank" else FusedDecoder)(model, rows, tables)
 
 

@@ -25,12 +25,11 @@ from heron.model import RWKV, State
 from heron.model.deep_embed import Lookup
 from heron.model.rwkv import Block
 from heron.model.state import LayerState
-from heron.ops import _select
-from heron.ops.head_step import HeadInputs, head_step
+from heron.ops.head_step import HeadInputs, head_step, head_step_choice
 from heron.ops.head_step.reference import head_step_reference
-from heron.ops.matvec import Product, matvec
+from heron.ops.matvec import Product, matvec, matvec_choice
 from heron.ops.matvec.reference import matvec_reference
-from heron.ops.norm_mix import norm_mix
+from heron.ops.norm_mix import norm_mix, norm_mix_choice
 from heron.ops.norm_mix.reference import norm_mix_reference
 
 
@@ -231,7 +230,7 @@ class _Layer:
         """
         stages = {name: getattr(type(self), name) for name in self.STAGES}
         run = SimpleNamespace(**{name: prepared(stage) if prepared else stage for name, stage in stages.items()})
-        has_kernel = _select.head_step(self.mix.device, self.mix.dtype, self.head_size).impl == "cuda"
+        has_kernel = head_step_choice(self.mix.device, self.mix.dtype, self.head_size).impl == "cuda"
         run.head_step = head_step if has_kernel or prepared is None else prepared(head_step_reference)
         return run
 
@@ -326,10 +325,10 @@ class _LayerOfOneRow(_Layer):
         run = super().stages(prepared)
         att, ffn = self.block.att, self.block.ffn
         linears = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
-        has_kernel = _select.matvec([*(linear.weight for linear in linears), *self.down, *self.up]).impl == "cuda"
+        has_kernel = matvec_choice([*(linear.weight for linear in linears), *self.down, *self.up]).impl == "cuda"
         run.multiply = matvec if has_kernel or prepared is None else prepared(matvec_reference)
         device, dtype, (_, C) = self.mix.device, self.mix.dtype, self.mix.shape
-        has_kernel = _select.norm_mix(device, dtype, C).impl == "cuda"
+        has_kernel = norm_mix_choice(device, dtype, C).impl == "cuda"
         run.norm_mix = norm_mix if has_kernel or prepared is None else prepared(norm_mix_reference)
         return run
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from heron.errors import KernelError
-from heron.ops import _build, _select, head_mix
-from heron.ops.head_mix import ChannelWeights, Projected, cuda
+from heron.ops import _build, _choice, head_mix
+from heron.ops.head_mix import _FORMS, ChannelWeights, Projected, cuda, head_mix_choice
 from tests.ops import emulator
 from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
@@ -184,7 +184,7 @@ def kernels_on_cpu():
 @pytest.fixture
 def emulated(kernels_on_cpu, monkeypatch):
     """impl="cuda" runs on a CPU."""
-    monkeypatch.setattr(cuda, "require", lambda *_: None)
+    monkeypatch.setattr(cuda.FORM, "require", lambda *_: None)
 
 
 SHAPES = [(3, 1, 3, 16), (3, 5, 1, 64), (3, 33, 1, 64), (1, 33, 3, 16), (1, 5, 2, 128), (1, 4, 40, 32)]
@@ -289,10 +289,9 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
     model.loss(tokens, targets).backward()
     want = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr(_select, "head_mix", lambda *_: _select.Choice("cuda", "emulated"))
-    before = cuda.head_mix_cuda
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "emulated"))
     calls = []
-    monkeypatch.setattr(cuda, "head_mix_cuda", lambda *a: (calls.append(a), before(*a))[1])
+    monkeypatch.setitem(_FORMS, "cuda", lambda *a: (calls.append(a), cuda.head_mix_cuda(*a))[1])
     model.loss(tokens, targets).backward()
     assert len(calls) == 3  # layers
     got = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
@@ -308,7 +307,7 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
     ("change", "message"),
     [
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
-        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu; use impl="auto"'),
+        (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu; use impl="auto"'),
         (dict(r=torch.zeros(1, 32)), r"r must be \(B, T, C\) with T >= 1, got \(1, 32\)"),
         (dict(k=torch.zeros(1, 2, 16)), r"k must have the shape of r, \(1, 3, 32\); got \(1, 2, 16\)"),
         (dict(v_first=None), "value, v_first and v0 come together, or not at all"),
@@ -316,7 +315,7 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
         (dict(r_k=torch.zeros(32)), r"r_k must be \(H, N\) with H N = C = 32, got \(32,\)"),
         (dict(k_a=torch.zeros(16)), r"k_a must have C = 32 values; got \(16,\)"),
         (dict(state=torch.zeros(1, 2, 16, 8)), r"state must be .* \(1, 2, 16, 16\)"),
-        (dict(gate=torch.zeros(1, 3, 32).half(), impl="cuda"), "one dtype, that of r, torch.float32; gate is torch"),
+        (dict(gate=torch.zeros(1, 3, 32).half(), impl="cuda"), "in the dtype of r, torch.float32, and gate is torch"),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
@@ -329,12 +328,12 @@ def test_unfit_arguments_are_refused_in_words(change, message):
 
 def test_heads_that_the_kernels_do_not_know_are_named():
     reason = cuda.why_not(torch.device("cuda"), torch.float16, 64)
-    assert reason == "takes fp32 and bf16 with N = 16, 32, 64 or 128; got torch.float16 with N = 64"
-    assert "N = 48" in cuda.why_not(torch.device("cuda"), BF16, 48)
+    assert reason == "it takes fp32 and bf16, not torch.float16"
+    assert cuda.why_not(torch.device("cuda"), BF16, 48) == "it takes heads of 16, 32, 64, 128, not of 48"
 
 
 def test_mixed_dtypes_take_the_definition(monkeypatch):
-    monkeypatch.setattr(_select, "head_mix", lambda *_: _select.Choice("cuda", "for once"))
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "for once"))
     inputs, weights, state, _ = problem(1, 3, 2, 16, FP32)
     half = inputs._replace(k=inputs.k.detach().half().float())  # the same number in both
     want = head_mix(half, weights, state, "reference")
@@ -343,16 +342,25 @@ def test_mixed_dtypes_take_the_definition(monkeypatch):
 
 
 def test_kernels_that_cannot_be_built_are_said_once(monkeypatch, capsys):
-    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
-    monkeypatch.setattr(_select, "_why_no_wkv7_kernels", lambda *_: None)
-    said = cuda, lambda: _select.head_mix(torch.device("cuda")), "reference", "head_mix", "the heads of the time mix"
+    monkeypatch.setattr(cuda.FORM, "why_not", lambda *_: None)
+    said = (
+        cuda.FORM,
+        lambda: head_mix_choice(torch.device("cuda")),
+        "reference",
+        "head_mix",
+    )
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 def test_without_wkv7s_kernels_there_are_none(monkeypatch):
-    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
-    monkeypatch.setattr(_select, "_why_no_wkv7_kernels", lambda *_: "no nvcc for WKV7")
-    choice = _select.head_mix(torch.device("cuda"))
+    def fail():
+        raise KernelError("no nvcc for WKV7")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda.FORM, "why_not", lambda *_: None)
+    monkeypatch.setattr(cuda.wkv7_cuda, "build", fail)
+    cuda.library.cache_clear()
+    choice = head_mix_choice(torch.device("cuda"))
     assert choice.impl == "reference"
     assert "no nvcc for WKV7" in choice.reason
 
@@ -390,7 +398,7 @@ def test_the_kernels_are_near_fp64_at_a_models_size(first):
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=needs_gpu) for tokens in (3, 70)])
 def test_a_graph_replays_it(tokens):
-    cuda.require(torch.device("cuda"), BF16, 64)  # nothing is built or loaded while a graph is recorded
+    cuda.FORM.require(torch.device("cuda"), BF16, 64)  # nothing is built or loaded while a graph is recorded
     given = problem(2, tokens, 3, 64, BF16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
+from heron.ops import _choice
 from heron.ops.head_mix import cuda
 from heron.ops.head_mix.reference import ChannelWeights, Projected, head_mix_reference
 
-__all__ = ["ChannelWeights", "Projected", "head_mix"]
-IMPLS = ("auto", "reference", "cuda")
+__all__ = ["ChannelWeights", "Projected", "head_mix", "head_mix_choice"]
+_FORMS = {"reference": head_mix_reference, "cuda": cuda.head_mix_cuda}
+
+
+def head_mix_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, head_size: int = 64) -> _choice.Choice:
+    """The form that "auto" takes for inputs of `dtype` and `head_size` on `device`."""
+    other = _choice.Choice("reference", f"plain PyTorch around WKV7; runs on {device.type}")
+    reason = "a kernel before that of WKV7 and one after it, each number read once"
+    return cuda.FORM.choice(reason, other, device, dtype, head_size)
 
 
 def head_mix(
@@ -43,23 +51,20 @@ def head_mix(
     Raises:
         KernelError: shapes that do not fit together, or an `impl` that does not exist or can't run here.
     """
-    if impl not in IMPLS:
-        raise KernelError(f"head_mix: impl must be {', '.join(IMPLS)}; got {impl!r}")
     _check(inputs, weights)
     r, head_size = inputs.r, weights.r_k.shape[-1]
     named = (*inputs._asdict().items(), *weights._asdict().items())
     odd = next(((name, x.dtype) for name, x in named if isinstance(x, Tensor) and x.dtype != r.dtype), None)
     if impl == "auto":
-        impl = "reference" if odd else _select.head_mix(r.device, r.dtype, head_size).impl
-    elif impl == "cuda" and odd:
-        raise KernelError(
-            f'head_mix: impl="cuda" takes all tensors in one dtype, that of r, {r.dtype}; {odd[0]} is {odd[1]}; '
-            'use impl="auto"'
-        )
+        impl = "reference" if odd else head_mix_choice(r.device, r.dtype, head_size).impl
     elif impl == "cuda":
-        cuda.require(r.device, r.dtype, head_size)
-    form = cuda.head_mix_cuda if impl == "cuda" else head_mix_reference
-    return form(inputs, weights, state)
+        if odd:
+            raise KernelError(
+                f'head_mix: impl="cuda": it takes all tensors in the dtype of r, {r.dtype}, and {odd[0]} is {odd[1]}; '
+                'use impl="auto"'
+            )
+        cuda.FORM.require(r.device, r.dtype, head_size)
+    return _choice.form_of("head_mix", impl, _FORMS)(inputs, weights, state)
 
 
 def _check(inputs: Projected, weights: ChannelWeights) -> None:

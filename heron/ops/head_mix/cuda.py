@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 from heron.ops.head_mix.reference import ChannelWeights, Projected
 from heron.ops.wkv7 import cuda as wkv7_cuda
 from heron.ops.wkv7 import initial_state
 
 SOURCE = Path(__file__).parent / "csrc" / "head_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16)
-HEAD_SIZES = (16, 32, 64, 128)
 
 _library = torch.library.Library("heron", "FRAGMENT")
 # What each takes and gives is listed in csrc/head_mix.cu, in the same order; sums over tokens are given last, but for
@@ -43,7 +41,7 @@ for _schema in (
 
 
 def head_mix_cuda(inputs: Projected, weights: ChannelWeights, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See :func:`heron.ops.head_mix`; wherever the operators of the kernels are implemented."""
+    """See :func:`heron.ops.head_mix`; the kernels must have been built (:meth:`FORM.require`)."""
     B, T, _ = inputs.r.shape
     state = initial_state(inputs.r.view(B, T, *weights.r_k.shape), B, state)
     tensors = [None if x is None else x.contiguous() for x in inputs]
@@ -55,31 +53,19 @@ def head_mix_cuda(inputs: Projected, weights: ChannelWeights, state: Tensor | No
     return y, final
 
 
-def require(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Build and load the kernels for heads of `head_size` and `dtype` on `device`.
-
-    Raises:
-        KernelError: there are none for it, or they can't be built here.
-    """
-    if (reason := why_not(device, dtype, head_size)) is not None:
-        raise KernelError(f'head_mix: impl="cuda" {reason}; use impl="auto"')
-    library(torch.cuda.get_device_capability(device))
-    wkv7_cuda.build()
-
-
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why there is no kernel for these, as a clause; None if there is one."""
-    if device.type != "cuda":
-        return f"needs tensors on a CUDA device, got {device}"
-    if dtype not in DTYPES or head_size not in HEAD_SIZES:
-        return f"takes fp32 and bf16 with N = 16, 32, 64 or 128; got {dtype} with N = {head_size}"
-    return wkv7_cuda.why_not(device, dtype, head_size)
+    """Why there are no kernels for heads of `dtype` and `head_size`, as a clause; None where there are."""
+    return _choice.why_not_dtype(dtype, DTYPES) or wkv7_cuda.why_not(device, dtype, head_size)
 
 
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
-    """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
+    """Build and load the kernels, WKV7's too, for devices of this compute capability; KernelError where that fails."""
+    wkv7_cuda.build()
     _build.load_kernels_for(capability, "head_mix", "head_mix", [SOURCE], [_build.STRIPS])
+
+
+FORM = _choice.NativeForm("head_mix", "cuda", "the heads of the time mix", why_not, library)
 
 
 def _forward(

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
+from heron.ops import _choice
 from heron.ops.shift_mix import cuda
 from heron.ops.shift_mix.reference import shift_mix_reference
 
-IMPLS = ("auto", "reference", "cuda")
+_FORMS = {"reference": shift_mix_reference, "cuda": cuda.shift_mix_cuda}
+
+
+def shift_mix_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, channels: int = 768) -> _choice.Choice:
+    """The form that "auto" takes for (B, T, `channels`) of `dtype` on `device`."""
+    other = _choice.Choice("reference", f"plain PyTorch; runs on {device.type}")
+    reason = "a block of threads a strip of tokens, each number read once"
+    return cuda.FORM.choice(reason, other, device, dtype, channels)
 
 
 def shift_mix(
@@ -46,19 +54,16 @@ def shift_mix(
     Raises:
         KernelError: an `impl` that does not exist or can't run here.
     """
-    if impl not in IMPLS:
-        raise KernelError(f"shift_mix: impl must be {', '.join(IMPLS)}; got {impl!r}")
     others = (*mixes, weight, bias, *(() if branch is None else (branch,)))
     alike = len(mixes) in (1, 2, 6) and all(other.dtype == x.dtype for other in others)
     if impl == "auto":
-        impl = _select.shift_mix(x.device, x.dtype, x.shape[-1]).impl if alike else "reference"
-    elif impl == "cuda" and not alike:
-        dtypes = ", ".join(sorted({str(other.dtype) for other in others}))
-        raise KernelError(
-            f'shift_mix: impl="cuda" takes 1, 2 or 6 mixes and all tensors in the dtype of x, {x.dtype}; '
-            f'got {len(mixes)} mixes and {dtypes}; use impl="auto"'
-        )
+        impl = shift_mix_choice(x.device, x.dtype, x.shape[-1]).impl if alike else "reference"
     elif impl == "cuda":
-        cuda.require(x.device, x.dtype, x.shape[-1])
-    form = cuda.shift_mix_cuda if impl == "cuda" else shift_mix_reference
-    return form(x, branch, weight, bias, mixes, eps)
+        if not alike:
+            dtypes = ", ".join(sorted({str(other.dtype) for other in others}))
+            raise KernelError(
+                f'shift_mix: impl="cuda": it takes 1, 2 or 6 mixes and all tensors in the dtype of x, {x.dtype}, '
+                f'not {len(mixes)} mixes and {dtypes}; use impl="auto"'
+            )
+        cuda.FORM.require(x.device, x.dtype, x.shape[-1])
+    return _choice.form_of("shift_mix", impl, _FORMS)(x, branch, weight, bias, mixes, eps)

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 
 SOURCE = Path(__file__).parent / "csrc" / "shift_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,37 +30,27 @@ _library.define(
 def shift_mix_cuda(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, mixes: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """See :func:`heron.ops.shift_mix`."""
+    """See :func:`heron.ops.shift_mix`; the kernels must have been built (:meth:`FORM.require`)."""
     flat = [mix.reshape(-1) for mix in mixes]
     branch = None if branch is None else branch.contiguous()
     mixed = torch.ops.heron.shift_mix(x.contiguous(), branch, weight, bias, flat, eps)
     return (x if branch is None else mixed[-1]), mixed[: len(mixes)]
 
 
-def require(device: torch.device, dtype: torch.dtype, channels: int) -> None:
-    """Build and load the kernels for x of `dtype` with `channels` on `device`.
-
-    Raises:
-        KernelError: there are none for it, or they can't be built here.
-    """
-    if (reason := why_not(device, dtype, channels)) is not None:
-        raise KernelError(f'shift_mix: impl="cuda" {reason}; use impl="auto"')
-    library(torch.cuda.get_device_capability(device))
-
-
 def why_not(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
-    """Why there is no kernel for these, as a clause; None if there is one."""
-    if device.type != "cuda":
-        return f"needs tensors on a CUDA device, got {device}"
-    if dtype not in DTYPES or channels % 8 or channels > LARGEST_C:
-        return f"takes fp32 and bf16 with C = 8, 16, ... {LARGEST_C}, got {dtype} with C = {channels}"
-    return None
+    """Why there is no kernel for x of `dtype` with `channels`, as a clause; None where there is one."""
+    if channels % 8 or channels > LARGEST_C:
+        return f"it takes C = 8, 16, ... {LARGEST_C}, not {channels}"
+    return _choice.why_not_dtype(dtype, DTYPES)
 
 
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
     _build.load_kernels_for(capability, "shift_mix", "shift_mix", [SOURCE], [_build.STRIPS])
+
+
+FORM = _choice.NativeForm("shift_mix", "cuda", "norm, token shift and mixing", why_not, library)
 
 
 @torch.library.register_fake("heron::shift_mix", lib=_library)
