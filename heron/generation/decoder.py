@@ -33,7 +33,6 @@ from heron.ops.token_step import (
     Network,
     Norm,
     TokenStep,
-    token_step_choice,
 )
 
 HEAD_COLUMNS = 4096  # logits that are computed at once on a CPU: this part of the head stays in its cache for all rows
@@ -257,23 +256,6 @@ def only_computing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Decoder:
-    """The fastest decoder that `model` can have where it is, with room for `rows` sequences.
-
-    Args:
-        tables: DeepEmbed tables off the device; None: the model has its own.
-    """
-    from heron.generation.graphed import GraphedDecoder  # which is built on this module
-
-    if not is_fusible(model):
-        return ModelDecoder(model, rows)
-    weight, config = model.emb.weight, model.config
-    if weight.device.type != "cpu":
-        return GraphedDecoder(model, rows, tables)
-    compiled = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
-    return (CompiledDecoder if compiled and config.deep_embed != "low-rank" else FusedDecoder)(model, rows, tables)
 
 
 class _Layer:

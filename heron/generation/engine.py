@@ -18,7 +18,8 @@ from heron.checkpoint.architecture import is_finite
 from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from heron.generation.decoder import decoder_of, is_fusible, only_computing
+from heron.generation.decoder import is_fusible, only_computing
+from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
 from heron.generation.sampling import Sampling, log_softmax, sample
