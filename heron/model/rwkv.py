@@ -67,9 +67,9 @@ class Block(nn.Module):
         Returns:
             x, what this block has to add to it, and layer 0's values for the blocks above.
         """
-        x, mixed = ops.shift_mix(x, branch, self.ln1.weight, self.ln1.bias, self.att.mixes, self.ln1.eps)
+        x, mixed, _ = ops.shift_mix(x, branch, self.ln1.weight, self.ln1.bias, self.att.mixes, eps=self.ln1.eps)
         branch, _, v_first = self.att.from_mixed(mixed, None, v_first)
-        x, mixed = ops.shift_mix(x, branch, self.ln2.weight, self.ln2.bias, self.ffn.mixes, self.ln2.eps)
+        x, mixed, _ = ops.shift_mix(x, branch, self.ln2.weight, self.ln2.bias, self.ffn.mixes, eps=self.ln2.eps)
         return x, self.ffn.from_mixed(mixed[0], mixed[-1], of_table), v_first
 
     def branches(

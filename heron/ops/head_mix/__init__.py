@@ -22,7 +22,11 @@ def head_mix_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, h
 
 
 def head_mix(
-    inputs: Projected, weights: ChannelWeights, state: Tensor | None = None, impl: str = "auto"
+    inputs: Projected,
+    weights: ChannelWeights,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What the output matrix of a time mix is multiplied with: gates, WKV7, norm and bonus of every head::
 
@@ -40,6 +44,8 @@ def head_mix(
         inputs: :class:`Projected`, (B, T, C) each, T >= 1. WKV7 runs in the dtype of r.
         weights: :class:`ChannelWeights`; r_k is (H, N) with H N = C.
         state: (B, H, N_value, N_key), the state before the first token; None: zeros. It is never modified.
+        cu_seqlens: as in :func:`heron.ops.wkv7`: sequences packed along T with B = 1, each with a state of its own;
+            `state` and S are then (n_seq, H, N_value, N_key).
         impl: "reference" (PyTorch around :func:`heron.ops.wkv7`, with its "auto"), "cuda" (a kernel before that of WKV7
             and one after it, built at first use; all tensors in one dtype), or "auto": "cuda" where it runs.
 
@@ -64,7 +70,7 @@ def head_mix(
                 'use impl="auto"'
             )
         cuda.FORM.require(r.device, r.dtype, head_size)
-    return _choice.form_of("head_mix", impl, _FORMS)(inputs, weights, state)
+    return _choice.form_of("head_mix", impl, _FORMS)(inputs, weights, state, cu_seqlens)
 
 
 def _check(inputs: Projected, weights: ChannelWeights) -> None:

@@ -47,7 +47,9 @@ class ChannelWeights(NamedTuple):
     """None in layer 0."""
 
 
-def head_mix_reference(inputs: Projected, weights: ChannelWeights, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def head_mix_reference(
+    inputs: Projected, weights: ChannelWeights, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.head_mix`."""
     r, w, k, v, iclr, gate, value, v_first = inputs
     B, T, C = r.shape
@@ -61,7 +63,7 @@ def head_mix_reference(inputs: Projected, weights: ChannelWeights, state: Tensor
     k = k * (1 + (iclr - 1) * weights.k_a)
 
     r, w, k, v, iclr, removal_key = (x.to(r.dtype).view(per_head) for x in (r, w, k, v, iclr, removal_key))
-    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state)
+    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state, cu_seqlens=cu_seqlens)
 
     y = F.group_norm(y.reshape(B * T, C), H, weights.norm_weight, weights.norm_bias, weights.eps).view(per_head)
     bonus = (r * k * weights.r_k).sum(dim=-1, keepdim=True)  # (B, T, H, 1)
