@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from heron import __version__
+from heron.commands import rwkv_lm_flags
 from heron.config import (
+    INIT_DTYPES,
     LARGEST_SEED,
-    MINI_EPOCH,
     PRESETS,
     ModelConfig,
     RosaConfig,
@@ -145,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     init = verb("init", _init, "write fresh weights with the reference initial values")
     init.add_argument("--out", default="rwkv-init.pth", help="a .pth or .safetensors file")
     init.add_argument("--seed", type=_seed, default=0, help="seed of the initial values")
+    init_help = "of the file; bf16 rounds the initial values, as the official trainer's --precision bf16 does"
+    init.add_argument("--dtype", "--init_dtype", dest="dtype", choices=INIT_DTYPES, default="fp32", help=init_help)
     init.add_argument("--model", help=f"a preset: {', '.join(PRESETS)}; default: the sizes below")
     _add_settings(init, ModelConfig, prefix="model.")
 
@@ -249,7 +252,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
     _add_settings(parser, TrainConfig, prefix="")
     _add_settings(parser, ModelConfig, prefix="model.")
-    _add_rwkv_lm_flags(parser)
+    rwkv_lm_flags.add(parser)
 
 
 def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
@@ -296,122 +299,43 @@ def _given(options: argparse.Namespace, config: type, prefix: str) -> dict[str, 
     return {name: vars(options)[prefix + name] for name in names if prefix + name in vars(options)}
 
 
-# Flags of BlinkDL/RWKV-LM, RWKV-v7/train_temp/train.py, that have another name here.
-_RENAMED = {
-    "load_model": "model",
-    "proj_dir": "out",
-    "data_file": "data",
-    "my_exit_tokens": "max_tokens",
-    "random_seed": "seed",
-}
-# Flags that say what Heron does in any case: the values that it can honour, and what to do about another one.
-_FIXED = {
-    "my_testing": (("x070",), "RWKV-7, x070, is the oldest that is trained here"),
-    "devices": (("1",), "one device per run for now"),
-    "num_nodes": (("1",), "one node per run for now"),
-    "strategy": (
-        ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2"),
-        "one device needs no sharding; drop the flag",
-    ),
-    "ds_bucket_mb": (("2", "200"), "there is no DeepSpeed here; drop the flag"),
-    "train_stage": (("3",), "the other stages only write initial weights; type heron init"),
-    "epoch_begin": (("0",), "a run goes on by itself from its newest checkpoint; drop the flag"),
-    "epoch_count": (("999999",), "--my_exit_tokens says when to stop; drop the flag"),
-    "enable_progress_bar": (("True",), "progress is always shown; drop the flag"),
-    "data_type": (("binidx", "utf-8"), "give --data a binidx prefix, txt or jsonl; its kind is detected"),
-}
 _EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
-_ACCELERATORS = {"gpu": "cuda", "cpu": "cpu", "auto": "auto"}
-_PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
-
-
-def _add_rwkv_lm_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("RWKV-LM names", "accepted as they are in the official trainer's scripts")
-
-    def add(old: str, text: str) -> None:
-        group.add_argument(f"--{old}", dest=f"rwkv_lm.{old}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
-
-    for old, new in _RENAMED.items():
-        add(old, f"--{new}")
-    for old, (values, _) in _FIXED.items():
-        add(old, f"checked: {' or '.join(values)}")
-    for old, text in {
-        "accelerator": "--device: gpu, cpu or auto",
-        "precision": "--dtype: bf16 or fp32",
-        "grad_cp": "--grad_checkpoint: 0 or 1",
-        "epoch_save": f"--save_every, in mini-epochs of {MINI_EPOCH} samples",
-        "head_chunk": "any value: head and loss always work in chunks",
-    }.items():
-        add(old, text)
-
-
-def _from_rwkv_lm(given: dict[str, str]) -> dict[str, Any]:
-    """Settings that the RWKV-LM flags stand for; ConfigError with the reason for one that cannot be honoured.
-
-    "epoch_save" stays as it is, a number of mini-epochs: how many steps these are depends on other settings.
-    """
-    settings: dict[str, Any] = {}
-    for old, value in given.items():
-        if old in _FIXED:
-            values, reason = _FIXED[old]
-            if value not in values:
-                raise ConfigError(f"--{old} {value}: {reason}")
-        elif old == "load_model" and value in ("", "0"):
-            pass  # upstream's scripts: the newest file of the run, as --resume auto does
-        elif old in ("accelerator", "precision"):
-            new, values = ("device", _ACCELERATORS) if old == "accelerator" else ("dtype", _PRECISIONS)
-            if value not in values:
-                raise ConfigError(f"--{old} {value}: wanted {' or '.join(values)}")
-            settings[new] = values[value]
-        elif old == "grad_cp":
-            settings["grad_checkpoint"] = bool(_number("--grad_cp", value))
-        elif old == "epoch_save":
-            settings["epoch_save"] = _number("--epoch_save", value)
-        elif old in _RENAMED:
-            new = _RENAMED[old]
-            settings[new] = _number("--" + old, value) if new in ("max_tokens", "seed") else value
-    return settings
-
-
-def _number(flag: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{flag}: wanted a whole number, got {text!r}") from None
 
 
 def _train_config(options: argparse.Namespace, any_length: bool = False) -> TrainConfig:
     """--config, with the flags laid over it; `any_length`: max_steps and max_tokens may both be missing."""
     settings = read_yaml(options.config) if options.config else {}
-    flags = _given(options, TrainConfig, "")
-    rwkv_lm = {key.partition(".")[2]: value for key, value in vars(options).items() if key.startswith("rwkv_lm.")}
-    aliases = _from_rwkv_lm(rwkv_lm)
-    mini_epochs = aliases.pop("epoch_save", None)
-    for name, value in aliases.items():
-        if flags.setdefault(name, value) != value:
-            raise ConfigError(f"--{name} and its RWKV-LM name were both given, with different values")
+    official = rwkv_lm_flags.read(options, any_length)
+    flags, changes = _given(options, TrainConfig, ""), _given(options, ModelConfig, "model.")
+    for ours, theirs in ((flags, official.settings), (changes, official.model)):
+        for name, value in theirs.items():
+            if ours.setdefault(name, value) != value:
+                raise ConfigError(f"--{name} and its RWKV-LM name were both given, with different values")
     for one, other in _EITHER_OR:  # a flag takes the place of the file's other choice
         if (one in flags) != (other in flags):
             settings.pop(other if one in flags else one, None)
     settings |= flags
 
-    changes = _given(options, ModelConfig, "model.")
-    if "my_testing" in rwkv_lm and "model" not in settings:
+    if official.is_x070 and "model" not in settings:
         changes.setdefault("variant", "v7")
     if changes:
-        settings["model"] = _changed_model(settings.get("model", TrainConfig.model), changes)
-    if any_length and not settings.keys() & {"max_steps", "max_tokens"}:
+        settings["model"] = _changed_model(settings.get("model", TrainConfig.model), changes, official.model_flags)
+    if (any_length or official.stage == 1) and not settings.keys() & {"max_steps", "max_tokens"}:
         settings["max_steps"] = 1
-    config = TrainConfig.from_dict(settings)
-    if mini_epochs is None:
-        return config
-    if "save_every" in flags:
+    if official.saves_by_mini_epochs and "save_every" in flags:
         raise ConfigError("--save_every and --epoch_save were both given; drop one")
-    return dataclasses.replace(config, save_every=mini_epochs * config.steps_per_mini_epoch)
+    config = official.finish(TrainConfig.from_dict(settings), has_tokenizer="tokenizer" in settings)
+    for note in official.notes:  # as comments where the settings are printed
+        print(f"# {note}" if vars(options).get("dry_run") else note)
+    options.stage = official.stage
+    return config
 
 
-def _changed_model(base: object, changes: dict[str, Any]) -> ModelConfig | str:
-    """A model with `changes`. A file decides its own sizes; to name them too, as upstream's scripts do, is no harm."""
+def _changed_model(base: object, changes: dict[str, Any], flags: dict[str, str]) -> ModelConfig | str:
+    """A model with `changes`. A file decides its own sizes; to name them too, as upstream's scripts do, is no harm.
+
+    `flags` has the flag of each change that was given under another name.
+    """
     if isinstance(base, dict):
         return ModelConfig.from_dict(base).changed(**changes)
     if isinstance(base, str) and base in PRESETS:
@@ -426,7 +350,8 @@ def _changed_model(base: object, changes: dict[str, Any]) -> ModelConfig | str:
     held = load(str(base)).config
     for name, value in changes.items():
         if getattr(held, name) != value:
-            raise ConfigError(f"--{name} {value}: {base} has {getattr(held, name)}, and a file decides its own sizes")
+            flag, is_there = flags.get(name, name), getattr(held, name)
+            raise ConfigError(f"--{flag} {value}: {base} has {is_there}, and a file decides its own sizes")
     return str(base)
 
 
@@ -453,6 +378,7 @@ def _init(options: argparse.Namespace) -> None:
     import torch
 
     from heron.checkpoint import save
+    from heron.machine import DTYPES
     from heron.model import RWKV
 
     changes = _given(options, ModelConfig, "model.")
@@ -460,13 +386,16 @@ def _init(options: argparse.Namespace) -> None:
     if Path(options.out).exists():
         raise ConfigError(f"{options.out} exists already; name another --out")
     torch.manual_seed(options.seed)
-    model = RWKV(config)
+    model = RWKV(config).to(DTYPES[options.dtype])
     save(model, options.out)
     print(f"wrote {options.out}: {_sizes(config)}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 def _train(options: argparse.Namespace) -> int:
     config = _train_config(options)
+    if options.stage == 1 and not options.dry_run:
+        print(rwkv_lm_flags.write_initial_weights(config))
+        return 0
     from heron.train import Trainer
 
     trainer = Trainer(config)

@@ -6,6 +6,7 @@ Standard library only (PyYAML is imported when YAML is read or written), so that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -19,6 +20,7 @@ from heron.errors import ConfigError, UnknownKeyError, did_you_mean
 _DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
 VARIANTS = tuple(_DEEP_EMBED)
 DTYPES = ("auto", "fp32", "bf16")
+INIT_DTYPES = ("fp32", "bf16")
 TRAINING_TABLES = ("device", "host")
 TABLES_STATE = ("fp32", "bf16")
 WEIGHTS = ("auto", "fp32", "bf16")
@@ -243,6 +245,8 @@ class TrainConfig:
     """
 
     model: ModelConfig | str = _setting("rwkv8-tiny", "a ModelConfig, a preset's name, or a checkpoint to start from")
+    init_from: str = _setting("", "a weights file laid over the initial values: what it lacks keeps them")
+    init_dtype: str = _setting("fp32", "initial values: fp32, or bf16: rounded, as RWKV-LM's --precision bf16 has them")
     data: str = _setting("builtin:python-docs", "txt, jsonl, folder, binidx prefix, builtin:python-docs or -stdlib")
     val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
     val_fraction: float | None = _setting(None, "share kept for validation (the end); None: 0.1 for text, 0 for binidx")
@@ -255,7 +259,7 @@ class TrainConfig:
     max_tokens: int | None = _setting(None, "stop after this many training tokens (give this or max_steps)")
     lr_init: float = _setting(6e-4, "learning rate after the warm-up")
     lr_final: float = _setting(6e-5, "learning rate at the end of the cosine")
-    warmup_steps: int = _setting(10, "steps of linear warm-up from 1% of lr_init")
+    warmup_steps: int = _setting(10, "steps of linear warm-up from 1% of lr_init; -1: RWKV-LM's way of none")
     beta1: float = _setting(0.9, "AdamW: decay of the first moment")
     beta2: float = _setting(0.99, "AdamW: decay of the second moment")
     adam_eps: float = _setting(1e-18, "AdamW: epsilon")
@@ -269,7 +273,7 @@ class TrainConfig:
     tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
     tables_state: str = _setting("fp32", "of tables on the host: AdamW's moments of their rows, fp32 or bf16")
     threads: int = _setting(0, "CPU threads; 0: as PyTorch likes. A resume is bit-equal at equal number")
-    magic_prime: int | None = _setting(None, "refuse to start unless the sample order has this prime")
+    magic_prime: int | None = _setting(None, "binidx: prime of RWKV-LM's sample order; None: the largest that fits")
     seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
     save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
     keep: int = _setting(2, "newest checkpoints kept")
@@ -291,7 +295,8 @@ class TrainConfig:
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
         _check_types(self)
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
-        for name in ("warmup_steps", "threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
+        at_least["warmup_steps"] = -1
+        for name in ("threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
             at_least[name] = 0
         for name in ("num_workers", "spike", "max_hours"):
             at_least[name] = 0
@@ -315,14 +320,16 @@ class TrainConfig:
                 f"got max_steps={self.max_steps} and max_tokens={self.max_tokens}"
             )
         choices = dict(
-            dtype=DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS, compile=COMPILE,
-            on_nonfinite=ON_NONFINITE,
+            dtype=DTYPES, init_dtype=INIT_DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS,
+            compile=COMPILE, on_nonfinite=ON_NONFINITE,
         )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 near = did_you_mean(value, known)
                 raise ConfigError(f"{name}: wanted one of {', '.join(known)}, got {value!r}.{near}")
+        if self.init_from and isinstance(self.model, str) and self.model not in PRESETS:
+            raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
         if self.weights == "bf16" and self.dtype == "fp32":
             raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
         if self.tables_state != "fp32" and self.tables != "host":
@@ -383,9 +390,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
     """The plain types that field `name` of config class `cls` takes, and whether None is one of its values."""
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
 

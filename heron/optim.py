@@ -220,6 +220,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def lr_at(step: int, config: TrainConfig) -> float:
     """Learning rate of optimizer step `step` (from 0): a cosine over tokens, times a linear warm-up from 1%.
 
+    ``warmup_steps`` -1 is upstream's default: no warm-up, and a cosine that is one step ahead.
+
     Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/trainer.py.
     """
     per_step = config.tokens_per_step

@@ -17,6 +17,7 @@ import os
 import sys
 import textwrap
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,14 +46,16 @@ class Reporter:
     Args:
         folder: the run folder; created if missing.
         tensorboard: also write events to ``folder/tensorboard``.
-        wandb: also log to this Weights & Biases project; empty: do not. ``WANDB_MODE=offline`` works.
+        wandb: also log to this Weights & Biases project; empty: do not. ``WANDB_MODE=offline`` works. Where it cannot
+            be (not installed, no login), a warning says so, and the local logs are all there is.
+        wandb_name: what the run is called there; the time of its start is added. None: as the folder.
         config: the run's settings as plain values, kept by Weights & Biases.
         steps_per_epoch: steps of a mini-epoch (RWKV-LM: 40,320 samples); None: the whole run.
         quiet: print nothing.
         owed: what the last of the finished steps has yet to do; a "validation" of it is cut off as well.
 
     Raises:
-        ConfigError: TensorBoard or Weights & Biases is asked for and not installed. The logs are as they were.
+        ConfigError: TensorBoard is asked for and not installed. The logs are as they were.
         DataError: the log to be resumed is damaged.
     """
 
@@ -63,6 +66,7 @@ class Reporter:
         first_step: int = 0,
         tensorboard: bool = False,
         wandb: str = "",
+        wandb_name: str | None = None,
         config: dict[str, Any] | None = None,
         steps_per_epoch: int | None = None,
         quiet: bool = False,
@@ -73,7 +77,7 @@ class Reporter:
         self.steps_per_epoch = steps_per_epoch or total_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         self._events = _tensorboard(self.folder, first_step) if tensorboard else None
-        self._wandb = _wandb(self.folder, wandb, config, first_step) if wandb else None
+        self._wandb = _wandb(self.folder, wandb, wandb_name, config, first_step) if wandb else None
         self._weight_decay = (config or {}).get("weight_decay")
         self._console = None if quiet else _Console(total_steps, first_step)
 
@@ -404,15 +408,26 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     return SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
 
 
-def _wandb(folder: Path, project: str, config: dict[str, Any] | None, first_step: int) -> Any:
+def _wandb(folder: Path, project: str, name: str | None, config: dict[str, Any] | None, first_step: int) -> Any:
+    """A run of Weights & Biases; None, after a warning, where there can be none: training goes on without."""
     try:
         import wandb
     except ImportError:
-        raise ConfigError("wandb: the package is not installed; pip install wandb") from None
-    # A resumed run goes on under the id it began with.
+        warnings.warn(
+            f"wandb {project}: the package is not installed (pip install wandb); the run is logged in {folder} alone",
+            stacklevel=3,
+        )
+        return None
+    # A resumed run goes on under the id and the name it began with.
     id_file = folder / "wandb_id.txt"
     run_id = id_file.read_text(encoding="utf-8").strip() if first_step and id_file.exists() else None
-    run = wandb.init(project=project, name=folder.name, config=config, dir=str(folder), id=run_id, resume="allow")
+    name = folder.name if name is None else f"{name} {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}"
+    name = None if run_id else name
+    try:
+        run = wandb.init(project=project, name=name, config=config, dir=str(folder), id=run_id, resume="allow")
+    except Exception as error:  # its own classes: no login, no network, a name it doesn't take
+        warnings.warn(f"wandb {project}: {error}; the run is logged in {folder} alone", stacklevel=3)
+        return None
     id_file.write_text(run.id + "\n", encoding="utf-8")
     return run
 

@@ -20,12 +20,13 @@ from torch import Tensor
 
 import heron
 from heron import faults, guards, machine, tokenizer
-from heron.checkpoint import atomic, load, run, save
+from heron.checkpoint import atomic, load, read_tensors, run, save
+from heron.checkpoint.architecture import UNUSED, lay_over
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.background import Stream
 from heron.data.loader import Batches, Corpus, load_corpus, training_text
-from heron.data.sampling import magic_prime
+from heron.data.sampling import check_prime, magic_prime
 from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.evaluate import evaluate
 from heron.generation import generate
@@ -33,6 +34,7 @@ from heron.guards import Guard
 from heron.learner import Learner
 from heron.memory import knobs, shortage
 from heron.model import RWKV
+from heron.model.init import round_to_bf16
 from heron.ops.adamw import adamw_choice
 from heron.ops.head_mix import head_mix_choice
 from heron.ops.rosa import rosa_choice
@@ -192,14 +194,14 @@ class Trainer:
         corpus = load_corpus(
             config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size
         )
-        self._check_prime(corpus)
-        batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind)
+        batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, self._prime(corpus))
 
         # [3] the model, [6] its optimizer
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         model = RWKV(model_config) if loaded is None else loaded
+        start = None if resume_from is not None else self._base_model(model, is_fresh)
         learner = Learner(model, config, self.device)
         if self._fault is not None:
             faults.install(learner.network, self._fault)
@@ -208,7 +210,7 @@ class Trainer:
             record = self._restore(resume_from, learner, guard, progress)
             for reason in self._differences(record, corpus, learner):
                 self.say(f"resuming, but not bit-exact because {reason}")
-        else:
+        elif not (self.out / "rwkv-init.pth").exists():
             save(model, self.out / "rwkv-init.pth")
         self._write(self.out / "config.yaml", config.to_yaml())
 
@@ -218,6 +220,7 @@ class Trainer:
             first_step=progress.step,
             tensorboard=config.tensorboard,
             wandb=config.wandb,
+            wandb_name=f"{model_config.vocab_size} ctx{config.ctx_len} L{model_config.n_layer} D{model_config.n_embd}",
             config=config.to_dict(),
             steps_per_epoch=config.steps_per_mini_epoch,
             owed=progress.owed,
@@ -227,7 +230,7 @@ class Trainer:
         status = "failed"
         try:
             with contextlib.closing(reporter):
-                reporter.header(self._header(learner, corpus, batches, resume_from))
+                reporter.header(self._header(learner, corpus, batches, resume_from, start))
                 status = self._loop(parts, progress)
         finally:
             self._write_status(status, progress)
@@ -467,16 +470,61 @@ class Trainer:
         flags = [flags for flags, _ in knobs(self.config, self._sizes)]
         return f"Try {', or '.join(flags)}; heron estimate says what each is worth. Checkpoints are whole"
 
-    def _check_prime(self, corpus: Corpus) -> None:
-        wanted = self.config.magic_prime
-        if wanted is None:
-            return
-        prime = magic_prime(len(corpus.train), self.config.ctx_len) if corpus.kind == "binidx" else None
-        if prime != wanted:
-            raise ConfigError(
-                f"magic_prime: {wanted} was given, {corpus.name} with ctx_len {self.config.ctx_len} has {prime}; "
-                "drop the flag, it is computed"
+    def _base_model(self, model: RWKV, is_fresh: bool) -> str:
+        """Put what a fresh run starts from into its model; gives the words for the header.
+
+        A rwkv-init.pth that lies in the run folder is what the run starts from, and is never written over.
+
+        Args:
+            model: of the run's sizes: with initial values where `is_fresh`, else with those of `config.model`.
+
+        Raises:
+            CheckpointError: a file that does not fit the model, or a rwkv-init.pth beside another file to start from.
+        """
+        config, init = self.config, self.out / "rwkv-init.pth"
+        if is_fresh and config.init_dtype == "bf16":
+            round_to_bf16(model)
+        base = Path(config.init_from) if config.init_from else init if is_fresh and init.exists() else None
+        missing = [] if base is None else lay_over(model, read_tensors(base), base)
+        if missing and not config.init_from:
+            raise CheckpointError(
+                f"{base}: {', '.join(missing[:5])} missing, of {len(missing)} in all; "
+                f"--init_from {base} gives these their initial values, or name another --out"
             )
+        in_folder = base is not None and base.parent.resolve() == self.out.resolve()
+        if init.exists() and not in_folder and not _holds(init, model):
+            raise CheckpointError(
+                f"{init}: is there, and is not what {config.init_from or config.model} would start from; it is not "
+                "written over: name another --out, or move it"
+            )
+        if not is_fresh:
+            return str(config.model)
+        if base is None:
+            return f"initial values in {config.init_dtype}, seed {config.seed}"
+        start = f"{base.name} of the run folder, kept as it is" if in_folder else str(base)
+        if missing:
+            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            start += f"; it lacks {len(missing)} tensors, which have their initial values: {names}"
+        return start
+
+    def _prime(self, corpus: Corpus) -> int | None:
+        """The prime of the sample order; None: a permutation.
+
+        Raises:
+            ConfigError: one was asked for that does not fit the data.
+        """
+        config = self.config
+        if corpus.kind != "binidx":
+            if config.magic_prime is not None:
+                raise ConfigError(
+                    f"magic_prime {config.magic_prime}: it orders the samples of a binidx, and {corpus.name} is text; "
+                    f"drop it, or type heron prepare {config.data} --out PREFIX, and train with --data PREFIX"
+                )
+            return None
+        if config.magic_prime is None:
+            return magic_prime(len(corpus.train), config.ctx_len)
+        check_prime(config.magic_prime, len(corpus.train), config.ctx_len)
+        return config.magic_prime
 
     def _tokenizer(self, resume_from: Path | None) -> tokenizer.Tokenizer:
         """The tokenizer of the run. One that is a file, or is learned now, is kept in the run folder.
@@ -568,12 +616,15 @@ class Trainer:
             "head_mix": head_mix_choice(self.device).impl,
             "adamw": adamw_choice(self.device).impl,
             "compile": learner.compiled.value,
+            "magic_prime": self._prime(corpus),
             **{name: getattr(config, name) for name in _EXACT},
         }
 
     def _differences(self, record: dict[str, Any], corpus: Corpus, learner: Learner) -> list[str]:
         """Each thing that is not as it was when the checkpoint was written, as a clause."""
-        before, now = record["exact"], self._exact(corpus, learner)
+        largest = magic_prime(len(corpus.train), self.config.ctx_len) if corpus.kind == "binidx" else None
+        before = {"magic_prime": largest, **record["exact"]}  # the only one there was before it was written down
+        now = self._exact(corpus, learner)
         unknown = [f"{name} was not written down" for name in now if name not in before]
         return unknown + [
             f"{name} was {before[name]} and is {value}"
@@ -582,7 +633,7 @@ class Trainer:
         ]
 
     def _header(
-        self, learner: Learner, corpus: Corpus, batches: Batches, resume_from: Path | None
+        self, learner: Learner, corpus: Corpus, batches: Batches, resume_from: Path | None, start: str | None
     ) -> list[tuple[str, str]]:
         config, model_config = self.config, learner.model.config
         wkv7 = wkv7_choice(self.device, config.ctx_len)
@@ -592,6 +643,7 @@ class Trainer:
         return [
             ("model", f"{model_config.variant}  L{model_config.n_layer} C{model_config.n_embd} "
                       f"{head_size}V{model_config.vocab_size}  {n_parameters / 1e6:.2f} M parameters"),
+            *([("start", start)] if start else []),
             ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
                      + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
             ("order", batches.order.description),
@@ -626,6 +678,14 @@ def _until_stopped(parts: _Parts) -> Iterator[None]:
 def _model_config(model: ModelConfig | str) -> ModelConfig | str:
     """A preset's name becomes its sizes; a path stays a path."""
     return ModelConfig.preset(model) if isinstance(model, str) and model in PRESETS else model
+
+
+def _holds(path: Path, model: RWKV) -> bool:
+    """Whether a file holds a model's values, in its own dtype."""
+    own, tensors = model.state_dict(), read_tensors(path)
+    return tensors.keys() <= own.keys() <= tensors.keys() | set(UNUSED) and all(
+        torch.equal(tensor, own[name].to(tensor.dtype)) for name, tensor in tensors.items()
+    )
 
 
 def _check_tables(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:

@@ -22,6 +22,7 @@ LINES = [
     ["optim", "checkpoint", "generation", "evaluate", "report", "scores", "guards", "faults", "preemption", "memory"],
     ["learner"],
     ["train", "estimate", "bench"],
+    ["commands"],
     ["cli", "chat", "__main__", "doctor", "info", "convert", "hf", "demo", "compat"],
 ]
 LINE_OF = {part: line for line, parts in enumerate(LINES) for part in parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -13,6 +14,7 @@ import torch
 
 import heron
 from heron import cli, train
+from heron.commands import rwkv_lm_flags
 from heron.data import sampling
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -97,18 +99,62 @@ def test_the_programs_of_the_page_run(folder, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(names["parts"], parts.to_runtime(), strict=True))
 
 
+TRAIN_PY = """
+    load_model wandb proj_dir random_seed data_file data_type vocab_size ctx_len epoch_steps epoch_count
+    epoch_begin epoch_save micro_bsz n_layer n_embd dim_att dim_ffn lr_init lr_final warmup_steps beta1 beta2
+    adam_eps grad_cp weight_decay grad_clip train_stage ds_bucket_mb head_size head_chunk load_partial
+    magic_prime my_testing kernel my_exit_tokens d_decay_lora d_aaa_lora d_mv_lora d_gate_lora
+"""
+LIGHTNING = """
+    logger enable_checkpointing default_root_dir gradient_clip_val gradient_clip_algorithm num_nodes
+    num_processes devices gpus auto_select_gpus tpu_cores ipus enable_progress_bar overfit_batches
+    track_grad_norm check_val_every_n_epoch fast_dev_run accumulate_grad_batches max_epochs min_epochs max_steps
+    min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches
+    val_check_interval log_every_n_steps accelerator strategy sync_batchnorm precision enable_model_summary
+    num_sanity_val_steps resume_from_checkpoint profiler benchmark deterministic
+    reload_dataloaders_every_n_epochs auto_lr_find replace_sampler_ddp detect_anomaly auto_scale_batch_size
+    plugins amp_backend amp_level move_metrics_to_cpu multiple_trainloader_mode inference_mode
+"""
+
+
+def rows_of_flags() -> list[list[str]]:
+    """The cells of the table of flags: flags, their default, the setting here, its default, what becomes of them."""
+    table = PAGE.partition("| official flag | its default |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_table_has_every_flag_of_the_official_trainer_once_and_no_other():
+    flags = [flag for row in rows_of_flags() for flag in re.findall(r"`([^`]+)`", row[0])]
+    assert sorted(flags) == sorted((TRAIN_PY + LIGHTNING).split())
+    options = cli._parser().parse_args(["train", "--max_steps", "1"]).parser._option_string_actions
+    assert {f"--{flag}" for flag in flags} <= options.keys()
+    theirs = {
+        name.removeprefix("--") for name, action in options.items() if action.dest.startswith(rwkv_lm_flags.PREFIX)
+    }
+    assert theirs <= set(flags)
+
+
 def test_the_table_of_flags_is_true():
-    """What it calls the same is a setting, what it renames is renamed so, and what it calls checked is checked."""
-    rows = [
-        [re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|")]
-        for line in PAGE.splitlines()
-        if line.startswith("| `") and not line.startswith("| `rwkv-") and "heron" not in line
-    ]
-    rows = [row for row in rows if "n_layer" in str(row) or "load_model" in str(row) or "grad_cp" in str(row)]
-    same, renamed, translated = ([cell[0].split() for cell in row if cell] for row in rows)
-    settings = set(heron.TrainConfig.__dataclass_fields__) | set(heron.ModelConfig.__dataclass_fields__)
-    assert set(same[0]) <= settings
-    assert dict(zip(*renamed, strict=True)) == cli._RENAMED
-    assert set(translated[1]) <= settings
-    checked = next(line for line in PAGE.splitlines() if line.startswith("| `my_testing"))
-    assert set(re.findall(r"`([^`]+)`", checked)[0].split()) == set(cli._FIXED)
+    """Settings and their defaults are those of the code, and what is said to have no effect or to be refused is so."""
+    defaults = {field.name: field.default for field in dataclasses.fields(heron.TrainConfig)}
+    defaults = heron.ModelConfig.preset(heron.TrainConfig.model).to_dict() | defaults
+    renamed = rwkv_lm_flags.RENAMED | rwkv_lm_flags.WIDTHS
+    without_effect = {**rwkv_lm_flags.NO_EFFECT, **rwkv_lm_flags.LIGHTNING_NO_EFFECT}
+    for cell, theirs, setting, ours, text in rows_of_flags():
+        flags, name = re.findall(r"`([^`]+)`", cell), setting.strip("`")
+        assert {flag in without_effect for flag in flags} == {"no effect" in text and "epoch_begin" not in flags}, flags
+        assert {flag in rwkv_lm_flags.LIGHTNING_REFUSED for flag in flags} == {text.startswith("refused")}, flags
+        for flag in flags:
+            assert renamed.get(flag, name) == name
+        if not name:
+            assert not ours
+            continue
+        assert name in defaults
+        if ours:
+            value = defaults[name]
+            assert ours.strip("*") == str(value) or float(ours.strip("*")) == value, name
+            same = theirs.strip("*") == ours.strip("*")
+            told = {"precision", "accelerator", "my_testing"} & set(flags)  # theirs is another kind of value
+            if not told:  # what differs stands in bold
+                assert ours.startswith("**") != same, flags
+                assert theirs.startswith("**") == (bool(theirs) and not same), flags

@@ -272,15 +272,36 @@ def test_a_terminal_gets_one_line_that_is_written_over(tmp_path):
     assert data.index(b"\x1b[?25h") > data.index(b"\x1b[?25l")  # the cursor is back
 
 
-@pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
-def test_a_missing_extra_is_one_sentence_and_leaves_the_logs(tmp_path, monkeypatch, extra):
+def test_a_missing_tensorboard_is_one_sentence_and_leaves_the_logs(tmp_path, monkeypatch):
     train(tmp_path, 0, 3, quiet=True)
     before = (tmp_path / "log.jsonl").read_bytes()
-    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[extra], None)
-    options = {"tensorboard": dict(tensorboard=True), "wandb": dict(wandb="project")}[extra]
-    with pytest.raises(ConfigError, match=f"^{extra}: .*pip install {extra}"):
-        Reporter(tmp_path, 3, quiet=True, **options)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="^tensorboard: .*pip install tensorboard"):
+        Reporter(tmp_path, 3, quiet=True, tensorboard=True)
     assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def _no_login(**_):
+    raise RuntimeError("api_key not configured (no-tty)")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (None, "pip install wandb"),
+        (types.SimpleNamespace(), "no attribute 'init'"),  # a folder called wandb that lies around
+        (types.SimpleNamespace(init=_no_login), "api_key not configured"),
+    ],
+)
+def test_a_run_goes_on_without_wandb_and_says_so_in_one_line(tmp_path, monkeypatch, module, words):
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.warns(UserWarning, match=f"wandb herons: .*{re.escape(words)}.*logged in {tmp_path} alone") as said:
+        reporter = Reporter(tmp_path, 3, wandb="herons", quiet=True)
+    assert len(said) == 1
+    with reporter:
+        reporter.step(record(1, 2.5))
+    assert len(read_log(tmp_path)[0]) == 1
+    assert not (tmp_path / "wandb_id.txt").exists()
 
 
 def test_tensorboard_tags(tmp_path, monkeypatch):
@@ -322,10 +343,13 @@ def test_wandb_keys_and_the_id_of_a_resumed_run(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for first, config in ((0, {"weight_decay": 0.1}), (1, {}), (0, {})):
-        with Reporter(tmp_path, 9, first, wandb="herons", config=config, quiet=True) as reporter:
+        name = "65536 ctx512 L12 D768" if config else None
+        with Reporter(tmp_path, 9, first, wandb="herons", wandb_name=name, config=config, quiet=True) as reporter:
             reporter.step(record(2, 2.5, lr=0.1, tokens=3 * 10**9, tokens_per_s=1500.0))
     assert [options["id"] for options in begun] == [None, "new1", None]
     assert begun[0]["project"] == "herons"
+    assert re.fullmatch(r"65536 ctx512 L12 D768 \d{4}(-\d\d){5}", begun[0]["name"])  # as upstream's
+    assert [options["name"] for options in begun[1:]] == [None, tmp_path.name]
     values = {"loss": 2.5, "lr": 0.1, "wd": 0.1, "Gtokens": 3.0, "kt/s": 1.5}
     assert logged[0] == (values, 2)
     assert logged[1] == ({key: value for key, value in values.items() if key != "wd"}, 2)

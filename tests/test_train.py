@@ -906,10 +906,27 @@ def test_text_follows_the_seeded_permutation(settings, tmp_path, monkeypatch, su
     assert seen == [list(data[start : start + 4]) for start in starts]
 
 
+@pytest.mark.parametrize(("prime", "resumed", "said"), [(191, 191, ""), (191, None, "191 and is 197"), (None, 197, "")])
+def test_any_prime_that_fits_orders_the_samples_and_a_resume_keeps_to_it(
+    settings, tmp_path, monkeypatch, capsys, prime, resumed, said
+):
+    data, ids = write_binidx(tmp_path, 32 * 200 + 1)
+    seen = spy(monkeypatch)
+    StopAt(settings(data=data, magic_prime=prime), 3).fit()
+    capsys.readouterr()
+    fit(settings(data=data, magic_prime=resumed))
+    primes = [prime or 197] * 6 + [resumed or 197] * 10
+    slots = [cubic_slot(1 + sample, prime) for sample, prime in enumerate(primes)]
+    assert seen == [ids[32 * slot : 32 * slot + 4].tolist() for slot in slots]
+    out = capsys.readouterr().out
+    assert (f"not bit-exact because magic_prime was {said}" in out) if said else "bit-exact" not in out
+
+
 @pytest.mark.parametrize("kind", ["binidx", "text"])
-def test_another_magic_prime_is_refused(settings, tmp_path, kind):
+def test_a_prime_that_does_not_fit_is_refused(settings, tmp_path, kind):
     data = write_binidx(tmp_path, 32 * 60)[0] if kind == "binidx" else settings().data
-    with pytest.raises(ConfigError, match=f"magic_prime: 53 .* has {59 if kind == 'binidx' else None}"):
+    words = {"binidx": "magic_prime 53, .*0.9 of the 60 samples.* type 59", "text": "text.txt is text.* heron prepare"}
+    with pytest.raises(ConfigError, match=words[kind]):
         fit(settings(data=data, magic_prime=53))
 
 

@@ -76,6 +76,28 @@ def build(
     return model.requires_grad_(True)
 
 
+def lay_over(model: RWKV, tensors: Mapping[str, Tensor], source: object) -> list[str]:
+    """Copy a file's tensors into a model of given sizes; gives the names that the file lacks, whose values stay.
+
+    What no forward uses (v0, v1, v2 of block 0) does not count as lacking.
+
+    Raises:
+        CheckpointError: a tensor that is not part of this model, or of another shape; a dtype that is not floating; a
+            number that is not finite; not one tensor of this model.
+    """
+    own = model.state_dict()
+    if not own.keys() & tensors.keys():
+        raise CheckpointError(
+            f"{source}: holds no tensor of a {model.config.variant} model; the first keys are "
+            f"{', '.join(sorted(tensors)[:5]) or 'none'}"
+        )
+    _check({**own, **tensors}, model.config, source)
+    with torch.no_grad():
+        for name in own.keys() & tensors.keys():
+            own[name].copy_(tensors[name].view(own[name].shape))
+    return [name for name in own if name not in tensors and name not in UNUSED]
+
+
 def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object) -> dict[str, Tensor]:
     """The tensors in another floating dtype.
 

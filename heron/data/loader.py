@@ -119,6 +119,7 @@ class Batches:
         ctx_len: tokens of a sample (T).
         seed: of the permutation.
         kind: "text" or "binidx", as in :class:`Corpus`.
+        prime: of the cubic order, one that :func:`heron.data.sampling.check_prime` passes; None: the largest.
 
     Attributes:
         order: the :class:`heron.data.sampling.SampleOrder` that was chosen.
@@ -127,9 +128,10 @@ class Batches:
         DataError: fewer than `ctx_len` + 1 tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, ctx_len: int, seed: int, kind: str) -> None:
+    def __init__(self, tokens: np.ndarray, ctx_len: int, seed: int, kind: str, prime: int | None = None) -> None:
         self._tokens = np.asarray(tokens)
-        prime = magic_prime(len(tokens), ctx_len) if kind == "binidx" else None
+        if prime is None and kind == "binidx":
+            prime = magic_prime(len(tokens), ctx_len)
         self.order = SampleOrder(len(tokens), ctx_len, seed, prime)
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from heron.errors import DataError
+from heron.errors import ConfigError, DataError
 
 _LARGEST_INT64_PRIME = math.isqrt(2**63 - 1)  # below it a product of two residues fits int64
 
@@ -55,6 +55,34 @@ def magic_prime(n_tokens: int, ctx_len: int) -> int | None:
     return None
 
 
+def check_prime(prime: int, n_tokens: int, ctx_len: int) -> None:
+    """Pass a prime that RWKV-LM takes for these data: p mod 3 = 2 and 0.9 < p / slots <= 1, with slots as above.
+
+    Any such prime orders the samples, not only the largest; another one gives another order.
+    Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/dataset.py.
+
+    Raises:
+        ConfigError: a number that RWKV-LM refuses, or with which it would read past the end of the data. The message
+            says why, and which prime the data have.
+    """
+    slots = n_tokens // ctx_len
+    if not is_prime(prime):
+        fault = "it is no prime"
+    elif prime % 3 != 2:
+        fault = f"it leaves {prime % 3} when divided by 3, and only a prime that leaves 2 visits every sample once"
+    elif not 9 * slots < 10 * prime:
+        fault = f"it is at most 0.9 of the {slots:,} samples in the data, and the others would never be seen"
+    elif prime > slots:
+        fault = f"it is more than the {slots:,} samples in the data"
+    elif prime * ctx_len >= n_tokens:
+        fault = f"its last sample ends with the data, at token {n_tokens:,}, and lacks a next token"
+    else:
+        return
+    right = magic_prime(n_tokens, ctx_len)
+    todo = "there is none for data as small as these: drop the flag" if right is None else f"type {right}, or drop it"
+    raise ConfigError(f"magic_prime {prime}, for {n_tokens:,} tokens and ctx_len {ctx_len}: {fault}; {todo}")
+
+
 def cubic_slot(sample: int | np.ndarray, prime: int) -> int | np.ndarray:
     """``(f * sample**3) mod prime`` with ``f = int(prime * (sqrt(5) - 1) / 2)``; samples count from 1.
 
@@ -64,7 +92,7 @@ def cubic_slot(sample: int | np.ndarray, prime: int) -> int | np.ndarray:
 
     Args:
         sample: an int, or integers of any shape.
-        prime: what :func:`magic_prime` gives.
+        prime: one that :func:`check_prime` passes.
 
     Returns:
         The slot, an int or int64 of the shape of `sample`.

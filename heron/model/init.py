@@ -42,6 +42,16 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
             parameter.copy_(initial_value(name, parameter.shape, config))
 
 
+def round_to_bf16(model: nn.Module) -> None:
+    """Round every parameter to bf16, its dtype kept: what RWKV-LM starts from, which stores initial values so.
+
+    Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, `generate_init_weight` under ``--precision bf16``.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+
 def initial_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
     """The fp32 starting value of a parameter, in its stored shape (vectors are (1, 1, C))."""
     return rule(name, config).make(shape)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from heron.data.sampling import SampleOrder, cubic_slot, is_prime, magic_prime, permuted_starts
-from heron.errors import DataError
+from heron.data.sampling import SampleOrder, check_prime, cubic_slot, is_prime, magic_prime, permuted_starts
+from heron.errors import ConfigError, DataError
 
 MINIPILE = 2_926_181
 MINIPILE_SLOTS = {
@@ -33,6 +33,38 @@ MINIPILE_SLOTS = {
 )
 def test_magic_prime_golden(n_tokens, ctx_len, prime):
     assert magic_prime(n_tokens, ctx_len) == prime
+
+
+@pytest.mark.parametrize(
+    ("prime", "words"),
+    [
+        (113, None),
+        (109, "leaves 1 when divided by 3"),
+        (3, "leaves 0"),
+        (111, "no prime"),
+        (0, "no prime"),
+        (-113, "no prime"),
+        (107, "at most 0.9 of the 120 samples"),
+        (131, "more than the 120 samples"),
+    ],
+)
+def test_a_prime_is_taken_or_refused_as_upstream_does(prime, words):
+    if words is None:
+        check_prime(prime, 120 * 16, 16)
+    else:
+        with pytest.raises(ConfigError, match=f"magic_prime {prime}, .*{words}.*; type 113, or drop it"):
+            check_prime(prime, 120 * 16, 16)
+
+
+def test_every_prime_that_upstream_takes_is_taken_where_its_samples_lie_in_the_data():
+    for slots in range(1, 300):
+        for prime in range(2, slots + 2):
+            if is_prime(prime) and prime % 3 == 2 and prime / slots > 0.9 and prime / slots <= 1:
+                check_prime(prime, slots * 4 + 1, 4)
+                starts = cubic_slot(np.arange(1, prime + 1), prime) * 4
+                assert starts.max() + 5 <= slots * 4 + 1
+    with pytest.raises(ConfigError, match="lacks a next token.* drop the flag"):
+        check_prime(2, 2 * 4, 4)  # upstream would read past the end
 
 
 def test_magic_prime_is_the_largest_one():
