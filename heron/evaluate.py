@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron import ops
 from heron.data import jsonl
 from heron.data.corpora import read_documents
 from heron.errors import ConfigError, DataError, did_you_mean
@@ -296,4 +295,4 @@ def _likelihood(logits: Tensor, continuation: list[int]) -> Likelihood:
 def _nll(model: RWKV, x: Tensor, y: Tensor) -> float:
     """Summed negative log-likelihood of the targets y (B, T) after the inputs x (B, T)."""
     hidden, _ = model.hidden_states(x)
-    return float(ops.linear_cross_entropy(hidden, model.head.weight, y).double() * y.numel())
+    return float(model.head_loss(hidden, y).double() * y.numel())

@@ -15,7 +15,7 @@ from heron.checkpoint import FORMATS, put_right, read_tensors, save, tuned_state
 from heron.checkpoint.formats import gguf as our_gguf
 from heron.checkpoint.formats import hf
 from heron.convert import convert, largest_difference
-from heron.errors import CheckpointError, ConfigError, DataError
+from heron.errors import CheckpointError, ConfigError
 from heron.model import State
 
 UNUSED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
@@ -227,24 +227,6 @@ def test_transformers_trains_a_heron(tmp_path):
     losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
     assert losses[0] > 2.5
     assert losses[-1] < 0.5
-
-
-def test_labels_are_shifted_and_padding_may_only_follow(random_model):
-    pytest.importorskip("transformers", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
-    from heron.errors import DataError
-    from heron.hf import HeronConfig, HeronForCausalLM
-
-    model = HeronForCausalLM(HeronConfig(variant="v7", n_layer=1, n_embd=64, vocab_size=17)).eval()
-    tokens = torch.randint(17, (2, 8), generator=torch.Generator().manual_seed(0))
-    labels = tokens.masked_fill(tokens == tokens[0, 3], -100)
-    out = model(tokens, labels=labels)
-    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert torch.allclose(out.loss, expected, atol=1e-6)
-    assert model.train()(tokens, labels=labels).logits is None
-    follows = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
-    model(tokens, attention_mask=follows)
-    with pytest.raises(DataError, match="padding stands before tokens"):
-        model(tokens, attention_mask=follows.flip(1))
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------------
@@ -513,15 +495,3 @@ def test_convert_says_what_is_wrong(random_model, tmp_path, arguments, message, 
 
 def rewrite(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_prompts_of_different_lengths_are_not_generated_together(random_model):
-    from heron.hf import HeronConfig, HeronForCausalLM
-
-    model = random_model(variant="v8")
-    wrapped = HeronForCausalLM(HeronConfig(**model.config.to_dict()))
-    tokens, mask = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
-    assert wrapped.generate(tokens, attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (2, 7)
-    mask[1, 3:] = 0
-    with pytest.raises(DataError, match="the prompts have different lengths"):
-        wrapped.generate(tokens, attention_mask=mask, max_new_tokens=2, do_sample=False)

@@ -23,6 +23,7 @@ from heron.generation.tables import Tables
 from heron.model import RWKV, LayerState, State
 from heron.model.channel_mix import GATE_RANK
 from heron.model.deep_embed import DeepEmbed
+from heron.model.plain import is_plain
 from heron.model.rwkv import Block
 from heron.model.time_mix import TimeMix
 from heron.ops.head_step import HeadWeights
@@ -237,8 +238,13 @@ class CompiledDecoder(StateDecoder):
 
 
 def is_fusible(model: nn.Module) -> bool:
-    """Whether :class:`FusedDecoder` computes with every parameter that `model` has, and all in one dtype."""
+    """Whether :class:`FusedDecoder` computes with every parameter that `model` has, and all in one dtype.
+
+    It calls no module, so there may be no hooks and no adapters.
+    """
     if not isinstance(model, RWKV) or not all(_KNOWN.fullmatch(name) for name, _ in model.named_parameters()):
+        return False
+    if not all(is_plain(module, type(module)) for module in model.modules()):
         return False
     tables = {id(module.weight) for module in model.modules() if isinstance(module, DeepEmbed)}
     return len({parameter.dtype for parameter in model.parameters() if id(parameter) not in tables}) == 1

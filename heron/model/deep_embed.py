@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heron.errors import DataError
+from heron.model.plain import is_plain
 from heron.ops.rows import Places, gate_rows
 
 
@@ -94,5 +95,7 @@ def rows(table: DeepEmbed, of_embedding: nn.Linear, tokens: Lookup) -> Tensor:
     what the small part adds to the large one.
     """
     dtype = torch.promote_types(tokens.embedded.dtype, torch.float32)
+    if not is_plain(of_embedding, nn.Linear):
+        return table(tokens.ids).to(dtype) + of_embedding(tokens.embedded).to(dtype)
     with torch.autocast(tokens.embedded.device.type, enabled=False):
         return table(tokens.ids).to(dtype) + tokens.embedded.to(dtype) @ of_embedding.weight.to(dtype).t()

@@ -15,6 +15,7 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import Lookup
 from heron.model.init import initialize
+from heron.model.plain import is_plain
 from heron.model.rosa import RosaBlock, RosaQKV
 from heron.model.state import LayerState, State
 from heron.model.time_mix import TimeMix
@@ -101,6 +102,9 @@ class RWKV(nn.Module):
     It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`. Three plain
     attributes say how it runs: `grad_checkpoint`; `attention_window`, which bounds what DeepEmbedAttention (v7b,
     v8-hybrid) reads and remembers (upstream has no such bound); and `compiled_block`.
+
+    A linear layer, an embedding or a norm may be replaced or hooked (adapters, quantized layers): what is not plain is
+    called. `compiled_block` alone reads the weights of ln1, ln2 and ln_x; it is for networks whose norms are plain.
     """
 
     def __init__(self, config: ModelConfig):
@@ -138,14 +142,20 @@ class RWKV(nn.Module):
         hidden, state = self.hidden_states(tokens, state)
         return self.head(hidden), state
 
-    def hidden_states(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """As :meth:`forward`, without the head: (B, T) ids -> (B, T, C) outputs of ln_out, and the new state."""
+    def hidden_states(
+        self, tokens: Tensor, state: State | None = None, embeddings: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """As :meth:`forward`, without the head: (B, T) ids -> (B, T, C) outputs of ln_out, and the new state.
+
+        `embeddings` (B, T, C) stand in for the rows of emb; tables are still looked up by the ids.
+        """
         self._check_tokens(tokens)
         window = self.attention_window
         if window is not None and window < 1:
             raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
+        rows = self.emb(tokens) if embeddings is None else embeddings
         if state is None:
-            state = State.zeros(self.config, tokens.shape[0], tokens.device, self.emb.weight.dtype)
+            state = State.zeros(self.config, tokens.shape[0], tokens.device, rows.dtype)
         elif not isinstance(state, State):
             raise ConfigError(f"state: wanted a State, got {type(state).__name__}; State.from_list makes one of a list")
         else:
@@ -153,13 +163,15 @@ class RWKV(nn.Module):
 
         past = state.tokens  # the ids of the context, where attention needs them
         ids = tokens if past is None else torch.cat((past, tokens), dim=1)
-        context = Lookup(ids, self.embed(ids))
+        rows = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
+        context = Lookup(ids, self._first_norm(rows))
         x = context.last(tokens.shape[1]).embedded  # (B, T, C)
         v_first, layers = None, []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             arguments = (x, layer_state, v_first, context, window)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                # With its random state: an adapter may drop activations, and must drop the same ones again.
+                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, layer_state, v_first = block(*arguments)
             layers.append(layer_state)
@@ -168,7 +180,9 @@ class RWKV(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it."""
-        x = self.emb(tokens)
+        return self._first_norm(self.emb(tokens))
+
+    def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -177,7 +191,13 @@ class RWKV(nn.Module):
             hidden = self._compiled_hidden_states(tokens)
         else:
             hidden, _ = self.hidden_states(tokens)
-        return ops.linear_cross_entropy(hidden, self.head.weight, targets)
+        return self.head_loss(hidden, targets)
+
+    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """:meth:`loss` of what :meth:`hidden_states` gave. A head that is not plain (an adapter) is called."""
+        if is_plain(self.head, nn.Linear):
+            return ops.linear_cross_entropy(hidden, self.head.weight, targets)
+        return ops.cross_entropy(self.head(hidden), targets)
 
     def _compiled_hidden_states(self, tokens: Tensor) -> Tensor:
         """:meth:`hidden_states` from a zero state, block by compiled block.

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from heron import ops
 from heron.config import ModelConfig
+from heron.model.plain import is_plain
 from heron.model.state import last_of, shifted
-from heron.ops.head_mix import ChannelWeights, Projected
+from heron.ops.head_mix import ChannelWeights, Projected, head_mix_reference
 
 GROUP_NORM_EPS = 64e-5  # upstream keeps 64e-5 at every head size
 
@@ -89,20 +90,25 @@ class TimeMix(nn.Module):
             value=None if v_first is None else (x_v @ self.v1) @ self.v2,
             v_first=v_first,
         )
-        y, wkv_state = ops.head_mix(inputs, self.channel_weights(v_first is not None), wkv_state)
+        weights = self.channel_weights(v_first is not None)
+        if is_plain(self.ln_x, nn.GroupNorm):
+            y, wkv_state = ops.head_mix(inputs, weights, wkv_state)
+        else:  # a kernel would not call it
+            y, wkv_state = head_mix_reference(inputs, weights, wkv_state, self.ln_x)
         return self.output(y), wkv_state, v if v_first is None else v_first
 
     def channel_weights(self, mixes_v_first: bool) -> ChannelWeights:
         """The weights of single channels, as ops.head_mix takes them."""
         norm = self.ln_x
+        affine = (norm.weight, norm.bias, norm.eps) if is_plain(norm, nn.GroupNorm) else (None, None, 0.0)
         return ChannelWeights(
             w0=self.w0,
             a0=self.a0,
             k_k=self.k_k,
             k_a=self.k_a,
             r_k=self.r_k,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            eps=norm.eps,
+            norm_weight=affine[0],
+            norm_bias=affine[1],
+            eps=affine[2],
             v0=self.v0 if mixes_v_first else None,
         )

@@ -2,7 +2,7 @@
 
 from heron.ops.head_mix import head_mix
 from heron.ops.head_step import head_step
-from heron.ops.linear_cross_entropy import linear_cross_entropy
+from heron.ops.linear_cross_entropy import cross_entropy, linear_cross_entropy
 from heron.ops.matvec import matvec
 from heron.ops.norm_mix import norm_mix
 from heron.ops.rosa import rosa
@@ -11,6 +11,7 @@ from heron.ops.shift_mix import shift_mix
 from heron.ops.wkv7 import wkv7
 
 __all__ = [
+    "cross_entropy",
     "head_mix",
     "head_step",
     "linear_cross_entropy",

@@ -103,6 +103,8 @@ def read(folder: Path) -> dict[str, Tensor]:
             tensors = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in tensors.items()}
         told = recorded(folder)
         wanted = sizes_of(tensors, folder, told.has_ln0, told.rosa).to_dict()
+        if config.get("tie_word_embeddings"):  # transformers writes one of two that are the same
+            tensors.setdefault("head.weight", tensors["emb.weight"].clone())
     confirm(config, wanted, folder / CONFIG)
     return tensors
 

@@ -10,7 +10,7 @@ from heron.ops import _choice
 from heron.ops.head_mix import cuda
 from heron.ops.head_mix.reference import ChannelWeights, Projected, head_mix_reference
 
-__all__ = ["ChannelWeights", "Projected", "head_mix", "head_mix_choice"]
+__all__ = ["ChannelWeights", "Projected", "head_mix", "head_mix_choice", "head_mix_reference"]
 _FORMS = {"reference": head_mix_reference, "cuda": cuda.head_mix_cuda}
 
 

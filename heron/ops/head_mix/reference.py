@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,9 +49,13 @@ class ChannelWeights(NamedTuple):
 
 
 def head_mix_reference(
-    inputs: Projected, weights: ChannelWeights, state: Tensor | None, cu_seqlens: Tensor | None
+    inputs: Projected,
+    weights: ChannelWeights,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`heron.ops.head_mix`."""
+    """See :func:`heron.ops.head_mix`. `norm`, on (B * T, C), stands in for the group norm of the weights."""
     r, w, k, v, iclr, gate, value, v_first = inputs
     B, T, C = r.shape
     H, N = weights.r_k.shape
@@ -65,6 +70,8 @@ def head_mix_reference(
     r, w, k, v, iclr, removal_key = (x.to(r.dtype).view(per_head) for x in (r, w, k, v, iclr, removal_key))
     y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state, cu_seqlens=cu_seqlens)
 
-    y = F.group_norm(y.reshape(B * T, C), H, weights.norm_weight, weights.norm_bias, weights.eps).view(per_head)
+    y = y.reshape(B * T, C)
+    y = F.group_norm(y, H, weights.norm_weight, weights.norm_bias, weights.eps) if norm is None else norm(y)
+    y = y.view(per_head)
     bonus = (r * k * weights.r_k).sum(dim=-1, keepdim=True)  # (B, T, H, 1)
     return (y + bonus * v).view(B, T, C) * gate, state

@@ -9,7 +9,9 @@ from heron.errors import KernelError
 from heron.ops import _choice
 from heron.ops.linear_cross_entropy import cuda
 from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked, linear_cross_entropy_cuda
-from heron.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+from heron.ops.linear_cross_entropy.reference import cross_entropy, linear_cross_entropy_reference
+
+__all__ = ["cross_entropy", "linear_cross_entropy"]
 
 _FORMS = {
     "reference": linear_cross_entropy_reference,

@@ -28,7 +28,12 @@ class _L2Wrap(torch.autograd.Function):
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float) -> Tensor:
     """:func:`heron.ops.linear_cross_entropy`, literally. Inputs (rows, C), (V, C), (rows,)."""
-    logits = F.linear(hidden, weight)
+    return cross_entropy(F.linear(hidden, weight), targets, l2wrap)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, l2wrap: float = 1e-4) -> Tensor:
+    """:func:`heron.ops.linear_cross_entropy` behind the product, for a head that is more than one: (..., V), (...)."""
+    logits, targets = logits.flatten(0, -2), targets.flatten()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = targets != -100
     count = counted.sum().clamp(min=1)
