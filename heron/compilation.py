@@ -19,7 +19,7 @@ from torch import Tensor
 from heron import machine
 from heron.config import ModelConfig
 from heron.errors import ConfigError
-from heron.model.rwkv import Block
+from heron.model.rwkv import RWKV, Block
 from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
@@ -78,9 +78,17 @@ def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool) -> str | None:
     return f"rows of {model.variant}'s tables are looked up in a way that is not the same for every step"
 
 
-def compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`Block.from_zero`, compiled at its first call of each shape, with its backward; as RWKV.compiled_block."""
-    return compiled(Block.from_zero, _compile)
+def compile_blocks(network: RWKV) -> None:
+    """Have every block of `network` compute by one function, compiled with its backward at its first call of a shape."""
+    mix = compiled(Block.mix, _compile)
+    for block in network.blocks:
+        block.compiled = mix
+
+
+def undo(network: RWKV) -> None:
+    """Have each block compute as it is written again."""
+    for block in network.blocks:
+        block.compiled = None
 
 
 def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:

@@ -57,7 +57,7 @@ class Learner:
         if self.tables is not None:
             self.tables.before_moving = self._graphs.clear
         if self.compiled.value != "off":
-            self.network.compiled_block = compilation.compiled_block()
+            compilation.compile_blocks(self.network)
         self.optimizer = build_optimizer(
             model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
             self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
@@ -172,7 +172,7 @@ class Learner:
             raise HeronError(f"compile {self.config.compile}: {told}. Use --compile auto or --compile off") from error
         print(f"heron: training steps are not compiled, so they take longer: {told}", file=sys.stderr)
         self.compiled = machine.Choice("off", told)
-        self.network.compiled_block = None
+        compilation.undo(self.network)
         for leaf in (*self.network.parameters(), *self.model.parameters()):
             leaf.grad = None
 

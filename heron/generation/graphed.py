@@ -160,11 +160,11 @@ class GraphedReader:
         self._model, device = model, model.emb.weight.device
         self._ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         self._state = State.zeros(model.config, 1, device, model.emb.weight.dtype).clone()
-        self._block: Callable = Block.branches
+        self._mix: Callable = Block.mix
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             if importlib.util.find_spec("triton") is not None:
-                self._block = compilation.compiled(Block.branches)
+                self._mix = compilation.compiled(Block.mix)
             self._graph = recorded(self._read)
 
     @torch.inference_mode()
@@ -181,10 +181,11 @@ class GraphedReader:
 
     def _read(self) -> None:
         embedded = self._model.embed(self._ids)
-        x, v_first, tokens = embedded, None, Lookup(self._ids, embedded)
+        x, branch, v_first, tokens = embedded, None, None, Lookup(self._ids, embedded)
         for block, mine in zip(self._model.blocks, self._state.layers, strict=True):
             of_table = block.ffn.table_rows(tokens)
-            x, new, v_first = self._block(block, x, mine, v_first, of_table, None, None)
+            x, branch, new, v_first = self._mix(block, x, branch, mine, v_first, of_table, None, None, None, True)
+            branch = block.ffn.gate(branch, self._ids)
             for old, part in zip(mine[:3], new[:3], strict=True):
                 old.copy_(part)
 

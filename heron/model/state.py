@@ -201,14 +201,7 @@ class State:
                     raise ConfigError(f"state of layer {i}, {name}: wanted {wanted.get(name)}, got {found.get(name)}")
 
 
-def shifted(x: Tensor, last: Tensor) -> Tensor:
-    """The previous token's vector at each position: x (B, T, C) moved by one, `last` (B, C) in front."""
-    return torch.cat((last.unsqueeze(1).to(x.dtype), x[:, :-1]), dim=1)
-
-
-def last_of(x: Tensor) -> Tensor:
-    """The last token's vector of x (B, T, C), as (B, C) of its own: a view would keep all T in memory."""
-    return x[:, -1].clone()
+States = State | tuple[State, ...]  # a tuple: of sequences whose states have different lengths, one each
 
 
 def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:

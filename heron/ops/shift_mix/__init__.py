@@ -10,8 +10,9 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _choice
 from heron.ops.shift_mix import cuda
-from heron.ops.shift_mix.reference import shift_mix_reference
+from heron.ops.shift_mix.reference import shift_mix_reference, shifted
 
+__all__ = ["shift_mix", "shift_mix_choice", "shift_mix_reference", "shifted"]
 _FORMS = {"reference": shift_mix_reference, "cuda": cuda.shift_mix_cuda}
 
 
