@@ -79,7 +79,7 @@ def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool) -> str | None:
 
 
 def compile_blocks(network: RWKV) -> None:
-    """Have every block of `network` compute by one function, compiled with its backward at its first call of a shape."""
+    """Have every block of `network` compute by one function, compiled at its first call of a shape."""
     mix = compiled(Block.mix, _compile)
     for block in network.blocks:
         block.compiled = mix

@@ -15,6 +15,7 @@ from heron.errors import HeronError
 from heron.guards import is_bad
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
+from heron.model.plain import has_hooks
 from heron.model.row_tables import row_tables
 from heron.optim import build_optimizer, set_lr
 
@@ -116,8 +117,11 @@ class Learner:
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
-        as_chosen = self.compiled.value == "graph" and passes == self.config.accumulate
-        return as_chosen and (self.tables is None or self.tables.recordable)
+        if self.compiled.value != "graph" or passes != self.config.accumulate:
+            return False
+        if any(map(has_hooks, self.network.modules())):
+            return False  # a replay would not call them
+        return self.tables is None or self.tables.recordable
 
     def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         """The network's parameters, each with the one of `model` that it is, or is a copy of."""

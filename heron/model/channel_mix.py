@@ -5,6 +5,8 @@ Equations: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py, rwkv_v7a_demo.py and rwkv_v
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -58,18 +60,27 @@ class ChannelMix(nn.Module):
         """How much of the token before is in the input, (1, 1, C); for the low-rank gate the unshifted input, too."""
         return [self.x_k, torch.zeros_like(self.x_k)] if self.form == "low-rank" else [self.x_k]
 
-    def forward(self, mixed: list[Tensor], of_table: Tensor | None) -> Tensor:
-        """Mix channels, behind norm and token shift: what `mixes` made, (B, T, C) each, and the `table_rows`.
+    def forward(
+        self,
+        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
+        x: Tensor,
+        branch: Tensor | None,
+        last: Tensor | None,
+        of_table: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix channels. As :meth:`heron.model.time_mix.TimeMix.forward`, with ln2; `of_table` are the `table_rows`.
 
-        Returns the branch's output (B, T, C) before :meth:`gate`.
+        Returns:
+            The residual stream x + branch, what is to be added to it (B, T, C) but for :meth:`gate`, and the new last.
         """
-        x = mixed[-1]
+        x, mixed, last = begin(x, branch, self.mixes, last, cu_seqlens)
         hidden = torch.relu(self.key(mixed[0])).square()  # (B, T, F)
         if self.form == "hidden":
             hidden = hidden * of_table.to(hidden.dtype)
         elif self.form == "low-rank":
-            hidden = hidden * self._low_rank_gate(x, of_table).to(hidden.dtype)
-        return self.value(hidden)
+            hidden = hidden * self._low_rank_gate(mixed[1], of_table).to(hidden.dtype)
+        return x, self.value(hidden), last
 
     def gate(self, out: Tensor, ids: Tensor) -> Tensor:
         """The branch's output (B, T, C) times its tokens' rows, where the table gates that; else as it is."""

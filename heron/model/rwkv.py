@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,11 +17,11 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import Lookup
 from heron.model.init import initialize
-from heron.model.plain import is_plain
+from heron.model.plain import has_hooks, is_plain
 from heron.model.rosa import RosaQKV
+from heron.model.shift import normed_and_mixed
 from heron.model.state import LayerState, State, States
 from heron.model.time_mix import TimeMix
-from heron.ops.shift_mix import shift_mix_reference
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 
@@ -31,7 +32,8 @@ class Block(nn.Module):
     In v7b and v8-hybrid a third branch, DeepEmbedAttention, reads the residual stream itself; ROSA can be one more. A
     rosa-lm has ROSA in the place of time mixing.
 
-    `compiled` stands in for :meth:`mix` where gradients are wanted; :mod:`heron.compilation` sets it.
+    `compiled` stands in for :meth:`mix` where gradients are wanted; :mod:`heron.compilation` sets it. A module in the
+    block that has hooks is called as it is written: compiled code would not know of a hook that came later.
     """
 
     compiled: Callable[..., tuple[Tensor, Tensor, LayerState | None, Tensor | None]] | None = None
@@ -75,12 +77,17 @@ class Block(nn.Module):
             x, what this block has to add to it, the new state or None, and layer 0's values for the blocks above.
         """
         tokens = context.last(x.shape[1])
-        mix = Block.mix if self.compiled is None or not torch.is_grad_enabled() else self.compiled
+        mix = self.compiled if self._runs_compiled() else Block.mix
         # Tables are looked up out here: compiled, the gradients of their rows would be summed in an order that changes.
         of_table = self.ffn.table_rows(tokens)
         seen = None if self.qkv is None else context
         x, branch, state, v_first = mix(self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state)
         return x, self.ffn.gate(branch, tokens.ids), state, v_first
+
+    def _runs_compiled(self) -> bool:
+        if self.compiled is None or not torch.is_grad_enabled():
+            return False
+        return not any(has_hooks(module) for module in self.modules() if module is not self)
 
     def mix(
         self,
@@ -98,8 +105,9 @@ class Block(nn.Module):
         old = LayerState(None, None, None) if state is None else state
         att_shift, wkv, attention, rosa = old.att_shift, old.wkv, None, None
         if self.att is not None:
-            x, mixed, att_shift = _mixed(self.ln1, x, branch, self.att.mixes, old.att_shift, cu_seqlens)
-            branch, wkv, v_first = self.att(mixed, old.wkv, v_first, cu_seqlens)
+            x, branch, att_shift, wkv, v_first = self.att(
+                partial(normed_and_mixed, self.ln1), x, branch, old.att_shift, old.wkv, v_first, cu_seqlens
+            )
         elif branch is not None:
             x, branch = x + branch, None
         if self.qkv is not None:
@@ -108,23 +116,10 @@ class Block(nn.Module):
         if self.rosa is not None:
             recalled, rosa = self.rosa(self.ln3(x), old.rosa)
             branch = recalled if branch is None else branch + recalled
-        x, mixed, ffn_shift = _mixed(self.ln2, x, branch, self.ffn.mixes, old.ffn_shift, cu_seqlens)
-        new = LayerState(att_shift, wkv, ffn_shift, attention, rosa) if keep_state else None
-        return x, self.ffn(mixed, of_table), new, v_first
-
-
-def _mixed(
-    norm: nn.Module,
-    x: Tensor,
-    branch: Tensor | None,
-    mixes: list[Tensor],
-    last: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """:func:`heron.ops.shift_mix` with a norm, which is called where it is not plain."""
-    if is_plain(norm, nn.LayerNorm):
-        return ops.shift_mix(x, branch, norm.weight, norm.bias, mixes, last, cu_seqlens, norm.eps)
-    return shift_mix_reference(x, branch, None, None, mixes, last, cu_seqlens, 0.0, norm)
+        x, branch, ffn_shift = self.ffn(
+            partial(normed_and_mixed, self.ln2), x, branch, old.ffn_shift, of_table, cu_seqlens
+        )
+        return x, branch, LayerState(att_shift, wkv, ffn_shift, attention, rosa) if keep_state else None, v_first
 
 
 class RWKV(nn.Module):

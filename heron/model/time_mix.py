@@ -5,6 +5,8 @@ Equations: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py and rwkv_v7_demo.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -48,22 +50,30 @@ class TimeMix(nn.Module):
 
     def forward(
         self,
-        mixed: list[Tensor],
+        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
+        x: Tensor,
+        branch: Tensor | None,
+        last: Tensor | None,
         wkv_state: Tensor | None,
         v_first: Tensor | None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix along time, behind norm and token shift.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Mix along time.
 
         Args:
-            mixed: six of (B, T, C), in the order of `mixes`.
-            wkv_state: (B, H, N, N) fp32, or one for each packed sequence; None: zeros.
+            begin: :func:`heron.model.shift.normed_and_mixed` with ln1. Not ln1 itself: accelerate moves what a module
+                is called with.
+            x, branch: (B, T, C), the residual stream in two parts; see :meth:`heron.model.rwkv.Block.forward`.
+            last: (n_seq, C), the normed token before each sequence; None: zeros.
+            wkv_state: (n_seq, H, N, N) fp32; None: zeros.
             v_first: (B, T, C), layer 0's values; None in layer 0.
-            cu_seqlens: where packed sequences begin; see :func:`heron.ops.wkv7`.
+            cu_seqlens: where packed sequences begin; see :func:`heron.ops.wkv7`. None: n_seq is B.
 
         Returns:
-            The branch's output (B, T, C), the new wkv_state, and v_first for the layers above.
+            The residual stream x + branch, what time mixing has to add to it (B, T, C), the new last, the new
+            wkv_state, and v_first for the layers above.
         """
+        x, mixed, last = begin(x, branch, self.mixes, last, cu_seqlens)
         x_r, x_w, x_k, x_v, x_a, x_g = mixed
         v = self.value(x_v)
         inputs = Projected(
@@ -81,7 +91,7 @@ class TimeMix(nn.Module):
             y, wkv_state = ops.head_mix(inputs, weights, wkv_state, cu_seqlens)
         else:  # a kernel would not call it
             y, wkv_state = head_mix_reference(inputs, weights, wkv_state, cu_seqlens, self.ln_x)
-        return self.output(y), wkv_state, v if v_first is None else v_first
+        return x, self.output(y), last, wkv_state, v if v_first is None else v_first
 
     def channel_weights(self, mixes_v_first: bool) -> ChannelWeights:
         """The weights of single channels, as ops.head_mix takes them."""

@@ -162,12 +162,13 @@ def _run(
 
 @contextlib.contextmanager
 def _inputs(blocks: nn.ModuleList | tuple[()]) -> Iterator[list[Tensor]]:
-    """A list that gets the residual stream before each of `blocks`, which take it in two parts."""
+    """A list that gets the residual stream before each of `blocks`: its two parts are added up here."""
     inputs: list[Tensor] = []
 
-    def keep(_: nn.Module, given: tuple) -> None:
-        x, branch = given[:2]
+    def keep(_: nn.Module, given: tuple) -> tuple:
+        x, branch, *others = given
         inputs.append(x if branch is None else x + branch)
+        return inputs[-1], None, *others
 
     hooks = [block.register_forward_pre_hook(keep) for block in blocks]
     try:
