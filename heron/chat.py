@@ -10,10 +10,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+from heron.continuation import encode_behind
 from heron.errors import ConfigError, HeronError, did_you_mean
 from heron.generation import Engine, Request, Sampling, Snapshot
-from heron.generation.engine import check_max_tokens
+from heron.generation.requests import check_max_tokens
 
 THINKING = {"": "", "on": " <think", "off": " <think>\n</think"}
 STOP = "\n\nUser:"
@@ -27,8 +29,20 @@ HELP = """/reset        forget the conversation
 Ctrl-C cuts an answer short. A message that begins with a slash: type two."""
 
 
+class _Read(NamedTuple):
+    """What the model has read of a conversation."""
+
+    memory: Snapshot
+    text: str  # since the conversation began, or was loaded
+    ids: list[int]  # of that text
+
+
 class Chat:
     """One conversation. The model reads each turn once and remembers it in its state.
+
+    What it reads turn by turn are the ids of the whole conversation, encoded as one text; where a turn's ids can't be
+    told from those (behind a loaded file the text before is not known), those of a text that goes on, see
+    :func:`heron.continuation.encode_behind`.
 
     Args:
         engine: with a free row.
@@ -37,7 +51,7 @@ class Chat:
         think: "on" opens every answer with a thought, "off" with an empty one, "" leaves it to the model.
 
     Raises:
-        ConfigError: an unknown `think`.
+        ConfigError: an unknown `think`, or a tokenizer of integers.
     """
 
     def __init__(
@@ -49,6 +63,11 @@ class Chat:
         system: str = "",
         think: str = "",
     ):
+        if not engine.tokenizer.is_text:
+            raise ConfigError(
+                f"chat: the template is text, and the tokenizer {engine.tokenizer.spec} has numbers only; "
+                'use heron generate, as in --prompt "4 325"'
+            )
         if think not in THINKING:
             raise ConfigError(f"think: wanted on, off or nothing, got {think!r}")
         check_max_tokens(max_tokens)
@@ -59,7 +78,11 @@ class Chat:
 
     def reset(self) -> None:
         """Forget everything but the system text."""
-        self._before = Snapshot(None)  # what the model remembers from before the last message
+        self._begin(Snapshot(None))
+
+    def _begin(self, start: Snapshot) -> None:
+        self._start = start  # what was there before the first turn
+        self._before = _Read(start, "", [])  # the memory from before the last message
         self._turn = self._answer = ""  # the last message as the model reads it, and its answer so far
 
     def say(self, message: str) -> Iterator[str]:
@@ -72,7 +95,7 @@ class Chat:
         if not cleaned(message):
             raise ConfigError("the message is empty")
         before = self._settled()
-        start = self._system if before.state is None else ""
+        start = self._system if before.memory.state is None else ""
         turn = f"{start}User: {cleaned(message)}\n\nAssistant:{self._opening}"
         pieces = self._answered(before, turn)  # refuses what cannot be read before anything changes
         self._before, self._turn, self._answer = before, turn, ""
@@ -92,26 +115,43 @@ class Chat:
 
     def save(self, path: str | Path) -> None:
         """Write what the model remembers of the conversation. CheckpointError as in :meth:`heron.Engine.save`."""
-        self._engine.save(self._settled(), path)
+        self._engine.save(self._settled().memory, path)
 
     def load(self, path: str | Path) -> None:
         """Go on from a saved conversation. CheckpointError as in :meth:`heron.Engine.load`."""
-        self._before = self._engine.load(path)
-        self._turn = self._answer = ""
+        self._begin(self._engine.load(path))
 
-    def _settled(self) -> Snapshot:
+    def _settled(self) -> _Read:
         """The memory with the last message and its answer, read as they stand in the template."""
         if not self._turn:
             return self._before
-        encode = self._engine.tokenizer.encode
-        ids = [*self._before.pending, *encode(self._turn), *encode(self._answer.rstrip() + "\n\n")]
-        return Snapshot(self._engine.prefill(ids, self._before.state))
+        memory, text, ids = self._before
+        new = f"{self._turn}{self._answer.rstrip()}\n\n"
+        new_ids = self._ids(self._before, new, followed_by="User:")
+        state = self._engine.prefill([*memory.pending, *new_ids], memory.state)
+        return _Read(Snapshot(state), text + new, [*ids, *new_ids])
 
-    def _answered(self, before: Snapshot, turn: str) -> Iterator[str]:
-        request = Request(turn, self._max_tokens, self._sampling, STOP, self._seed, before)
-        pieces = self._engine.stream(request)
+    def _answered(self, before: _Read, turn: str) -> Iterator[str]:
+        ids = self._ids(before, turn)
+        pieces = self._engine.stream(Request(ids, self._max_tokens, self._sampling, STOP, self._seed, before.memory))
         self._seed += 1
         return pieces
+
+    def _ids(self, before: _Read, new: str, followed_by: str = "") -> list[int]:
+        """The ids of `new` behind what was read, as they stand in the whole conversation, `followed_by` behind them."""
+        tokenizer = self._engine.tokenizer
+        whole = self._whole(before.text + new + followed_by)
+        if followed_by:
+            tail = encode_behind(tokenizer, (), followed_by)
+            whole = whole[: -len(tail)] if whole[-len(tail) :] == tail else self._whole(before.text + new)
+        n = len(before.ids)
+        return whole[n:] if whole[:n] == before.ids else encode_behind(tokenizer, before.ids, new)
+
+    def _whole(self, text: str) -> list[int]:
+        """The ids of all text that is known, behind what was there before it."""
+        if self._start.state is None and not self._start.pending:
+            return self._engine.tokenizer.encode(text)
+        return encode_behind(self._engine.tokenizer, self._start.pending, text)
 
     def _remembered(self, pieces: Iterator[str]) -> Iterator[str]:
         with contextlib.closing(pieces):

@@ -23,7 +23,7 @@ from heron.config import (
     read_yaml,
     setting_type,
 )
-from heron.errors import CheckpointError, ConfigError, HeronError, UnknownKeyError, did_you_mean
+from heron.errors import CheckpointError, ConfigError, DataError, HeronError, UnknownKeyError, did_you_mean
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -66,6 +66,10 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"heron: warning: {_one_line(message)}", file=sys.stderr)
 
 
+def _note(line: str) -> None:
+    print(f"heron: {_one_line(line)}", file=sys.stderr)
+
+
 def _one_line(message: object) -> str:
     return " ".join(line.strip() for line in str(message).splitlines() if line.strip())
 
@@ -101,6 +105,9 @@ def _with_underscores(argument: str) -> str:
     return dashes + flag.replace("-", "_") + equals + value
 
 
+_TOKENIZERS = "world, bytes, integers:V[:E] (E ends a document), a tokenizer.json"
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds each default that is a value; where there is none, the flag's own text says what happens without it."""
 
@@ -133,10 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb("demo", _demo, "train a small RWKV-8 on text that every Python has, and generate from it")
     demo.add_argument("--out", default="runs/demo", help="run folder")
 
-    prepare = verb("prepare", _prepare, "turn txt, jsonl and folders into a binidx dataset")
-    prepare.add_argument("inputs", nargs="+", help="txt, jsonl ({'text': ...} a line), folders, builtin:NAME")
+    prepare = verb("prepare", _prepare, "turn texts, JSON rows, tables and folders into a binidx dataset")
+    inputs_help = "txt, jsonl ({'text': ...} a line), json, csv, parquet, each also .gz .bz2 .xz; folders, builtin:NAME"
+    prepare.add_argument("inputs", nargs="+", help=inputs_help)
     prepare.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
-    prepare.add_argument("--tokenizer", default="world", help="world, bytes, integers:V, or a tokenizer.json")
+    prepare.add_argument("--tokenizer", default="world", help=_TOKENIZERS)
+    _add_settings(prepare, TrainConfig, prefix="", names=_READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
     bad_line_help = "a jsonl line or document that cannot be used: stop, or skip, count and log it"
@@ -174,11 +183,18 @@ def _parser() -> argparse.ArgumentParser:
     generate = verb("generate", _generate, "continue a prompt")
     generate.add_argument("model", help="a weights file, a checkpoint or a run folder")
     generate.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
+    generate.add_argument(
+        "--prompt_file", metavar="FILE", help="read the prompt from a file, - is the input; less one newline at its end"
+    )
+    generate.add_argument(
+        "--ids", action="store_true", help="the prompt is token ids, and ids are printed: 24281 59 33"
+    )
     generate.add_argument("--probs", type=int, default=0, help="first show this many of the likeliest next tokens")
     generate.add_argument("--trials", type=int, default=1, help="samples; each counts the seed up by one")
     generate.add_argument(
         "--stop", action="append", default=[], help="end at this text; may be given several times; default: none"
     )
+    generate.add_argument("--stop_ids", type=_ids, default=[], metavar="IDS", help="end at these ids, as in 0,261")
     _add_running(generate, max_tokens=200, top_p=0.5, penalty=0.0)
 
     chat = verb("chat", _chat, "talk with a model in the terminal")
@@ -191,13 +207,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("eval", _eval, "how well one or more models predict: a text, LAMBADA, multiple choice")
     evaluate.add_argument("models", nargs="+", metavar="model", help="weights files, checkpoints or run folders")
     evaluate.add_argument("--data", help="txt, jsonl, folder, binidx prefix or builtin:NAME: loss over all of it")
+    _add_settings(evaluate, TrainConfig, prefix="", names=_READING)
     evaluate.add_argument("--lambada", help='a jsonl of {"text": ...}: perplexity and accuracy of the last words')
     evaluate.add_argument("--choices", help='a jsonl of {"question", "choices", "answer"}: share answered rightly')
     evaluate.add_argument("--limit", type=int, help="only so many texts and questions; default: all")
     evaluate.add_argument("--mode", default="gpt", help="gpt: sequences at once; rnn: token by token")
     evaluate.add_argument("--json", help="also write the figures to this file")
     evaluate.add_argument("--plot", help="also draw them over the models' steps, to a .png or .svg")
-    evaluate.add_argument("--tokenizer", help="world, bytes, integers:V, a tokenizer.json; default: the run's own")
+    evaluate.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
     evaluate.add_argument("--ctx_len", type=int, default=1024, help="window length; each starts from a zero state")
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
     _add_rosa(evaluate)
@@ -232,9 +249,16 @@ def _parser() -> argparse.ArgumentParser:
 # -- flags from the dataclasses -------------------------------------------------------------------------------------
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: type, prefix: str) -> None:
-    """One flag per field; absent flags stay absent, so that a config file shows through."""
+_READING = ("column", "glob", "split_at", "allow_normalized", "eod")  # settings of what reads text besides train
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser, config: type, prefix: str, names: Sequence[str] | None = None
+) -> None:
+    """One flag per field, or for those of `names`; absent flags stay absent, so that a config file shows through."""
     for field in dataclasses.fields(config):
+        if names is not None and field.name not in names:
+            continue
         kinds, _ = setting_type(config, field.name)
         flags = [f"--{prefix}{field.name}", f"--{field.name}"] if prefix else [f"--{field.name}"]
         default = "none" if field.default in (None, "") else field.default
@@ -257,7 +281,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
     """What generate and chat have in common, with the defaults that differ."""
-    parser.add_argument("--tokenizer", help="world, bytes, integers:V, a tokenizer.json; default: the run's own")
+    parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
+    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
     parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top_p", type=float, default=top_p, help="keep the likeliest tokens up to this probability")
@@ -265,6 +290,9 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--presence_penalty", type=float, default=penalty, help="against any repetition")
     parser.add_argument("--frequency_penalty", type=float, default=penalty, help="against frequent repetition")
     parser.add_argument("--penalty_decay", type=float, default=0.996, help="how penalties fade per token")
+    parser.add_argument(
+        "--count_digits", action="store_true", help="frequent space, tab and digits, too, which RWKV leaves out"
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="same seed, same text")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
@@ -284,6 +312,13 @@ def _rosa(name: str) -> RosaConfig:
         return RosaConfig.preset(name)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise argparse.ArgumentTypeError(f"wanted token ids, as in 0,261, got {text!r:.80}")
+    return [int(word) for word in words]
 
 
 def _seed(text: str) -> int:
@@ -365,11 +400,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from heron.data.corpora import Reading
     from heron.data.prepare import prepare
 
+    reading = {name: value for name, value in _given(options, TrainConfig, "").items() if name in _READING}
     stats = prepare(
         options.inputs, options.out, options.tokenizer, options.workers,
         overwrite=options.overwrite, on_bad_line=options.on_bad_line, hashes=options.hashes,
+        eod=reading.pop("eod", None), reading=Reading(**reading), say=_note,
     )  # fmt: skip
     print(stats)
 
@@ -439,39 +477,73 @@ def _bench(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import time
 
+    from heron import tokenizer
     from heron.chat import printable
     from heron.generation import Request, Snapshot
+    from heron.generation.text import text_of
 
     if options.trials < 1:
         raise ConfigError(f"trials: wanted at least 1, got {options.trials}")
     if options.probs < 0:
         raise ConfigError(f"probs: wanted at least 0, got {options.probs}")
-    sampling = _sampling(options)
+    if options.ids and options.stop:
+        options.parser.error("--ids prints ids, which a text of --stop may cut; end at ids, with --stop_ids")
+    text, sampling = _prompt(options), _sampling(options)
     engine = _engine(options)
+    if options.ids:
+        ids = tokenizer.load(f"integers:{engine.vocab_size}").encode(text.replace(",", " "))
+        text = " ".join(map(str, ids))
     shown = printable if sys.stdout.isatty() else str
-    request = Request(options.prompt, options.max_tokens, sampling, tuple(options.stop), options.seed)
+    request = Request(
+        ids if options.ids else text, options.max_tokens, sampling, tuple(options.stop), options.seed,
+        stop_ids=options.stop_ids,
+    )  # fmt: skip
     engine.check(request)
     if options.probs or options.trials > 1:
-        ids = engine.prompt_ids(options.prompt)
-        snapshot = Snapshot(engine.prefill(ids[:-1]), (ids[-1],))  # the prompt is read once for all
+        ids = engine.prompt_ids(request.prompt)
+        # The prompt is read once for all, but for the ids that tell how its last character goes on.
+        snapshot = Snapshot(engine.prefill(ids[:-4]), tuple(ids[-4:]))
         request = dataclasses.replace(request, prompt=(), after=snapshot)
     if options.probs:
-        print(f"the likeliest tokens after {options.prompt!r}")
+        print(f"the likeliest tokens after {text!r}")
         for token, probability in engine.likeliest(snapshot, options.probs):
-            text = engine.tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
-            print(f"{100 * probability:8.3f} %  {token:>6}  {text!r}")
+            print(f"{100 * probability:8.3f} %  {token:>6}  {text_of(token, ids, engine.tokenizer)!r}")
     for trial in range(options.trials):
         if options.probs or options.trials > 1:
             print(f"\n--- trial {trial + 1}, seed {options.seed + trial} ---")
-        print(shown(options.prompt), end="", flush=True)
+        print(shown(text), end="", flush=True)
         n_tokens, start = 0, time.perf_counter()
         for piece in engine.run([dataclasses.replace(request, seed=options.seed + trial)]):
+            new = piece.text
+            if options.ids:
+                new = "" if piece.token is None or piece.finish in ("end", "stop") else str(piece.token.id)
+                new = f" {new}" if new and (n_tokens or text) else new
             n_tokens += piece.token is not None
-            print(shown(piece.text), end="", flush=True)
+            print(shown(new), end="", flush=True)
         print()
         if options.probs or options.trials > 1:
             seconds = time.perf_counter() - start
             print(f"({n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s)")
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    """The text of --prompt, or of --prompt_file without the newline that editors and shells put at the end."""
+    if options.prompt_file is None:
+        return options.prompt
+    if options.prompt:
+        options.parser.error("give --prompt or --prompt_file, not both")
+    if options.prompt_file != "-":
+        data = Path(options.prompt_file).read_bytes()
+    elif sys.stdin is None or sys.stdin.closed:
+        raise ConfigError("prompt_file: wanted the prompt at the standard input, which is closed")
+    else:
+        data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong = f"0x{data[error.start]:02x} at byte {error.start}"
+        raise DataError(f"{options.prompt_file}: wanted a prompt in UTF-8, got {wrong}") from None
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -493,7 +565,7 @@ def _sampling(options: argparse.Namespace):  # noqa: ANN202 - heron.generation.S
 
     return Sampling(
         options.temperature, options.top_p, options.top_k,
-        options.presence_penalty, options.frequency_penalty, options.penalty_decay,
+        options.presence_penalty, options.frequency_penalty, options.penalty_decay, options.count_digits,
     )  # fmt: skip
 
 
@@ -508,7 +580,7 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
     device, file = _device(options.device), options.tables_file
     model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
-    tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size)
+    tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size, options.eod)
     if options.tables == "disk" and file is None:
         weights = weights_file(Path(options.model))
         in_run = weights.parent.parent.name == "checkpoints"  # whose folders hold what they were verified with, no more
@@ -545,14 +617,16 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed where it is the only one."""
     from heron import evaluate, scores
     from heron.checkpoint import load
+    from heron.data.corpora import Reading
     from heron.data.loader import load_tokens
 
     model = load(path, rosa=options.rosa).to(_device(options.device))
-    tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size)
+    reading = {name: value for name, value in _given(options, TrainConfig, "").items() if name in _READING}
+    tokenizer = _tokenizer(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
     result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
     lines = []
     if options.data:
-        tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size)
+        tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), _note)
         score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode)
         result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
         result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
@@ -636,26 +710,27 @@ def _device(wanted: str) -> str:
     return machine.choose_device(wanted).value
 
 
-def _tokenizer(model: str, wanted: str | None, vocab_size: int):  # noqa: ANN202 - heron.tokenizer.Tokenizer
+def _tokenizer(model: str, wanted: str | None, vocab_size: int, eod: str | None = None):  # noqa: ANN202 - a Tokenizer
     """The tokenizer that was asked for, else the one of the run that the weights lie in, else by the vocabulary."""
     from heron import tokenizer
     from heron.checkpoint import run
 
     if wanted:
-        return tokenizer.load(wanted)
+        return tokenizer.load(wanted, eod)
     path = Path(model).resolve()
     if path.is_dir():
         folder = path.parents[1] if run.is_checkpoint(path) else path
     else:
         folder = path.parents[2] if run.is_checkpoint(path.parent) else path.parent
     if (folder / "tokenizer.json").is_file():
-        return tokenizer.load(str(folder / "tokenizer.json"))
+        return tokenizer.load(str(folder / "tokenizer.json"), eod)
     if (folder / "run.lock").is_file():
-        return tokenizer.load(TrainConfig.from_yaml(folder / "config.yaml").tokenizer)
+        settings = TrainConfig.from_yaml(folder / "config.yaml")
+        return tokenizer.load(settings.tokenizer, eod or settings.eod)
     usual = {256: "bytes", 65536: "world"}
     if vocab_size not in usual:
         raise ConfigError(f"{path}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
-    return tokenizer.load(usual[vocab_size])
+    return tokenizer.load(usual[vocab_size], eod)
 
 
 if __name__ == "__main__":

@@ -252,10 +252,17 @@ class TrainConfig:
     model: ModelConfig | str = _setting("rwkv8-tiny", "a ModelConfig, a preset's name, or a checkpoint to start from")
     init_from: str = _setting("", "a weights file laid over the initial values: what it lacks keeps them")
     init_dtype: str = _setting("fp32", "initial values: fp32, or bf16: rounded, as RWKV-LM's --precision bf16 has them")
-    data: str = _setting("builtin:python-docs", "txt, jsonl, folder, binidx prefix, builtin:python-docs or -stdlib")
+    data: str = _setting("builtin:python-docs", "txt, JSON, csv, folder, binidx prefix, builtin:python-docs, -stdlib")
     val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
     val_fraction: float | None = _setting(None, "share kept for validation (the end); None: 0.1 for text, 0 for binidx")
-    tokenizer: str = _setting("bytes", "bytes, world, integers:V, a tokenizer.json, or bpe:V (learned from the data)")
+    column: str | None = _setting(None, "field of JSON rows, or column of csv and parquet, to read; None: text")
+    glob: str | None = _setting(None, 'files of a folder to read, "*.py,*.rst" say; None: text, JSON, csv, parquet')
+    split_at: str | None = _setting(None, "cut texts into documents at this, <|endoftext|> say; None: nowhere")
+    allow_normalized: bool = _setting(False, "let texts through that the tokenizer's normalizer changes; count them")
+    tokenizer: str = _setting(
+        "bytes", "bytes, world, integers:V[:E] (E ends a document), a tokenizer.json, bpe:V (learned from the data)"
+    )
+    eod: str | None = _setting(None, "token or id that ends a document; None: as the tokenizer's files say")
     out: str = _setting("runs/first", "run folder: config, log, plot, samples, checkpoints, final weights")
     ctx_len: int = _setting(512, "tokens of one sample (T)")
     micro_bsz: int = _setting(8, "samples of one forward pass (B)")
@@ -298,6 +305,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.model, Mapping):
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
+        if type(self.eod) is int:  # YAML reads an id so
+            object.__setattr__(self, "eod", str(self.eod))
         _check_types(self)
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
         at_least["warmup_steps"] = -1

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heron.continuation import encode_pair
 from heron.data import jsonl
 from heron.data.corpora import read_documents
 from heron.errors import ConfigError, DataError, did_you_mean
@@ -149,7 +150,8 @@ def lambada(
     """Predict the last word of each text, which begins at its last space.
 
     Source of the definition: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v8_rc00_demo.py: a text starts from token 0 (here: the
-    tokenizer's end of document), context and word are encoded apart, the word with its space.
+    tokenizer's end of document), and the word has its space. Text and word are encoded as a whole, not apart as there;
+    :func:`heron.continuation.encode_pair` says where the word's ids begin.
 
     Args:
         path: a jsonl with `{"text": ...}` lines.
@@ -164,7 +166,8 @@ def lambada(
         context, space, word = text.rstrip().rpartition(" ")
         if not context.strip() or not word:
             raise DataError(f"{where}: wanted a text of two words or more, got {text[:60]!r}")
-        pairs.append(([*start, *tokenizer.encode(context)], tokenizer.encode(space + word)))
+        of_context, of_word = encode_pair(tokenizer, context, space + word)
+        pairs.append(([*start, *of_context], of_word))
     if not pairs:
         raise DataError(f"{path}: holds no text")
     scores = loglikelihoods(model, pairs, mode)
@@ -181,7 +184,8 @@ def multiple_choice(
 
     Args:
         path: a jsonl with `{"question": str, "choices": [str, ...], "answer": int}` lines, `answer` counting from 0.
-            Question and choice are joined as they are: give choices their leading space.
+            Question and choice are joined as they are: give choices their leading space. They are encoded as a
+            whole; :func:`heron.continuation.encode_pair` says where the choice's ids begin.
         limit: only so many questions; None: all.
 
     Raises:
@@ -190,8 +194,9 @@ def multiple_choice(
     """
     start, pairs, questions = _start_of(tokenizer), [], []
     for _, (question, choices, answer) in _limited(jsonl.read(Path(path), _question), limit):
-        context = [*start, *tokenizer.encode(question)]
-        pairs += [(context, tokenizer.encode(choice)) for choice in choices]
+        for choice in choices:
+            context, continuation = encode_pair(tokenizer, question, choice)
+            pairs.append(([*start, *context], continuation))
         questions.append(([len(choice.encode()) for choice in choices], answer))
     if not questions:
         raise DataError(f"{path}: holds no question")

@@ -35,6 +35,7 @@ PLAIN_LINES = 20  # step lines of a whole run where the output is not a terminal
 MEAN_OF = 20  # the loss on the console is the mean of this many log records
 SECONDS_BETWEEN_REDRAWS = 0.1
 COLUMNS = 80
+PROMPT_COLUMNS = 30  # of a sample's prompt are shown
 
 
 class Reporter:
@@ -142,13 +143,15 @@ class Reporter:
         """Log a batch that was passed over: its record goes to log.jsonl as it is."""
         self._write(record)
 
-    def sample(self, step: int, text: str) -> None:
-        """Keep a sampled text in ``samples/`` and print its beginning."""
+    def sample(self, step: int, text: str, prompt: str = "") -> None:
+        """Keep a prompt and the text sampled behind it in ``samples/``; print the prompt's end and the beginning."""
         path = self.folder / "samples" / f"step-{step:08d}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(text.encode("utf-8", "replace"))
+        path.write_bytes((prompt + text).encode("utf-8", "replace"))
         if self._console:
-            self._console.sample(step, text)
+            # A prompt of one long line, as of integers, would take the room that what the model says is shown in.
+            end = prompt if len(prompt) <= PROMPT_COLUMNS else "…" + prompt[-PROMPT_COLUMNS:]
+            self._console.sample(step, end + text)
 
     def note(self, text: str) -> None:
         """Print a line."""

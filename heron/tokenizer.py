@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import contextlib
 import functools
 import importlib
 import re
@@ -13,11 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from heron import document_end
+from heron.byte_fallback import byte_tokens, mended
 from heron.errors import ConfigError, DataError, did_you_mean
 
-SPECS = ("world", "bytes", "integers:V", "path/tokenizer.json")
+SPECS = ("world", "bytes", "integers:V", "integers:V:E", "path/tokenizer.json")
 LEARNED = "bpe:"  # in a TrainConfig, "bpe:V" is learned from the training text and becomes a tokenizer.json
-END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "[EOS]")
+_WINDOW = 16  # ids that decide how the next one is written, and more
 
 
 class Tokenizer(Protocol):
@@ -28,7 +31,7 @@ class Tokenizer(Protocol):
         vocab_size: every id is below it.
         eod: id of the end of a document, or None; in a text tokenizer it stands for no text at all.
         is_text: ids stand for text, so that ``decode(encode(text)) == text`` and bytes of text can be counted.
-            False for integers, whose spacing is not kept.
+            False for integers: each id is a word of its own there, and how the words were spaced is not kept.
         byte_level: the bytes of a sequence are the bytes of its ids, one after another.
     """
 
@@ -51,25 +54,32 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of `ids`; they may begin or end inside a character. DataError as in `decode`."""
 
 
-def load(spec: str) -> Tokenizer:
+def load(spec: str, eod: str | None = None) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     Args:
         spec: ``"world"`` (RWKV World, 65,536 ids), ``"bytes"`` (256), ``"integers:V"`` (whitespace-separated integers
             below V; ``"integers:V:E"`` names E as the end of document), or the path of a `tokenizer.json`.
+        eod: what ends a document: the digits of an id, or a token of a `tokenizer.json`. None: see
+            :func:`heron.document_end.find`. World and bytes have 0.
 
     Raises:
-        ConfigError: `spec` is none of these, or the package that it needs is not installed.
+        ConfigError: `spec` is none of these, or the package that it needs is not installed; an `eod` that it has not.
         DataError: the file is missing or damaged.
     """
-    if spec == "world":
-        return _world()
-    if spec == "bytes":
-        return ByteTokenizer()
+    if spec in ("world", "bytes"):
+        if eod not in (None, "0"):
+            raise ConfigError(f"eod {eod!r}: under the tokenizer {spec} a document ends with id 0; drop it")
+        return _world() if spec == "world" else ByteTokenizer()
     if spec.split(":")[0] == "integers":
-        return IntegerTokenizer(spec)
+        named = IntegerTokenizer(f"{spec}:{eod}" if eod is not None and spec.count(":") == 1 else spec)
+        if eod not in (None, str(named.eod)):
+            raise ConfigError(f"tokenizer {spec} has the end of document {named.eod}, eod is {eod!r}; drop one")
+        return named
     if spec.endswith(".json") or Path(spec).is_file():
-        return JsonTokenizer(spec)
+        return JsonTokenizer(spec, eod)
+    if Path(spec, "tokenizer.json").is_file():
+        raise ConfigError(f"tokenizer {spec!r} is a folder; name its file, {Path(spec, 'tokenizer.json')}")
     if spec.startswith(LEARNED):
         raise ConfigError(f"tokenizer {spec}: only heron train learns it; name the tokenizer.json of the run instead")
     raise ConfigError(f"no tokenizer {spec!r}; there are {', '.join(SPECS)}.{did_you_mean(spec, (*SPECS, 'integers'))}")
@@ -93,7 +103,7 @@ def learn_bpe(texts: Sequence[str], vocab_size: int) -> str:
     tokenizer.decoder = package.decoders.ByteLevel()
     trainer = package.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_TOKENS[0]],
+        special_tokens=[document_end.NAMES[0]],
         initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -225,7 +235,10 @@ class WorldTokenizer:
 
 
 class IntegerTokenizer:
-    """Whitespace-separated integers as ids, for music, DNA, algorithmic tasks: ``integers:V`` or ``integers:V:E``."""
+    """Whitespace-separated integers as ids, for music, DNA, algorithmic tasks: ``integers:V`` or ``integers:V:E``.
+
+    The text form of ids is their numbers with one space between them.
+    """
 
     is_text = False
     byte_level = False
@@ -264,14 +277,17 @@ class IntegerTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's. The end of document is its own end token.
+    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's.
 
     `vocab_size` is the highest id plus 1. Nothing is added, truncated or padded, whatever the file asks for.
+
+    Attributes:
+        end: how the end of a document was found (:func:`heron.document_end.find`).
     """
 
     is_text = True
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, eod: str | None = None) -> None:
         self.spec = path
         package = _package("tokenizers", "tokenizers", path)
         try:
@@ -288,7 +304,10 @@ class JsonTokenizer:
         if not self._id_of:
             raise DataError(f"{path}: its vocabulary is empty")
         self.vocab_size = max(self._id_of.values()) + 1
-        self.eod = next((self._id_of[token] for token in END_TOKENS if token in self._id_of), None)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: index for index, token in sorted(added.items()) if token.special}
+        self.end = document_end.find(Path(path), self._id_of, special, eod)
+        self.eod = self.end.id
         self.byte_level = isinstance(self._tokenizer.decoder, package.decoders.ByteLevel)
 
     def encode(self, text: str) -> list[int]:
@@ -301,13 +320,23 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         if self.byte_level:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return self._tokenizer.decode([i for i in self._known(ids) if i != self.eod], skip_special_tokens=False)
+        known = [i for i in self._known(ids) if i != self.eod]
+        if not self._byte_tokens.keys().isdisjoint(known):
+            tokens = mended(known, [self._tokenizer.id_to_token(i) for i in known], self._byte_tokens)
+            if tokens is not None:
+                return self._tokenizer.decoder.decode(tokens)
+        return self._tokenizer.decode(known, skip_special_tokens=False)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         if not self.byte_level:
             return self.decode(ids).encode("utf-8")
         table = self._bytes_of
         return b"".join([table[i] for i in self._known(ids)])
+
+    def normalized(self, text: str) -> str:
+        """The form of `text`, NFC or lower case for instance, that the file's normalizer makes before it is encoded."""
+        normalizer = self._tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
 
     def _known(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         known = _checked_ids(ids, self.spec, self.vocab_size).tolist()
@@ -316,6 +345,10 @@ class JsonTokenizer:
             if token not in table:
                 raise DataError(f"tokenizer {self.spec}: id {token} at position {position} is a gap in its vocabulary")
         return known
+
+    @functools.cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        return byte_tokens(self._tokenizer.decoder, self._id_of)
 
     @functools.cached_property
     def _bytes_of(self) -> dict[int, bytes]:
@@ -335,41 +368,45 @@ class JsonTokenizer:
 class TextStream:
     """Text from ids that come one by one, each character as soon as it is complete.
 
-    The parts that `push` and the last `flush` return join to ``tokenizer.decode`` of all ids.
+    The parts that `push` and the last `flush` return join to ``tokenizer.decode`` of all ids, less that of `before`.
+
+    Args:
+        before: ids that stand in front, such as a prompt's; their text is not given again. Those that stand for nothing
+            are passed over.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._restart()
+        self._window: list[int] = []  # the last ids
+        self._shown = ""  # as much of their text as was given
+        for token in before[-_WINDOW:]:
+            with contextlib.suppress(DataError):
+                tokenizer.decode_bytes([token])
+                self.push(token)
 
     def push(self, token: int) -> str:
         """The characters that id `token` completes, possibly none. DataError for an id that stands for nothing."""
         if self._tokenizer.byte_level:
             return self._utf8.decode(self._tokenizer.decode_bytes([token]))
-        # Here the text of an id depends on its neighbours (spaces, byte fallback): decode it behind the run of ids
-        # that was shown last, and show what is new.
-        text = self._tokenizer.decode([*self._last_run, *self._run, token])
-        self._run.append(token)
-        new = text[len(self._shown) :]
-        if not new or new.endswith("\ufffd"):
-            return ""
-        self._last_run, self._run = self._run, []
-        self._shown = self._tokenizer.decode(self._last_run)
+        # Here the text of an id depends on its neighbours (spaces, byte fallback): decode it behind the ids before it.
+        text = self._tokenizer.decode([*self._window, token])
+        self._window.append(token)
+        certain = text.rstrip("\ufffd")  # what may still become a character
+        new = certain[len(self._shown) :]
+        self._shown += new
+        if len(self._window) >= 2 * _WINDOW and self._shown == text:
+            self._window = self._window[-_WINDOW:]
+            self._shown = self._tokenizer.decode(self._window)
         return new
 
     def flush(self) -> str:
         """What is still held back, an incomplete character as U+FFFD; the stream starts anew."""
         if self._tokenizer.byte_level:
             return self._utf8.decode(b"", final=True)
-        new = self._tokenizer.decode([*self._last_run, *self._run])[len(self._shown) :]
-        self._restart()
+        new = self._tokenizer.decode(self._window)[len(self._shown) :]
+        self._window, self._shown = [], ""
         return new
-
-    def _restart(self) -> None:
-        self._last_run: list[int] = []  # the ids shown last, and their text
-        self._shown = ""
-        self._run: list[int] = []  # the ids held back since
 
 
 @functools.cache

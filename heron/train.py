@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 import heron
-from heron import faults, guards, machine, tokenizer
+from heron import document_end, faults, guards, machine, tokenizer
 from heron.checkpoint import atomic, load, read_tensors, run, save
 from heron.checkpoint.architecture import UNUSED, lay_over
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.background import Stream
+from heron.data.corpora import Reading
 from heron.data.loader import Batches, Corpus, load_corpus, training_text
 from heron.data.sampling import check_prime, magic_prime
-from heron.errors import CheckpointError, ConfigError, HeronError
+from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
 from heron.generation import generate
 from heron.guards import Guard
@@ -43,6 +44,7 @@ from heron.ops.wkv7 import wkv7_choice
 from heron.optim import lr_at
 from heron.preemption import Preemption
 from heron.report import Reporter, plot
+from heron.tokenizer import TextStream
 
 _STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
 _EXACT = (  # settings that the numbers of every later step depend on
@@ -191,9 +193,15 @@ class Trainer:
                 f"tokenizer {config.tokenizer} has {text_tokenizer.vocab_size} ids, the model's vocab_size is "
                 f"{model_config.vocab_size}; set --vocab_size {text_tokenizer.vocab_size}"
             )
+        if config.sample_prompt:
+            try:
+                text_tokenizer.encode(config.sample_prompt)
+            except DataError as error:  # now, not at the first sample
+                raise ConfigError(f"sample_prompt: {error}") from None
         corpus = load_corpus(
-            config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size
-        )
+            config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
+            Reading.of(config), self.say,
+        )  # fmt: skip
         batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, self._prime(corpus))
 
         # [3] the model, [6] its optimizer
@@ -375,9 +383,10 @@ class Trainer:
             prompt = parts.tokenizer.encode(config.sample_prompt)
         else:
             prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
-        separator = "" if parts.tokenizer.is_text else " "
+        before = TextStream(parts.tokenizer)
+        shown = "".join(map(before.push, prompt))  # but for half a character at its end, which the model may complete
         continuation = generate(parts.learner.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed)
-        parts.reporter.sample(progress.step, parts.tokenizer.decode(prompt) + separator + continuation)
+        parts.reporter.sample(progress.step, continuation, shown)
 
     def _save(self, parts: _Parts, progress: _Progress) -> None:
         progress.seconds = time.perf_counter() - progress.begun
@@ -531,26 +540,43 @@ class Trainer:
 
         A run that goes on keeps the one it has: ids would mean something else under any other.
         """
-        config, kept = self.config, self.out / "tokenizer.json"
+        config, kept, end = self.config, self.out / "tokenizer.json", None
         earlier = None if resume_from is None else _content(resume_from.parents[1] / "tokenizer.json")
         if config.tokenizer.startswith(tokenizer.LEARNED):
             vocab_size = _whole_number(config.tokenizer)
+            if config.eod not in (None, "0", document_end.NAMES[0]):
+                raise ConfigError(f"eod {config.eod!r}: a learned vocabulary has {document_end.NAMES[0]} for it")
             if resume_from is None:
-                texts = training_text(config.data, config.val_data, config.val_fraction)
+                texts = training_text(config.data, config.val_data, config.val_fraction, Reading.of(config))
                 content = tokenizer.learn_bpe(texts, vocab_size)
             elif earlier is None:
                 raise CheckpointError(f"{resume_from}: its run has no tokenizer.json, so it was not {config.tokenizer}")
             else:
                 content = earlier
         else:
-            asked = tokenizer.load(config.tokenizer)
+            asked = tokenizer.load(config.tokenizer, config.eod)
             if not isinstance(asked, tokenizer.JsonTokenizer):
                 return asked
             vocab_size, content = asked.vocab_size, Path(config.tokenizer).read_text(encoding="utf-8")
             if resume_from is not None and content != earlier:
                 raise CheckpointError(f"{resume_from}: its run has another tokenizer than {config.tokenizer}")
+            before = asked if resume_from is None else tokenizer.load(str(resume_from.parents[1] / "tokenizer.json"))
+            if before.eod != asked.eod:
+                raise CheckpointError(
+                    f"{resume_from}: its run ends documents with {before.end}; {config.tokenizer} has {asked.end}; "
+                    f"type --eod {before.eod}"
+                )
+            end = asked.end
+            if end.id is not None:
+                self.say(f"each document ends with {end}")
         self._write(kept, content)
         found = tokenizer.load(str(kept))
+        if end is not None and found.eod != end.id:  # the run folder must tell by itself, wherever it is moved
+            beside = kept.with_name(document_end.CONFIG)
+            if beside.exists():
+                raise CheckpointError(f"{beside}: names another end of a document than {end}; move it elsewhere")
+            self._write(beside, json.dumps({"eos_token": end.token}))
+            found = tokenizer.load(str(kept))
         if found.vocab_size != vocab_size:
             raise CheckpointError(f"{resume_from}: its run has a tokenizer of {found.vocab_size} ids, not {vocab_size}")
         return found

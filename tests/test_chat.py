@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tokenizer_kinds import load
 
 import heron
 from heron import chat, cli, tokenizer
@@ -275,3 +276,126 @@ def test_an_interrupt_while_the_turns_so_far_are_read_loses_nothing(engine, monk
     out = conversation(engine, "one", "two", "three", "/quit")
     assert "[cut short]" in out
     assert out.count("Assistant:") == 2
+
+
+@pytest.mark.parametrize("kind", ["byte level", "llama", "metaspace", "world"])
+def test_turns_are_read_as_the_conversation_encoded_whole(kind, random_model, tmp_path, monkeypatch):
+    """A byte-level BPE writes two newlines at the end of a text as one id, others put a space before each text."""
+    tokens = load(kind)
+    engine = Engine(random_model(vocab_size=tokens.vocab_size, n_layer=1), tokens)
+    prefill, read = Engine.prefill, []
+
+    def noted(self, ids, state=None):
+        read.append((len(read) and state is not None, list(ids)))
+        return prefill(self, ids, state)
+
+    one = Chat(engine, Sampling(top_k=1), 6)
+    monkeypatch.setattr(Engine, "prefill", noted)
+    text, settled = "", []
+    for message in ("the heron waits", "is it there?", "where"):
+        read.clear()
+        assert said(one.say(message)) == one._answer
+        turn = f"User: {message}\n\nAssistant:"
+        *before, (_, prompt) = read  # what was settled, if anything, and the prompt but for its last id
+        settled += [i for _, ids in before for i in ids]
+        whole = tokens.encode(text + turn)
+        assert [*settled, *prompt] == whole[:-1]
+        one._answer = " it waits"  # of a model that says words
+        text += f"{turn} it waits\n\n"
+    one.save(tmp_path / "s")
+    two = Chat(engine, Sampling(top_k=1), 6)
+    two.load(tmp_path / "s")
+    read.clear()
+    said(two.say("the river"))
+    said(one.say("the river"))
+    assert read[0][1] == read[-1][1]  # goes on from the file as from the memory
+    assert tokens.decode(read[0][1]).endswith("Assistant")
+
+
+def test_numbers_cannot_talk(random_model):
+    with pytest.raises(ConfigError, match="integers:37 has numbers only; use heron generate"):
+        Chat(Engine(random_model(), tokenizer.load("integers:37")))
+
+
+# -- prompts and ids at the command line ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def numbers(random_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "n.pth"
+    heron.save(random_model(vocab_size=100), path)
+    return path
+
+
+def test_numbers_are_written_apart(capsys, numbers):
+    words = ("generate", numbers, "--tokenizer", "integers:100", "--max_tokens", 12, "--top_p", 1)
+    code, out, err = run(capsys, *words, "--prompt", "4 32 15")
+    assert (code, err) == (0, "")
+    ids = list(map(int, out.split()))
+    assert (ids[:3], len(ids)) == ([4, 32, 15], 15)
+    assert out == " ".join(map(str, ids)) + "\n"
+    stop = ids[9]
+    until = ids[: ids.index(stop, 3)]
+    for flag in ("--stop", "--stop_ids"):
+        assert run(capsys, *words, "--prompt", "4 32 15", flag, stop)[1] == " ".join(map(str, until)) + "\n"
+    tried = run(capsys, *words, "--prompt", "4 32 15", "--trials", 2)[1]
+    assert out in tried  # the same behind a prompt that is read once for all
+
+
+def test_ids_in_and_ids_out(capsys, weights, numbers):
+    words = ("generate", weights, "--max_tokens", 9, "--top_p", 1)
+    text = run(capsys, *words, "--prompt", "Line")[1].removesuffix("\n")
+    ids = " ".join(str(byte) for byte in b"Line")
+    code, out, err = run(capsys, *words, "--ids", "--prompt", ids)
+    assert (code, err) == (0, "")
+    new = list(map(int, out.split()))
+    assert bytes(new).decode(errors="replace") == text
+    assert run(capsys, *words, "--ids", "--prompt", ids.replace(" ", ","))[1] == out
+    stopped = run(capsys, *words, "--ids", "--prompt", ids, "--stop_ids", f"{new[6]},255")[1]
+    assert list(map(int, stopped.split())) == new[: new.index(new[6], 4)]
+    empty = run(capsys, *words, "--ids")[1]
+    assert list(map(int, empty.split()))
+    assert not empty.startswith(" ")
+    glued = run(
+        capsys, "generate", numbers, "--tokenizer", "integers:100", "--max_tokens", 3, "--ids", "--prompt", "1,2"
+    )
+    assert len(glued[1].split()) == 5
+    for more, exit_code, cause in (
+        (("--prompt", "256"), 1, "0 to 255"),
+        (("--prompt", "one"), 1, "integers"),
+        (("--prompt", "1", "--stop", "x"), 2, "--stop_ids"),
+        (("--prompt", "1", "--stop_ids", "x"), 2, "wanted token ids"),
+        (("--prompt", "1", "--stop_ids", "300"), 1, "stop_ids"),
+    ):
+        code, out, err = _outcome(capsys, *words, "--ids", *more)
+        assert (code, out) == (exit_code, "")
+        assert cause in err
+
+
+def _outcome(capsys, *words):
+    try:
+        return run(capsys, *words)
+    except SystemExit as end:
+        return end.code, *capsys.readouterr()
+
+
+def test_a_prompt_comes_from_a_file_or_the_input(capsys, weights, tmp_path, monkeypatch):
+    words = ("generate", weights, "--max_tokens", 5)
+    want = run(capsys, *words, "--prompt", " two\n lines é")[1]
+    (tmp_path / "p.txt").write_bytes(" two\n lines é\r\n".encode())
+    assert run(capsys, *words, "--prompt_file", tmp_path / "p.txt")[1] == want
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(" two\n lines é\n".encode()), "ascii"))
+    assert run(capsys, *words, "--prompt_file", "-")[1] == want
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf two\n lines \xc3\xa9\n\n")
+    assert run(capsys, *words, "--prompt_file", tmp_path / "p.txt")[1].startswith(" two\n lines é\n")
+    (tmp_path / "p.txt").write_bytes(b"ab\xff")
+    for more, exit_code, cause in (
+        ((tmp_path / "p.txt",), 1, "0xff at byte 2"),
+        ((tmp_path / "none",), 1, "none"),
+        ((tmp_path / "p.txt", "--prompt", "x"), 2, "not both"),
+    ):
+        code, _, err = _outcome(capsys, *words, "--prompt_file", *more)
+        assert code == exit_code
+        assert cause in err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(capsys, *words, "--prompt_file", "-")[0] == 1

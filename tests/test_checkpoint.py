@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -289,7 +290,7 @@ def test_a_full_disk_leaves_the_old_file_whole(random_model, tmp_path, suffix):
     [
         ("file/x.pth", "cannot be written: .*file is not a folder"),
         ("file/sub/x.safetensors", "cannot be written: Not a directory"),
-        ("folder.pth", "cannot be written: Is a directory"),
+        ("folder.pth", "cannot be written: it is a folder; wanted the name of a file"),
         ("new/x.bin", "wanted a file name ending in .pth, .safetensors, .gguf, got '.bin'"),
         ("new/x", "wanted a file name ending in .pth, .safetensors, .gguf, got ''"),
     ],
@@ -301,6 +302,14 @@ def test_paths_that_cannot_be_written(random_model, tmp_path, name, words):
         heron.save(random_model(), tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.pth"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_file_keeps_its_place(random_model, tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(CheckpointError, match="cannot be written: it is a device or a pipe; wanted the name of a file"):
+        heron.save(random_model(), tmp_path / "pipe.pth")
+    assert (tmp_path / "pipe.pth").is_fifo()
 
 
 def test_folders_on_the_way_are_made(random_model, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizer_kinds import load
 
 import heron
 from heron import cli, machine, scores, tokenizer
@@ -289,3 +290,27 @@ def test_what_cannot_be_is_refused_before_a_model_is_read(capsys, words, exit_co
         code = ended.code
     assert code == exit_code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["llama", "metaspace", "byte level, space in front", "unigram"])
+def test_a_continuation_is_scored_by_the_ids_of_its_text(random_model, tmp_path, kind):
+    tokens = load(kind)
+    model = random_model(vocab_size=tokens.vocab_size, n_layer=1)
+    texts = ["the grey heron waits at the river", "the heron waits"]
+    choices = [" river", " water", "re"]  # the last goes on within a word
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    line = {"question": "the heron waits at the", "choices": choices, "answer": 0}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+
+    def score(context, continuation):
+        ids = tokens.encode(context + continuation)
+        n = next(n for n in range(len(ids)) if len(tokens.decode(ids[: n + 1]).lstrip(" ")) > len(context))
+        return by_hand(model, [tokens.eod, *ids[:n]], ids[n:])[0]
+
+    scores = [score(text[: text.rindex(" ")], text[text.rindex(" ") :]) for text in texts]
+    got = module.lambada(model, tokens, tmp_path / "l.jsonl")
+    assert got.perplexity == pytest.approx(math.exp(-sum(scores) / 2), rel=1e-4)
+    scores = [score(line["question"], choice) for choice in choices]
+    for answer in range(3):
+        (tmp_path / "q.jsonl").write_text(json.dumps({**line, "answer": answer}))
+        assert module.multiple_choice(model, tokens, tmp_path / "q.jsonl").accuracy == (answer == np.argmax(scores))

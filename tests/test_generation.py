@@ -7,13 +7,18 @@ import types
 from collections import Counter
 
 import pytest
+import tokenizers
 import torch
+from tokenizer_kinds import load
 from torch import nn
 
 import heron
 from heron import tokenizer
+from heron.continuation import encode_pair
 from heron.errors import ConfigError, DataError, HeronError
-from heron.generation import Sampling, engine, generate, sample, stream
+from heron.generation import Engine, Request, Sampling, Snapshot, engine, generate, sample, stream
+from heron.generation.drawing import DeviceDraws
+from heron.generation.sampling import increments
 
 GREEDY = Sampling(temperature=0)
 
@@ -401,3 +406,166 @@ def test_what_cannot_be_done_is_refused_at_the_call(changes, error, words):
     arguments = {"tokenizer": Pieces(*"abc"), "prompt": "a", **changes}
     with pytest.raises(error, match=words):
         stream(saying([1], 3), **arguments)
+
+
+# -- texts that go on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "metaspace", "word piece", "byte level, space in front", "integers:1000"])
+def test_what_follows_a_prompt_has_its_space(kind):
+    tokens = load(kind)
+    before, new = ("4 325 159", " 948 94 7") if "integers" in kind else ("the grey", " heron the")
+    ids, read = tokens.encode(before + new), tokens.encode(before)
+    model = saying(ids[len(read) :], tokens.vocab_size)
+    n = len(ids) - len(read)
+    assert generate(model, tokens, before, n, temperature=0) == new
+    model.asked.clear()
+    assert generate(model, tokens, read, n, temperature=0) == new  # ids say no less
+    model.asked.clear()
+    after = Snapshot(None, tuple(read))
+    assert "".join(Engine(model, tokens).stream(Request((), n, GREEDY, after=after))) == new
+
+
+def test_a_text_alone_has_no_space_in_front():
+    numbers = tokenizer.load("integers:10:0")
+    assert generate(saying([4, 5], 10), numbers, "", 2, temperature=0) == "4 5"
+    llama = load("llama")
+    ids = llama.encode("the heron")
+    assert generate(saying(ids, llama.vocab_size), llama, "", len(ids), temperature=0) == "the heron"
+
+
+def test_a_prompt_behind_a_snapshot_is_read_as_what_goes_on_there():
+    for kind, before, text in (
+        ("llama", "the heron", " waits"),
+        ("metaspace", "a", "w"),
+        ("byte level", "it is\n\n", "User: a"),
+        ("world", "the", " river"),
+    ):
+        tokens = load(kind)
+        read, goes_on = tokens.encode(before), encode_pair(tokens, before, text)[1]
+        reader = Engine(saying([0], tokens.vocab_size), tokens)
+        for pending in (read, read[-1:]):
+            assert reader.prompt_ids(text, Snapshot(None, tuple(pending))) == [*pending, *goes_on]
+        inside = reader.prompt_ids(text, Snapshot(torch.zeros(1)))  # a state, and nobody knows of what
+        assert tokens.decode([*read, *inside]) == before + text
+        assert reader.prompt_ids(text, Snapshot(None)) == tokens.encode(text)
+
+
+def test_stop_texts_of_integers_are_whole_numbers():
+    numbers = tokenizer.load("integers:1000")
+
+    def said(*ids, stop):
+        pieces = list(stream(saying([*ids], 1000), numbers, "7", len(ids), GREEDY, stop))
+        assert all(pieces)
+        return "".join(pieces)
+
+    assert said(94, 40, 444, stop="4") == " 94 40 444"
+    assert said(94, 4, 5, stop="4") == " 94"
+    assert said(94, 4, 5, 6, stop=["4 6", " 5  6 "]) == " 94 4"
+    assert said(4, 4, 5, 6, stop="4 5") == " 4"
+    assert said(9, 4, stop="4 5") == " 9 4"  # it may have become one
+    assert said(3, 1, 2, stop=["2", "1 2"]) == " 3"  # both complete at once: the longer
+    for bad, words in (("x", "stop: .*integers"), ("", "at least one word"), ("1000", "0 to 999")):
+        with pytest.raises(ConfigError, match=words):
+            said(1, stop=bad)
+
+
+def test_ids_end_a_text():
+    letters = tokenizer.load("bytes")
+
+    def pieces(stop_ids, stop=()):
+        request = Request("x", 9, GREEDY, stop, stop_ids=stop_ids)
+        return list(Engine(saying([*b"abcde"], 256), letters).run([request]))
+
+    found = pieces([99, 7])
+    assert "".join(piece.text for piece in found) == "ab"
+    assert (found[-1].finish, found[-1].token.id) == ("stop", 99)
+    assert "".join(piece.text for piece in pieces([99], stop="bx")) == "ab"  # what a stop text held back is given
+    assert "".join(piece.text for piece in pieces([99], stop="b")) == "a"
+    assert generate(saying([*b"abc"], 256), letters, "x", 9, temperature=0, stop_ids=(98,)) == "a"
+    for bad in ("b", [256], [-1], [True], [1.5], 5):
+        with pytest.raises(ConfigError, match="stop_ids"):
+            pieces(bad)
+
+
+# -- penalties, beside the package that they are from -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Path of a tokenizer.json whose ids stand for digits, several digits, spaces, letters, both."""
+    pieces = ["0", "7", "45", "10", " ", "\t", " 7", "a", "01", "\n"]
+    alphabet = {byte: character for character, byte in tokenizer._byte_alphabet().items()}
+    vocab = {"".join(alphabet[byte] for byte in piece.encode()): index for index, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    path = tmp_path_factory.mktemp("digits") / "tokenizer.json"
+    made.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("draws", ["host", "device"])
+@pytest.mark.parametrize(
+    ("presence", "frequency", "decay"),
+    [(0.3, 0.3, 0.996), (0.0, 0.4, 0.9), (0.7, 0.0, 0.996), (0.3, 0.2, 0.0), (0, 1, 1)],
+)
+def test_penalties_are_those_of_the_rwkv_package(digits, monkeypatch, draws, presence, frequency, decay):
+    from rwkv.utils import PIPELINE, PIPELINE_ARGS
+
+    class Theirs:
+        """What their pipeline asks of a model."""
+
+        def forward(self, tokens, state):
+            return logits.clone(), state
+
+    tokens = tokenizer.load(digits)
+    torch.manual_seed(1)
+    for _ in range(6):
+        logits = 0.6 * torch.randn(10)
+        ids = []
+        pipeline = PIPELINE(Theirs(), digits)
+        args = PIPELINE_ARGS(temperature=0, alpha_presence=presence, alpha_frequency=frequency, alpha_decay=decay)
+        sample_logits = pipeline.sample_logits
+        pipeline.sample_logits = lambda *a, of=sample_logits, to=ids, **b: to.append(of(*a, **b)) or to[-1]
+        pipeline.generate("a", 40, args)
+        mine = Engine(Fake(10, lambda n, row=logits: row), tokens)
+        if draws == "device":
+            monkeypatch.setattr(mine, "_draws", DeviceDraws(tokens, 1, torch.device("cpu")))
+        sampling = Sampling(0, 0.5, 0, float(presence), float(frequency), float(decay))
+        assert [piece.token.id for piece in mine.run([Request("a", 40, sampling)])] == ids
+
+
+def test_count_digits_counts_every_token(digits):
+    tokens, row = tokenizer.load(digits), torch.tensor([5, 4.5, *[0.0] * 8])
+    settings = dict(temperature=0, frequency_penalty=0.3, penalty_decay=1.0)
+
+    def ids(**more):
+        request = Request("a", 6, Sampling(**settings, **more))
+        return [piece.token.id for piece in Engine(Fake(10, lambda n: row), tokens).run([request])]
+
+    assert ids() == [0] * 6
+    assert ids(count_digits=True) == [0, 0, 1, 0, 1, 0]
+    assert generate(Fake(10, lambda n: row), tokens, "a", 6, **settings, count_digits=True) == "007070"
+    with pytest.raises(ConfigError, match="count_digits"):
+        Sampling(count_digits=1)
+
+
+def test_which_tokens_are_not_counted(digits):
+    assert (increments(tokenizer.load(digits))[0] < 1).tolist() == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+        *[False] * 2,
+        True,
+        False,
+    ]
+    world = tokenizer.load("world")
+    uncounted = (increments(world)[0] < 1).nonzero().flatten().tolist()
+    texts = [world.decode([token]) for token in uncounted if token < 65530]
+    assert sorted(texts) == sorted(["", *"\t 0123456789", " \t", *(f"{n}{n + 1}" for n in range(9))])
+    assert (increments(load("integers:100")) == 1).all()  # where a digit is a symbol as any other
+    assert (increments(world)[1] == 1).all()

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from heron.errors import ConfigError, DataError
+import heron
+from heron.errors import CheckpointError, ConfigError, DataError
 
 pytest.importorskip("transformers", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
@@ -114,6 +115,15 @@ def test_an_adapter_in_a_plain_rwkv_counts_in_logits_and_loss(bases, variant, wh
     }  # fmt: skip
     first, state = model(IDS[:, :4])
     assert torch.allclose(torch.cat((first, model(IDS[:, 4:], state)[0]), dim=1), logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("where", ["emb", "a head of its own", "DoRA"])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "folder"])
+def test_heron_saves_no_adapter_by_halves(bases, tmp_path, where, name):
+    model = peft.inject_adapter_in_model(lora(None, **WHERE[where]), bases("v7").rwkv)
+    with pytest.raises(CheckpointError, match="an adapter is on .*; merge it first"):
+        heron.save(model, tmp_path / name, None if "." in name else "safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_dropped_is_dropped_again_where_blocks_are_computed_again(bases):

@@ -430,3 +430,15 @@ def test_importing_needs_no_extras():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_of_a_long_prompt_the_console_shows_the_end_and_what_the_model_says(tmp_path, capsys):
+    prompt = " ".join(map(str, range(100, 132)))
+    with Reporter(tmp_path, 1000) as reporter:
+        reporter.sample(500, " 94 7", prompt)
+        reporter.sample(600, " 3", "1 2")
+    assert (tmp_path / "samples" / "step-00000500.txt").read_text(encoding="utf-8") == f"{prompt} 94 7"
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1].startswith("    …")
+    assert shown[1].endswith("130 131 94 7")
+    assert shown[3] == "    1 2 3"

@@ -5,8 +5,10 @@ import numpy as np
 import pyrwkv_tokenizer
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import KINDS
+from tokenizer_kinds import load as kinds_load
 
 from heron.errors import ConfigError, DataError
 from heron.tokenizer import TextStream, id_dtype, load
@@ -134,6 +136,7 @@ def test_integers():
     assert (tokenizer.vocab_size, tokenizer.eod) == (12, None)
     assert tokenizer.encode(" 3 11\n007\t0 ") == [3, 11, 7, 0]
     assert tokenizer.decode([3, 11, 7, 0]) == "3 11 7 0"
+    assert tokenizer.encode(tokenizer.decode(range(12))) == list(range(12))
     assert tokenizer.decode_bytes([3, 11]) == b"3 11"
     assert load("integers:12:11").eod == 11
     assert load("integers:100000").encode_array("99999").dtype == np.int32
@@ -267,3 +270,54 @@ def test_id_dtype(vocab_size, dtype):
 def test_ids_must_be_a_flat_list_of_integers(ids):
     with pytest.raises(DataError, match="flat sequence"):
         load("bytes").decode(ids)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "integers:37:0"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_stream_is_what_decode_gives_for_any_ids(kind, data):
+    tokenizer = kinds_load(kind)
+    ids = st.integers(0, min(tokenizer.vocab_size, 65530) - 1)
+    if kind in ("llama", "metaspace"):  # bytes and text in turn
+        ids = st.one_of(ids, st.sampled_from([*tokenizer.encode("the é世🦩"), *range(0xE2, 0xF8)]))
+    before = data.draw(st.lists(ids, max_size=40))
+    after = data.draw(st.lists(ids, max_size=70))
+    assert "".join(streamed(tokenizer, after)) == tokenizer.decode(after)
+    in_front = TextStream(tokenizer)
+    shown = "".join(map(in_front.push, before))
+    going_on = TextStream(tokenizer, before)
+    text = shown + "".join(map(going_on.push, after)) + going_on.flush()
+    assert text == tokenizer.decode([*before, *after])
+
+
+def test_broken_bytes_of_a_fallback_take_no_character_with_them():
+    tokenizer = kinds_load("llama")
+
+    def ids(*data):
+        return [byte + 3 for byte in data]
+
+    assert tokenizer.decode([*ids(0x72, 0xE4), *tokenizer.encode("the a")]) == "r\ufffd the a"
+    assert tokenizer.decode(ids(*"é".encode(), 0xFF, *"世".encode())) == "é\ufffd世"
+    assert tokenizer.decode(ids(0xE4, 0xB8)) == "\ufffd"  # one character that was cut short
+    assert streamed(tokenizer, [*ids(0x72, 0xE4), *tokenizer.encode(".")]) == ["r", "", "\ufffd ", ".", ""]
+    whole = tokenizer.encode("a é世🦩 b")
+    assert tokenizer.decode(whole) == tokenizer._tokenizer.decode(whole) == "a é世🦩 b"
+
+
+def test_a_stream_behind_a_prompt_gives_what_stands_behind_it():
+    for kind, before, text in (
+        ("llama", "the heron waits at the", " river"),
+        ("metaspace", "a", " w"),
+        ("integers:1000", "4 325", " 159 7"),
+        ("word piece", "the grey", " heron"),
+        ("byte level, space in front", "the", " heron"),
+        ("bytes", "ab", "c é"),
+    ):
+        tokenizer = kinds_load(kind)
+        whole, read = tokenizer.encode(before + text), tokenizer.encode(before)
+        assert whole[: len(read)] == read
+        stream = TextStream(tokenizer, read)
+        assert "".join(map(stream.push, whole[len(read) :])) + stream.flush() == text
+    half = TextStream(load("bytes"), [0xC3])
+    assert half.push(0xA9) == "é"  # the whole character, once it is one
+    assert TextStream(load("world"), [65531, 5]).push(0x41 + 1) == "A"

@@ -934,7 +934,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_found_before_the_first_step(se
     data, ids = write_binidx(tmp_path, 32 * 60, highest=299)
     with pytest.raises(DataError, match=f"id {ids[(ids > 255).argmax()]} at position .*vocabulary of 256"):
         fit(settings(data=data, model=MODEL.changed(vocab_size=300)))
-    with pytest.raises(DataError, match="wanted integers"):
+    with pytest.raises(ConfigError, match="sample_prompt: .*wanted integers"):
         fit(settings(data=data, model=MODEL.changed(vocab_size=300), tokenizer="integers:300", sample_every=9,
                      sample_prompt="one two"))  # fmt: skip
 
@@ -1020,3 +1020,25 @@ def test_tokens_are_counted_over_a_change_of_the_batch(settings):
     fit(dataclasses.replace(config, max_steps=6, micro_bsz=3))
     logged = [record["tokens"] for record in report.read_log(config.out)[0]]
     assert logged == [config.ctx_len * samples for samples in (2, 4, 6, 8, 11, 14)]
+
+
+def test_samples_of_integers_are_numbers_apart(settings, tmp_path, capsys):
+    data = tmp_path / "numbers.txt"
+    data.write_text(" ".join(str(7 * n % 100) for n in range(900)))
+    numbers = dict(data=str(data), tokenizer="integers:100", max_steps=2, sample_every=1, sample_tokens=6)
+    fit(settings(**numbers, model=dataclasses.replace(MODEL, vocab_size=100)))
+    shown = capsys.readouterr().out
+    text = (tmp_path / "run" / "samples" / "step-00000002.txt").read_text()
+    ids = list(map(int, text.split()))
+    assert len(ids) == 32 + 6
+    assert text == " ".join(map(str, ids))
+    assert " ".join(map(str, ids[-8:])) in shown  # what the model says, and not the prompt alone
+    with pytest.raises(ConfigError, match="sample_prompt: .*'hello'"):
+        fit(
+            settings(
+                **numbers,
+                model=dataclasses.replace(MODEL, vocab_size=100),
+                sample_prompt="hello",
+                out=str(data.parent / "b"),
+            )
+        )

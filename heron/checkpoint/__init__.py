@@ -85,8 +85,16 @@ def save(model: nn.Module, path: str | Path, format: str | None = None) -> None:
             two hold RWKV-7 alone. None: by the suffix of `path`.
 
     Raises:
-        CheckpointError: no such format, one that can't hold the model, or the file cannot be written.
+        CheckpointError: no such format, one that can't hold the model, adapters of peft in it, or the file cannot be
+            written.
     """
+    if adapted := next(
+        (name for name in model.state_dict() if ".base_layer." in f".{name}" or ".modules_to_save." in name), None
+    ):
+        raise CheckpointError(
+            f"{path}: an adapter is on {adapted}, and the file would hold it apart from its weight; merge it first "
+            "(peft: merge_and_unload), or save the adapter alone (peft: save_pretrained)"
+        )
     write(model.state_dict(), getattr(model, "config", None), Path(path), format)
 
 

@@ -40,6 +40,9 @@ def new_file(path: Path) -> Iterator[Path]:
         CheckpointError: the disk or the folder refuses; the message names the path.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of a device
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise CheckpointError(f"{path}: cannot be written: it is {what}; wanted the name of a file")
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,2 +1,2 @@
-"""From text to batches: corpora.py reads text, prepare.py makes ids of it, binidx.py keeps them, sampling.py orders the
-samples, and loader.py serves them."""
+"""From text to batches: corpora.py reads text, which folders.py finds, files.py unpacks, jsonl.py and tables.py split;
+prepare.py makes ids of it, binidx.py keeps them, sampling.py orders the samples, and loader.py serves them."""

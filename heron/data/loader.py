@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor
 
 from heron.data.binidx import check_ids, is_binidx, open_binidx
-from heron.data.corpora import read_documents
-from heron.data.prepare import encode_document
+from heron.data.corpora import PLAIN, Reading, read_documents
+from heron.data.prepare import encode_document, warn_of_no_end
 from heron.data.sampling import SampleOrder, magic_prime
 from heron.errors import DataError
 from heron.tokenizer import Tokenizer
@@ -48,7 +50,13 @@ class Corpus:
 
 
 def load_corpus(
-    data: str, tokenizer: Tokenizer, val_data: str | None, val_fraction: float | None, vocab_size: int
+    data: str,
+    tokenizer: Tokenizer,
+    val_data: str | None,
+    val_fraction: float | None,
+    vocab_size: int,
+    reading: Reading = PLAIN,
+    say: Callable[[str], None] | None = None,
 ) -> Corpus:
     """Read `data`, keep its end for validation unless `val_data` is given, and check every id.
 
@@ -59,6 +67,8 @@ def load_corpus(
         val_fraction: share kept for validation: of the text by UTF-8 bytes, cut between characters (integers: between
             words), or of the tokens of a binidx. None: 0.1 for text and 0 for binidx; unused beside `val_data`.
         vocab_size: of the model.
+        reading: how text becomes documents.
+        say: takes lines about what was passed over, or changed by the tokenizer.
 
     Raises:
         ConfigError: an unknown built-in corpus.
@@ -67,12 +77,12 @@ def load_corpus(
     """
     kind = "binidx" if is_binidx(data) else "text"
     if val_data is not None:
-        train, _, _ = _read(data, 0.0, tokenizer, vocab_size)
-        val, val_bytes = load_tokens(val_data, tokenizer, vocab_size)
+        train, _, _ = _read(data, 0.0, tokenizer, vocab_size, reading, say)
+        val, val_bytes = load_tokens(val_data, tokenizer, vocab_size, reading, say)
     else:
         if val_fraction is None:
             val_fraction = TEXT_VAL_FRACTION if kind == "text" else 0.0
-        train, val, val_bytes = _read(data, val_fraction, tokenizer, vocab_size)
+        train, val, val_bytes = _read(data, val_fraction, tokenizer, vocab_size, reading, say)
     if len(train) < 2:
         raise DataError(f"{data}: wanted at least 2 tokens to train on, got {len(train)}")
     if val_data is None and val_fraction == 0:
@@ -86,17 +96,23 @@ def load_corpus(
     return Corpus(train, val, val_bytes, name, _fingerprint(train, val), kind)
 
 
-def load_tokens(data: str, tokenizer: Tokenizer, vocab_size: int) -> tuple[np.ndarray, int | None]:
+def load_tokens(
+    data: str,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    reading: Reading = PLAIN,
+    say: Callable[[str], None] | None = None,
+) -> tuple[np.ndarray, int | None]:
     """All of `data` as tokens, and the UTF-8 bytes that ``tokens[1:]`` stand for (None where unknown).
 
     Raises:
         DataError: as :func:`load_corpus`.
     """
-    _, tokens, n_bytes = _read(data, 1.0, tokenizer, vocab_size)
+    _, tokens, n_bytes = _read(data, 1.0, tokenizer, vocab_size, reading, say)
     return tokens, n_bytes
 
 
-def training_text(data: str, val_data: str | None, val_fraction: float | None) -> list[str]:
+def training_text(data: str, val_data: str | None, val_fraction: float | None, reading: Reading = PLAIN) -> list[str]:
     """The texts that `load_corpus` would train on: what a vocabulary may be learned from.
 
     Raises:
@@ -104,7 +120,7 @@ def training_text(data: str, val_data: str | None, val_fraction: float | None) -
     """
     if is_binidx(data):
         raise DataError(f"{data}: is encoded already; name the tokenizer that heron prepare was given")
-    documents = list(read_documents(data))
+    documents = list(read_documents(data, reading=reading))
     if val_data is None:
         fraction = TEXT_VAL_FRACTION if val_fraction is None else val_fraction
         documents, _ = _split(documents, fraction, between_words=False)
@@ -149,7 +165,12 @@ class Batches:
 
 
 def _read(
-    data: str, val_fraction: float, tokenizer: Tokenizer, vocab_size: int
+    data: str,
+    val_fraction: float,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    reading: Reading,
+    say: Callable[[str], None] | None,
 ) -> tuple[np.ndarray, np.ndarray, int | None]:
     """Training tokens, validation tokens (the last `val_fraction`) and their `val_bytes`."""
     if is_binidx(data):
@@ -158,8 +179,14 @@ def _read(
         tokens = pair.tokens
         cut = len(tokens) - int(len(tokens) * val_fraction)
         return tokens[:cut], tokens[cut:], _count_bytes(data, tokens[cut + 1 :], tokenizer)
-    head, tail = _split(list(read_documents(data)), val_fraction, between_words=not tokenizer.is_text)
-    train, val = (_encode(part, tokenizer, vocab_size) for part in (head, tail))
+    documents = list(read_documents(data, None, reading, say))
+    if len(documents) > 1 and tokenizer.eod is None:
+        warn_of_no_end(tokenizer)
+    head, tail = _split(documents, val_fraction, between_words=not tokenizer.is_text)
+    normalized: list[str] = []
+    train, val = (_encode(part, tokenizer, vocab_size, reading.allow_normalized, normalized) for part in (head, tail))
+    if normalized and say is not None:
+        say(f"{data}: {len(normalized):,} of {len(documents):,} texts as the tokenizer normalizes them")
     if not tokenizer.is_text:
         return train, val, None
     return train, val, sum(len(text.encode()) for _, text in tail) - len(tokenizer.decode_bytes(val[:1]))
@@ -187,8 +214,14 @@ def _split(
     return head, tail[::-1]
 
 
-def _encode(documents: list[tuple[str, str]], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    ids = [encode_document(tokenizer, where, text, vocab_size) for where, text in documents]
+def _encode(
+    documents: list[tuple[str, str]], tokenizer: Tokenizer, vocab_size: int, allow: bool, normalized: list[str]
+) -> np.ndarray:
+    """The ids of `documents`; `normalized` grows by one for each text that they give back in another form."""
+    ids = [
+        encode_document(tokenizer, where, text, vocab_size, allow, functools.partial(normalized.append, where))
+        for where, text in documents
+    ]
     return np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
 
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,10 +24,11 @@ import numpy as np
 from heron import __version__
 from heron import tokenizer as tokenizers
 from heron.data.binidx import BinidxWriter, bin_path
-from heron.data.corpora import read_documents, text_files
+from heron.data.corpora import PLAIN, Reading, read_documents, text_files
+from heron.data.files import is_packed
 from heron.data.sampling import magic_prime
 from heron.errors import ConfigError, DataError
-from heron.tokenizer import Tokenizer, id_dtype
+from heron.tokenizer import JsonTokenizer, Tokenizer, id_dtype
 
 CONTEXT_LENGTHS = (512, 1024, 2048, 4096)
 CHUNK_CHARACTERS = 1 << 20  # text of one job
@@ -51,6 +53,8 @@ class PrepareStats:
         magic_primes: by context length, the prime of RWKV-LM's sample order, or None where the data are too small.
         skipped: jsonl lines and documents that could not be used and were left out.
         resumed_at: documents that an earlier run, which was stopped, had already read.
+        normalized: documents of which the ids stand for another form than was read (`Reading.allow_normalized`).
+        end: what ends each document, as a clause; empty: nothing does.
     """
 
     out: Path
@@ -62,6 +66,8 @@ class PrepareStats:
     magic_primes: dict[int, int | None]
     skipped: int = 0
     resumed_at: int = 0
+    normalized: int = 0
+    end: str = ""
 
     @property
     def bytes_per_token(self) -> float:
@@ -71,17 +77,32 @@ class PrepareStats:
     def __str__(self) -> str:
         primes = ", ".join(f"{prime or 'none'} at {ctx_len}" for ctx_len, prime in self.magic_primes.items())
         skipped = f"{self.skipped:,} skipped: see {_skip_log(self.out)}\n" if self.skipped else ""
+        normalized = f"{self.normalized:,} documents as the tokenizer normalizes them\n" if self.normalized else ""
+        end = f"each document ends with {self.end}\n" if self.end else ""
         resumed = f"went on after {self.resumed_at:,} documents of a run that was stopped\n" if self.resumed_at else ""
         return (
             f"{resumed}{self.out}: {self.tokens:,} tokens of {self.documents:,} documents "
-            f"({self.empty_documents:,} empty ones left out)\n{skipped}"
+            f"({self.empty_documents:,} empty ones left out)\n{skipped}{normalized}{end}"
             f"{self.text_bytes:,} bytes of text, {self.bytes_per_token:.3f} a token; highest id {self.max_id}\n"
             f"magic primes by ctx_len: {primes}"
         )
 
 
-def encode_document(tokenizer: Tokenizer, where: str, text: str, vocab_size: int) -> np.ndarray:
+def encode_document(
+    tokenizer: Tokenizer,
+    where: str,
+    text: str,
+    vocab_size: int,
+    allow_normalized: bool = False,
+    on_normalized: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """The ids of one document, checked, its end of document appended where `tokenizer` has one.
+
+    Args:
+        allow_normalized: let a text through that decoding gives back in another form, if both are one text to the
+            tokenizer's own normalizer (NFC, NFKC, lower case, accents, control characters), but for a space in front.
+            An unknown word, or spaces that get lost, are refused in any case.
+        on_normalized: called for a text that was let through so.
 
     Returns:
         1-D integers; none at all for a document without text.
@@ -97,13 +118,22 @@ def encode_document(tokenizer: Tokenizer, where: str, text: str, vocab_size: int
         raise DataError(f"{where}: {error}") from None
     if tokenizer.eod is not None and (ids == tokenizer.eod).any():
         position = int((ids == tokenizer.eod).argmax())
-        raise DataError(f"{where}: the end of document, id {tokenizer.eod}, stands inside the text (token {position})")
-    if back != text:
-        at = len(os.path.commonprefix([back, text]))
+        mark = tokenizer.end.token if isinstance(tokenizer, JsonTokenizer) else None
+        hint = f"; --split_at '{mark}' ends a document there" if mark and mark in text else ""
         raise DataError(
-            f"{where}: tokenizer {tokenizer.spec} does not give the text back: from character {at} on, "
-            f"wanted {text[at : at + 20]!r}, got {back[at : at + 20]!r}; use one without loss, such as world"
+            f"{where}: the end of document, id {tokenizer.eod}, stands inside the text (token {position}){hint}"
         )
+    if back != text:
+        same = _normal_form(tokenizer, back) == _normal_form(tokenizer, text)
+        if not (same and allow_normalized):
+            at = len(os.path.commonprefix([back, text]))
+            shown = ascii if same else repr  # two forms of one text may look the same
+            hint = "--allow_normalized lets texts through that it only normalizes, and counts them; or " if same else ""
+            raise DataError(
+                f"{where}: tokenizer {tokenizer.spec} does not give the text back: from character {at} on, wanted "
+                f"{shown(text[at : at + 20])}, got {shown(back[at : at + 20])}; {hint}use one without loss, say world"
+            )
+        on_normalized()
     if tokenizer.eod is not None and len(ids):
         ids = np.append(ids, np.array(tokenizer.eod, dtype=ids.dtype))
     if ids.max(initial=0) >= vocab_size:
@@ -113,6 +143,21 @@ def encode_document(tokenizer: Tokenizer, where: str, text: str, vocab_size: int
             f"tokenizer {tokenizer.spec} has ids below {tokenizer.vocab_size}"
         )
     return ids
+
+
+def _normal_form(tokenizer: Tokenizer, text: str) -> str:
+    """What the tokenizer's normalizer, if it has one, makes of `text`, without a space in front."""
+    return getattr(tokenizer, "normalized", str)(text).removeprefix(" ")
+
+
+def warn_of_no_end(tokenizer: Tokenizer) -> None:
+    """Say that documents run together under a tokenizer without an end of document."""
+    if isinstance(tokenizer, tokenizers.IntegerTokenizer):
+        what = f"{tokenizer.spec}:E names id E as the end of document"
+    else:
+        reason = f" ({tokenizer.end.reason})" if isinstance(tokenizer, JsonTokenizer) else ""
+        what = f"--eod names the end of document{reason}"
+    warnings.warn(f"tokenizer {tokenizer.spec}: no id ends a document, so that they run together; {what}", stacklevel=3)
 
 
 def prepare(
@@ -125,6 +170,9 @@ def prepare(
     overwrite: bool = False,
     on_bad_line: str = "stop",
     hashes: bool = False,
+    eod: str | None = None,
+    reading: Reading = PLAIN,
+    say: Callable[[str], None] | None = None,
 ) -> PrepareStats:
     """Write the documents of `inputs`, in order, as ``out.bin`` and ``out.idx``, the same for any number of `workers`.
 
@@ -142,6 +190,9 @@ def prepare(
         on_bad_line: "stop" at the first jsonl line, or text that the tokenizer does not give back; or "skip" them:
             they are counted, and named in ``out.skipped.log``.
         hashes: keep a sha256 of each block beside the pair (see :mod:`heron.data.checks`).
+        eod: of :func:`heron.tokenizer.load`.
+        reading: how the sources become documents.
+        say: takes lines about files that were passed over.
 
     Raises:
         ConfigError: an unknown tokenizer, built-in corpus or `on_bad_line`, or fewer than one worker.
@@ -154,17 +205,19 @@ def prepare(
         raise ConfigError(f"on_bad_line: wanted stop or skip, got {on_bad_line!r}")
     if Path(out).is_dir():
         raise DataError(f"{out}: wanted the path of a pair of files, got a folder; try {Path(out, 'data')}")
+    loaded = tokenizers.load(tokenizer, eod)
     if vocab_size is None:
-        vocab_size = tokenizers.load(tokenizer).vocab_size
-    job = _job(inputs, tokenizer, vocab_size, hashes)
+        vocab_size = loaded.vocab_size
+    work = _Work(tokenizer, None if loaded.eod is None else str(loaded.eod), vocab_size, on_bad_line == "skip", reading)
+    job = _job(inputs, work, hashes)
     with BinidxWriter(out, id_dtype(vocab_size), overwrite, job, hashes) as writer:
         done = _Progress(**(writer.state or {}))
         resumed_at = done.read
         if on_bad_line == "stop" and done.bad_documents:
             raise DataError(done.bad_documents[0])
         if not writer.finished:
-            with _progress_bar(inputs, progress and sys.stderr.isatty()) as advance:
-                _encode_into(writer, done, inputs, tokenizer, vocab_size, workers, on_bad_line == "skip", advance)
+            with _progress_bar(inputs, reading, progress and sys.stderr.isatty()) as advance:
+                _encode_into(writer, done, inputs, work, loaded, workers, advance, say)
             if not done.tokens:
                 empty, skipped = done.empty_documents, len(done.bad_lines) + len(done.bad_documents)
                 raise DataError(f"{', '.join(inputs)}: wanted text, got {empty} empty documents and {skipped} skipped")
@@ -173,8 +226,24 @@ def prepare(
     primes = {ctx_len: magic_prime(done.tokens, ctx_len) for ctx_len in CONTEXT_LENGTHS}
     return PrepareStats(
         bin_path(out), done.documents, done.empty_documents, done.tokens, done.text_bytes, done.max_id, primes,
-        len(done.bad_lines) + len(done.bad_documents), resumed_at,
+        len(done.bad_lines) + len(done.bad_documents), resumed_at, done.normalized, _end_of(loaded),
     )  # fmt: skip
+
+
+def _end_of(tokenizer: Tokenizer) -> str:
+    if tokenizer.eod is None:
+        return ""
+    return str(tokenizer.end) if isinstance(tokenizer, JsonTokenizer) else f"id {tokenizer.eod}"
+
+
+class _Work(NamedTuple):
+    """What a worker needs to know: how each document is encoded."""
+
+    spec: str
+    eod: str | None
+    vocab_size: int
+    skip: bool
+    reading: Reading
 
 
 @dataclasses.dataclass
@@ -193,6 +262,7 @@ class _Progress:
     text_bytes: int = 0
     empty_documents: int = 0
     max_id: int = 0
+    normalized: int = 0
     bad_lines: list[str] = dataclasses.field(default_factory=list)
     bad_documents: list[str] = dataclasses.field(default_factory=list)
 
@@ -210,11 +280,11 @@ def _encode_into(
     writer: BinidxWriter,
     done: _Progress,
     inputs: list[str],
-    tokenizer: str,
-    vocab_size: int,
+    work: _Work,
+    tokenizer: Tokenizer,
     workers: int | None,
-    skip: bool,
     advance: Callable[[int], None],
+    say: Callable[[str], None] | None,
 ) -> None:
     """Append every document behind the first `done.read` ones, and commit now and then."""
 
@@ -225,16 +295,21 @@ def _encode_into(
     done.bad_lines.clear()
     committed = done.text_bytes
     advance(committed)
-    sources = (read_documents(source, refuse if skip else None) for source in inputs)
+    sources = (read_documents(source, refuse if work.skip else None, work.reading, say) for source in inputs)
     documents = itertools.islice(itertools.chain.from_iterable(sources), done.read, None)
-    with contextlib.closing(_encoded(documents, tokenizer, vocab_size, workers, skip)) as chunks:
+    has_end = tokenizer.eod is not None
+    with contextlib.closing(_encoded(documents, work, tokenizer, workers)) as chunks:
         for chunk in chunks:
             writer.append(chunk.tokens, chunk.sizes)
+            if not has_end and done.documents + len(chunk.sizes) > 1:
+                warn_of_no_end(tokenizer)
+                has_end = True  # it was said
             done.read += len(chunk.sizes) + chunk.empty_documents + len(chunk.refusals)
             done.documents += len(chunk.sizes)
             done.tokens += len(chunk.tokens)
             done.text_bytes += chunk.text_bytes
             done.empty_documents += chunk.empty_documents
+            done.normalized += chunk.normalized
             done.max_id = max(done.max_id, int(chunk.tokens.max(initial=0)))
             done.bad_documents += chunk.refusals
             done.check_skipped()
@@ -244,14 +319,15 @@ def _encode_into(
                 writer.commit(dataclasses.asdict(done))
 
 
-def _job(inputs: list[str], tokenizer: str, vocab_size: int, hashes: bool) -> str:
+def _job(inputs: list[str], work: _Work, hashes: bool) -> str:
     """Digest of all that decides what is written, the inputs by size and time of their files."""
-    parts: list[object] = [__version__, tokenizer, vocab_size, hashes, sys.version]
-    sources = [tokenizer] if Path(tokenizer).is_file() else []
+    reading = dataclasses.asdict(work.reading)
+    parts: list[object] = [__version__, work.spec, work.eod, work.vocab_size, reading, hashes, sys.version]
+    sources = [work.spec] if Path(work.spec).is_file() else []
     for source in [*sources, *inputs]:
         parts.append(source)
         if not source.startswith("builtin:"):
-            stats = [(path, path.stat()) for path in text_files(source)]
+            stats = [(path, path.stat()) for path in text_files(source, work.reading)]
             parts += [(str(path), status.st_size, status.st_mtime_ns) for path, status in stats]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -275,10 +351,11 @@ class _Chunk(NamedTuple):
     text_bytes: int
     empty_documents: int
     refusals: list[str]
+    normalized: int
 
 
 def _encoded(
-    documents: Iterable[_Document], spec: str, vocab_size: int, workers: int | None, skip: bool
+    documents: Iterable[_Document], work: _Work, tokenizer: Tokenizer, workers: int | None
 ) -> Iterator[_Chunk]:
     """`documents` in chunks and in their order, encoded here or in `workers` processes, a few of them at a time."""
     chunks = _chunks(documents)
@@ -286,15 +363,14 @@ def _encoded(
     if workers is None:
         workers = _cpus() if len(head) == JOBS_WORTH_PROCESSES else 1
     if workers == 1:
-        tokenizer = tokenizers.load(spec)
         for chunk in itertools.chain(head, chunks):
-            yield _encode_chunk(tokenizer, vocab_size, chunk, skip)
+            yield _encode_chunk(work, tokenizer, chunk)
         return
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     waiting: deque[Future[_Chunk]] = deque()
     try:
         for chunk in itertools.chain(head, chunks):
-            waiting.append(executor.submit(_work, spec, vocab_size, chunk, skip))
+            waiting.append(executor.submit(_encode_there, work, chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -318,31 +394,32 @@ def _chunks(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
         yield chunk
 
 
-def _encode_chunk(tokenizer: Tokenizer, vocab_size: int, documents: list[_Document], skip: bool) -> _Chunk:
-    """The ids of `documents`; those that cannot be encoded are left out if `skip`."""
-    ids, refusals, text_bytes = [], [], 0
+def _encode_chunk(work: _Work, tokenizer: Tokenizer, documents: list[_Document]) -> _Chunk:
+    """The ids of `documents`; those that cannot be encoded are left out if `work.skip`."""
+    ids, refusals, text_bytes, normalized = [], [], 0, []
     for where, text in documents:
         try:
-            ids.append(encode_document(tokenizer, where, text, vocab_size))
+            allow, note = work.reading.allow_normalized, functools.partial(normalized.append, where)
+            ids.append(encode_document(tokenizer, where, text, work.vocab_size, allow, note))
         except DataError as error:
-            if not skip:
+            if not work.skip:
                 raise
             refusals.append(str(error))
             continue
         text_bytes += len(text.encode("utf-8"))
     sizes = [len(document) for document in ids if len(document)]
     tokens = np.concatenate([np.empty(0, np.uint8), *ids])
-    return _Chunk(tokens, sizes, text_bytes, len(ids) - len(sizes), refusals)
+    return _Chunk(tokens, sizes, text_bytes, len(ids) - len(sizes), refusals, len(normalized))
 
 
-def _work(spec: str, vocab_size: int, documents: list[_Document], skip: bool) -> _Chunk:
-    return _encode_chunk(_worker_tokenizer(spec), vocab_size, documents, skip)
+def _encode_there(work: _Work, documents: list[_Document]) -> _Chunk:
+    return _encode_chunk(work, _worker_tokenizer(work.spec, work.eod), documents)
 
 
 @functools.cache
-def _worker_tokenizer(spec: str) -> Tokenizer:
+def _worker_tokenizer(spec: str, eod: str | None) -> Tokenizer:
     """Loaded once in each worker process, which lives as long as one :func:`prepare`."""
-    return tokenizers.load(spec)
+    return tokenizers.load(spec, eod)
 
 
 def _cpus() -> int:
@@ -351,7 +428,7 @@ def _cpus() -> int:
 
 
 @contextlib.contextmanager
-def _progress_bar(inputs: list[str], show: bool) -> Iterator[Callable[[int], None]]:
+def _progress_bar(inputs: list[str], reading: Reading, show: bool) -> Iterator[Callable[[int], None]]:
     """A function that advances a bar on standard error by so many bytes, or does nothing unless `show`."""
     if not show:
         yield lambda text_bytes: None
@@ -359,8 +436,10 @@ def _progress_bar(inputs: list[str], show: bool) -> Iterator[Callable[[int], Non
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    builtin = any(source.startswith("builtin:") for source in inputs)
-    total = None if builtin else sum(path.stat().st_size for source in inputs for path in text_files(source))
+    files = []
+    if not any(source.startswith("builtin:") for source in inputs):
+        files = [path for source in inputs for path in text_files(source, reading)]
+    total = None if not files or any(map(is_packed, files)) else sum(path.stat().st_size for path in files)
     columns = (TextColumn("encoding"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from heron.generation.engine import Engine, Piece, Request, Row, Snapshot, Token
+from heron.generation.engine import Engine, Row
+from heron.generation.requests import Piece, Request, Snapshot, Token
 from heron.generation.sampling import Sampling, sample
 from heron.model import RWKV, State
 from heron.tokenizer import Tokenizer
@@ -21,18 +22,21 @@ def stream(
     stop: str | Sequence[str] = (),
     seed: int = 0,
     state: State | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> Iterator[str]:
     """Continue `prompt` and yield the text piece by piece, each as soon as it is certain.
 
-    It ends before the tokenizer's end-of-document token, before the first text in `stop` (no part of which is
+    It is the text that stands behind the prompt's, the space or the separator between them included. It ends before the
+    tokenizer's end-of-document token, before one of `stop_ids`, before the first text in `stop` (no part of which is
     yielded), or after `max_tokens`. Ids that stand for nothing in the tokenizer (a padded vocabulary) are never drawn.
     The same arguments give the same text on the same device. Between two pieces the model's training mode and autograd
     are as the caller left them. For more than one text build an :class:`Engine`.
 
     Args:
         prompt: text or its token ids. Empty: starts from the end-of-document token, as documents do in training.
-        stop: texts that end it; looked for in the new text only.
+        stop: texts that end it; looked for in the new text only. Under integers: whole numbers.
         state: what the model remembers from before the prompt, batch size 1; None: nothing. It is never changed.
+        stop_ids: ids that end it.
 
     Raises:
         ConfigError: a negative `max_tokens`, an empty stop text, a tokenizer larger than the model, or an empty prompt
@@ -41,7 +45,7 @@ def stream(
         HeronError: the logits are not finite.
     """
     after = None if state is None else Snapshot(state)
-    return Engine(model, tokenizer).stream(Request(prompt, max_tokens, sampling, stop, seed, after))
+    return Engine(model, tokenizer).stream(Request(prompt, max_tokens, sampling, stop, seed, after, stop_ids))
 
 
 def generate(
@@ -57,7 +61,9 @@ def generate(
     frequency_penalty: float = 0.0,
     penalty_decay: float = 0.996,
     stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    count_digits: bool = False,
 ) -> str:
     """The text that the model puts after `prompt`. The settings are those of :class:`Sampling` and :func:`stream`."""
-    sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
-    return "".join(stream(model, tokenizer, prompt, max_tokens, sampling, stop, seed))
+    sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay, count_digits)
+    return "".join(stream(model, tokenizer, prompt, max_tokens, sampling, stop, seed, stop_ids=stop_ids))

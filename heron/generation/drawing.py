@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heron.generation.sampling import Sampling, check_finite
+from heron.generation.sampling import Sampling, check_finite, fade, increments
 from heron.generation.text import stand_for_something
 from heron.ops import sample_rows
 from heron.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ class _Plan:
     numbers: Tensor  # (n,) int64
     settings: Tensor  # (n, 5) fp64
     decay: Tensor | None  # (rows, 1) fp32, of every row that the engine has; None: no row has penalties
+    rules: Tensor  # (n,) int64, the row of `increments` that each counts by
 
 
 class DeviceDraws:
@@ -35,7 +36,7 @@ class DeviceDraws:
     """
 
     def __init__(self, tokenizer: Tokenizer, rows: int, device: torch.device):
-        self._rows, self._device = rows, device
+        self._tokenizer, self._rows, self._device = tokenizer, rows, device
         self._barred = barred_ids(tokenizer).to(device)
         self._counts: Tensor | None = None  # (rows, V) fp32, once a row has penalties
         self._plan: _Plan | None = None
@@ -49,6 +50,7 @@ class DeviceDraws:
     def keep(self, row: int, counts: Tensor) -> Tensor:
         """The occurrences (V,) of `row`, on the device, with these values to begin with; draws update them."""
         if self._counts is None:
+            self._increments = increments(self._tokenizer).to(self._device)
             self._counts = torch.zeros(self._rows, len(self._barred), device=self._device)
         return self._counts[row].copy_(counts)
 
@@ -96,8 +98,8 @@ class DeviceDraws:
                 allowed = logits[i] if counts is None else rows[i][1].penalised(logits[i], counts[i])
                 check_finite(allowed.masked_fill(self._barred, -math.inf))
         if plan.decay is not None:
-            self._counts *= plan.decay
-            self._counts[plan.numbers, ids] += 1
+            fade(self._counts, plan.decay)
+            self._counts[plan.numbers, ids] += self._increments[plan.rules, ids]
         return drawn
 
     def _send(self, ids: Tensor, logprobs: Tensor) -> None:
@@ -127,6 +129,7 @@ class DeviceDraws:
                 torch.tensor(numbers, device=self._device),
                 torch.tensor(settings, dtype=torch.float64, device=self._device),
                 decay,
+                torch.tensor([int(sampling.count_digits) for _, sampling in rows], device=self._device),
             )
         return self._plan
 

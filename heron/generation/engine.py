@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -17,72 +17,22 @@ from torch import Tensor, nn
 from heron.checkpoint.architecture import is_finite
 from heron.checkpoint.atomic import new_file
 from heron.checkpoint.formats import safetensors
+from heron.continuation import encode_behind
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import is_fusible, only_computing
 from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
-from heron.generation.sampling import Sampling, log_softmax, sample
+from heron.generation.requests import Piece, Request, Snapshot, Token, Writing, check_seed
+from heron.generation.sampling import Sampling, fade, increments, log_softmax, sample
 from heron.generation.tables import PLACES, fingerprint, off_device
-from heron.generation.text import UntilStop, stand_for_something
+from heron.generation.text import stand_for_something
 from heron.model import State
-from heron.tokenizer import TextStream, Tokenizer
+from heron.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
 PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU; pieces of just this length are read by a CUDA graph
-LARGEST_SEED = 2**64 - 1
 _FORMAT = "heron state 1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """Everything that decides what a row says next; it can go on in any number of rows, and in a file.
-
-    A prompt cache is a snapshot with a `state` and perhaps `pending` ids alone.
-    """
-
-    state: State | None
-    """What was read, batch size 1, on any device; None: nothing."""
-    pending: tuple[int, ...] = ()
-    """Ids that are still to be read, in a row the last one drawn."""
-    counts: Tensor | None = None
-    """(V,) fp32 decayed occurrences of each token for the penalties; None: none yet."""
-    generator: Tensor | None = None
-    """State of the row's random generator; None: a new row's seed decides."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A text that is wanted from :meth:`Engine.run`."""
-
-    prompt: str | Sequence[int] = ""
-    """Text or ids. Empty, and nothing pending in `after`: starts from the end of a document, as training does."""
-    max_tokens: int = 64
-    """Most new tokens, at least 0."""
-    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
-    """How its tokens are drawn; every request may have its own."""
-    stop: str | Sequence[str] = ()
-    """Texts that end it; looked for in the new text only, and not given out."""
-    seed: int = 0
-    """Same seed, same text, whatever else is running."""
-    after: Snapshot | None = None
-    """What comes before the prompt."""
-
-
-class Token(NamedTuple):
-    """One drawn token."""
-
-    id: int
-    logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
-
-
-class Piece(NamedTuple):
-    """What :meth:`Engine.run` gives of a request at one step."""
-
-    request: int  # its number, from 0
-    text: str  # what became certain: whole characters, no part of a stop text; often empty
-    token: Token | None  # None where nothing was drawn (max_tokens 0)
-    finish: str | None  # None: goes on; "end" (of document), "stop" or "length"
 
 
 class Row:
@@ -207,13 +157,20 @@ class Engine:
     def prompt_ids(self, prompt: str | Sequence[int], after: Snapshot | None = None) -> list[int]:
         """The ids that are read for `prompt`, those pending in `after` first; never empty.
 
+        A text behind a snapshot is encoded as what goes on there, see :func:`heron.continuation.encode_behind`.
+
         Raises:
             ConfigError: nothing to read under a tokenizer without end of document.
             DataError: a text that cannot be encoded, an id outside the vocabulary.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if after is not None:
-            ids = [*after.pending, *ids]
+        pending = () if after is None else after.pending
+        if not isinstance(prompt, str):
+            ids = list(prompt)
+        elif pending or (after is not None and after.state is not None):
+            ids = encode_behind(self.tokenizer, pending, prompt)
+        else:
+            ids = self.tokenizer.encode(prompt)
+        ids = [*pending, *ids]
         if not ids:
             if self.tokenizer.eod is None:
                 raise ConfigError(
@@ -319,7 +276,7 @@ class Engine:
     def _take(self, ids: Sequence[int], after: Snapshot | None, sampling: Sampling, seed: int) -> Row:
         if not self._free:
             raise ConfigError(f"all {len(self._open)} rows of the engine are taken; close one, or build it with more")
-        _check_seed(seed)
+        check_seed(seed)
         after = after or Snapshot(None)
         *context, token = self.prompt_ids(ids, after)
         if after.state is not None and self._is_fusible:
@@ -397,9 +354,13 @@ class Engine:
             token = sample(allowed, row.sampling, row._counts, row._generator)
         row._token = token
         if row._counts is not None:
-            row._counts *= row.sampling.penalty_decay
-            row._counts[token] += 1
+            fade(row._counts, row.sampling.penalty_decay)
+            row._counts[token] += self._increments[int(row.sampling.count_digits), token]
         return Token(token, float(log_softmax(logits)[token]))
+
+    @functools.cached_property
+    def _increments(self) -> Tensor:
+        return increments(self.tokenizer)
 
     def _check(self, ids: Sequence[int]) -> None:
         for position, token in enumerate(ids):
@@ -428,7 +389,7 @@ class Engine:
             raise ConfigError(f"{len(self._open)} rows are open, and run would move them on; close them, or use step")
         self._is_running = True
         waiting = enumerate(requests)
-        running: dict[int, _Writing] = {}
+        running: dict[int, tuple[Row, Writing]] = {}
         try:
             more = True
             while more or running:
@@ -442,18 +403,19 @@ class Engine:
                         yield Piece(number, "", None, "length")
                         continue
                     row = self._take(ids, request.after, request.sampling, request.seed)
-                    running[row.number] = _Writing(number, request, row, self.tokenizer)
+                    pending = request.after.pending if request.after else ()
+                    running[row.number] = row, Writing(number, request, self.tokenizer, [*pending, *ids])
                 pieces = []
                 for row, token in self._advance():
-                    pieces.append(piece := running[row.number].push(token))
+                    pieces.append(piece := running[row.number][1].push(token))
                     if piece.finish:
                         del running[row.number]
                         self.close(row)
                 yield from pieces
         finally:
             self._is_running = False
-            for writing in running.values():
-                self.close(writing.row)
+            for row, _ in running.values():
+                self.close(row)
 
     def _refuse_while_running(self) -> None:
         if self._is_running:
@@ -467,22 +429,9 @@ class Engine:
 
     def check(self, request: Request) -> list[int]:
         """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
-        check_max_tokens(request.max_tokens)
-        _check_seed(request.seed)
-        UntilStop(request.stop)
+        request.check(self.tokenizer, self.vocab_size)
         ids = self.prompt_ids(request.prompt, request.after)
         return ids if request.after is None else ids[len(request.after.pending) :]
-
-
-def check_max_tokens(max_tokens: int) -> None:
-    """ConfigError unless it is a whole number from 0 on."""
-    if type(max_tokens) is not int or max_tokens < 0:
-        raise ConfigError(f"max_tokens: wanted a whole number from 0 on, got {max_tokens!r}")
-
-
-def _check_seed(seed: int) -> None:
-    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
-        raise ConfigError(f"seed: wanted a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
 
 
 def _format_of(path: Path) -> str | None:
@@ -491,25 +440,3 @@ def _format_of(path: Path) -> str | None:
         return safetensors.metadata(path).get("format")
     except CheckpointError:
         return None
-
-
-class _Writing:
-    """A request on its way from tokens to text."""
-
-    def __init__(self, number: int, request: Request, row: Row, tokenizer: Tokenizer):
-        self.row = row
-        self._number, self._left, self._eod = number, request.max_tokens, tokenizer.eod
-        self._text = TextStream(tokenizer)
-        self._until_stop = UntilStop(request.stop)
-
-    def push(self, token: Token) -> Piece:
-        self._left -= 1
-        text, finish = "", None
-        if token.id == self._eod:
-            finish = "end"
-        else:
-            text = self._until_stop.push(self._text.push(token.id))
-            finish = "stop" if self._until_stop.found else None if self._left else "length"
-        if finish in ("end", "length"):
-            text += self._until_stop.push(self._text.flush()) + self._until_stop.flush()
-        return Piece(self._number, text, token, finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,7 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.errors import ConfigError, HeronError
+from heron.errors import ConfigError, DataError, HeronError
+from heron.tokenizer import Tokenizer
+
+_UNCOUNTED = " \t0123456789"
+_SEEN = 2.0**-126  # the least count above 0 that no device rounds to 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +37,18 @@ class Sampling:
     """Taken off the logit of a token once for each time it was generated before, counted with `penalty_decay`."""
     penalty_decay: float = 0.996
     """Factor on all counts at each new token, 0 to 1: old occurrences are forgotten."""
+    count_digits: bool = False
+    """Count space, tab and digits for `frequency_penalty` too; RWKV's sampler does not (see :func:`increments`)."""
 
     def __post_init__(self) -> None:
         highest = {"top_p": 1.0, "penalty_decay": 1.0}
         for field in dataclasses.fields(self):
             value, kinds = getattr(self, field.name), (int,) if field.name == "top_k" else (int, float)
             high = highest.get(field.name, math.inf)
+            if field.name == "count_digits":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"count_digits: wanted true or false, got {value!r}")
+                continue
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"{field.name}: wanted {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
             if not (0 <= value <= high and math.isfinite(value)):
@@ -57,6 +68,32 @@ class Sampling:
     def penalised(self, logits: Tensor, counts: Tensor) -> Tensor:
         """Logits (V,) less the penalties of the occurrences `counts` (V,); a new tensor."""
         return logits - self.presence_penalty * (counts > 0) - self.frequency_penalty * counts
+
+
+def increments(tokenizer: Tokenizer) -> Tensor:
+    """What a drawn token adds to its count, (2, V) fp32: row 0 without, row 1 with `count_digits`.
+
+    It is 1, or so little that only the presence penalty sees it. ``rwkv.utils.PIPELINE`` (rwkv 0.8.32) is the source of
+    the rule: it gives a token whose text, decoded alone, is a part of ``" \\t0123456789"`` an occurrence of 0, to which
+    the presence penalty applies and the frequency penalty does not. So "7", "45" and " " are not counted, "10" and " 7"
+    are. Where ids are no text (integers) every id is counted.
+    """
+    weights = torch.ones(2, tokenizer.vocab_size)
+    for token in range(tokenizer.vocab_size) if tokenizer.is_text else ():
+        with contextlib.suppress(DataError):  # an id that stands for nothing is never drawn
+            if tokenizer.decode([token]) in _UNCOUNTED:
+                weights[0, token] = _SEEN
+    return weights
+
+
+def fade(counts: Tensor, decay: float | Tensor) -> None:
+    """Let counts fade by one token, in place. What was seen once stays above 0, for the presence penalty.
+
+    Args:
+        counts: (V,) or (rows, V) fp32.
+        decay: `penalty_decay`, or (rows, 1) of them.
+    """
+    torch.maximum(counts * decay, counts.clamp(max=_SEEN), out=counts)
 
 
 def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator: torch.Generator) -> int:

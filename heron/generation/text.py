@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from heron.errors import ConfigError, DataError
-from heron.tokenizer import Tokenizer
+from heron.tokenizer import TextStream, Tokenizer
+
+
+def until_stop(tokenizer: Tokenizer, stops: str | Sequence[str]) -> UntilStop | UntilWords:
+    """What holds back the text of `tokenizer` from its first stop text on: cut anywhere, or between integers.
+
+    Raises:
+        ConfigError: an empty stop text, or one that the tokenizer of integers cannot encode.
+    """
+    if tokenizer.is_text:
+        return UntilStop(stops)
+    try:
+        ids = [tokenizer.encode(stop) for stop in ((stops,) if isinstance(stops, str) else stops)]
+    except DataError as error:
+        raise ConfigError(f"stop: {error}") from None
+    return UntilWords([[tokenizer.decode([token]) for token in stop] for stop in ids])
 
 
 class UntilStop:
@@ -39,9 +54,45 @@ class UntilStop:
         return "" if self.found else self._held
 
 
-def _overlap(text: str, stop: str) -> int:
+class UntilWords:
+    """The same where every piece is one word, with its separator: a stop text is a run of whole words."""
+
+    def __init__(self, stops: Sequence[Sequence[str]]):
+        if not all(stops):
+            raise ConfigError("stop: wanted texts of at least one word, got an empty one")
+        self.found = False
+        self._stops = [list(stop) for stop in stops]
+        self._held: list[str] = []
+
+    def push(self, piece: str) -> str:
+        """Take in a piece, or nothing, and give what is certain to come before any stop text."""
+        if self.found or not piece:
+            return ""
+        self._held.append(piece)
+        words = [held.strip() for held in self._held]
+        ends = [stop for stop in self._stops if words[-len(stop) :] == stop]
+        self.found = bool(ends)
+        n_held = max(map(len, ends)) if ends else max((_overlap(words, stop) for stop in self._stops), default=0)
+        n_certain = len(words) - n_held
+        certain, self._held = self._held[:n_certain], self._held[n_certain:]
+        return "".join(certain)
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows; empty after a stop text."""
+        return "" if self.found else "".join(self._held)
+
+
+def _overlap(text: str | list[str], stop: str | list[str]) -> int:
     """Length of the longest end of `text` with which `stop` begins, less than all of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text[-n:] == stop[:n]), 0)
+
+
+def text_of(token: int, before: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of one token as it stands behind the ids `before`; bytes that are no character as ``\\xe4``."""
+    if tokenizer.byte_level or not tokenizer.is_text:
+        return tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
+    stream = TextStream(tokenizer, before)
+    return stream.push(token) + stream.flush()
 
 
 def stand_for_something(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:

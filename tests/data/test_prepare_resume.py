@@ -1,6 +1,7 @@
 """`prepare` is killed, stopped or interrupted, called again, and the files are those of a call that was left alone."""
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 from heron.data import binidx, checks
 from heron.data import prepare as preparing
 from heron.data.binidx import BinidxWriter, open_binidx
+from heron.data.corpora import PLAIN, Reading
 from heron.data.prepare import prepare
 from heron.errors import ConfigError, DataError
 
@@ -133,6 +135,34 @@ def test_an_interruption_keeps_what_was_committed(source, whole, tmp_path, monke
     assert 20 < stats.resumed_at < 100
     assert f"went on after {stats.resumed_at} documents" in str(stats)
     equal(whole, out, stats)
+
+
+FORMS = {
+    "a.json": (json.dumps([{"text": text} for text in TEXTS], indent=1).encode(), PLAIN),
+    "a.jsonl.gz": (gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()), PLAIN),
+    "a.csv": (("text\n" + "\n".join(f'"{text}"' for text in TEXTS)).encode(), PLAIN),
+    "a.txt": ("#\n".join(TEXTS).encode(), Reading(split_at="#")),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_goes_on_to_the_same_bytes(tmp_path, monkeypatch, name):
+    content, reading = FORMS[name]
+    (tmp_path / name).write_bytes(content)
+    arguments = ([str(tmp_path / name)], str(tmp_path / "out"), "bytes", 1)
+    appended = BinidxWriter.append
+
+    def interrupted(self, tokens, sizes):
+        if b"document 99" in bytes(tokens):
+            raise KeyboardInterrupt
+        appended(self, tokens, sizes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BinidxWriter, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(*arguments, reading=reading)
+    assert 20 < prepare(*arguments, reading=reading).resumed_at < 100
+    assert open_binidx(tmp_path / "out").tokens.astype("u1").tobytes() == b"".join(t.encode() + b"\0" for t in TEXTS)
 
 
 def test_after_a_bad_line_skip_goes_on_from_there_and_stop_stops_again(source, tmp_path, whole):
