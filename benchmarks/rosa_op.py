@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from heron.ops.rosa import RosaStream, rosa, rosa_self
+from heron.ops.rosa import rosa, rosa_last
 
 CROWD = (768, 512)
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -96,10 +96,16 @@ def rosa_torch() -> Callable[[Tensor], Tensor] | None:
     return lambda x: prefill(init_inference_state(*x.shape), x)
 
 
+def predictions(x: Tensor, impl: str) -> Tensor:
+    """(S, T): the symbol that followed the longest suffix of `x` where it occurred before, or -1."""
+    src, _ = rosa(x, x, impl=impl)
+    return torch.where(src < 0, -1, x.long().gather(1, src + 1))
+
+
 def crowd(rounds: int) -> None:
     forms = {
-        "cpu": lambda x: rosa_self(x, impl="cpu")[0],
-        "dp": lambda x: rosa_self(x, impl="dp")[0],
+        "cpu": lambda x: predictions(x, "cpu"),
+        "dp": lambda x: predictions(x, "dp"),
         "Python": lambda x: torch.tensor([python_automaton(stream) for stream in x.tolist()]),
     }
     if theirs := rosa_torch():
@@ -128,17 +134,15 @@ def growth(rounds: int) -> None:
         print(f"{name:<12}" + "".join(f"{t:>9.1f}" for t in per_token) + f"   {per_token[-1] / per_token[0]:.2f}x")
 
 
-def streaming() -> None:
+def one_by_one() -> None:
     n_streams, n_tokens = CROWD
-    x = torch.randint(2, CROWD)
-    stream = RosaStream(n_streams, alphabet=2, capacity=n_tokens)
-    taken = []
-    for i in range(n_tokens):
+    x = torch.randint(2, CROWD).to(torch.uint8)
+    taken, lengths = [], None
+    for n in range(1, n_tokens + 1):
         start = time.perf_counter()
-        stream.step(x[:, i], x[:, i])
+        _, lengths = rosa_last(x[:, :n], x[:, :n], lengths)
         taken.append(time.perf_counter() - start)
-    per_token = stream.nbytes / (n_streams * n_tokens)
-    print(f"\nstreaming, {n_streams} one-bit streams, capacity {n_tokens}: {per_token:g} bytes a token and stream")
+    print(f"\none token at a time, {n_streams} one-bit streams")
     for i in (64, 256, 512):
         print(f"  step near token {i:>4}: {1e3 * min(taken[i - 16 : i]):.2f} ms")
 
@@ -171,7 +175,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} threads, best of {args.rounds}\n")
     crowd(args.rounds)
     growth(args.rounds)
-    streaming()
+    one_by_one()
     if torch.cuda.is_available():
         gpu()
 

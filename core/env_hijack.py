@@ -36,9 +36,9 @@ def check_environment(head_size: int) -> None:
 
         _build.forbid("RWKV_JIT_ON is 0")
     if os.environ["RWKV_CUDA_ON"] == "0":
-        from heron.ops import _select
+        from heron.ops import _choice
 
-        _select.keep_to_pytorch("RWKV_CUDA_ON is 0")
+        _choice.keep_to_pytorch("RWKV_CUDA_ON is 0")
 
 
 def hijack_windows_cuda_env() -> None:

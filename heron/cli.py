@@ -636,7 +636,7 @@ def _prompt(options: argparse.Namespace) -> str:
         options.parser.error("give --prompt or --prompt_file, not both")
     if options.prompt_file != "-":
         data = Path(options.prompt_file).read_bytes()
-    elif sys.stdin is None or sys.stdin.closed:
+    elif streams.was_closed("stdin") or sys.stdin.closed:
         raise ConfigError("prompt_file: wanted the prompt at the standard input, which is closed")
     else:
         data = sys.stdin.buffer.read()

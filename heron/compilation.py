@@ -19,8 +19,8 @@ from torch import Tensor
 from heron import machine
 from heron.config import ModelConfig
 from heron.errors import ConfigError
-from heron.model.rwkv import Block
-from heron.ops import _select
+from heron.model.rwkv import RWKV, Block
+from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
 _GRAPHS = 64  # a process may train with several shapes and precisions, two graphs each; PyTorch would stop at 8
@@ -62,7 +62,7 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
         return "it is for a GPU; a CPU gains little"
     if model.has_attention or model.rosa is not None:
         return f"{model.variant} has branches that look back over a growing context"
-    if _select.wkv7(device, 512, head_size=model.head_size).impl != "cuda":
+    if wkv7_choice(device, 512, head_size=model.head_size).impl != "cuda":
         return "WKV7 has no kernels here"
     return _why_no_triton()
 
@@ -78,9 +78,17 @@ def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool) -> str | None:
     return f"rows of {model.variant}'s tables are looked up in a way that is not the same for every step"
 
 
-def compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`Block.from_zero`, compiled at its first call of each shape, with its backward; as RWKV.compiled_block."""
-    return compiled(Block.from_zero, _compile)
+def compile_blocks(network: RWKV) -> None:
+    """Have every block of `network` compute by one function, compiled at its first call of a shape."""
+    mix = compiled(Block.mix, _compile)
+    for block in network.blocks:
+        block.compiled = mix
+
+
+def undo(network: RWKV) -> None:
+    """Have each block compute as it is written again."""
+    for block in network.blocks:
+        block.compiled = None
 
 
 def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:

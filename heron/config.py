@@ -181,6 +181,11 @@ class ModelConfig:
         """Whether every block has a DeepEmbedAttention branch beside its time mix."""
         return self.variant in ("v7b", "v8-hybrid")
 
+    @property
+    def state_grows(self) -> bool:
+        """Whether a model remembers more with each token (attention, ROSA), not only a state of one size."""
+        return self.has_attention or self.rosa is not None
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """The named preset, with `changes` laid over it. ``heron info --presets`` lists them all."""

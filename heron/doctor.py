@@ -12,7 +12,18 @@ import torch
 
 from heron import __version__, compilation, machine
 from heron.config import ModelConfig
-from heron.ops import _select
+from heron.ops.adamw import adamw_choice
+from heron.ops.head_mix import head_mix_choice
+from heron.ops.head_step import head_step_choice
+from heron.ops.linear_cross_entropy import linear_cross_entropy_choice
+from heron.ops.norm_mix import norm_mix_choice
+from heron.ops.rosa import rosa_choice
+from heron.ops.rosa.cpu import gradients_choice
+from heron.ops.rows import copy_rows_choice, row_adamw_choice
+from heron.ops.sample_rows import sample_rows_choice
+from heron.ops.shift_mix import shift_mix_choice
+from heron.ops.token_step import token_step_choice
+from heron.ops.wkv7 import wkv7_choice
 
 COLUMNS = 80
 _EXTRAS = ("tensorboard", "wandb", "transformers", "gguf", "lm-eval")
@@ -27,24 +38,24 @@ def report() -> str:
     weights = machine.choose_weights("auto", dtype.value, there)
     compiled = compilation.choose("auto", there, ModelConfig())
     operators = {
-        "wkv7": _select.wkv7(there, 512),
-        "wkv7, T=1": _select.wkv7(there, 1),
-        "shift and mix": _select.shift_mix(there),
-        "time-mix heads": _select.head_mix(there),
-        "head and loss": _select.linear_cross_entropy(there),
-        "optimizer": _select.adamw(there),
-        "rows of tables": _select.row_adamw(there),
-        "rosa": _select.rosa(there),
-        "rosa gradients": _select.rosa_gradients(there),
+        "wkv7": wkv7_choice(there, 512),
+        "wkv7, T=1": wkv7_choice(there, 1),
+        "shift and mix": shift_mix_choice(there),
+        "time-mix heads": head_mix_choice(there),
+        "head and loss": linear_cross_entropy_choice(there),
+        "optimizer": adamw_choice(there),
+        "rows of tables": row_adamw_choice(there),
+        "rosa": rosa_choice(there),
+        "rosa gradients": gradients_choice(there),
     }
     if there.type == "cpu":
-        decoding = {"a step": _select.token_step(there)}
+        decoding = {"a step": token_step_choice(there)}
     else:
         decoding = {
-            "norm and mix": _select.norm_mix(there),
-            "time-mix heads": _select.head_step(there),
-            "drawing": _select.sample_rows(there),
-            "rows of tables": _select.copy_rows(there),
+            "norm and mix": norm_mix_choice(there),
+            "time-mix heads": head_step_choice(there),
+            "drawing": sample_rows_choice(there),
+            "rows of tables": copy_rows_choice(there),
         }
     units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in machine.cpu_flags()]
     sections = {

@@ -20,7 +20,8 @@ from heron.continuation import encode_pair
 from heron.data import jsonl
 from heron.data.corpora import read_documents
 from heron.errors import ConfigError, DataError, did_you_mean
-from heron.generation.decoder import Decoder, decoder_of
+from heron.generation.decoder import Decoder
+from heron.generation.decoders import decoder_of
 from heron.model import RWKV
 from heron.tokenizer import Tokenizer
 

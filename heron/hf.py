@@ -37,7 +37,7 @@ class HeronPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     _supports_context_parallel = False
-    _no_split_modules = ["Block", "RosaBlock"]  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012
     rwkv: RWKV
 
     @classmethod

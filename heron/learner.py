@@ -15,6 +15,7 @@ from heron.errors import HeronError
 from heron.guards import is_bad
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
+from heron.model.plain import has_hooks
 from heron.model.row_tables import row_tables
 from heron.optim import build_optimizer, set_lr
 
@@ -61,7 +62,7 @@ class Learner:
         if self.tables is not None:
             self.tables.before_moving = self._graphs.clear
         if self.compiled.value != "off":
-            self.network.compiled_block = compilation.compiled_block()
+            compilation.compile_blocks(self.network)
         self.optimizer = build_optimizer(
             model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
             self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
@@ -120,8 +121,11 @@ class Learner:
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
-        as_chosen = self.compiled.value == "graph" and passes == self.config.accumulate
-        return as_chosen and (self.tables is None or self.tables.recordable)
+        if self.compiled.value != "graph" or passes != self.config.accumulate:
+            return False
+        if any(map(has_hooks, self.network.modules())):
+            return False  # a replay would not call them
+        return self.tables is None or self.tables.recordable
 
     def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         """The network's parameters, each with the one of `model` that it is, or is a copy of."""
@@ -176,7 +180,7 @@ class Learner:
             raise HeronError(f"compile {self.config.compile}: {told}. Use --compile auto or --compile off") from error
         self._say(f"training steps are not compiled, so they take longer: {told}")
         self.compiled = machine.Choice("off", told)
-        self.network.compiled_block = None
+        compilation.undo(self.network)
         for leaf in (*self.network.parameters(), *self.model.parameters()):
             leaf.grad = None
 

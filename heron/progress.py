@@ -43,14 +43,16 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
             shown = True
 
     thread = threading.Thread(target=show, name="heron-progress", daemon=True)
-    thread.start()
+    with contextlib.suppress(RuntimeError):  # a system that starts no more threads: nothing is said
+        thread.start()
     whole = False
     try:
         yield lambda detail: details.__setitem__(0, f", {detail}" if detail else "")
         whole = True
     finally:
         ended.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         _stack.remove(me)
         if shown and _on_terminal():
             _write(_CLEAR)

@@ -6,20 +6,30 @@ import contextlib
 import os
 import sys
 
+_closed: set[str] = set()  # by the caller, of this process or of the last command
+
+
+def was_closed(name: str) -> bool:
+    """Whether "stdin", "stdout" or "stderr" was closed when :func:`open_closed` was called last."""
+    return name in _closed
+
 
 def open_closed() -> None:
     """Open what the caller closed (``>&-``) on nothing. Else the next file of ours would have its number, and in it
     the output."""
+    _closed.clear()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
+            _closed.add(name)
             handle = os.open(os.devnull, os.O_RDWR)
             if handle != number:
                 os.dup2(handle, number)
                 os.close(handle)
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
+            _closed.add(name)
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 

@@ -36,7 +36,11 @@ from heron.learner import Learner
 from heron.memory import knobs, shortage
 from heron.model import RWKV
 from heron.model.init import round_to_bf16
-from heron.ops import _select
+from heron.ops.adamw import adamw_choice
+from heron.ops.head_mix import head_mix_choice
+from heron.ops.rosa import rosa_choice
+from heron.ops.shift_mix import shift_mix_choice
+from heron.ops.wkv7 import wkv7_choice
 from heron.optim import lr_at
 from heron.preemption import Preemption, Stopped
 from heron.report import Reporter, plot
@@ -721,8 +725,10 @@ class Trainer:
             "cpu": " ".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *units)),
             "cuda": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
             "MKL_CBWR": os.environ.get("MKL_CBWR"),
-            "wkv7": _select.wkv7(self.device, config.ctx_len).impl,
-            **{op.__name__: op(self.device).impl for op in (_select.shift_mix, _select.head_mix, _select.adamw)},
+            "wkv7": wkv7_choice(self.device, config.ctx_len).impl,
+            "shift_mix": shift_mix_choice(self.device).impl,
+            "head_mix": head_mix_choice(self.device).impl,
+            "adamw": adamw_choice(self.device).impl,
             "compile": learner.compiled.value,
             "magic_prime": self._prime(corpus),
             **{name: getattr(config, name) for name in resume.EXACT},
@@ -744,8 +750,8 @@ class Trainer:
         self, learner: Learner, corpus: Corpus, batches: Batches, resume_from: Path | None, beginning: str | None
     ) -> list[tuple[str, str]]:
         config, model_config = self.config, learner.model.config
-        wkv7 = _select.wkv7(self.device, config.ctx_len)
-        rosa = _select.rosa(self.device) if model_config.rosa else None
+        wkv7 = wkv7_choice(self.device, config.ctx_len)
+        rosa = rosa_choice(self.device) if model_config.rosa else None
         head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
         n_parameters = sum(parameter.numel() for parameter in learner.model.parameters())
         return [

@@ -19,7 +19,7 @@ import heron
 from heron import compilation
 from heron.errors import ConfigError, HeronError
 from heron.learner import Learner
-from heron.ops import _build, _select
+from heron.ops import _build, _choice
 from heron.ops.wkv7 import cuda
 from tests.ops import emulator
 
@@ -37,8 +37,8 @@ def compiles(monkeypatch):
     if _build.find_compiler() is None:
         pytest.skip("no C++ compiler on the path")
     emulator.load()
-    monkeypatch.setattr(sys.modules["heron.ops.wkv7"], "wkv7_cuda", cuda.wkv7_kernels)
-    monkeypatch.setattr(_select, "wkv7", lambda *_, **__: _select.Choice("cuda", "emulated"))
+    monkeypatch.setitem(sys.modules["heron.ops.wkv7"]._FORMS, "cuda", cuda.wkv7_kernels)
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "emulated"))
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
@@ -119,6 +119,28 @@ def test_where_the_compiler_fails_auto_says_so_once_and_goes_on(compiles, random
         learner_of(random_model()).gradients([batch(37)])
 
 
+@pytest.mark.parametrize(
+    ("device", "how"), [(CPU, "on"), *(pytest.param(GPU, how, marks=needs_gpu) for how in ("on", "graph"))]
+)
+def test_hooks_of_users_fire_in_every_compiled_step(request, random_model, device, how):
+    if device is CPU:
+        request.getfixturevalue("compiles")
+    model = random_model(n_layer=3, n_embd=64, head_size=64, ffn_dim=128)
+    learner = learner_of(model, device, compile=how)
+    plain, fired = learner_of(model, device, compile="off"), []
+    for step in range(9):
+        if step == 5:  # when all is compiled, and recorded
+            for i, block in enumerate(learner.network.blocks):
+                block.register_forward_hook(lambda *_, i=i: fired.append(i))
+        if step == 7:
+            learner.network.blocks[1].ffn.key.register_forward_hook(lambda *_: fired.append("key"))
+        losses = [one.gradients([batch(seed=step)]) for one in (learner, plain)]
+        for one, loss in zip((learner, plain), losses, strict=True):
+            one.update(loss, 1e-3, math.inf)
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert fired == [0, 1, 2] * 2 + [0, "key", 1, 2] * 2
+
+
 def test_an_error_of_the_model_is_not_the_compilers(compiles, random_model):
     learner = learner_of(random_model(), compile="auto")
     with pytest.raises(heron.errors.DataError, match="ids must be 0 to 36"):
@@ -145,7 +167,7 @@ def test_a_cpu_is_left_as_it_is(random_model):
     ],
 )
 def test_what_a_gpu_compiles(monkeypatch, capsys, variant, kernels, triton, reason):
-    monkeypatch.setattr(_select, "wkv7", lambda *_, **__: _select.Choice(kernels, ""))
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice(kernels, ""))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     compilation._why_no_triton.cache_clear()
     for _ in range(2):

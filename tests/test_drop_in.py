@@ -20,7 +20,8 @@ import heron
 from core.rwkv_training.rwkv_v8_model import RWKV_x070
 from heron.compat import x070
 from heron.errors import CheckpointError, ConfigError, DataError
-from heron.ops import _build, _select
+from heron.ops import _build, _choice
+from heron.ops.wkv7 import wkv7_choice
 
 REPOSITORY = Path(__file__).parents[1]
 NEVER_USED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
@@ -454,7 +455,7 @@ def test_defaults_are_set_and_what_is_set_stays(monkeypatch):
 )
 def test_settings_that_contradict_the_weights_are_refused(monkeypatch, settings, head_size, words):
     monkeypatch.setattr(_build, "_forbidden", None)
-    monkeypatch.setattr(_select, "_no_kernels", None)
+    monkeypatch.setattr(_choice, "_no_kernels", None)
     module = fresh_env_hijack(monkeypatch, **settings)
     if words is None:
         module.check_environment(head_size)
@@ -472,11 +473,11 @@ def test_jit_off_forbids_every_build(monkeypatch):
 
 
 def test_cuda_off_keeps_to_pytorch(monkeypatch):
-    monkeypatch.setattr(_select, "_no_kernels", None)
+    monkeypatch.setattr(_choice, "_no_kernels", None)
     fresh_env_hijack(monkeypatch).check_environment(64)
-    assert _select._no_kernels is None
+    assert _choice._no_kernels is None
     fresh_env_hijack(monkeypatch, RWKV_CUDA_ON="0").check_environment(64)
-    choice = _select.wkv7(torch.device("cuda"), 512)
+    choice = wkv7_choice(torch.device("cuda"), 512)
     assert (choice.impl, "RWKV_CUDA_ON is 0" in choice.reason) == ("chunked", True)
 
 

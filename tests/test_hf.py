@@ -243,7 +243,7 @@ def test_one_long_document_does_not_make_many_short_ones_long(models, monkeypatc
     monkeypatch.setattr(
         heron.RWKV,
         "hidden_states",
-        lambda self, ids, *given: (read.append(ids.numel()), hidden_states(self, ids, *given))[1],
+        lambda self, ids, *given, **named: (read.append(ids.numel()), hidden_states(self, ids, *given, **named))[1],
     )
     with torch.no_grad():
         model(positions % V, position_ids=positions, use_cache=False)

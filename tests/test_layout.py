@@ -65,16 +65,59 @@ def test_every_module_has_a_docstring_and_imports_only_what_stands_before_it(fil
     assert not any(module.split(".")[0] in ("core", "tests") for module in imports(file))
 
 
+def circle_in(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is left when everything that leads nowhere has been taken away, again and again: nothing, or circles."""
+    left = dict(edges)
+    while leaves := {name for name, targets in left.items() if not targets & left.keys()}:
+        for name in leaves:
+            del left[name]
+    return left
+
+
 def test_no_two_parts_import_each_other_by_any_road():
     edges: dict[str, set[str]] = {}
     for file in FILES:
         part = part_of(module_name(file))
         targets = {part_of(module) for module in imports(file)} - {None, part, "__version__"}
         edges.setdefault(part, set()).update(targets)
-    while leaves := {part for part, targets in edges.items() if not targets & edges.keys()}:
-        for part in leaves:
-            del edges[part]
-    assert not edges, f"these form a circle: {edges}"
+    assert circle_in(edges) == {}
+
+
+def file_edges(folder: Path) -> dict[str, set[str]]:
+    """Which modules each module below `folder` imports, at its top or inside a function.
+
+    `from package import name` is an import of ``package.name`` where that is a module, else of the package's own file.
+    """
+    files = sorted(folder.rglob("*.py"))
+    names = {
+        ".".join(file.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__") for file in files
+    }
+    edges = {}
+    for file in files:
+        name = ".".join(file.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__")
+        found = {module if module in names else module.rpartition(".")[0] for module in imports(file)}
+        edges[name] = (found & names) - {name, folder.name}
+    return edges
+
+
+def test_no_two_files_import_each_other_by_any_road():
+    assert circle_in(file_edges(REPOSITORY / "heron")) == {}
+
+
+def test_a_circle_between_files_is_seen_inside_functions_and_packages(tmp_path):
+    package = tmp_path / "pack"
+    (package / "inner").mkdir(parents=True)
+    for name, text in {
+        "__init__.py": "",
+        "one.py": "from pack.inner import thing",
+        "two.py": "import pack.three",
+        "three.py": "",
+        "inner/__init__.py": "from pack import two\nthing = 1",
+    }.items():
+        (package / name).write_text(text)
+    assert circle_in(file_edges(package)) == {}
+    (package / "three.py").write_text("def f():\n    from pack.inner import thing\n    return thing")
+    assert circle_in(file_edges(package)).keys() >= {"pack.two", "pack.three", "pack.inner"}
 
 
 def test_ops_stand_on_torch_our_errors_and_our_progress_alone():

@@ -26,9 +26,15 @@ from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import is_plain
 from heron.model.rwkv import Block
 from heron.model.time_mix import TimeMix
-from heron.ops import _select
 from heron.ops.head_step import HeadWeights
-from heron.ops.token_step import LayerMemory, LayerWeights, LowRank, Network, Norm, TokenStep
+from heron.ops.token_step import (
+    LayerMemory,
+    LayerWeights,
+    LowRank,
+    Network,
+    Norm,
+    TokenStep,
+)
 
 HEAD_COLUMNS = 4096  # logits that are computed at once on a CPU: this part of the head stays in its cache for all rows
 
@@ -256,23 +262,6 @@ def only_computing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Decoder:
-    """The fastest decoder that `model` can have where it is, with room for `rows` sequences.
-
-    Args:
-        tables: DeepEmbed tables off the device; None: the model has its own.
-    """
-    from heron.generation.graphed import GraphedDecoder  # which is built on this module
-
-    if not is_fusible(model):
-        return ModelDecoder(model, rows)
-    weight, config = model.emb.weight, model.config
-    if weight.device.type != "cpu":
-        return GraphedDecoder(model, rows, tables)
-    compiled = _select.token_step(weight.device, weight.dtype, config.head_size).impl == "cpu"
-    return (CompiledDecoder if compiled and config.deep_embed != "low-rank" else FusedDecoder)(model, rows, tables)
 
 
 class _Layer:

@@ -18,7 +18,8 @@ from heron.checkpoint.atomic import as_path, new_file
 from heron.checkpoint.formats import safetensors
 from heron.continuation import encode_behind
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from heron.generation.decoder import decoder_of, is_fusible, only_computing
+from heron.generation.decoder import is_fusible, only_computing
+from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
 from heron.generation.requests import Piece, Request, Snapshot, Token, Writing, check_seed

@@ -25,12 +25,11 @@ from heron.model import RWKV, State
 from heron.model.deep_embed import Lookup
 from heron.model.rwkv import Block
 from heron.model.state import LayerState
-from heron.ops import _select
-from heron.ops.head_step import HeadInputs, head_step
+from heron.ops.head_step import HeadInputs, head_step, head_step_choice
 from heron.ops.head_step.reference import head_step_reference
-from heron.ops.matvec import Product, matvec
+from heron.ops.matvec import Product, matvec, matvec_choice
 from heron.ops.matvec.reference import matvec_reference
-from heron.ops.norm_mix import norm_mix
+from heron.ops.norm_mix import norm_mix, norm_mix_choice
 from heron.ops.norm_mix.reference import norm_mix_reference
 
 
@@ -161,11 +160,11 @@ class GraphedReader:
         self._model, device = model, model.emb.weight.device
         self._ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         self._state = State.zeros(model.config, 1, device, model.emb.weight.dtype).clone()
-        self._block: Callable = Block.branches
+        self._mix: Callable = Block.mix
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             if importlib.util.find_spec("triton") is not None:
-                self._block = compilation.compiled(Block.branches)
+                self._mix = compilation.compiled(Block.mix)
             self._graph = recorded(self._read)
 
     @torch.inference_mode()
@@ -182,10 +181,11 @@ class GraphedReader:
 
     def _read(self) -> None:
         embedded = self._model.embed(self._ids)
-        x, v_first, tokens = embedded, None, Lookup(self._ids, embedded)
+        x, branch, v_first, tokens = embedded, None, None, Lookup(self._ids, embedded)
         for block, mine in zip(self._model.blocks, self._state.layers, strict=True):
             of_table = block.ffn.table_rows(tokens)
-            x, new, v_first = self._block(block, x, mine, v_first, of_table, None, None)
+            x, branch, new, v_first = self._mix(block, x, branch, mine, v_first, of_table, None, None, None, True)
+            branch = block.ffn.gate(branch, self._ids)
             for old, part in zip(mine[:3], new[:3], strict=True):
                 old.copy_(part)
 
@@ -231,7 +231,7 @@ class _Layer:
         """
         stages = {name: getattr(type(self), name) for name in self.STAGES}
         run = SimpleNamespace(**{name: prepared(stage) if prepared else stage for name, stage in stages.items()})
-        has_kernel = _select.head_step(self.mix.device, self.mix.dtype, self.head_size).impl == "cuda"
+        has_kernel = head_step_choice(self.mix.device, self.mix.dtype, self.head_size).impl == "cuda"
         run.head_step = head_step if has_kernel or prepared is None else prepared(head_step_reference)
         return run
 
@@ -326,10 +326,10 @@ class _LayerOfOneRow(_Layer):
         run = super().stages(prepared)
         att, ffn = self.block.att, self.block.ffn
         linears = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
-        has_kernel = _select.matvec([*(linear.weight for linear in linears), *self.down, *self.up]).impl == "cuda"
+        has_kernel = matvec_choice([*(linear.weight for linear in linears), *self.down, *self.up]).impl == "cuda"
         run.multiply = matvec if has_kernel or prepared is None else prepared(matvec_reference)
         device, dtype, (_, C) = self.mix.device, self.mix.dtype, self.mix.shape
-        has_kernel = _select.norm_mix(device, dtype, C).impl == "cuda"
+        has_kernel = norm_mix_choice(device, dtype, C).impl == "cuda"
         run.norm_mix = norm_mix if has_kernel or prepared is None else prepared(norm_mix_reference)
         return run
 

@@ -16,8 +16,7 @@ from heron.checkpoint.atomic import new_file
 from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
-from heron.ops import _select
-from heron.ops.rows import copy_rows
+from heron.ops.rows import copy_rows, copy_rows_choice
 
 PLACES = ("device", "host", "disk")
 _MAGIC = b"HERONTAB"
@@ -43,7 +42,7 @@ class Tables:
     """
 
     def __init__(self, tables: list[Tensor], device: torch.device, file: Path | None = None):
-        self.by_kernel = file is None and _select.copy_rows(device).impl == "cuda"
+        self.by_kernel = file is None and copy_rows_choice(device).impl == "cuda"
         self._tables = tables = _pinned(tables) if self.by_kernel else tables
         self._bytes = [table.contiguous().view(torch.uint8).numpy() for table in tables]
         self._n_layer, self._dtype = len(tables), tables[0].dtype

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from heron.config import ModelConfig
 from heron.model.deep_embed import DeepEmbed, Lookup, rows
-from heron.model.state import DEA_RANK, DEA_WIDTH, AttentionState, last_of, shifted
+from heron.model.state import DEA_RANK, DEA_WIDTH, AttentionState
+from heron.ops.shift_mix import shifted
 
 QUERIES_AT_ONCE = 512  # so that the scores of a long text are never held all at once
 
@@ -95,11 +96,11 @@ class SecondAttention(nn.Module):
         v = torch.tanh(v_codes @ self.v2)  # (B, S, C)
         k = k * rows(self.k_emb, self.k_emb_x, context).to(k.dtype)
         v = v * rows(self.v_emb, self.v_emb_x, context).to(v.dtype)
-        last_query = last_of(q).to(state.last_query.dtype)
-        q = self.lnq(_mixed(q, state.last_query, self.x_q))
-        k = self.lnk(_mixed(k, torch.zeros_like(k[:, 0]), self.x_k))  # nothing precedes the first token of a context
-        v = self.lnv(_mixed(v, torch.zeros_like(v[:, 0]), self.x_v))
-        return attend(q, k, v, self.CAP, window), AttentionState(k_codes, v_codes, last_query)
+        q, last_query = _mixed(q, state.last_query, self.x_q)
+        k, _ = _mixed(k, None, self.x_k)  # nothing precedes the first token of a context
+        v, _ = _mixed(v, None, self.x_v)
+        new = AttentionState(k_codes, v_codes, last_query.to(state.last_query.dtype))
+        return attend(self.lnq(q), self.lnk(k), self.lnv(v), self.CAP, window), new
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cap: float, window: int | None = None) -> Tensor:
@@ -144,6 +145,10 @@ def _positions(first: int, x: Tensor) -> Tensor:
     return torch.arange(first, first + x.shape[1], device=x.device).unsqueeze(1)
 
 
-def _mixed(x: Tensor, last: Tensor, mix: Tensor) -> Tensor:
-    """x (B, T, D) with `mix` (D,) of the step to the token before; `last` (B, D) stands before the first."""
-    return torch.addcmul(x, shifted(x, last) - x, mix.to(x.dtype))
+def _mixed(x: Tensor, last: Tensor | None, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, T, D) with `mix` (D,) of the step to the token before, and its last token.
+
+    `last` (B, D) stands before the first one; None: zeros.
+    """
+    before, new_last = shifted(x, last)
+    return torch.addcmul(x, before - x, mix.to(x.dtype)), new_last

@@ -5,12 +5,14 @@ Equations: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py, rwkv_v7a_demo.py and rwkv_v
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from heron.config import ModelConfig
 from heron.model.deep_embed import DeepEmbed, Lookup, rows
-from heron.model.state import last_of, shifted
+from heron.model.plain import is_plain
 
 GATE_RANK = 32  # the low-rank gate squeezes its input to 32 values and mixes them by the token's own 32 x 32 matrix
 
@@ -41,37 +43,50 @@ class ChannelMix(nn.Module):
             self.s0 = nn.Parameter(torch.empty(F))
 
     def table_rows(self, tokens: Lookup) -> Tensor | None:
-        """The table's rows (B, T, width) of the input tokens, in the dtype of the activations; None without a table."""
-        if self.form is None:
-            return None
+        """The rows (B, T, width) that the input tokens have in a table of hidden channels; None without such a table.
+
+        In the dtype of the activations.
+        """
         if self.form == "low-rank":
             found = rows(self.s_emb, self.s_emb_x, tokens)
+        elif self.form == "hidden":
+            found = self.enn4(tokens.ids)
         else:
-            found = (self.enn if self.form == "output" else self.enn4)(tokens.ids)
+            return None
         return found.to(tokens.embedded.dtype)
-
-    def forward(self, x: Tensor, last_x: Tensor, of_table: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mix channels: x (B, T, C) is the output of ln2, last_x (B, C) the token before, of_table the `table_rows`.
-
-        Returns the branch's output (B, T, C) and the new last_x.
-        """
-        mixed = torch.addcmul(x, shifted(x, last_x) - x, self.x_k.to(x.dtype))
-        out = self.from_mixed(mixed, x, of_table)
-        return out * of_table.to(out.dtype) if self.form == "output" else out, last_of(x)
 
     @property
     def mixes(self) -> list[Tensor]:
         """How much of the token before is in the input, (1, 1, C); for the low-rank gate the unshifted input, too."""
         return [self.x_k, torch.zeros_like(self.x_k)] if self.form == "low-rank" else [self.x_k]
 
-    def from_mixed(self, mixed: Tensor, x: Tensor, of_table: Tensor | None) -> Tensor:
-        """:meth:`forward` between the token shift, which made `mixed` (B, T, C) of `x`, and the gate on the output."""
-        hidden = torch.relu(self.key(mixed)).square()  # (B, T, F)
+    def forward(
+        self,
+        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
+        x: Tensor,
+        branch: Tensor | None,
+        last: Tensor | None,
+        of_table: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix channels. As :meth:`heron.model.time_mix.TimeMix.forward`, with ln2; `of_table` are the `table_rows`.
+
+        Returns:
+            The residual stream x + branch, what is to be added to it (B, T, C) but for :meth:`gate`, and the new last.
+        """
+        x, mixed, last = begin(x, branch, self.mixes, last, cu_seqlens)
+        hidden = torch.relu(self.key(mixed[0])).square()  # (B, T, F)
         if self.form == "hidden":
             hidden = hidden * of_table.to(hidden.dtype)
         elif self.form == "low-rank":
-            hidden = hidden * self._low_rank_gate(x, of_table).to(hidden.dtype)
-        return self.value(hidden)
+            hidden = hidden * self._low_rank_gate(mixed[1], of_table).to(hidden.dtype)
+        return x, self.value(hidden), last
+
+    def gate(self, out: Tensor, ids: Tensor) -> Tensor:
+        """The branch's output (B, T, C) times its tokens' rows, where the table gates that; else as it is."""
+        if self.form != "output":
+            return out
+        return self.enn.gate(out, ids) if is_plain(self.enn, DeepEmbed) else out * self.enn(ids).to(out.dtype)
 
     def _low_rank_gate(self, x: Tensor, of_table: Tensor) -> Tensor:
         """(B, T, F) gates from x, which is *not* shifted, and the tokens' rows."""

@@ -85,6 +85,8 @@ class Lookup(NamedTuple):
 
     def last(self, n: int) -> Lookup:
         """The last `n` tokens."""
+        if n == self.ids.shape[1]:
+            return self  # with these very ids, by which Where knows what it has looked up
         return Lookup(self.ids[:, -n:], self.embedded[:, -n:])
 
 

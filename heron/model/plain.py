@@ -8,6 +8,11 @@ from torch import nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called before or after `module`, or after its gradients."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True where nothing stands between a call of `module` and its parameters.
 
@@ -15,7 +20,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     own), for one with hooks or with a forward of its own (those of accelerate), with a bias where `kind` is
     torch.nn.Linear, and with parameters that are tensors of another class. Such a module is called, never read.
     """
-    if type(module) is not kind or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS):
+    if type(module) is not kind or "forward" in vars(module) or has_hooks(module):
         return False
     if kind is nn.Linear and module.bias is not None:
         return False

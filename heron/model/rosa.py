@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from heron import ops
-from heron.config import ModelConfig, RosaConfig
-from heron.model.channel_mix import ChannelMix
-from heron.model.deep_embed import Lookup
-from heron.model.state import LayerState, RosaState, last_of, shifted
+from heron.config import RosaConfig
+from heron.model.state import RosaState
 from heron.ops._graph import in_graph
 from heron.ops.rosa import rosa_last
 from heron.ops.rosa.gradients import rosa_emb01, rosa_qkv, to_streams
+from heron.ops.shift_mix import shifted
 
 
 class RosaEmbed(nn.Module):
@@ -84,9 +83,9 @@ class RosaQKV(nn.Module):
         """x (B, T, C), the output of ln3 -> the branch's output (B, T, C), and the new state."""
         mixed = [x, x, x]
         if self.rosa.token_shift:
-            delta = shifted(x, state.shift) - x
-            mixed = [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in (self.x_q, self.x_k, self.x_v)]
-            state = state._replace(shift=last_of(x))
+            before, last = shifted(x, state.shift)
+            mixed = [torch.addcmul(x, before - x, mix.to(x.dtype)) for mix in (self.x_q, self.x_k, self.x_v)]
+            state = state._replace(shift=last)
         q, k, v = (project(x) for project, x in zip((self.q, self.k, self.v), mixed, strict=True))
         e = self.rosa_qkv["emb"].view(-1)
 
@@ -95,28 +94,6 @@ class RosaQKV(nn.Module):
 
         out, state = recall((q, k, v), state, self.rosa, e, -e, layer)
         return self.o(out.to(x.dtype)), state
-
-
-class RosaBlock(nn.Module):
-    """A block of the rosa-lm: ROSA and channel mixing, each on a LayerNorm of the residual stream and added to it."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        self.ln3 = nn.LayerNorm(config.n_embd)
-        self.rosa = RosaQKV(config.n_embd, config.rosa)
-        self.ffn = ChannelMix(config)
-
-    def forward(
-        self, x: Tensor, state: LayerState, v_first: Tensor | None, context: Lookup, window: int | None
-    ) -> tuple[Tensor, LayerState, Tensor | None]:
-        """As :meth:`heron.model.rwkv.Block.forward`; `v_first` and `window` mean nothing here."""
-        recalled, rosa = self.rosa(self.ln3(x), state.rosa)
-        x = x + recalled
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, self.ffn.table_rows(context.last(x.shape[1])))
-        return x + out, state._replace(ffn_shift=ffn_shift, rosa=rosa), v_first
 
 
 def recall(

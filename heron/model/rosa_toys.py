@@ -74,11 +74,11 @@ class QKVToy(nn.Module):
         x = self.emb(tokens)
         context = Lookup(tokens, x)
         state = state or State.zeros(self.config, len(tokens), x.device, x.dtype)
-        v_first, layers = None, []
+        branch, v_first, layers = None, None, []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
-            x, layer_state, v_first = block(x, layer_state, v_first, context, None)
+            x, branch, layer_state, v_first = block(x, branch, layer_state, v_first, context)
             layers.append(layer_state)
-        return self.head(self.ln_out(x)), State(tuple(layers))
+        return self.head(self.ln_out(x + branch)), State(tuple(layers))
 
 
 def toy_from(tensors: Mapping[str, Tensor], source: object) -> SelfToy | QKVToy:

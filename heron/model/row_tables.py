@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from heron.errors import ConfigError, DataError
 from heron.model.deep_embed import Brought, DeepEmbed, Where
 from heron.model.rwkv import RWKV
-from heron.ops import _select, rows
+from heron.ops import rows
+from heron.ops.rows import row_adamw_choice
 
 _PREFETCHED_BYTES = 4 << 30  # of moments at most: beyond that they are stepped where they lie, over the bus
 
@@ -47,7 +48,7 @@ class RowTables:
     Args:
         model: with one DeepEmbed table a layer or more, of any variant.
         device: where the rest of it goes.
-        storage: "host", or "device" on a GPU that :func:`heron.ops._select.row_adamw` has kernels for.
+        storage: "host", or "device" on a GPU that :func:`heron.ops.rows.row_adamw_choice` has kernels for.
 
     Raises:
         ConfigError: a model without tables; tables on a device that can't step them by rows.
@@ -63,7 +64,7 @@ class RowTables:
                 f"tables {storage}: variant {model.config.variant} has no DeepEmbed tables; drop the setting"
             )
         self._modules, self._device, self._pins = modules, device, device.type == "cuda"
-        self._by_kernel = self._pins and _select.row_adamw(device, modules[0].weight.dtype).impl == "cuda"
+        self._by_kernel = self._pins and row_adamw_choice(device, modules[0].weight.dtype).impl == "cuda"
         if storage == "device" and not self._by_kernel:
             raise ConfigError(f'tables device: {device} has no kernels that step them by rows; use storage "host"')
         self.rows: list[Tensor] = []  # (n or more, width) of each table in `weights`; empty outside a step
@@ -372,7 +373,7 @@ def row_tables(model: RWKV, device: torch.device, storage: str) -> RowTables | N
     if storage == "host":
         return RowTables(model, device, storage)
     by_rows = device.type == "cuda" and any(isinstance(module, DeepEmbed) for module in model.modules())
-    if by_rows and _select.row_adamw(device, next(model.parameters()).dtype).impl == "cuda":
+    if by_rows and row_adamw_choice(device, next(model.parameters()).dtype).impl == "cuda":
         return RowTables(model, device, storage)
     return None
 

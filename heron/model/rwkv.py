@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +18,10 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import DeepEmbed, Lookup
 from heron.model.init import initialize
-from heron.model.plain import is_plain
-from heron.model.rosa import RosaBlock, RosaQKV
-from heron.model.state import LayerState, State
+from heron.model.plain import has_hooks, is_plain
+from heron.model.rosa import RosaQKV
+from heron.model.shift import normed_and_mixed
+from heron.model.state import LayerState, State, States
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
 
@@ -32,74 +34,97 @@ _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 class Block(nn.Module):
     """Time mixing and channel mixing, each on a LayerNorm of the residual stream and added to it.
 
-    In v7b and v8-hybrid a third branch, DeepEmbedAttention, reads the residual stream itself; ROSA can be one more.
+    In v7b and v8-hybrid a third branch, DeepEmbedAttention, reads the residual stream itself; ROSA can be one more. A
+    rosa-lm has ROSA in the place of time mixing.
+
+    `compiled` stands in for :meth:`mix` where gradients are wanted; :mod:`heron.compilation` sets it. A module in the
+    block that has hooks is called as it is written: compiled code would not know of a hook that came later.
     """
+
+    compiled: Callable[..., tuple[Tensor, Tensor, LayerState | None, Tensor | None]] | None = None
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         if layer == 0:
             self.ln0 = nn.LayerNorm(config.n_embd)  # applied to the embedding, where config.has_ln0
-        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln1 = nn.LayerNorm(config.n_embd) if config.has_time_mix else None
         self.ln2 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config, layer)
+        self.att = TimeMix(config, layer) if config.has_time_mix else None
         self.qkv = _ATTENTION[config.variant](config) if config.has_attention else None
         self.ffn = ChannelMix(config)
         self.ln3 = nn.LayerNorm(config.n_embd) if config.rosa else None
         self.rosa = RosaQKV(config.n_embd, config.rosa) if config.rosa else None
 
     def forward(
-        self, x: Tensor, state: LayerState, v_first: Tensor | None, context: Lookup, window: int | None
-    ) -> tuple[Tensor, LayerState, Tensor]:
-        """x (B, T, C) -> x (B, T, C), the block's new state, and layer 0's values for the blocks above.
-
-        `context` is every token that attention can see, the T of x last; without attention it is those T.
-        """
-        of_table = self.ffn.table_rows(context.last(x.shape[1]))
-        return self.branches(x, state, v_first, of_table, context, window)
-
-    def from_zero(
-        self, x: Tensor, branch: Tensor | None, v_first: Tensor | None, of_table: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`forward` from a zero state that nobody reads afterwards, without attention or ROSA.
-
-        It is what a training step needs, and what :mod:`heron.compilation` compiles. The residual stream goes from
-        block to block in two parts, for their sum belongs to the one kernel with the norm behind it.
-
-        Args:
-            x: (B, T, C).
-            branch: (B, T, C), what the block before has to add to x; None: nothing.
-            v_first: as for :meth:`branches`.
-            of_table: too, but a gate on the output is left to the caller: its gradient is summed in one order there.
-
-        Returns:
-            x, what this block has to add to it, and layer 0's values for the blocks above.
-        """
-        x, mixed = ops.shift_mix(x, branch, self.ln1.weight, self.ln1.bias, self.att.mixes, self.ln1.eps)
-        branch, _, v_first = self.att.from_mixed(mixed, None, v_first)
-        x, mixed = ops.shift_mix(x, branch, self.ln2.weight, self.ln2.bias, self.ffn.mixes, self.ln2.eps)
-        return x, self.ffn.from_mixed(mixed[0], mixed[-1], of_table), v_first
-
-    def branches(
         self,
         x: Tensor,
-        state: LayerState,
+        branch: Tensor | None,
+        state: LayerState | None,
+        v_first: Tensor | None,
+        context: Lookup,
+        window: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, Tensor, LayerState | None, Tensor | None]:
+        """One block. The residual stream goes from block to block in two parts: their sum belongs to the next norm.
+
+        Args:
+            x: (B, T, C), the residual stream but for `branch`.
+            branch: (B, T, C), what the block before has to add to it; None: nothing.
+            state: what the sequences left off with; None: zeros, for blocks of time mixing alone.
+            v_first: (B, T, C), layer 0's values; None in layer 0.
+            context: every token that attention can see, the T of x last; without attention it is those T.
+            window: how many tokens attention sees; None: all.
+            cu_seqlens: where packed sequences begin (:func:`heron.ops.wkv7`), for blocks of time mixing alone.
+            keep_state: whether the new state is wanted. Where it is not, its gradient need not be computed either.
+
+        Returns:
+            x, what this block has to add to it, the new state or None, and layer 0's values for the blocks above.
+        """
+        tokens = context.last(x.shape[1])
+        mix = self.compiled if self._runs_compiled() else Block.mix
+        # Tables are looked up out here: compiled, the gradients of their rows would be summed in an order that changes.
+        of_table = self.ffn.table_rows(tokens)
+        seen = None if self.qkv is None else context
+        x, branch, state, v_first = mix(self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state)
+        return x, self.ffn.gate(branch, tokens.ids), state, v_first
+
+    def _runs_compiled(self) -> bool:
+        if self.compiled is None or not torch.is_grad_enabled():
+            return False
+        return not any(has_hooks(module) for module in self.modules() if module is not self)
+
+    def mix(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        state: LayerState | None,
         v_first: Tensor | None,
         of_table: Tensor | None,
         context: Lookup | None,
         window: int | None,
-    ) -> tuple[Tensor, LayerState, Tensor]:
-        """:meth:`forward` with the rows of the block's own table looked up: `of_table` (B, T, width), None without."""
-        out, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first)
-        attention = rosa = None
+        cu_seqlens: Tensor | None,
+        keep_state: bool,
+    ) -> tuple[Tensor, Tensor, LayerState | None, Tensor | None]:
+        """:meth:`forward` between the tables: `of_table` (B, T, width) are the channel mix's rows, if it has any."""
+        old = LayerState(None, None, None) if state is None else state
+        att_shift, wkv, attention, rosa = old.att_shift, old.wkv, None, None
+        if self.att is not None:
+            x, branch, att_shift, wkv, v_first = self.att(
+                partial(normed_and_mixed, self.ln1), x, branch, old.att_shift, old.wkv, v_first, cu_seqlens
+            )
+        elif branch is not None:
+            x, branch = x + branch, None
         if self.qkv is not None:
-            looked_back, attention = self.qkv(x, state.attention, context, window)
-            out = out + looked_back
+            looked_back, attention = self.qkv(x, old.attention, context, window)
+            branch = branch + looked_back
         if self.rosa is not None:
-            recalled, rosa = self.rosa(self.ln3(x), state.rosa)
-            out = out + recalled
-        x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, of_table)
-        return x + out, LayerState(att_shift, wkv, ffn_shift, attention, rosa), v_first
+            recalled, rosa = self.rosa(self.ln3(x), old.rosa)
+            branch = recalled if branch is None else branch + recalled
+        x, branch, ffn_shift = self.ffn(
+            partial(normed_and_mixed, self.ln2), x, branch, old.ffn_shift, of_table, cu_seqlens
+        )
+        return x, branch, LayerState(att_shift, wkv, ffn_shift, attention, rosa) if keep_state else None, v_first
 
 
 class _Call(nn.Module):
@@ -117,12 +142,12 @@ class _Call(nn.Module):
 class RWKV(nn.Module):
     """An RWKV-7 or RWKV-8 language model. `state_dict()` is the upstream .pth format, key for key.
 
-    It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`. Three plain
-    attributes say how it runs: `grad_checkpoint`; `attention_window`, which bounds what DeepEmbedAttention (v7b,
-    v8-hybrid) reads and remembers (upstream has no such bound); and `compiled_block`.
+    It starts from the reference initial values (:mod:`heron.model.init`), seeded by `torch.manual_seed`. Two plain
+    attributes say how it runs: `grad_checkpoint`, and `attention_window`, which bounds what DeepEmbedAttention (v7b,
+    v8-hybrid) reads and remembers (upstream has no such bound).
 
     A linear layer, an embedding or a norm may be replaced or hooked (adapters, quantized layers): what is not plain is
-    called. `compiled_block` alone reads the weights of ln1, ln2 and ln_x; it is for networks whose norms are plain.
+    called.
     """
 
     def __init__(self, config: ModelConfig | str | Mapping[str, Any]):
@@ -137,14 +162,12 @@ class RWKV(nn.Module):
             raise ConfigError(f"model: wanted a ModelConfig, a preset's name or a mapping, got {kind}")
         self.config = config
         self.grad_checkpoint = False  # recompute each block in the backward pass
-        self.compiled_block: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # Block.from_zero, for `loss`
         self.mixes_dtypes = False  # whether weights were loaded in several dtypes: they compute in the widest of them
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
             self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-            block = Block if config.has_time_mix else RosaBlock
-            self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_out = nn.LayerNorm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         device = torch.get_default_device()
@@ -152,62 +175,106 @@ class RWKV(nn.Module):
             self.to_empty(device=device)
             initialize(self, config)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: States | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, States]:
         """Next-token logits of a batch of sequences.
 
         Args:
             tokens: (B, T) integer ids, T >= 1; lists and NumPy arrays of such are taken as well.
             state: what the sequences left off with; None: zeros. Never changed in place; gradients flow into it.
+            cu_seqlens: (n_seq + 1,) int32 or int64 on the device of `tokens`: sequences packed along T with B = 1, as
+                in :func:`heron.ops.wkv7`. Each is as if it were alone, with a state of its own.
 
         Returns:
-            logits (B, T, V) and the state after the last token.
+            logits (B, T, V) and the state after the last token. With `cu_seqlens` that is a state of n_seq sequences;
+            of a model whose states grow (attention, ROSA) it is a tuple of n_seq states, and so is `state`.
 
         Raises:
             DataError: T = 0, wrong shape or dtype, an id outside the vocabulary.
-            ConfigError: a state of another model or batch size, or none at all; an attention_window below 1.
+            ConfigError: a state of another model or batch size, or none at all; an attention_window below 1;
+                `cu_seqlens` that do not go from 0 to T.
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.forward, tokens, state)
-        hidden, state = self.hidden_states(tokens, state)
+            return self._in_dtype(widest, RWKV.forward, tokens, state, cu_seqlens)
+        hidden, state = self.hidden_states(tokens, state, cu_seqlens)
         return self.head(hidden), state
 
     def hidden_states(
-        self, tokens: Tensor, state: State | None = None, embeddings: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+        self,
+        tokens: Tensor,
+        state: States | None = None,
+        cu_seqlens: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, States | None]:
         """As :meth:`forward`, without the head: (B, T) ids -> (B, T, C) outputs of ln_out, and the new state.
 
-        `embeddings` (B, T, C) stand in for the rows of emb; tables are still looked up by the ids.
+        `embeddings` (B, T, C) stand in for the rows of emb; tables are still looked up by the ids. Without `keep_state`
+        no state is returned.
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.hidden_states, tokens, state, embeddings)
+            return self._in_dtype(widest, RWKV.hidden_states, tokens, state, cu_seqlens, embeddings, keep_state)
         tokens = self._checked_tokens(tokens)
         window = self.attention_window
         if window is not None and window < 1:
             raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
+        n_seq = tokens.shape[0] if cu_seqlens is None else _check_packed(tokens, cu_seqlens)
+        if cu_seqlens is not None and self.config.state_grows:
+            return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state)
         rows = self.emb(tokens) if embeddings is None else embeddings
         if state is None:
-            state = State.zeros(self.config, tokens.shape[0], tokens.device, rows.dtype)
+            zeros = State.zeros(self.config, n_seq, tokens.device, rows.dtype) if self.config.state_grows else None
+            old, past = (None,) * len(self.blocks) if zeros is None else zeros.layers, zeros and zeros.tokens
         elif not isinstance(state, State):
             raise ConfigError(f"state: wanted a State, got {type(state).__name__}; State.from_list makes one of a list")
         else:
-            state.check(self.config, tokens.shape[0])
+            state.check(self.config, n_seq)
+            old, past = state.layers, state.tokens  # the ids of the context, where attention needs them
 
-        past = state.tokens  # the ids of the context, where attention needs them
         ids = tokens if past is None else torch.cat((past, tokens), dim=1)
         rows = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
         context = Lookup(ids, self._first_norm(rows))
         x = context.last(tokens.shape[1]).embedded  # (B, T, C)
-        v_first, layers = None, []
-        for block, layer_state in zip(self.blocks, state.layers, strict=True):
-            arguments = (x, layer_state, v_first, context, window)
+        branch, v_first, new = None, None, []
+        for block, layer_state in zip(self.blocks, old, strict=True):
+            arguments = (x, branch, layer_state, v_first, context, window, cu_seqlens, keep_state)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 # With its random state: an adapter may drop activations, and must drop the same ones again.
-                x, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False)
+                x, branch, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, layer_state, v_first = block(*arguments)
-            layers.append(layer_state)
-        state = State(tuple(layers), None if past is None else ids)
-        return self.ln_out(x), state if window is None else state.latest(window)
+                x, branch, layer_state, v_first = block(*arguments)
+            new.append(layer_state)
+        hidden = self.ln_out(x + branch)
+        if not keep_state:
+            return hidden, None
+        state = State(tuple(new), None if past is None else ids)
+        return hidden, state if window is None else state.latest(window)
+
+    def _one_after_another(
+        self,
+        tokens: Tensor,
+        states: States | None,
+        cu_seqlens: Tensor,
+        embeddings: Tensor | None,
+        keep_state: bool,
+    ) -> tuple[Tensor, tuple[State, ...] | None]:
+        """:meth:`hidden_states` of packed sequences whose states have different lengths: each in a pass of its own."""
+        offsets = cu_seqlens.tolist()
+        n_seq = len(offsets) - 1
+        if states is not None and (not isinstance(states, tuple) or len(states) != n_seq):
+            raise ConfigError(f"state: wanted a tuple of {n_seq} states, one a packed sequence, got {_kind(states)}")
+        outputs, new = [], []
+        for i, (begin, end) in enumerate(pairwise(offsets)):
+            state = None if states is None else states[i]
+            if begin < end:
+                part = None if embeddings is None else embeddings[:, begin:end]
+                hidden, state = self.hidden_states(tokens[:, begin:end], state, None, part, keep_state)
+                outputs.append(hidden)
+            elif state is None:
+                state = State.zeros(self.config, 1, tokens.device, self.emb.weight.dtype)
+            new.append(state)
+        return torch.cat(outputs, dim=1), tuple(new) if keep_state else None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it."""
@@ -216,15 +283,15 @@ class RWKV(nn.Module):
     def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward."""
+    def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward.
+
+        `cu_seqlens` as for :meth:`forward`.
+        """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.loss, tokens, targets)
+            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens)
         targets = self._integers("targets", targets)
-        if self.compiled_block is not None and torch.is_grad_enabled():
-            hidden = self._compiled_hidden_states(tokens)
-        else:
-            hidden, _ = self.hidden_states(tokens)
+        hidden, _ = self.hidden_states(tokens, None, cu_seqlens, keep_state=False)
         return self.head_loss(hidden, targets)
 
     def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -242,7 +309,7 @@ class RWKV(nn.Module):
     def widest(self) -> torch.dtype | None:
         """The dtype in which weights that mix several compute; None where all but the tables have one."""
         dtypes = {parameter.dtype for _, parameter in self.in_products()}
-        return functools.reduce(torch.promote_types, dtypes) if len(dtypes) > 1 else None
+        return reduce(torch.promote_types, dtypes) if len(dtypes) > 1 else None
 
     def in_products(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that meet each other in sums and products, by name: all but tables, whose rows are cast."""
@@ -253,33 +320,6 @@ class RWKV(nn.Module):
         """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""
         cast = {f"model.{name}": tensor.to(dtype) for name, tensor in self.in_products()}
         return torch.func.functional_call(_Call(self, method), cast, arguments)
-
-    def _compiled_hidden_states(self, tokens: Tensor) -> Tensor:
-        """:meth:`hidden_states` from a zero state, block by compiled block.
-
-        Tables are looked up between the blocks: compiled, their gradients would be summed in an order that changes.
-        """
-        tokens = self._checked_tokens(tokens)
-        context = Lookup(tokens, self.embed(tokens))
-        x, branch, v_first = context.embedded, None, None
-        for block in self.blocks:
-            arguments = (block, x, branch, v_first, context)
-            if self.grad_checkpoint:
-                x, branch, v_first = checkpoint(
-                    self._run_compiled, *arguments, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, branch, v_first = self._run_compiled(*arguments)
-        return self.ln_out(x + branch)
-
-    def _run_compiled(
-        self, block: Block, x: Tensor, branch: Tensor | None, v_first: Tensor | None, context: Lookup
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ffn = block.ffn
-        gates_output = ffn.form == "output"
-        of_table = None if gates_output else ffn.table_rows(context)
-        x, branch, v_first = self.compiled_block(block, x, branch, v_first, of_table)
-        return x, ffn.enn.gate(branch, context.ids) if gates_output else branch, v_first
 
     def _integers(self, name: str, ids: Tensor | Sequence | np.ndarray) -> Tensor:
         """(B, T) int64 ids, from a tensor as from a list or an array; DataError for what is none."""
@@ -308,3 +348,25 @@ class RWKV(nn.Module):
                     f"got {int(low)} to {int(high)}"
                 )
         return tokens
+
+
+def _check_packed(tokens: Tensor, cu_seqlens: Tensor) -> int:
+    """The number of packed sequences; the host does not wait for a GPU to look at where they begin."""
+    fits = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
+    if not fits or tokens.shape[0] != 1 or cu_seqlens.device != tokens.device:
+        raise ConfigError(
+            f"cu_seqlens: wanted (n_seq + 1,) int32 or int64 on {tokens.device}, and tokens (1, T); got "
+            f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}, tokens {tuple(tokens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu":
+        ends_right = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens.shape[1]
+        if not ends_right or bool((cu_seqlens.diff() < 0).any()):
+            raise ConfigError(
+                f"cu_seqlens: wanted numbers from 0 to T = {tokens.shape[1]} that never decrease, "
+                f"got {cu_seqlens.tolist()}"
+            )
+    return len(cu_seqlens) - 1
+
+
+def _kind(states: object) -> str:
+    return f"{len(states)}" if isinstance(states, tuple) else type(states).__name__

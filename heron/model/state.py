@@ -237,14 +237,7 @@ def _put_together(parts: Iterable[Tensor], there: str) -> State:
 _pytree.register_pytree_node(State, _taken_apart, _put_together, serialized_type_name="heron.State")
 
 
-def shifted(x: Tensor, last: Tensor) -> Tensor:
-    """The previous token's vector at each position: x (B, T, C) moved by one, `last` (B, C) in front."""
-    return torch.cat((last.unsqueeze(1).to(x.dtype), x), dim=1)[:, :-1]  # T - 1 would be a size that T must not make 1
-
-
-def last_of(x: Tensor) -> Tensor:
-    """The last token's vector of x (B, T, C), as (B, C) of its own: a view would keep all T in memory."""
-    return x[:, -1].clone()
+States = State | tuple[State, ...]  # a tuple: of sequences whose states have different lengths, one each
 
 
 def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:

@@ -5,13 +5,14 @@ Equations: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py and rwkv_v7_demo.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from heron import ops
 from heron.config import ModelConfig
 from heron.model.plain import is_plain
-from heron.model.state import last_of, shifted
 from heron.ops.head_mix import ChannelWeights, Projected, head_mix_reference
 
 GROUP_NORM_EPS = 64e-5  # upstream keeps 64e-5 at every head size
@@ -42,42 +43,37 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(C, C, bias=False)
         self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS)
 
-    def forward(
-        self, x: Tensor, last_x: Tensor, wkv_state: Tensor, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mix along time.
-
-        Args:
-            x: (B, T, C), the output of ln1.
-            last_x: (B, C), the same of the token before.
-            wkv_state: (B, H, N, N), fp32.
-            v_first: (B, T, C), layer 0's values; None in layer 0.
-
-        Returns:
-            The branch's output (B, T, C), the new last_x, the new wkv_state, and v_first for the layers above.
-        """
-        delta = shifted(x, last_x) - x
-        mixed = [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in self.mixes]
-        out, wkv_state, v_first = self.from_mixed(mixed, wkv_state, v_first)
-        return out, last_of(x), wkv_state, v_first
-
     @property
     def mixes(self) -> list[Tensor]:
         """How much of the token before is in each of the six inputs, (1, 1, C)."""
         return [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
 
-    def from_mixed(
-        self, mixed: list[Tensor], wkv_state: Tensor | None, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`forward` behind the token shift.
+    def forward(
+        self,
+        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
+        x: Tensor,
+        branch: Tensor | None,
+        last: Tensor | None,
+        wkv_state: Tensor | None,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Mix along time.
 
         Args:
-            mixed: six of (B, T, C), in the order of `mixes`.
-            wkv_state: None: zeros.
+            begin: :func:`heron.model.shift.normed_and_mixed` with ln1. Not ln1 itself: accelerate moves what a module
+                is called with.
+            x, branch: (B, T, C), the residual stream in two parts; see :meth:`heron.model.rwkv.Block.forward`.
+            last: (n_seq, C), the normed token before each sequence; None: zeros.
+            wkv_state: (n_seq, H, N, N) fp32; None: zeros.
+            v_first: (B, T, C), layer 0's values; None in layer 0.
+            cu_seqlens: where packed sequences begin; see :func:`heron.ops.wkv7`. None: n_seq is B.
 
         Returns:
-            The branch's output (B, T, C), the new wkv_state, and v_first for the layers above.
+            The residual stream x + branch, what time mixing has to add to it (B, T, C), the new last, the new
+            wkv_state, and v_first for the layers above.
         """
+        x, mixed, last = begin(x, branch, self.mixes, last, cu_seqlens)
         x_r, x_w, x_k, x_v, x_a, x_g = mixed
         v = self.value(x_v)
         inputs = Projected(
@@ -92,10 +88,10 @@ class TimeMix(nn.Module):
         )
         weights = self.channel_weights(v_first is not None)
         if is_plain(self.ln_x, nn.GroupNorm):
-            y, wkv_state = ops.head_mix(inputs, weights, wkv_state)
+            y, wkv_state = ops.head_mix(inputs, weights, wkv_state, cu_seqlens)
         else:  # a kernel would not call it
-            y, wkv_state = head_mix_reference(inputs, weights, wkv_state, self.ln_x)
-        return self.output(y), wkv_state, v if v_first is None else v_first
+            y, wkv_state = head_mix_reference(inputs, weights, wkv_state, cu_seqlens, self.ln_x)
+        return x, self.output(y), last, wkv_state, v if v_first is None else v_first
 
     def channel_weights(self, mixes_v_first: bool) -> ChannelWeights:
         """The weights of single channels, as ops.head_mix takes them."""

@@ -20,7 +20,7 @@ def no_threads(monkeypatch):
         left = [n]
 
         def refuse(thread):
-            left[0] -= 1
+            left[0] -= thread.name != "heron-progress"  # which does without
             if left[0] < 0:
                 raise RuntimeError("can't start new thread")
             start(thread)

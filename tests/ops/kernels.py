@@ -7,13 +7,12 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from heron.errors import KernelError
-from heron.ops._select import Choice
+from heron.ops._choice import Choice, NativeForm
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 BFLOAT16, HALF = "__nv_bfloat16", "__half"
@@ -60,28 +59,26 @@ def check_that_none_spills(
 def check_that_a_failed_build_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
-    cuda: ModuleType,
+    form: NativeForm,
     choose: Callable[[], Choice],
     impl: str,
     name: str,
-    what: str,
 ) -> None:
     """Assert that without nvcc `choose` twice takes `impl` for that reason, and says so once.
 
     Args:
-        cuda: the op's module, whose `library` fails.
+        form: of the op, whose `load` fails.
         name: what the build calls the kernels.
-        what: what they are for, as stderr has it.
     """
 
     def fail(capability):
         raise KernelError(f"{name}: no nvcc")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "library", fail)
+    monkeypatch.setattr(form, "load", fail)
     for _ in range(2):
         choice = choose()
         assert choice.impl == impl
         assert f"{name}: no nvcc" in choice.reason
-    said = f"heron: going on with the slower form of {what} in PyTorch: {name}: no nvcc\n"
+    said = f"heron: going on with the slower form of {form.what} in PyTorch: {name}: no nvcc\n"
     assert capsys.readouterr().err == said

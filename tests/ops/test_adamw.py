@@ -123,7 +123,7 @@ def test_a_step_that_is_held_back_changes_nothing(dtype, impl):
     ("change", "said"),
     [
         (dict(impl="gpu"), "impl must be auto, reference, fused, cuda; got 'gpu'"),
-        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+        (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
         (dict(steps=[]), "as many steps as weights, 2; got 0"),
         (dict(copies=[torch.zeros(1)]), "as many copies as weights, 2; got 1"),
     ],
@@ -323,7 +323,7 @@ def test_the_kernel_refuses_what_it_cannot_take():
         stepped(parts, wrong, "cuda")
     with pytest.raises(RuntimeError, match="gradients must be contiguous, of the shape"):
         stepped(parts, gradients_of(SHAPES[::-1], 0, device=GPU), "cuda")
-    with pytest.raises(KernelError, match="weights in fp32"):
+    with pytest.raises(KernelError, match="it takes fp32, not"):
         stepped(clones(parts, torch.float64), gradients_of(SHAPES, 0, device=GPU), "cuda")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from heron.errors import KernelError
-from heron.ops import _build, _select, head_mix
-from heron.ops.head_mix import ChannelWeights, Projected, cuda
+from heron.ops import _build, _choice, head_mix
+from heron.ops.head_mix import _FORMS, ChannelWeights, Projected, cuda, head_mix_choice
 from tests.ops import emulator
 from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
@@ -78,12 +79,12 @@ def distances(got, want):
     return {name: float((a - b).norm() / b.norm().clamp_min(1e-12)) for name, (a, b) in pairs.items()}
 
 
-def compare_with_fp64(got, given, dtype):
+def compare_with_fp64(got, given, dtype, offsets=None):
     """Within TOLERANCE, or twice the error of PyTorch in the same dtype."""
-    want = results(*in_fp64(*given), impl="reference")
+    want = results(*in_fp64(*given), impl="reference", cu_seqlens=offsets)
     assert got.keys() == want.keys()
     assert all(got[name].dtype == (FP32 if "state" in name else dtype) for name in got)
-    away, eager = distances(got, want), distances(results(*given, impl="reference"), want)
+    away, eager = distances(got, want), distances(results(*given, impl="reference", cu_seqlens=offsets), want)
     assert all(away[name] <= max(TOLERANCE[dtype], 2 * eager[name]) for name in away), (away, eager)
 
 
@@ -92,7 +93,7 @@ def compare_with_fp64(got, given, dtype):
 def test_the_definition_is_its_equations(first, impl):
     B, T, H, N = 2, 3, 2, 5
     inputs, weights, state, _ = problem(B, T, H, N, first=first)
-    y, final = head_mix(inputs, weights, state, impl)
+    y, final = head_mix(inputs, weights, state, impl=impl)
     flat = {name: x.flatten() for name, x in weights._asdict().items() if isinstance(x, Tensor)}
     for b, h in ((0, 1), (1, 0)):
         own = slice(h * N, (h + 1) * N)
@@ -120,6 +121,39 @@ def test_without_a_state_it_starts_from_zeros():
     inputs, weights, state, _ = problem(1, 3, 2, 16)
     for got, want in zip(head_mix(inputs, weights), head_mix(inputs, weights, torch.zeros_like(state)), strict=True):
         assert torch.equal(got, want)
+
+
+def packed(lengths, H, N, dtype=FP64, first=True, device="cpu"):
+    """A problem of sequences of these lengths, packed, with a state for each; and their cu_seqlens."""
+    inputs, weights, _, (d_y, _) = problem(1, sum(lengths), H, N, dtype, first, device=device)
+    *_, state, (_, d_state) = problem(len(lengths), 1, H, N, dtype, first, seed=1, device=device)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
+    return (inputs, weights, state, (d_y, d_state)), offsets
+
+
+def results_alone(inputs, weights, state, gradients, offsets, **options):
+    """As `results` of packed sequences, with each in a call of its own."""
+    ys, finals = [], []
+    for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        if begin == end:
+            finals.append(state[i : i + 1])
+            continue
+        own = Projected(*(None if x is None else x[:, begin:end] for x in inputs))
+        y, final = head_mix(own, weights, state[i : i + 1], **options)
+        ys.append(y)
+        finals.append(final)
+    out = torch.cat(ys, dim=1), torch.cat(finals)
+    return {"y": out[0], "state": out[1]} | gradients_of(out, leaves_of(inputs, weights, state), gradients)
+
+
+LENGTHS = [0, 3, 1, 0, 13, 0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_packed_sequences_are_as_each_alone(first):
+    given, offsets = packed(LENGTHS, 2, 16, first=first)
+    got, want = results(*given, cu_seqlens=offsets), results_alone(*given, offsets)
+    assert max(distances(got, want).values()) < 1e-11
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +218,7 @@ def kernels_on_cpu():
 @pytest.fixture
 def emulated(kernels_on_cpu, monkeypatch):
     """impl="cuda" runs on a CPU."""
-    monkeypatch.setattr(cuda, "require", lambda *_: None)
+    monkeypatch.setattr(cuda.FORM, "require", lambda *_: None)
 
 
 SHAPES = [(3, 1, 3, 16), (3, 5, 1, 64), (3, 33, 1, 64), (1, 33, 3, 16), (1, 5, 2, 128), (1, 4, 40, 32)]
@@ -238,6 +272,19 @@ def test_without_gradients_it_is_the_same_and_nothing_is_kept(emulated, tokens):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("lengths", [LENGTHS, [1, 2, 0, 3]], ids=str)
+def test_packed_sequences_by_the_kernels_source_are_near_fp64(emulated, dtype, first, lengths):
+    given, offsets = packed(lengths, 2, 16, dtype, first)
+    compare_with_fp64(results(*given, impl="cuda", cu_seqlens=offsets), given, dtype, offsets)
+    with torch.no_grad():
+        got = head_mix(*given[:3], offsets, "cuda")
+    for one, other in zip(got, head_mix(*given[:3], offsets, "cuda"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 if dtype == BF16 else 1e-5)
+
+
+@needs_compiler
 def test_only_some_leaves_may_want_a_gradient(emulated):
     inputs, weights, state, gradients = problem(1, 3, 2, 16, FP32)
     every = results(inputs, weights, state, gradients, impl="cuda")
@@ -277,7 +324,7 @@ def test_it_is_traced_with_its_gradients(emulated, tokens, first):
 def test_it_can_be_computed_again_in_the_backward(emulated):
     *given, gradients = problem(1, 12, 2, 16, FP32)
     want = results(*given, gradients, impl="cuda")
-    out = checkpoint(head_mix, *given, "cuda", use_reentrant=False)
+    out = checkpoint(head_mix, *given, None, "cuda", use_reentrant=False)
     got = gradients_of(out, leaves_of(*given), gradients)
     assert all(torch.equal(got[name], want[name]) for name in got)
 
@@ -289,10 +336,9 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
     model.loss(tokens, targets).backward()
     want = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr(_select, "head_mix", lambda *_: _select.Choice("cuda", "emulated"))
-    before = cuda.head_mix_cuda
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "emulated"))
     calls = []
-    monkeypatch.setattr(cuda, "head_mix_cuda", lambda *a: (calls.append(a), before(*a))[1])
+    monkeypatch.setitem(_FORMS, "cuda", lambda *a: (calls.append(a), cuda.head_mix_cuda(*a))[1])
     model.loss(tokens, targets).backward()
     assert len(calls) == 3  # layers
     got = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
@@ -308,7 +354,7 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
     ("change", "message"),
     [
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
-        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu; use impl="auto"'),
+        (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu; use impl="auto"'),
         (dict(r=torch.zeros(1, 32)), r"r must be \(B, T, C\) with T >= 1, got \(1, 32\)"),
         (dict(k=torch.zeros(1, 2, 16)), r"k must have the shape of r, \(1, 3, 32\); got \(1, 2, 16\)"),
         (dict(v_first=None), "value, v_first and v0 come together, or not at all"),
@@ -316,7 +362,7 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
         (dict(r_k=torch.zeros(32)), r"r_k must be \(H, N\) with H N = C = 32, got \(32,\)"),
         (dict(k_a=torch.zeros(16)), r"k_a must have C = 32 values; got \(16,\)"),
         (dict(state=torch.zeros(1, 2, 16, 8)), r"state must be .* \(1, 2, 16, 16\)"),
-        (dict(gate=torch.zeros(1, 3, 32).half(), impl="cuda"), "one dtype, that of r, torch.float32; gate is torch"),
+        (dict(gate=torch.zeros(1, 3, 32).half(), impl="cuda"), "in the dtype of r, torch.float32, and gate is torch"),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
@@ -324,35 +370,44 @@ def test_unfit_arguments_are_refused_in_words(change, message):
     inputs = inputs._replace(**{name: x for name, x in change.items() if name in Projected._fields})
     weights = weights._replace(**{name: x for name, x in change.items() if name in ChannelWeights._fields})
     with pytest.raises(KernelError, match=message):
-        head_mix(inputs, weights, change.get("state", state), change.get("impl", "auto"))
+        head_mix(inputs, weights, change.get("state", state), impl=change.get("impl", "auto"))
 
 
 def test_heads_that_the_kernels_do_not_know_are_named():
     reason = cuda.why_not(torch.device("cuda"), torch.float16, 64)
-    assert reason == "takes fp32 and bf16 with N = 16, 32, 64 or 128; got torch.float16 with N = 64"
-    assert "N = 48" in cuda.why_not(torch.device("cuda"), BF16, 48)
+    assert reason == "it takes fp32 and bf16, not torch.float16"
+    assert cuda.why_not(torch.device("cuda"), BF16, 48) == "it takes heads of 16, 32, 64, 128, not of 48"
 
 
 def test_mixed_dtypes_take_the_definition(monkeypatch):
-    monkeypatch.setattr(_select, "head_mix", lambda *_: _select.Choice("cuda", "for once"))
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "for once"))
     inputs, weights, state, _ = problem(1, 3, 2, 16, FP32)
     half = inputs._replace(k=inputs.k.detach().half().float())  # the same number in both
-    want = head_mix(half, weights, state, "reference")
+    want = head_mix(half, weights, state, impl="reference")
     got = head_mix(half._replace(k=half.k.half()), weights, state)
     torch.testing.assert_close(got[0], want[0], rtol=1e-3, atol=1e-3)
 
 
 def test_kernels_that_cannot_be_built_are_said_once(monkeypatch, capsys):
-    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
-    monkeypatch.setattr(_select, "_why_no_wkv7_kernels", lambda *_: None)
-    said = cuda, lambda: _select.head_mix(torch.device("cuda")), "reference", "head_mix", "the heads of the time mix"
+    monkeypatch.setattr(cuda.FORM, "why_not", lambda *_: None)
+    said = (
+        cuda.FORM,
+        lambda: head_mix_choice(torch.device("cuda")),
+        "reference",
+        "head_mix",
+    )
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
 def test_without_wkv7s_kernels_there_are_none(monkeypatch):
-    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
-    monkeypatch.setattr(_select, "_why_no_wkv7_kernels", lambda *_: "no nvcc for WKV7")
-    choice = _select.head_mix(torch.device("cuda"))
+    def fail():
+        raise KernelError("no nvcc for WKV7")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda.FORM, "why_not", lambda *_: None)
+    monkeypatch.setattr(cuda.wkv7_cuda, "build", fail)
+    cuda.library.cache_clear()
+    choice = head_mix_choice(torch.device("cuda"))
     assert choice.impl == "reference"
     assert "no nvcc for WKV7" in choice.reason
 
@@ -383,6 +438,13 @@ def test_the_kernels_are_near_fp64(shape, dtype, first):
 
 
 @pytest.mark.parametrize("first", [pytest.param(first, marks=needs_gpu) for first in (True, False)])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_packed_sequences_by_the_kernels_are_near_fp64(first, dtype):
+    given, offsets = packed([700, 1, 0, 33, 0, 265], 3, 64, dtype, first, device="cuda")
+    compare_with_fp64(results(*given, impl="cuda", cu_seqlens=offsets), given, dtype, offsets)
+
+
+@pytest.mark.parametrize("first", [pytest.param(first, marks=needs_gpu) for first in (True, False)])
 def test_the_kernels_are_near_fp64_at_a_models_size(first):
     given = problem(4, 512, 12, 64, BF16, first, device="cuda")
     compare_with_fp64(results(*given, impl="cuda"), given, BF16)
@@ -390,7 +452,7 @@ def test_the_kernels_are_near_fp64_at_a_models_size(first):
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=needs_gpu) for tokens in (3, 70)])
 def test_a_graph_replays_it(tokens):
-    cuda.require(torch.device("cuda"), BF16, 64)  # nothing is built or loaded while a graph is recorded
+    cuda.FORM.require(torch.device("cuda"), BF16, 64)  # nothing is built or loaded while a graph is recorded
     given = problem(2, tokens, 3, 64, BF16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from heron.errors import KernelError
-from heron.ops import _build, _select, head_step, wkv7
-from heron.ops.head_step import HeadInputs, HeadWeights, cuda
+from heron.ops import _build, head_step, wkv7
+from heron.ops.head_step import HeadInputs, HeadWeights, cuda, head_step_choice
 from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+GPU = torch.device("cuda")
 
 
 def problem(n, H, N, dtype, mixes=True, device="cpu", seed=0):
@@ -114,7 +115,7 @@ def test_a_removal_key_of_zeros_removes_nothing(emulated):
         (dict(wkv=torch.zeros(1, 2, 16, 8)), r"wkv must be \(n, H, N, N\), got \(1, 2, 16, 8\)"),
         (dict(wkv=torch.zeros(1, 2, 16, 16).double()), "wkv must be .* torch.float32"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
-        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+        (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
@@ -126,13 +127,18 @@ def test_unfit_arguments_are_refused_in_words(change, message):
 
 
 def test_heads_that_the_kernel_does_not_know_are_named():
-    assert cuda.why_not(BF16, 64) is None
-    assert cuda.why_not(FP64, 64) == "it takes fp32, bf16 and fp16, not torch.float64"
-    assert cuda.why_not(BF16, 48) == "it takes heads of 16, 32, 64, 128, not of 48"
+    assert cuda.why_not(GPU, BF16, 64) is None
+    assert cuda.why_not(GPU, FP64, 64) == "it takes fp32, bf16 and fp16, not torch.float64"
+    assert cuda.why_not(GPU, BF16, 48) == "it takes heads of 16, 32, 64, 128, not of 48"
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    said = cuda, lambda: _select.head_step(torch.device("cuda")), "reference", "head_step", "the time mix of one token"
+    said = (
+        cuda.FORM,
+        lambda: head_step_choice(torch.device("cuda")),
+        "reference",
+        "head_step",
+    )
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heron.errors import KernelError
-from heron.ops import _select, linear_cross_entropy
-from heron.ops.linear_cross_entropy import cuda
+from heron.ops import linear_cross_entropy
+from heron.ops.linear_cross_entropy import cuda, linear_cross_entropy_choice
 from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
 from tests.ops.kernels import (
     BFLOAT16,
@@ -257,7 +257,7 @@ def test_kernel_rows_equal_those_of_pytorch(gpu_problem, vocab):
     """Ties go to the lowest index, rows that do not count give nothing, infinite and undefined logits as in PyTorch."""
     module = importlib.import_module("heron.ops.linear_cross_entropy.chunked")
     (_, _), _ = gpu_problem(1, 1)
-    cuda.require(torch.device("cuda"), torch.float32)
+    cuda.FORM.require(torch.device("cuda"), torch.float32)
     logits = torch.randn(12, vocab, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     logits[1] = 2.0
     logits[2, [5, 700]] = 50.0
@@ -279,23 +279,23 @@ def test_kernel_rows_equal_those_of_pytorch(gpu_problem, vocab):
 @pytest.mark.gpu
 def test_auto_takes_the_kernel_on_a_gpu(gpu_problem):
     sides, targets = gpu_problem(5, 40)
-    assert _select.linear_cross_entropy(torch.device("cuda")).impl == "cuda"
+    assert linear_cross_entropy_choice(torch.device("cuda")).impl == "cuda"
     with torch.autocast("cuda", torch.bfloat16):
         loss = linear_cross_entropy(*(x.float() for x in sides), targets)
     assert loss.dtype == torch.float32
-    assert _select.linear_cross_entropy(torch.device("cuda"), torch.float64).impl == "chunked"
-    with pytest.raises(KernelError, match="takes fp32, bf16 and fp16, got torch.float64"):
+    assert linear_cross_entropy_choice(torch.device("cuda"), torch.float64).impl == "chunked"
+    with pytest.raises(KernelError, match="takes fp32, bf16 and fp16, not torch.float64"):
         linear_cross_entropy(*sides, targets, impl="cuda")
 
 
 def test_without_a_device_it_says_what_to_type():
     hidden, weight, targets = problem()
-    with pytest.raises(KernelError, match='impl="cuda" needs tensors on a CUDA device, got cpu; use impl="auto"'):
+    with pytest.raises(KernelError, match='impl="cuda": it needs tensors on a CUDA device, got cpu; use impl="auto"'):
         linear_cross_entropy(hidden, weight, targets, impl="cuda")
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    said = cuda, lambda: _select.linear_cross_entropy(torch.device("cuda")), "chunked", "loss_rows", "the loss"
+    said = cuda.FORM, lambda: linear_cross_entropy_choice(torch.device("cuda")), "chunked", "loss_rows"
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 

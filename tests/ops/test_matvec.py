@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from heron.errors import KernelError
-from heron.ops import _build, _select, matvec
-from heron.ops.matvec import Product, cuda
+from heron.ops import _build, matvec
+from heron.ops.matvec import Product, cuda, matvec_choice
 from heron.ops.matvec.reference import ACTIVATIONS
 from tests.ops.kernels import (
     BFLOAT16,
@@ -22,6 +22,7 @@ from tests.ops.kernels import (
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GPU = torch.device("cuda")
 ROUNDING = {FP32: 1e-6, FP16: 5e-4, BF16: 4e-3}  # half a unit in the last place, relative, or more
 FORMS = [(name, factor, add) for name in ACTIVATIONS for factor in (False, True) for add in (False, True)]
 
@@ -151,7 +152,7 @@ def test_unfit_products_are_refused_in_words(change, message):
     ("impl", "message"),
     [
         ("fast", "impl must be auto, reference, cuda; got 'fast'"),
-        ("cuda", 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+        ("cuda", 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
     ],
 )
 def test_a_form_that_does_not_run_here_is_refused(impl, message):
@@ -173,7 +174,7 @@ def test_a_form_that_does_not_run_here_is_refused(impl, message):
     ],
 )
 def test_weights_that_the_kernel_cannot_read_are_named(weight, reason):
-    said = cuda.why_not(weight)
+    said = cuda.why_not(GPU, weight.dtype, [weight])
     assert said is None if reason is None else reason in said
 
 
@@ -184,7 +185,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
         def __getattr__(self, name):
             return getattr(torch.zeros(8, 8, dtype=BF16), name)
 
-    said = cuda, lambda: _select.matvec([OnDevice()]), "reference", "matvec", "products with one vector"
+    said = cuda.FORM, lambda: matvec_choice([OnDevice()]), "reference", "matvec"
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
@@ -212,7 +213,7 @@ def gpu():
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_kernel_multiplies_the_longest_vectors(gpu, dtype):
     some = products([(17, 48 * 1024 // dtype.itemsize), (2, 8)], dtype, gpu)
-    assert not any(cuda.why_not(product.weight) for product in some)
+    assert cuda.why_not(GPU, some[0].weight.dtype, [product.weight for product in some]) is None
     compare(matvec(some, impl="cuda"), some)
 
 

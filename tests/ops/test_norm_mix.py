@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from heron.errors import KernelError
-from heron.ops import _build, _select, norm_mix
-from heron.ops.norm_mix import cuda
+from heron.ops import _build, norm_mix
+from heron.ops.norm_mix import cuda, norm_mix_choice
 from tests.ops.kernels import (
     BFLOAT16,
     HALF,
@@ -21,6 +21,7 @@ from tests.ops.kernels import (
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+GPU = torch.device("cuda")
 TOLERANCES = {FP64: 1e-12, FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}
 
 
@@ -89,7 +90,7 @@ def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
         (dict(mixes=torch.zeros(3, 8).half()), "mixes must be .* torch.float16"),
         (dict(weight=torch.zeros(8, device="meta")), "must be on cpu; weight is on meta"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
-        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+        (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
@@ -99,13 +100,18 @@ def test_unfit_arguments_are_refused_in_words(change, message):
 
 
 def test_tokens_that_the_kernel_does_not_know_are_named():
-    assert cuda.why_not(BF16, 768) is None
-    assert cuda.why_not(FP64, 768) == "it takes fp32, bf16 and fp16, not torch.float64"
-    assert cuda.why_not(BF16, 7) == "it takes an even number of channels, not 7"
+    assert cuda.why_not(GPU, BF16, 768) is None
+    assert cuda.why_not(GPU, FP64, 768) == "it takes fp32, bf16 and fp16, not torch.float64"
+    assert cuda.why_not(GPU, BF16, 7) == "it takes an even number of channels, not 7"
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    said = cuda, lambda: _select.norm_mix(torch.device("cuda")), "reference", "norm_mix", "layer norm and token shift"
+    said = (
+        cuda.FORM,
+        lambda: norm_mix_choice(torch.device("cuda")),
+        "reference",
+        "norm_mix",
+    )
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 

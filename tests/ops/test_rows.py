@@ -83,7 +83,7 @@ def test_every_row_in_every_step_is_dense_adamw(impl):
         (dict(weight=torch.zeros(5, 4).double()), "weight contiguous, torch.float32"),
         (dict(exp_avg_sq=torch.zeros(5, 4).bfloat16()), "exp_avg_sq contiguous, torch.float32"),
         (dict(weight=torch.zeros(4, 5).t()), "weight contiguous"),
-        (dict(impl="gpu"), 'impl must be "reference", "cpu" or "auto", got \'gpu\''),
+        (dict(impl="gpu"), "impl must be auto, reference, cpu; got 'gpu'"),
     ],
 )
 def test_what_cpp_cannot_take_is_refused(change, said):

@@ -12,8 +12,8 @@ import torch
 from heron.errors import KernelError
 from heron.generation import sampling
 from heron.generation.sampling import Sampling
-from heron.ops import _build, _select, sample_rows
-from heron.ops.sample_rows import cuda
+from heron.ops import _build, sample_rows
+from heron.ops.sample_rows import cuda, sample_rows_choice
 from heron.ops.sample_rows.reference import LOG2_E, weights
 from tests.ops.kernels import (
     BFLOAT16,
@@ -246,7 +246,7 @@ def test_weights_are_powers_of_two_to_seven_digits():
         (dict(settings=torch.zeros(3, 5)), r"settings must be \(3, 5\) torch.float64"),
         (dict(uniforms=torch.zeros(3, dtype=torch.float64, device="meta")), "must be on cpu; uniforms is on meta"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
-        (dict(impl="cuda"), 'impl="cuda" needs tensors on a CUDA device, got cpu'),
+        (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
     ],
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
@@ -262,7 +262,7 @@ def test_unfit_arguments_are_refused_in_words(change, message):
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    said = cuda, lambda: _select.sample_rows(torch.device("cuda")), "reference", "sample_rows", "drawing tokens"
+    said = cuda.FORM, lambda: sample_rows_choice(torch.device("cuda")), "reference", "sample_rows"
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 

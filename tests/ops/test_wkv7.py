@@ -279,7 +279,7 @@ def test_unfit_arguments_are_refused_in_words(change, message):
 
 def test_the_kernels_without_a_device_say_what_to_type():
     x = torch.zeros(1, 4, 2, 16)
-    with pytest.raises(KernelError, match='impl="cuda" needs tensors on a CUDA device, got cpu; use impl="auto" here'):
+    with pytest.raises(KernelError, match='impl="cuda": it needs tensors on a CUDA device, got cpu; use impl="auto"'):
         wkv7(x, x, x, x, x, x, impl="cuda")
 
 

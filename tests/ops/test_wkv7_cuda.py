@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import heron
 from heron.errors import KernelError
-from heron.ops import _build, _select, wkv7
-from heron.ops.wkv7 import cuda
+from heron.ops import _build, _choice, wkv7
+from heron.ops.rosa import rosa_choice
+from heron.ops.wkv7 import cuda, wkv7_choice
 from heron.ops.wkv7.reference import wkv7_reference
 from heron.optim import set_lr
 from tests.ops import emulator
@@ -417,7 +418,7 @@ def test_cuda_graphs_and_another_stream(dtype, size):
 def test_inductor_and_auto():
     inputs, gradients = problem(batch=2, tokens=70, size=64)
     leaves = [x.requires_grad_() for x in typed("cuda", inputs, torch.bfloat16)]
-    assert _select.wkv7(torch.device("cuda"), 70).impl == "cuda"
+    assert wkv7_choice(torch.device("cuda"), 70).impl == "cuda"
     compiled = torch.compile(lambda *x: wkv7(*(x_i * 2 for x_i in x[:6]), x[6]), fullgraph=True)
     doubled = [2 * x for x in inputs[:6]] + [inputs[6]]
     want = run_kernels("cuda", doubled, gradients, torch.bfloat16)
@@ -441,7 +442,7 @@ def test_training_ends_where_the_definition_ends(dtype, monkeypatch):
     tokens = torch.tensor(list(text), dtype=torch.int64, device="cuda")
 
     def train(model, impl, steps, falls_to):
-        monkeypatch.setattr(_select, "wkv7", lambda *_: _select.Choice(impl, "the test"))
+        monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice(impl, "the test"))
         optimizer = heron.build_optimizer(model)
         generator = torch.Generator().manual_seed(steps)
         losses = []
@@ -475,45 +476,45 @@ def gpu(monkeypatch):
     """Facts of a GPU, as the choice asks for them; nothing can be built."""
     facts = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    monkeypatch.setattr(_select, "_no_kernels", None)
-    monkeypatch.setattr(cuda, "build", lambda: None)
+    monkeypatch.setattr(_choice, "_no_kernels", None)
+    monkeypatch.setattr(cuda.FORM, "load", lambda capability: None)
     return facts
 
 
 def test_auto_takes_the_kernels_where_they_run(gpu):
     device = torch.device("cuda")
-    assert _select.wkv7(device, 512).impl == _select.wkv7(device, 1, torch.float16, 16).impl == "cuda"
-    assert _select.wkv7(device, 512, torch.float64).impl == "chunked"
-    assert "got torch.bfloat16 with N = 48" in _select.wkv7(device, 512, head_size=48).reason
+    assert wkv7_choice(device, 512).impl == wkv7_choice(device, 1, torch.float16, 16).impl == "cuda"
+    assert wkv7_choice(device, 512, torch.float64).impl == "chunked"
+    assert "it takes heads of 16, 32, 64, 128, not of 48" in wkv7_choice(device, 512, head_size=48).reason
     gpu.shared_memory_per_block_optin = 101376
-    assert "bytes of shared memory" in _select.wkv7(device, 512, head_size=128).reason
+    assert "bytes of shared memory" in wkv7_choice(device, 512, head_size=128).reason
     gpu.major = 7
-    assert "needs compute capability 8.0 or later; this GPU has 7.0" in _select.wkv7(device, 512, head_size=32).reason
+    assert "needs compute capability 8.0 or later; this GPU has 7.0" in wkv7_choice(device, 512, head_size=32).reason
 
 
 def test_auto_says_once_that_the_kernels_cannot_be_built(gpu, monkeypatch, capsys):
-    def fail():
+    def fail(capability):
         raise KernelError("wkv7s: no nvcc")
 
-    monkeypatch.setattr(cuda, "build", fail)
+    monkeypatch.setattr(cuda.FORM, "load", fail)
     for dtype in cuda.DTYPES:
-        choice = _select.wkv7(torch.device("cuda"), 512, dtype)
+        choice = wkv7_choice(torch.device("cuda"), 512, dtype)
         assert choice.impl == "chunked"
         assert "wkv7s: no nvcc" in choice.reason
-    assert _select.wkv7(torch.device("cuda"), 1).impl == "reference"
+    assert wkv7_choice(torch.device("cuda"), 1).impl == "reference"
     assert capsys.readouterr().err == "heron: going on with the slower form of WKV7 in PyTorch: wkv7s: no nvcc\n"
 
 
 def test_kernels_can_be_switched_off(gpu):
-    _select.keep_to_pytorch("RWKV_CUDA_ON is 0")
-    assert _select.wkv7(torch.device("cuda"), 512).impl == "chunked"
-    assert "RWKV_CUDA_ON is 0" in _select.wkv7(torch.device("cuda"), 512).reason
-    assert _select.rosa(torch.device("cuda")).impl == "dp"
+    _choice.keep_to_pytorch("RWKV_CUDA_ON is 0")
+    assert wkv7_choice(torch.device("cuda"), 512).impl == "chunked"
+    assert "RWKV_CUDA_ON is 0" in wkv7_choice(torch.device("cuda"), 512).reason
+    assert rosa_choice(torch.device("cuda")).impl == "dp"
 
 
 def test_the_choice_is_a_constant_to_torch_compile(gpu):
     def choose(x):
-        return x if _select.wkv7(torch.device("cuda"), x.shape[0]).impl == "cuda" else x + 1
+        return x if wkv7_choice(torch.device("cuda"), x.shape[0]).impl == "cuda" else x + 1
 
     x = torch.zeros(3)
     assert torch.equal(torch.compile(choose, backend="eager", fullgraph=True)(x), x)

@@ -156,15 +156,21 @@ def _run(
     model: RWKV, ids: Tensor, embeddings: Tensor | None, state: State | None, every_layer: bool
 ) -> tuple[list[Tensor], State]:
     with _inputs(model.blocks if every_layer else ()) as inputs:
-        hidden, state = model.hidden_states(ids, state, embeddings)
+        hidden, state = model.hidden_states(ids, state, embeddings=embeddings)
     return [*inputs, hidden], state
 
 
 @contextlib.contextmanager
 def _inputs(blocks: nn.ModuleList | tuple[()]) -> Iterator[list[Tensor]]:
-    """A list that gets the first argument of each call of `blocks`."""
+    """A list that gets the residual stream before each of `blocks`: its two parts are added up here."""
     inputs: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in blocks]
+
+    def keep(_: nn.Module, given: tuple) -> tuple:
+        x, branch, *others = given
+        inputs.append(x if branch is None else x + branch)
+        return inputs[-1], None, *others
+
+    hooks = [block.register_forward_pre_hook(keep) for block in blocks]
     try:
         yield inputs
     finally:

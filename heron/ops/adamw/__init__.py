@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.adamw.cuda import adamw_cuda
+from heron.ops import _choice
+from heron.ops.adamw import cuda
 from heron.ops.adamw.fused import adamw_fused
 from heron.ops.adamw.reference import adamw_reference
 
-_FORMS = {"reference": adamw_reference, "fused": adamw_fused, "cuda": adamw_cuda}
+_FORMS = {"reference": adamw_reference, "fused": adamw_fused, "cuda": cuda.adamw_cuda}
+
+
+def adamw_choice(device: torch.device, dtype: torch.dtype = torch.float32) -> _choice.Choice:
+    """The form that "auto" takes for weights of `dtype` on `device`."""
+    other = _choice.Choice("fused", f"PyTorch's fused AdamW; runs on {device.type}")
+    reason = "one pass over gradients, weights, moments and the network's bf16 copies"
+    return cuda.FORM.choice(reason, other, device, dtype)
 
 
 def adamw_(
@@ -60,9 +68,6 @@ def adamw_(
         if len(tensors) != len(weights):
             raise KernelError(f"adamw: as many {name} as weights, {len(weights)}; got {len(tensors)}")
     if impl == "auto":
-        impl = _select.adamw(weights[0].device, weights[0].dtype).impl
-    if impl not in _FORMS:
-        raise KernelError(f"adamw: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    _FORMS[impl](
-        weights, gradients, exp_avgs, exp_avg_sqs, steps, copies, lr, betas, eps, weight_decay, grad_scale, found_inf
-    )
+        impl = adamw_choice(weights[0].device, weights[0].dtype).impl
+    form = _choice.form_of("adamw", impl, _FORMS)
+    form(weights, gradients, exp_avgs, exp_avg_sqs, steps, copies, lr, betas, eps, weight_decay, grad_scale, found_inf)

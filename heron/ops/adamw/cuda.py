@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 
 SOURCE = Path(__file__).parent / "csrc" / "adamw.cu"
 
@@ -32,14 +31,9 @@ def adamw_cuda(
     """See :func:`heron.ops.adamw.adamw_`. The host does not wait for `found_inf`.
 
     Raises:
-        KernelError: no CUDA device, or one older than 8.0, weights not in fp32, or the kernel can't be built here.
+        KernelError: as :meth:`FORM.require`.
     """
-    device, dtype = weights[0].device, weights[0].dtype
-    if device.type != "cuda":
-        raise KernelError(f'adamw: impl="cuda" needs tensors on a CUDA device, got {device}')
-    if dtype != torch.float32:
-        raise KernelError(f'adamw: impl="cuda" takes weights in fp32, got {dtype}; use impl="auto"')
-    library(torch.cuda.get_device_capability(device))
+    FORM.require(weights[0].device, weights[0].dtype)
     torch.ops.heron.adamw_(
         weights, gradients, exp_avgs, exp_avg_sqs, steps, copies, lr, *betas, eps, weight_decay, grad_scale, found_inf
     )
@@ -47,5 +41,13 @@ def adamw_cuda(
 
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
-    """Build and load the kernel for devices of this compute capability; KernelError as above."""
+    """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
     _build.load_kernels_for(capability, "adamw", "adamw", [SOURCE])
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not step weights of `dtype`, as a clause; None where it does."""
+    return _choice.why_not_dtype(dtype, (torch.float32,))
+
+
+FORM = _choice.NativeForm("adamw", "cuda", "AdamW", why_not, library)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
+from heron.ops import _choice
 from heron.ops.head_mix import cuda
 from heron.ops.head_mix.reference import ChannelWeights, Projected, head_mix_reference
 
-__all__ = ["ChannelWeights", "Projected", "head_mix", "head_mix_reference"]
-IMPLS = ("auto", "reference", "cuda")
+__all__ = ["ChannelWeights", "Projected", "head_mix", "head_mix_choice", "head_mix_reference"]
+_FORMS = {"reference": head_mix_reference, "cuda": cuda.head_mix_cuda}
+
+
+def head_mix_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, head_size: int = 64) -> _choice.Choice:
+    """The form that "auto" takes for inputs of `dtype` and `head_size` on `device`."""
+    other = _choice.Choice("reference", f"plain PyTorch around WKV7; runs on {device.type}")
+    reason = "a kernel before that of WKV7 and one after it, each number read once"
+    return cuda.FORM.choice(reason, other, device, dtype, head_size)
 
 
 def head_mix(
-    inputs: Projected, weights: ChannelWeights, state: Tensor | None = None, impl: str = "auto"
+    inputs: Projected,
+    weights: ChannelWeights,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What the output matrix of a time mix is multiplied with: gates, WKV7, norm and bonus of every head::
 
@@ -32,6 +44,8 @@ def head_mix(
         inputs: :class:`Projected`, (B, T, C) each, T >= 1. WKV7 runs in the dtype of r.
         weights: :class:`ChannelWeights`; r_k is (H, N) with H N = C.
         state: (B, H, N_value, N_key), the state before the first token; None: zeros. It is never modified.
+        cu_seqlens: as in :func:`heron.ops.wkv7`: sequences packed along T with B = 1, each with a state of its own;
+            `state` and S are then (n_seq, H, N_value, N_key).
         impl: "reference" (PyTorch around :func:`heron.ops.wkv7`, with its "auto"), "cuda" (a kernel before that of WKV7
             and one after it, built at first use; all tensors in one dtype), or "auto": "cuda" where it runs.
 
@@ -43,23 +57,20 @@ def head_mix(
     Raises:
         KernelError: shapes that do not fit together, or an `impl` that does not exist or can't run here.
     """
-    if impl not in IMPLS:
-        raise KernelError(f"head_mix: impl must be {', '.join(IMPLS)}; got {impl!r}")
     _check(inputs, weights)
     r, head_size = inputs.r, weights.r_k.shape[-1]
     named = (*inputs._asdict().items(), *weights._asdict().items())
     odd = next(((name, x.dtype) for name, x in named if isinstance(x, Tensor) and x.dtype != r.dtype), None)
     if impl == "auto":
-        impl = "reference" if odd else _select.head_mix(r.device, r.dtype, head_size).impl
-    elif impl == "cuda" and odd:
-        raise KernelError(
-            f'head_mix: impl="cuda" takes all tensors in one dtype, that of r, {r.dtype}; {odd[0]} is {odd[1]}; '
-            'use impl="auto"'
-        )
+        impl = "reference" if odd else head_mix_choice(r.device, r.dtype, head_size).impl
     elif impl == "cuda":
-        cuda.require(r.device, r.dtype, head_size)
-    form = cuda.head_mix_cuda if impl == "cuda" else head_mix_reference
-    return form(inputs, weights, state)
+        if odd:
+            raise KernelError(
+                f'head_mix: impl="cuda": it takes all tensors in the dtype of r, {r.dtype}, and {odd[0]} is {odd[1]}; '
+                'use impl="auto"'
+            )
+        cuda.FORM.require(r.device, r.dtype, head_size)
+    return _choice.form_of("head_mix", impl, _FORMS)(inputs, weights, state, cu_seqlens)
 
 
 def _check(inputs: Projected, weights: ChannelWeights) -> None:

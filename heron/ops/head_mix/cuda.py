@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 from heron.ops.head_mix.reference import ChannelWeights, Projected
 from heron.ops.wkv7 import cuda as wkv7_cuda
 from heron.ops.wkv7 import initial_state
 
 SOURCE = Path(__file__).parent / "csrc" / "head_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16)
-HEAD_SIZES = (16, 32, 64, 128)
 
 _library = torch.library.Library("heron", "FRAGMENT")
 # What each takes and gives is listed in csrc/head_mix.cu, in the same order; sums over tokens are given last, but for
@@ -35,51 +33,42 @@ for _schema in (
     "head_mix_before_backward(Tensor[] inputs, Tensor[] weights, Tensor of_heads, int head_size)",
     "head_mix_kernels(Tensor r, Tensor w, Tensor k, Tensor v, Tensor iclr, Tensor gate, Tensor? value, Tensor? v_first,"
     " Tensor w0, Tensor a0, Tensor k_k, Tensor k_a, Tensor r_k, Tensor norm_weight, Tensor norm_bias, float eps,"
-    " Tensor? v0, Tensor state, bool save)",
+    " Tensor? v0, Tensor state, Tensor? cu_seqlens, bool save)",
     "head_mix_kernels_backward(Tensor d_y, Tensor? d_final, Tensor[] inputs, Tensor[] weights, Tensor[] kept,"
-    " float eps)",
+    " Tensor? cu_seqlens, int n_states, float eps)",
 ):
     _library.define(f"{_schema} -> Tensor[]")
 
 
-def head_mix_cuda(inputs: Projected, weights: ChannelWeights, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See :func:`heron.ops.head_mix`; wherever the operators of the kernels are implemented."""
+def head_mix_cuda(
+    inputs: Projected, weights: ChannelWeights, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`heron.ops.head_mix`; the kernels must have been built (:meth:`FORM.require`)."""
     B, T, _ = inputs.r.shape
-    state = initial_state(inputs.r.view(B, T, *weights.r_k.shape), B, state)
+    n_seq = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = initial_state(inputs.r.view(B, T, *weights.r_k.shape), n_seq, state)
     tensors = [None if x is None else x.contiguous() for x in inputs]
     of_channels = [x.reshape(-1) if isinstance(x, Tensor) else x for x in weights]
     of_channels[ChannelWeights._fields.index("r_k")] = weights.r_k.contiguous()
     given = [x for x in (*tensors, *of_channels, state) if isinstance(x, Tensor)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    y, final, *_ = torch.ops.heron.head_mix_kernels(*tensors, *of_channels, state, save)
+    y, final, *_ = torch.ops.heron.head_mix_kernels(*tensors, *of_channels, state, cu_seqlens, save)
     return y, final
 
 
-def require(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Build and load the kernels for heads of `head_size` and `dtype` on `device`.
-
-    Raises:
-        KernelError: there are none for it, or they can't be built here.
-    """
-    if (reason := why_not(device, dtype, head_size)) is not None:
-        raise KernelError(f'head_mix: impl="cuda" {reason}; use impl="auto"')
-    library(torch.cuda.get_device_capability(device))
-    wkv7_cuda.build()
-
-
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why there is no kernel for these, as a clause; None if there is one."""
-    if device.type != "cuda":
-        return f"needs tensors on a CUDA device, got {device}"
-    if dtype not in DTYPES or head_size not in HEAD_SIZES:
-        return f"takes fp32 and bf16 with N = 16, 32, 64 or 128; got {dtype} with N = {head_size}"
-    return wkv7_cuda.why_not(device, dtype, head_size)
+    """Why there are no kernels for heads of `dtype` and `head_size`, as a clause; None where there are."""
+    return _choice.why_not_dtype(dtype, DTYPES) or wkv7_cuda.why_not(device, dtype, head_size)
 
 
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
-    """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
+    """Build and load the kernels, WKV7's too, for devices of this compute capability; KernelError where that fails."""
+    wkv7_cuda.build()
     _build.load_kernels_for(capability, "head_mix", "head_mix", [SOURCE], [_build.STRIPS])
+
+
+FORM = _choice.NativeForm("head_mix", "cuda", "the heads of the time mix", why_not, library)
 
 
 def _forward(
@@ -101,6 +90,7 @@ def _forward(
     eps: float,
     v0: Tensor | None,
     state: Tensor,
+    cu_seqlens: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
     """y, the final state, and to `save` what WKV7 gave, its inputs but r (v last, where it is not v) and its states."""
@@ -113,11 +103,11 @@ def _forward(
     v = mixed[0] if mixed else v
     recurrent = [x.view(B, T, *r_k.shape) for x in (r, decay_logits, k, v, a, b)]
     if T <= wkv7_cuda.STEP_TOKENS and not save:
-        wkv, final = torch.ops.heron.wkv7_kernels_step(*recurrent, state, None)
+        wkv, final = torch.ops.heron.wkv7_kernels_step(*recurrent, state, cu_seqlens)
         kept = []
     else:
         wkv, final, *kept = torch.ops.heron.wkv7_kernels(
-            *recurrent, state, None, save, wkv7_cuda.on_tensor_cores(r.dtype, head_size)
+            *recurrent, state, cu_seqlens, save, wkv7_cuda.on_tensor_cores(r.dtype, head_size)
         )
     after = [wkv, r, k, v, gate], [r_k, norm_weight, norm_bias]
     (y,) = torch.ops.heron.head_mix_after(*after, head_size, eps)
@@ -130,6 +120,8 @@ def _backward(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    n_states: int,
     eps: float,
 ) -> list[Tensor]:
     """The gradients of _forward's tensors in its order, but those of value, v_first and v0 last, if at all."""
@@ -143,8 +135,8 @@ def _backward(
     )
     *d_recurrent, d_state = torch.ops.heron.wkv7_kernels_backward(
         *(x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)),
-        *(d_wkv.view(wkv.shape), d_final, saved, transfer, None),
-        *(r.shape[0], wkv7_cuda.on_tensor_cores(r.dtype, head_size)),
+        *(d_wkv.view(wkv.shape), d_final, saved, transfer, cu_seqlens),
+        *(n_states, wkv7_cuda.on_tensor_cores(r.dtype, head_size)),
     )
     d_r, d_w, d_k, d_v, d_a, d_b = (x.view(r.shape) for x in d_recurrent)
     of_values = [v, *of_first] if of_first else []
@@ -163,10 +155,10 @@ class _Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         r, _, *inputs = arguments[:8]
-        _, *weights, ctx.eps, v0 = arguments[8:17]
+        _, *weights, ctx.eps, v0, state, cu_seqlens, _ = arguments[8:]
         y, final, *kept = _below_autograd(*arguments)
-        ctx.mixes = v0 is not None
-        ctx.save_for_backward(r, *inputs, *weights, v0, *kept)
+        ctx.mixes, ctx.n_states = v0 is not None, state.shape[0]
+        ctx.save_for_backward(r, *inputs, *weights, v0, cu_seqlens, *kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
         return y, final, *kept
@@ -175,14 +167,16 @@ class _Kernels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y, d_final, *_):
         tensors = ctx.saved_tensors  # which checkpointing gives only once
-        inputs, weights, kept = tensors[:7], tensors[7:14], tensors[14:]
+        inputs, weights, cu_seqlens, kept = tensors[:7], tensors[7:14], tensors[14], tensors[15:]
         if not ctx.mixes:
             inputs, weights = inputs[:5], weights[:6]
         d_y = torch.zeros_like(inputs[0]) if d_y is None else d_y.contiguous()
-        gradients = torch.ops.heron.head_mix_kernels_backward(d_y, d_final, inputs, weights, kept, ctx.eps)
+        gradients = torch.ops.heron.head_mix_kernels_backward(
+            d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.n_states, ctx.eps
+        )
         of_inputs, of_weights, d_state = gradients[:6], gradients[6:13], gradients[13]
         *of_first, d_v0 = gradients[14:] if ctx.mixes else (None, None, None)
-        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None)
+        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None, None)
 
 
 def _below_autograd(*arguments):

@@ -49,7 +49,11 @@ class ChannelWeights(NamedTuple):
 
 
 def head_mix_reference(
-    inputs: Projected, weights: ChannelWeights, state: Tensor | None, norm: Callable[[Tensor], Tensor] | None = None
+    inputs: Projected,
+    weights: ChannelWeights,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.head_mix`. `norm`, on (B * T, C), stands in for the group norm of the weights."""
     r, w, k, v, iclr, gate, value, v_first = inputs
@@ -64,7 +68,7 @@ def head_mix_reference(
     k = k * (1 + (iclr - 1) * weights.k_a)
 
     r, w, k, v, iclr, removal_key = (x.to(r.dtype).view(per_head) for x in (r, w, k, v, iclr, removal_key))
-    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state)
+    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state, cu_seqlens=cu_seqlens)
 
     y = y.reshape(B * T, C)
     y = F.group_norm(y, H, weights.norm_weight, weights.norm_bias, weights.eps) if norm is None else norm(y)

@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.head_step.cuda import head_step_cuda
+from heron.ops import _choice
+from heron.ops.head_step import cuda
 from heron.ops.head_step.reference import HeadInputs, HeadWeights, head_step_reference
 
-__all__ = ["HeadInputs", "HeadWeights", "head_step"]
-_FORMS = {"reference": head_step_reference, "cuda": head_step_cuda}
+__all__ = ["HeadInputs", "HeadWeights", "head_step", "head_step_choice"]
+_FORMS = {"reference": head_step_reference, "cuda": cuda.head_step_cuda}
+
+
+def head_step_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, head_size: int = 64) -> _choice.Choice:
+    """The form that "auto" takes for inputs of `dtype` and `head_size` on `device`."""
+    other = _choice.Choice("reference", f"elementwise, in PyTorch; runs on {device.type}")
+    return cuda.FORM.choice("a block of threads a head, its state in registers", other, device, dtype, head_size)
 
 
 def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str = "auto") -> Tensor:
@@ -42,10 +48,8 @@ def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str =
     """
     _check(inputs, weights, wkv)
     if impl == "auto":
-        impl = _select.head_step(wkv.device, inputs.r.dtype, wkv.shape[3]).impl
-    if impl not in _FORMS:
-        raise KernelError(f"head_step: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    return _FORMS[impl](inputs, weights, wkv)
+        impl = head_step_choice(wkv.device, inputs.r.dtype, wkv.shape[3]).impl
+    return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv)
 
 
 def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _graph, _select
+from heron.ops import _choice, _graph
+from heron.ops.linear_cross_entropy import cuda
 from heron.ops.linear_cross_entropy.chunked import (
     check_targets,
     linear_cross_entropy_chunked,
@@ -21,6 +22,12 @@ _FORMS = {
     "chunked": linear_cross_entropy_chunked,
     "cuda": linear_cross_entropy_cuda,
 }
+
+
+def linear_cross_entropy_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> _choice.Choice:
+    """The form that "auto" takes for hidden states of `dtype` on `device`."""
+    other = _choice.Choice("chunked", f"a bounded number of logits at a time; runs on {device.type}")
+    return cuda.FORM.choice("a bounded number of logits at a time, each read and written once", other, device, dtype)
 
 
 def linear_cross_entropy(
@@ -52,10 +59,9 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets)
     if impl == "auto":
-        impl = _select.linear_cross_entropy(hidden.device, hidden.dtype).impl
-    if impl not in _FORMS:
-        raise KernelError(f"linear_cross_entropy: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    return _FORMS[impl](hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), l2wrap)
+        impl = linear_cross_entropy_choice(hidden.device, hidden.dtype).impl
+    form = _choice.form_of("linear_cross_entropy", impl, _FORMS)
+    return form(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), l2wrap)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

@@ -37,7 +37,7 @@ def linear_cross_entropy_cuda(hidden: Tensor, weight: Tensor, targets: Tensor, l
     Raises:
         KernelError: not a CUDA device, one older than 8.0, products in fp64, or the kernel can't be built.
     """
-    cuda.require(hidden.device, _product_dtype(hidden))
+    cuda.FORM.require(hidden.device, _product_dtype(hidden))
     chunk_rows = max(1, _LOGITS_PER_CHUNK_CUDA // weight.shape[0])
     if _graph.in_graph():
         return _in_graph(hidden, weight, targets, l2wrap, chunk_rows, True)

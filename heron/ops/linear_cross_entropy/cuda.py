@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 
 SOURCE = Path(__file__).parent / "csrc" / "loss_rows.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,22 +19,15 @@ def loss_rows_cuda(logits: Tensor, targets: Tensor, l2wrap: float, with_gradient
     return torch.ops.heron.loss_rows_(logits, targets, l2wrap, with_gradient), logits
 
 
-def require(device: torch.device, dtype: torch.dtype) -> None:
-    """Build and load the kernel for logits of `dtype` on `device`.
-
-    Raises:
-        KernelError: it is no CUDA device, or one older than 8.0, `dtype` is fp64, or the kernel can't be built here.
-    """
-    if device.type != "cuda":
-        raise KernelError(
-            f'linear_cross_entropy: impl="cuda" needs tensors on a CUDA device, got {device}; use impl="auto"'
-        )
-    if dtype not in DTYPES:
-        raise KernelError(f'linear_cross_entropy: impl="cuda" takes fp32, bf16 and fp16, got {dtype}; use impl="auto"')
-    library(torch.cuda.get_device_capability(device))
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not take logits of `dtype`, as a clause; None where it does."""
+    return _choice.why_not_dtype(dtype, DTYPES)
 
 
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
-    """Build and load the kernel for devices of this compute capability; KernelError as in :func:`require`."""
+    """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
     _build.load_kernels_for(capability, "linear_cross_entropy", "loss_rows", [SOURCE])
+
+
+FORM = _choice.NativeForm("linear_cross_entropy", "cuda", "the loss", why_not, library)

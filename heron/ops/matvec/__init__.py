@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.matvec.cuda import matvec_cuda
+from heron.ops import _choice
+from heron.ops.matvec import cuda
 from heron.ops.matvec.reference import ACTIVATIONS, Product, matvec_reference
 
-__all__ = ["Product", "matvec"]
-_FORMS = {"reference": matvec_reference, "cuda": matvec_cuda}
+__all__ = ["Product", "matvec", "matvec_choice"]
+_FORMS = {"reference": matvec_reference, "cuda": cuda.matvec_cuda}
+
+
+def matvec_choice(weights: Sequence[Tensor]) -> _choice.Choice:
+    """The form that "auto" takes for products with `weights`, (out, in) each, of one dtype on one device."""
+    device, dtype = weights[0].device, weights[0].dtype
+    other = _choice.Choice("reference", f"an elementwise product and a sum, in PyTorch; runs on {device.type}")
+    return cuda.FORM.choice("a warp for a row of a weight, each read once", other, device, dtype, weights)
 
 
 def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
@@ -37,10 +44,8 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
     if not products:
         return []
     if impl == "auto":
-        impl = _select.matvec([product.weight for product in products]).impl
-    if impl not in _FORMS:
-        raise KernelError(f"matvec: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    return _FORMS[impl](products)
+        impl = matvec_choice([product.weight for product in products]).impl
+    return _choice.form_of("matvec", impl, _FORMS)(products)
 
 
 def _check(number: int, product: Product, first: Tensor) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.norm_mix.cuda import norm_mix_cuda
+from heron.ops import _choice
+from heron.ops.norm_mix import cuda
 from heron.ops.norm_mix.reference import norm_mix_reference
 
-__all__ = ["norm_mix"]
-_FORMS = {"reference": norm_mix_reference, "cuda": norm_mix_cuda}
+__all__ = ["norm_mix", "norm_mix_choice"]
+_FORMS = {"reference": norm_mix_reference, "cuda": cuda.norm_mix_cuda}
+
+
+def norm_mix_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, channels: int = 768) -> _choice.Choice:
+    """The form that "auto" takes for tokens of `dtype` and `channels` on `device`."""
+    other = _choice.Choice("reference", f"elementwise, in PyTorch; runs on {device.type}")
+    return cuda.FORM.choice("a block of threads a token", other, device, dtype, channels)
 
 
 def norm_mix(
@@ -49,7 +56,5 @@ def norm_mix(
         if tensor.device != x.device:
             raise KernelError(f"norm_mix: all tensors must be on {x.device}; {name} is on {tensor.device}")
     if impl == "auto":
-        impl = _select.norm_mix(x.device, x.dtype, C).impl
-    if impl not in _FORMS:
-        raise KernelError(f"norm_mix: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    return _FORMS[impl](x, weight, bias, eps, mixes, last)
+        impl = norm_mix_choice(x.device, x.dtype, C).impl
+    return _choice.form_of("norm_mix", impl, _FORMS)(x, weight, bias, eps, mixes, last)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.rosa.cpu import rosa_cpu
-from heron.ops.rosa.cuda import rosa_cuda
-from heron.ops.rosa.dp import rosa_dp
+from heron.ops import _choice
+from heron.ops.rosa import cpu, cuda
+from heron.ops.rosa.dp import rosa_dp, rosa_last
 from heron.ops.rosa.inputs import MOST_SYMBOLS, check_max_match, check_pair, check_range
 from heron.ops.rosa.reference import rosa_reference
-from heron.ops.rosa.streaming import RosaStream, rosa_last
 
-__all__ = ["RosaStream", "rosa", "rosa_last", "rosa_self"]
+__all__ = ["rosa", "rosa_choice", "rosa_last"]
 
-_FORMS = {"reference": rosa_reference, "dp": rosa_dp, "cpu": rosa_cpu, "cuda": rosa_cuda}
+_FORMS = {"reference": rosa_reference, "dp": rosa_dp, "cpu": cpu.rosa_cpu, "cuda": cuda.rosa_cuda}
+
+
+def rosa_choice(device: torch.device, n_tokens: int = 0) -> _choice.Choice:
+    """The form that "auto" takes for streams of `n_tokens` on `device`."""
+    other = _choice.Choice("dp", f"plain PyTorch, quadratic in the length; runs on {device.type}")
+    other = cpu.FORM.choice("C++, O(log T) a token on any stream", other, device, n_tokens)
+    return cuda.FORM.choice("all diagonals of a stream at once, in registers", other, device, n_tokens)
 
 
 def rosa(q: Tensor, k: Tensor, max_match: int | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -50,24 +54,5 @@ def rosa(q: Tensor, k: Tensor, max_match: int | None = None, impl: str = "auto")
         check_range("q", q, MOST_SYMBOLS)
         check_range("k", k, MOST_SYMBOLS)
     if impl == "auto":
-        impl = _select.rosa(q.device, q.shape[1]).impl
-    if impl not in _FORMS:
-        raise KernelError(f"rosa: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    return _FORMS[impl](q, k, max_match)
-
-
-def rosa_self(x: Tensor, max_match: int | None = None, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """The prediction of the next symbol of `x`: what followed the longest suffix where it occurred before.
-
-    Args:
-        x, max_match, impl: as `q`, which is `k` as well, and the others of :func:`rosa`.
-
-    Returns:
-        y: (S, T) int64, ``x[src + 1]``, or -1 for no match.
-        src, length: as :func:`rosa`.
-
-    Raises:
-        KernelError: as :func:`rosa`.
-    """
-    src, length = rosa(x, x, max_match, impl)
-    return torch.where(src < 0, -1, x.long().gather(1, src + 1)), src, length
+        impl = rosa_choice(q.device, q.shape[1]).impl
+    return _choice.form_of("rosa", impl, _FORMS)(q, k, max_match)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 from heron.ops.rosa.dp import rosa_dp
 
 LONGEST_STREAM = 2**28 - 1
@@ -27,12 +27,9 @@ def rosa_cpu(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor
     alphabets of 16 and 145 T to 210 T for larger ones.
 
     Raises:
-        KernelError: tensors of another device, a stream of 2^28 symbols or more, or as :func:`library`.
+        KernelError: as :meth:`FORM.require`.
     """
-    if q.device.type != "cpu":
-        raise KernelError(f'rosa: impl "cpu" needs tensors on the CPU, got {q.device}; use impl="auto"')
-    if q.shape[1] > LONGEST_STREAM:
-        raise KernelError(f'rosa: impl "cpu" takes streams of at most {LONGEST_STREAM} symbols, got {q.shape[1]}')
+    FORM.require(q.device, q.shape[1])
     return _run(library(), q, k, max_match)
 
 
@@ -56,6 +53,16 @@ def library() -> ctypes.CDLL:
     return built
 
 
+def why_not(device: torch.device, n_tokens: int) -> str | None:
+    """Why the library does not take streams of `n_tokens`, as a clause; None where it does."""
+    if n_tokens > LONGEST_STREAM:
+        return f"it takes streams of at most {LONGEST_STREAM} symbols, not {n_tokens}"
+    return None
+
+
+FORM = _choice.NativeForm("rosa", "cpu", "ROSA", why_not, library)
+
+
 @functools.cache
 def gradient_library() -> ctypes.CDLL:
     """The library behind :mod:`heron.ops.rosa.flips` and :mod:`heron.ops.rosa.soft`, built when needed.
@@ -71,6 +78,15 @@ def gradient_library() -> ctypes.CDLL:
     for function in (built.heron_rosa_flips, built.heron_rosa_soft):
         function.restype = ctypes.c_int
     return built
+
+
+GRADIENTS_FORM = _choice.NativeForm("rosa", "cpu", "ROSA's gradients", lambda device: None, gradient_library)
+
+
+def gradients_choice(device: torch.device) -> _choice.Choice:
+    """The form of the gradient rules of ROSA's bits on `device`."""
+    other = _choice.Choice("torch", f"PyTorch and the operator; runs on {device.type}")
+    return GRADIENTS_FORM.choice("C++, one stream after another", other, device)
 
 
 def _run(built: ctypes.CDLL, q: Tensor, k: Tensor, max_match: int | None) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 from heron.ops.rosa.inputs import MOST_SYMBOLS, check_range
 
 LONGEST_STREAM = 65535  # a length and a distance share 32 bits
@@ -20,14 +19,9 @@ def rosa_cuda(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tenso
     """See :func:`heron.ops.rosa`. q, k: (S, T) integers on a CUDA device; returns src and length, (S, T) int64.
 
     Raises:
-        KernelError: int64 symbols out of range, tensors of another device, a stream of more than 65535 symbols, or as
-            :func:`library`.
+        KernelError: int64 symbols out of range, or as :meth:`FORM.require`.
     """
-    if q.device.type != "cuda":
-        raise KernelError(f'rosa: impl "cuda" needs tensors on a CUDA device, got {q.device}; use impl="auto"')
-    if q.shape[1] > LONGEST_STREAM:
-        raise KernelError(f'rosa: impl "cuda" takes streams of at most {LONGEST_STREAM} symbols, got {q.shape[1]}')
-    library(torch.cuda.get_device_capability(q.device))
+    FORM.require(q.device, q.shape[1])
     if q.numel() == 0:
         return torch.empty_like(q, dtype=torch.int64), torch.empty_like(q, dtype=torch.int64)
     for name, symbols in (("q", q), ("k", k)):
@@ -45,3 +39,13 @@ def library(capability: tuple[int, int]) -> None:
         KernelError: it can't be built here, or the device is older than 8.0.
     """
     _build.load_kernels_for(capability, "rosa", "rosa", [SOURCE])
+
+
+def why_not(device: torch.device, n_tokens: int) -> str | None:
+    """Why the kernel does not take streams of `n_tokens`, as a clause; None where it does."""
+    if n_tokens > LONGEST_STREAM:
+        return f"it takes streams of at most {LONGEST_STREAM} symbols, not {n_tokens}"
+    return None
+
+
+FORM = _choice.NativeForm("rosa", "cuda", "ROSA", why_not, library)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from heron.errors import KernelError
+from heron.ops.rosa.inputs import check_max_match, check_pair
+
 
 def rosa_dp(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.rosa`. q, k: (S, T) integers; returns src and length, (S, T) int64.
@@ -25,6 +28,41 @@ def rosa_dp(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor,
         advance(so_far, latest_first[:, n_tokens - i :], q[:, i], max_match)
         src[:, i], length[:, i] = longest_then_latest(so_far)
     return src, length
+
+
+def rosa_last(
+    q: Tensor, k: Tensor, lengths: Tensor | None = None, max_match: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`heron.ops.rosa` at the last token alone, for callers that keep the history themselves: O(T) vector work.
+
+    Args:
+        q, k: (S, T) symbols of the whole history, T >= 1.
+        lengths: what the call for the first T - 1 tokens returned; None: found from the symbols.
+        max_match: as in :func:`heron.ops.rosa`.
+
+    Returns:
+        src: (S,) int64.
+        lengths: (S, T), int16, or int32 beyond 32768 tokens.
+
+    Raises:
+        KernelError: shapes, dtypes or devices that do not fit together, no token, or a `max_match` below 1. Symbols are
+            not looked at one by one: whoever keeps them has checked them.
+    """
+    check_pair(q, k)
+    check_max_match(max_match)
+    last = q.shape[1] - 1
+    if last < 0 or (lengths is not None and lengths.shape != (len(q), last)):
+        got = None if lengths is None else tuple(lengths.shape)
+        raise KernelError(f"rosa: wanted at least 1 token and lengths of one less, got {tuple(q.shape)} and {got}")
+    latest_first = k[:, :last].flip(1)
+    if lengths is None:
+        lengths = lengths_at_end(q[:, :last], latest_first, max_match)
+    lengths = torch.nn.functional.pad(lengths.to(length_dtype(last + 1)), (0, 1))
+    if last == 0:
+        return torch.full(q.shape[:1], -1, device=q.device), lengths
+    so_far = lengths[:, :last]
+    advance(so_far, latest_first, q[:, last], max_match)
+    return longest_then_latest(so_far)[0], lengths
 
 
 def length_dtype(n_tokens: int) -> torch.dtype:

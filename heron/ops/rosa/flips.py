@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
 from heron.ops.rosa import cpu
 
 LONGEST_STREAM = 32767
@@ -36,7 +35,7 @@ def flip_differences(
     Raises:
         KernelError: memory ran out.
     """
-    compiled = _select.rosa_gradients(q.device).impl == "cpu" and q.shape[1] <= LONGEST_STREAM and q.numel() > 0
+    compiled = cpu.gradients_choice(q.device).impl == "cpu" and q.shape[1] <= LONGEST_STREAM and q.numel() > 0
     form = flips_cpu if compiled else flips_by_runs
     return form(q, k, v, gain, no_match, n_bits, max_match, flipped)
 

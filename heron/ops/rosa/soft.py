@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heron.errors import KernelError
-from heron.ops import _select
 from heron.ops.rosa import cpu
 
 _BYTES_AT_ONCE = 1 << 28  # of one (S, T, T) tensor of the PyTorch form
@@ -74,10 +73,8 @@ def soft_gradients(
         KernelError: memory ran out.
     """
     unlimited = max_match is None or max_match >= q.shape[1]
-    compiled = (
-        _select.rosa_gradients(q.device).impl == "cpu" and unlimited and q.numel() > 0 and slope.dtype == torch.float32
-    )
-    if compiled:
+    fits = unlimited and q.numel() > 0 and slope.dtype == torch.float32
+    if fits and cpu.gradients_choice(q.device).impl == "cpu":
         return soft_gradients_cpu(q, k, v, slope, middle, no_match)
     return soft_gradients_torch(q, k, v, slope, middle, no_match, max_match)
 

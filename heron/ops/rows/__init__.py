@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from heron.errors import KernelError
-from heron.ops import _select
+from heron.ops import _choice
 from heron.ops.rows import cpu, cuda
 from heron.ops.rows.gate import LARGEST_WIDTH, Places, gate_rows
 from heron.ops.rows.reference import row_adamw_reference
 
-__all__ = ["LARGEST_WIDTH", "Places", "copy_rows", "gate_rows", "row_adamw_"]
+__all__ = ["LARGEST_WIDTH", "Places", "copy_rows", "copy_rows_choice", "gate_rows", "row_adamw_", "row_adamw_choice"]
+_FORMS = {"reference": row_adamw_reference, "cpu": cpu.row_adamw_cpu}
 
 copy_rows = cuda.copy_rows
+
+
+def row_adamw_choice(device: torch.device, dtype: torch.dtype = torch.float32) -> _choice.Choice:
+    """What steps the rows of tables of `dtype` that train on `device`."""
+    other = _choice.Choice("reference", "plain PyTorch, on the CPU")
+    other = cpu.FORM.choice("C++, one pass over the rows", other, device, dtype)
+    return cuda.FORM.choice(
+        "all layers at once, tables on the device or read by it from the host", other, device, dtype
+    )
+
+
+def copy_rows_choice(device: torch.device) -> _choice.Choice:
+    """What brings rows of tables in the host's memory to a model that runs on `device`."""
+    other = _choice.Choice("host", "the host picks the rows and sends them")
+    reason = "the device reads them over the bus, in pinned memory"
+    return cuda.FORM.choice(reason, other, device, torch.float32)
 
 
 def row_adamw_(
@@ -46,8 +63,6 @@ def row_adamw_(
         KernelError: `impl` is unknown or can't run here.
     """
     if impl == "auto":
-        impl = _select.row_adamw(weight.device, weight.dtype).impl
-    if impl not in ("reference", "cpu"):
-        raise KernelError(f'rows: impl must be "reference", "cpu" or "auto", got {impl!r}')
-    form = cpu.row_adamw_cpu if impl == "cpu" else row_adamw_reference
+        impl = row_adamw_choice(weight.device, weight.dtype).impl
+    form = _choice.form_of("rows", impl, _FORMS)
     form(weight, exp_avg, exp_avg_sq, row_step, gradient, ids, lr, betas, eps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 
 CSRC = Path(__file__).parent / "csrc"
 
@@ -63,3 +63,11 @@ def library() -> ctypes.CDLL:
     built.heron_row_adamw.argtypes = [*[pointer] * 6, large, small, *[real] * 4, small, small]
     built.heron_row_adamw.restype = None
     return built
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the library does not step tables of `dtype`, as a clause; None where it does."""
+    return _choice.why_not_dtype(dtype, (torch.float32,))
+
+
+FORM = _choice.NativeForm("rows", "cpu", "AdamW by rows", why_not, library)

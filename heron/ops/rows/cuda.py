@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heron.ops import _build
-from heron.ops.rows.cpu import CSRC
+from heron.ops import _build, _choice
+from heron.ops.rows.cpu import CSRC, why_not
 
 BUS_BLOCKS = 4  # of a copy over the bus: enough to fill it, and the other processors compute on
 
@@ -71,3 +71,6 @@ def library(capability: tuple[int, int]) -> None:
         KernelError: they can't be built here, or the device is older than 8.0.
     """
     _build.load_kernels_for(capability, "rows", "rows", [CSRC / "rows.cu", CSRC / "gate.cu"], [CSRC / "rows.h"])
+
+
+FORM = _choice.NativeForm("rows", "cuda", "the tables' rows", why_not, library)

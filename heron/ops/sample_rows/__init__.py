@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.sample_rows.cuda import sample_rows_cuda
+from heron.ops import _choice
+from heron.ops.sample_rows import cuda
 from heron.ops.sample_rows.reference import sample_rows_reference
 
 LARGEST_VOCABULARY = 2**20
-_FORMS = {"reference": sample_rows_reference, "cuda": sample_rows_cuda}
+_FORMS = {"reference": sample_rows_reference, "cuda": cuda.sample_rows_cuda}
+
+
+def sample_rows_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> _choice.Choice:
+    """The form that "auto" takes for logits of `dtype` on `device`."""
+    other = _choice.Choice("reference", f"sorts every row, in PyTorch; runs on {device.type}")
+    return cuda.FORM.choice("a block of threads a row, without sorting", other, device, dtype)
 
 
 def sample_rows(
@@ -42,10 +48,8 @@ def sample_rows(
     """
     _check(logits, counts, barred, settings, uniforms)
     if impl == "auto":
-        impl = _select.sample_rows(logits.device, logits.dtype).impl
-    if impl not in _FORMS:
-        raise KernelError(f"sample_rows: impl must be auto, {', '.join(_FORMS)}; got {impl!r}")
-    return _FORMS[impl](logits, counts, barred, settings, uniforms)
+        impl = sample_rows_choice(logits.device, logits.dtype).impl
+    return _choice.form_of("sample_rows", impl, _FORMS)(logits, counts, barred, settings, uniforms)
 
 
 def _check(logits: Tensor, counts: Tensor | None, barred: Tensor, settings: Tensor, uniforms: Tensor) -> None:

@@ -9,53 +9,49 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 
 SOURCE = Path(__file__).parent / "csrc" / "shift_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_C = 2048
 
 _library = torch.library.Library("heron", "FRAGMENT")
-# mixed, one for each mix; mean and 1 / deviation of each token (B T, 2) fp32; with a branch, its sum with x
+# mixed, one for each mix; mean and 1 / deviation of each token, (B T, 2) fp32; the new last; with a branch, the sum
 _library.define(
-    "shift_mix(Tensor x, Tensor? branch, Tensor weight, Tensor bias, Tensor[] mixes, float eps) -> Tensor[]"
+    "shift_mix(Tensor x, Tensor? branch, Tensor weight, Tensor bias, Tensor[] mixes, Tensor? last, Tensor? begins, "
+    "float eps) -> Tensor[]"
 )
-# the gradients of x (and the branch), weight, bias, and of each mix
+# the gradients of x (and the branch), weight, bias, of each mix, and of `last` if there is one
 _library.define(
-    "shift_mix_backward(Tensor[] d_mixed, Tensor? d_sum, Tensor sum, Tensor stats, Tensor weight, Tensor bias, "
-    "Tensor[] mixes) -> Tensor[]"
+    "shift_mix_backward(Tensor[] d_mixed, Tensor? d_sum, Tensor? d_new_last, Tensor sum, Tensor stats, Tensor weight, "
+    "Tensor bias, Tensor[] mixes, Tensor? last, Tensor? begins) -> Tensor[]"
 )
 
 
 def shift_mix_cuda(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, mixes: Sequence[Tensor], eps: float
-) -> tuple[Tensor, list[Tensor]]:
-    """See :func:`heron.ops.shift_mix`."""
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mixes: Sequence[Tensor],
+    last: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """See :func:`heron.ops.shift_mix`; the kernels must have been built (:meth:`FORM.require`)."""
     flat = [mix.reshape(-1) for mix in mixes]
-    branch = None if branch is None else branch.contiguous()
-    mixed = torch.ops.heron.shift_mix(x.contiguous(), branch, weight, bias, flat, eps)
-    return (x if branch is None else mixed[-1]), mixed[: len(mixes)]
-
-
-def require(device: torch.device, dtype: torch.dtype, channels: int) -> None:
-    """Build and load the kernels for x of `dtype` with `channels` on `device`.
-
-    Raises:
-        KernelError: there are none for it, or they can't be built here.
-    """
-    if (reason := why_not(device, dtype, channels)) is not None:
-        raise KernelError(f'shift_mix: impl="cuda" {reason}; use impl="auto"')
-    library(torch.cuda.get_device_capability(device))
+    branch, last = (None if given is None else given.contiguous() for given in (branch, last))
+    begins = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    out = torch.ops.heron.shift_mix(x.contiguous(), branch, weight, bias, flat, last, begins, eps)
+    n_mixes = len(mixes)
+    return (x if branch is None else out[-1]), out[:n_mixes], out[n_mixes + 1]
 
 
 def why_not(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
-    """Why there is no kernel for these, as a clause; None if there is one."""
-    if device.type != "cuda":
-        return f"needs tensors on a CUDA device, got {device}"
-    if dtype not in DTYPES or channels % 8 or channels > LARGEST_C:
-        return f"takes fp32 and bf16 with C = 8, 16, ... {LARGEST_C}, got {dtype} with C = {channels}"
-    return None
+    """Why there is no kernel for x of `dtype` with `channels`, as a clause; None where there is one."""
+    if channels % 8 or channels > LARGEST_C:
+        return f"it takes C = 8, 16, ... {LARGEST_C}, not {channels}"
+    return _choice.why_not_dtype(dtype, DTYPES)
 
 
 @functools.cache
@@ -64,30 +60,41 @@ def library(capability: tuple[int, int]) -> None:
     _build.load_kernels_for(capability, "shift_mix", "shift_mix", [SOURCE], [_build.STRIPS])
 
 
+FORM = _choice.NativeForm("shift_mix", "cuda", "norm, token shift and mixing", why_not, library)
+
+
 @torch.library.register_fake("heron::shift_mix", lib=_library)
-def _(x, branch, weight, bias, mixes, eps):
+def _(x, branch, weight, bias, mixes, last, begins, eps):
     stats = x.new_empty(x.shape[0] * x.shape[1], 2, dtype=torch.float32)
-    return [*(torch.empty_like(x) for _ in mixes), stats, *([] if branch is None else [torch.empty_like(x)])]
+    new_last = x.new_empty(x.shape[0] if begins is None else begins.shape[0] - 1, x.shape[2])
+    sums = [] if branch is None else [torch.empty_like(x)]
+    return [*(torch.empty_like(x) for _ in mixes), stats, new_last, *sums]
 
 
 @torch.library.register_fake("heron::shift_mix_backward", lib=_library)
-def _(d_mixed, d_sum, sum, stats, weight, bias, mixes):
-    return [torch.empty_like(sum), *(torch.empty_like(weight) for _ in range(len(mixes) + 2))]
+def _(d_mixed, d_sum, d_new_last, sum, stats, weight, bias, mixes, last, begins):
+    of_last = [] if last is None else [torch.empty_like(last)]
+    return [torch.empty_like(sum), *(torch.empty_like(weight) for _ in range(len(mixes) + 2)), *of_last]
 
 
 def _keep(ctx, inputs, output):
-    x, branch, weight, bias, mixes, _ = inputs
+    x, branch, weight, bias, mixes, last, begins, _ = inputs
+    ctx.set_materialize_grads(False)  # nobody reads the new last in a training step
     ctx.n_mixes, ctx.has_branch = len(mixes), branch is not None
-    ctx.save_for_backward(output[-1] if ctx.has_branch else x, output[ctx.n_mixes], weight, bias, *mixes)
+    total = output[-1] if ctx.has_branch else x
+    ctx.save_for_backward(total, output[ctx.n_mixes], weight, bias, last, begins, *mixes)
 
 
 def _gradients(ctx, gradients):
-    gradients = [gradient.contiguous() for gradient in gradients]
-    d_mixed, d_sum = gradients[: ctx.n_mixes], gradients[-1] if ctx.has_branch else None
-    d_x, d_weight, d_bias, *d_mixes = torch.ops.heron.shift_mix_backward(
-        d_mixed, d_sum, *ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    total, stats, weight, bias, last, begins, *mixes = ctx.saved_tensors
+    *d_mixed, _, d_new_last, d_sum = (*gradients, *(() if ctx.has_branch else (None,)))
+    d_mixed = [torch.zeros_like(total) if d is None else d.contiguous() for d in d_mixed]
+    d_sum, d_new_last = (None if d is None else d.contiguous() for d in (d_sum, d_new_last))
+    d_x, d_weight, d_bias, *rest = torch.ops.heron.shift_mix_backward(
+        d_mixed, d_sum, d_new_last, total, stats, weight, bias, mixes, last, begins
     )
-    return d_x, d_x if ctx.has_branch else None, d_weight, d_bias, d_mixes, None
+    d_mixes, d_last = rest[: ctx.n_mixes], None if last is None else rest[ctx.n_mixes]
+    return d_x, d_x if ctx.has_branch else None, d_weight, d_bias, d_mixes, d_last, None, None
 
 
 torch.library.register_autograd("heron::shift_mix", _gradients, setup_context=_keep, lib=_library)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
-from heron.ops.token_step.cpu import Prepared, token_step_cpu
+from heron.ops import _choice
+from heron.ops.token_step import cpu
 from heron.ops.token_step.reference import (
     LayerMemory,
     LayerWeights,
@@ -18,8 +19,14 @@ from heron.ops.token_step.reference import (
     token_step_reference,
 )
 
-__all__ = ["LayerMemory", "LayerWeights", "LowRank", "Network", "Norm", "TokenStep"]
-_IMPLS = ("auto", "reference", "cpu")
+__all__ = ["LayerMemory", "LayerWeights", "LowRank", "Network", "Norm", "TokenStep", "token_step_choice"]
+_FORMS = {"reference": token_step_reference, "cpu": cpu.token_step_cpu}
+
+
+def token_step_choice(device: torch.device, dtype: torch.dtype = torch.float32, head_size: int = 64) -> _choice.Choice:
+    """The form that "auto" takes for a network of `dtype` and `head_size` on `device`."""
+    other = _choice.Choice("reference", f"plain PyTorch; runs on {device.type}")
+    return cpu.FORM.choice("C++, each weight read once for all sequences", other, device, dtype, head_size)
 
 
 class TokenStep:
@@ -36,13 +43,12 @@ class TokenStep:
     """
 
     def __init__(self, network: Network, impl: str = "auto"):
-        if impl not in _IMPLS:
-            raise KernelError(f"token_step: impl must be {', '.join(_IMPLS)}; got {impl!r}")
         head, wkv = network.head, network.memories[0].wkv
         if impl == "auto":
-            impl = _select.token_step(head.device, head.dtype, wkv.shape[3]).impl
+            impl = token_step_choice(head.device, head.dtype, wkv.shape[3]).impl
+        self._form = _choice.form_of("token_step", impl, _FORMS)
         self._network, self._n_sequences = network, wkv.shape[0]
-        self._prepared = Prepared(network) if impl == "cpu" else None
+        self._of_form = cpu.Prepared(network) if impl == "cpu" else network
 
     def __call__(self, rows: Sequence[int], x: Tensor, gates: Tensor | None = None) -> Tensor:
         """Logits (n, V), in at least fp32; the memories of `rows` change.
@@ -64,6 +70,4 @@ class TokenStep:
         wanted = (L, n, self._network.layers[0].ffn_key.shape[0] if self._network.gates_hidden else C)
         if gates is not None and tuple(gates.shape) != wanted:
             raise KernelError(f"token_step: gates must be {wanted}, got {tuple(gates.shape)}")
-        if self._prepared is None:
-            return token_step_reference(self._network, rows, x, gates)
-        return token_step_cpu(self._prepared, rows, x, gates)
+        return self._form(self._of_form, rows, x, gates)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 from heron.ops.token_step.reference import LayerMemory, LayerWeights, Network
 
 SOURCE = Path(__file__).parent / "csrc" / "token_step.cpp"
@@ -29,13 +29,12 @@ class Prepared:
     Contiguous matrices, and memories, are where they were; what is written into them is seen by the next step.
 
     Raises:
-        KernelError: what :func:`why_not` says, memories that are not contiguous, or as :func:`library`.
+        KernelError: memories that are not contiguous, or as :meth:`FORM.require`.
     """
 
     def __init__(self, network: Network):
         x, wkv = network.head, network.memories[0].wkv
-        if reason := why_not(x.device, x.dtype, wkv.shape[3]):
-            raise KernelError(f"token_step: {reason}; use another impl")
+        FORM.require(x.device, x.dtype, wkv.shape[3])
         self.library = library()
         self.vocab, channels = network.head.shape
         self._kept: list[Tensor] = []  # whose addresses are in the structures
@@ -93,13 +92,9 @@ def token_step_cpu(prepared: Prepared, rows: Sequence[int], x: Tensor, gates: Te
 
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Why the library does not run for such a network, as a clause; None where it does."""
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device}"
-    if dtype not in DTYPES:
-        return f"it takes fp32 and bf16, not {dtype}"
     if head_size % _LANES or head_size > _LARGEST_HEAD:
         return f"it takes heads of {_LANES}, {2 * _LANES}, ... {_LARGEST_HEAD}, not of {head_size}"
-    return None
+    return _choice.why_not_dtype(dtype, DTYPES)
 
 
 @functools.cache
@@ -111,6 +106,9 @@ def library() -> ctypes.CDLL:
     built.heron_token_step.argtypes = [pointer, small, pointer, pointer, pointer, pointer, small]
     built.heron_token_step.restype = None
     return built
+
+
+FORM = _choice.NativeForm("token_step", "cpu", "decoding", why_not, library)
 
 
 class _Layer(ctypes.Structure):

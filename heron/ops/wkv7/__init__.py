@@ -8,13 +8,24 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _select
+from heron.ops import _choice
+from heron.ops.wkv7 import cuda
 from heron.ops.wkv7.chunked import wkv7_chunked
-from heron.ops.wkv7.cuda import wkv7_cuda
 from heron.ops.wkv7.reference import wkv7_reference
 
-_FORMS = {"reference": wkv7_reference, "chunked": wkv7_chunked}  # in PyTorch, on any device
-_IMPLS = ("auto", *_FORMS, "cuda")
+_FORMS = {"reference": wkv7_reference, "chunked": wkv7_chunked, "cuda": cuda.wkv7_cuda}
+
+
+def wkv7_choice(
+    device: torch.device, n_tokens: int, dtype: torch.dtype = torch.bfloat16, head_size: int = 64
+) -> _choice.Choice:
+    """The form that "auto" takes for a sequence of `n_tokens` of `dtype` and `head_size` on `device`."""
+    other = _choice.Choice("chunked", f"matrix products over chunks of tokens, in PyTorch; runs on {device.type}")
+    if n_tokens == 1:
+        other = _choice.Choice("reference", "one token is one step of the loop")
+    arithmetic = "on tensor cores" if cuda.on_tensor_cores(dtype, head_size) else "in fp32 arithmetic"
+    reason = f"kernels that run a head's chunks of tokens {arithmetic}"
+    return cuda.FORM.choice(reason, other, device, dtype, head_size)
 
 
 def wkv7(
@@ -61,18 +72,16 @@ def wkv7(
         KernelError: shapes, dtypes or devices that do not fit together, or an `impl` that does not exist or can't run
             here.
     """
-    if impl not in _IMPLS:
-        raise KernelError(f"wkv7: impl must be {', '.join(_IMPLS)}; got {impl!r}")
     _check_inputs(r, (w, k, v, a, b))
     n_seq = r.shape[0] if cu_seqlens is None else _check_cu_seqlens(r, cu_seqlens)
     initial = initial_state(r, n_seq, state)
     if inplace_state:
         _check_inplace(state, initial, (r, w, k, v, a, b))
     if impl == "auto":
-        impl = _select.wkv7(r.device, r.shape[1], r.dtype, r.shape[-1]).impl
+        impl = wkv7_choice(r.device, r.shape[1], r.dtype, r.shape[-1]).impl
+    form = _choice.form_of("wkv7", impl, _FORMS)
     if impl == "cuda":
-        return wkv7_cuda(r, w, k, v, a, b, initial, cu_seqlens, inplace_state)
-    form = _FORMS[impl]
+        return form(r, w, k, v, a, b, initial, cu_seqlens, inplace_state)
     if cu_seqlens is None:
         y, final = form(r, w, k, v, a, b, initial)
     else:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from heron.errors import KernelError
-from heron.ops import _build
+from heron.ops import _build, _choice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128)
@@ -59,28 +58,23 @@ def wkv7_cuda(
     cu_seqlens: Tensor | None,
     inplace_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`heron.ops.wkv7` by the kernels in csrc, which are built at the first call.
-
-    Raises:
-        KernelError: not a CUDA device, a dtype, head size or GPU without a kernel, or the build failed.
-    """
-    if r.device.type != "cuda":
-        raise KernelError(f'wkv7: impl="cuda" needs tensors on a CUDA device, got {r.device}; use impl="auto" here')
-    if (reason := why_not(r.device, r.dtype, r.shape[-1])) is not None:
-        raise KernelError(f'wkv7: impl="cuda" {reason}; use impl="auto"')
+    """:func:`heron.ops.wkv7` by the kernels in csrc; KernelError as :meth:`FORM.require`."""
+    FORM.require(r.device, r.dtype, r.shape[-1])
     return wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens, inplace_state)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why there is no kernel for this CUDA device and these inputs, as a clause; None if there is one."""
-    if dtype not in DTYPES or head_size not in HEAD_SIZES:
-        return f"takes fp32, bf16 and fp16 with N = 16, 32, 64 or 128; got {dtype} with N = {head_size}"
+    """Why there is no kernel for this CUDA device and these inputs, as a clause; None where there is one."""
+    if against := _choice.why_not_dtype(dtype, DTYPES):
+        return against
+    if head_size not in HEAD_SIZES:
+        return f"it takes heads of {', '.join(map(str, HEAD_SIZES))}, not of {head_size}"
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
-        return f"needs compute capability 8.0 or later; this GPU has {properties.major}.{properties.minor}"
+        return f"it needs compute capability 8.0 or later; this GPU has {properties.major}.{properties.minor}"
     shared = properties.shared_memory_per_block_optin
     if head_size == 128 and shared < SHARED_BYTES_128:
-        return f"needs {SHARED_BYTES_128} bytes of shared memory in a block for N = 128; this GPU has {shared}"
+        return f"it needs {SHARED_BYTES_128} bytes of shared memory in a block for N = 128; this GPU has {shared}"
     return None
 
 
@@ -94,6 +88,9 @@ def build() -> None:
     devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     capabilities = sorted({capability for capability in devices if capability >= (8, 0)})
     _build.load_op_library("wkv7s", sources(), cuda_flags=cuda_flags(capabilities), depends=headers())
+
+
+FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, lambda capability: build())
 
 
 def sources() -> list[Path]:

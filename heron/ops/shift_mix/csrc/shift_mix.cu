@@ -6,6 +6,7 @@
 // tokens (gradients of the mixes and of the norm) stay in registers until the strip ends; a second kernel adds up the
 // strips, in one order.
 
+#ifdef __CUDACC__  // the tests also compile the kernels for a CPU
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include <optional>
 #include <vector>
+#endif
 
 #include "../../csrc/strips.cuh"
 
@@ -73,14 +75,49 @@ struct Norm {
 struct Shape {
     int rows, tokens, channels, strip;  // rows: tokens of all sequences
     float per_channel;                  // 1 / channels
+    const int* begins;                  // (sequences + 1,): the first row of each; null: each has `tokens`
+    int sequences;
+};
+
+// The sequence that a row is in, for a block that goes from row to row. Sequences may be empty.
+struct Sequence {
+    int number, begin, end;
+
+    __device__ __forceinline__ Sequence(const Shape& shape, int row) : number(0) {
+        if (!shape.begins) {
+            number = row / shape.tokens;
+        } else {
+            for (int beyond = shape.sequences; beyond - number > 1;) {
+                const int middle = (number + beyond) / 2;
+                (shape.begins[middle] <= row ? number : beyond) = middle;
+            }
+        }
+        begin = begin_of(shape, number), end = begin_of(shape, number + 1);
+    }
+    // Whether `row`, which comes behind the last one asked for, is the first of another sequence.
+    __device__ __forceinline__ bool up_to(const Shape& shape, int row) {
+        if (row < end) return false;
+        while (row >= end) begin = end, end = begin_of(shape, ++number + 1);
+        return true;
+    }
+    __device__ __forceinline__ void down_to(const Shape& shape, int row) {
+        while (row < begin) end = begin, begin = begin_of(shape, --number);
+    }
+
+  private:
+    static __device__ __forceinline__ int begin_of(const Shape& shape, int number) {
+        return shape.begins ? shape.begins[number] : number * shape.tokens;
+    }
 };
 
 template <typename T>
 struct Forward {
     const T *x, *branch;  // (rows, C); branch may be null
+    const T* last;        // (sequences, C): the normed token before each; null: zeros
     Norm<T> norm;
     T* sum;  // of x and branch; null without a branch
     T* mixed[kMixes];
+    T* new_last;  // (sequences, C); those of empty sequences are left as they are
     float2* stats;  // (rows,): mean and 1 / deviation
     Shape shape;
     float eps;
@@ -147,11 +184,14 @@ __global__ void __launch_bounds__(kLargestC / width, width / 4) forward(const Fo
     };
 
     const int first = blockIdx.x * p.shape.strip, end = min(first + p.shape.strip, p.shape.rows);
-    int position = first % p.shape.tokens;  // of `row` in its sequence
-    float before[width] = {};               // the token before, normed
+    Sequence sequence(p.shape, first);
+    float before[width];  // the token before, normed
     float x[kAtOnce][width], weight[width], bias[width];
     float2 stats[kAtOnce];
-    if (position > 0) {
+    const auto read_last = [&] { load<T, width>(p.last + offset(sequence.number), mine && p.last).get(before); };
+    if (first == sequence.begin) {
+        read_last();
+    } else {
         read(first - 1, first, x);
         normalise(x, stats);
         weights.get(weight), biases.get(bias);
@@ -169,14 +209,16 @@ __global__ void __launch_bounds__(kLargestC / width, width / 4) forward(const Fo
         weights.get(weight), biases.get(bias);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            if (threadIdx.x == 0 && row + i < end) p.stats[row + i] = stats[i];
+            const bool there = row + i < end;
+            if (threadIdx.x == 0 && there) p.stats[row + i] = stats[i];
+            if (there && sequence.up_to(p.shape, row + i)) read_last();
 #pragma unroll
             for (int v = 0; v < width; ++v) {
                 x[i][v] = x[i][v] * weight[v] + bias[v];
-                delta[i][v] = (position > 0 ? before[v] : 0.0f) - x[i][v];
+                delta[i][v] = before[v] - x[i][v];
                 before[v] = x[i][v];
             }
-            position = position + 1 == p.shape.tokens ? 0 : position + 1;
+            if (row + i + 1 == sequence.end && there && mine) store(p.new_last + offset(sequence.number), x[i]);
         }
         if (!mine) continue;
 #pragma unroll
@@ -200,7 +242,9 @@ struct Backward {
     const T *d_sum, *sum;      // (rows, C); d_sum may be null
     const float2* stats;
     Norm<T> norm;
+    const T *last, *d_new_last;  // (sequences, C), each may be null
     T* d;             // (rows, C)
+    T* d_last;        // (sequences, C); null without `last`; those of empty sequences are left as they are
     float* of_strip;  // (strips, n_mixes + 2, C): gradients of the mixes, of weight and bias
     Shape shape;
 };
@@ -251,7 +295,8 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
 
     float of_mix[n_mixes][width] = {}, of_weight[width] = {}, of_bias[width] = {};
     float from_behind[width] = {};  // gradient of this token's normed values by way of the next token
-    if (end < p.shape.rows && end % p.shape.tokens != 0) {
+    Sequence sequence(p.shape, end - 1);
+    if (end < sequence.end) {
 #pragma unroll
         for (int m = 0; m < n_mixes; ++m) {
             float d[width], mix[width];
@@ -267,14 +312,15 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
 #pragma unroll
     for (int v = 0; v < width; ++v) normed[v] = (normed[v] - p.stats[end - 1].x) * scale;
     float2 next_before = stats_before(end - 1);
-    int position = (end - 1) % p.shape.tokens;  // of `row` in its sequence
     for (int row = end - 1; row >= first; --row) {
         const float2 before = next_before;
         next_before = stats_before(row - 1);
         copies_arrived<ahead - 1>();
         const Part* here = place(row);
-        const bool has_before = position > 0;
-        position = (has_before ? position : p.shape.tokens) - 1;
+        sequence.down_to(p.shape, row);
+        const bool has_before = row > sequence.begin;
+        const int64_t of_sequence = static_cast<int64_t>(sequence.number) * p.shape.channels + c;
+        if (row + 1 == sequence.end) load<T, width>(p.d_new_last + of_sequence, mine && p.d_new_last).get(from_behind);
         float weight[width], bias[width], d_sum[width] = {}, normed_before[width] = {};
         float all[width] = {}, to_before[width] = {}, delta[width], sums[2] = {};
         if (p.d_sum) here[n_mixes * threads].get(d_sum);
@@ -284,6 +330,12 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
         for (int v = 0; v < width; ++v) {
             normed_before[v] = (normed_before[v] - before.x) * before.y;
             delta[v] = has_before ? (normed_before[v] - normed[v]) * weight[v] : -(normed[v] * weight[v] + bias[v]);
+        }
+        if (!has_before && p.last) {
+            float last[width];
+            load<T, width>(p.last + of_sequence, mine).get(last);
+#pragma unroll
+            for (int v = 0; v < width; ++v) delta[v] += last[v];
         }
 #pragma unroll
         for (int m = 0; m < n_mixes; ++m) {
@@ -301,13 +353,14 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
 #pragma unroll
         for (int v = 0; v < width; ++v) {
             const float d = all[v] - to_before[v] + from_behind[v];
-            from_behind[v] = has_before ? to_before[v] : 0.0f;
+            from_behind[v] = to_before[v];
             of_weight[v] += d * normed[v];
             of_bias[v] += d;
             all[v] = d * weight[v];
             sums[0] += all[v];
             sums[1] += all[v] * normed[v];
         }
+        if (!has_before && p.d_last && mine) store(p.d_last + of_sequence, to_before);
         block_sum(sums);
         const float mean = sums[0] * p.shape.per_channel, slope = sums[1] * p.shape.per_channel;
         if (mine) {
@@ -331,22 +384,48 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
     put(of_bias);
 }
 
-Shape shape_of(const at::Tensor& x, int strips) {
+int strips_of(const Shape& shape) { return (shape.rows + shape.strip - 1) / shape.strip; }
+
+int threads_for(int channels, int width) { return (channels / width + 31) / 32 * 32; }
+
+#ifdef __CUDACC__
+Shape shape_of(const at::Tensor& x, const std::optional<at::Tensor>& begins, int strips) {
     const int64_t rows = x.size(0) * x.size(1);
     TORCH_CHECK(rows < (int64_t{1} << 31) - kForwardStrips, "shift_mix: too many tokens");
     const auto tokens = static_cast<int>(x.size(1)), channels = static_cast<int>(x.size(2));
     const auto strip = static_cast<int>(std::max<int64_t>(4, (rows + strips - 1) / strips));
-    return {static_cast<int>(rows), tokens, channels, strip, 1.0f / static_cast<float>(channels)};
+    Shape shape{static_cast<int>(rows), tokens, channels, strip, 1.0f / static_cast<float>(channels), nullptr, 0};
+    shape.sequences = static_cast<int>(x.size(0));
+    if (begins) {
+        TORCH_CHECK(begins->scalar_type() == at::kInt && begins->is_contiguous() && begins->device() == x.device() &&
+                        begins->dim() == 1 && begins->numel() > 1 && x.size(0) == 1,
+                    "shift_mix: begins must be (sequences + 1,) int32 on the device of x, and x (1, T, C)");
+        shape.begins = begins->const_data_ptr<int>();
+        shape.sequences = static_cast<int>(begins->numel()) - 1;
+    }
+    return shape;
 }
-
-int strips_of(const Shape& shape) { return (shape.rows + shape.strip - 1) / shape.strip; }
-
-int threads_for(int channels, int width) { return (channels / width + 31) / 32 * 32; }
 
 void check(const at::Tensor& x, const at::Tensor& like, const char* name) {
     TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.is_contiguous() && x.device() == like.device() &&
                     reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
                 "shift_mix: ", name, " must be contiguous, 16-byte aligned and of the dtype and device of x");
+}
+
+// (sequences, C), which the kernels fill but for empty sequences; there they are as `otherwise`, or zeros.
+at::Tensor of_sequences(const at::Tensor& x, const Shape& shape, const std::optional<at::Tensor>& otherwise) {
+    if (!shape.begins) return at::empty({shape.sequences, shape.channels}, x.options());
+    return otherwise ? otherwise->clone() : at::zeros({shape.sequences, shape.channels}, x.options());
+}
+
+template <typename T>
+const T* checked_of_sequences(const std::optional<at::Tensor>& given, const at::Tensor& x, const Shape& shape,
+                              const char* name) {
+    if (!given) return nullptr;
+    check(*given, x, name);
+    TORCH_CHECK(given->numel() == int64_t{shape.sequences} * shape.channels, "shift_mix: ", name,
+                " must be (sequences, C)");
+    return given->const_data_ptr<T>();
 }
 
 template <typename T>
@@ -376,14 +455,16 @@ void with_mixes(size_t n, const Launch& launch) {
 
 std::vector<at::Tensor> run_forward(const at::Tensor& x, const std::optional<at::Tensor>& branch,
                                     const at::Tensor& weight, const at::Tensor& bias, at::TensorList mixes,
+                                    const std::optional<at::Tensor>& last, const std::optional<at::Tensor>& begins,
                                     double eps) {
     const c10::cuda::CUDAGuard guard(x.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
-    const Shape shape = shape_of(x, kForwardStrips);
+    const Shape shape = shape_of(x, begins, kForwardStrips);
     check(x, x, "x");
     std::vector<at::Tensor> out;
     for (size_t i = 0; i < mixes.size(); ++i) out.push_back(at::empty_like(x));
     out.push_back(at::empty({shape.rows, 2}, x.options().dtype(at::kFloat)));
+    out.push_back(of_sequences(x, shape, last));
     if (branch) {
         check(*branch, x, "branch");
         TORCH_CHECK(branch->sizes() == x.sizes(), "shift_mix: branch must have the shape of x");
@@ -395,6 +476,8 @@ std::vector<at::Tensor> run_forward(const at::Tensor& x, const std::optional<at:
         constexpr int width = 16 / sizeof(T);
         Forward<T> p{};
         p.x = x.const_data_ptr<T>(), p.norm = norm_of<T>(x, weight, bias, mixes);
+        p.last = checked_of_sequences<T>(last, x, shape, "last");
+        p.new_last = out[mixes.size() + 1].data_ptr<T>();
         for (size_t i = 0; i < mixes.size(); ++i) p.mixed[i] = out[i].data_ptr<T>();
         p.stats = reinterpret_cast<float2*>(out[mixes.size()].data_ptr<float>());
         if (branch) p.branch = branch->const_data_ptr<T>(), p.sum = out.back().data_ptr<T>();
@@ -408,16 +491,19 @@ std::vector<at::Tensor> run_forward(const at::Tensor& x, const std::optional<at:
 }
 
 std::vector<at::Tensor> run_backward(at::TensorList d_mixed, const std::optional<at::Tensor>& d_sum,
-                                     const at::Tensor& sum, const at::Tensor& stats, const at::Tensor& weight,
-                                     const at::Tensor& bias, at::TensorList mixes) {
+                                     const std::optional<at::Tensor>& d_new_last, const at::Tensor& sum,
+                                     const at::Tensor& stats, const at::Tensor& weight, const at::Tensor& bias,
+                                     at::TensorList mixes, const std::optional<at::Tensor>& last,
+                                     const std::optional<at::Tensor>& begins) {
     const c10::cuda::CUDAGuard guard(sum.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const int n_mixes = static_cast<int>(mixes.size());
-    const Shape shape = shape_of(sum, n_mixes == kMixes ? kBackwardStrips : 2 * kBackwardStrips);
+    const Shape shape = shape_of(sum, begins, n_mixes == kMixes ? kBackwardStrips : 2 * kBackwardStrips);
     check(sum, sum, "x");
     TORCH_CHECK(d_mixed.size() == mixes.size(), "shift_mix: a gradient for each mix");
     std::vector<at::Tensor> out{at::empty_like(sum)};
     for (int i = 0; i < n_mixes + 2; ++i) out.push_back(shape.rows ? at::empty_like(weight) : at::zeros_like(weight));
+    if (last) out.push_back(of_sequences(sum, shape, d_new_last));
     if (shape.rows == 0) return out;
     const auto of_strip = at::empty({strips_of(shape), n_mixes + 2, shape.channels}, sum.options().dtype(at::kFloat));
     HERON_DISPATCH(sum.scalar_type(), [&] {
@@ -433,6 +519,9 @@ std::vector<at::Tensor> run_backward(at::TensorList d_mixed, const std::optional
         }
         p.sum = sum.const_data_ptr<T>(), p.stats = reinterpret_cast<const float2*>(stats.const_data_ptr<float>());
         p.norm = norm_of<T>(sum, weight, bias, mixes);
+        p.last = checked_of_sequences<T>(last, sum, shape, "last");
+        p.d_new_last = checked_of_sequences<T>(d_new_last, sum, shape, "gradient of the new last");
+        if (last) p.d_last = out.back().data_ptr<T>();
         p.d = out[0].data_ptr<T>(), p.of_strip = of_strip.data_ptr<float>();
         p.shape = shape;
         with_mixes(n_mixes, [&](auto n) {
@@ -459,3 +548,6 @@ TORCH_LIBRARY_IMPL(heron, CUDA, library) {
     library.impl("shift_mix", &run_forward);
     library.impl("shift_mix_backward", &run_backward);
 }
+#else
+}  // namespace
+#endif

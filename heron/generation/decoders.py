@@ -1,0 +1,25 @@
+"""Which decoder an engine takes for a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from heron.generation.decoder import CompiledDecoder, Decoder, FusedDecoder, ModelDecoder, is_fusible
+from heron.generation.graphed import GraphedDecoder
+from heron.generation.tables import Tables
+from heron.ops.token_step import token_step_choice
+
+
+def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Decoder:
+    """The fastest decoder that `model` can have where it is, with room for `rows` sequences.
+
+    Args:
+        tables: DeepEmbed tables off the device; None: the model has its own.
+    """
+    if not is_fusible(model):
+        return ModelDecoder(model, rows)
+    weight, config = model.emb.weight, model.config
+    if weight.device.type != "cpu":
+        return GraphedDecoder(model, rows, tables)
+    compiled = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
+    return (CompiledDecoder if compiled and config.deep_embed != "low-rank" else FusedDecoder)(model, rows, tables)

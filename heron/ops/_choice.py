@@ -1,0 +1,107 @@
+"""What every op needs to choose among its forms. Each op knows its own forms; this file knows none of them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from heron.errors import KernelError
+from heron.ops import _graph
+
+_no_kernels: str | None = None
+
+
+class Choice(NamedTuple):
+    """The form that ``impl="auto"`` takes, by name, and the reason, as one clause."""
+
+    impl: str
+    reason: str
+
+
+def keep_to_pytorch(reason: str) -> None:
+    """From here on ``impl="auto"`` takes no CUDA kernel of ours in this process, for `reason`."""
+    global _no_kernels
+    _no_kernels = reason
+
+
+def form_of(op: str, impl: str, forms: Mapping[str, Callable]) -> Callable:
+    """The form of an op that `impl` names; KernelError where it has no such form."""
+    if impl not in forms:
+        raise KernelError(f"{op}: impl must be auto, {', '.join(forms)}; got {impl!r}")
+    return forms[impl]
+
+
+class NativeForm:
+    """A form of an op in C++ or CUDA: it is built at first use, and runs for some inputs only.
+
+    Args:
+        op: the op's name.
+        impl: the form's name, which is also the type of device that it runs on: "cuda" or "cpu".
+        what: what it computes, for the line on stderr that says that it can't be built.
+        why_not: takes the device and the facts of the op's own choice, such as dtype and head size; says why the form
+            does not run for these, as a clause about "it", or None.
+        load: builds and loads it; takes the compute capability of a CUDA device, and nothing on a CPU. It raises
+            KernelError where that fails.
+    """
+
+    def __init__(self, op: str, impl: str, what: str, why_not: Callable[..., str | None], load: Callable[..., object]):
+        self.op, self.impl, self.what, self.why_not, self.load = op, impl, what, why_not, load
+
+        def why_not_here(device: torch.device, *facts: Any) -> str | None:
+            return self.why_not(device, *facts) or _why_not_built(self.load, self.what, *_capability(device))
+
+        # What torch.compiler.assume_constant_result sets, without its imports: torch.compile asks once, at tracing.
+        why_not_here._dynamo_marked_constant = True
+        self._why_not_here = why_not_here
+
+    def choice(self, reason: str, other: Choice, device: torch.device, *facts: Any) -> Choice:
+        """This form, for `reason`, where it runs for a device and `facts`; else `other`, with what speaks against it.
+
+        A build that fails is told on stderr, once.
+        """
+        if device.type != self.impl:
+            return other
+        barred = None
+        if self.impl == "cuda":
+            barred = _no_kernels or ("torch.func transforms this call" if _graph.in_transform() else None)
+        against = barred or self._why_not_here(device, *facts)
+        if against is None:
+            return Choice(self.impl, reason)
+        return Choice(other.impl, f"{other.reason}; not in {'CUDA' if self.impl == 'cuda' else 'C++'} ({against})")
+
+    def require(self, device: torch.device, *facts: Any) -> None:
+        """Build and load this form for a device and `facts`; KernelError where it does not run or can't be built."""
+        if device.type == self.impl:
+            against = self.why_not(device, *facts)
+        else:
+            against = f"it needs tensors on {'a CUDA device' if self.impl == 'cuda' else 'the CPU'}, got {device}"
+        if against is not None:
+            raise KernelError(f'{self.op}: impl="{self.impl}": {against}; use impl="auto"')
+        self.load(*_capability(device))
+
+
+@functools.cache
+def _why_not_built(load: Callable[..., object], what: str, *capability: tuple[int, int]) -> str | None:
+    try:
+        load(*capability)
+    except KernelError as error:
+        print(f"heron: going on with the slower form of {what} in PyTorch: {error}", file=sys.stderr)
+        return str(error)
+    return None
+
+
+def _capability(device: torch.device) -> tuple[tuple[int, int], ...]:
+    return (torch.cuda.get_device_capability(device),) if device.type == "cuda" else ()
+
+
+def why_not_dtype(dtype: torch.dtype, taken: tuple[torch.dtype, ...]) -> str | None:
+    """Why a form does not take `dtype`, as a clause; None where it is one of those `taken`."""
+    if dtype in taken:
+        return None
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    *names, last = (short[one] for one in taken)
+    return f"it takes {', '.join(names)}{' and ' if names else ''}{last}, not {dtype}"
