@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import heron
-from heron import base_model, cli, report, train
+from heron import cli, report
 from heron.checkpoint import ownership, run
 from heron.errors import CheckpointError
+from heron.train import base_model
+from heron.train import loop as train
 
 TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
 MODEL = heron.ModelConfig(variant="v7", n_layer=1, n_embd=32, head_size=16, vocab_size=256)

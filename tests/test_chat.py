@@ -10,10 +10,10 @@ import torch
 from tokenizer_kinds import load
 
 import heron
-from heron import chat, cli, tokenizer
-from heron.chat import Chat, cleaned, printable
+from heron import cli, tokenizer
 from heron.errors import CheckpointError, ConfigError
-from heron.generation import Engine, Sampling, Snapshot
+from heron.generation import Engine, Sampling, Snapshot, chat
+from heron.generation.chat import Chat, cleaned, printable
 
 LETTERS = tokenizer.load("bytes")
 SAMPLING = Sampling(top_p=0.95)

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import heron
-from heron.checkpoint import atomic, run
+from heron import files
+from heron.checkpoint import run
 from heron.errors import CheckpointError
 
 SUFFIXES = ["pth", "safetensors"]
@@ -323,11 +324,11 @@ def test_new_file_and_new_folder_appear_whole_or_not_at_all(tmp_path):
             (temporary / part).write_text("half")
             raise KeyError
 
-    for make, name, part in [(atomic.new_file, "file", ""), (atomic.new_folder, "folder", "part")]:
+    for make, name, part in [(files.new_file, "file", ""), (files.new_folder, "folder", "part")]:
         with pytest.raises(KeyError):
             half(make, name, part)
         assert list(tmp_path.iterdir()) == []
-    with atomic.new_folder(tmp_path / "folder") as temporary:
+    with files.new_folder(tmp_path / "folder") as temporary:
         (temporary / "part").write_text("whole")
     assert (tmp_path / "folder" / "part").read_text() == "whole"
 

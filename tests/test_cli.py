@@ -18,9 +18,11 @@ import yaml
 from safetensors.torch import load_file
 
 import heron
-from heron import cli, info, report, tokenizer, train
+from heron import cli, report, tokenizer
+from heron.commands import info
 from heron.config import MINI_EPOCH, TrainConfig
 from heron.data import binidx
+from heron.train import loop as train
 
 TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
 SIZES = "--n_layer 2 --n_embd 32 --head_size 16 --vocab_size 256"
@@ -561,7 +563,7 @@ def test_plot(heron_, trained, tmp_path):
 
 
 def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
-    demo = pytest.importorskip("heron.demo")
+    demo = pytest.importorskip("heron.commands.demo")
     settings = demo.config
 
     def shorter(out):

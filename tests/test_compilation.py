@@ -16,11 +16,11 @@ import torch
 import torch._dynamo
 
 import heron
-from heron import compilation
 from heron.errors import ConfigError, HeronError
-from heron.learner import Learner
+from heron.model import compiled as compilation
 from heron.ops import _build, _choice
 from heron.ops.wkv7 import cuda
+from heron.train.step import Learner
 from tests.ops import emulator
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

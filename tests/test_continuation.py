@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizer_kinds import KEEP_ALL, KINDS, SENTENCES, load
 
 from heron import tokenizer
-from heron.continuation import encode_behind, encode_pair
 from heron.errors import DataError
+from heron.tokenizer.continuation import encode_behind, encode_pair
 
 TEXTS = st.text(alphabet="ab the\n.12é世", max_size=12)
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from heron import cli, tokenizer, train
+from heron import cli, tokenizer
 from heron.config import TrainConfig
 from heron.data.binidx import open_binidx
 from heron.data.corpora import Reading
@@ -17,6 +17,7 @@ from heron.data.loader import load_corpus
 from heron.data.prepare import encode_document, prepare
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.train import Trainer
+from heron.train import loop as train
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 

@@ -19,7 +19,7 @@ from heron.generation import Engine, Request, Sampling, Snapshot, Token, engine
 from heron.generation.decoder import CompiledDecoder, FusedDecoder, ModelDecoder, is_fusible
 from heron.generation.drawing import DeviceDraws, barred_ids
 from heron.generation.graphed import GraphedDecoder, GraphedReader
-from heron.generation.tables import Tables, fingerprint
+from heron.tables.store import Tables, fingerprint
 
 INTEGERS = tokenizer.load("integers:37")
 GREEDY = Sampling(temperature=0)

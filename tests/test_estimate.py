@@ -11,9 +11,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import heron
-from heron import estimate, memory
+from heron.commands import estimate
 from heron.errors import ConfigError
-from heron.learner import Learner
+from heron.train import memory
+from heron.train.step import Learner
 
 MODEL = heron.ModelConfig(variant="v8", n_layer=2, n_embd=64, head_size=32, vocab_size=600)
 CPU = torch.device("cpu")

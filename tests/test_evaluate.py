@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from tokenizer_kinds import load
 
 import heron
-from heron import cli, machine, scores, tokenizer
+from heron import cli, machine, tokenizer
 from heron import evaluate as module
 from heron.errors import ConfigError, DataError
 from heron.evaluate import evaluate, loglikelihoods
+from heron.report import scores
 
 
 def literal(model, tokens, ctx_len):

@@ -14,7 +14,7 @@ from heron import cli
 from heron.checkpoint import FORMATS, put_right, read_tensors, save, tuned_state
 from heron.checkpoint.formats import gguf as our_gguf
 from heron.checkpoint.formats import hf
-from heron.convert import convert, largest_difference
+from heron.commands.convert import convert, largest_difference
 from heron.errors import CheckpointError, ConfigError
 from heron.model import State
 
@@ -430,7 +430,7 @@ def test_a_check_can_fail(random_model, tmp_path):
 
 def test_a_check_that_finds_a_difference_fails(random_model, tmp_path, capsys, monkeypatch):
     heron.save(random_model(**V7), tmp_path / "old.pth")
-    monkeypatch.setattr("heron.convert.largest_difference", lambda *_, **__: 1e-6)
+    monkeypatch.setattr("heron.commands.convert.largest_difference", lambda *_, **__: 1e-6)
     command = ["convert", str(tmp_path / "old.pth")]
     assert cli.main([*command, str(tmp_path / "new.pth"), "--check"]) == 1
     assert "new.pth: the same numbers were to give the same logits" in capsys.readouterr().err

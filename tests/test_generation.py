@@ -14,11 +14,11 @@ from torch import nn
 
 import heron
 from heron import tokenizer
-from heron.continuation import encode_pair
 from heron.errors import ConfigError, DataError, HeronError
 from heron.generation import Engine, Request, Sampling, Snapshot, engine, generate, sample, stream
 from heron.generation.drawing import DeviceDraws
 from heron.generation.sampling import increments
+from heron.tokenizer.continuation import encode_pair
 
 GREEDY = Sampling(temperature=0)
 

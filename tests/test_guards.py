@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import heron
-from heron.guards import Guard, is_bad
-from heron.preemption import Preemption
+from heron.train.guard import Guard, is_bad
+from heron.train.stop import Preemption
 
 
 @pytest.mark.parametrize(

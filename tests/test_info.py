@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import heron
-from heron import info
+from heron.commands import info
 from heron.config import VARIANTS
 from heron.model.init import rule
 from heron.optim import group_of

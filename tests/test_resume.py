@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import heron
-from heron import cli, report, threads, train
+from heron import cli, report
 from heron.checkpoint import run
 from heron.errors import CheckpointError, ConfigError
 from heron.optim import lr_at
+from heron.train import loop as train
+from heron.train import threads
 
 TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
 SIZES = "--n_layer 1 --n_embd 32 --head_size 16 --ctx_len 16 --micro_bsz 1 --device cpu --dtype fp32 --threads 1"

@@ -13,8 +13,11 @@ import time
 import pytest
 
 import heron
-from heron import cli, preemption, tokenizer, train, vocabulary
+from heron import cli, tokenizer
 from heron.errors import ConfigError, HeronError
+from heron.tokenizer import learned as vocabulary
+from heron.train import loop as train
+from heron.train import stop as preemption
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its root is near {n**0.5:.1f}.\n" for n in range(150))
 

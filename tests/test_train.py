@@ -22,16 +22,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import heron
-from heron import faults, machine, report, tokenizer, train
+from heron import machine, report, tokenizer
 from heron.checkpoint import run
 from heron.data import binidx
 from heron.data.loader import Batches, load_corpus
 from heron.data.sampling import cubic_slot, magic_prime, permuted_starts
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
-from heron.learner import Learner
 from heron.model import rwkv
 from heron.optim import lr_at
+from heron.train import faults
+from heron.train import loop as train
+from heron.train.step import Learner
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 MODEL = heron.ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256)

@@ -10,9 +10,9 @@ import torch
 
 import heron
 from heron.errors import ConfigError, DataError
-from heron.learner import Learner
 from heron.model.deep_embed import DeepEmbed
-from heron.model.row_tables import RowTables, distinct_ids
+from heron.tables.rows import RowTables, distinct_ids
+from heron.train.step import Learner
 
 FORMS = {
     "v8": dict(variant="v8"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import heron
-from heron import compilation, machine
-from heron.learner import Learner
-from heron.model import row_tables
-from heron.model.row_tables import RowTables
+from heron import machine
+from heron.model import compiled as compilation
+from heron.tables import rows as row_tables
 from heron.ops import rows
+from heron.tables.rows import RowTables
+from heron.train.step import Learner
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -171,7 +172,7 @@ def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model
         tables._by_kernel = True
         return tables
 
-    monkeypatch.setattr("heron.learner.row_tables", tables_of_a_gpu)
+    monkeypatch.setattr("heron.train.step.row_tables", tables_of_a_gpu)
     results = []
     for compiled in ("on", "graph"):
         monkeypatch.setattr(compilation, "choose", lambda *_, value=compiled: machine.Choice(value, ""))

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from heron import document_end
-from heron.byte_fallback import byte_tokens, mended
 from heron.errors import ConfigError, DataError, did_you_mean
+from heron.tokenizer import document_end
+from heron.tokenizer.byte_fallback import byte_tokens, mended
 
 SPECS = ("world", "bytes", "integers:V", "integers:V:E", "path/tokenizer.json")
 LEARNED = "bpe:"  # in a TrainConfig, "bpe:V" is learned from the training text and becomes a tokenizer.json
@@ -62,7 +62,7 @@ def load(spec: str | Path, eod: str | None = None) -> Tokenizer:
         spec: ``"world"`` (RWKV World, 65,536 ids), ``"bytes"`` (256), ``"integers:V"`` (whitespace-separated integers
             below V; ``"integers:V:E"`` names E as the end of document), or the path of a `tokenizer.json`.
         eod: what ends a document: the digits of an id, or a token of a `tokenizer.json`. None: see
-            :func:`heron.document_end.find`. World and bytes have 0.
+            :func:`heron.tokenizer.document_end.find`. World and bytes have 0.
 
     Raises:
         ConfigError: `spec` is none of these, or the package that it needs is not installed; an `eod` that it has not.
@@ -291,7 +291,7 @@ class JsonTokenizer:
     `vocab_size` is the highest id plus 1. Nothing is added, truncated or padded, whatever the file asks for.
 
     Attributes:
-        end: how the end of a document was found (:func:`heron.document_end.find`).
+        end: how the end of a document was found (:func:`heron.tokenizer.document_end.find`).
     """
 
     is_text = True

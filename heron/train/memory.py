@@ -87,7 +87,7 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
     """Settings by which a run of `config` needs less memory, as flags, with the config that they make of it.
 
     The first keep the tokens of a step; the last cuts its samples. Which of them help, and how much, is for
-    :mod:`heron.estimate` to say.
+    :mod:`heron.commands.estimate` to say.
     """
     found: list[dict[str, object]] = []
     if not config.grad_checkpoint:

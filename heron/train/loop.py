@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import heron
-from heron import base_model, document_end, faults, guards, machine, resume, threads, tokenizer, vocabulary
-from heron.checkpoint import atomic, load, ownership, read_tensors, run, save
+from heron import files, machine, tokenizer
+from heron.checkpoint import load, ownership, read_tensors, run, save
 from heron.checkpoint.architecture import UNUSED, lay_over
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
@@ -31,9 +31,6 @@ from heron.data.sampling import check_prime, magic_prime
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
 from heron.generation import generate
-from heron.guards import Guard
-from heron.learner import Learner
-from heron.memory import knobs, shortage
 from heron.model import RWKV
 from heron.model.init import round_to_bf16
 from heron.ops.adamw import adamw_choice
@@ -42,9 +39,15 @@ from heron.ops.rosa import rosa_choice
 from heron.ops.shift_mix import shift_mix_choice
 from heron.ops.wkv7 import wkv7_choice
 from heron.optim import lr_at
-from heron.preemption import Preemption, Stopped
 from heron.report import Reporter, plot
-from heron.tokenizer import TextStream
+from heron.tokenizer import TextStream, document_end
+from heron.tokenizer import learned as vocabulary
+from heron.train import base_model, faults, resume, threads
+from heron.train import guard as guards
+from heron.train.guard import Guard
+from heron.train.memory import knobs, shortage
+from heron.train.step import Learner
+from heron.train.stop import Preemption, Stopped
 
 _STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
 
@@ -122,7 +125,7 @@ class Trainer:
     Args:
         config: a TrainConfig.
         say: takes one line for the user at a time, also from another thread; default: the console.
-        _fault: for Heron's own tests, which alone can make it be accepted (:mod:`heron.faults`).
+        _fault: for Heron's own tests, which alone can make it be accepted (:mod:`heron.train.faults`).
     """
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None] = print, *, _fault: str | None = None):
@@ -163,7 +166,7 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             with run.lock(self.out), Preemption(self.config.max_hours, self.say) as stop:
                 ownership.claim(self.out)
-                atomic.sweep(self.out)
+                files.sweep(self.out)
                 progress = _Progress()
                 try:
                     return self._fit(stop, progress)
@@ -445,7 +448,7 @@ class Trainer:
         action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.learner.model.parameters()))
         tokens, targets = (torch.cat(half) for half in zip(*update.gradients.samples, strict=True))
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
-        with atomic.new_file(kept) as temporary:
+        with files.new_file(kept) as temporary:
             safetensors.write({"tokens": tokens, "targets": targets}, temporary)
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
         if math.isfinite(update.limit):
@@ -593,7 +596,7 @@ class Trainer:
 
     @staticmethod
     def _write(path: Path, content: str) -> None:
-        with atomic.new_file(path) as temporary:
+        with files.new_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
 
     def _corpus(self, text_tokenizer: tokenizer.Tokenizer) -> Corpus:

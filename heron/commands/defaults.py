@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from heron import base_model, tokenizer
+from heron import tokenizer
 from heron.checkpoint import ownership, run
 from heron.config import PRESETS, ModelConfig, TrainConfig, read_yaml
 from heron.errors import HeronError
+from heron.train import base_model
 
 
 def of_run(out: Path | None, resume: str) -> dict[str, Any]:

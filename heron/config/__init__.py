@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
 
+from heron.config.strict_yaml import read as read_yaml
 from heron.errors import ConfigError, UnknownKeyError, did_you_mean
-from heron.strict_yaml import read as read_yaml
 
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
 _DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}

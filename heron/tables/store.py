@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heron.checkpoint.atomic import new_file
 from heron.errors import CheckpointError, ConfigError, HeronError
+from heron.files import new_file
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
 from heron.ops.rows import copy_rows, copy_rows_choice

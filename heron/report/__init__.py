@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from heron.checkpoint.atomic import new_file
 from heron.errors import ConfigError, DataError
+from heron.files import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,9 @@ import textwrap
 
 import torch
 
-from heron import __version__, compilation, machine
+from heron import __version__, machine
 from heron.config import ModelConfig
+from heron.model import compiled as compilation
 from heron.ops.adamw import adamw_choice
 from heron.ops.head_mix import head_mix_choice
 from heron.ops.head_step import head_step_choice

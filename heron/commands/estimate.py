@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heron import memory
 from heron.config import ModelConfig, TrainConfig
-from heron.learner import Learner
 from heron.model import RWKV
 from heron.optim import CopiedAdamW
 from heron.progress import progress
+from heron.train import memory
+from heron.train.step import Learner
 
 _WORTH_A_SETTING = 0.01  # of what a step takes; what a setting saves must be more, unless the step then fits
 _COMPARED = 2, 3  # layers that are run; each further one takes as much more as the last of these did

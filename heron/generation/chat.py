@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from heron.continuation import encode_behind
 from heron.errors import ConfigError, HeronError, did_you_mean
 from heron.generation import Engine, Request, Sampling, Snapshot
 from heron.generation.requests import check_max_tokens
+from heron.tokenizer.continuation import encode_behind
 
 THINKING = {"": "", "on": " <think", "off": " <think>\n</think"}
 STOP = "\n\nUser:"
@@ -42,7 +42,7 @@ class Chat:
 
     What it reads turn by turn are the ids of the whole conversation, encoded as one text; where a turn's ids can't be
     told from those (behind a loaded file the text before is not known), those of a text that goes on, see
-    :func:`heron.continuation.encode_behind`.
+    :func:`heron.tokenizer.continuation.encode_behind`.
 
     Args:
         engine: with a free row.

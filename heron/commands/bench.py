@@ -16,11 +16,11 @@ try:
 except ImportError:  # Windows does not tell how large a process became
     resource = None
 
-from heron import memory
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
-from heron.learner import Learner
 from heron.model import RWKV
+from heron.train import memory
+from heron.train.step import Learner
 
 _BYTES_PER_WEIGHT = 16  # of fp32 weights, gradients and two moments; activations come on top
 _WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTorch makes or compiles once

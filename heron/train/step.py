@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from heron import compilation, machine
+from heron import machine
 from heron.config import TrainConfig
 from heron.errors import HeronError
-from heron.guards import is_bad
 from heron.model import RWKV
+from heron.model import compiled as compilation
 from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import has_hooks
-from heron.model.row_tables import row_tables
 from heron.optim import build_optimizer, set_lr
+from heron.tables.rows import row_tables
+from heron.train.guard import is_bad
 
 _PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from heron.checkpoint.atomic import new_file
+from heron.files import new_file
 from heron.report import check_picture
 
 FIGURES = (
