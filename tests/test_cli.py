@@ -68,7 +68,7 @@ def text(tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_picture():
-    """It takes longer than such a run; tests/test_train.py has it drawn."""
+    """It takes longer than such a run; tests/train/test_loop.py has it drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "plot", lambda folders, out: None)
         yield

@@ -7,11 +7,11 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import KINDS
-from tokenizer_kinds import load as kinds_load
 
 from heron.errors import ConfigError, DataError
 from heron.tokenizer import TextStream, id_dtype, load
+from tests.tokenizer.tokenizer_kinds import KINDS
+from tests.tokenizer.tokenizer_kinds import load as kinds_load
 
 MIXED = "Grüße, 世界! 🦩🏳️‍🌈 é\n\tx = 1\r\n"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import KEEP_ALL, KINDS, SENTENCES, load
 
 from heron import tokenizer
 from heron.errors import DataError
 from heron.tokenizer.continuation import encode_behind, encode_pair
+from tests.tokenizer.tokenizer_kinds import KEEP_ALL, KINDS, SENTENCES, load
 
 TEXTS = st.text(alphabet="ab the\n.12é世", max_size=12)
 

@@ -23,7 +23,7 @@ from heron.errors import CheckpointError, ConfigError, DataError
 from heron.ops import _build, _choice
 from heron.ops.wkv7 import wkv7_choice
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 NEVER_USED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
 NO_LN0 = {"blocks.0.ln0.weight", "blocks.0.ln0.bias"}  # in a v8-hybrid file, not used either
 IDS = [5, 1, 36, 0, 5, 5, 12, 30, 7, 7, 2, 19, 20, 21, 22, 3, 9, 14]

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from tokenizer_kinds import load
 
 import heron
 from heron import cli, tokenizer
 from heron.errors import CheckpointError, ConfigError
 from heron.generation import Engine, Sampling, Snapshot, chat
 from heron.generation.chat import Chat, cleaned, printable
+from tests.tokenizer.tokenizer_kinds import load
 
 LETTERS = tokenizer.load("bytes")
 SAMPLING = Sampling(top_p=0.95)

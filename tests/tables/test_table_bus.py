@@ -11,8 +11,8 @@ import torch
 import heron
 from heron import machine
 from heron.model import compiled as compilation
-from heron.tables import rows as row_tables
 from heron.ops import rows
+from heron.tables import rows as row_tables
 from heron.tables.rows import RowTables
 from heron.train.step import Learner
 

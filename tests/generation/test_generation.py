@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 import tokenizers
 import torch
-from tokenizer_kinds import load
 from torch import nn
 
 import heron
@@ -19,6 +18,7 @@ from heron.generation import Engine, Request, Sampling, Snapshot, engine, genera
 from heron.generation.drawing import DeviceDraws
 from heron.generation.sampling import increments
 from heron.tokenizer.continuation import encode_pair
+from tests.tokenizer.tokenizer_kinds import load
 
 GREEDY = Sampling(temperature=0)
 

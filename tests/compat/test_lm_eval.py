@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from tokenizer_kinds import load
 
 import heron
 from heron import tokenizer
 from heron.errors import ConfigError
+from tests.tokenizer.tokenizer_kinds import load
 
 LETTERS = tokenizer.load("bytes")
 WHY = "lm-eval is not installed (pip install 'heron-rwkv[eval]')"

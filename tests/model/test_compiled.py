@@ -226,7 +226,7 @@ def model_of(variant, n_layer, n_embd, vocab_size=256):
 
 
 def text_of_this_repository():
-    files = sorted((Path(__file__).parents[1] / "heron").rglob("*.py"))
+    files = sorted((Path(__file__).parents[2] / "heron").rglob("*.py"))
     return np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8).astype(np.int64)
 
 
