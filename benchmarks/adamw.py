@@ -13,7 +13,7 @@ from timing import median_ms, need_gpu
 from torch import Tensor, nn
 
 import heron
-from heron.learner import norm_of
+from heron.train.step import norm_of
 
 SIZES = {"L12-D768": (12, 768), "L24-D2048": (24, 2048)}
 BYTES = {"PyTorch": 52, "norm": 2, "kernel": 30}  # a parameter: see heron/ops/adamw/README.md

@@ -14,7 +14,7 @@ import torch
 from timing import median_ms, need_gpu
 from torch import Tensor
 
-from heron import compilation
+from heron.model import compiled as compilation
 from heron.ops import head_mix, wkv7
 from heron.ops.head_mix import ChannelWeights, Projected
 

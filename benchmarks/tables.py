@@ -24,10 +24,10 @@ from torch import Tensor
 
 import heron
 from heron import tokenizer
-from heron.bench import fresh_learner
+from heron.commands.bench import fresh_learner
 from heron.data.loader import Batches, load_corpus
-from heron.learner import Learner
 from heron.ops.rows import copy_rows, cuda
+from heron.train.step import Learner
 
 BATCH, TOKENS = 4, 128
 LAYERS, V, WIDTH = 12, 65536, 768

@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from heron import ModelConfig, TrainConfig, Trainer
-from heron.bench import bench, fresh_learner, random_batch
+from heron.commands.bench import bench, fresh_learner, random_batch
 
 
 class Row(NamedTuple):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from heron import __version__, streams, threads
-from heron.commands import rwkv_lm_flags
+from heron import __version__
+from heron.commands import rwkv_lm_flags, streams
 from heron.config import (
     INIT_DTYPES,
     LARGEST_SEED,
@@ -25,8 +25,9 @@ from heron.config import (
     setting_type,
 )
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError, UnknownKeyError, did_you_mean
-from heron.preemption import Preemption, Stopped, left_behind
 from heron.progress import progress
+from heron.train import threads
+from heron.train.stop import Preemption, Stopped, left_behind
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -98,7 +99,7 @@ def _run(arguments: list[str], before_work: Callable[[], None]) -> int:
 def _shortage(error: BaseException) -> str | None:
     if "torch" not in sys.modules:
         return None
-    from heron import memory
+    from heron.train import memory
 
     return memory.shortage(error)
 
@@ -418,7 +419,7 @@ _EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
 
 def _train_config(options: argparse.Namespace, any_length: bool = False) -> TrainConfig:
     """--config, with the flags laid over it; `any_length`: max_steps and max_tokens may both be missing."""
-    from heron import defaults
+    from heron.commands import defaults
 
     official = rwkv_lm_flags.read(options, any_length)
     flags, changes = _given(options, TrainConfig, ""), _given(options, ModelConfig, "model.")
@@ -487,7 +488,7 @@ def _changed_model(base: object, changes: dict[str, Any], flags: dict[str, str])
 
 def _demo(options: argparse.Namespace) -> int:
     with Preemption():  # PyTorch takes seconds to load
-        from heron import demo
+        from heron.commands import demo
 
     return EXIT_PREEMPTED if demo.run(Path(options.out)) == "preempted" else 0
 
@@ -508,10 +509,10 @@ def _prepare(options: argparse.Namespace) -> None:
 def _init(options: argparse.Namespace) -> None:
     import torch
 
-    from heron import memory
     from heron.checkpoint import save
     from heron.machine import DTYPES
     from heron.model import RWKV
+    from heron.train import memory
 
     changes = _given(options, ModelConfig, "model.")
     config = ModelConfig.preset(options.model, **changes) if options.model else ModelConfig.from_dict(changes)
@@ -554,8 +555,9 @@ def _step_of(options: argparse.Namespace) -> tuple[TrainConfig, ModelConfig]:
 
 def _estimate(options: argparse.Namespace) -> None:
     config, model = _step_of(options)
-    from heron import bench, memory
-    from heron.estimate import describe
+    from heron.commands import bench
+    from heron.commands.estimate import describe
+    from heron.train import memory
 
     print(describe(config, model, None if options.memory is None else memory.size(options.memory)))
     if options.probe:
@@ -564,8 +566,8 @@ def _estimate(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     config, model = _step_of(options)
-    from heron import bench
-    from heron.checkpoint.atomic import new_file
+    from heron.commands import bench
+    from heron.files import new_file
 
     with progress(f"making {options.steps} steps"):
         result = bench.bench(config, model, options.steps)
@@ -580,8 +582,8 @@ def _generate(options: argparse.Namespace) -> None:
     import time
 
     from heron import tokenizer
-    from heron.chat import printable
     from heron.generation import Request, Snapshot
+    from heron.generation.chat import printable
     from heron.generation.text import text_of
 
     if options.trials < 1:
@@ -649,7 +651,8 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from heron import chat, line_editing
+    from heron.commands import line_editing
+    from heron.generation import chat
 
     talk = chat.Chat(
         _engine(options), _sampling(options), options.max_tokens, options.seed, options.system, options.think
@@ -695,8 +698,7 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from heron import scores
-    from heron.report import check_picture
+    from heron.report import check_picture, scores
 
     if not (options.data or options.lambada or options.choices):
         options.parser.error("wanted something to score on: --data, --lambada or --choices")
@@ -718,10 +720,11 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed where it is the only one."""
-    from heron import evaluate, scores
+    from heron import evaluate
     from heron.checkpoint import load
     from heron.data.corpora import Reading
     from heron.data.loader import load_tokens
+    from heron.report import scores
 
     with progress(f"reading {path}"):
         model = load(path, rosa=options.rosa).to(_device(options.device))
@@ -768,7 +771,7 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from heron.convert import convert, largest_difference
+    from heron.commands.convert import convert, largest_difference
 
     with progress(f"converting {options.input}"):
         before, after = convert(
@@ -786,7 +789,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from heron import info
+    from heron.commands import info
     from heron.data import binidx
 
     if options.presets or options.model is None:
@@ -797,7 +800,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from heron import doctor
+    from heron.commands import doctor
 
     print(doctor.report())
 

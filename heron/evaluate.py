@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from heron.checkpoint.architecture import in_one_dtype
-from heron.continuation import encode_pair
 from heron.data import jsonl
 from heron.data.corpora import read_documents
 from heron.errors import ConfigError, DataError, did_you_mean
@@ -24,6 +23,7 @@ from heron.generation.decoder import Decoder
 from heron.generation.decoders import decoder_of
 from heron.model import RWKV
 from heron.tokenizer import Tokenizer
+from heron.tokenizer.continuation import encode_pair
 
 MODES = ("gpt", "rnn")
 _TOKENS_PER_PASS = 4096
@@ -155,7 +155,7 @@ def lambada(
 
     Source of the definition: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v8_rc00_demo.py: a text starts from token 0 (here: the
     tokenizer's end of document), and the word has its space. Text and word are encoded as a whole, not apart as there;
-    :func:`heron.continuation.encode_pair` says where the word's ids begin.
+    :func:`heron.tokenizer.continuation.encode_pair` says where the word's ids begin.
 
     Args:
         path: a jsonl with `{"text": ...}` lines.
@@ -189,7 +189,7 @@ def multiple_choice(
     Args:
         path: a jsonl with `{"question": str, "choices": [str, ...], "answer": int}` lines, `answer` counting from 0.
             Question and choice are joined as they are: give choices their leading space. They are encoded as a
-            whole; :func:`heron.continuation.encode_pair` says where the choice's ids begin.
+            whole; :func:`heron.tokenizer.continuation.encode_pair` says where the choice's ids begin.
         limit: only so many questions; None: all.
 
     Raises:

@@ -11,8 +11,8 @@ from torch import nn
 
 from heron.config import TrainConfig
 from heron.errors import ConfigError
-from heron.model.row_tables import RowTables
 from heron.ops.adamw import adamw_
+from heron.tables.rows import RowTables
 
 
 class Group(NamedTuple):

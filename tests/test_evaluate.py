@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizer_kinds import load
 
 import heron
-from heron import cli, machine, scores, tokenizer
+from heron import cli, machine, tokenizer
 from heron import evaluate as module
 from heron.errors import ConfigError, DataError
 from heron.evaluate import evaluate, loglikelihoods
+from heron.report import scores
+from tests.tokenizer.tokenizer_kinds import load
 
 
 def literal(model, tokens, ctx_len):

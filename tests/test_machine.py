@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import heron
-from heron import doctor, info, machine
+from heron import machine
+from heron.commands import doctor, info
 from heron.config import PRESETS
 from heron.errors import CheckpointError, ConfigError
 

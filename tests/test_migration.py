@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import heron
-from heron import cli, train
+from heron import cli
 from heron.commands import rwkv_lm_flags
 from heron.data import sampling
+from heron.train import loop as train
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
 SMALL = {  # instead of a flag's value in the page

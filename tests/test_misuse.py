@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import heron
-from heron import cli, line_editing, memory, scores
-from heron.checkpoint.atomic import new_file
+from heron import cli
+from heron.commands import line_editing
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
+from heron.files import new_file
 from heron.generation import Sampling, Snapshot
+from heron.report import scores
+from heron.train import memory
 
 TINY = dict(variant="v8", n_layer=1, n_embd=64, vocab_size=256)
 NO_FILES = ["/proc/none/talk.pth", "/", "..", "x" * 300 + ".pth", "a\0b.pth"]
@@ -143,7 +146,7 @@ def test_names_that_are_not_utf8_hold_weights_and_states(tmp_path, model, engine
 
 
 def test_chat_goes_on_when_a_conversation_cannot_be_saved(engine, tmp_path):
-    from heron.chat import Chat, run
+    from heron.generation.chat import Chat, run
 
     chat, shown = Chat(engine, Sampling(top_k=1), max_tokens=3), []
     lines = iter(["hello", *(f"/save {path}" for path in NO_FILES), f"/load {tmp_path}", f"/save {tmp_path / 'talk'}"])

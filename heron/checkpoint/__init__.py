@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from heron import machine
 from heron.checkpoint import card, run
 from heron.checkpoint.architecture import TUNED, build, is_finite, leave_unsaid
-from heron.checkpoint.atomic import as_path, new_file, new_folder, sync
 from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
 from heron.checkpoint.vocabulary import GENERATION, WORLD_SIZE, Vocabulary, generation_config
 from heron.config import ModelConfig, RosaConfig, TrainConfig
 from heron.errors import CheckpointError, ConfigError
+from heron.files import as_path, new_file, new_folder, sync
 from heron.model import RWKV, State
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
 from heron.tokenizer import Tokenizer

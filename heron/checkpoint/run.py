@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
-from heron.checkpoint import atomic
+from heron import files
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError
 from heron.optim import RowAdamW
@@ -81,7 +81,7 @@ def save(
             bytes are needed and free.
     """
     parent = run_folder / "checkpoints"
-    atomic.sweep(parent)
+    files.sweep(parent)
     older = _folders(run_folder)
     folder = parent / f"step-{step:08d}"
     if folder.exists():
@@ -100,7 +100,7 @@ def save(
         for tensor in part.values()
     )
     try:
-        with atomic.new_folder(folder) as temporary, _Writer(temporary) as writer:
+        with files.new_folder(folder) as temporary, _Writer(temporary) as writer:
             for name, part in parts.items():
                 writer.write(name, _serialized(part) if isinstance(part, dict) else [part])
             manifest = {

@@ -28,7 +28,7 @@ WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # of id 0, as the released Hugging
 WORLD_SIZE = 65536
 _END = "<|endoftext|>"  # of bytes
 
-# The turns of heron.chat. llama.cpp knows a template that names rwkv-world by itself, without Jinja.
+# The turns of heron.generation.chat. llama.cpp knows a template that names rwkv-world by itself, without Jinja.
 CHAT_TEMPLATE = r"""{#- rwkv-world -#}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -107,7 +107,7 @@ class Vocabulary:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of a conversation: its own, else heron.chat's; None: ids stand for no text."""
+        """The Jinja template of a conversation: its own, else heron.generation.chat's; None: ids stand for no text."""
         if TEMPLATE in self.files:
             return self.files[TEMPLATE].decode("utf-8", errors="replace")
         own = _object(self.files.get(TOKENIZER_CONFIG)).get("chat_template")

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from heron import machine
-from heron.chat import cleaned
 from heron.checkpoint import load
-from heron.continuation import encode_pair
 from heron.errors import ConfigError, HeronError, did_you_mean
 from heron.evaluate import loglikelihoods
 from heron.generation import Engine, Request, Sampling
+from heron.generation.chat import cleaned
 from heron.model import RWKV
 from heron.tokenizer import Tokenizer
+from heron.tokenizer.continuation import encode_pair
 
 try:
     from lm_eval.api.instance import Instance
@@ -50,8 +50,9 @@ _ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 class HeronLM(LM):
     """A model for the harness. Every text starts from the end of a document, as in training.
 
-    A context and its continuation are encoded as a whole and cut as :func:`heron.continuation.encode_pair` says; spaces
-    at the border go to the continuation before that, as in the harness's own models.
+    A context and its continuation are encoded as a whole and cut as
+    :func:`heron.tokenizer.continuation.encode_pair` says; spaces at the border go to the continuation before that,
+    as in the harness's own models.
 
     Args:
         model: an RWKV, on the device to run on.
@@ -177,7 +178,7 @@ class HeronLM(LM):
         return "".join(f"{name}: {{{role}}}\n\n" for role, name in _ROLES.items()) + "Assistant:"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as one text, in the template that RWKV models are trained with (see :mod:`heron.chat`).
+        """Messages as one text, in the template that RWKV models are trained with (see :mod:`heron.generation.chat`).
 
         Args:
             chat_history: of roles system, user and assistant.

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from heron.config import ModelConfig
-from heron.generation.tables import Tables
 from heron.model import RWKV, LayerState, State
 from heron.model.channel_mix import GATE_RANK
 from heron.model.deep_embed import DeepEmbed
@@ -35,6 +34,7 @@ from heron.ops.token_step import (
     Norm,
     TokenStep,
 )
+from heron.tables.store import Tables
 
 HEAD_COLUMNS = 4096  # logits that are computed at once on a CPU: this part of the head stays in its cache for all rows
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from heron.generation.decoder import CompiledDecoder, Decoder, FusedDecoder, ModelDecoder, is_fusible
 from heron.generation.graphed import GraphedDecoder
-from heron.generation.tables import Tables
 from heron.ops.token_step import token_step_choice
+from heron.tables.store import Tables
 
 
 def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Decoder:

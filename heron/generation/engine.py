@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from heron.checkpoint.architecture import in_one_dtype, is_finite
-from heron.checkpoint.atomic import as_path, new_file
 from heron.checkpoint.formats import safetensors
-from heron.continuation import encode_behind
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from heron.files import as_path, new_file
 from heron.generation.decoder import is_fusible, only_computing
 from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedReader
 from heron.generation.requests import Piece, Request, Snapshot, Token, Writing, check_seed
 from heron.generation.sampling import Sampling, fade, increments, log_softmax, sample
-from heron.generation.tables import PLACES, fingerprint, off_device
 from heron.generation.text import stand_for_something
 from heron.model import State
+from heron.tables.store import PLACES, fingerprint, off_device
 from heron.tokenizer import Tokenizer
+from heron.tokenizer.continuation import encode_behind
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
 PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU; pieces of just this length are read by a CUDA graph
@@ -159,7 +159,7 @@ class Engine:
     def prompt_ids(self, prompt: str | Sequence[int], after: Snapshot | None = None) -> list[int]:
         """The ids that are read for `prompt`, those pending in `after` first; never empty.
 
-        A text behind a snapshot is encoded as what goes on there, see :func:`heron.continuation.encode_behind`.
+        A text behind a snapshot is encoded as what goes on there: :func:`heron.tokenizer.continuation.encode_behind`.
 
         Raises:
             ConfigError: nothing to read under a tokenizer without end of document.

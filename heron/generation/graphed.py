@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heron import compilation
 from heron.config import ModelConfig
 from heron.generation.decoder import RowStates, StateDecoder, head_weights, lookup, low_rank_gates
-from heron.generation.tables import Tables
 from heron.model import RWKV, State
+from heron.model import compiled as compilation
 from heron.model.deep_embed import Lookup
 from heron.model.rwkv import Block
 from heron.model.state import LayerState
@@ -31,6 +30,7 @@ from heron.ops.matvec import Product, matvec, matvec_choice
 from heron.ops.matvec.reference import matvec_reference
 from heron.ops.norm_mix import norm_mix, norm_mix_choice
 from heron.ops.norm_mix.reference import norm_mix_reference
+from heron.tables.store import Tables
 
 
 class GraphedDecoder(StateDecoder):

@@ -51,7 +51,7 @@ class Request:
     seed: int = 0
     """Same seed, same text, whatever else is running."""
     after: Snapshot | None = None
-    """What comes before the prompt; how a text goes on there, :func:`heron.continuation.encode_behind` says."""
+    """What comes before the prompt; a text goes on there by :func:`heron.tokenizer.continuation.encode_behind`."""
     stop_ids: Sequence[int] = ()
     """Ids that end it and are not given out, as the end of a document does."""
 

@@ -59,7 +59,7 @@ class DeepEmbed(nn.Embedding):
     Source: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v8_rc00_demo.py (`ffn.enn.weight`) and its successors.
     """
 
-    brought: Brought | None = None  # set by heron.model.row_tables while a training step runs
+    brought: Brought | None = None  # set by heron.tables.rows while a training step runs
     before_reading: Callable[[], None] | None = None  # set there: waits for rows on their way back to the table
 
     def forward(self, ids: Tensor) -> Tensor:

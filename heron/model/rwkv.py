@@ -37,8 +37,8 @@ class Block(nn.Module):
     In v7b and v8-hybrid a third branch, DeepEmbedAttention, reads the residual stream itself; ROSA can be one more. A
     rosa-lm has ROSA in the place of time mixing.
 
-    `compiled` stands in for :meth:`mix` where gradients are wanted; :mod:`heron.compilation` sets it. A module in the
-    block that has hooks is called as it is written: compiled code would not know of a hook that came later.
+    `compiled` stands in for :meth:`mix` where gradients are wanted; :mod:`heron.model.compiled` sets it. A block with
+    a hook on a module inside runs as it is written: compiled code would not know of a hook that came later.
     """
 
     compiled: Callable[..., tuple[Tensor, Tensor, LayerState | None, Tensor | None]] | None = None

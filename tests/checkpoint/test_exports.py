@@ -11,11 +11,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import heron
-from heron import chat, cli, tokenizer
+from heron import cli, tokenizer
 from heron.checkpoint import beside, vocabulary
+from heron.commands.convert import convert
 from heron.config import TrainConfig
-from heron.convert import convert
 from heron.errors import ConfigError
+from heron.generation import chat
 
 TEXT = "Hé llo  wörld,\n\n123 世界 <|endoftext|"
 FOLDERS = ("hf", "safetensors")

@@ -11,9 +11,9 @@ import torch
 
 import heron
 from heron import cli, evaluate
+from heron.commands.convert import convert
 from heron.compat.x070 import RWKV_x070
 from heron.config import RosaConfig
-from heron.convert import convert
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 SIZES = dict(n_layer=2, n_embd=64, head_size=64, vocab_size=256)

@@ -52,7 +52,7 @@ def test_other_verbs_end_in_one_line(tmp_path, capsys, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("heron.convert.convert", refuse)
+    monkeypatch.setattr("heron.commands.convert.convert", refuse)
     assert cli.main(["convert", "a.pth", "b.pth"]) == 1
     assert (
         capsys.readouterr().err

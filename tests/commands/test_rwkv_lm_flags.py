@@ -15,12 +15,13 @@ import torch
 import yaml
 
 import heron
-from heron import cli, report, train
+from heron import cli, report
 from heron.checkpoint import read_tensors
 from heron.commands import rwkv_lm_flags as flags
 from heron.data import binidx
 from heron.data.sampling import cubic_slot
 from heron.optim import lr_at
+from heron.train import loop as train
 
 # What four scripts of BlinkDL/RWKV-LM, RWKV-v7/train_temp, give to `python train.py`: its variables filled in, and
 # --kernel and --head_chunk of their later versions in the last one.

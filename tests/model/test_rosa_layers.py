@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 
 import heron
-from heron import cli, train
+from heron import cli
 from heron.checkpoint import load_toy, migrate
 from heron.checkpoint.architecture import build
 from heron.compat.x070 import RWKV_x070
@@ -28,6 +28,7 @@ from heron.model.rosa_toys import SelfToy, toy_from
 from heron.model.state import ROSA_BYTES, RosaState
 from heron.ops.rosa.gradients import RULES
 from heron.optim import group_of
+from heron.train import loop as train
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("HERON_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

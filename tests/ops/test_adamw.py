@@ -11,10 +11,10 @@ import torch
 
 import heron
 from heron.errors import KernelError
-from heron.learner import Learner
 from heron.ops import _build
 from heron.ops.adamw import adamw_, cuda
 from heron.optim import CopiedAdamW
+from heron.train.step import Learner
 
 EMULATOR = Path(__file__).parent / "emulator"
 

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import heron
-from heron import train
 from heron.checkpoint import run as checkpoints
 from heron.data.loader import load_corpus
 from heron.errors import CheckpointError
-from heron.guards import Guard
-from heron.learner import Learner
 from heron.tokenizer import load as load_tokenizer
+from heron.train import loop as train
+from heron.train.guard import Guard
+from heron.train.step import Learner
 from tests.torture import minute
 from tests.torture.result import Result
 

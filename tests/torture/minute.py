@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 import heron
-from heron import cli, report, train
+from heron import cli, report
 from heron.checkpoint import run
+from heron.train import loop as train
 
 MODEL = heron.ModelConfig(
     n_layer=1, n_embd=16, head_size=16, vocab_size=256, ffn_dim=16, decay_rank=2, iclr_rank=2, value_rank=2, gate_rank=2

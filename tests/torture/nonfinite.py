@@ -17,8 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 import heron
-from heron import faults, guards, learner, train
 from heron.data.loader import Batches
+from heron.train import faults
+from heron.train import guard as guards
+from heron.train import loop as train
+from heron.train import step as learner
 from tests.torture import minute
 from tests.torture.result import Result
 

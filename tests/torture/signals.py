@@ -18,11 +18,12 @@ import threading
 import time
 from pathlib import Path
 
-from heron import cli, train
+from heron import cli
 from heron.checkpoint import run as checkpoints
 from heron.config import TrainConfig
 from heron.data import background, loader
 from heron.errors import HeronError
+from heron.train import loop as train
 from tests.torture import minute
 from tests.torture.result import Result
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import heron
-from heron.checkpoint import atomic
+from heron import files
 from heron.checkpoint import run as checkpoints
 from heron.errors import CheckpointError
 from tests.torture import minute
@@ -123,7 +123,7 @@ def in_place():
         path.mkdir(parents=True)
         yield path
 
-    with minute.replaced(atomic, "new_folder", same_folder):
+    with minute.replaced(files, "new_folder", same_folder):
         yield
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from heron import strict_json
 from heron.checkpoint import vocabulary
 from heron.checkpoint.architecture import UNUSED, sizes_of
-from heron.checkpoint.atomic import sync
 from heron.checkpoint.formats import safetensors
 from heron.checkpoint.formats.layout import (
     LERP,
@@ -30,6 +29,7 @@ from heron.checkpoint.formats.layout import (
 )
 from heron.config import ModelConfig
 from heron.errors import CheckpointError, ConfigError
+from heron.files import sync
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OURS, RWKV7 = "heron", "rwkv7"

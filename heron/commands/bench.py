@@ -1,0 +1,144 @@
+"""`heron bench`: what a training step takes here, in time and memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows does not tell how large a process became
+    resource = None
+
+from heron.config import ModelConfig, TrainConfig
+from heron.errors import ConfigError
+from heron.model import RWKV
+from heron.train import memory
+from heron.train.step import Learner
+
+_BYTES_PER_WEIGHT = 16  # of fp32 weights, gradients and two moments; activations come on top
+_WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTorch makes or compiles once
+
+
+class Result(NamedTuple):
+    """Medians over the steps, and the memory at its largest."""
+
+    steps: int
+    seconds: float  # of a step
+    gradients_seconds: float  # of it: forward and backward passes, and rows of tables that are on the host
+    update_seconds: float  # of it: clipping and the optimizer
+    tokens_per_s: float
+    peak_bytes: int | None  # CUDA: allocated by PyTorch; CPU: resident in the process, all its libraries too
+    compile: str  # whether the steps were compiled, and why
+
+
+def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
+    """Train a fresh model on random tokens, a few steps to warm up and then `steps`, and say what one takes.
+
+    As in a training run, a GPU is not waited for between them.
+
+    Args:
+        config: with the device and the dtype decided, as `Trainer(config).config` has them.
+
+    Raises:
+        ConfigError: steps below 1.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps: wanted at least 1, got {steps}")
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    learner = fresh_learner(config, model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batches = [random_batch(config, model) for _ in range(_WARM_UP + steps)]
+    times = []
+    for number, samples in enumerate(batches):
+        if number == _WARM_UP:
+            _wait(device)
+        begun = _now(device)
+        loss = learner.gradients(samples)
+        between = _now(device)
+        learner.update(loss, config.lr_init, math.inf)
+        times.append((begun, between, _now(device)))
+    _wait(device)
+    times = times[_WARM_UP:]
+    seconds, of_gradients, of_update = (
+        statistics.median(_seconds(marks[i], marks[j]) for marks in times) for i, j in ((0, 2), (0, 1), (1, 2))
+    )
+    speed = config.tokens_per_step / seconds
+    compiled = f"{learner.compiled.value}: {learner.compiled.reason}"
+    return Result(steps, seconds, of_gradients, of_update, speed, _peak(device), compiled)
+
+
+def fresh_learner(config: TrainConfig, model: ModelConfig) -> Learner:
+    """A learner of initial values, which are computed where they are used: orthogonal ones take a CPU minutes."""
+    device = torch.device(config.device)
+    if device.type == "cpu":
+        memory.check_host(_BYTES_PER_WEIGHT * memory.parameters(model), "a step on the CPU")
+    with device:
+        network = RWKV(model)
+    return Learner(network, config, device)
+
+
+def random_batch(config: TrainConfig, model: ModelConfig) -> list[tuple[Tensor, Tensor]]:
+    """The samples of a step, of random tokens: tokens and targets (B, T) int64 of each micro-batch."""
+    tokens = torch.randint(0, model.vocab_size, (config.accumulate, config.micro_bsz, config.ctx_len + 1))
+    return [(sample[:, :-1].contiguous(), sample[:, 1:].contiguous()) for sample in tokens]
+
+
+def describe(config: TrainConfig, model: ModelConfig, result: Result) -> str:
+    """What ``heron bench`` prints, in lines of at most 80 columns."""
+    peak = "not known on this system" if result.peak_bytes is None else memory.in_words(result.peak_bytes)
+    what = "allocated on the device" if config.device.startswith("cuda") else "the whole process"
+    lines = [
+        ("model", f"{model.variant} L{model.n_layer} C{model.n_embd} V{model.vocab_size}"),
+        ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} random tokens"),
+        ("precision", f"{config.dtype}, weights {config.weights}, tables {config.tables}"),
+        ("compile", result.compile),
+        ("device", f"{config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"),
+        ("a step", f"{1e3 * result.seconds:,.1f} ms, the median of {result.steps}"),
+        ("  forward, backward", f"{1e3 * result.gradients_seconds:,.1f} ms"),
+        ("  clip, optimizer", f"{1e3 * result.update_seconds:,.1f} ms"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s"),
+        ("memory", f"{peak} at its largest, {what}"),
+    ]
+    return "\n".join(f"{name:<21}{text}" for name, text in lines)
+
+
+def record(config: TrainConfig, model: ModelConfig, result: Result) -> dict[str, object]:
+    """The figures and all that they are of, as JSON values."""
+    settings = {**config.to_dict(), "model": model.to_dict(), "threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
+    return {**result._asdict(), "gpu": name, "torch": torch.__version__, "config": settings}
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(begun: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
+    return ended - begun if isinstance(begun, float) else begun.elapsed_time(ended) / 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest

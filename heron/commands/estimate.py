@@ -1,0 +1,210 @@
+"""`heron estimate`: the memory of a training step before it is made, and what to turn when there is too little of it.
+
+No formula: the very step is run on tensors without contents, and every piece of memory that it would take is entered
+in a ledger. What the model, the loss or the optimizer come to hold tomorrow is in the figures tomorrow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from heron.config import ModelConfig, TrainConfig
+from heron.model import RWKV
+from heron.optim import CopiedAdamW
+from heron.progress import progress
+from heron.train import memory
+from heron.train.step import Learner
+
+_WORTH_A_SETTING = 0.01  # of what a step takes; what a setting saves must be more, unless the step then fits
+_COMPARED = 2, 3  # layers that are run; each further one takes as much more as the last of these did
+
+
+class Memory(NamedTuple):
+    """Bytes of a training step. Tables are apart from the other parameters, their moments from the other moments."""
+
+    parameters: int  # on the device, with a bf16 copy if there is one
+    optimizer: int  # on the device
+    gradients: int  # on the device, all there at the end of the backward pass
+    activations: int  # on the device, held when the forward pass of a micro-batch ends
+    peak: int  # on the device, the most at any moment of a step; less than the sum, as gradients come activations go
+    tables: int  # in host memory, with their moments; 0 where they are on the device
+
+    def between(self, other: Memory, share: float) -> Memory:
+        """Each figure `share` of the way from these to those of `other`; beyond them for a share above 1."""
+        return Memory(*(round(a + share * (b - a)) for a, b in zip(self, other, strict=True)))
+
+
+def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
+    """What a step of `config` takes, after the first, on a GPU as on a CPU, as eager PyTorch asks for memory.
+
+    On top come what kernels use inside, what an allocator rounds up and loses between the pieces, and the some hundred
+    MiB that CUDA itself takes.
+
+    Args:
+        config: its `dtype` is fp32 or bf16; `model` in it is not looked at.
+    """
+    if model.n_layer <= max(_COMPARED):
+        return _counted(config, model)
+    fewer, more = (_counted(config, model.changed(n_layer=n)) for n in _COMPARED)
+    return fewer.between(more, (model.n_layer - _COMPARED[0]) / (_COMPARED[1] - _COMPARED[0]))
+
+
+def describe(config: TrainConfig, model: ModelConfig, available: int | None) -> str:
+    """What ``heron estimate`` prints: the bytes of each part, then, where they do not fit, what each setting gives."""
+    with progress("estimating") as note:
+        return _described(config, model, available, note)
+
+
+def _described(config: TrainConfig, model: ModelConfig, available: int | None, note: Callable[[str], None]) -> str:
+    found = estimate(config, model)
+    batch = f"micro_bsz {config.micro_bsz}, ctx_len {config.ctx_len}, accumulate {config.accumulate}"
+    places = [
+        ("parameters", found.parameters, "device"),
+        ("optimizer", found.optimizer, "device"),
+        ("gradients", found.gradients, "device"),
+        ("activations", found.activations, "device, of one pass"),
+        ("most at once", found.peak, "device; gradients come as activations go"),
+        ("tables, their moments", found.tables, "host"),
+    ]
+    lines = [
+        f"{model.variant} L{model.n_layer} C{model.n_embd} V{model.vocab_size}, {batch}",
+        f"dtype {config.dtype}, weights {config.weights}, tables {config.tables}"
+        + (", blocks recomputed" if config.grad_checkpoint else ""),
+        "",
+        *(f"{name:<24}{memory.in_words(n_bytes):>12}  {place}" for name, n_bytes, place in places),
+    ]
+    if available is None:
+        return "\n".join(lines)
+    if found.peak <= available:
+        return "\n".join([*lines, "", f"fits in {memory.in_words(available)}"])
+    lines += ["", f"does not fit in {memory.in_words(available)}; most at once with"]
+    while found.peak > available:
+        tried = []
+        for flags, changed in memory.knobs(config, model):
+            note(f"now with {flags}")
+            tried.append((estimate(changed, model), flags, changed))
+        enough = max((1 - _WORTH_A_SETTING) * found.peak, available)
+        tried = sorted((entry for entry in tried if entry[0].peak <= enough), key=lambda entry: entry[0].peak)
+        for changed, flags, _ in tried:
+            verdict = "fits" if changed.peak <= available else ""
+            lines.append(f"  {flags:<40}{memory.in_words(changed.peak):>12}  {verdict}".rstrip())
+        if not tried:
+            return "\n".join([*lines, "nothing more helps; a smaller model, or another device"])
+        if tried[0][0].peak > available:
+            lines.append(f"and on top of {tried[0][1]}")
+        found, config = tried[0][0], tried[0][2]
+    return "\n".join(lines)
+
+
+def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
+    """A step in a ledger, after one of two tokens that makes the moments."""
+    passes = min(config.accumulate, 2)  # any more take no more
+    distinct = min(config.accumulate * config.micro_bsz * config.ctx_len, model.vocab_size)
+    with torch.device("meta"):
+        network = RWKV(model)
+    with FakeTensorMode(), _Ledger() as ledger:
+        for module in network.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+        network.to = lambda device: network  # it is there, as far as it is anywhere
+        learner = Learner(network, dataclasses.replace(config, compile="off"), torch.device("cpu"))
+        if learner.tables is not None:
+            learner.tables.impl = "reference"  # in operations that the ledger sees
+            learner.tables.distinct = lambda tokens, vocab_size: torch.empty(distinct, dtype=torch.int64)
+        if isinstance(learner.optimizer, CopiedAdamW) and learner.optimizer.copies:
+            learner.optimizer.impl = "reference"  # like the kernel, it never has all gradients in fp32
+        samples = [(torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64),) * 2] * passes
+        counts: dict[str, int] = {}
+        _count_activations(learner.network, ledger, counts)
+        learner.update(learner.gradients([(torch.zeros(1, 2, dtype=torch.int64),) * 2]), 0.0, math.inf)
+        ledger.peak = ledger.held
+        loss = learner.gradients(samples)
+        on_host = [] if learner.tables is None else learner.tables.weights
+        rows = [] if learner.tables is None else learner.tables.rows
+        trained = [parameter for parameter in network.parameters() if not _among(on_host, parameter)]
+        copies = [copy for copy in learner.network.parameters() if not _among([*trained, *on_host], copy)]
+        gradients = _bytes(tensor.grad for tensor in (*trained, *copies, *rows) if tensor.grad is not None)
+        learner.update(loss, 0.0, math.inf)
+        state = learner.optimizer.state
+        tables = _bytes(on_host) + _bytes(part for weight in on_host for part in state[weight].values())
+        return Memory(
+            parameters=_bytes(trained) + _bytes(copies),
+            optimizer=_bytes(part for parameter in trained for part in state[parameter].values()),
+            gradients=gradients,
+            activations=counts["activations"],
+            peak=ledger.peak - tables,
+            tables=tables,
+        )
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive. For tensors without contents: what depends on them is made up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # every id is in the vocabulary, no number is bad
+        if (written := _written(func)) is not None:  # in place: nothing new, and quicker than to work out its shape
+            return args[0] if written == "self" else kwargs[written]
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, n_bytes = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.held += n_bytes
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._strike, key, n_bytes)
+
+    def _strike(self, key: int, n_bytes: int) -> None:
+        self._known.discard(key)
+        self.held -= n_bytes
+
+
+@functools.cache
+def _written(func: Any) -> str | None:
+    """The argument that an operator writes into and returns as it was shaped: "self" or "out". None: it does not."""
+    written = [argument.name for argument in func._schema.arguments if argument.is_write]
+    if len(func._schema.returns) != 1 or torch.Tag.inplace_view in func.tags or written not in (["self"], ["out"]):
+        return None
+    return written[0]
+
+
+def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -> None:
+    """Note what is held once a forward pass has ended and was not before."""
+    forward = network.loss
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        before = ledger.held
+        value = forward(tokens, targets)
+        counts["activations"] = ledger.held - before
+        return value
+
+    network.loss = loss
+
+
+def _among(tensors: list[Tensor], tensor: Tensor) -> bool:
+    return any(tensor is other for other in tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

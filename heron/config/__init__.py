@@ -1,0 +1,469 @@
+"""What a model is and how it is trained: two frozen dataclasses, the presets, and their YAML form.
+
+Standard library only (PyYAML is imported when YAML is read or written), so that every other module may import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Union
+
+from heron.config.strict_yaml import read as read_yaml
+from heron.errors import ConfigError, UnknownKeyError, did_you_mean
+
+# Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
+_DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
+VARIANTS = tuple(_DEEP_EMBED)
+DTYPES = ("auto", "fp32", "bf16")
+INIT_DTYPES = ("fp32", "bf16")
+TRAINING_TABLES = ("device", "host")
+TABLES_STATE = ("fp32", "bf16")
+WEIGHTS = ("auto", "fp32", "bf16")
+COMPILE = ("auto", "on", "graph", "off")
+ON_NONFINITE = ("stop", "skip", "rewind")
+MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
+LARGEST_SEED = 2**63 - 1
+LARGEST_COUNT = 2**31 - 1  # of tokens, samples and the like at once
+LARGEST_WIDTH = 2**24
+LARGEST_SIZES = {"n_layer": 4096, "vocab_size": LARGEST_COUNT}  # no product of sizes then overflows 64 bits
+_NAMES = ("model", "data", "val_data", "tokenizer", "out", "device", "resume")  # an empty text names nothing
+
+
+def _setting(default: Any, doc: str) -> Any:
+    """A dataclass field whose one line of documentation is also the help text of its command-line flag."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def rank_rule(factor: float, n_embd: int) -> int:
+    """Low-rank width of new models: ``max(32, 32 * round(factor * sqrt(n_embd) / 32))`` (RWKV-LM, train_temp)."""
+    return max(32, 32 * round(factor * math.sqrt(n_embd) / 32))
+
+
+@dataclasses.dataclass(frozen=True)
+class RosaConfig:
+    """How a ROSA layer works. None of this can be read from its tensors, except which of them there are.
+
+    The source decides what comes out: rows of an embedding (token), emb1 or emb0 by the predicted bit (self), +e or -e
+    by it (qkv). ``RosaConfig.preset("qkv-1bit")`` is the layer of upstream's 1-bit language model.
+
+    Raises:
+        ConfigError: a value that does not exist, a rule for no match that is not given, or that the source lacks.
+    """
+
+    source: str = _setting("qkv", "of the symbols: token (ids), self (signs of x), qkv (signs of three projections)")
+    bits: int = _setting(1, "channels that share a stream: 1 or 4; the first is the least significant bit")
+    no_match: str | None = _setting(None, "what no match gives: zero (0.0) or bit0 (as a predicted 0); must be given")
+    max_match: int | None = _setting(None, "symbols of a match that count; None: all, as upstream")
+    proj_bias: bool = _setting(True, "qkv: the projections q, k, v, o have a bias")
+    token_shift: bool = _setting(True, "qkv: the projections read x mixed with the x before, by x_q, x_k, x_v")
+    grad: str = _setting("soft_suffix", "rule for the gradient of the symbols: none, bitflip or soft_suffix")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        choices = {"source": ("token", "self", "qkv"), "bits": (1, 4), "no_match": ("zero", "bit0"), "grad": ROSA_GRADS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                wanted = ", ".join(map(str, known))
+                usual = f"; the presets {', '.join(ROSA_PRESETS)} have upstream's" if name == "no_match" else ""
+                raise ConfigError(f"rosa, {name}: wanted one of {wanted}, got {value!r}{usual}")
+        if self.source == "token" and self.no_match != "zero":
+            raise ConfigError("rosa, no_match: a token has no bit 0; source token gives zero")
+        if self.max_match is not None and self.max_match < 1:
+            raise ConfigError(f"rosa, max_match: wanted at least 1, or nothing, got {self.max_match}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> RosaConfig:
+        """One of upstream's layers, with `changes` laid over it."""
+        if name not in ROSA_PRESETS:
+            known = ", ".join(ROSA_PRESETS)
+            raise ConfigError(f"no ROSA preset {name!r}; there are {known}.{did_you_mean(name, ROSA_PRESETS)}")
+        return cls(**{**ROSA_PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RosaConfig:
+        """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
+        return _from_dict(cls, values, where="rosa")
+
+
+ROSA_GRADS = ("none", "bitflip", "soft_suffix")
+ROSA_PRESETS: dict[str, dict[str, Any]] = {
+    "token": {"source": "token", "no_match": "zero", "grad": "none"},
+    "self-1bit": {"source": "self", "bits": 1, "no_match": "zero", "grad": "bitflip"},
+    "self-4bit": {"source": "self", "bits": 4, "no_match": "bit0", "grad": "bitflip"},
+    "qkv-1bit": {"source": "qkv", "bits": 1, "no_match": "bit0"},
+    "qkv-4bit": {"source": "qkv", "bits": 4, "no_match": "zero"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Fields left at None are filled by the rules that RWKV-LM uses for new models.
+
+    Raises:
+        ConfigError: an unknown variant, a size below 1, an n_embd that head_size does not divide, or an option that
+            the variant does not have.
+    """
+
+    variant: str = _setting("v8", "v7; v8 and v7a (DeepEmbed); v7b and v8-hybrid (attention too); rosa-lm (ROSA alone)")
+    n_layer: int = _setting(12, "number of blocks")
+    n_embd: int = _setting(768, "width of the residual stream (C)")
+    vocab_size: int = _setting(65536, "number of token ids (V)")
+    head_size: int = _setting(64, "channels of one WKV head (N), 16 to 128; it must divide n_embd")
+    ffn_dim: int | None = _setting(None, "hidden width of the channel mix; None: 4 * n_embd")
+    decay_rank: int | None = _setting(None, "rank of att.w1/w2; None: from n_embd")
+    iclr_rank: int | None = _setting(None, "rank of att.a1/a2; None: from n_embd")
+    value_rank: int | None = _setting(None, "rank of att.v1/v2; None: from n_embd")
+    gate_rank: int | None = _setting(None, "rank of att.g1/g2; None: from n_embd")
+    deep_embed_4x: bool = _setting(False, "v8, v8-hybrid: gates on all ffn_dim hidden channels, not on n_embd outputs")
+    has_ln0: bool | None = _setting(None, "normalise the embedding; None: yes, except in a v8-hybrid")
+    rosa: RosaConfig | None = _setting(None, "a ROSA branch: qkv-1bit, qkv-4bit; None: none (rosa-lm: qkv-1bit)")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rosa, str):
+            object.__setattr__(self, "rosa", RosaConfig.preset(self.rosa))
+        elif isinstance(self.rosa, Mapping):
+            object.__setattr__(self, "rosa", RosaConfig.from_dict(self.rosa))
+        _check_types(self)
+        if self.variant not in VARIANTS:
+            raise ConfigError(
+                f"variant: wanted one of {', '.join(VARIANTS)}, got {self.variant!r}."
+                f"{did_you_mean(self.variant, VARIANTS)}"
+            )
+        self._check_sizes()
+        for name, value in self._derived().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check_sizes()
+        if not 16 <= self.head_size <= 128:
+            raise ConfigError(f"head_size: wanted 16 to 128, got {self.head_size}")
+        if self.n_embd % self.head_size and self.has_time_mix:
+            raise ConfigError(f"n_embd {self.n_embd} is not a multiple of head_size {self.head_size}")
+        if self.deep_embed_4x and _DEEP_EMBED[self.variant] != "output":
+            raise ConfigError(f"deep_embed_4x is an option of v8 and v8-hybrid; variant is {self.variant}")
+        if not self.has_ln0 and self.variant != "v8-hybrid":
+            raise ConfigError(f"has_ln0 False is for v8-hybrid alone; variant {self.variant} always applies ln0")
+        if self.rosa is not None and self.rosa.source != "qkv":
+            raise ConfigError(f"rosa: a branch has source qkv, got {self.rosa.source}; give qkv-1bit or qkv-4bit")
+        if self.rosa is not None and self.n_embd % self.rosa.bits:
+            raise ConfigError(f"n_embd {self.n_embd} is not a multiple of {self.rosa.bits}, the bits of a ROSA symbol")
+
+    def _check_sizes(self) -> None:
+        for field in dataclasses.fields(self):
+            value, most = getattr(self, field.name), LARGEST_SIZES.get(field.name, LARGEST_WIDTH)
+            if type(value) is int and not 1 <= value <= most:
+                wanted = "at least 1" if value < 1 else f"at most {most}"
+                raise ConfigError(f"{field.name}: wanted {wanted}, got {value}")
+
+    @property
+    def has_time_mix(self) -> bool:
+        """Whether blocks mix along time by WKV7; else head_size and the ranks mean nothing."""
+        return self.variant != "rosa-lm"
+
+    @property
+    def n_head(self) -> int:
+        """Number of WKV heads (H)."""
+        return self.n_embd // self.head_size if self.has_time_mix else 0
+
+    @property
+    def deep_embed(self) -> str | None:
+        """Where the DeepEmbed gate acts: "output" or "hidden" (a table of gates), "low-rank" (hidden), or nowhere."""
+        return "hidden" if self.deep_embed_4x else _DEEP_EMBED[self.variant]
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether every block has a DeepEmbedAttention branch beside its time mix."""
+        return self.variant in ("v7b", "v8-hybrid")
+
+    @property
+    def state_grows(self) -> bool:
+        """Whether a model remembers more with each token (attention, ROSA), not only a state of one size."""
+        return self.has_attention or self.rosa is not None
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+        """The named preset, with `changes` laid over it. ``heron info --presets`` lists them all."""
+        if not isinstance(name, str) or name not in PRESETS:
+            near = did_you_mean(str(name), PRESETS)
+            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{near}")
+        return cls.from_dict({**PRESETS[name], **changes})
+
+    def changed(self, **changes: Any) -> ModelConfig:
+        """A copy with `changes`; what is as the rules make it (ffn_dim, ranks, has_ln0) follows them."""
+        return ModelConfig.from_dict({**self.to_dict(), **self.by_rule(), **changes})
+
+    def by_rule(self) -> dict[str, None]:
+        """None for each field that is as the rules for new models make it."""
+        return {name: None for name, value in self._derived().items() if getattr(self, name) == value}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
+        return _from_dict(cls, values, where="model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    def _derived(self) -> dict[str, int | bool | RosaConfig | None]:
+        """What the fields that are left at None become."""
+        width = max(self.n_embd, 1)
+        return {
+            "ffn_dim": 4 * self.n_embd,
+            "decay_rank": rank_rule(2.5, width),
+            "iclr_rank": rank_rule(2.5, width),
+            "value_rank": rank_rule(1.7, width),
+            "gate_rank": rank_rule(5.0, width),
+            "has_ln0": self.variant != "v8-hybrid",
+            "rosa": RosaConfig.preset("qkv-1bit") if self.variant == "rosa-lm" else None,
+        }
+
+
+def _released(n_layer: int, n_embd: int, ranks: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Sizes of a released RWKV-7 World model; ranks are those of w, a, v, g (no formula gives them)."""
+    names = ("decay_rank", "iclr_rank", "value_rank", "gate_rank")
+    return {"n_layer": n_layer, "n_embd": n_embd, **dict(zip(names, ranks, strict=True))}
+
+
+_RELEASED = {
+    "0.1b": _released(12, 768, (64, 64, 32, 128)),
+    "0.4b": _released(24, 1024, (64, 64, 32, 128)),
+    "1.5b": _released(24, 2048, (96, 96, 64, 256)),
+    "2.9b": _released(32, 2560, (96, 96, 64, 320)),
+    "7.2b": _released(32, 4096, (128, 128, 96, 480)),
+    "13.3b": _released(61, 4096, (192, 192, 128, 384)),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"rwkv7-{size}": {"variant": "v7", **sizes} for size, sizes in _RELEASED.items()},
+    **{f"rwkv8-{size}": {"variant": "v8", **sizes} for size, sizes in _RELEASED.items()},
+    **{
+        f"{name}-{size}": {"variant": variant, **_RELEASED[size]}
+        for name, variant in (("rwkv7a", "v7a"), ("rwkv7b", "v7b"), ("rwkv8-hybrid", "v8-hybrid"))
+        for size in ("0.1b", "1.5b")
+    },
+    **{
+        f"rosa-lm-{bits}bit": {"variant": "rosa-lm", "n_layer": 12, "n_embd": 768, "rosa": f"qkv-{bits}bit"}
+        for bits in (1, 4)
+    },
+    "rwkv8-tiny": {"variant": "v8", "n_layer": 4, "n_embd": 128, "vocab_size": 256},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is a flag of ``heron train`` and a key of the ``config.yaml`` in the run folder.
+
+    Raises:
+        ConfigError: a value out of range, or two fields that contradict each other.
+    """
+
+    model: ModelConfig | str = _setting("rwkv8-tiny", "a ModelConfig, a preset's name, or a checkpoint to start from")
+    init_from: str = _setting("", "a weights file laid over the initial values: what it lacks keeps them")
+    init_dtype: str = _setting("fp32", "initial values: fp32, or bf16: rounded, as RWKV-LM's --precision bf16 has them")
+    data: str = _setting("builtin:python-docs", "txt, JSON, csv, folder, binidx prefix, builtin:python-docs, -stdlib")
+    val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
+    val_fraction: float | None = _setting(None, "share kept for validation (the end); None: 0.1 for text, 0 for binidx")
+    column: str | None = _setting(None, "field of JSON rows, or column of csv and parquet, to read; None: text")
+    glob: str | None = _setting(None, 'files of a folder to read, "*.py,*.rst" say; None: text, JSON, csv, parquet')
+    split_at: str | None = _setting(None, "cut texts into documents at this, <|endoftext|> say; None: nowhere")
+    allow_normalized: bool = _setting(False, "let texts through that the tokenizer's normalizer changes; count them")
+    tokenizer: str = _setting(
+        "bytes", "bytes, world, integers:V[:E] (E ends a document), a tokenizer.json, bpe:V (learned from the data)"
+    )
+    eod: str | None = _setting(None, "token or id that ends a document; None: as the tokenizer's files say")
+    out: str = _setting("runs/first", "run folder: config, log, plot, samples, checkpoints, final weights")
+    ctx_len: int = _setting(512, "tokens of one sample (T)")
+    micro_bsz: int = _setting(8, "samples of one forward pass (B)")
+    accumulate: int = _setting(1, "forward passes per optimizer step")
+    max_steps: int | None = _setting(None, "stop after this many optimizer steps (give this or max_tokens)")
+    max_tokens: int | None = _setting(None, "stop after this many training tokens (give this or max_steps)")
+    lr_init: float = _setting(6e-4, "learning rate after the warm-up")
+    lr_final: float = _setting(6e-5, "learning rate at the end of the cosine")
+    warmup_steps: int = _setting(10, "steps of linear warm-up from 1% of lr_init; -1: RWKV-LM's way of none")
+    beta1: float = _setting(0.9, "AdamW: decay of the first moment")
+    beta2: float = _setting(0.99, "AdamW: decay of the second moment")
+    adam_eps: float = _setting(1e-18, "AdamW: epsilon")
+    weight_decay: float = _setting(0.1, "AdamW: decoupled decay of the large matrices (the reference group)")
+    grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
+    grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
+    dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
+    weights: str = _setting("auto", "the network computes with: the fp32 weights, a bf16 copy, or auto: bf16 on a GPU")
+    compile: str = _setting("auto", "compile the blocks: off, on, graph (replay each pass too), or auto: on a GPU")
+    device: str = _setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
+    tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
+    tables_state: str = _setting("fp32", "of tables on the host: AdamW's moments of their rows, fp32 or bf16")
+    threads: int = _setting(0, "CPU threads; 0: the run's own, at first as many as are of use. Others change last bits")
+    magic_prime: int | None = _setting(None, "binidx: prime of RWKV-LM's sample order; None: the largest that fits")
+    seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
+    save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
+    keep: int = _setting(2, "newest checkpoints kept")
+    eval_every: int = _setting(250, "steps between validations (one is always made at the end); 0: only at the end")
+    sample_every: int = _setting(250, "steps between sampled texts; 0: none")
+    sample_prompt: str = _setting("", "prompt of the sampled texts; empty: the first tokens of the validation data")
+    sample_tokens: int = _setting(200, "length of a sampled text, in tokens")
+    log_every: int = _setting(1, "steps between log lines")
+    on_nonfinite: str = _setting("stop", "after a loss or gradient that is not finite: stop, skip the batch, or rewind")
+    spike: float = _setting(0.0, "also treat so a loss this many deviations above the last 128 accepted; 0: never")
+    max_hours: float | None = _setting(None, "save and leave with code 75 before so many hours are over")
+    num_workers: int = _setting(0, "processes that read batches ahead; 0: none, best unless the disk is slow")
+    resume: str = _setting("auto", "auto: go on with the run in out; none: refuse a used folder; or a checkpoint")
+    tensorboard: bool = _setting(False, "also write TensorBoard events (pip install 'heron-rwkv[tensorboard]')")
+    wandb: str = _setting("", "also log to this Weights & Biases project (pip install 'heron-rwkv[wandb]')")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, Mapping):
+            object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
+        if type(self.eod) is int:  # YAML reads an id so
+            object.__setattr__(self, "eod", str(self.eod))
+        _check_types(self)
+        for name in _NAMES:
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.strip():
+                raise ConfigError(f"{name}: wanted a name or a path, got {value!r}; is a shell variable not set?")
+        at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
+        at_least["warmup_steps"] = -1
+        for name in ("threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
+            at_least[name] = 0
+        for name in ("num_workers", "spike", "max_hours"):
+            at_least[name] = 0
+        for name in ("lr_init", "lr_final", "weight_decay", "grad_clip"):
+            at_least[name] = 0
+        for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "num_workers", "sample_tokens"):
+            if getattr(self, name) > LARGEST_COUNT:
+                raise ConfigError(f"{name}: wanted at most {LARGEST_COUNT}, got {getattr(self, name)}")
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}: wanted at least {least}, got {value}")
+        if self.seed > LARGEST_SEED:
+            raise ConfigError(f"seed: wanted at most {LARGEST_SEED}, got {self.seed}")
+        for name in ("beta1", "beta2", "val_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{name}: wanted 0 <= {name} < 1, got {value}")
+        if not self.adam_eps > 0:
+            raise ConfigError(f"adam_eps: wanted more than 0, got {self.adam_eps}")
+        if (self.max_steps is None) == (self.max_tokens is None):
+            raise ConfigError(
+                "give exactly one of max_steps and max_tokens, "
+                f"got max_steps={self.max_steps} and max_tokens={self.max_tokens}"
+            )
+        choices = dict(
+            dtype=DTYPES, init_dtype=INIT_DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS,
+            compile=COMPILE, on_nonfinite=ON_NONFINITE,
+        )  # fmt: skip
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                near = did_you_mean(value, known)
+                raise ConfigError(f"{name}: wanted one of {', '.join(known)}, got {value!r}.{near}")
+        if self.init_from and isinstance(self.model, str) and self.model not in PRESETS:
+            raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
+        if self.weights == "bf16" and self.dtype == "fp32":
+            raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
+        if self.tables_state != "fp32" and self.tables != "host":
+            raise ConfigError(f"tables_state {self.tables_state} needs tables host; tables is {self.tables}")
+        if self.val_data is not None and self.val_fraction:
+            raise ConfigError(
+                f"val_data {self.val_data!r} and val_fraction {self.val_fraction} exclude each other; drop one"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens of one optimizer step."""
+        return self.micro_bsz * self.accumulate * self.ctx_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return -(-self.max_tokens // self.tokens_per_step)
+
+    @property
+    def steps_per_mini_epoch(self) -> int:
+        """Optimizer steps of a mini-epoch of RWKV-LM, at least 1."""
+        return max(1, MINI_EPOCH // (self.micro_bsz * self.accumulate))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A config from plain values; `model` may be a mapping. An unknown key is a ConfigError, as in ModelConfig."""
+        return _from_dict(cls, values, where="config")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainConfig:
+        """Read a ``config.yaml``, for instance the one of an earlier run."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for YAML."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The text of a ``config.yaml`` that gives this config again."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
+    """The plain types that field `name` of config class `cls` takes, and whether None is one of its values."""
+    hint = _hints(cls)[name]
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
+
+
+def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: wanted a mapping of names to values, got {type(values).__name__}")
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            hint = did_you_mean(str(key), known)
+            raise UnknownKeyError(f"{where}: unknown key {key!r}.{hint} Known: {', '.join(known)}")
+    return cls(**values)
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as Python has it, and a path as a string; anything else as it is."""
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "shape", None) == ():
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _check_types(config: Any) -> None:
+    """Bring each field to its declared type where nothing is lost (8.0 to an int, "6e-4" to a float), else refuse."""
+    for field in dataclasses.fields(config):
+        value = plain(getattr(config, field.name))
+        kinds, optional = setting_type(type(config), field.name)
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) and bool not in kinds:
+            fits = False
+        elif int in kinds and isinstance(value, float) and value.is_integer():
+            value, fits = int(value), True
+        elif float in kinds and isinstance(value, (int, str)):
+            try:
+                value, fits = float(value), True
+            except ValueError:
+                fits = False
+        else:
+            fits = isinstance(value, kinds)
+        if fits and isinstance(value, float) and not math.isfinite(value):
+            fits = False
+        if not fits:
+            wanted = " or ".join(kind.__name__ for kind in kinds) + (" or nothing" if optional else "")
+            raise ConfigError(f"{field.name}: wanted {wanted}, got {value!r}")
+        object.__setattr__(config, field.name, value)

@@ -1,0 +1,1 @@
+"""DeepEmbed tables that lie away from the network, while it trains and while it runs."""

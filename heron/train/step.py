@@ -1,0 +1,218 @@
+"""What one training step computes, apart from the run around it: gradients, clipping, the verdict, the optimizer."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from heron import machine
+from heron.config import TrainConfig
+from heron.errors import HeronError
+from heron.model import RWKV
+from heron.model import compiled as compilation
+from heron.model.deep_embed import DeepEmbed
+from heron.model.plain import has_hooks
+from heron.optim import build_optimizer, set_lr
+from heron.tables.rows import row_tables
+from heron.train.guard import is_bad
+
+_PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
+
+
+class Learner:
+    """A model and all that changes when it learns.
+
+    Args:
+        model: with fp32 weights, on the CPU; it is moved.
+        config: its `dtype` is fp32 or bf16.
+        device: where steps run.
+        say: takes a line for the user; None: standard error.
+
+    Attributes:
+        model: the weights that are trained, saved and evaluated.
+        network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, which each step changes too.
+        tables: those that train by rows, None where they are plain parameters of the model.
+        optimizer: of `model`'s parameters.
+        compiled: whether steps are compiled, and why.
+
+    Raises:
+        ConfigError: tables on the host for a model that has none; `compile` on or graph where nothing can be compiled.
+    """
+
+    def __init__(
+        self, model: RWKV, config: TrainConfig, device: torch.device, say: Callable[[str], None] | None = None
+    ):
+        self._say = say or (lambda line: print(f"heron: {line}", file=sys.stderr))
+        self.config, self.device, self.model = config, device, model
+        self.tables = row_tables(model, device, config.tables)
+        if self.tables is None:
+            model.to(device)
+        in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
+        self.network = in_bf16(model) if in_half else model
+        self.network.grad_checkpoint = config.grad_checkpoint
+        self._copies = [(copy, master) for copy, master in self._leaves() if copy is not master]
+        self._autocast_dtype = "fp32" if in_half else config.dtype
+        in_place = any(copy is master for copy, master in self._leaves())  # its gradients are those of the pass
+        adds_up = config.accumulate > 1 and in_place
+        self.compiled = compilation.choose(config.compile, device, model.config, config.tables, adds_up)
+        self._passes, self._graphs = Counter(), {}  # by shape of batch
+        if self.tables is not None:
+            self.tables.before_moving = self._graphs.clear
+        if self.compiled.value != "off":
+            compilation.compile_blocks(self.network)
+        self.optimizer = build_optimizer(
+            model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
+            self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
+        )  # fmt: skip
+
+    def gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Start the forward and backward passes of a step.
+
+        Args:
+            samples: tokens and targets (B, T) int64 of each micro-batch, on the host.
+
+        Returns:
+            The mean loss, an fp32 scalar on the device.
+
+        Raises:
+            HeronError: the compiler failed. Under `compile: auto` that is said once, and the step made without.
+        """
+        try:
+            return self._gradients(samples)
+        except Exception as error:
+            if self.compiled.value == "off" or not compilation.is_failure(error):
+                raise
+            self._do_without_compiler(error)
+        return self._gradients(samples)
+
+    def _gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if self.tables is not None:
+            ids = torch.cat([tokens for tokens, _ in samples])
+            self.tables.bring(ids, len(samples), self._recorded(len(samples)))
+        loss = torch.zeros((), device=self.device)
+        for sample in samples:
+            loss += self._pass(*(_onto(self.device, part) for part in sample), len(samples))
+            if len(samples) > 1:
+                self._hand_over()
+        return loss
+
+    def _pass(self, tokens: Tensor, targets: Tensor, passes: int) -> Tensor:
+        """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
+
+        def run(tokens: Tensor, targets: Tensor) -> Tensor:
+            with machine.autocast(self._autocast_dtype, self.device):
+                loss = self.network.loss(tokens, targets) / passes
+            loss.backward()
+            return loss.detach()
+
+        shape = (*tokens.shape, passes)
+        self._passes[shape] += 1
+        if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
+            return run(tokens, targets)
+        if shape not in self._graphs:
+            leaves = [leaf for leaf, _ in self._leaves()]
+            if self.tables is not None:
+                leaves += self.tables.rows
+            self._graphs[shape] = compilation.PassGraph(run, leaves, tokens, targets)
+        return self._graphs[shape].replay(tokens, targets)
+
+    def _recorded(self, passes: int) -> bool:
+        """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
+        if self.compiled.value != "graph" or passes != self.config.accumulate:
+            return False
+        if any(map(has_hooks, self.network.modules())):
+            return False  # a replay would not call them
+        return self.tables is None or self.tables.recordable
+
+    def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+        """The network's parameters, each with the one of `model` that it is, or is a copy of."""
+        return zip(self.network.parameters(), self.model.parameters(), strict=True)
+
+    def update(self, loss: Tensor, lr: float, limit: float) -> Tensor:
+        """Start the optimizer's step, which changes nothing if loss or gradients are bad, or the loss is above `limit`.
+
+        Returns:
+            Loss, gradient norm before clipping, and 1.0 if they are bad: (3,) fp32 on the device.
+        """
+        trained = (*self.model.parameters(), *(copy for copy, _ in self._copies))
+        of_rows = [] if self.tables is None else self.tables.gradients()
+        grad_norm = norm_of([*(leaf.grad for leaf in trained if leaf.grad is not None), *of_rows])
+        bad = is_bad(loss, grad_norm, limit)
+        set_lr(self.optimizer, lr)
+        if self.config.grad_clip:
+            self.optimizer.grad_scale = ((grad_norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)  # a divisor
+        self.optimizer.found_inf = bad  # AdamW's own means of holding back weights, moments and step counter
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack((loss, grad_norm, bad))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the network the model's weights; of use where the two are not one, after the weights were changed."""
+        if self._copies:
+            torch._foreach_copy_(*zip(*self._copies, strict=True))
+
+    @torch.no_grad()
+    def _hand_over(self) -> None:
+        """Add the gradients of a bf16 network's copies to those of their masters, in fp32, all at once; free them."""
+        pairs = [(copy, master) for copy, master in self._copies if copy.grad is not None]
+        added = [(master.grad, copy.grad) for copy, master in pairs if master.grad is not None]
+        first = [(copy.grad, master) for copy, master in pairs if master.grad is None]
+        if added:
+            torch._foreach_add_(*zip(*added, strict=True))
+        if first:
+            gradients, masters = zip(*first, strict=True)
+            block = masters[0].new_empty(sum(gradient.numel() for gradient in gradients))
+            parts = torch._C._nn.unflatten_dense_tensors(block, masters)
+            torch._foreach_copy_(parts, gradients)
+            for master, part in zip(masters, parts, strict=True):
+                master.grad = part
+        for copy, _ in pairs:
+            copy.grad = None
+
+    def _do_without_compiler(self, error: Exception) -> None:
+        """Make the steps as they are written from here on, and say so."""
+        told = compilation.first_line(error)
+        if self.config.compile != "auto":
+            raise HeronError(f"compile {self.config.compile}: {told}. Use --compile auto or --compile off") from error
+        self._say(f"training steps are not compiled, so they take longer: {told}")
+        self.compiled = machine.Choice("off", told)
+        compilation.undo(self.network)
+        for leaf in (*self.network.parameters(), *self.model.parameters()):
+            leaf.grad = None
+
+
+def in_bf16(model: RWKV) -> RWKV:
+    """A network that computes as `model` in bf16, tables apart: these are `model`'s own.
+
+    Its gradients are the optimizer's as they are; those of several micro-batches are added up in fp32 as `model`'s.
+    """
+    with torch.device("meta"):
+        network = RWKV(model.config)
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, DeepEmbed)}
+    for name, table in tables.items():
+        network.set_submodule(name, table)
+    masters = dict(model.named_parameters())
+    for name, module in network.named_modules():
+        for leaf in () if name in tables else list(dict(module.named_parameters(recurse=False))):
+            master = masters[f"{name}.{leaf}" if name else leaf]
+            setattr(module, leaf, nn.Parameter(master.detach().to(torch.bfloat16)))
+    return network
+
+
+def _onto(device: torch.device, tensor: Tensor) -> Tensor:
+    """Copy to a device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """The global norm of gradients of any dtypes, in fp32."""
+    norms = []
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))

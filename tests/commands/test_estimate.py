@@ -1,0 +1,151 @@
+"""`heron estimate` against what PyTorch's allocator counts in a real step, and against the sizes of real tensors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import heron
+from heron.commands import estimate
+from heron.errors import ConfigError
+from heron.train import memory
+from heron.train.step import Learner
+
+MODEL = heron.ModelConfig(variant="v8", n_layer=2, n_embd=64, head_size=32, vocab_size=600)
+CPU = torch.device("cpu")
+
+
+def training(**changes):
+    return heron.TrainConfig(**{**dict(max_steps=1, dtype="fp32", micro_bsz=2, ctx_len=16), **changes})
+
+
+def step(learner):
+    config, V = learner.config, learner.model.config.vocab_size
+    tokens = torch.arange(config.micro_bsz * config.ctx_len).view(config.micro_bsz, -1) % V
+    learner.update(learner.gradients([(tokens, tokens.roll(1))] * config.accumulate), 0.0, math.inf)
+
+
+def allocated_in_a_step(learner, tmp_path):
+    """Bytes that the CPU allocator gave out at most beyond what it had given before."""
+    step(learner)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(learner)
+    profiled.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    pieces = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return max(itertools.accumulate(n_bytes for _, n_bytes in pieces))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        (dict(accumulate=2), 0.01),
+        (dict(grad_checkpoint=True), 0.01),
+        (dict(tables="host"), 0.02),
+        # a CPU repacks bf16 matrices inside its products
+        (dict(dtype="bf16", weights="bf16"), 0.15),
+    ],
+    ids=str,
+)
+def test_the_most_at_once_is_what_the_allocator_gives(tmp_path, changes, tolerance):
+    config = training(**changes)
+    learner = Learner(heron.RWKV(MODEL), config, CPU)
+    if config.weights == "bf16":
+        learner.optimizer.impl = "reference"
+    measured = allocated_in_a_step(learner, tmp_path)
+    found = estimate.estimate(config, MODEL)
+    assert found.peak - found.parameters - found.optimizer == pytest.approx(measured, rel=tolerance)
+
+    on_host = [] if learner.tables is None else learner.tables.weights
+    state = learner.optimizer.state
+    moments = {weight: sum(part.nbytes for part in state[weight].values()) for weight in state}
+    networks = {*learner.model.parameters(), *learner.network.parameters()} - {*on_host}
+    assert found.parameters == sum(parameter.nbytes for parameter in networks)
+    assert found.tables == sum(weight.nbytes + moments[weight] for weight in on_host)
+    assert found.optimizer == sum(n for weight, n in moments.items() if not any(weight is other for other in on_host))
+
+
+def test_layers_that_are_not_run_are_extrapolated():
+    config, model = training(grad_checkpoint=True, ctx_len=2), MODEL.changed(n_layer=4)
+    found, counted = estimate.estimate(config, model), estimate._counted(config, model)
+    assert tuple(found) == pytest.approx(tuple(counted), rel=1e-3)
+
+
+def test_host_tables_take_their_rows_alone_from_the_device():
+    plain, host = (
+        estimate.estimate(training(ctx_len=2, **changes), MODEL)
+        for changes in (dict(), dict(tables="host", tables_state="bf16"))
+    )
+    table = 2 * 600 * 64
+    assert plain.parameters - host.parameters == 4 * table
+    assert plain.optimizer - host.optimizer == 8 * table + 2 * 4  # and a step count a table
+    assert host.tables == (4 + 2 * 2) * table + 2 * 4 * 600
+    assert plain.gradients - host.gradients == 4 * 2 * (600 - 4) * 64
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """A function: {(setting, value): share of memory that it leaves} -> what estimates then say, from 1000 MiB on."""
+
+    def pretend(shares):
+        def estimated(config, _):
+            left = math.prod(share for (name, value), share in shares.items() if getattr(config, name) == value)
+            return estimate.Memory(0, 0, 0, 0, round(1000 * left) << 20, 0)
+
+        monkeypatch.setattr(estimate, "estimate", estimated)
+
+    return pretend
+
+
+def test_what_fits_is_said_and_what_does_not_names_the_settings(peaks):
+    peaks({("grad_checkpoint", True): 0.5, ("tables", "host"): 0.8, ("dtype", "bf16"): 1.1})
+    config = training(micro_bsz=3)
+    assert "fit" not in estimate.describe(config, MODEL, None)
+    assert estimate.describe(config, MODEL, 1000 << 20).endswith("\nfits in 1,000.00 MiB")
+    once = estimate.describe(config, MODEL, 600 << 20).splitlines()
+    assert [line.split() for line in once[-3:]] == [
+        ["does", "not", "fit", "in", "600.00", "MiB;", "most", "at", "once", "with"],
+        ["--grad_checkpoint", "500.00", "MiB", "fits"],
+        ["--tables", "host", "800.00", "MiB"],
+    ]
+    twice = estimate.describe(config, MODEL, 450 << 20).splitlines()
+    assert twice[-2:] == ["and on top of --grad_checkpoint", f"  {'--tables host':<40}{'400.00 MiB':>12}  fits"]
+    never = estimate.describe(config, MODEL, 100 << 20)
+    assert never.endswith("nothing more helps; a smaller model, or another device")
+    assert max(map(len, never.splitlines())) <= 80
+
+
+def test_a_setting_that_saves_next_to_nothing_is_not_followed_to_the_end(peaks):
+    peaks({("ctx_len", 8): 0.995, ("grad_checkpoint", True): 0.5})
+    told = estimate.describe(training(micro_bsz=3), MODEL, 100 << 20)
+    assert "ctx_len 8" not in told
+    assert told.endswith("nothing more helps; a smaller model, or another device")
+    just = estimate.describe(training(micro_bsz=3, grad_checkpoint=True), MODEL, 499 << 20)
+    assert just.splitlines()[-1].split() == ["--ctx_len", "8", "498.00", "MiB", "fits"]
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("24GiB", 24 << 30), ("24G", 24 << 30), ("80 gb", 80 * 10**9), ("1.5MiB", 3 << 19), ("4096", 4096), ("7B", 7)],
+)
+def test_sizes(text, n_bytes):
+    assert memory.size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1G", "0", "24 gigs", "1e9"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="wanted a size such as 24GiB"):
+        memory.size(text)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 B"), (1023, "1,023 B"), (1024, "1.00 KiB"), (3 << 19, "1.50 MiB"), (5 << 40, "5,120.00 GiB")],
+)
+def test_sizes_in_words(n_bytes, text):
+    assert memory.in_words(n_bytes) == text

@@ -1,0 +1,308 @@
+"""Compiled steps against the same steps as they are written. On a CPU the kernels of WKV7 are emulated, and the graphs,
+forward and backward, are run as PyTorch captured them; on a GPU it is the whole compiler."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+
+import heron
+from heron.errors import ConfigError, HeronError
+from heron.model import compiled as compilation
+from heron.ops import _build, _choice
+from heron.ops.wkv7 import cuda
+from heron.train.step import Learner
+from tests.ops import emulator
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+T = 12  # more than the kernel for single steps takes
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """The CPU has the kernels of WKV7 and compiles as a GPU does, up to the code that comes out."""
+    if _build.find_compiler() is None:
+        pytest.skip("no C++ compiler on the path")
+    emulator.load()
+    monkeypatch.setitem(sys.modules["heron.ops.wkv7"]._FORMS, "cuda", cuda.wkv7_kernels)
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "emulated"))
+    monkeypatch.setattr(compilation, "why_not", lambda *_: None)
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def learner_of(model, device=CPU, **changes):
+    settings = dict(max_steps=1, dtype="fp32", compile="on")
+    return Learner(copy.deepcopy(model), heron.TrainConfig(**{**settings, **changes}), device)
+
+
+def batch(vocab_size=37, rows=2, tokens=T, seed=0):
+    ids = torch.randint(0, vocab_size, (rows, tokens + 1), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def trained(learner, n_steps, accumulate=1, batch_of=lambda n: batch(seed=n)):
+    """The losses and gradient norms of some steps, and the weights after them."""
+    numbers = []
+    for step in range(n_steps):
+        samples = [batch_of(step * accumulate + i) for i in range(accumulate)]
+        numbers.append(learner.update(learner.gradients(samples), 1e-3, math.inf)[:2])
+    return torch.stack(numbers), dict(learner.model.state_dict())
+
+
+def distance(got, want):
+    return float((got - want).norm() / want.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        (dict(variant="v7"), {}),
+        (dict(variant="v8"), dict(grad_checkpoint=True, accumulate=2, tables="host")),
+        (dict(variant="v7a"), dict(dtype="bf16", weights="bf16")),
+    ],
+    ids=str,
+)
+def test_compiled_steps_are_the_written_ones_in_two_graphs(compiles, random_model, model, changes):
+    model, accumulate = random_model(n_layer=4, **model), changes.get("accumulate", 1)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    numbers, weights = trained(learner_of(model, **changes), 3, accumulate)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    plain_numbers, plain_weights = trained(learner_of(model, **changes, compile="off"), 3, accumulate)
+    assert graphs == 2  # layer 0, and all others
+    tolerance = 1e-6 if changes.get("dtype") is None else 2e-2
+    assert distance(numbers, plain_numbers) < tolerance
+    for name, weight in plain_weights.items():
+        assert distance(weights[name], weight) < tolerance, name
+
+
+def test_validation_runs_as_written_and_leaves_the_graphs_alone(compiles, random_model):
+    learner = learner_of(random_model())
+    learner.gradients([batch()])
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    want = random_model().loss(*batch(rows=1, tokens=20))
+    with torch.no_grad():
+        assert torch.equal(learner.model.loss(*batch(rows=1, tokens=20)), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_where_the_compiler_fails_auto_says_so_once_and_goes_on(compiles, random_model, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no assembler\nwhatever")
+
+    monkeypatch.setattr(compilation, "BACKEND", fails)
+    learner = learner_of(random_model(), compile="auto", accumulate=2)
+    numbers, weights = trained(learner, 2, 2)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "no assembler" in told[0]
+    assert learner.compiled.value == "off"
+    plain_numbers, plain_weights = trained(learner_of(random_model(), compile="off"), 2, 2)
+    assert torch.equal(numbers, plain_numbers)
+    assert all(torch.equal(weights[name], weight) for name, weight in plain_weights.items())
+    with pytest.raises(HeronError, match="compile on: .*no assembler.*--compile auto"):
+        learner_of(random_model()).gradients([batch(37)])
+
+
+@pytest.mark.parametrize(
+    ("device", "how"), [(CPU, "on"), *(pytest.param(GPU, how, marks=needs_gpu) for how in ("on", "graph"))]
+)
+def test_hooks_of_users_fire_in_every_compiled_step(request, random_model, device, how):
+    if device is CPU:
+        request.getfixturevalue("compiles")
+    model = random_model(n_layer=3, n_embd=64, head_size=64, ffn_dim=128)
+    learner = learner_of(model, device, compile=how)
+    plain, fired = learner_of(model, device, compile="off"), []
+    for step in range(9):
+        if step == 5:  # when all is compiled, and recorded
+            for i, block in enumerate(learner.network.blocks):
+                block.register_forward_hook(lambda *_, i=i: fired.append(i))
+        if step == 7:
+            learner.network.blocks[1].ffn.key.register_forward_hook(lambda *_: fired.append("key"))
+        losses = [one.gradients([batch(seed=step)]) for one in (learner, plain)]
+        for one, loss in zip((learner, plain), losses, strict=True):
+            one.update(loss, 1e-3, math.inf)
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert fired == [0, 1, 2] * 2 + [0, "key", 1, 2] * 2
+
+
+def test_an_error_of_the_model_is_not_the_compilers(compiles, random_model):
+    learner = learner_of(random_model(), compile="auto")
+    with pytest.raises(heron.errors.DataError, match="ids must be 0 to 36"):
+        learner.gradients([batch(400)])
+    assert learner.compiled.value != "off"
+
+
+def test_a_cpu_is_left_as_it_is(random_model):
+    choice = compilation.choose("auto", CPU, random_model().config)
+    assert choice.value == "off"
+    assert "CPU" in choice.reason
+    with pytest.raises(ConfigError, match="compile on: .*CPU.*--compile auto"):
+        compilation.choose("on", CPU, random_model().config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "kernels", "triton", "reason"),
+    [
+        ("v7", "cuda", True, None),
+        ("v8", "cuda", True, None),
+        ("v8-hybrid", "cuda", True, "context"),
+        ("v8", "chunked", True, "WKV7"),
+        ("v8", "cuda", False, "triton"),
+    ],
+)
+def test_what_a_gpu_compiles(monkeypatch, capsys, variant, kernels, triton, reason):
+    monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice(kernels, ""))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    compilation._why_no_triton.cache_clear()
+    for _ in range(2):
+        choice = compilation.choose("auto", GPU, heron.ModelConfig(variant=variant))
+    compilation._why_no_triton.cache_clear()
+    assert choice.value == ("graph" if reason is None else "off")
+    assert reason is None or reason in choice.reason
+    assert capsys.readouterr().err.count("pip install triton") == (not triton)
+    assert compilation.choose("off", GPU, heron.ModelConfig(variant=variant)).value == "off"
+
+
+@pytest.mark.parametrize(
+    ("model", "tables", "adds_up", "reason"),
+    [
+        (dict(variant="v7"), "device", False, None),
+        (dict(variant="v8"), "device", False, None),
+        (dict(variant="v7"), "device", True, "added up"),
+        (dict(variant="v8"), "host", False, "on the host"),
+        (dict(variant="v8", deep_embed_4x=True), "device", False, "looked up"),
+        (dict(variant="v7a"), "device", False, "looked up"),
+    ],
+    ids=str,
+)
+def test_what_is_recorded(monkeypatch, model, tables, adds_up, reason):
+    monkeypatch.setattr(compilation, "why_not", lambda *_: None)
+    settings = GPU, heron.ModelConfig(**model), tables, adds_up
+    choice = compilation.choose("auto", *settings)
+    assert choice.value == ("graph" if reason is None else "on")
+    assert reason is None or reason in choice.reason
+    if reason is not None:
+        with pytest.raises(ConfigError, match=f"compile graph: .*{reason}.*--compile auto"):
+            compilation.choose("graph", *settings)
+    assert compilation.choose("on", *settings).value == "on"
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        (dict(accumulate=2), "on"),
+        (dict(accumulate=2, dtype="bf16", weights="bf16"), "graph"),
+        (dict(accumulate=1), "graph"),
+    ],
+    ids=str,
+)
+def test_gradients_that_are_added_up_in_place_are_not_recorded(compiles, random_model, changes, chosen):
+    learner = learner_of(random_model(variant="v7"), compile="auto", **changes)
+    assert learner.compiled.value == chosen
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def model_of(variant, n_layer, n_embd, vocab_size=256):
+    torch.manual_seed(1)
+    return heron.RWKV(heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size))
+
+
+def text_of_this_repository():
+    files = sorted((Path(__file__).parents[2] / "heron").rglob("*.py"))
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8).astype(np.int64)
+
+
+def losses_on_text(learner, n_steps, rows=16, tokens=256):
+    text, order, losses = text_of_this_repository(), np.random.default_rng(7), []
+    for step in range(n_steps):
+        starts = order.integers(0, len(text) - tokens - 1, rows)
+        ids = torch.from_numpy(np.stack([text[start : start + tokens + 1] for start in starts]))
+        loss = learner.gradients([(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())])
+        losses.append(learner.update(loss, 6e-4 * min(1, (step + 1) / 10), math.inf)[0])
+    return torch.stack(losses).cpu()
+
+
+@pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
+def test_300_steps_on_a_gpu_end_where_plain_fp32_ends(variant):
+    model = model_of(variant, 4, 256)
+    fast = learner_of(model, GPU, dtype="bf16", weights="auto")
+    assert next(fast.network.blocks.parameters()).dtype == torch.bfloat16
+    plain = learner_of(model, GPU, compile="off", weights="fp32")
+    ends = [losses_on_text(learner, 300)[-50:].mean().item() for learner in (fast, plain)]
+    assert abs(ends[0] - ends[1]) < 0.01, ends
+
+
+@pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
+def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant):
+    """On an average over batches: of one, rounding may hit the compiled form twice as hard, or the other."""
+    model = model_of(variant, 3, 128)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    runs = dict(exact=dict(compile="off"), written=dict(compile="off", dtype="bf16"), compiled=dict(dtype="bf16"))
+    learners = {name: learner_of(model, GPU, weights="auto", **changes) for name, changes in runs.items()}
+    errors = {"written": Counter(), "compiled": Counter()}
+    n_batches = 4
+    for seed in range(n_batches):
+        gradients = {}
+        for name, learner in learners.items():
+            learner.optimizer.zero_grad()
+            learner.gradients([batch(256, rows=4, tokens=96, seed=seed)])
+            named = learner.network.named_parameters()
+            gradients[name] = {leaf: p.grad.clone() for leaf, p in named if p.grad is not None}
+        for name, of_leaf in errors.items():
+            for leaf, want in gradients["exact"].items():
+                of_leaf[leaf] += distance(gradients[name][leaf], want) / n_batches
+    for leaf, error in errors["compiled"].items():
+        assert error < max(2 * errors["written"][leaf], 0.03), leaf
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        pytest.param("v7", dict(accumulate=2), marks=needs_gpu),
+        pytest.param("v7", dict(grad_checkpoint=True), marks=needs_gpu),
+        pytest.param("v7", dict(weights="fp32", dtype="fp32"), marks=needs_gpu),
+        pytest.param("v8", {}, marks=needs_gpu),
+        pytest.param("v8", dict(grad_checkpoint=True), marks=needs_gpu),
+    ],
+)
+def test_a_replayed_pass_on_a_gpu_gives_the_same_bits(variant, changes):
+    def few_ids_then_many(n):  # rows of tables get more room
+        return batch(8 if n < 6 else 256, rows=4, tokens=96, seed=n)
+
+    model, changes = model_of(variant, 2, 128), dict(dtype="bf16") | changes
+    results = []
+    for compiled in ("on", "graph"):
+        learner = learner_of(model, GPU, compile=compiled, **changes)
+        results.append(trained(learner, 10, changes.get("accumulate", 1), few_ids_then_many))
+        assert len(learner._graphs) == (compiled == "graph")
+    (numbers, weights), (replayed, replayed_weights) = results
+    assert torch.equal(numbers, replayed)
+    assert all(torch.equal(weights[name], weight) for name, weight in replayed_weights.items())
+
+
+@pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
+def test_two_runs_on_a_gpu_are_bit_equal(variant):
+    first, second = (
+        losses_on_text(learner_of(model_of(variant, 2, 128), GPU, dtype="bf16", weights="auto"), 12) for _ in range(2)
+    )
+    assert torch.equal(first, second)
