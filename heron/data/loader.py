@@ -186,7 +186,7 @@ def _read(
     normalized: list[str] = []
     train, val = (_encode(part, tokenizer, vocab_size, reading.allow_normalized, normalized) for part in (head, tail))
     if normalized and say is not None:
-        say(f"{data}: {len(normalized):,} of {len(documents):,} texts as the tokenizer normalizes them")
+        say(f"{data}: {len(normalized):,} of {len(head) + len(tail):,} texts as the tokenizer normalizes them")
     if not tokenizer.is_text:
         return train, val, None
     return train, val, sum(len(text.encode()) for _, text in tail) - len(tokenizer.decode_bytes(val[:1]))
