@@ -142,8 +142,10 @@ class _OnOff(argparse.BooleanOptionalAction):
 
 def _set_once(action: argparse.Action, namespace: argparse.Namespace, value: object, option: str | None) -> None:
     given = vars(namespace).setdefault("_given", {})
-    if option is not None and given.setdefault(action.dest, value) != value:
-        raise argparse.ArgumentError(action, f"given twice, as {given[action.dest]!r} and as {value!r}; drop one")
+    if option is not None:
+        if action.dest in given and given[action.dest] != value:
+            raise argparse.ArgumentError(action, f"given twice, as {given[action.dest]!r} and as {value!r}; drop one")
+        given[action.dest] = value
     setattr(namespace, action.dest, value)
 
 
@@ -163,6 +165,15 @@ class _Parser(argparse.ArgumentParser):
             flag = unknown[0].partition("=")[0]
             parser.error(f"unknown argument {flag}.{did_you_mean(flag, parser._option_string_actions)}")
         return options
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in (int, float):
+                raise
+        wanted = "a whole number" if action.type is int else "a number"
+        raise argparse.ArgumentError(action, f"wanted {wanted}, got {arg_string!r}")
 
     def _check_value(self, action: argparse.Action, value: str) -> None:
         if action.choices is not None and value not in action.choices:
@@ -226,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(prepare, TrainConfig, prefix="", names=_READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
-    bad_line_help = "a jsonl line or document that cannot be used: stop, or skip, count and log it"
+    bad_line_help = "a row, or a text that is not UTF-8: stop, or skip, count and log it"
     prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
     prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
 
@@ -394,8 +405,9 @@ def _rosa(name: str) -> RosaConfig:
 
 
 def _ids(text: str) -> list[int]:
-    words = text.replace(",", " ").split()
-    if not all(word.isascii() and word.isdigit() for word in words):
+    """The ids in ``"4 325"``, ``"4,325"`` or, as Python prints a list, ``"[4, 325]"``; at least one."""
+    words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() and len(word) <= 20 for word in words):
         raise argparse.ArgumentTypeError(f"wanted token ids, as in 0,261, got {text!r:.80}")
     return [int(word) for word in words]
 
@@ -579,7 +591,6 @@ def _bench(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import time
 
-    from heron import tokenizer
     from heron.chat import printable
     from heron.generation import Request, Snapshot
     from heron.generation.text import text_of
@@ -593,7 +604,7 @@ def _generate(options: argparse.Namespace) -> None:
     text, sampling = _prompt(options), _sampling(options)
     engine = _engine(options)
     if options.ids:
-        ids = tokenizer.load(f"integers:{engine.vocab_size}").encode(text.replace(",", " "))
+        ids = _prompt_ids(text) if text.strip() else []
         text = " ".join(map(str, ids))
     shown = printable if sys.stdout.isatty() else str
     request = Request(
@@ -626,6 +637,13 @@ def _generate(options: argparse.Namespace) -> None:
         if options.probs or options.trials > 1:
             seconds = time.perf_counter() - start
             print(f"({n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s)")
+
+
+def _prompt_ids(text: str) -> list[int]:
+    try:
+        return _ids(text)
+    except argparse.ArgumentTypeError as error:
+        raise DataError(f"prompt: --ids: {error}") from None
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -683,7 +701,9 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
     device, file = _device(options.device), options.tables_file
     with progress(f"reading {options.model}"):
         model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
-    tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size, options.eod)
+    vocab_size = model.config.vocab_size
+    numbers = f"integers:{vocab_size}" if getattr(options, "ids", False) else None
+    tokenizer = _tokenizer(options.model, options.tokenizer, vocab_size, options.eod, numbers)
     if options.tables == "disk" and file is None:
         weights = weights_file(Path(options.model))
         in_run = weights.parent.parent.name == "checkpoints"  # whose folders hold what they were verified with, no more
@@ -820,8 +840,10 @@ def _device(wanted: str) -> str:
     return machine.choose_device(wanted).value
 
 
-def _tokenizer(model: str, wanted: str | None, vocab_size: int, eod: str | None = None):  # noqa: ANN202 - a Tokenizer
-    """The tokenizer that was asked for, else the one that the weights hold or lie beside, else by the vocabulary."""
+def _tokenizer(  # noqa: ANN202 - a Tokenizer
+    model: str, wanted: str | None, vocab_size: int, eod: str | None = None, otherwise: str | None = None
+):
+    """The tokenizer asked for, else what the weights hold or lie beside, else by the vocabulary, else `otherwise`."""
     from heron import tokenizer
     from heron.checkpoint import beside
 
@@ -829,7 +851,7 @@ def _tokenizer(model: str, wanted: str | None, vocab_size: int, eod: str | None 
         return tokenizer.load(wanted, eod)
     if (known := beside.tokenizer_of(model, eod)) is not None:
         return known
-    if (usual := beside.USUAL.get(vocab_size)) is None:
+    if (usual := beside.USUAL.get(vocab_size, otherwise)) is None:
         raise ConfigError(f"{model}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
     if usual == "world":  # so many ids are a usual size of other vocabularies, too; 256 ids are bytes
         warnings.warn(f"{model}: nothing tells its tokenizer; assuming World (--tokenizer names another)", stacklevel=2)

@@ -260,7 +260,9 @@ def test_generate_takes_any_ids_and_refuses_what_is_none(model):
     for prompt in ([97, 98], np.array([97, 98]), torch.tensor([97, 98]), b"ab"):
         settings = dict(max_tokens=np.int64(3), temperature=np.float32(1), seed=np.int64(0), top_k=np.int32(0))
         assert heron.generate(model, bytes_, prompt, **settings) == want
-    wrong = [dict(prompt=5), dict(prompt=None), dict(stop=5), dict(stop=[1]), dict(max_tokens=2.5), dict(seed="x")]
+    numbers = heron.tokenizer.load("integers:256:0")
+    wrong = [dict(prompt=b"ab", tokenizer=numbers), dict(stop=5, tokenizer=numbers), dict(stop=None), dict(stop=b"a")]
+    wrong += [dict(prompt=5), dict(prompt=None), dict(stop=5), dict(stop=[1]), dict(max_tokens=2.5), dict(seed="x")]
     wrong += [dict(tokenizer="bytes"), dict(tokenizer=None), dict(model="x.pth"), dict(model=bytes_, tokenizer=model)]
     for arguments in wrong:
         with pytest.raises(HeronError):

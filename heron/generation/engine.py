@@ -168,7 +168,8 @@ class Engine:
         pending = () if after is None else after.pending
         if hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
-        if not isinstance(prompt, Iterable):
+        is_bytes = isinstance(prompt, bytes | bytearray)  # which are ids under one tokenizer, and a text that is not read
+        if not isinstance(prompt, Iterable) or (is_bytes and self.tokenizer.spec != "bytes"):
             raise DataError(f"prompt: wanted a text or token ids, got {type(prompt).__name__}")
         if not isinstance(prompt, str):
             ids = list(prompt)
@@ -214,6 +215,8 @@ class Engine:
         try:
             tensors, about = safetensors.read(path), safetensors.metadata(path)
         except CheckpointError as error:
+            if not path.exists():
+                raise CheckpointError(f"{path}: no such file") from None
             reason = str(error).removeprefix(f"{path}: ")
             raise CheckpointError(f"{path}: not a readable state file: {reason}") from None
         if about.get("format") != _FORMAT:
