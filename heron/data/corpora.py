@@ -200,7 +200,8 @@ def _of_files(
             continue
         if rows is not None:
             if suffix_of(path) not in _ROWS:
-                say(f"{path}: holds rows of JSON; the {reading.field!r} of each is read")
+                kind = "parquet" if _is_parquet(path) else "JSON"
+                say(f"{path}: holds rows of {kind}; the {reading.field!r} of each is read")
             yield from rows
             continue
         if is_file and reading.column is not None:
@@ -214,9 +215,9 @@ def _rows(
 ) -> Iterator[tuple[str, str]] | None:
     """The documents of a file that consists of rows; None for one that is text."""
     column, suffix = reading.field, suffix_of(path)
-    with opened(path) as file:
-        head = file.peek(16)
-    if head.startswith(b"PAR1"):
+    if _is_parquet(path):
+        if is_packed(path):
+            raise DataError(f"{path}: is a parquet inside a packed file; unpack it first")
         return tables.read_parquet(path, column, on_bad_line)
     if suffix == ".parquet":
         raise DataError(f"{path}: is no parquet: it does not begin with PAR1")
@@ -225,6 +226,11 @@ def _rows(
     if suffix in _ROWS or _holds_rows(path, column):
         return jsonl.read(path, lambda row: jsonl.text(row, column), on_bad_line, (column,))
     return None
+
+
+def _is_parquet(path: Path) -> bool:
+    with opened(path) as file:
+        return file.peek(16).startswith(b"PAR1")
 
 
 def _holds_rows(path: Path, column: str) -> bool:
@@ -248,7 +254,7 @@ def _listed(source: str, reading: Reading) -> tuple[list[Path], str]:
         return [root], ""
     if root.is_dir():
         return files_in(root, reading.glob, lambda path: _fault(path, reading))
-    if root.exists():
+    if root.exists() or source == "-":
         raise DataError(f"{source}: is a pipe or device; write it to a file first: it is read more than once")
     if any(sign in root.name for sign in "*?["):
         raise DataError(f"{source}: no such file. For files by their names give the folder, and --glob '{root.name}'")

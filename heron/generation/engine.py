@@ -168,7 +168,7 @@ class Engine:
         pending = () if after is None else after.pending
         if hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
-        is_bytes = isinstance(prompt, bytes | bytearray)  # which are ids under one tokenizer, and a text that is not read
+        is_bytes = isinstance(prompt, bytes | bytearray)  # ids under the tokenizer of bytes, a mistake under others
         if not isinstance(prompt, Iterable) or (is_bytes and self.tokenizer.spec != "bytes"):
             raise DataError(f"prompt: wanted a text or token ids, got {type(prompt).__name__}")
         if not isinstance(prompt, str):

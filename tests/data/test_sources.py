@@ -183,6 +183,7 @@ def test_members_one_after_another_and_damage(tmp_path):
         ("a.docx", b"PK\x03\x04", "zip.*unzip"),
         ("a.tar", b"a.txt" + b"\0" * 252 + b"ustar\x0000", "tar archive.*tar xf"),
         ("a.pdf", b"%PDF-1.7\n", "pdftotext"),
+        ("a b.arrow", b"ARROW1\0\0", r"python -c '[^']+' '[^']*a b\.arrow'$"),
         ("a.txt", "héllo\nworld".encode("utf-16"), "UTF-16.*iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "UTF-16LE.*iconv"),
         ("a.csv", "\ufefftext\nab\n".encode("utf-16-be"), "UTF-16.*iconv"),
@@ -264,6 +265,11 @@ def test_parquet(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"a\.parquet, row 2: .*got nothing"):
         texts_of(path)
     assert texts_of(path, on_bad_line=lambda error: None) == ["a", "b"]
+    said = []
+    assert texts_of(written(tmp_path / "a.txt", path.read_bytes()), say=said.append, on_bad_line=said.append)
+    assert "a.txt: holds rows of parquet" in said[0]
+    with pytest.raises(DataError, match=r"b\.parquet\.gz: is a parquet inside a packed file; unpack it first"):
+        texts_of(written(tmp_path / "b.parquet.gz", gzip.compress(path.read_bytes())))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"a\.parquet.*parquet"):
         texts_of(path)
@@ -485,8 +491,8 @@ def test_files_that_are_no_text_can_be_passed_over(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a"])
 def test_byte_order_marks_of_files_that_were_put_together_are_left_out(tmp_path, name):
-    row = '\ufeff{"text": "good"}\n'
-    assert texts_of(written(tmp_path / name, row + row + '{"text": "last"}\n' + row)) == ["good", "good", "last", "good"]
+    row = '\ufeff{"text": "a"}\n'
+    assert texts_of(written(tmp_path / name, row + row + '{"text": "b"}\n' + row)) == ["a", "a", "b", "a"]
 
 
 def test_marks_that_are_not_cut_at_and_cuts_without_a_mark_are_told(tmp_path):
