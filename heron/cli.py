@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -413,10 +414,9 @@ def _ids(text: str) -> list[int]:
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"wanted 0 to {LARGEST_SEED}, got {seed}")
-    return seed
+    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text) or not 0 <= int(text) <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 0 to {LARGEST_SEED}, got {text!r:.80}")
+    return int(text)
 
 
 def _given(options: argparse.Namespace, config: type, prefix: str) -> dict[str, Any]:

@@ -353,6 +353,9 @@ def test_a_flag_that_is_given_twice_is_refused(heron_, flags, words):
     ],
 )
 def test_what_is_no_number_is_told(heron_, flags, code, words):
+    for seed in ("x", "-1", "1.5", "9" * 5000):
+        found, _, err = heron_("generate x.pth --seed", seed)
+        assert_one_line(found, err, 2, "--seed: wanted a whole number from 0 to 9223372036854775807, got")
     found, _, err = heron_("train --max_steps 3 --dry_run", flags)
     assert found == code
     assert_one_line(found, err, code, words)

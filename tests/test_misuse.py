@@ -18,7 +18,7 @@ import heron
 from heron import cli, line_editing, memory, scores
 from heron.checkpoint.atomic import new_file
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
-from heron.generation import Sampling, Snapshot
+from heron.generation import Request, Sampling, Snapshot
 
 TINY = dict(variant="v8", n_layer=1, n_embd=64, vocab_size=256)
 NO_FILES = ["/proc/none/talk.pth", "/", "..", "x" * 300 + ".pth", "a\0b.pth"]
@@ -267,6 +267,24 @@ def test_generate_takes_any_ids_and_refuses_what_is_none(model):
     for arguments in wrong:
         with pytest.raises(HeronError):
             heron.generate(**{**dict(model=model, tokenizer=bytes_, prompt="a", max_tokens=1), **arguments})
+
+
+def test_what_is_no_request_is_refused(model, engine):
+    bytes_ = heron.tokenizer.load("bytes")
+    assert len(list(heron.Engine(model, bytes_, rows=np.int64(2)).run([Request("a", 1)]))) == 1
+    for wrong in ("a text", [97], 5, {"prompt": "a"}):
+        for call in (engine.stream, engine.check, lambda request: list(engine.run([request]))):
+            with pytest.raises(ConfigError, match=f"wanted a Request.*got {type(wrong).__name__}"):
+                call(wrong)
+    for settings, what in (
+        (dict(sampling={"top_p": 1}), "sampling: wanted a Sampling, got dict"),
+        (dict(sampling=None), "sampling: wanted a Sampling, got NoneType"),
+        (dict(after=model), "after: wanted a Snapshot, got RWKV"),
+        (dict(after=Snapshot(torch.zeros(1))), "state: wanted a heron.State, got Tensor"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            list(engine.run([Request("a", 1, **settings)]))
+    assert len(list(engine.run([Request("a", 1)]))) == 1  # the engine is free again
 
 
 def test_what_is_no_path_or_no_model_is_refused():

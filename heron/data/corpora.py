@@ -283,7 +283,7 @@ def _decoded(where: str, data: bytes, on_bad: Callable[[DataError], None] | None
         in_line = "" if line == 1 else f" (line {line})"
         refusal = DataError(
             f"{where}: not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}{in_line}: {error.reason}; "
-            "convert it (iconv -f LATIN1 -t UTF-8, if it is Latin-1), or leave it out (heron prepare --on_bad_line skip)"
+            "convert it (iconv -f LATIN1 -t UTF-8 for Latin-1), or leave it out (heron prepare --on_bad_line skip)"
         )
     if on_bad is None:
         raise refusal

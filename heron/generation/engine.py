@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from heron.checkpoint.architecture import in_one_dtype, is_finite
 from heron.checkpoint.atomic import as_path, new_file
 from heron.checkpoint.formats import safetensors
+from heron.config import plain
 from heron.continuation import encode_behind
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.generation.decoder import is_fusible, only_computing
@@ -76,6 +77,7 @@ class Engine:
         device: torch.device | str | None = None,
     ):
         _check_kinds(model, tokenizer)
+        rows = plain(rows)
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
         if tables not in PLACES:
@@ -438,6 +440,8 @@ class Engine:
 
     def check(self, request: Request) -> list[int]:
         """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
+        if not isinstance(request, Request):
+            raise ConfigError(f"request: wanted a Request, such as Request(text), got {type(request).__name__}")
         request.check(self.tokenizer, self.vocab_size)
         ids = self.prompt_ids(request.prompt, request.after)
         return ids if request.after is None else ids[len(request.after.pending) :]
