@@ -381,9 +381,8 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--presence_penalty", type=float, default=penalty, help="against any repetition")
     parser.add_argument("--frequency_penalty", type=float, default=penalty, help="against frequent repetition")
     parser.add_argument("--penalty_decay", type=float, default=0.996, help="how penalties fade per token")
-    parser.add_argument(
-        "--count_digits", action="store_true", help="frequent space, tab and digits, too, which RWKV leaves out"
-    )
+    digits_help = "let the frequency penalty count space, tab and digits, which it leaves out otherwise"
+    parser.add_argument("--count_digits", action="store_true", help=digits_help)
     parser.add_argument("--seed", type=_seed, default=0, help="same seed, same text")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")

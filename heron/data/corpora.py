@@ -258,6 +258,8 @@ def _listed(source: str, reading: Reading) -> tuple[list[Path], str]:
         raise DataError(f"{source}: is a pipe or device; write it to a file first: it is read more than once")
     if any(sign in root.name for sign in "*?["):
         raise DataError(f"{source}: no such file. For files by their names give the folder, and --glob '{root.name}'")
+    if Path(f"{source}.bin").is_file() and Path(f"{source}.idx").is_file():
+        raise DataError(f"{source}: is a binidx pair, which is encoded already; wanted the text it was made of")
     beside = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
     raise DataError(f"{source}: no such file or folder.{did_you_mean(root.name, beside)}")
 

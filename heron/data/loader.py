@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,6 +176,11 @@ def _read(
     """Training tokens, validation tokens (the last `val_fraction`) and their `val_bytes`."""
     if is_binidx(data):
         pair = open_binidx(data)
+        given = [name for name in ("column", "glob", "split_at") if getattr(reading, name) is not None]
+        if given:
+            warnings.warn(
+                f"{data}: is a binidx, encoded already: {', '.join(given)} change nothing in it", stacklevel=3
+            )
         check_ids(pair, vocab_size)
         tokens = pair.tokens
         cut = len(tokens) - int(len(tokens) * val_fraction)
