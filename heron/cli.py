@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -143,8 +144,10 @@ class _OnOff(argparse.BooleanOptionalAction):
 
 def _set_once(action: argparse.Action, namespace: argparse.Namespace, value: object, option: str | None) -> None:
     given = vars(namespace).setdefault("_given", {})
-    if option is not None and given.setdefault(action.dest, value) != value:
-        raise argparse.ArgumentError(action, f"given twice, as {given[action.dest]!r} and as {value!r}; drop one")
+    if option is not None:
+        if action.dest in given and given[action.dest] != value:
+            raise argparse.ArgumentError(action, f"given twice, as {given[action.dest]!r} and as {value!r}; drop one")
+        given[action.dest] = value
     setattr(namespace, action.dest, value)
 
 
@@ -164,6 +167,15 @@ class _Parser(argparse.ArgumentParser):
             flag = unknown[0].partition("=")[0]
             parser.error(f"unknown argument {flag}.{did_you_mean(flag, parser._option_string_actions)}")
         return options
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in (int, float):
+                raise
+        wanted = "a whole number" if action.type is int else "a number"
+        raise argparse.ArgumentError(action, f"wanted {wanted}, got {arg_string!r}")
 
     def _check_value(self, action: argparse.Action, value: str) -> None:
         if action.choices is not None and value not in action.choices:
@@ -227,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(prepare, TrainConfig, prefix="", names=_READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
-    bad_line_help = "a jsonl line or document that cannot be used: stop, or skip, count and log it"
+    bad_line_help = "a row, or a text that is not UTF-8: stop, or skip, count and log it"
     prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
     prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
 
@@ -370,9 +382,8 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--presence_penalty", type=float, default=penalty, help="against any repetition")
     parser.add_argument("--frequency_penalty", type=float, default=penalty, help="against frequent repetition")
     parser.add_argument("--penalty_decay", type=float, default=0.996, help="how penalties fade per token")
-    parser.add_argument(
-        "--count_digits", action="store_true", help="frequent space, tab and digits, too, which RWKV leaves out"
-    )
+    digits_help = "let the frequency penalty count space, tab and digits, which it leaves out otherwise"
+    parser.add_argument("--count_digits", action="store_true", help=digits_help)
     parser.add_argument("--seed", type=_seed, default=0, help="same seed, same text")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
@@ -395,17 +406,17 @@ def _rosa(name: str) -> RosaConfig:
 
 
 def _ids(text: str) -> list[int]:
-    words = text.replace(",", " ").split()
-    if not all(word.isascii() and word.isdigit() for word in words):
+    """The ids in ``"4 325"``, ``"4,325"`` or, as Python prints a list, ``"[4, 325]"``; at least one."""
+    words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() and len(word) <= 20 for word in words):
         raise argparse.ArgumentTypeError(f"wanted token ids, as in 0,261, got {text!r:.80}")
     return [int(word) for word in words]
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"wanted 0 to {LARGEST_SEED}, got {seed}")
-    return seed
+    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text) or not 0 <= int(text) <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 0 to {LARGEST_SEED}, got {text!r:.80}")
+    return int(text)
 
 
 def _given(options: argparse.Namespace, config: type, prefix: str) -> dict[str, Any]:
@@ -581,7 +592,6 @@ def _bench(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import time
 
-    from heron import tokenizer
     from heron.generation import Request, Snapshot
     from heron.generation.chat import printable
     from heron.generation.text import text_of
@@ -595,7 +605,7 @@ def _generate(options: argparse.Namespace) -> None:
     text, sampling = _prompt(options), _sampling(options)
     engine = _engine(options)
     if options.ids:
-        ids = tokenizer.load(f"integers:{engine.vocab_size}").encode(text.replace(",", " "))
+        ids = _prompt_ids(text) if text.strip() else []
         text = " ".join(map(str, ids))
     shown = printable if sys.stdout.isatty() else str
     request = Request(
@@ -628,6 +638,13 @@ def _generate(options: argparse.Namespace) -> None:
         if options.probs or options.trials > 1:
             seconds = time.perf_counter() - start
             print(f"({n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s)")
+
+
+def _prompt_ids(text: str) -> list[int]:
+    try:
+        return _ids(text)
+    except argparse.ArgumentTypeError as error:
+        raise DataError(f"prompt: --ids: {error}") from None
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -686,7 +703,9 @@ def _engine(options: argparse.Namespace):  # noqa: ANN202 - heron.Engine
     device, file = _device(options.device), options.tables_file
     with progress(f"reading {options.model}"):
         model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
-    tokenizer = _tokenizer(options.model, options.tokenizer, model.config.vocab_size, options.eod)
+    vocab_size = model.config.vocab_size
+    numbers = f"integers:{vocab_size}" if getattr(options, "ids", False) else None
+    tokenizer = _tokenizer(options.model, options.tokenizer, vocab_size, options.eod, numbers)
     if options.tables == "disk" and file is None:
         weights = weights_file(Path(options.model))
         in_run = weights.parent.parent.name == "checkpoints"  # whose folders hold what they were verified with, no more
@@ -823,8 +842,10 @@ def _device(wanted: str) -> str:
     return machine.choose_device(wanted).value
 
 
-def _tokenizer(model: str, wanted: str | None, vocab_size: int, eod: str | None = None):  # noqa: ANN202 - a Tokenizer
-    """The tokenizer that was asked for, else the one that the weights hold or lie beside, else by the vocabulary."""
+def _tokenizer(  # noqa: ANN202 - a Tokenizer
+    model: str, wanted: str | None, vocab_size: int, eod: str | None = None, otherwise: str | None = None
+):
+    """The tokenizer asked for, else what the weights hold or lie beside, else by the vocabulary, else `otherwise`."""
     from heron import tokenizer
     from heron.checkpoint import beside
 
@@ -832,7 +853,7 @@ def _tokenizer(model: str, wanted: str | None, vocab_size: int, eod: str | None 
         return tokenizer.load(wanted, eod)
     if (known := beside.tokenizer_of(model, eod)) is not None:
         return known
-    if (usual := beside.USUAL.get(vocab_size)) is None:
+    if (usual := beside.USUAL.get(vocab_size, otherwise)) is None:
         raise ConfigError(f"{model}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
     if usual == "world":  # so many ids are a usual size of other vocabularies, too; 256 ids are bytes
         warnings.warn(f"{model}: nothing tells its tokenizer; assuming World (--tokenizer names another)", stacklevel=2)

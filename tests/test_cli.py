@@ -343,6 +343,26 @@ def test_a_flag_that_is_given_twice_is_refused(heron_, flags, words):
     assert_one_line(code, err, 2, *words)
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ("--lr_init nan", 1, "lr_init: wanted float, got nan"),
+        ("--val_fraction nan", 1, "val_fraction: wanted float or nothing, got nan"),
+        ("--spike=nan", 1, "spike: wanted float, got nan"),
+        ("--warmup_steps 1e3", 2, "--warmup_steps: wanted a whole number, got '1e3'"),
+        ("--micro_bsz 1.5", 2, "--micro_bsz: wanted a whole number, got '1.5'"),
+        ("--lr_init 1,5", 2, "--lr_init: wanted a number, got '1,5'"),
+    ],
+)
+def test_what_is_no_number_is_told(heron_, flags, code, words):
+    for seed in ("x", "-1", "1.5", "9" * 5000):
+        found, _, err = heron_("generate x.pth --seed", seed)
+        assert_one_line(found, err, 2, "--seed: wanted a whole number from 0 to 9223372036854775807, got")
+    found, _, err = heron_("train --max_steps 3 --dry_run", flags)
+    assert found == code
+    assert_one_line(found, err, code, words)
+
+
 def test_a_flag_may_be_given_twice_with_one_value_and_some_with_several(heron_, resolved, trained):
     assert resolved("--max_steps 3 --seed 4 --seed 04 --tensorboard --tensorboard").seed == 4
     code, out, _ = heron_(f"generate {trained} --prompt Line --max_tokens 9 --stop a --stop e --temperature 0")

@@ -19,7 +19,7 @@ from heron import cli
 from heron.commands import line_editing
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.files import new_file
-from heron.generation import Sampling, Snapshot
+from heron.generation import Request, Sampling, Snapshot
 from heron.report import scores
 from heron.train import memory
 
@@ -263,11 +263,31 @@ def test_generate_takes_any_ids_and_refuses_what_is_none(model):
     for prompt in ([97, 98], np.array([97, 98]), torch.tensor([97, 98]), b"ab"):
         settings = dict(max_tokens=np.int64(3), temperature=np.float32(1), seed=np.int64(0), top_k=np.int32(0))
         assert heron.generate(model, bytes_, prompt, **settings) == want
-    wrong = [dict(prompt=5), dict(prompt=None), dict(stop=5), dict(stop=[1]), dict(max_tokens=2.5), dict(seed="x")]
+    numbers = heron.tokenizer.load("integers:256:0")
+    wrong = [dict(prompt=b"ab", tokenizer=numbers), dict(stop=5, tokenizer=numbers), dict(stop=None), dict(stop=b"a")]
+    wrong += [dict(prompt=5), dict(prompt=None), dict(stop=5), dict(stop=[1]), dict(max_tokens=2.5), dict(seed="x")]
     wrong += [dict(tokenizer="bytes"), dict(tokenizer=None), dict(model="x.pth"), dict(model=bytes_, tokenizer=model)]
     for arguments in wrong:
         with pytest.raises(HeronError):
             heron.generate(**{**dict(model=model, tokenizer=bytes_, prompt="a", max_tokens=1), **arguments})
+
+
+def test_what_is_no_request_is_refused(model, engine):
+    bytes_ = heron.tokenizer.load("bytes")
+    assert len(list(heron.Engine(model, bytes_, rows=np.int64(2)).run([Request("a", 1)]))) == 1
+    for wrong in ("a text", [97], 5, {"prompt": "a"}):
+        for call in (engine.stream, engine.check, lambda request: list(engine.run([request]))):
+            with pytest.raises(ConfigError, match=f"wanted a Request.*got {type(wrong).__name__}"):
+                call(wrong)
+    for settings, what in (
+        (dict(sampling={"top_p": 1}), "sampling: wanted a Sampling, got dict"),
+        (dict(sampling=None), "sampling: wanted a Sampling, got NoneType"),
+        (dict(after=model), "after: wanted a Snapshot, got RWKV"),
+        (dict(after=Snapshot(torch.zeros(1))), "state: wanted a heron.State, got Tensor"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            list(engine.run([Request("a", 1, **settings)]))
+    assert len(list(engine.run([Request("a", 1)]))) == 1  # the engine is free again
 
 
 def test_what_is_no_path_or_no_model_is_refused():

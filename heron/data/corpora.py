@@ -72,8 +72,9 @@ class Reading:
 
     @property
     def mark(self) -> str | None:
-        """`split_at`, in which the two characters \\n stand for a newline, as a shell hands them on."""
-        return self.split_at and self.split_at.replace("\\n", "\n")
+        """`split_at`, in which \\n, \\r and \\t, two characters each, are those signs, as a shell hands them on."""
+        signs = {"n": "\n", "r": "\r", "t": "\t"}
+        return self.split_at and re.sub(r"\\([nrt])", lambda found: signs[found[1]], self.split_at)
 
 
 PLAIN = Reading()
@@ -100,8 +101,8 @@ def read_documents(
     newline right behind it goes with it. Parts without a character are no documents.
 
     Args:
-        on_bad_line: is handed the refusal of each line or row that is no such object, and reading goes on behind it;
-            None: the first one is raised.
+        on_bad_line: is handed the refusal of each line or row that is no such object, of each text that is not UTF-8,
+            and of each file of a folder that is something else; reading goes on behind it. None: the first is raised.
         say: takes a line about what was passed over in a folder, or read otherwise than its name says.
 
     Raises:
@@ -117,13 +118,16 @@ def read_documents(
     marks = 0
     if reading.mark is not None:
         for where, text in documents:
-            marks += yield from _parts(where, text, reading.mark)
+            marks += yield from _parts(where, text, reading.mark, on_bad_line)
         if not marks:
-            warnings.warn(f"{source}: split_at {reading.split_at!r} stands nowhere in it", stacklevel=2)
+            warnings.warn(f"{source}: split_at '{reading.split_at}' stands nowhere in it", stacklevel=2)
         return
     for where, text in documents:
         if not isinstance(text, str):
-            text = _decoded(where, b"".join(text)).removeprefix("\ufeff")
+            text = _decoded(where, b"".join(text), on_bad_line)
+            if text is None:
+                continue
+            text = text.removeprefix("\ufeff")
         before, marks = marks, marks + text.count(END_MARK)
         if before < 2 <= marks:
             warnings.warn(
@@ -142,25 +146,27 @@ def text_files(source: str, reading: Reading = PLAIN) -> list[Path]:
 def cut(pieces: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
     """The parts between the marks in what `pieces` join to; a newline right behind a mark goes with it.
 
-    A part is held in memory, and little beside it.
+    A newline in the mark is either of LF and CR LF in the text. A part is held in memory, and little beside it.
     """
-    marks, held, searched = re.compile(re.escape(mark) + rb"(?:\r?\n)?"), bytearray(), 0
+    marks = re.compile(rb"(%s)(?:\r?\n)?" % re.escape(mark).replace(b"\\\n", rb"\r?\n"))
+    longest, held, searched = len(mark) + mark.count(b"\n"), bytearray(), 0
     for piece in itertools.chain(pieces, [None]):
         held += piece or b""
-        while (at := held.find(mark, searched)) >= 0:
-            searched = at
-            if piece is not None and len(held) < at + len(mark) + 2:
+        while (found := marks.search(held, searched)) is not None:
+            searched = found.start()
+            if piece is not None and len(held) < found.end(1) + 2:
                 break  # whether a newline follows is not known yet
-            end = marks.match(held, at).end()
-            yield bytes(held[:at])
-            del held[:end]
+            yield bytes(held[:searched])
+            del held[: found.end()]
             searched = 0
         else:
-            searched = max(0, len(held) - len(mark) + 1)
+            searched = max(0, len(held) - longest + 1)
     yield bytes(held)
 
 
-def _parts(where: str, text: str | Iterator[bytes], mark: str) -> Generator[tuple[str, str], None, int]:
+def _parts(
+    where: str, text: str | Iterator[bytes], mark: str, on_bad: Callable[[DataError], None] | None
+) -> Generator[tuple[str, str], None, int]:
     """The parts of a document that hold a character; returns the number of marks."""
     pieces = iter([text.encode("utf-8")] if isinstance(text, str) else text)
     head = next(pieces, b"").removeprefix(BOM)
@@ -168,7 +174,9 @@ def _parts(where: str, text: str | Iterator[bytes], mark: str) -> Generator[tupl
     for number, part in enumerate(cut(itertools.chain([head], pieces), mark.encode("utf-8")), start=1):
         if part:
             place = where if number == 1 else f"{where}, part {number}"
-            yield place, _decoded(place, part)
+            decoded = _decoded(place, part, on_bad)
+            if decoded is not None:
+                yield place, decoded
     return number - 1
 
 
@@ -183,10 +191,17 @@ def _of_files(
     if is_file and reading.glob is not None:
         warnings.warn(f"glob {reading.glob!r} chooses files of a folder; {source} is a file and is read", stacklevel=3)
     for path in files:
-        rows = _rows(path, on_bad_line, reading)
+        try:
+            rows = _rows(path, on_bad_line, reading)
+        except DataError as refusal:  # UTF-16 or an archive, whatever its name says
+            if is_file or on_bad_line is None:
+                raise
+            on_bad_line(refusal)
+            continue
         if rows is not None:
             if suffix_of(path) not in _ROWS:
-                say(f"{path}: holds rows of JSON; the {reading.field!r} of each is read")
+                kind = "parquet" if _is_parquet(path) else "JSON"
+                say(f"{path}: holds rows of {kind}; the {reading.field!r} of each is read")
             yield from rows
             continue
         if is_file and reading.column is not None:
@@ -200,9 +215,9 @@ def _rows(
 ) -> Iterator[tuple[str, str]] | None:
     """The documents of a file that consists of rows; None for one that is text."""
     column, suffix = reading.field, suffix_of(path)
-    with opened(path) as file:
-        head = file.peek(16)
-    if head.startswith(b"PAR1"):
+    if _is_parquet(path):
+        if is_packed(path):
+            raise DataError(f"{path}: is a parquet inside a packed file; unpack it first")
         return tables.read_parquet(path, column, on_bad_line)
     if suffix == ".parquet":
         raise DataError(f"{path}: is no parquet: it does not begin with PAR1")
@@ -211,6 +226,11 @@ def _rows(
     if suffix in _ROWS or _holds_rows(path, column):
         return jsonl.read(path, lambda row: jsonl.text(row, column), on_bad_line, (column,))
     return None
+
+
+def _is_parquet(path: Path) -> bool:
+    with opened(path) as file:
+        return file.peek(16).startswith(b"PAR1")
 
 
 def _holds_rows(path: Path, column: str) -> bool:
@@ -234,10 +254,12 @@ def _listed(source: str, reading: Reading) -> tuple[list[Path], str]:
         return [root], ""
     if root.is_dir():
         return files_in(root, reading.glob, lambda path: _fault(path, reading))
-    if root.exists():
+    if root.exists() or source == "-":
         raise DataError(f"{source}: is a pipe or device; write it to a file first: it is read more than once")
     if any(sign in root.name for sign in "*?["):
         raise DataError(f"{source}: no such file. For files by their names give the folder, and --glob '{root.name}'")
+    if Path(f"{source}.bin").is_file() and Path(f"{source}.idx").is_file():
+        raise DataError(f"{source}: is a binidx pair, which is encoded already; wanted the text it was made of")
     beside = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
     raise DataError(f"{source}: no such file or folder.{did_you_mean(root.name, beside)}")
 
@@ -254,15 +276,21 @@ def _fault(path: Path, reading: Reading) -> str | None:
     return None
 
 
-def _decoded(where: str | Path, data: bytes) -> str:
+def _decoded(where: str, data: bytes, on_bad: Callable[[DataError], None] | None) -> str | None:
+    """The text, or None where `on_bad` has taken the refusal; None for it: the refusal is raised."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         in_line = "" if line == 1 else f" (line {line})"
-        raise DataError(
-            f"{where}: not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}{in_line}: {error.reason}"
-        ) from None
+        refusal = DataError(
+            f"{where}: not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}{in_line}: {error.reason}; "
+            "convert it (iconv -f LATIN1 -t UTF-8 for Latin-1), or leave it out (heron prepare --on_bad_line skip)"
+        )
+    if on_bad is None:
+        raise refusal
+    on_bad(refusal)
+    return None
 
 
 def _pydoc_topics() -> list[str]:

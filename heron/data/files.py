@@ -32,7 +32,10 @@ _REFUSED = {
     rb"PK\x03\x04": ("a zip archive (docx and xlsx are such, too)", "unzip {}"),
     rb"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", "7z x {}"),
     rb"%PDF-": ("a PDF", "pdftotext {}"),
-    rb"ARROW1": ("an Arrow file", "python -c 'import pandas; pandas.read_feather({!r}).to_parquet(\"new.parquet\")'"),
+    rb"ARROW1": (
+        "an Arrow file",
+        "python -c 'import sys, pandas; pandas.read_feather(sys.argv[1]).to_parquet(\"new.parquet\")' {}",
+    ),
     rb"(?s:.{257})ustar": ("a tar archive", "tar xf {}"),
 }
 _FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)

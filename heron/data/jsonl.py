@@ -103,7 +103,8 @@ def _parsed(found: Any, parse: Callable[[dict[str, Any]], T], used: Collection[s
         try:
             strict_json.loads(found)
         except ValueError as fault:
-            raise ValueError(f"{error}; besides, {fault}") from None
+            besides = "" if str(fault) == str(error) else f"; besides, {fault}"
+            raise ValueError(f"{error}{besides}") from None
         raise
 
 
@@ -138,6 +139,8 @@ def _objects(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
     """File and line, the byte where it begins, and its bytes, of each line that is not blank; None: it is too long."""
     with opened(path) as file:
         for number, offset, line in lines(file):
+            if line is not None and number > 1:
+                line = line.removeprefix(BOM)  # of a file that was put behind another
             if line is None or line.strip():
                 yield f"{path}, line {number}", f" (the line begins at byte {offset:,})", line
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,6 +176,11 @@ def _read(
     """Training tokens, validation tokens (the last `val_fraction`) and their `val_bytes`."""
     if is_binidx(data):
         pair = open_binidx(data)
+        given = [name for name in ("column", "glob", "split_at") if getattr(reading, name) is not None]
+        if given:
+            warnings.warn(
+                f"{data}: is a binidx, encoded already: {', '.join(given)} change nothing in it", stacklevel=3
+            )
         check_ids(pair, vocab_size)
         tokens = pair.tokens
         cut = len(tokens) - int(len(tokens) * val_fraction)
@@ -186,7 +192,7 @@ def _read(
     normalized: list[str] = []
     train, val = (_encode(part, tokenizer, vocab_size, reading.allow_normalized, normalized) for part in (head, tail))
     if normalized and say is not None:
-        say(f"{data}: {len(normalized):,} of {len(documents):,} texts as the tokenizer normalizes them")
+        say(f"{data}: {len(normalized):,} of {len(head) + len(tail):,} texts as the tokenizer normalizes them")
     if not tokenizer.is_text:
         return train, val, None
     return train, val, sum(len(text.encode()) for _, text in tail) - len(tokenizer.decode_bytes(val[:1]))

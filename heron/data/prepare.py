@@ -220,7 +220,7 @@ def prepare(
                 _encode_into(writer, done, inputs, work, loaded, workers, advance, say)
             if not done.tokens:
                 empty, skipped = done.empty_documents, len(done.bad_lines) + len(done.bad_documents)
-                raise DataError(f"{', '.join(inputs)}: wanted text, got {empty} empty documents and {skipped} skipped")
+                raise DataError(f"{', '.join(inputs)}: no text is in it; empty documents: {empty}, skipped: {skipped}")
             _write_skip_log(bin_path(out), [*done.bad_lines, *done.bad_documents])
             writer.commit(dataclasses.asdict(done))
     primes = {ctx_len: magic_prime(done.tokens, ctx_len) for ctx_len in CONTEXT_LENGTHS}

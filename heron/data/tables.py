@@ -105,9 +105,10 @@ def read_parquet(path: Path, column: str, on_bad_row: OnBad | None) -> Iterator[
 def _place(path: Path, names: list[str], column: str) -> int:
     if names.count(column) != 1:
         have = ", ".join(map(repr, names))[:200] or "none"
-        fault = "comes twice" if column in names else "is not there"
+        if column in names:
+            raise DataError(f"{path}: column {column!r} comes twice; the first row names {have}. Rename one")
         raise DataError(
-            f"{path}: column {column!r} {fault}; the first row names {have}. --column NAME says which is the text."
+            f"{path}: column {column!r} is not there; the first row names {have}. --column NAME says which is the text."
             f"{did_you_mean(column, names)}"
         )
     return names.index(column)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from heron.checkpoint.architecture import in_one_dtype, is_finite
 from heron.checkpoint.formats import safetensors
+from heron.config import plain
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from heron.files import as_path, new_file
 from heron.generation.decoder import is_fusible, only_computing
@@ -76,6 +77,7 @@ class Engine:
         device: torch.device | str | None = None,
     ):
         _check_kinds(model, tokenizer)
+        rows = plain(rows)
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
         if tables not in PLACES:
@@ -168,7 +170,8 @@ class Engine:
         pending = () if after is None else after.pending
         if hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
-        if not isinstance(prompt, Iterable):
+        is_bytes = isinstance(prompt, bytes | bytearray)  # ids under the tokenizer of bytes, a mistake under others
+        if not isinstance(prompt, Iterable) or (is_bytes and self.tokenizer.spec != "bytes"):
             raise DataError(f"prompt: wanted a text or token ids, got {type(prompt).__name__}")
         if not isinstance(prompt, str):
             ids = list(prompt)
@@ -214,6 +217,8 @@ class Engine:
         try:
             tensors, about = safetensors.read(path), safetensors.metadata(path)
         except CheckpointError as error:
+            if not path.exists():
+                raise CheckpointError(f"{path}: no such file") from None
             reason = str(error).removeprefix(f"{path}: ")
             raise CheckpointError(f"{path}: not a readable state file: {reason}") from None
         if about.get("format") != _FORMAT:
@@ -435,6 +440,8 @@ class Engine:
 
     def check(self, request: Request) -> list[int]:
         """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
+        if not isinstance(request, Request):
+            raise ConfigError(f"request: wanted a Request, such as Request(text), got {type(request).__name__}")
         request.check(self.tokenizer, self.vocab_size)
         ids = self.prompt_ids(request.prompt, request.after)
         return ids if request.after is None else ids[len(request.after.pending) :]

@@ -57,6 +57,12 @@ class Request:
 
     def check(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """ConfigError for a setting that no engine with this tokenizer and so many ids could serve."""
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"sampling: wanted a Sampling, got {type(self.sampling).__name__}")
+        if not isinstance(self.after, Snapshot | None):
+            raise ConfigError(f"after: wanted a Snapshot, got {type(self.after).__name__}")
+        if self.after is not None and not isinstance(self.after.state, State | None):
+            raise ConfigError(f"state: wanted a heron.State, got {type(self.after.state).__name__}")
         check_max_tokens(self.max_tokens)
         check_seed(self.seed)
         until_stop(tokenizer, self.stop)

@@ -14,10 +14,13 @@ def until_stop(tokenizer: Tokenizer, stops: str | Sequence[str]) -> UntilStop | 
     Raises:
         ConfigError: an empty stop text, or one that the tokenizer of integers cannot encode.
     """
+    texts = (stops,) if isinstance(stops, str) or not isinstance(stops, Iterable) else tuple(stops)
+    if not all(isinstance(stop, str) for stop in texts):
+        raise ConfigError(f"stop: wanted a text or several, got {stops!r:.80}; ids are for stop_ids")
     if tokenizer.is_text:
-        return UntilStop(stops)
+        return UntilStop(texts)
     try:
-        ids = [tokenizer.encode(stop) for stop in ((stops,) if isinstance(stops, str) else stops)]
+        ids = [tokenizer.encode(stop) for stop in texts]
     except DataError as error:
         raise ConfigError(f"stop: {error}") from None
     return UntilWords([[tokenizer.decode([token]) for token in stop] for stop in ids])
@@ -26,14 +29,11 @@ def until_stop(tokenizer: Tokenizer, stops: str | Sequence[str]) -> UntilStop | 
 class UntilStop:
     """Lets text through up to the first stop text, holding back whatever could still become one."""
 
-    def __init__(self, stops: str | Sequence[str]):
-        stops = tuple(stops) if isinstance(stops, Iterable) and not isinstance(stops, str) else (stops,)
-        if not all(isinstance(stop, str) for stop in stops):
-            raise ConfigError(f"stop: wanted texts, got {stops!r}")
+    def __init__(self, stops: Sequence[str]):
         if "" in stops:
             raise ConfigError("stop: wanted texts of at least one character, got an empty one")
         self.found = False
-        self._stops = stops
+        self._stops = tuple(stops)
         self._held = ""
 
     def push(self, piece: str) -> str:

@@ -55,13 +55,13 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of `ids`; they may begin or end inside a character. DataError as in `decode`."""
 
 
-def load(spec: str | Path, eod: str | None = None) -> Tokenizer:
+def load(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     Args:
         spec: ``"world"`` (RWKV World, 65,536 ids), ``"bytes"`` (256), ``"integers:V"`` (whitespace-separated integers
             below V; ``"integers:V:E"`` names E as the end of document), or the path of a `tokenizer.json`.
-        eod: what ends a document: the digits of an id, or a token of a `tokenizer.json`. None: see
+        eod: what ends a document: an id, as a number or its digits, or a token of a `tokenizer.json`. None: see
             :func:`heron.tokenizer.document_end.find`. World and bytes have 0.
 
     Raises:
@@ -70,7 +70,7 @@ def load(spec: str | Path, eod: str | None = None) -> Tokenizer:
     """
     if not isinstance(spec, str | os.PathLike):
         raise ConfigError(f"tokenizer: wanted a name or a path, got {type(spec).__name__}")
-    spec = os.fspath(spec)
+    spec, eod = os.fspath(spec), None if eod is None else str(eod)
     if spec in ("world", "bytes"):
         if eod not in (None, "0"):
             raise ConfigError(f"eod {eod!r}: under the tokenizer {spec} a document ends with id 0; drop it")
@@ -265,6 +265,7 @@ class IntegerTokenizer:
             raise ConfigError(f"tokenizer {spec!r}: the end of document {self.eod} must be below V = {self.vocab_size}")
 
     def encode(self, text: str) -> list[int]:
+        _check_text(text)
         ids = []
         for position, word in enumerate(text.split(), start=1):
             if not (word.isascii() and word.isdigit() and len(word) <= 20 and int(word) < self.vocab_size):
@@ -300,9 +301,10 @@ class JsonTokenizer:
         self.spec = path
         package = _package("tokenizers", "tokenizers", path)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{path}: cannot be read as a tokenizer.json: {reason}") from None
         try:
             self._tokenizer = package.Tokenizer.from_str(text)
         except Exception as error:  # the class that tokenizers raises, for every fault of a file
@@ -440,7 +442,13 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, spec: str, limit: int) -> np.n
     return array
 
 
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"wanted a text, a str, got {type(text).__name__}")
+
+
 def _utf8(text: str) -> bytes:
+    _check_text(text)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

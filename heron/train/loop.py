@@ -186,7 +186,15 @@ class Trainer:
         resume_from = self._resume_point()
         laid_over = bool(config.init_from) and isinstance(config.model, ModelConfig)
         start = None if resume_from is not None or laid_over else base_model.find(self.out, config.model)
-        loaded = None if start is None else load(start, dtype=torch.float32)
+        try:
+            loaded = None if start is None else load(start, dtype=torch.float32)
+        except CheckpointError as error:
+            if not isinstance(config.model, ModelConfig):
+                raise
+            raise CheckpointError(
+                f"{error}; a run starts from the newest weights in its folder: move this file away, or name another "
+                "with --model"
+            ) from None
         model_config = self._sizes = self._resolved_model(resume_from) if loaded is None else loaded.config
         if loaded is not None and isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
             base_model.check_sizes(start, loaded.config, config.model)

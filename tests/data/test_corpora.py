@@ -52,7 +52,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path):
         (b'{"text": "\xff"}', "not UTF-8: byte 0xff at position 10"),
         (b'{"text": "a"', "not JSON"),
         (b"plain", "not JSON"),
-        (b'\xef\xbb\xbf{"text": "a"}', "not JSON"),
+        (b'\xef\xbb\xbf\xef\xbb\xbf{"text": "a"}', "not JSON"),
         (b'{"text": "a"} {"text": "b"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"n": ' + b"1" * 5000 + b"}", "not JSON"),

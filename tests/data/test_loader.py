@@ -6,6 +6,7 @@ import torch
 
 from heron import tokenizer
 from heron.data.binidx import write
+from heron.data.corpora import Reading, read_documents
 from heron.data.loader import Batches, Corpus, load_corpus
 from heron.errors import DataError
 
@@ -93,6 +94,17 @@ def test_separate_validation(tmp_path, pair):
     assert (corpus.kind, corpus.val_bytes) == ("text", 39)
     corpus = load(pair, val_data=text)
     assert (corpus.kind, len(corpus.train), bytes(corpus.val), corpus.val_bytes) == ("binidx", 40, b"abcdef\0", 5)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(column="a"), dict(glob="*.py"), dict(split_at="x"), dict(column="a", glob="b")]
+)
+def test_what_cannot_change_a_binidx_is_told(pair, settings):
+    with pytest.warns(UserWarning, match=f"pair: is a binidx.*: {', '.join(settings)} change nothing"):
+        load_corpus(str(pair), BYTES, None, None, 256, Reading(**settings))
+    for name in (pair, f"{pair}x"):
+        with pytest.raises(DataError, match="binidx pair, which is encoded" if name == pair else "no such file"):
+            list(read_documents(str(name)))
 
 
 def test_binidx_keeps_nothing_for_validation_unless_asked(pair):

@@ -135,7 +135,7 @@ def test_unfit_output(tmp_path, out):
         prepare([str(tmp_path / "a.txt")], str(tmp_path / out), "bytes")
 
 
-@pytest.mark.parametrize(("inputs", "message"), [([], "0 empty"), (["a.jsonl"], "2 empty")])
+@pytest.mark.parametrize(("inputs", "message"), [([], "empty documents: 0"), (["a.jsonl"], "empty documents: 2")])
 def test_nothing_to_write(tmp_path, monkeypatch, inputs, message):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "a.jsonl", ["", ""])

@@ -183,6 +183,7 @@ def test_members_one_after_another_and_damage(tmp_path):
         ("a.docx", b"PK\x03\x04", "zip.*unzip"),
         ("a.tar", b"a.txt" + b"\0" * 252 + b"ustar\x0000", "tar archive.*tar xf"),
         ("a.pdf", b"%PDF-1.7\n", "pdftotext"),
+        ("a b.arrow", b"ARROW1\0\0", r"python -c '[^']+' '[^']*a b\.arrow'$"),
         ("a.txt", "héllo\nworld".encode("utf-16"), "UTF-16.*iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "UTF-16LE.*iconv"),
         ("a.csv", "\ufefftext\nab\n".encode("utf-16-be"), "UTF-16.*iconv"),
@@ -264,6 +265,11 @@ def test_parquet(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"a\.parquet, row 2: .*got nothing"):
         texts_of(path)
     assert texts_of(path, on_bad_line=lambda error: None) == ["a", "b"]
+    said = []
+    assert texts_of(written(tmp_path / "a.txt", path.read_bytes()), say=said.append, on_bad_line=said.append)
+    assert "a.txt: holds rows of parquet" in said[0]
+    with pytest.raises(DataError, match=r"b\.parquet\.gz: is a parquet inside a packed file; unpack it first"):
+        texts_of(written(tmp_path / "b.parquet.gz", gzip.compress(path.read_bytes())))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"a\.parquet.*parquet"):
         texts_of(path)
@@ -442,7 +448,51 @@ def test_texts_are_cut_at_the_mark(tmp_path, monkeypatch, text, piece):
 def test_one_newline_behind_the_mark_goes_with_it(tmp_path):
     path = written(tmp_path / "a.txt", f"a{MARK}\nb\n{MARK}\n\nc")
     assert texts_of(path, Reading(split_at=MARK)) == ["a", "b\n", "\nc"]
-    assert texts_of(written(tmp_path / "b.txt", "a\nb\r\n\nc"), Reading(split_at="\\n")) == ["a", "b\r", "c"]
+    assert texts_of(written(tmp_path / "b.txt", "a\nb\r\n\nc"), Reading(split_at="\\n")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "text", "parts"),
+    [
+        ("\\n", "a\r\nb\r\n\r\nc\r\n", ["a", "b", "c"]),
+        ("\n", "a\r\nb\n", ["a", "b"]),
+        ("\\n\\n", "a\r\nb\r\n\r\nc\n\nd", ["a\r\nb", "c", "d"]),
+        ("\\n---\\n", "a\r\n---\r\nb\n---\n\nc", ["a", "b", "c"]),
+        ("\\r\\n", "a\r\nb\nc", ["a", "b\nc"]),
+        ("\\t", "a\tb\\t", ["a", "b\\t"]),
+    ],
+)
+@pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
+def test_a_newline_in_the_mark_is_that_of_any_system(tmp_path, monkeypatch, mark, text, parts, piece):
+    monkeypatch.setattr(corpora, "_PIECE", piece)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert texts_of(path, Reading(split_at=mark)) == parts
+
+
+def test_files_that_are_no_text_can_be_passed_over(tmp_path):
+    (tmp_path / "a.py").write_text("first")
+    (tmp_path / "b.py").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "c.py").write_bytes("wide text".encode("utf-16"))
+    (tmp_path / "d.py").write_bytes(b"PK\x03\x04 and so on")
+    (tmp_path / "e.py").write_bytes(b"good" + MARK.encode() + b"\xe9" + MARK.encode() + b"last")
+    refusals = []
+    reading = Reading(glob="*.py", split_at=MARK)
+    assert texts_of(tmp_path, reading, on_bad_line=refusals.append) == ["first", "good", "last"]
+    assert [str(error).partition(".py")[0][-1] for error in refusals] == ["b", "c", "d", "e"]
+    assert "not UTF-8" in str(refusals[0])
+    assert "e.py, part 2" in str(refusals[3])
+    refusals.clear()
+    assert texts_of(tmp_path, Reading(glob="[abe].py"), on_bad_line=refusals.append) == ["first"]
+    assert len(refusals) == 2
+    with pytest.raises(DataError, match="b.py: not UTF-8: .*iconv.*--on_bad_line skip"):
+        texts_of(tmp_path, Reading(glob="*.py"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a"])
+def test_byte_order_marks_of_files_that_were_put_together_are_left_out(tmp_path, name):
+    row = '\ufeff{"text": "a"}\n'
+    assert texts_of(written(tmp_path / name, row + row + '{"text": "b"}\n' + row)) == ["a", "a", "b", "a"]
 
 
 def test_marks_that_are_not_cut_at_and_cuts_without_a_mark_are_told(tmp_path):

@@ -167,7 +167,7 @@ def test_the_commands(engine, tmp_path):
     assert "/save: wanted a file" in out
     assert "/reset takes nothing" in out
     assert "Did you mean '/load'" in out
-    assert "none: not a readable state file" in out
+    assert "none: no such file" in out
     assert out.count("Assistant:") == 3
     assert not out.endswith("never")
     assert printable(alone(engine, "User: hi\n\nAssistant:", 3)) in out
@@ -350,7 +350,8 @@ def test_ids_in_and_ids_out(capsys, weights, numbers):
     assert (code, err) == (0, "")
     new = list(map(int, out.split()))
     assert bytes(new).decode(errors="replace") == text
-    assert run(capsys, *words, "--ids", "--prompt", ids.replace(" ", ","))[1] == out
+    for written in (ids.replace(" ", ","), str(ids.split()).replace("'", ""), f"\n{ids}  "):
+        assert run(capsys, *words, "--ids", "--prompt", written)[1] == out
     stopped = run(capsys, *words, "--ids", "--prompt", ids, "--stop_ids", f"{new[6]},255")[1]
     assert list(map(int, stopped.split())) == new[: new.index(new[6], 4)]
     empty = run(capsys, *words, "--ids")[1]
@@ -360,9 +361,14 @@ def test_ids_in_and_ids_out(capsys, weights, numbers):
         capsys, "generate", numbers, "--tokenizer", "integers:100", "--max_tokens", 3, "--ids", "--prompt", "1,2"
     )
     assert len(glued[1].split()) == 5
+    of_itself = run(capsys, "generate", numbers, "--max_tokens", 3, "--ids", "--prompt", "1,2")  # no tokenizer needed
+    assert of_itself == glued
     for more, exit_code, cause in (
         (("--prompt", "256"), 1, "0 to 255"),
-        (("--prompt", "one"), 1, "integers"),
+        (("--prompt", "one"), 1, "--ids: wanted token ids"),
+        (("--prompt", "9" * 5000), 1, "--ids: wanted token ids"),
+        (("--prompt", "-1"), 1, "--ids: wanted token ids"),
+        (("--prompt", "1", "--stop_ids", ""), 2, "wanted token ids"),
         (("--prompt", "1", "--stop", "x"), 2, "--stop_ids"),
         (("--prompt", "1", "--stop_ids", "x"), 2, "wanted token ids"),
         (("--prompt", "1", "--stop_ids", "300"), 1, "stop_ids"),

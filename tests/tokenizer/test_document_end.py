@@ -227,6 +227,11 @@ def test_texts_that_the_normalizer_changes_pass_where_that_is_allowed(tmp_path, 
     said = []
     load_corpus(str(source), tokenizer.load(path), None, 0.0, 300, Reading(allow_normalized=True), said.append)
     assert said == [f"{source}: 10 of 50 texts as the tokenizer normalizes them"]
+    said.clear()
+    source = source.with_name("b.txt")
+    source.write_text(changed * 50)
+    load_corpus(str(source), tokenizer.load(path), None, 0.5, 300, Reading(allow_normalized=True), said.append)
+    assert said == [f"{source}: 2 of 2 texts as the tokenizer normalizes them"]
 
 
 def test_a_space_in_front_passes_and_lost_text_never_does(tmp_path):

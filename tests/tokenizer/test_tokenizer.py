@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from heron.errors import ConfigError, DataError
 from heron.tokenizer import TextStream, id_dtype, load
-from tests.tokenizer.tokenizer_kinds import KINDS
+from tests.tokenizer.tokenizer_kinds import KINDS, byte_level
 from tests.tokenizer.tokenizer_kinds import load as kinds_load
 
 MIXED = "Grüße, 世界! 🦩🏳️‍🌈 é\n\tx = 1\r\n"
@@ -321,3 +321,29 @@ def test_a_stream_behind_a_prompt_gives_what_stands_behind_it():
     half = TextStream(load("bytes"), [0xC3])
     assert half.push(0xA9) == "é"  # the whole character, once it is one
     assert TextStream(load("world"), [65531, 5]).push(0x41 + 1) == "A"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "world", "integers:9", "byte level", "llama"])
+def test_what_is_no_text_is_not_encoded(kind):
+    for text in (3, None, b"text", ["text"], np.array([1])):
+        with pytest.raises(DataError, match=f"wanted a text, a str, got {type(text).__name__}"):
+            kinds_load(kind).encode(text)
+
+
+def test_the_end_of_a_document_may_be_a_number(tmp_path):
+    assert load("integers:9", 0).eod == 0
+    assert load("world", np.int64(0)).eod == 0
+    path = tmp_path / "tokenizer.json"
+    byte_level().save(str(path))
+    assert load(path, 97).eod == 97
+    for spec, eod in (("bytes", 1), ("integers:9:1", 2), ("integers:9", 9), (path, 100_000)):
+        with pytest.raises(ConfigError):
+            load(spec, eod)
+
+
+def test_a_byte_order_mark_at_the_head_of_a_tokenizer_json_is_left_out(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(byte_level().to_str(), encoding="utf-8-sig")
+    assert load(path).decode(load(path).encode("as it was")) == "as it was"
+    with pytest.raises(DataError, match="none.json: cannot be read as a tokenizer.json: No such file or directory$"):
+        load(tmp_path / "none.json")

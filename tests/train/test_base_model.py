@@ -110,6 +110,19 @@ def test_a_run_starts_from_the_newest_weights_in_its_folder_and_keeps_them(files
     assert {path: contents(tmp_path / "run")[path] for path in before} == before
 
 
+def test_damaged_weights_in_the_folder_are_not_passed_over_and_say_what_to_do(files, settings, tmp_path):
+    put(files, tmp_path / "run", init=1, _9=0)
+    damaged = tmp_path / "run" / "rwkv-10.pth"
+    for content in (b"", b"no weights", (files / "2.pth").read_bytes()[:3000]):
+        damaged.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"rwkv-10\.pth.*newest weights in its folder: move .*--model"):
+            heron.Trainer(settings()).fit()
+        assert damaged.read_bytes() == content
+    named = settings(model=str(tmp_path / "run" / "rwkv-9.pth"))
+    assert heron.Trainer(named).fit() == "finished"
+    assert first_loss(named) == loss_of(files, 0, settings, tmp_path)
+
+
 def test_upstream_s_flags_start_from_the_file_and_are_compared_with_it(files, heron_, tmp_path):
     before = put(files, tmp_path / "d", init=1)
     words = ["train", "--load_model", "0", "--proj_dir", tmp_path / "d", "--data_file", files / "text.txt"]
