@@ -251,6 +251,8 @@ def test_weights_are_loaded_where_all_checkpoints_are_damaged_but_the_final_file
     (newest / run.MANIFEST).write_text(json.dumps({}))
     with pytest.warns(UserWarning, match=r"taking rwkv-final\.pth"):
         heron.load(str(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*type --model .*rwkv-final\.pth and another"):
+        heron.Trainer(settings()).fit()
     (tmp_path / "run" / "rwkv-final.pth").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):
         heron.load(tmp_path / "run")
