@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,16 @@ def test_what_cannot_be_is_refused_with_what_to_type(files, settings, tmp_path, 
     left = {path: data for path, data in contents(tmp_path / "run").items() if path.name != "run.lock"}
     left.pop(tmp_path / "run" / "run_status.json", None)
     assert left == before
+
+
+@pytest.mark.parametrize("name", ["RWKV-init.PTH", "base.Safetensors", "rwkv-7.GGUF"])
+def test_weights_whose_ending_is_in_capitals_are_not_passed_over(settings, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_bytes(b"weights")
+    right = Path(name).with_suffix(Path(name).suffix.lower()).name
+    with pytest.raises(CheckpointError, match=f"holds {name}, .* rename it to end in .*, and type --model .*{right};"):
+        heron.Trainer(settings()).fit()
+    assert (tmp_path / "run" / name).read_bytes() == b"weights"
 
 
 def test_a_damaged_file_is_refused_by_name_and_kept(files, settings, tmp_path):
