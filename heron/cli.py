@@ -437,7 +437,10 @@ def _train_config(options: argparse.Namespace, any_length: bool = False) -> Trai
     for ours, theirs in ((flags, official.settings), (changes, official.model)):
         for name, value in theirs.items():
             if ours.setdefault(name, value) != value:
-                raise ConfigError(f"--{name} and its RWKV-LM name were both given, with different values")
+                raise ConfigError(
+                    f"--{name} {ours[name]} and its RWKV-LM name, as {value}, were both given, with different values; "
+                    "drop one"
+                )
     out = Path(flags["out"]) if "out" in flags else None
     settings = read_yaml(options.config) if options.config else defaults.of_run(out, flags.get("resume", "auto"))
     for one, other in _EITHER_OR:  # a flag takes the place of the file's other choice

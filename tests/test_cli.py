@@ -207,7 +207,7 @@ def test_rwkv_lm_counts_tokens(resolved):
         ("--epoch_begin 7", ["--epoch_begin 7", "newest checkpoint"]),
         ("--grad_cp yes", ["--grad_cp", "'yes'"]),
         ("--random_seed x", ["--random_seed", "'x'"]),
-        ("--proj_dir a --out b", ["--out", "different values"]),
+        ("--proj_dir a --out b", ["--out b", "as a", "different values; drop one"]),
         ("--epoch_save 1 --save_every 5", ["--save_every", "--epoch_save"]),
     ],
 )

@@ -242,6 +242,9 @@ def test_a_model_is_made_of_a_preset_a_mapping_or_a_config():
     for what in ("rwkv8-tin", 3, None, {"n_layers": 3}, heron.TrainConfig(max_steps=1)):
         with pytest.raises(ConfigError):
             heron.RWKV(what)
+    for name in ("runs/x/rwkv-final.pth", "a.safetensors", "b.gguf"):
+        with pytest.raises(ConfigError, match=rf"is a file; heron\.load\('{name}'\) makes the model"):
+            heron.RWKV(name)
 
 
 def test_settings_may_be_numbers_of_numpy_and_paths():

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import heron
+from heron.commands import doctor
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -63,6 +64,12 @@ def test_ci_runs_every_python_that_the_project_claims():
 def test_changelog_and_citation_know_this_version():
     assert re.search(rf"^## \[{re.escape(heron.__version__)}\] - ", read("CHANGELOG.md"), re.MULTILINE)
     assert str(yaml.safe_load(read("CITATION.cff")).get("version", heron.__version__)) == heron.__version__
+
+
+def test_doctor_names_every_package_of_the_extras():
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    of_users = {re.match(r"[\w-]+", wanted)[0] for name in extras.keys() - {"dev", "docs"} for wanted in extras[name]}
+    assert of_users == set(doctor._EXTRAS)
 
 
 def test_the_wheel_carries_the_types_marker():

@@ -138,7 +138,11 @@ def newest(run_folder: Path, say: Callable[[str], None] | None = None) -> Path |
             continue
         return folder
     if rejected:
-        raise CheckpointError(f"{run_folder}: no checkpoint is whole: {'; '.join(rejected)}")
+        final = run_folder / "rwkv-final.pth"
+        begin = f"; its last weights are whole, to begin with them type --model {final} and another --out"
+        raise CheckpointError(
+            f"{run_folder}: no checkpoint is whole: {'; '.join(rejected)}{begin if final.is_file() else ''}"
+        )
     return None
 
 

@@ -8,18 +8,35 @@ from typing import Any
 from heron import tokenizer
 from heron.checkpoint import ownership, run
 from heron.config import PRESETS, ModelConfig, TrainConfig, read_yaml
-from heron.errors import HeronError
+from heron.errors import CheckpointError, HeronError
 from heron.train import base_model
 
 
 def of_run(out: Path | None, resume: str) -> dict[str, Any]:
-    """The settings of the run that a folder holds, so that its name alone goes on with it; none where it holds none."""
-    if out is None or resume != "auto" or not (out / "config.yaml").is_file() or not ownership.has_begun(out):
+    """The settings of the run that a folder holds, so that its name alone goes on with it; none where it holds none.
+
+    Args:
+        out: the folder; None: not given.
+        resume: as :class:`heron.config.TrainConfig` has it. A run or checkpoint that it names has the settings where
+            `out` has none, and its folder is where it goes on where `out` is None.
+
+    Raises:
+        CheckpointError: `resume` names neither.
+    """
+    holds_run = out is not None and (out / "config.yaml").is_file() and ownership.has_begun(out)
+    if resume == "none" or (resume == "auto" and not holds_run):
         return {}
-    settings = read_yaml(out / "config.yaml")
+    if holds_run:
+        newest = run.newest(out)
+        settings = read_yaml(out / "config.yaml")
+    else:
+        newest = Path(resume) if run.is_checkpoint(Path(resume)) else run.newest(Path(resume))
+        if newest is None:
+            raise CheckpointError(f"resume: {resume} is neither a checkpoint nor a run folder with one")
+        settings = read_yaml(newest / run.CONFIG)
+        settings["out"] = str(newest.parents[1])
     for decided in ("resume", "threads"):  # anew at each start; threads: by the checkpoint
         settings.pop(decided, None)
-    newest = run.newest(out)
     if newest is not None:  # weights that it began with need not be there any more
         settings["model"] = run.trainer_of(newest)["model"]
     return settings

@@ -35,5 +35,6 @@ def read(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or 2026-13-40
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: wanted `name: value` lines, got {type(values).__name__}")
+        got = "none" if values is None else type(values).__name__
+        raise ConfigError(f"{path}: wanted `name: value` lines, got {got}")
     return values

@@ -154,6 +154,8 @@ class RWKV(nn.Module):
         """`config` may be a preset's name, or a mapping of settings. ConfigError for what is none of these."""
         super().__init__()
         if isinstance(config, str):
+            if config.endswith((".pth", ".safetensors", ".gguf")):
+                raise ConfigError(f"model: {config} is a file; heron.load({config!r}) makes the model that it holds")
             config = ModelConfig.preset(config)
         elif isinstance(config, Mapping):
             config = ModelConfig.from_dict(config)
@@ -183,8 +185,8 @@ class RWKV(nn.Module):
         Args:
             tokens: (B, T) integer ids, T >= 1; lists and NumPy arrays of such are taken as well.
             state: what the sequences left off with; None: zeros. Never changed in place; gradients flow into it.
-            cu_seqlens: (n_seq + 1,) int32 or int64 on the device of `tokens`: sequences packed along T with B = 1, as
-                in :func:`heron.ops.wkv7`. Each is as if it were alone, with a state of its own.
+            cu_seqlens: (n_seq + 1,) int32 or int64 on the device of `tokens`, or a list: sequences packed along T with
+                B = 1, as in :func:`heron.ops.wkv7`. Each is as if it were alone, with a state of its own.
 
         Returns:
             logits (B, T, V) and the state after the last token. With `cu_seqlens` that is a state of n_seq sequences;
@@ -219,7 +221,9 @@ class RWKV(nn.Module):
         window = self.attention_window
         if window is not None and window < 1:
             raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
-        n_seq = tokens.shape[0] if cu_seqlens is None else _check_packed(tokens, cu_seqlens)
+        if cu_seqlens is not None:
+            cu_seqlens = _checked_offsets(cu_seqlens, tokens)
+        n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None and self.config.state_grows:
             return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state)
         rows = self.emb(tokens) if embeddings is None else embeddings
@@ -350,22 +354,28 @@ class RWKV(nn.Module):
         return tokens
 
 
-def _check_packed(tokens: Tensor, cu_seqlens: Tensor) -> int:
-    """The number of packed sequences; the host does not wait for a GPU to look at where they begin."""
+def _checked_offsets(cu_seqlens: Tensor | Sequence[int] | np.ndarray, tokens: Tensor) -> Tensor:
+    """Where packed sequences begin, as a tensor; the host does not wait for a GPU to look at the numbers."""
+    if not isinstance(cu_seqlens, Tensor):
+        try:
+            cu_seqlens = torch.as_tensor(cu_seqlens, device=tokens.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(cu_seqlens).__name__
+            raise ConfigError(f"cu_seqlens: wanted n_seq + 1 whole numbers, got {kind}: {error}") from None
     fits = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not fits or tokens.shape[0] != 1 or cu_seqlens.device != tokens.device:
         raise ConfigError(
             f"cu_seqlens: wanted (n_seq + 1,) int32 or int64 on {tokens.device}, and tokens (1, T); got "
             f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}, tokens {tuple(tokens.shape)}"
         )
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not in_graph():
         ends_right = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens.shape[1]
         if not ends_right or bool((cu_seqlens.diff() < 0).any()):
             raise ConfigError(
                 f"cu_seqlens: wanted numbers from 0 to T = {tokens.shape[1]} that never decrease, "
                 f"got {cu_seqlens.tolist()}"
             )
-    return len(cu_seqlens) - 1
+    return cu_seqlens
 
 
 def _kind(states: object) -> str:

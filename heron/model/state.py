@@ -234,7 +234,15 @@ def _put_together(parts: Iterable[Tensor], there: str) -> State:
     return State(tuple(layers), next(parts) if has_tokens == "1" else None)
 
 
-_pytree.register_pytree_node(State, _taken_apart, _put_together, serialized_type_name="heron.State")
+def _taken_apart_by_name(state: State) -> tuple[list[tuple[_pytree.KeyEntry, Tensor]], str]:
+    parts, there = _taken_apart(state)
+    return [(_pytree.SequenceKey(i), part) for i, part in enumerate(parts)], there
+
+
+_pytree.register_pytree_node(
+    State, _taken_apart, _put_together,
+    serialized_type_name="heron.State", flatten_with_keys_fn=_taken_apart_by_name,
+)  # fmt: skip
 
 
 States = State | tuple[State, ...]  # a tuple: of sequences whose states have different lengths, one each

@@ -376,7 +376,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
     _dress(panels["grad_norm"], "Gradient norm before clipping", "")
     _dress(panels["tokens_per_s"], "Throughput", "tokens per second")
 
-    names = _names(runs)
+    names = [_drawable(name) for name in _names(runs)]
     for i, (name, (steps, validations)) in enumerate(zip(names, logs, strict=True)):
         style = dict(color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4])
         style["marker"] = "o" if len(steps) == 1 else ""
@@ -406,7 +406,8 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
     if len(runs) == 1:
         figure.suptitle(_summary(names[0], *logs[0]), fontsize=11)
 
-    with new_file(out) as temporary:
+    with new_file(out) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script: a box is drawn
         figure.savefig(temporary, dpi=120)
     return out
 
@@ -559,6 +560,12 @@ def _names(runs: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(set(folders)):
             break
     return names
+
+
+def _drawable(name: str) -> str:
+    """A folder's name as matplotlib draws it to the letter: it would read formulas between dollars."""
+    name = name.encode(errors="replace").decode().replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name  # else legends leave it out
 
 
 def _summary(name: str, steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> str:

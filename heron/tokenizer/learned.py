@@ -18,7 +18,7 @@ from heron.errors import ConfigError, HeronError
 
 _SECONDS_UNTIL_A_LINE = 2.0
 _SECONDS_BETWEEN_LINES = 15.0
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from heron import vocabulary; vocabulary._answer()"
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from heron.tokenizer import learned; learned._answer()"
 
 
 def learn(texts: Sequence[str], vocab_size: int, say: Callable[[str], None]) -> str:
@@ -28,7 +28,7 @@ def learn(texts: Sequence[str], vocab_size: int, say: Callable[[str], None]) -> 
         ConfigError: as `learn_bpe`.
         HeronError: the process ended without an answer: it ran out of memory, or was killed.
     """
-    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
     with tempfile.TemporaryFile("w+", encoding="ascii") as asked:
         json.dump({"texts": list(texts), "vocab_size": vocab_size}, asked)
         asked.seek(0)

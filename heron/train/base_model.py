@@ -88,12 +88,14 @@ def what_it_lacks(path: Path) -> str:
 
 def _refuse_unnamed(out: Path) -> None:
     """CheckpointError where a folder holds weights under another name: the run would begin from random values."""
-    found = [path for path in sorted(out.glob("*")) if path.suffix in _WEIGHTS] if out.is_dir() else []
+    found = [path for path in sorted(out.glob("*")) if path.suffix.lower() in _WEIGHTS] if out.is_dir() else []
     found = [path for path in found if path.name not in (ownership.INIT, ownership.FINAL)]
     if found:
+        ending, lower = found[0].suffix, found[0].suffix.lower()
+        rename = "" if ending == lower else f"rename it to end in {lower}, and "
         raise CheckpointError(
-            f"{out}: holds {found[0].name}, under a name that no run starts from. To start from it, type --model "
-            f"{found[0]}; for fresh initial values name another --out"
+            f"{out}: holds {found[0].name}, under a name that no run starts from. To start from it, {rename}type "
+            f"--model {found[0].with_suffix(lower)}; for fresh initial values name another --out"
         )
 
 

@@ -619,6 +619,10 @@ class Trainer:
         home, config = folder.parents[1], self.config
         if (kept := home / "tokenizer.json").exists() and config.tokenizer.startswith(tokenizer.LEARNED):
             text_tokenizer = tokenizer.load(str(kept))
+        elif config.tokenizer.startswith(tokenizer.LEARNED):
+            raise CheckpointError(
+                f"{home}: finished at step {step}, with another tokenizer than {config.tokenizer}; name another --out"
+            )
         else:
             text_tokenizer = tokenizer.load(config.tokenizer, config.eod)
         try:

@@ -94,6 +94,13 @@ def test_an_exported_model_takes_any_batch_and_length_and_survives_a_file(model)
     assert_close((logits, *state.to_list()), (want, *want_state.to_list()), 1e-6)
 
 
+def test_an_exported_model_goes_on_from_a_state(model):
+    before = model(ids(2, 5))[1].detach()
+    exported = torch.export.export(model, (ids(2, 7), before))
+    got, want = exported.module()(ids(2, 7), before), model(ids(2, 7), before)
+    assert_close((got[0], *got[1].to_list()), (want[0], *want[1].to_list()), 1e-6)
+
+
 class Loss(nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +98,14 @@ def test_gradients_are_those_of_each_document_alone(model):
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda offsets: np.array(offsets, np.int32)])
+def test_where_documents_begin_may_be_a_list_or_an_array(model, kind):
+    tokens, targets, offsets = packed([4, 0, 5])
+    with torch.no_grad():
+        assert torch.equal(model(tokens, None, kind(offsets.tolist()))[0], model(tokens, None, offsets)[0])
+        assert model.loss(tokens, targets, kind(offsets.tolist())) == model.loss(tokens, targets, offsets)
+
+
 @pytest.mark.parametrize("variant", ["v8", "v7b"])
 def test_what_does_not_fit_is_refused_in_words(random_model, variant):
     model, (tokens, _, offsets) = random_model(n_layer=1, variant=variant), packed([4, 5])
@@ -105,6 +114,9 @@ def test_what_does_not_fit_is_refused_in_words(random_model, variant):
         (offsets[:1], r"got \(1,\)"),
         (torch.tensor([0, 4, 8]), r"from 0 to T = 9 that never decrease, got \[0, 4, 8\]"),
         (torch.tensor([0, 5, 4, 9]), "never decrease"),
+        ([0, 4.5, 9], r"got \(3,\) torch.float32"),
+        ([0, None], "whole numbers, got list"),
+        ("0 9", "whole numbers, got str"),
     ):
         with pytest.raises(ConfigError, match=f"cu_seqlens: .*{words}"):
             model(tokens, None, wrong)

@@ -282,8 +282,21 @@ def test_a_form_that_cannot_run_here_says_what_to_type():
         shift_mix(**leaves, mixes=[mixes[0]] * 3, impl="cuda")
     with pytest.raises(KernelError, match=r"last must be \(n_seq, C\) = \(1, 8\), got \(2, 8\)"):
         shift_mix(**{**leaves, "last": torch.zeros(2, 8)}, mixes=mixes)
-    with pytest.raises(KernelError, match=r"cu_seqlens must be \(n_seq \+ 1,\), int32 or int64, and x \(1, T, C\)"):
-        shift_mix(**leaves, mixes=mixes, cu_seqlens=torch.tensor([0.0, 3.0]))
+    for offsets, words in (
+        (
+            torch.tensor([0.0, 3.0]),
+            r"must be \(n_seq \+ 1,\), n_seq >= 1, int32 or int64, on cpu; got \(2,\) torch.float",
+        ),
+        ([0, 3], "must be .* got list"),
+        (torch.tensor([0, 4]), r"must go from 0 to T = 3 and never decrease; got \[0, 4\]"),
+        (torch.tensor([1, 3]), r"must go from 0 to T = 3"),
+        (torch.tensor([0, 2, 1, 3]), ".* never decrease"),
+    ):
+        with pytest.raises(KernelError, match=f"shift_mix: cu_seqlens {words}"):
+            shift_mix(**leaves, mixes=mixes, cu_seqlens=offsets)
+    for shape in ((1, 0, 8), (3, 8)):
+        with pytest.raises(KernelError, match=r"x must be \(B, T, C\) with T >= 1"):
+            shift_mix(**{**leaves, "x": torch.zeros(shape), "branch": None}, mixes=mixes)
     reason = cuda.why_not(torch.device("cuda"), torch.float16, 768)
     assert reason == "it takes fp32 and bf16, not torch.float16"
     assert cuda.why_not(torch.device("cuda"), torch.bfloat16, 2056) == "it takes C = 8, 16, ... 2048, not 2056"

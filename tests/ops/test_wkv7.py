@@ -333,6 +333,7 @@ def test_a_state_in_place(impl, tokens):
             r"from 0 to T = 40 and never decrease; got \[0, 30, 20",
         ),
         (dict(batch=1, cu_seqlens=torch.tensor([0, 39])), "from 0 to T = 40"),
+        (dict(batch=1, cu_seqlens=[0, 40]), "int32 or int64, on cpu; got list"),
         (
             dict(batch=1, cu_seqlens=torch.tensor([0, 40]), state=torch.zeros(2, 3, 16, 16)),
             r"state must be.*\(1, 3, 16, 16\)",

@@ -383,6 +383,19 @@ def test_plot_of_several_runs(tmp_path):
     assert plot([tmp_path / "a/run"], tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["a$b$", r"cost$\frac{$", "$", "_first", "漢字", "not-utf8-\udcff", "a\nb"])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+@pytest.mark.filterwarnings("error")
+def test_plot_draws_a_folder_of_any_name(tmp_path, name):
+    try:
+        train(tmp_path / name, 0, 2)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert plot([tmp_path / name], tmp_path / "loss.svg").stat().st_size > 10_000
+    assert report._drawable("a$b$") == r"a\$b\$"
+    assert report._drawable("_first") == " _first"
+
+
 def test_plot_refuses_what_it_cannot_draw(tmp_path):
     train(tmp_path / "run", 0, 3, quiet=True)
     with pytest.raises(ConfigError, match=r"\.png or \.svg.*loss\.pdf"):

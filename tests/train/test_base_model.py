@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ def test_what_cannot_be_is_refused_with_what_to_type(files, settings, tmp_path, 
     assert left == before
 
 
+@pytest.mark.parametrize("name", ["RWKV-init.PTH", "base.Safetensors", "rwkv-7.GGUF"])
+def test_weights_whose_ending_is_in_capitals_are_not_passed_over(settings, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_bytes(b"weights")
+    right = Path(name).with_suffix(Path(name).suffix.lower()).name
+    with pytest.raises(CheckpointError, match=f"holds {name}, .* rename it to end in .*, and type --model .*{right};"):
+        heron.Trainer(settings()).fit()
+    assert (tmp_path / "run" / name).read_bytes() == b"weights"
+
+
 def test_a_damaged_file_is_refused_by_name_and_kept(files, settings, tmp_path):
     put(files, tmp_path / "run", init=0)
     (tmp_path / "run" / "rwkv-3.pth").write_bytes(b"PK\x03\x04 and more")
@@ -266,6 +277,8 @@ def test_weights_are_loaded_where_all_checkpoints_are_damaged_but_the_final_file
     (newest / run.MANIFEST).write_text(json.dumps({}))
     with pytest.warns(UserWarning, match=r"taking rwkv-final\.pth"):
         heron.load(str(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*type --model .*rwkv-final\.pth and another"):
+        heron.Trainer(settings()).fit()
     (tmp_path / "run" / "rwkv-final.pth").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):
         heron.load(tmp_path / "run")

@@ -97,6 +97,29 @@ def test_a_folder_that_holds_no_run_is_no_run_to_go_on_with(heron_, home):
     assert [path.name for path in (home / "other").iterdir()] == ["config.yaml"]
 
 
+def test_a_run_that_resume_names_gives_the_settings(heron_, home):
+    code, out, err = heron_(f"train --resume {home}/run --out {home}/run2 --max_steps 6")
+    assert (code, err) == (0, "")
+    now = heron.TrainConfig.from_yaml(home / "run2" / "config.yaml")
+    assert (now.ctx_len, now.lr_final, now.model.n_layer) == (16, 1e-5, 1)
+    assert [record["step"] for record in report.read_log(home / "run2")[0]] == [5, 6]
+    assert not (home / "run" / "checkpoints" / "step-00000006").exists()
+    assert f"{home}/run2: finished at step 6" in heron_(f"train --resume {home}/run --out {home}/run2")[1]
+    for named in ("run", "run/checkpoints/step-00000004"):
+        assert f"{home}/run: finished at step 4" in heron_(f"train --resume {home}/{named}")[1]
+    assert heron_(f"train --resume {home}/run --max_steps 5")[0] == 0
+    assert report.read_log(home / "run")[0][-1]["step"] == 5
+    for flags in (f"--out {home}/run3", "--max_steps 5"):
+        code, _, err = heron_(f"train --resume {home}/nowhere {flags}")
+        assert (code, err) == (1, f"heron: resume: {home}/nowhere is neither a checkpoint nor a run folder with one\n")
+
+
+def test_a_learned_tokenizer_is_not_that_of_another_finished_run(heron_, home):
+    code, _, err = heron_(f"train --out {home}/run --tokenizer bpe:300")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "run: finished at step 4, with another tokenizer than bpe:300; name another --out" in err
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(heron_, home):
     (home / "run").rename(home / "moved")
     code, out, _ = heron_(f"train --data {home}/text.txt --out {home}/moved --max_steps 5")

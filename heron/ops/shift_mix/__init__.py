@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _choice
+from heron.ops import _choice, _packed
 from heron.ops.shift_mix import cuda
 from heron.ops.shift_mix.reference import shift_mix_reference, shifted
 
@@ -50,7 +50,7 @@ def shift_mix(
         last: (n_seq, C), the normed token before the first one of each sequence; None: zeros.
         cu_seqlens: (n_seq + 1,) int32 or int64 on the device of x: sequences packed along T, with B = 1, as in
             :func:`heron.ops.wkv7`; sequence i is tokens ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, and may be
-            empty. Not checked. None: each of the B rows is one sequence, n_seq = B.
+            empty. None: each of the B rows is one sequence, n_seq = B.
         eps: of the norm.
         impl: "reference" (PyTorch), "cuda" (a kernel forward, two backward, built at first use; all tensors in one
             dtype), or "auto": "cuda" where it runs.
@@ -60,7 +60,8 @@ def shift_mix(
         `last` of an empty one.
 
     Raises:
-        KernelError: shapes of `last` or `cu_seqlens` that do not fit, an `impl` that does not exist or can't run here.
+        KernelError: shapes of x, `last` or `cu_seqlens` that do not fit, an `impl` that does not exist or can't run
+            here.
     """
     _check(x, last, cu_seqlens)
     others = (*mixes, weight, bias, *(extra for extra in (branch, last) if extra is not None))
@@ -81,13 +82,8 @@ def shift_mix(
 
 
 def _check(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    n_seq = x.shape[0]
-    if cu_seqlens is not None:
-        n_seq = cu_seqlens.numel() - 1
-        if cu_seqlens.dim() != 1 or n_seq < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(x) != 1:
-            raise KernelError(
-                f"shift_mix: cu_seqlens must be (n_seq + 1,), int32 or int64, and x (1, T, C); "
-                f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} and {tuple(x.shape)}"
-            )
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise KernelError(f"shift_mix: x must be (B, T, C) with T >= 1, got {tuple(x.shape)}")
+    n_seq = x.shape[0] if cu_seqlens is None else _packed.count("shift_mix", x, cu_seqlens)
     if last is not None and last.shape != (n_seq, x.shape[2]):
         raise KernelError(f"shift_mix: last must be (n_seq, C) = {(n_seq, x.shape[2])}, got {tuple(last.shape)}")

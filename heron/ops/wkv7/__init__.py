@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops import _choice
+from heron.ops import _choice, _packed
 from heron.ops.wkv7 import cuda
 from heron.ops.wkv7.chunked import wkv7_chunked
 from heron.ops.wkv7.reference import wkv7_reference
@@ -73,7 +73,7 @@ def wkv7(
             here.
     """
     _check_inputs(r, (w, k, v, a, b))
-    n_seq = r.shape[0] if cu_seqlens is None else _check_cu_seqlens(r, cu_seqlens)
+    n_seq = r.shape[0] if cu_seqlens is None else _packed.count("wkv7", r, cu_seqlens)
     initial = initial_state(r, n_seq, state)
     if inplace_state:
         _check_inplace(state, initial, (r, w, k, v, a, b))
@@ -93,11 +93,7 @@ def _sequence_by_sequence(
     form: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`form` over each packed sequence alone; an empty one keeps its state."""
-    offsets = cu_seqlens.tolist()
-    n_tokens = inputs[0].shape[1]
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
-    if offsets[0] != 0 or offsets[-1] != n_tokens or min(lengths) < 0:
-        raise KernelError(f"wkv7: cu_seqlens must go from 0 to T = {n_tokens} and never decrease; got {offsets}")
+    lengths = _packed.lengths("wkv7", inputs[0], cu_seqlens)
     ys, states = [], []
     for *xs, s in zip(*(x.split(lengths, dim=1) for x in inputs), state.split(1), strict=True):
         y, s = form(*xs, s) if xs[0].shape[1] else (xs[0], s)
@@ -117,19 +113,6 @@ def _check_inputs(r: Tensor, others: tuple[Tensor, ...]) -> None:
                 f"wkv7: {name} must match r, {tuple(r.shape)} {r.dtype} on {r.device}; "
                 f"got {tuple(x.shape)} {x.dtype} on {x.device}"
             )
-
-
-def _check_cu_seqlens(r: Tensor, cu_seqlens: Tensor) -> int:
-    """The number of sequences."""
-    if r.shape[0] != 1:
-        raise KernelError(f"wkv7: cu_seqlens packs all sequences into one row, B = 1; got B = {r.shape[0]}")
-    integers = cu_seqlens.dtype in (torch.int32, torch.int64)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or not integers or cu_seqlens.device != r.device:
-        raise KernelError(
-            f"wkv7: cu_seqlens must be (n_seq + 1,), n_seq >= 1, int32 or int64, on {r.device}; "
-            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
-        )
-    return cu_seqlens.numel() - 1
 
 
 def initial_state(r: Tensor, n_seq: int, state: Tensor | None) -> Tensor:
