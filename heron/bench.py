@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows does not tell how large a process became
     resource = None
 
-from heron import memory
+from heron import machine, memory
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
 from heron.learner import Learner
@@ -51,6 +51,7 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
     """
     if steps < 1:
         raise ConfigError(f"steps: wanted at least 1, got {steps}")
+    machine.settle_threads()
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     learner = fresh_learner(config, model)
