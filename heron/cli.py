@@ -446,6 +446,8 @@ def _train_config(options: argparse.Namespace, any_length: bool = False) -> Trai
         settings["model"] = found
     of_any_length = any_length or official.stage == 1
     if out is not None and not of_any_length and not settings.keys() & {"max_steps", "max_tokens"}:
+        if (resume := str(flags.get("resume", "auto"))) not in ("auto", "none"):
+            raise ConfigError(f"{resume}: no settings of a run lie there; give them too (--config, or --max_steps ...)")
         raise ConfigError(f"{out}: holds no run to go on with; to begin one, give --max_steps or --max_tokens")
     if of_any_length and not settings.keys() & {"max_steps", "max_tokens"}:
         settings["max_steps"] = 1

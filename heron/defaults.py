@@ -12,13 +12,24 @@ from heron.errors import HeronError
 
 
 def of_run(out: Path | None, resume: str) -> dict[str, Any]:
-    """The settings of the run that a folder holds, so that its name alone goes on with it; none where it holds none."""
-    if out is None or resume != "auto" or not (out / "config.yaml").is_file() or not ownership.has_begun(out):
+    """The settings of the run that goes on, so that its name alone does it; none where there is none.
+
+    That is the one in the folder `out`, or, where it holds none, the one that `resume` names or whose checkpoint it is.
+    """
+    if out is None or resume == "none":
         return {}
-    settings = read_yaml(out / "config.yaml")
-    for decided in ("resume", "threads"):  # anew at each start; threads: by the checkpoint
+    home, named = out, None
+    if resume != "auto" and not (out / "config.yaml").is_file():
+        named = Path(resume) if run.is_checkpoint(Path(resume)) else None
+        home = Path(resume) if named is None else named.absolute().parents[1]
+        if named is not None:
+            run.verify(named)
+    if not (home / "config.yaml").is_file() or not ownership.has_begun(home):
+        return {}
+    settings = read_yaml(home / "config.yaml")
+    for decided in ("out", "resume", "threads"):  # anew at each start; threads: by the checkpoint
         settings.pop(decided, None)
-    newest = run.newest(out)
+    newest = named or run.newest(home)
     if newest is not None:  # weights that it began with need not be there any more
         settings["model"] = run.trainer_of(newest)["model"]
     return settings
