@@ -352,6 +352,10 @@ class RWKV(nn.Module):
 
 def _check_packed(tokens: Tensor, cu_seqlens: Tensor) -> int:
     """The number of packed sequences; the host does not wait for a GPU to look at where they begin."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ConfigError(
+            f"cu_seqlens: wanted a tensor (n_seq + 1,), got {type(cu_seqlens).__name__}; torch.tensor([0, ..., T])"
+        )
     fits = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not fits or tokens.shape[0] != 1 or cu_seqlens.device != tokens.device:
         raise ConfigError(

@@ -108,6 +108,9 @@ def test_what_does_not_fit_is_refused_in_words(random_model, variant):
     ):
         with pytest.raises(ConfigError, match=f"cu_seqlens: .*{words}"):
             model(tokens, None, wrong)
+    for other in ([0, 4, 9], (0, 9), range(10)):
+        with pytest.raises(ConfigError, match=f"cu_seqlens: wanted a tensor .* got {type(other).__name__};"):
+            model(tokens, cu_seqlens=other)
     with pytest.raises(ConfigError, match=r"tokens \(1, T\); got .* tokens \(2, 9\)"):
         model(tokens.expand(2, 9), None, offsets)
     _, one = model(tokens)
