@@ -66,7 +66,7 @@ def test_streams_that_are_closed_make_no_noise(command, code):
 
 def test_a_file_of_ours_never_gets_the_place_of_a_closed_stream(tmp_path):
     code = (
-        "from heron import streams; streams.open_closed(); file = open('file', 'w'); print('lost'); "
+        "from heron.commands import streams; streams.open_closed(); file = open('file', 'w'); print('lost'); "
         "file.write('kept'); file.close(); streams.flush()"
     )
     done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" >&- 2>&-'], cwd=tmp_path, env=_environment())

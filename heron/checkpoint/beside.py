@@ -47,8 +47,8 @@ def papers_of(path: str | Path) -> dict[str, bytes]:
     folder = home(Path(path).resolve())
     if not (folder / hf.CONFIG).is_file():
         return {}
-    names = [name for pattern in card.PAPERS for name in sorted(folder.glob(pattern)) if name.is_file()]
-    return {name.name: name.read_bytes() for name in names}
+    files = [path for path in sorted(folder.iterdir()) if card.goes_along(path.name) and path.is_file()]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def home(path: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from importlib import metadata
 from pathlib import Path
 
@@ -11,23 +13,31 @@ from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig
 
 CARD, LICENSE = "README.md", "LICENSE"
-PAPERS = (CARD, "LICENSE*", "NOTICE*")  # what goes along from folder to folder
+_TEXTS = ("LICENSE", "LICENCE", "UNLICENSE", "COPYING")  # how files begin that hold a licence, in any case
 _LICENSE_NAME = "apache-2.0"
 _HEAD = b"---\n---\n"  # of a card that says nothing
 _WHOSE = """, that of Heron and of the released RWKV-7 weights. If the data or the weights that this model was made
 from ask for another one, name it here and put its text into LICENSE"""
 _LOAD = {
     "heron": """import heron.hf  # registers the model type; pip install 'heron-rwkv[hf]'
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", local_files_only=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}", local_files_only=True)""",
+model = AutoModelForCausalLM.from_pretrained({folder}, local_files_only=True)""",
     "rwkv7": """# The model's class is that of flash-linear-attention or of rwkv7-hf: pip install rwkv7-hf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True, local_files_only=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}", local_files_only=True)""",
+model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True, local_files_only=True)""",
 }
+_LOAD_TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained({folder}, local_files_only=True)"
+
+
+def goes_along(name: str) -> bool:
+    """Whether a file of this name goes along from folder to folder: the card, a licence, a notice."""
+    return name == CARD or _is_licence(name) or name.upper().startswith("NOTICE")
+
+
+def _is_licence(name: str) -> bool:
+    return name.upper().startswith(_TEXTS)
 
 
 def papers(
@@ -46,11 +56,12 @@ def papers(
         model_type: "heron" or "rwkv7", the kind of the folder.
         name: of the folder.
     """
+    name = name.encode(errors="replace").decode()  # one that is not UTF-8
     licence = _licence_of(theirs.get(CARD, b""))
     out = dict(theirs)
     if theirs.get(CARD, _HEAD) == licence_alone(theirs.get(CARD, _HEAD)):
         out[CARD] = _card(config, n_parameters, vocabulary, model_type, name, licence or _LICENSE_NAME).encode()
-    lacks_text = not any(file.upper().startswith(LICENSE) for file in out)
+    lacks_text = not any(map(_is_licence, out))
     if lacks_text and licence in (None, _LICENSE_NAME) and (text := _license_text()) is not None:
         out[LICENSE] = text
     return out
@@ -63,9 +74,9 @@ def licence_alone(theirs: bytes) -> bytes:
 
 
 def _licence_of(card: bytes) -> str | None:
-    """The licence that a card names."""
-    found = re.search(rb"^license:[ \t]*(\S+)", card, re.MULTILINE)
-    return found[1].decode("utf-8", errors="replace") if found else None
+    """The licence that a card names, in quotes or as a list too: of several, the first."""
+    found = re.search(rb"^license:(?:[ \t]*\n[ \t]*-)?[ \t]*\[?[\"']?([^\s\"',\]]+)", card, re.MULTILINE)
+    return found[1].decode("utf-8", errors="replace").lower() if found else None
 
 
 def _card(
@@ -96,15 +107,28 @@ Written by Heron {heron.__version__}. What it was trained on, and what it is goo
 {table}
 
 ```python
-{_LOAD[model_type].format(folder=name)}
+{_load(vocabulary, model_type, name)}
 ```
 
 ```bash
-heron generate {name} --prompt "The"
+{_generate(vocabulary, name)}
 ```
 
 License: {license_name}{_WHOSE if license_name == _LICENSE_NAME else ""}.
 """
+
+
+def _load(vocabulary: Vocabulary | None, model_type: str, name: str) -> str:
+    text = _LOAD[model_type] + (_LOAD_TOKENIZER if vocabulary else "")
+    classes = "AutoModelForCausalLM" + (", AutoTokenizer" if vocabulary else "")
+    return text.format(folder=json.dumps(name, ensure_ascii=False), classes=classes)
+
+
+def _generate(vocabulary: Vocabulary | None, name: str) -> str:
+    if vocabulary is None:
+        return f"heron generate {shlex.quote(name)} --tokenizer TOKENIZER --prompt The"
+    integers = vocabulary.spec.startswith("integers:")
+    return f"heron generate {shlex.quote(name)} --prompt {'1' if integers else 'The'}"
 
 
 def _tokenizer(vocabulary: Vocabulary | None) -> str:

@@ -16,6 +16,7 @@ try:
 except ImportError:  # Windows does not tell how large a process became
     resource = None
 
+from heron import machine
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
 from heron.model import RWKV
@@ -51,6 +52,7 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
     """
     if steps < 1:
         raise ConfigError(f"steps: wanted at least 1, got {steps}")
+    machine.settle_threads()
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     learner = fresh_learner(config, model)

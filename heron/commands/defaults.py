@@ -18,10 +18,10 @@ def of_run(out: Path | None, resume: str) -> dict[str, Any]:
     Args:
         out: the folder; None: not given.
         resume: as :class:`heron.config.TrainConfig` has it. A run or checkpoint that it names has the settings where
-            `out` has none, and its folder is where it goes on where `out` is None.
+            `out` has none, and that run's folder is where it goes on where `out` is None.
 
     Raises:
-        CheckpointError: `resume` names neither.
+        CheckpointError: `resume` names neither, or a checkpoint that is damaged.
     """
     holds_run = out is not None and (out / "config.yaml").is_file() and ownership.has_begun(out)
     if resume == "none" or (resume == "auto" and not holds_run):
@@ -33,8 +33,10 @@ def of_run(out: Path | None, resume: str) -> dict[str, Any]:
         newest = Path(resume) if run.is_checkpoint(Path(resume)) else run.newest(Path(resume))
         if newest is None:
             raise CheckpointError(f"resume: {resume} is neither a checkpoint nor a run folder with one")
+        run.verify(newest)
         settings = read_yaml(newest / run.CONFIG)
-        settings["out"] = str(newest.parents[1])
+        if newest.absolute().parent.name == "checkpoints":
+            settings["out"] = str(newest.absolute().parents[1])
     for decided in ("resume", "threads"):  # anew at each start; threads: by the checkpoint
         settings.pop(decided, None)
     if newest is not None:  # weights that it began with need not be there any more

@@ -641,6 +641,7 @@ class Trainer:
 
     def _settle_threads(self, resume_from: Path | None) -> None:
         """The number of threads: as asked, else that of the run that goes on, else what is fastest here now."""
+        machine.settle_threads()
         if self._asked.threads:
             return
         usual = torch.get_num_threads()
@@ -650,7 +651,8 @@ class Trainer:
                 self.say(f"threads: {number}: {reason}")
         else:
             number = run.trainer_of(resume_from).get("exact", {}).get("threads", usual)
-            number = number if number <= threads.most() else usual
+            self._use_threads(number if number <= threads.most() else usual)
+            number = self.config.threads
             if self.device.type == "cpu" and number > 1:
                 best, times = threads.fewer(number)
                 if best != number:
@@ -661,8 +663,10 @@ class Trainer:
         self._use_threads(number)
 
     def _use_threads(self, number: int) -> None:
+        """So many threads from now on, or one where the system starts no more."""
         torch.set_num_threads(number)
-        self.config = dataclasses.replace(self.config, threads=number)
+        machine.settle_threads()
+        self.config = dataclasses.replace(self.config, threads=torch.get_num_threads())
 
     def _adapt_threads(self, parts: _Parts, step: int, slower: float) -> None:
         """After steps that took ten times as long as those before: compute on fewer threads where that helps."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shlex
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import heron
 from heron import cli, tokenizer
-from heron.checkpoint import beside, vocabulary
+from heron.checkpoint import beside, card, vocabulary
 from heron.commands.convert import convert
 from heron.config import TrainConfig
 from heron.errors import ConfigError
@@ -274,9 +277,9 @@ def test_the_files_of_anothers_folder_go_along_as_they_are(home, tmp_path):
     assert not (tmp_path / "f" / "LICENSE").exists()  # theirs is there
     assert json.loads((tmp_path / "f" / "config.json").read_text())["eos_token_id"] == 256
     convert(tmp_path / "theirs", tmp_path / "v8", format="safetensors", variant="v8")  # their card is of another model
-    card = (tmp_path / "v8" / "README.md").read_text()
-    assert "license: mit\n" in card
-    assert "variant v8" in card
+    text = (tmp_path / "v8" / "README.md").read_text()
+    assert "license: mit\n" in text
+    assert "variant v8" in text
     assert (tmp_path / "v8" / "LICENSE.txt").read_text() == "MIT"
 
 
@@ -308,8 +311,8 @@ def test_a_folder_whose_tokenizer_got_more_tokens_is_not_read_as_before(home, tm
 
 def test_the_card_says_what_the_model_is(exported):
     for kind, loads in (("hf", "trust_remote_code=True"), ("safetensors", "import heron.hf")):
-        card = (exported.place / kind / "README.md").read_text()
-        assert card.startswith("---\nlicense: apache-2.0\n")
+        text = (exported.place / kind / "README.md").read_text()
+        assert text.startswith("---\nlicense: apache-2.0\n")
         eod = exported.tokenizer.eod
         for words in (
             "variant v7",
@@ -317,8 +320,58 @@ def test_the_card_says_what_the_model_is(exported):
             f"{'none' if eod is None else f'id {eod}'} |",
             loads,
         ):
-            assert words in card, words
+            assert words in text, words
         assert "Apache License" in (exported.place / kind / "LICENSE").read_text()
+
+
+def commands_of(text):
+    """The Python program and the words of the command line on a model card."""
+    python, shell = re.findall(r"```\w+\n(.*?)\n```", text, re.DOTALL)
+    return python, shlex.split(shell)
+
+
+@pytest.mark.parametrize("name", ["a folder", 'a"quote', "a'quote", "$HOME", "back\\slash", "über"])
+def test_the_commands_on_the_card_name_the_folder_as_it_is(home, name):
+    integers = vocabulary.Vocabulary.of(tokenizer.load("integers:300"))
+    written = card.papers(heron.load(home / "w.pth").config, 1, integers, "heron", name, {})
+    python, shell = commands_of(written["README.md"].decode())
+    names = [node.value for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Constant)]
+    assert [said for said in names if said is not True] == [name, name]
+    assert shell == ["heron", "generate", name, "--prompt", "1"]
+
+
+def test_a_card_is_written_for_a_name_that_is_not_utf8(home):
+    written = card.papers(heron.load(home / "w.pth").config, 1, None, "heron", "caf\udce9", {})
+    assert "\n# caf?\n" in written["README.md"].decode()
+
+
+def test_a_card_of_weights_without_a_tokenizer_loads_none(home, tmp_path):
+    with pytest.warns(UserWarning, match="nothing tells the tokenizer"):
+        heron.save(heron.load(home / "w.pth"), tmp_path / "f", "hf")
+    python, shell = commands_of((tmp_path / "f" / "README.md").read_text())
+    assert "AutoTokenizer" not in python
+    assert shell == ["heron", "generate", "f", "--tokenizer", "TOKENIZER", "--prompt", "The"]
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "ours"),
+    [
+        ("License.md", "license: mit", False),
+        ("LICENCE", "license: other", False),
+        ("copying.txt", "", False),
+        ("NOTICE.md", 'license: "Apache-2.0"', True),
+        ("Notice", "license:\n- mit", False),
+        ("NOTICE", "license: [mit, apache-2.0]", False),
+    ],
+)
+def test_a_licence_under_another_name_or_in_another_form_counts(home, tmp_path, file, line, ours):
+    heron.save(heron.load(home / "w.pth"), tmp_path / "theirs", "hf", tokenizer="integers:300")
+    (tmp_path / "theirs" / "LICENSE").unlink()
+    (tmp_path / "theirs" / file).write_text("text of theirs")
+    (tmp_path / "theirs" / "README.md").write_text(f"---\n{line}\n---\n# Theirs\n")
+    convert(tmp_path / "theirs", tmp_path / "f", format="safetensors")
+    assert (tmp_path / "f" / file).read_text() == "text of theirs"
+    assert (tmp_path / "f" / "LICENSE").exists() == ours
 
 
 def test_an_existing_folder_is_left_alone(home, tmp_path):

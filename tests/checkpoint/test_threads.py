@@ -9,6 +9,8 @@ import torch
 
 import heron
 from heron import cli, machine
+from heron.config import TrainConfig
+from heron.train import Trainer
 
 
 @pytest.fixture
@@ -46,6 +48,38 @@ def test_convert_goes_on_with_one(random_model, tmp_path, capsys, no_threads, ta
         "going on with one\n"
     )
     assert torch.get_num_threads() == 1
+
+
+@pytest.fixture
+def no_threads_that_compute(monkeypatch):
+    """Threads of OpenMP cannot start, as far as can be tried, and those of Python that a run has can."""
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if getattr(thread._target, "__qualname__", "") == "Event.wait":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.filterwarnings("ignore:threads. wanted")
+def test_a_run_trains_and_goes_on_with_one(tmp_path, request):
+    settings = dict(
+        model=heron.ModelConfig(variant="v7", n_layer=1, n_embd=64, vocab_size=256),
+        out=str(tmp_path / "r"), ctx_len=16, micro_bsz=1, sample_every=0, eval_every=0,
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    try:
+        assert Trainer(TrainConfig(**settings, max_steps=1, threads=2), say=str).fit() == "finished"
+        request.getfixturevalue("no_threads_that_compute")
+        for out in (tmp_path / "r", tmp_path / "fresh"):
+            torch.set_num_threads(2)
+            trainer = Trainer(TrainConfig(**settings | {"out": str(out)}, max_steps=2), say=str)
+            assert trainer.fit() == "finished"
+            assert (trainer.config.threads, torch.get_num_threads()) == (1, 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_other_verbs_end_in_one_line(tmp_path, capsys, monkeypatch):

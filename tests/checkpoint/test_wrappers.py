@@ -39,6 +39,17 @@ def test_what_stands_before_every_name_is_taken_off(weights, tmp_path, prefix, s
     assert put_right(path) == [f"names begin with {prefix!r}, as a wrapper saves them; read without it"]
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_counter_of_an_averaged_model_is_left_out(random_model, tmp_path, suffix):
+    model = random_model(variant="v7", n_layer=2, n_embd=64, head_size=64, vocab_size=19)
+    averaged = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    assert "n_averaged" in averaged
+    path = tmp_path / f"x.{suffix}"
+    (torch.save if suffix == "pth" else save_file)(averaged, path)
+    assert_loads(path, model.state_dict())
+    assert put_right(path) == ["names begin with 'module.', as a wrapper saves them; read without it"]
+
+
 def test_wrappers_of_single_blocks_are_taken_off(weights, tmp_path):
     for i, part in enumerate(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module._orig_mod")):
         renamed = {name.replace("blocks.1.", f"blocks.1.{part}."): value for name, value in weights.items()}

@@ -88,6 +88,35 @@ def test_other_flags_override_what_the_run_had(heron_, home, flags):
     assert report.read_log(home / "run")[0][-1]["step"] == 6
 
 
+@pytest.mark.parametrize("named", ["run", "run/checkpoints/step-00000004"])
+def test_a_checkpoint_and_a_new_folder_are_enough(heron_, home, named):
+    words = f"train --data {home}/text.txt --resume {home}/{named} --out {home}/branch"
+    code, out, err = heron_(words, "--max_steps 5 --lr_init 2e-3")
+    assert (code, err) == (0, "")
+    assert "going on from step-00000004" in out
+    now = heron.TrainConfig.from_yaml(home / "branch" / "config.yaml")
+    assert (now.max_steps, now.lr_init, now.lr_final, now.ctx_len, now.model.n_layer) == (5, 2e-3, 1e-5, 16, 1)
+    assert report.read_log(home / "run")[0][-1]["step"] == 4
+    assert heron_(words, "--max_steps 6")[0] == 0  # with what the branch has by now
+    assert heron.TrainConfig.from_yaml(home / "branch" / "config.yaml").lr_init == 2e-3
+
+
+def test_a_checkpoint_without_its_run_has_the_settings(heron_, home):
+    shutil.copytree(home / "run" / "checkpoints", home / "alone")
+    words = f"train --resume {home}/alone/step-00000004 --max_steps 5"
+    code, out, err = heron_(f"{words} --out {home}/branch")
+    assert (code, err) == (0, "")
+    assert "going on from step-00000004" in out
+    assert heron.TrainConfig.from_yaml(home / "branch" / "config.yaml").ctx_len == 16
+
+
+def test_a_damaged_checkpoint_that_is_named_is_one_line(heron_, home):
+    (home / "run" / "checkpoints" / "step-00000004" / "trainer.json").write_text("{")
+    code, _, err = heron_(f"train --resume {home}/run/checkpoints/step-00000004 --out {home}/branch")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "trainer.json" in err
+
+
 def test_a_folder_that_holds_no_run_is_no_run_to_go_on_with(heron_, home):
     (home / "other").mkdir()
     shutil.copy(home / "run" / "config.yaml", home / "other" / "config.yaml")

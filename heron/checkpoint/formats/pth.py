@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Tensor]:
     loaded = loaded if key is None or not isinstance(loaded, dict) else loaded.get(key)
     _compare(path, plan, loaded, checksums)
     plain = wrappers.unwrapped(loaded)
-    return {plain[name]: _of_its_own(value.detach()) for name, value in loaded.items()}
+    return {rest: _of_its_own(loaded[name].detach()) for name, rest in plain.items()}
 
 
 def put_right(path: Path) -> list[str]:

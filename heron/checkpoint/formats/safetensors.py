@@ -57,7 +57,7 @@ def unwrapped(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
         plain = wrappers.unwrapped(tensors)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
-    return {plain[name]: tensor for name, tensor in tensors.items()}
+    return {rest: tensors[name] for name, rest in plain.items()}
 
 
 def names(path: Path) -> list[str]:

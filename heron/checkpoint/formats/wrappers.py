@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 # What DataParallel, torch.compile, DeepSpeed ZeRO-3, FSDP and its checkpointing put between two parts of a name.
 _WRAPPERS = frozenset(("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_COUNTERS = frozenset(("n_averaged",))  # of torch.optim.swa_utils.AveragedModel: a wrapper's own tensor
 _ANCHORS = ("emb.weight", "model.embeddings.weight")  # every model has one of these, upstream's name or Hugging Face's
 
 
@@ -14,12 +15,13 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """Each name without what wrappers put in it, by the name as it is.
 
     Parts of a name that only wrappers have go wherever they stand. What stands before *every* name (`model.`, or the
-    attribute of a module of one's own) goes where a model remains.
+    attribute of a module of one's own) goes where a model remains. Tensors of the wrappers themselves are left out.
 
     Raises:
         ValueError: two names become one.
     """
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
+    plain = {name: rest for name, rest in plain.items() if rest not in _COUNTERS}
     prefix = common_prefix(plain.values())
     while prefix and not any(prefix + anchor in plain.values() for anchor in _ANCHORS):
         prefix = prefix[: prefix[:-1].rfind(".") + 1]

@@ -28,6 +28,7 @@ class HeronConfig(PretrainedConfig):
     }
 
     def __init__(self, **values: Any):
+        values.pop("num_attention_heads", None)  # of to_dict; n_embd and head_size decide
         names = {theirs: ours for theirs, ours in self.attribute_map.items() if theirs in values}
         values |= {ours: values.pop(theirs) for theirs, ours in names.items()}
         config = ModelConfig.from_dict({name: values.pop(name) for name in _FIELDS & values.keys()})
@@ -41,6 +42,10 @@ class HeronConfig(PretrainedConfig):
     def num_attention_heads(self) -> int:
         """Heads of the time mix (H)."""
         return self.n_embd // self.head_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them, and the number of heads, which peft's prompt learning looks for there."""
+        return super().to_dict() | {"num_attention_heads": self.num_attention_heads}
 
     def to_model_config(self) -> ModelConfig:
         """The same as a ModelConfig."""
