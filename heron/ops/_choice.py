@@ -54,9 +54,22 @@ class NativeForm:
         def why_not_here(device: torch.device, *facts: Any) -> str | None:
             return self.why_not(device, *facts) or _why_not_built(self.load, self.what, *_capability(device))
 
+        def refusal(device: torch.device, *facts: Any) -> str | None:
+            if device.type == self.impl:
+                against = self.why_not(device, *facts)
+            else:
+                against = f"it needs tensors on {'a CUDA device' if self.impl == 'cuda' else 'the CPU'}, got {device}"
+            if against is not None:
+                return f'{self.op}: impl="{self.impl}": {against}; use impl="auto"'
+            try:
+                self.load(*_capability(device))
+            except KernelError as error:
+                return str(error)
+            return None
+
         # What torch.compiler.assume_constant_result sets, without its imports: torch.compile asks once, at tracing.
-        why_not_here._dynamo_marked_constant = True
-        self._why_not_here = why_not_here
+        why_not_here._dynamo_marked_constant = refusal._dynamo_marked_constant = True
+        self._why_not_here, self._refusal = why_not_here, refusal
 
     def choice(self, reason: str, other: Choice, device: torch.device, *facts: Any) -> Choice:
         """This form, for `reason`, where it runs for a device and `facts`; else `other`, with what speaks against it.
@@ -75,13 +88,8 @@ class NativeForm:
 
     def require(self, device: torch.device, *facts: Any) -> None:
         """Build and load this form for a device and `facts`; KernelError where it does not run or can't be built."""
-        if device.type == self.impl:
-            against = self.why_not(device, *facts)
-        else:
-            against = f"it needs tensors on {'a CUDA device' if self.impl == 'cuda' else 'the CPU'}, got {device}"
-        if against is not None:
-            raise KernelError(f'{self.op}: impl="{self.impl}": {against}; use impl="auto"')
-        self.load(*_capability(device))
+        if (refusal := self._refusal(device, *facts)) is not None:
+            raise KernelError(refusal)
 
 
 @functools.cache

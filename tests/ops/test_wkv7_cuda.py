@@ -520,6 +520,25 @@ def test_the_choice_is_a_constant_to_torch_compile(gpu):
     assert torch.equal(torch.compile(choose, backend="eager", fullgraph=True)(x), x)
 
 
+def test_a_form_may_be_built_first_while_torch_compile_traces():
+    built = []
+
+    def load():
+        built.append(sum(map(len, map(str, Path(__file__).parent.iterdir()))))  # nothing that can be traced
+
+    form = _choice.NativeForm("op", "cpu", "OP", lambda device, size: "it is large" if size > 9 else None, load)
+
+    def call(x):
+        form.require(x.device, x.shape[0])
+        return x + 1
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(torch.zeros(3)), torch.ones(3))
+    assert len(built) == 1
+    with pytest.raises(KernelError, match='op: impl="cpu": it is large; use impl="auto"'):
+        torch.compile(call, backend="eager", dynamic=False)(torch.zeros(10))
+
+
 # What nvcc makes of the sources
 
 
