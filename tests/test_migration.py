@@ -15,6 +15,7 @@ import torch
 import heron
 from heron import cli
 from heron.commands import rwkv_lm_flags
+from heron.commands.flags import parser
 from heron.data import sampling
 from heron.train import loop as train
 
@@ -127,7 +128,7 @@ def rows_of_flags() -> list[list[str]]:
 def test_the_table_has_every_flag_of_the_official_trainer_once_and_no_other():
     flags = [flag for row in rows_of_flags() for flag in re.findall(r"`([^`]+)`", row[0])]
     assert sorted(flags) == sorted((TRAIN_PY + LIGHTNING).split())
-    options = cli._parser().parse_args(["train", "--max_steps", "1"]).parser._option_string_actions
+    options = parser().parse_args(["train", "--max_steps", "1"]).parser._option_string_actions
     assert {f"--{flag}" for flag in flags} <= options.keys()
     theirs = {
         name.removeprefix("--") for name, action in options.items() if action.dest.startswith(rwkv_lm_flags.PREFIX)

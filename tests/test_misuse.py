@@ -192,7 +192,7 @@ def test_what_an_allocator_says_is_a_line(monkeypatch, capsys):
     def fail(options):
         raise RuntimeError("Storage size calculation overflowed with sizes=[9, 9]")
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr("heron.commands.doctor.run", fail)
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err.startswith("heron: not enough memory: sizes whose product no memory holds")
 

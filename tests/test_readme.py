@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from heron import cli
+from heron.commands import flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,7 +26,7 @@ def commands(program):
 
 def parsed(words):
     try:
-        return cli._parser().parse_args(words)
+        return flags.parser().parse_args(words)
     except SystemExit:
         return None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,14 +20,28 @@ except ImportError:  # Windows does not tell how large a process became
     resource = None
 
 from heron import machine
+from heron.commands.settings import step_of
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
+from heron.files import new_file
 from heron.model import RWKV
+from heron.progress import progress
 from heron.train import memory
 from heron.train.step import Learner
 
 _BYTES_PER_WEIGHT = 16  # of fp32 weights, gradients and two moments; activations come on top
 _WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTorch makes or compiles once
+
+
+def run(options: argparse.Namespace) -> None:
+    config, model = step_of(options)
+    with progress(f"making {options.steps} steps"):
+        result = bench(config, model, options.steps)
+    print(describe(config, model, result))
+    if options.json:
+        with new_file(Path(options.json)) as temporary:
+            temporary.write_text(json.dumps(record(config, model, result), indent=1), encoding="utf-8")
+        print(f"wrote {options.json}")
 
 
 class Result(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,30 @@ from heron.checkpoint import assume, card, holds_tokenizer, load, migrate, read_
 from heron.checkpoint.architecture import TUNED, build, converted, in_one_dtype
 from heron.checkpoint.beside import papers_of, vocabulary_of
 from heron.checkpoint.vocabulary import Vocabulary
+from heron.commands.info import sizes
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV
+from heron.progress import progress
 from heron.tokenizer import load as load_tokenizer
 
 _CHECKED_TOKENS = 32
+
+
+def run(options: argparse.Namespace) -> None:
+    with progress(f"converting {options.input}"):
+        before, after = convert(
+            options.input, options.output, options.variant, options.format, options.dtype,
+            options.vocab_size, options.new_rows, options.deep_embed_4x, rosa=options.rosa, add_rosa=options.add_rosa,
+            tokenizer=options.tokenizer, say=print,
+        )  # fmt: skip
+    print(f"wrote {options.output}: {sizes(after.config)}")
+    if options.check:
+        with progress("comparing the logits"):
+            difference = largest_difference(before, options.output, rosa=after.config.rosa)
+        print(f"largest difference of a logit, before and after, in fp32: {difference:.3g}")
+        if difference and options.dtype is None and options.vocab_size is None:
+            raise CheckpointError(f"{options.output}: the same numbers were to give the same logits; do not use it")
 
 
 def convert(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from heron import generation, tokenizer
-from heron.checkpoint import load
+from heron.commands import EXIT_PREEMPTED
 from heron.config import ModelConfig, TrainConfig
-from heron.train import Trainer
+from heron.train.stop import Preemption
 
 PROMPT = "The `with` statement is used to "
 
@@ -34,12 +34,18 @@ def config(out: Path) -> TrainConfig:
     )
 
 
-def run(out: Path) -> str:
-    """Train, or go on with an earlier demo in `out`, and generate. Returns the trainer's status."""
+def run(options: argparse.Namespace) -> int:
+    """Train, or go on with an earlier demo in `options.out`, and generate."""
+    with Preemption():  # PyTorch takes seconds to load
+        from heron import generation, tokenizer
+        from heron.checkpoint import load
+        from heron.train import Trainer
+
+    out = Path(options.out)
     print("Training a small RWKV-8 on the Python reference manual. About three minutes on two cores.\n")
     status = Trainer(config(out)).fit()
     if status == "preempted":
-        return status
+        return EXIT_PREEMPTED
     model = load(out)
     text_tokenizer = tokenizer.load(str(out / "tokenizer.json"))
     print(f"\nA sample (the prompt is: {PROMPT!r})\n")
@@ -56,4 +62,4 @@ The curve is in {out / "loss.png"}. Three commands to try next (in .venv/bin, if
   heron train --data YOUR.txt --tokenizer bpe:512 --max_steps 800 --out runs/mine
 """
     )
-    return status
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -29,6 +30,10 @@ from heron.ops.wkv7 import wkv7_choice
 COLUMNS = 80
 _EXTRAS = ("tensorboard", "wandb", "transformers", "accelerate", "gguf", "lm-eval", "pyarrow")
 _NEEDED = ("numpy", "safetensors", "PyYAML", "rich", "pyrwkv-tokenizer", "tokenizers", "matplotlib")
+
+
+def run(options: argparse.Namespace) -> None:
+    print(report())
 
 
 def report() -> str:

@@ -6,6 +6,7 @@ in a ledger. What the model, the loss or the optimizer come to hold tomorrow is 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from heron.commands import bench
+from heron.commands.settings import step_of
 from heron.config import ModelConfig, TrainConfig
 from heron.model import RWKV
 from heron.optim import CopiedAdamW
@@ -28,6 +31,13 @@ from heron.train.step import Learner
 
 _WORTH_A_SETTING = 0.01  # of what a step takes; what a setting saves must be more, unless the step then fits
 _COMPARED = 2, 3  # layers that are run; each further one takes as much more as the last of these did
+
+
+def run(options: argparse.Namespace) -> None:
+    config, model = step_of(options)
+    print(describe(config, model, None if options.memory is None else memory.size(options.memory)))
+    if options.probe:
+        print(f"\nmeasured here\n{bench.describe(config, model, bench.bench(config, model, steps=5))}")
 
 
 class Memory(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from heron.checkpoint import put_right, read_tensors, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, TUNED, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
+from heron.data import binidx
 from heron.errors import CheckpointError
 from heron.model import RWKV, State
 from heron.model.init import rule
@@ -27,6 +29,14 @@ _PARTS = {
     "rosa-lm": "ROSA and channel mixing, no WKV",
 }
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.presets or options.model is None:
+        print(presets())
+    if options.model is not None:
+        is_data = binidx.is_binidx(options.model)
+        print(binidx.describe(options.model) if is_data else describe(options.model, options.params, options.rosa))
 
 
 def presets() -> str:
@@ -117,6 +127,12 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
     if large := [name for name, tensor in tensors.items() if tensor.abs().max() > half]:
         odd.append(f"{', '.join(large)} beyond {half:g}, the largest number of fp16")
     return odd
+
+
+def sizes(config: ModelConfig) -> str:
+    head_size = f" N{config.head_size}" if config.has_time_mix else ""
+    rosa = f", ROSA of {config.rosa.bits} bits" if config.rosa else ""
+    return f"{config.variant} L{config.n_layer} C{config.n_embd}{head_size} V{config.vocab_size}{rosa}"
 
 
 def _ranks(config: ModelConfig) -> str:

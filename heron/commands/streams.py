@@ -1,4 +1,4 @@
-"""Standard input, output and error of a process that its caller left without them, or whose reader has gone."""
+"""Standard input, output and error: a caller that left us without them, a reader that has gone, lines of ours."""
 
 from __future__ import annotations
 
@@ -52,3 +52,11 @@ def flush() -> None:
                 os.close(nothing)
     if lost is not None:
         raise lost
+
+
+def note(line: str) -> None:
+    print(f"heron: {one_line(line)}", file=sys.stderr)
+
+
+def one_line(message: object) -> str:
+    return " ".join(line.strip() for line in str(message).splitlines() if line.strip())

@@ -83,7 +83,7 @@ class HeronLM(LM):
             ConfigError: another argument, or a value that cannot be.
             HeronError: what `heron.load` raises.
         """
-        from heron import cli  # which knows where the tokenizer of a run lies
+        from heron.commands.sources import tokenizer_of  # which knows where the tokenizer of a run lies
         from heron.config import RosaConfig
 
         settings = {name: value for name, value in (additional_config or {}).items() if value is not None}
@@ -104,7 +104,7 @@ class HeronLM(LM):
             raise ConfigError(f"batch_size: wanted a whole number from 1 on, or auto, got {rows!r}")
         path, rosa = str(settings["pretrained"]), settings.get("rosa")
         model = load(path, machine.DTYPES.get(dtype), rosa=rosa and RosaConfig.preset(rosa))
-        tokenizer = cli._tokenizer(path, settings.get("tokenizer"), model.config.vocab_size)
+        tokenizer = tokenizer_of(path, settings.get("tokenizer"), model.config.vocab_size)
         device = machine.choose_device(settings.get("device", "auto")).value
         return cls(model.to(device), tokenizer, 8 if str(rows).startswith("auto") else int(rows))
 

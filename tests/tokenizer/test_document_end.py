@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from heron import cli, tokenizer
+from heron.commands.sources import tokenizer_of
 from heron.config import TrainConfig
 from heron.data.binidx import open_binidx
 from heron.data.corpora import Reading
@@ -281,16 +282,16 @@ def test_a_run_knows_its_end_wherever_it_is_moved(path, rows, tmp_path):
     moved = tmp_path / "moved"
     shutil.move(out, moved)
     shutil.rmtree(tmp_path / "tok")
-    assert cli._tokenizer(str(moved), None, 300).eod == 257
-    assert cli._tokenizer(str(moved), None, 300, "<pad>").eod == 256
+    assert tokenizer_of(str(moved), None, 300).eod == 257
+    assert tokenizer_of(str(moved), None, 300, "<pad>").eod == 256
 
 
 def test_a_run_keeps_the_end_that_was_named(rows, path, tmp_path):
     fit(data=rows, val_fraction=0.0, tokenizer=path, out=str(tmp_path / "a"), max_steps=1, eod="<turn>")
-    assert cli._tokenizer(str(tmp_path / "a"), None, 300).eod == 258
+    assert tokenizer_of(str(tmp_path / "a"), None, 300).eod == 258
     (tmp_path / "ids.txt").write_text("1 2 3 " * 20)
     fit(data=str(tmp_path / "ids.txt"), tokenizer="integers:300", eod=7, out=str(tmp_path / "b"), max_steps=1)
-    assert cli._tokenizer(str(tmp_path / "b"), None, 300).eod == 7
+    assert tokenizer_of(str(tmp_path / "b"), None, 300).eod == 7
     foreign = tmp_path / "c" / "tokenizer_config.json"
     foreign.parent.mkdir()
     foreign.write_text('{"eos_token": "<fin>"}')

@@ -155,7 +155,7 @@ def test_a_vocabulary_is_what_the_library_learns_and_its_refusal_comes_back(monk
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_while_pytorch_is_loaded_is_code_75_too(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(cli, "_train_config", interrupted(number))
+    monkeypatch.setattr("heron.commands.train.train_config", interrupted(number))
     assert cli.main(["train", "--max_steps", "2", "--out", str(tmp_path / "run")]) == 75
     out, err = capsys.readouterr()
     assert out == f"{number.name}: stopping now, before the first step; the same command goes on\n"

@@ -1,0 +1,83 @@
+"""`heron eval`: how well models predict a text, the last words of LAMBADA, the answers of multiple choice."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from heron import evaluate
+from heron.checkpoint import load
+from heron.commands.settings import READING, given
+from heron.commands.sources import device_of, tokenizer_of
+from heron.commands.streams import note
+from heron.config import TrainConfig
+from heron.data.corpora import Reading
+from heron.data.loader import load_tokens
+from heron.progress import progress
+from heron.report import check_picture, scores
+
+
+def run(options: argparse.Namespace) -> None:
+    if not (options.data or options.lambada or options.choices):
+        options.parser.error("wanted something to score on: --data, --lambada or --choices")
+    if options.limit is not None and not (options.lambada or options.choices):
+        options.parser.error(
+            "--limit counts the texts of --lambada and the questions of --choices; --data is read whole"
+        )
+    if options.plot:
+        check_picture(Path(options.plot))
+    results = [_scores(model, options) for model in options.models]
+    if len(results) > 1:
+        print(scores.table(results))
+    if options.json:
+        scores.write(results, Path(options.json))
+        print(f"wrote {options.json}")
+    if options.plot:
+        print(f"wrote {scores.plot(results, Path(options.plot))}")
+
+
+def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model, printed where it is the only one."""
+    with progress(f"reading {path}"):
+        model = load(path, rosa=options.rosa).to(device_of(options.device))
+    reading = {name: value for name, value in given(options, TrainConfig, "").items() if name in READING}
+    tokenizer = tokenizer_of(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
+    result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
+    lines = []
+    if options.data:
+        tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), note)
+        with progress(f"reading {len(tokens):,} tokens of {options.data} with {path}"):
+            score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode)
+        result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
+        result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+        lines += [
+            f"{options.data}: {score.n_targets:,} tokens in windows of {options.ctx_len}",
+            f"loss           {score.loss:.4f} nats per token",
+            f"perplexity     {score.perplexity:.3f}",
+        ]
+        if score.bits_per_byte is not None:
+            lines.append(f"bits per byte  {score.bits_per_byte:.4f}")
+    if options.lambada:
+        with progress(f"reading {options.lambada} with {path}"):
+            last_words = evaluate.lambada(model, tokenizer, options.lambada, options.mode, options.limit)
+        result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
+        result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
+        lines += [
+            f"{options.lambada}: {last_words.n_texts:,} texts",
+            f"perplexity     {last_words.perplexity:.3f} of the last word",
+            f"accuracy       {100 * last_words.accuracy:.2f} %",
+        ]
+    if options.choices:
+        with progress(f"reading {options.choices} with {path}"):
+            answers = evaluate.multiple_choice(model, tokenizer, options.choices, options.mode, options.limit)
+        result |= {"choices": options.choices, "questions": answers.n_questions}
+        result |= {"accuracy": answers.accuracy, "accuracy_per_byte": answers.accuracy_per_byte}
+        lines += [
+            f"{options.choices}: {answers.n_questions:,} questions",
+            f"accuracy       {100 * answers.accuracy:.2f} %",
+            f"per byte       {100 * answers.accuracy_per_byte:.2f} %",
+        ]
+    if len(options.models) == 1:
+        print("\n".join(lines))
+    return result

@@ -1,0 +1,324 @@
+"""The command line's flags: one verb after the other, many of them from the config dataclasses, read by argparse."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NoReturn
+
+from heron import __version__
+from heron.commands import EXIT_USAGE, rwkv_lm_flags
+from heron.commands.settings import READING
+from heron.config import INIT_DTYPES, LARGEST_SEED, PRESETS, ModelConfig, RosaConfig, TrainConfig, setting_type
+from heron.errors import ConfigError, did_you_mean
+
+_MAY_BE_EMPTY = {"prompt", "sample_prompt", "system", "think", "stop", "wandb", "rwkv_lm.load_model", "rwkv_lm.kernel"}
+
+
+class _Once(argparse.Action):
+    """Stores a value; refuses an empty one where it names something, and a second one that differs."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+        words = values if isinstance(values, list) else [values]
+        if self.dest not in _MAY_BE_EMPTY and any(isinstance(word, str) and not word.strip() for word in words):
+            raise argparse.ArgumentError(self, "wanted a value, got an empty one; is a shell variable not set?")
+        _set_once(self, namespace, values, option_string)
+
+
+class _OnOff(argparse.BooleanOptionalAction):
+    """--flag and --no-flag; refuses both at once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+        _set_once(self, namespace, not option_string.startswith("--no-"), option_string)
+
+
+def _set_once(action: argparse.Action, namespace: argparse.Namespace, value: object, option: str | None) -> None:
+    given = vars(namespace).setdefault("_given", {})
+    if option is not None:
+        if action.dest in given and given[action.dest] != value:
+            raise argparse.ArgumentError(action, f"given twice, as {given[action.dest]!r} and as {value!r}; drop one")
+        given[action.dest] = value
+    setattr(namespace, action.dest, value)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that suggest the near flag or verb."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 - argparse's own signature
+        args = [_with_underscores(argument) for argument in (sys.argv[1:] if args is None else args)]
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = getattr(options, "parser", self)
+            flag = unknown[0].partition("=")[0]
+            parser.error(f"unknown argument {flag}.{did_you_mean(flag, parser._option_string_actions)}")
+        return options
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in (int, float):
+                raise
+        wanted = "a whole number" if action.type is int else "a number"
+        raise argparse.ArgumentError(action, f"wanted {wanted}, got {arg_string!r}")
+
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(action.choices)
+            what = f"value for {action.option_strings[0]}" if action.option_strings else "verb"
+            self.error(f"unknown {what} {value!r}.{did_you_mean(value, action.choices)} There are {known}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _with_underscores(argument: str) -> str:
+    """``--max-hours=2`` as ``--max_hours=2``; what is no flag as it is."""
+    if not argument.startswith("--"):
+        return argument
+    dashes = "--no-" if argument.startswith("--no-") else "--"
+    flag, equals, value = argument.removeprefix(dashes).partition("=")
+    return dashes + flag.replace("-", "_") + equals + value
+
+
+_TOKENIZERS = "world, bytes, integers:V[:E] (E ends a document), a tokenizer.json"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each default that is a value; where there is none, the flag's own text says what happens without it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        no_value = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if no_value else super()._get_help_string(action)
+
+
+_MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none is imported before its verb runs
+    "demo": lambda: import_module("heron.commands.demo"),
+    "prepare": lambda: import_module("heron.commands.prepare"),
+    "init": lambda: import_module("heron.commands.init"),
+    "train": lambda: import_module("heron.commands.train"),
+    "estimate": lambda: import_module("heron.commands.estimate"),
+    "bench": lambda: import_module("heron.commands.bench"),
+    "generate": lambda: import_module("heron.commands.generate"),
+    "chat": lambda: import_module("heron.commands.chat"),
+    "eval": lambda: import_module("heron.commands.eval"),
+    "convert": lambda: import_module("heron.commands.convert"),
+    "info": lambda: import_module("heron.commands.info"),
+    "doctor": lambda: import_module("heron.commands.doctor"),
+    "plot": lambda: import_module("heron.commands.plot"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; of what it reads, `module()` imports the verb's module, whose `run` takes the rest."""
+    parser = _Parser(
+        prog="heron",
+        description="Train and run RWKV-8 language models.",
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"heron {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=_Help,
+        )
+        sub.set_defaults(verb=name, module=_MODULES[name], parser=sub)
+        return sub
+
+    demo = verb("demo", "train a small RWKV-8 on text that every Python has, and generate from it")
+    demo.add_argument("--out", default="runs/demo", help="run folder")
+
+    prepare = verb("prepare", "turn texts, JSON rows, tables and folders into a binidx dataset")
+    inputs_help = "txt, jsonl ({'text': ...} a line), json, csv, parquet, each also .gz .bz2 .xz; folders, builtin:NAME"
+    prepare.add_argument("inputs", nargs="+", help=inputs_help)
+    prepare.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
+    prepare.add_argument("--tokenizer", default="world", help=_TOKENIZERS)
+    _add_settings(prepare, TrainConfig, prefix="", names=READING)
+    prepare.add_argument("--workers", type=int, help="processes; default: one per core")
+    prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
+    bad_line_help = "a row, or a text that is not UTF-8: stop, or skip, count and log it"
+    prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
+    prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
+
+    init = verb("init", "write fresh weights with the reference initial values")
+    init.add_argument("--out", default="rwkv-init.pth", help="a .pth or .safetensors file")
+    init.add_argument("--seed", type=_seed, default=0, help="seed of the initial values")
+    init_help = "of the file; bf16 rounds the initial values, as the official trainer's --precision bf16 does"
+    init.add_argument("--dtype", "--init_dtype", dest="dtype", choices=INIT_DTYPES, default="fp32", help=init_help)
+    init.add_argument("--model", help=f"a preset: {', '.join(PRESETS)}; default: the sizes below")
+    _add_settings(init, ModelConfig, prefix="model.")
+
+    train = verb("train", "train a model")
+    train.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="check the settings, print them in full, read no data"
+    )
+    _add_training(train)
+
+    estimate = verb("estimate", "the memory that a training step will take, and what to turn if it won't fit")
+    estimate.add_argument(
+        "--memory", help="what the device has, such as 24GiB or 80GB; default: only say what it takes"
+    )
+    estimate.add_argument("--probe", action="store_true", help="also make five steps here, and say how fast they were")
+    _add_training(estimate)
+
+    bench = verb("bench", "what a training step takes here: time, tokens/s, memory")
+    bench.add_argument("--steps", type=int, default=10, help="timed steps, of which the median is told")
+    bench.add_argument("--json", help="also write the figures to this file")
+    _add_training(bench)
+
+    generate = verb("generate", "continue a prompt")
+    generate.add_argument("model", help="a weights file, a checkpoint or a run folder")
+    generate.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
+    generate.add_argument(
+        "--prompt_file", metavar="FILE", help="read the prompt from a file, - is the input; less one newline at its end"
+    )
+    generate.add_argument(
+        "--ids", action="store_true", help="the prompt is token ids, and ids are printed: 24281 59 33"
+    )
+    generate.add_argument("--probs", type=int, default=0, help="first show this many of the likeliest next tokens")
+    generate.add_argument("--trials", type=int, default=1, help="samples; each counts the seed up by one")
+    generate.add_argument(
+        "--stop", action="append", default=[], help="end at this text; may be given several times; default: none"
+    )
+    generate.add_argument("--stop_ids", type=ids, default=[], metavar="IDS", help="end at these ids, as in 0,261")
+    _add_running(generate, max_tokens=200, top_p=0.5, penalty=0.0)
+
+    chat = verb("chat", "talk with a model in the terminal")
+    chat.add_argument("model", help="a weights file, a checkpoint or a run folder")
+    chat.add_argument("--system", default="", help="what the conversation is about, for the model; default: nothing")
+    chat.add_argument("--think", choices=("on", "off"), default="", help="open answers with a thought, or an empty one")
+    chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
+    _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
+
+    evaluate = verb("eval", "how well one or more models predict: a text, LAMBADA, multiple choice")
+    evaluate.add_argument("models", nargs="+", metavar="model", help="weights files, checkpoints or run folders")
+    evaluate.add_argument("--data", help="txt, jsonl, folder, binidx prefix or builtin:NAME: loss over all of it")
+    _add_settings(evaluate, TrainConfig, prefix="", names=READING)
+    evaluate.add_argument("--lambada", help='a jsonl of {"text": ...}: perplexity and accuracy of the last words')
+    evaluate.add_argument("--choices", help='a jsonl of {"question", "choices", "answer"}: share answered rightly')
+    evaluate.add_argument("--limit", type=int, help="only so many texts and questions; default: all")
+    evaluate.add_argument("--mode", default="gpt", help="gpt: sequences at once; rnn: token by token")
+    evaluate.add_argument("--json", help="also write the figures to this file")
+    evaluate.add_argument("--plot", help="also draw them over the models' steps, to a .png or .svg")
+    evaluate.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
+    evaluate.add_argument("--ctx_len", type=int, default=1024, help="window length; each starts from a zero state")
+    evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    _add_rosa(evaluate)
+
+    convert = verb("convert", "rewrite weights: another format, variant, vocabulary or dtype")
+    convert.add_argument("input", help="a .pth, .safetensors or .gguf, a Hugging Face folder, a checkpoint, a run")
+    convert.add_argument("output", help="the new file or folder")
+    convert.add_argument("--variant", help="v7, v7a, v7b, v8, v8-hybrid: what is new starts neutral")
+    convert.add_argument("--deep_embed_4x", action="store_true", help="give a v8 or v8-hybrid the 4x form")
+    convert.add_argument("--format", help="pth, safetensors, hf (v7) or gguf (v7); default: by the output's suffix")
+    convert.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the input")
+    convert.add_argument("--vocab_size", type=int, help="number of token ids; default: as in the input")
+    convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
+    convert.add_argument("--tokenizer", help="that of the model, kept in a folder or .gguf; default: the input's own")
+    convert.add_argument("--add_rosa", type=_rosa, help="add a ROSA branch: qkv-1bit or qkv-4bit; default: none")
+    _add_rosa(convert)
+    convert.add_argument("--check", action="store_true", help="compare the logits of both and print the difference")
+
+    info = verb("info", "what a weights file, a run, a preset or a dataset is")
+    info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, a preset, or binidx data")
+    info.add_argument("--params", action="store_true", help="every parameter: shape, group, lr, decay, initial value")
+    _add_rosa(info)
+    info.add_argument("--presets", action="store_true", help="list the presets")
+
+    verb("doctor", "what this machine has, what each op would run on, what to install")
+
+    plot = verb("plot", "draw the curves of one or more runs")
+    plot.add_argument("runs", nargs="+", help="run folders")
+    plot.add_argument("--out", default="loss.png", help="a .png or .svg file")
+    return parser
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser, config: type, prefix: str, names: Sequence[str] | None = None
+) -> None:
+    """One flag per field, or for those of `names`; absent flags stay absent, so that a config file shows through."""
+    for field in dataclasses.fields(config):
+        if names is not None and field.name not in names:
+            continue
+        kinds, _ = setting_type(config, field.name)
+        flags = [f"--{prefix}{field.name}", f"--{field.name}"] if prefix else [f"--{field.name}"]
+        default = "none" if field.default in (None, "") else field.default
+        help_text = f"{field.metadata['doc']} (default: {default})".replace("%", "%%")
+        common = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
+        if bool in kinds:
+            parser.add_argument(*flags, action=_OnOff, **common)
+        else:
+            kind = next((kind for kind in (int, float) if kind in kinds), str)
+            parser.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """The settings of a training run, which train, estimate and bench have in common."""
+    parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
+    _add_settings(parser, TrainConfig, prefix="")
+    _add_settings(parser, ModelConfig, prefix="model.")
+    rwkv_lm_flags.add(parser)
+
+
+def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
+    """What generate and chat have in common, with the defaults that differ."""
+    parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
+    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
+    parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top_p", type=float, default=top_p, help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0: all")
+    parser.add_argument("--presence_penalty", type=float, default=penalty, help="against any repetition")
+    parser.add_argument("--frequency_penalty", type=float, default=penalty, help="against frequent repetition")
+    parser.add_argument("--penalty_decay", type=float, default=0.996, help="how penalties fade per token")
+    digits_help = "let the frequency penalty count space, tab and digits, which it leaves out otherwise"
+    parser.add_argument("--count_digits", action="store_true", help=digits_help)
+    parser.add_argument("--seed", type=_seed, default=0, help="same seed, same text")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
+    parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
+    parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
+    _add_rosa(parser)
+
+
+def _add_rosa(parser: argparse.ArgumentParser) -> None:
+    """What a bare file of weights cannot say."""
+    names = "qkv-1bit, qkv-4bit"
+    parser.add_argument("--rosa", type=_rosa, help=f"how the ROSA in a bare file works: {names}; default: as its run")
+
+
+def _rosa(name: str) -> RosaConfig:
+    try:
+        return RosaConfig.preset(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def ids(text: str) -> list[int]:
+    """The ids in ``"4 325"``, ``"4,325"`` or, as Python prints a list, ``"[4, 325]"``; at least one."""
+    words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() and len(word) <= 20 for word in words):
+        raise argparse.ArgumentTypeError(f"wanted token ids, as in 0,261, got {text!r:.80}")
+    return [int(word) for word in words]
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text) or not 0 <= int(text) <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 0 to {LARGEST_SEED}, got {text!r:.80}")
+    return int(text)

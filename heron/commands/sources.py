@@ -1,0 +1,62 @@
+"""What a model is run with, made of options: the device, the tokenizer, the engine and how it samples."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from heron import machine
+from heron.checkpoint import beside, load, weights_file
+from heron.errors import ConfigError
+from heron.generation import Engine, Sampling
+from heron.progress import progress
+from heron.tokenizer import Tokenizer
+from heron.tokenizer import load as load_tokenizer
+
+
+def engine_of(options: argparse.Namespace) -> Engine:
+    """An engine for one sequence, from the flags that generate and chat have in common."""
+    dtypes = {None: None, **machine.DTYPES}
+    if options.dtype not in dtypes:
+        raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
+    device, file = device_of(options.device), options.tables_file
+    with progress(f"reading {options.model}"):
+        model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
+    vocab_size = model.config.vocab_size
+    numbers = f"integers:{vocab_size}" if getattr(options, "ids", False) else None
+    tokenizer = tokenizer_of(options.model, options.tokenizer, vocab_size, options.eod, numbers)
+    if options.tables == "disk" and file is None:
+        weights = weights_file(Path(options.model))
+        in_run = weights.parent.parent.name == "checkpoints"  # whose folders hold what they were verified with, no more
+        home = weights.parents[2] / weights.parent.name if in_run else weights
+        file = home.with_name(f"{home.name}.{options.dtype or 'file'}.tables")
+    if options.tables == "device":
+        model = model.to(device)
+    return Engine(model, tokenizer, tables=options.tables, tables_file=file, device=device)
+
+
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        options.temperature, options.top_p, options.top_k,
+        options.presence_penalty, options.frequency_penalty, options.penalty_decay, options.count_digits,
+    )  # fmt: skip
+
+
+def device_of(wanted: str) -> str:
+    return machine.choose_device(wanted).value
+
+
+def tokenizer_of(
+    model: str, wanted: str | None, vocab_size: int, eod: str | None = None, otherwise: str | None = None
+) -> Tokenizer:
+    """The tokenizer asked for, else what the weights hold or lie beside, else by the vocabulary, else `otherwise`."""
+    if wanted:
+        return load_tokenizer(wanted, eod)
+    if (known := beside.tokenizer_of(model, eod)) is not None:
+        return known
+    if (usual := beside.USUAL.get(vocab_size, otherwise)) is None:
+        raise ConfigError(f"{model}: vocab_size {vocab_size} does not tell the tokenizer; add --tokenizer")
+    if usual == "world":  # so many ids are a usual size of other vocabularies, too; 256 ids are bytes
+        warnings.warn(f"{model}: nothing tells its tokenizer; assuming World (--tokenizer names another)", stacklevel=2)
+    return load_tokenizer(usual, eod)
