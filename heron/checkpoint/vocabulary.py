@@ -17,6 +17,7 @@ from typing import Any
 from heron import tokenizer
 from heron.errors import DataError, HeronError
 from heron.tokenizer import Tokenizer, WorldTokenizer
+from heron.tokenizer.json_file import byte_alphabet
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -259,7 +260,7 @@ def _spelled(token: bytes) -> str:
 @functools.cache
 def _characters() -> dict[int, str]:
     """The character that stands for each byte in byte-level files."""
-    return {byte: character for character, byte in tokenizer._byte_alphabet().items()}
+    return {byte: character for character, byte in byte_alphabet().items()}
 
 
 def _longest_first(tokens: list[str]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
 
+from heron.config.presets import PRESETS, ROSA_PRESETS
 from heron.config.strict_yaml import read as read_yaml
 from heron.errors import ConfigError, UnknownKeyError, did_you_mean
 
@@ -28,6 +29,7 @@ TABLES_STATE = ("fp32", "bf16")
 WEIGHTS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "graph", "off")
 ON_NONFINITE = ("stop", "skip", "rewind")
+ROSA_GRADS = ("none", "bitflip", "soft_suffix")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
 LARGEST_SEED = 2**63 - 1
 LARGEST_COUNT = 2**31 - 1  # of tokens, samples and the like at once
@@ -90,16 +92,6 @@ class RosaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> RosaConfig:
         """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
         return _from_dict(cls, values, where="rosa")
-
-
-ROSA_GRADS = ("none", "bitflip", "soft_suffix")
-ROSA_PRESETS: dict[str, dict[str, Any]] = {
-    "token": {"source": "token", "no_match": "zero", "grad": "none"},
-    "self-1bit": {"source": "self", "bits": 1, "no_match": "zero", "grad": "bitflip"},
-    "self-4bit": {"source": "self", "bits": 4, "no_match": "bit0", "grad": "bitflip"},
-    "qkv-1bit": {"source": "qkv", "bits": 1, "no_match": "bit0"},
-    "qkv-4bit": {"source": "qkv", "bits": 4, "no_match": "zero"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,37 +215,6 @@ class ModelConfig:
             "has_ln0": self.variant != "v8-hybrid",
             "rosa": RosaConfig.preset("qkv-1bit") if self.variant == "rosa-lm" else None,
         }
-
-
-def _released(n_layer: int, n_embd: int, ranks: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Sizes of a released RWKV-7 World model; ranks are those of w, a, v, g (no formula gives them)."""
-    names = ("decay_rank", "iclr_rank", "value_rank", "gate_rank")
-    return {"n_layer": n_layer, "n_embd": n_embd, **dict(zip(names, ranks, strict=True))}
-
-
-_RELEASED = {
-    "0.1b": _released(12, 768, (64, 64, 32, 128)),
-    "0.4b": _released(24, 1024, (64, 64, 32, 128)),
-    "1.5b": _released(24, 2048, (96, 96, 64, 256)),
-    "2.9b": _released(32, 2560, (96, 96, 64, 320)),
-    "7.2b": _released(32, 4096, (128, 128, 96, 480)),
-    "13.3b": _released(61, 4096, (192, 192, 128, 384)),
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    **{f"rwkv7-{size}": {"variant": "v7", **sizes} for size, sizes in _RELEASED.items()},
-    **{f"rwkv8-{size}": {"variant": "v8", **sizes} for size, sizes in _RELEASED.items()},
-    **{
-        f"{name}-{size}": {"variant": variant, **_RELEASED[size]}
-        for name, variant in (("rwkv7a", "v7a"), ("rwkv7b", "v7b"), ("rwkv8-hybrid", "v8-hybrid"))
-        for size in ("0.1b", "1.5b")
-    },
-    **{
-        f"rosa-lm-{bits}bit": {"variant": "rosa-lm", "n_layer": 12, "n_embd": 768, "rosa": f"qkv-{bits}bit"}
-        for bits in (1, 4)
-    },
-    "rwkv8-tiny": {"variant": "v8", "n_layer": 4, "n_embd": 128, "vocab_size": 256},
-}
 
 
 @dataclasses.dataclass(frozen=True)

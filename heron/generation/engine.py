@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from heron.checkpoint.architecture import in_one_dtype, is_finite
-from heron.checkpoint.formats import safetensors
+from heron.checkpoint.architecture import in_one_dtype
 from heron.config import plain
 from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from heron.files import as_path, new_file
+from heron.files import as_path
+from heron.generation import state_files
 from heron.generation.decoder import is_fusible, only_computing
 from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws
@@ -32,7 +32,6 @@ from heron.tokenizer.continuation import encode_behind
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
 PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU; pieces of just this length are read by a CUDA graph
-_FORMAT = "heron state 1"
 
 
 class Row:
@@ -195,17 +194,7 @@ class Engine:
         Raises:
             CheckpointError: the file cannot be written, or is there and no state file.
         """
-        path = as_path(path)
-        parts = [] if snapshot.state is None else snapshot.state.to_list()
-        tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
-        tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
-        for name in ("counts", "generator"):
-            if (part := getattr(snapshot, name)) is not None:
-                tensors[name] = part.clone()
-        with new_file(path) as temporary:
-            if path.exists() and _format_of(path) != _FORMAT:
-                raise CheckpointError(f"{path} exists and is no state file; name another one")
-            safetensors.write(tensors, temporary, {"format": _FORMAT, "model": self.fingerprint})
+        state_files.write(snapshot, as_path(path), self.fingerprint)
 
     def load(self, path: str | Path) -> Snapshot:
         """A snapshot that :meth:`save` wrote, onto this engine's device.
@@ -214,25 +203,14 @@ class Engine:
             CheckpointError: no such file, a damaged one, or one that another model (or another dtype of it) wrote.
         """
         path = as_path(path)
-        try:
-            tensors, about = safetensors.read(path), safetensors.metadata(path)
-        except CheckpointError as error:
-            if not path.exists():
-                raise CheckpointError(f"{path}: no such file") from None
-            reason = str(error).removeprefix(f"{path}: ")
-            raise CheckpointError(f"{path}: not a readable state file: {reason}") from None
-        if about.get("format") != _FORMAT:
-            raise CheckpointError(f"{path}: wanted a state file ({_FORMAT}), got {about.get('format')!r}")
-        if about.get("model") != self.fingerprint:
+        tensors, model = state_files.read(path)
+        if model != self.fingerprint:
             raise CheckpointError(
-                f"{path}: this state belongs to another model (fingerprint {about.get('model')}, this one has "
+                f"{path}: this state belongs to another model (fingerprint {model}, this one has "
                 f"{self.fingerprint}); a state fits only the weights and the dtype that made it"
             )
-        names = sorted(name for name in tensors if name.startswith("state."))
-        parts = [tensors.pop(name).to(self._device) for name in names]
-        if names != [f"state.{i:04}" for i in range(len(names))] or not all(map(is_finite, parts)):
-            raise CheckpointError(f"{path}: damaged: wanted state.0000, state.0001 and so on, all finite")
-        self._check_parts(path, tensors)
+        parts = state_files.take_state(path, tensors, self._device)
+        state_files.check_rest(path, tensors, self.tokenizer.vocab_size)
         try:
             state = State.from_list(parts) if parts else None
             if state is not None:
@@ -242,21 +220,6 @@ class Engine:
         except (ConfigError, DataError) as error:
             raise CheckpointError(f"{path}: damaged: {error}") from None
         return Snapshot(state, pending, tensors.get("counts"), tensors.get("generator"))
-
-    def _check_parts(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """CheckpointError unless what lies beside the state in a state file is what :meth:`save` writes."""
-        wanted = {
-            "pending": (torch.int64, None),
-            "counts": (torch.float32, (self.tokenizer.vocab_size,)),
-            "generator": (torch.uint8, tuple(torch.Generator().get_state().shape)),
-        }
-        for name, tensor in tensors.items():
-            dtype, shape = wanted.get(name, (None, None))
-            fits = tensor.dim() == 1 if shape is None else tuple(tensor.shape) == shape
-            if tensor.dtype != dtype or not fits or not is_finite(tensor):
-                raise CheckpointError(f"{path}: damaged: {name} is {tuple(tensor.shape)} {tensor.dtype}")
-        if "pending" not in tensors:
-            raise CheckpointError(f"{path}: tensor pending is missing")
 
     @property
     def fingerprint(self) -> str:
@@ -455,11 +418,3 @@ def _check_kinds(model: object, tokenizer: object) -> None:
         raise ConfigError(
             f"tokenizer: wanted a tokenizer, such as heron.tokenizer.load gives, got {type(tokenizer).__name__}"
         )
-
-
-def _format_of(path: Path) -> str | None:
-    """What a file says it is, where it is a safetensors file that can be read."""
-    try:
-        return safetensors.metadata(path).get("format")
-    except CheckpointError:
-        return None

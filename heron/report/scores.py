@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from heron.files import new_file
-from heron.report import check_picture
+from heron.report.picture import check_picture
 
 FIGURES = (
     "loss", "perplexity", "bits_per_byte", "lambada_perplexity", "lambada_accuracy", "accuracy", "accuracy_per_byte",

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import codecs
 import contextlib
 import functools
-import importlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from heron.errors import ConfigError, DataError, did_you_mean
 from heron.tokenizer import document_end
-from heron.tokenizer.byte_fallback import byte_tokens, mended
+from heron.tokenizer.checks import check_text, checked_ids, id_dtype, needed_package, utf8
+from heron.tokenizer.json_file import JsonTokenizer
+from heron.tokenizer.world import WorldTokenizer
 
 SPECS = ("world", "bytes", "integers:V", "integers:V:E", "path/tokenizer.json")
 LEARNED = "bpe:"  # in a TrainConfig, "bpe:V" is learned from the training text and becomes a tokenizer.json
@@ -101,7 +101,7 @@ def learn_bpe(texts: Sequence[str], vocab_size: int) -> str:
     """
     if vocab_size < 257:
         raise ConfigError(f"tokenizer bpe:{vocab_size}: wanted at least 257 ids (256 bytes and the end of a document)")
-    package = _package("tokenizers", "tokenizers", f"{LEARNED}{vocab_size}")
+    package = needed_package("tokenizers", "tokenizers", f"{LEARNED}{vocab_size}")
     tokenizer = package.Tokenizer(package.models.BPE())
     tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = package.decoders.ByteLevel()
@@ -116,11 +116,6 @@ def learn_bpe(texts: Sequence[str], vocab_size: int) -> str:
     if learned != vocab_size:
         raise ConfigError(f"tokenizer bpe:{vocab_size}: this text gives only {learned} ids; ask for bpe:{learned}")
     return tokenizer.to_str()
-
-
-def id_dtype(vocab_size: int) -> type[np.integer]:
-    """The dtype that ids below `vocab_size` are kept in: uint16 where they fit, else int32."""
-    return np.uint16 if vocab_size <= 65536 else np.int32
 
 
 class ByteTokenizer:
@@ -142,105 +137,18 @@ class ByteTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        array = _checked_ids(ids, self.spec, self.vocab_size)
+        array = checked_ids(ids, self.spec, self.vocab_size)
         return array[array != self.eod].astype(np.uint8).tobytes()
 
     @staticmethod
     def _encode(text: str) -> bytes:
-        data = _utf8(text)
+        data = utf8(text)
         if 0 in data:
             raise DataError(
                 f"tokenizer bytes: NUL is the end of document and cannot stand inside a text; "
                 f"one is at character {text.index(chr(0))}. Remove it, or use the tokenizer world"
             )
         return data
-
-
-class WorldTokenizer:
-    """The RWKV World vocabulary: greedy longest match over bytes. Needs pyrwkv-tokenizer, which holds the table.
-
-    Ids 1..65529 are the table, 0 is the end of document, and 65530..65535 fill the models' 65,536 rows and stand for
-    nothing. pyrwkv-tokenizer encodes text; bytes are encoded and ids decoded here, since it does neither for split
-    characters.
-    """
-
-    spec = "world"
-    vocab_size = 65536
-    eod = 0
-    is_text = True
-    byte_level = True
-
-    def __init__(self) -> None:
-        self._package = _package("pyrwkv_tokenizer", "pyrwkv-tokenizer", self.spec)
-
-    def encode(self, text: str) -> list[int]:
-        _utf8(text)
-        return self._encoder.encode(text)
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text), dtype=id_dtype(self.vocab_size))
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """The ids of any bytes, valid UTF-8 or not; equal to `encode` where they are."""
-        ids_of, lengths_after = self._longest_match
-        ids: list[int] = []
-        start = 0
-        while start < len(data):
-            for length in lengths_after.get(data[start : start + 2], (1,)):
-                candidate = data[start : start + length]
-                if candidate in ids_of:
-                    ids.append(ids_of[candidate])
-                    start += len(candidate)
-                    break
-        return ids
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        table = self._bytes_of
-        return b"".join([table[i] for i in _checked_ids(ids, self.spec, len(table)).tolist()])
-
-    @property
-    def table(self) -> list[bytes]:
-        """The bytes of ids 0 to 65529; id 0 stands for none."""
-        return self._bytes_of
-
-    @functools.cached_property
-    def _encoder(self) -> Any:
-        return self._package.RWKVTokenizer()
-
-    @functools.cached_property
-    def _bytes_of(self) -> list[bytes]:
-        """Bytes of ids 0..65529, from lines of the form ``id literal length``."""
-        path = Path(self._package.__file__).with_name("rwkv_vocab_v20230424.txt")
-        table = [b""]
-        try:
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    index, _, rest = line.partition(" ")
-                    literal, _, length = rest.rpartition(" ")
-                    token = ast.literal_eval(literal)
-                    token = token.encode("utf-8") if isinstance(token, str) else token
-                    if int(index) != len(table) or int(length) != len(token):
-                        raise ValueError(f"id {index} with {len(token)} bytes, wanted {len(table)} with {int(length)}")
-                    table.append(token)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                f"{path}, line {len(table)}: not the World vocabulary: {error}. "
-                "Type: pip install --force-reinstall pyrwkv-tokenizer"
-            ) from None
-        return table
-
-    @functools.cached_property
-    def _longest_match(self) -> tuple[dict[bytes, int], dict[bytes, list[int]]]:
-        """Ids by bytes, and by its first two bytes the lengths that a token may have, longest first, down to 1."""
-        ids_of = {token: index for index, token in enumerate(self._bytes_of) if token}
-        lengths: dict[bytes, set[int]] = {}
-        for token in ids_of:
-            if len(token) > 1:
-                lengths.setdefault(token[:2], {1}).add(len(token))
-        return ids_of, {head: sorted(found, reverse=True) for head, found in lengths.items()}
 
 
 class IntegerTokenizer:
@@ -265,7 +173,7 @@ class IntegerTokenizer:
             raise ConfigError(f"tokenizer {spec!r}: the end of document {self.eod} must be below V = {self.vocab_size}")
 
     def encode(self, text: str) -> list[int]:
-        _check_text(text)
+        check_text(text)
         ids = []
         for position, word in enumerate(text.split(), start=1):
             if not (word.isascii() and word.isdigit() and len(word) <= 20 and int(word) < self.vocab_size):
@@ -280,101 +188,10 @@ class IntegerTokenizer:
         return np.array(self.encode(text), dtype=id_dtype(self.vocab_size))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return " ".join(map(str, _checked_ids(ids, self.spec, self.vocab_size).tolist()))
+        return " ".join(map(str, checked_ids(ids, self.spec, self.vocab_size).tolist()))
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self.decode(ids).encode("ascii")
-
-
-class JsonTokenizer:
-    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's.
-
-    `vocab_size` is the highest id plus 1. Nothing is added, truncated or padded, whatever the file asks for.
-
-    Attributes:
-        end: how the end of a document was found (:func:`heron.tokenizer.document_end.find`).
-    """
-
-    is_text = True
-
-    def __init__(self, path: str, eod: str | None = None) -> None:
-        self.spec = path
-        package = _package("tokenizers", "tokenizers", path)
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{path}: cannot be read as a tokenizer.json: {reason}") from None
-        try:
-            self._tokenizer = package.Tokenizer.from_str(text)
-        except Exception as error:  # the class that tokenizers raises, for every fault of a file
-            raise DataError(f"{path}: not a tokenizer.json: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._id_of = self._tokenizer.get_vocab(with_added_tokens=True)
-        if not self._id_of:
-            raise DataError(f"{path}: its vocabulary is empty")
-        self.vocab_size = max(self._id_of.values()) + 1
-        added = self._tokenizer.get_added_tokens_decoder()
-        special = {token.content: index for index, token in sorted(added.items()) if token.special}
-        self.end = document_end.find(Path(path), self._id_of, special, eod)
-        self.eod = self.end.id
-        self.byte_level = isinstance(self._tokenizer.decoder, package.decoders.ByteLevel)
-
-    def encode(self, text: str) -> list[int]:
-        _utf8(text)
-        # Unlike `encode`, this lets other threads run meanwhile, and it finds no positions, which nobody asks for.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text), dtype=id_dtype(self.vocab_size))
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        if self.byte_level:
-            return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        known = [i for i in self._known(ids) if i != self.eod]
-        if not self._byte_tokens.keys().isdisjoint(known):
-            tokens = mended(known, [self._tokenizer.id_to_token(i) for i in known], self._byte_tokens)
-            if tokens is not None:
-                return self._tokenizer.decoder.decode(tokens)
-        return self._tokenizer.decode(known, skip_special_tokens=False)
-
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        if not self.byte_level:
-            return self.decode(ids).encode("utf-8")
-        table = self._bytes_of
-        return b"".join([table[i] for i in self._known(ids)])
-
-    def normalized(self, text: str) -> str:
-        """The form of `text`, NFC or lower case for instance, that the file's normalizer makes before it is encoded."""
-        normalizer = self._tokenizer.normalizer
-        return text if normalizer is None else normalizer.normalize_str(text)
-
-    def _known(self, ids: Sequence[int] | np.ndarray) -> list[int]:
-        known = _checked_ids(ids, self.spec, self.vocab_size).tolist()
-        table = self._bytes_of
-        for position, token in enumerate(known):
-            if token not in table:
-                raise DataError(f"tokenizer {self.spec}: id {token} at position {position} is a gap in its vocabulary")
-        return known
-
-    @functools.cached_property
-    def _byte_tokens(self) -> dict[int, int]:
-        return byte_tokens(self._tokenizer.decoder, self._id_of)
-
-    @functools.cached_property
-    def _bytes_of(self) -> dict[int, bytes]:
-        """Bytes of every id; those of a byte-level file are spelled with one printable character a byte."""
-        spelled = {index: token.encode("utf-8") for token, index in self._id_of.items()}
-        if self.byte_level:
-            added = self._tokenizer.get_added_tokens_decoder()
-            byte_of = _byte_alphabet()
-            for token, index in self._id_of.items():
-                if index not in added and all(character in byte_of for character in token):
-                    spelled[index] = bytes(byte_of[character] for character in token)
-        if self.eod is not None:
-            spelled[self.eod] = b""
-        return spelled
 
 
 class TextStream:
@@ -425,50 +242,3 @@ class TextStream:
 def _world() -> WorldTokenizer:
     """The one World tokenizer of a process: it never changes, and reading its table takes a second."""
     return WorldTokenizer()
-
-
-def _checked_ids(ids: Sequence[int] | np.ndarray, spec: str, limit: int) -> np.ndarray:
-    """`ids` as a 1-D integer array; DataError unless all are in [0, limit)."""
-    array = np.asarray(ids)
-    if array.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(f"tokenizer {spec}: wanted a flat sequence of integer ids, got {array.dtype} {array.shape}")
-    if array.min() < 0 or array.max() >= limit:
-        position = int(((array < 0) | (array >= limit)).argmax())
-        raise DataError(
-            f"tokenizer {spec}: id {array[position]} at position {position} stands for nothing; wanted 0 to {limit - 1}"
-        )
-    return array
-
-
-def _check_text(text: object) -> None:
-    if not isinstance(text, str):
-        raise DataError(f"wanted a text, a str, got {type(text).__name__}")
-
-
-def _utf8(text: str) -> bytes:
-    _check_text(text)
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text holds half a surrogate pair, {ascii(text[error.start])}, at character {error.start}; "
-            "UTF-8 has no such character"
-        ) from None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2: printable Latin-1 stands for itself, the other 68 bytes for U+0100 onwards."""
-    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in themselves]
-    return {chr(byte): byte for byte in themselves} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-def _package(module: str, distribution: str, spec: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"tokenizer {spec!r} needs {distribution} ({error}). Type: pip install {distribution}"
-        ) from None

@@ -18,6 +18,7 @@ from heron.generation import Engine, Request, Sampling, Snapshot, engine, genera
 from heron.generation.drawing import DeviceDraws
 from heron.generation.sampling import increments
 from heron.tokenizer.continuation import encode_pair
+from heron.tokenizer.json_file import byte_alphabet
 from tests.tokenizer.tokenizer_kinds import load
 
 GREEDY = Sampling(temperature=0)
@@ -495,7 +496,7 @@ def test_ids_end_a_text():
 def digits(tmp_path_factory):
     """Path of a tokenizer.json whose ids stand for digits, several digits, spaces, letters, both."""
     pieces = ["0", "7", "45", "10", " ", "\t", " 7", "a", "01", "\n"]
-    alphabet = {byte: character for character, byte in tokenizer._byte_alphabet().items()}
+    alphabet = {byte: character for character, byte in byte_alphabet().items()}
     vocab = {"".join(alphabet[byte] for byte in piece.encode()): index for index, piece in enumerate(pieces)}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from heron import report
 from heron.errors import ConfigError, DataError
-from heron.report import Reporter, plot, read_log
+from heron.report import Reporter, figures, picture, plot, read_log
 
 TRAIN_LOG_LINE = re.compile(
     r"(\d+) (\d+\.\d{6}) (\d+\.\d{4}) (\d+\.\d{8}) \d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? (\d+)"
@@ -247,7 +246,7 @@ def test_a_terminal_gets_one_line_that_is_written_over(tmp_path):
     import pty
 
     program = (
-        "import sys; from pathlib import Path; from heron import report; report.SECONDS_BETWEEN_REDRAWS = 0\n"
+        "import sys; from pathlib import Path; from heron import report; report.console.SECONDS_BETWEEN_REDRAWS = 0\n"
         "with report.Reporter(Path(sys.argv[1]), 30) as reporter:\n"
         "    for s in range(1, 31):\n"
         "        reporter.step(dict(step=s, tokens=s, loss=2.0, lr=1e-3, grad_norm=1.0, tokens_per_s=9.0, time=s))\n"
@@ -392,8 +391,8 @@ def test_plot_draws_a_folder_of_any_name(tmp_path, name):
     except OSError:
         pytest.skip("this file system has no such names")
     assert plot([tmp_path / name], tmp_path / "loss.svg").stat().st_size > 10_000
-    assert report._drawable("a$b$") == r"a\$b\$"
-    assert report._drawable("_first") == " _first"
+    assert picture._drawable("a$b$") == r"a\$b\$"
+    assert picture._drawable("_first") == " _first"
 
 
 def test_plot_refuses_what_it_cannot_draw(tmp_path):
@@ -417,7 +416,7 @@ def test_smoothing_is_the_mean_of_the_finite_neighbours(width):
     reach = width // 2
     near = [y[max(i - reach, 0) : i + reach + 1] for i in range(60)]
     means = [n[np.isfinite(n)].mean() if np.isfinite(n).any() else math.nan for n in near]
-    np.testing.assert_allclose(report._smoothed(y, width), means, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(picture._smoothed(y, width), means, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +424,7 @@ def test_smoothing_is_the_mean_of_the_finite_neighbours(width):
     [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (5025, "1:23:45"), (86399.4, "23:59:59"), (275000, "3d 04h")],
 )
 def test_durations(seconds, text):
-    assert report._duration(seconds) == text
+    assert figures.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -433,7 +432,7 @@ def test_durations(seconds, text):
     [(0.4, "0"), (999.4, "999"), (999.5, "1.0k"), (12345, "12.3k"), (999949, "999.9k"), (1e6, "1.00M")],
 )
 def test_thousands(value, text):
-    assert report._thousands(value) == text
+    assert figures.thousands(value) == text
 
 
 def test_importing_needs_no_extras():

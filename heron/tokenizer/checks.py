@@ -1,0 +1,56 @@
+"""What the tokenizers share: checks of texts and ids, the dtype of ids, packages that may be missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from heron.errors import ConfigError, DataError
+
+
+def id_dtype(vocab_size: int) -> type[np.integer]:
+    """The dtype that ids below `vocab_size` are kept in: uint16 where they fit, else int32."""
+    return np.uint16 if vocab_size <= 65536 else np.int32
+
+
+def checked_ids(ids: Sequence[int] | np.ndarray, spec: str, limit: int) -> np.ndarray:
+    """`ids` as a 1-D integer array; DataError unless all are in [0, limit)."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"tokenizer {spec}: wanted a flat sequence of integer ids, got {array.dtype} {array.shape}")
+    if array.min() < 0 or array.max() >= limit:
+        position = int(((array < 0) | (array >= limit)).argmax())
+        raise DataError(
+            f"tokenizer {spec}: id {array[position]} at position {position} stands for nothing; wanted 0 to {limit - 1}"
+        )
+    return array
+
+
+def check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"wanted a text, a str, got {type(text).__name__}")
+
+
+def utf8(text: str) -> bytes:
+    check_text(text)
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds half a surrogate pair, {ascii(text[error.start])}, at character {error.start}; "
+            "UTF-8 has no such character"
+        ) from None
+
+
+def needed_package(module: str, distribution: str, spec: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"tokenizer {spec!r} needs {distribution} ({error}). Type: pip install {distribution}"
+        ) from None

@@ -1,0 +1,101 @@
+"""RWKV World: the table of tokens, and the greedy longest match over bytes."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heron.errors import DataError
+from heron.tokenizer.checks import checked_ids, id_dtype, needed_package, utf8
+
+
+class WorldTokenizer:
+    """The RWKV World vocabulary: greedy longest match over bytes. Needs pyrwkv-tokenizer, which holds the table.
+
+    Ids 1..65529 are the table, 0 is the end of document, and 65530..65535 fill the models' 65,536 rows and stand for
+    nothing. pyrwkv-tokenizer encodes text; bytes are encoded and ids decoded here, since it does neither for split
+    characters.
+    """
+
+    spec = "world"
+    vocab_size = 65536
+    eod = 0
+    is_text = True
+    byte_level = True
+
+    def __init__(self) -> None:
+        self._package = needed_package("pyrwkv_tokenizer", "pyrwkv-tokenizer", self.spec)
+
+    def encode(self, text: str) -> list[int]:
+        utf8(text)
+        return self._encoder.encode(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=id_dtype(self.vocab_size))
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of any bytes, valid UTF-8 or not; equal to `encode` where they are."""
+        ids_of, lengths_after = self._longest_match
+        ids: list[int] = []
+        start = 0
+        while start < len(data):
+            for length in lengths_after.get(data[start : start + 2], (1,)):
+                candidate = data[start : start + length]
+                if candidate in ids_of:
+                    ids.append(ids_of[candidate])
+                    start += len(candidate)
+                    break
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        table = self._bytes_of
+        return b"".join([table[i] for i in checked_ids(ids, self.spec, len(table)).tolist()])
+
+    @property
+    def table(self) -> list[bytes]:
+        """The bytes of ids 0 to 65529; id 0 stands for none."""
+        return self._bytes_of
+
+    @functools.cached_property
+    def _encoder(self) -> Any:
+        return self._package.RWKVTokenizer()
+
+    @functools.cached_property
+    def _bytes_of(self) -> list[bytes]:
+        """Bytes of ids 0..65529, from lines of the form ``id literal length``."""
+        path = Path(self._package.__file__).with_name("rwkv_vocab_v20230424.txt")
+        table = [b""]
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    index, _, rest = line.partition(" ")
+                    literal, _, length = rest.rpartition(" ")
+                    token = ast.literal_eval(literal)
+                    token = token.encode("utf-8") if isinstance(token, str) else token
+                    if int(index) != len(table) or int(length) != len(token):
+                        raise ValueError(f"id {index} with {len(token)} bytes, wanted {len(table)} with {int(length)}")
+                    table.append(token)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(
+                f"{path}, line {len(table)}: not the World vocabulary: {error}. "
+                "Type: pip install --force-reinstall pyrwkv-tokenizer"
+            ) from None
+        return table
+
+    @functools.cached_property
+    def _longest_match(self) -> tuple[dict[bytes, int], dict[bytes, list[int]]]:
+        """Ids by bytes, and by its first two bytes the lengths that a token may have, longest first, down to 1."""
+        ids_of = {token: index for index, token in enumerate(self._bytes_of) if token}
+        lengths: dict[bytes, set[int]] = {}
+        for token in ids_of:
+            if len(token) > 1:
+                lengths.setdefault(token[:2], {1}).add(len(token))
+        return ids_of, {head: sorted(found, reverse=True) for head, found in lengths.items()}
