@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from heron.errors import CheckpointError
@@ -87,6 +87,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_foreign(path: Path, is_ours: Callable[[bytes], bool]) -> None:
+    """Let a file be named for output only where nothing is lost: it is not there, or its content `is_ours`.
+
+    Raises:
+        CheckpointError: a file, or anything else, that a command of this kind has not written.
+    """
+    _refuse_special(path)
+    if not os.path.lexists(path):
+        return
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
+    if not is_ours(content):
+        raise CheckpointError(f"{path}: is there already and was not written by this command; name another file")
 
 
 def _refuse_special(path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import heron
+from heron import progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` is not part of the installed package
 
@@ -24,6 +25,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _silent_progress():
+    """What is said of work that lasts depends on the machine; tests/test_progress.py sets how long that is."""
+    before, progress.PATIENCE_S = progress.PATIENCE_S, 1e6
+    yield
+    progress.PATIENCE_S = before
 
 
 @pytest.fixture(scope="session")

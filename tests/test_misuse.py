@@ -344,3 +344,41 @@ def test_a_history_that_cannot_be_written_stops_nobody(terminal, monkeypatch):
     assert line_editing.reader()("\nUser: ") == "what is a heron?"
     monkeypatch.setitem(sys.modules, "readline", None)
     assert line_editing.reader() is input
+
+
+# -- files of others ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("eval {home}/m.pth --data {home}/t.txt --ctx_len 8 --json {file}", "mine.json"),
+        ("eval {home}/m.pth --data {home}/t.txt --ctx_len 8 --plot {file}", "mine.svg"),
+        (
+            "bench --n_layer 1 --n_embd 64 --vocab_size 256 --ctx_len 8 --micro_bsz 1 --steps 1 --json {file}",
+            "mine.json",
+        ),
+        ("plot {home}/run --out {file}", "mine.png"),
+    ],
+)
+def test_figures_replace_what_the_command_wrote_and_nothing_else(model, tmp_path, capsys, command, name):
+    heron.save(model, tmp_path / "m.pth")
+    (tmp_path / "t.txt").write_text("one two three four")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text(
+        '{"kind": "step", "step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0}\n'
+    )
+    words = command.format(home=tmp_path, file=tmp_path / name).split()
+    for content in (b"", b"what another program wrote", b"[]", b'{"model": 1}', b'[{"model": 1}]'):
+        (tmp_path / name).write_bytes(content)
+        assert cli.main(words) == 1
+        assert capsys.readouterr().err == (
+            f"heron: {tmp_path / name}: is there already and was not written by this command; name another file\n"
+        )
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / name).unlink()
+    assert cli.main(words) == 0
+    (tmp_path / name).touch()
+    os.utime(tmp_path / name, (0, 0))
+    assert cli.main(words) == 0
+    assert (tmp_path / name).stat().st_mtime > 0

@@ -23,7 +23,7 @@ from heron import machine
 from heron.commands.settings import step_of
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
-from heron.files import new_file
+from heron.files import new_file, refuse_foreign
 from heron.model import RWKV
 from heron.progress import progress
 from heron.train import memory
@@ -35,6 +35,8 @@ _WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTo
 
 def run(options: argparse.Namespace) -> None:
     config, model = step_of(options)
+    if options.json:
+        refuse_foreign(Path(options.json), _is_ours)
     with progress(f"making {options.steps} steps"):
         result = bench(config, model, options.steps)
     print(describe(config, model, result))
@@ -135,6 +137,15 @@ def record(config: TrainConfig, model: ModelConfig, result: Result) -> dict[str,
     settings = {**config.to_dict(), "model": model.to_dict(), "threads": torch.get_num_threads()}
     name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
     return {**result._asdict(), "gpu": name, "torch": torch.__version__, "config": settings}
+
+
+def _is_ours(content: bytes) -> bool:
+    """Whether the content of a file is what `heron bench --json` wrote."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {*Result._fields, "config"} <= found.keys()
 
 
 def _now(device: torch.device) -> float | torch.cuda.Event:

@@ -14,8 +14,9 @@ from heron.commands.streams import note
 from heron.config import TrainConfig
 from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
+from heron.files import refuse_foreign
 from heron.progress import progress
-from heron.report import check_picture, scores
+from heron.report import picture, scores
 
 
 def run(options: argparse.Namespace) -> None:
@@ -26,7 +27,10 @@ def run(options: argparse.Namespace) -> None:
             "--limit counts the texts of --lambada and the questions of --choices; --data is read whole"
         )
     if options.plot:
-        check_picture(Path(options.plot))
+        picture.check_picture(Path(options.plot))
+        refuse_foreign(Path(options.plot), picture.is_ours)
+    if options.json:
+        refuse_foreign(Path(options.json), scores.is_ours)
     results = [_scores(model, options) for model in options.models]
     if len(results) > 1:
         print(scores.table(results))

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from heron.report import plot
+from heron.files import refuse_foreign
+from heron.report import picture
 
 
 def run(options: argparse.Namespace) -> None:
-    print(f"wrote {plot([Path(folder) for folder in options.runs], Path(options.out))}")
+    out = Path(options.out)
+    picture.check_picture(out)
+    refuse_foreign(out, picture.is_ours)
+    print(f"wrote {picture.plot([Path(folder) for folder in options.runs], out)}")

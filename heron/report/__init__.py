@@ -8,7 +8,7 @@ tensorboard/     events, if asked for
 """
 
 from heron.report.log import read_log
-from heron.report.picture import check_picture, plot
+from heron.report.picture import plot
 from heron.report.reporter import Reporter
 
-__all__ = ["Reporter", "check_picture", "plot", "read_log"]
+__all__ = ["Reporter", "plot", "read_log"]

@@ -18,11 +18,23 @@ from heron.report.log import log_path, read_log
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_MAKER = "Heron for RWKV-8"  # in the metadata of a picture
+
 
 def check_picture(out: Path) -> None:
     """ConfigError unless the file is named .png or .svg."""
     if out.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"plot: wanted a picture named .png or .svg, got {out}")
+
+
+def made_by_heron(out: Path) -> dict[str, str]:
+    """What a picture says of itself, as matplotlib's savefig takes it, so that a later one may replace it."""
+    return {"Creator" if out.suffix.lower() == ".svg" else "Software": _MAKER}
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether the content of a file is a picture that Heron drew."""
+    return _MAKER.encode() in content[:4096]
 
 
 def plot(runs: Sequence[Path], out: Path) -> Path:
@@ -96,7 +108,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
 
     with new_file(out) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script: a box is drawn
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=120, metadata=made_by_heron(out))
     return out
 
 

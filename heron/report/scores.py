@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from heron.files import new_file
-from heron.report.picture import check_picture
+from heron.report import picture
 
 FIGURES = (
     "loss", "perplexity", "bits_per_byte", "lambada_perplexity", "lambada_accuracy", "accuracy", "accuracy_per_byte",
@@ -32,6 +32,17 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(columns))
         for columns in (list(zip(line, widths, strict=True)) for line in lines)
     )
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether the content of a file is what :func:`write` wrote."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return False
+    if not isinstance(found, list) or not found:
+        return False
+    return all(isinstance(one, dict) and {"model", "mode"} <= one.keys() for one in found)
 
 
 def write(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -58,7 +69,7 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
     from matplotlib.figure import Figure
 
     out = Path(out)
-    check_picture(out)
+    picture.check_picture(out)
     keys = _shared_figures(results)
     has_steps = all(result["step"] is not None for result in results)
     ordered = sorted(results, key=lambda result: result["step"]) if has_steps else results
@@ -71,7 +82,7 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     with new_file(out) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=150, metadata=picture.made_by_heron(out))
     return out
 
 
