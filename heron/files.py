@@ -66,6 +66,12 @@ def new_file(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
+def write_text(path: Path, content: str) -> None:
+    """A file of that text, in UTF-8; CheckpointError as :func:`new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """As :func:`new_file`, for a folder that does not exist yet. The caller syncs the files it puts inside.

@@ -111,3 +111,11 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
         )
         for changes in found
     ]
+
+
+def remedy(config: TrainConfig, model: ModelConfig | None) -> str:
+    """Which settings to try where memory runs out, in words; None: before the sizes of the model were known."""
+    if model is None:
+        return "That was while the weights were read"
+    flags = [flags for flags, _ in knobs(config, model)]
+    return f"Try {', or '.join(flags)}; heron estimate says what each is worth. Checkpoints are whole"

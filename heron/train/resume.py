@@ -1,79 +1,124 @@
-"""What a run that is started again would do otherwise than it did: other settings, a jump of the learning rate."""
+"""How a run goes on: from which checkpoint, with which of its settings, and whether there is anything left to do."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from heron import tokenizer
 from heron.checkpoint import run
 from heron.config import ModelConfig, TrainConfig
-from heron.errors import ConfigError
-from heron.optim import lr_at
+from heron.errors import CheckpointError, DataError
+from heron.train import differences, run_data
+from heron.train.guard import Guard
+from heron.train.parts import Progress
+from heron.train.step import Learner
+from heron.train.stop import Preemption
 
-EXACT = (  # settings that the numbers of every later step depend on
-    "tokenizer", "seed", "ctx_len", "micro_bsz", "accumulate", "max_steps", "max_tokens",
-    "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip",
-    "on_nonfinite", "spike", "tables", "tables_state", "weights",
-)  # fmt: skip
-_JUMP = 1.05  # a factor of the learning rate, up or down, that is told
-
-
-def differing_settings(folder: Path, config: TrainConfig, asked: TrainConfig, data: str | None) -> list[str]:
-    """Each setting that is not as in the run that a checkpoint is of, as a clause.
-
-    Args:
-        folder: the checkpoint.
-        config: the settings now, with what the machine decides decided.
-        asked: the settings as they were given: what they leave to the machine is not compared.
-        data: fingerprint of the data now; None: they are not there.
-    """
-    before = run.trainer_of(folder)["exact"]
-    now = {name: getattr(config, name) for name in EXACT} | {"dtype": config.dtype}
-    if data is not None:
-        now["data"] = data
-    for name in ("weights", "dtype"):
-        if getattr(asked, name) == "auto":
-            del now[name]
-    found = [
-        f"{name} was {before[name]} and is {value}"
-        for name, value in now.items()
-        if name in before and before[name] != value
-    ]
-    earlier = _config(folder)
-    if earlier is not None and isinstance(config.model, str) and config.model != earlier.model:
-        was = "initial values" if isinstance(earlier.model, ModelConfig) else earlier.model
-        found.insert(0, f"model was {was} and is {config.model}")
-    return found
+_STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
 
 
-def learning_rate_jump(folder: Path, step: int, config: TrainConfig) -> str | None:
-    """How the learning rate jumps where a run goes on with another schedule; None where it does not.
-
-    Args:
-        folder: the checkpoint that it goes on from.
-        step: finished steps.
-    """
-    earlier = _config(folder)
-    if earlier is None or step == 0:
+def point(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
+    """The verified checkpoint to go on from, or None for a fresh start."""
+    out = Path(config.out)
+    if config.resume == "auto":
+        return run.newest(out, say)
+    used = (out / "config.yaml").exists()
+    if config.resume == "none":
+        if used:
+            raise CheckpointError(f"{out}: holds a run already and resume is none; name another --out")
         return None
-    expected, now = lr_at(min(step, earlier.total_steps), earlier), lr_at(step, config)
-    last = lr_at(step - 1, earlier)
-    if math.isclose(expected, now, rel_tol=1e-9):
-        return None
-    if last == 0 or now == 0:
-        return f"the learning rate jumps from {last:.3g} to {now:.3g}" if last != now else None
-    factor = now / last
-    if 1 / _JUMP < factor < _JUMP:
-        return None
-    times = f"{factor:.3g} times as high" if factor > 1 else f"a factor of {factor:.3g}"
-    steps = earlier.total_steps, config.total_steps
-    why = "" if steps[0] == steps[1] else f": the schedule was one of {steps[0]:,} steps and is one of {steps[1]:,}"
-    return f"the learning rate jumps from {last:.3g} in step {step} to {now:.3g} in step {step + 1}, {times}{why}"
+    if used and TrainConfig.from_yaml(out / "config.yaml").resume == config.resume:
+        return run.newest(out, say) or _named(Path(config.resume), say)  # the same command again
+    folder = _named(Path(config.resume), say)
+    if used and folder.resolve() != (run.newest(out) or out).resolve():
+        raise CheckpointError(f"{out}: holds another run, or newer steps than {folder}; name another --out")
+    return folder
 
 
-def _config(folder: Path) -> TrainConfig | None:
-    """The settings in a checkpoint; None where another version of Heron had others."""
+def model_sizes(config: TrainConfig, resume_from: Path | None) -> ModelConfig:
+    """The model's sizes: from the config, or from the run that goes on."""
+    wanted = config.model
+    if resume_from is None:
+        return wanted
+    saved = ModelConfig.from_dict(run.trainer_of(resume_from)["model"])
+    if isinstance(wanted, ModelConfig) and wanted != saved:
+        differing = [
+            f"{name} {value} (now {getattr(wanted, name)})"
+            for name, value in saved.to_dict().items()
+            if getattr(wanted, name) != value
+        ]
+        remedy = "name another --out" if resume_from.is_relative_to(Path(config.out)) else "drop --resume"
+        raise CheckpointError(f"{resume_from}: this run has another model: {', '.join(differing)}; {remedy}")
+    return saved
+
+
+def check_tables(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
+    """CheckpointError where a run goes on with tables elsewhere: what the optimizer knows of them is not the same."""
+    earlier = {name: before.get(name, getattr(TrainConfig, name)) for name in ("tables", "tables_state")}
+    if earlier != {name: getattr(config, name) for name in earlier}:
+        flags = " ".join(f"--{name} {value}" for name, value in earlier.items())
+        raise CheckpointError(f"{folder}: this run trains with {flags}; give these, or start another from its weights")
+
+
+def nothing_to_do(
+    folder: Path, step: int, config: TrainConfig, asked: TrainConfig, stop: Preemption, say: Callable[[str], None]
+) -> str:
+    """Say that a run is finished; CheckpointError, by their names, where settings differ from those it had."""
+    home = folder.parents[1]
+    if (kept := home / "tokenizer.json").exists() and config.tokenizer.startswith(tokenizer.LEARNED):
+        text_tokenizer = tokenizer.load(str(kept))
+    elif config.tokenizer.startswith(tokenizer.LEARNED):
+        raise CheckpointError(
+            f"{home}: finished at step {step}, with another tokenizer than {config.tokenizer}; name another --out"
+        )
+    else:
+        text_tokenizer = tokenizer.load(config.tokenizer, config.eod)
     try:
-        return TrainConfig.from_yaml(folder / run.CONFIG)
-    except ConfigError:
-        return None
+        data = stop.interruptible(lambda: run_data.corpus(config, text_tokenizer, say)).fingerprint
+    except DataError:  # gone, as it may be when all is done
+        data = None
+    if found := differences.differing_settings(folder, config, asked, data):
+        raise CheckpointError(
+            f"{home}: finished at step {step}, with other settings: {'; '.join(found)}. Name another --out to "
+            "train with these, or raise --max_steps or --max_tokens to go on with them"
+        )
+    say(f"{home}: finished at step {step}; nothing to do. Raise --max_steps to train longer, or name another --out.")
+    return "finished"
+
+
+def state(progress: Progress, guard: Guard, model: ModelConfig, exact: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of a run besides weights and moments; :func:`restore` takes it up."""
+    return {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "cursor": progress.cursor,
+        "seconds": progress.seconds,
+        "owed": progress.owed,
+        "guard": guard.state(),
+        "model": model.to_dict(),
+        "exact": exact,
+    }
+
+
+def restore(folder: Path, learner: Learner, guard: Guard, progress: Progress) -> dict[str, Any]:
+    """Take up the state in a verified checkpoint; gives the trainer's record."""
+    record = run.restore(folder, learner.model, learner.optimizer)
+    learner.refresh()
+    run.check_names(folder / run.TRAINER, record, _STATE)
+    run.check_names(folder / run.TRAINER, record["guard"], guard.state())
+    guard.restore(record["guard"])
+    for name in ("step", "tokens", "cursor", "seconds", "owed"):
+        setattr(progress, name, record[name])
+    progress.saved, progress.kept = True, progress.step
+    return record
+
+
+def _named(path: Path, say: Callable[[str], None]) -> Path:
+    """The verified checkpoint that `resume` names, or the newest of the run that it names."""
+    folder = path if run.is_checkpoint(path) else run.newest(path, say)
+    if folder is None:
+        raise CheckpointError(f"resume: {path} is neither a checkpoint nor a run folder with one")
+    run.verify(folder)
+    return folder

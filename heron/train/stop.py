@@ -8,9 +8,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heron.model import RWKV
 
 _SECONDS_TO_LEAVE = 1.0  # of what was begun in a thread and is no longer wanted
 
@@ -19,6 +22,10 @@ _abandoned: list[threading.Thread] = []
 
 class Stopped(BaseException):
     """A signal came while there was nothing to save yet. No Exception, so that nobody takes it for a failure."""
+
+
+class _NotWanted(Exception):
+    """Leaves a validation or a sample when the run is asked to stop."""
 
 
 class Preemption:
@@ -166,3 +173,20 @@ class Preemption:
 def left_behind() -> bool:
     """Whether a library's call that a stop did not wait for is still going on: leave the process by `os._exit`."""
     return any(thread.is_alive() for thread in _abandoned)
+
+
+@contextlib.contextmanager
+def until_stopped(stop: Preemption, model: RWKV) -> Iterator[None]:
+    """Leave the block at its next forward pass once the run is asked to stop."""
+
+    def look(*_: object) -> None:
+        if stop.reason:
+            raise _NotWanted
+
+    hook = model.emb.register_forward_pre_hook(look)
+    try:
+        yield
+    except _NotWanted:
+        return
+    finally:
+        hook.remove()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from heron.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from heron.report import Reporter
 
 _SPINS = "1000"  # of GNU's OpenMP, which is in PyTorch's Linux wheels: microseconds, then sleep; its usual: 300,000
 _BLOCK_MS = "1"  # of LLVM's and Intel's, in those for macOS and Windows; their usual: 200 ms
@@ -124,3 +127,77 @@ def settle(wanted: int, device: torch.device) -> tuple[int, str]:
     if number == usual:
         return usual, ""
     return number, f"the machine is busy: {times:.0f} times as fast as {usual}, which --threads {usual} asks for"
+
+
+def begin(now: int, asked: int, device: torch.device, before: dict[str, Any] | None, say: Callable[[str], None]) -> int:
+    """The number of threads from now on: as asked, else that of the run that goes on, else what is fastest here now.
+
+    Args:
+        now: the number so far.
+        asked: 0: none was.
+        before: what the checkpoint that the run goes on from says of what it was made with; None: a fresh start.
+    """
+    import torch
+
+    from heron import machine
+
+    machine.settle_threads()
+    if asked:
+        return now
+    usual = torch.get_num_threads()
+    if before is None:
+        number, reason = settle(0, device)
+        if reason:
+            say(f"threads: {number}: {reason}")
+    else:
+        number = before.get("threads", usual)
+        number = _use(number if number <= most() else usual)
+        if device.type == "cpu" and number > 1:
+            best, times = fewer(number)
+            if best != number:
+                say(
+                    f"the machine is busy: on {best} threads this run would be {times:.0f} times as fast as on its "
+                    f"{number}, and not bit-exact; --threads {best} chooses that"
+                )
+    return _use(number)
+
+
+def adapt(before: int, asked: int, device: torch.device, reporter: Reporter, step: int, slower: float) -> int:
+    """After steps that took ten times as long as those before: compute on fewer threads where that helps.
+
+    Args:
+        before: the number so far.
+        asked: the number that was asked for, which stays; 0: none was.
+        slower: how many times as long.
+
+    Returns:
+        The number from now on.
+    """
+    if device.type != "cpu":
+        return before
+    best, times = fewer(before)
+    what = f"step {step}: steps take {slower:.0f} times as long as they did"
+    if best == before:
+        reporter.note(f"{what}; fewer than {before} threads would not help")
+        return before
+    if asked:
+        reporter.note(f"{what}: the machine is busy; --threads {best} would be {times:.0f} times as fast now")
+        return before
+    now = _use(best)
+    reporter.refused({"step": step, "threads": best, "threads_before": before})
+    reporter.note(
+        f"{what}: the machine is busy; going on with {best} threads, not {before}, which are {times:.0f} times as "
+        "fast now (not bit-exact from here on with a run that keeps them)"
+    )
+    return now
+
+
+def _use(number: int) -> int:
+    """So many threads from now on, or one where the system starts no more; gives the number."""
+    import torch
+
+    from heron import machine
+
+    torch.set_num_threads(number)
+    machine.settle_threads()
+    return torch.get_num_threads()

@@ -22,8 +22,9 @@ from heron.checkpoint import run as checkpoints
 from heron.data.loader import load_corpus
 from heron.errors import CheckpointError
 from heron.tokenizer import load as load_tokenizer
-from heron.train import loop as train
+from heron.train import Trainer, differences, resume
 from heron.train.guard import Guard
+from heron.train.parts import Progress
 from heron.train.step import Learner
 from tests.torture import minute
 from tests.torture.result import Result
@@ -94,7 +95,7 @@ def _without(checkpoint: Path, field: tuple[str, ...], copy: Path) -> Path:
 
 def _taken_up(settings: heron.TrainConfig, checkpoint: Path) -> str:
     """What a resume from a checkpoint says; an empty text if nothing."""
-    trainer = train.Trainer(settings)
+    trainer = Trainer(settings)
     torch.manual_seed(1)
     model = heron.RWKV(minute.MODEL)
     learner = Learner(model, trainer.config, torch.device("cpu"))
@@ -104,7 +105,7 @@ def _taken_up(settings: heron.TrainConfig, checkpoint: Path) -> str:
     try:
         checkpoints.verify(checkpoint)
         guard = Guard(settings.on_nonfinite, settings.spike)
-        record = trainer._restore(checkpoint, learner, guard, train._Progress())
+        record = resume.restore(checkpoint, learner, guard, Progress())
     except CheckpointError as error:
         return str(error)
-    return "; ".join(trainer._differences(record, corpus, learner))
+    return "; ".join(differences.not_exact(record, trainer.config, trainer.device, corpus, learner))

@@ -24,13 +24,14 @@ from heron.config import TrainConfig
 from heron.data import background, loader
 from heron.errors import HeronError
 from heron.train import loop as train
+from heron.train import run_data
 from tests.torture import minute
 from tests.torture.result import Result
 
 SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PHASES = {  # name -> (object, function that begins the phase, which of its calls)
-    "data": (train, "load_corpus", 1),
+    "data": (run_data, "load_corpus", 1),
     "forward": (train.machine, "autocast", 9),
     "accumulation": (train.machine, "autocast", 10),
     "waiting": (background.Stream, "take", 3),

@@ -17,6 +17,7 @@ from heron import cli, tokenizer
 from heron.errors import ConfigError, HeronError
 from heron.tokenizer import learned as vocabulary
 from heron.train import loop as train
+from heron.train import run_data
 from heron.train import stop as preemption
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its root is near {n**0.5:.1f}.\n" for n in range(150))
@@ -50,10 +51,10 @@ def interrupted(number):
 @pytest.mark.parametrize(
     ("holder", "name", "number"),
     [
-        (train, "training_text", signal.SIGINT),
+        (run_data, "training_text", signal.SIGINT),
         (vocabulary, "learn", signal.SIGTERM),
         (vocabulary, "learn", signal.SIGINT),
-        (train, "load_corpus", signal.SIGUSR1),
+        (run_data, "load_corpus", signal.SIGUSR1),
         (train, "RWKV", signal.SIGINT),
         (train, "Learner", signal.SIGUSR1),
     ],
@@ -80,7 +81,7 @@ def test_a_resume_that_is_stopped_before_its_first_step_keeps_its_checkpoint(con
     heron.Trainer(config).fit()
     longer = heron.TrainConfig.from_dict({**config.to_dict(), "max_steps": 3})
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_corpus", interrupted(signal.SIGTERM))
+        patch.setattr(run_data, "load_corpus", interrupted(signal.SIGTERM))
         assert heron.Trainer(longer).fit() == "preempted"
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())
     assert status == {"status": "preempted", "step": 2, "checkpoint": "step-00000002"}

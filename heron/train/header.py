@@ -1,0 +1,77 @@
+"""What a run says of itself: the lines at its head, its status file, and what ending it now would lose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from heron import files, machine
+from heron.config import TrainConfig
+from heron.data.loader import Batches, Corpus
+from heron.errors import CheckpointError
+from heron.ops.rosa import rosa_choice
+from heron.ops.wkv7 import wkv7_choice
+from heron.train.parts import Progress
+from heron.train.step import Learner
+
+
+def header(
+    config: TrainConfig,
+    device: torch.device,
+    dtype: machine.Choice,
+    learner: Learner,
+    corpus: Corpus,
+    batches: Batches,
+    resume_from: Path | None,
+    beginning: str | None,
+) -> list[tuple[str, str]]:
+    """What a run says of itself before its first step: names and texts.
+
+    Args:
+        config: the settings, with what the machine decides decided.
+        dtype: the precision, with its reason.
+        resume_from: the checkpoint that it goes on from.
+        beginning: what a fresh run starts from, in words.
+    """
+    model_config = learner.model.config
+    wkv7 = wkv7_choice(device, config.ctx_len)
+    rosa = rosa_choice(device) if model_config.rosa else None
+    head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
+    n_parameters = sum(parameter.numel() for parameter in learner.model.parameters())
+    return [
+        ("model", f"{model_config.variant}  L{model_config.n_layer} C{model_config.n_embd} "
+                  f"{head_size}V{model_config.vocab_size}  {n_parameters / 1e6:.2f} M parameters"),
+        *([("start", beginning)] if beginning else []),
+        ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
+                 + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
+        ("order", batches.order.description),
+        ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} = "
+                 f"{config.tokens_per_step:,} tokens; {config.total_steps:,} steps"),
+        ("device", f"{device}, {config.threads} threads"),
+        ("precision", f"{config.dtype}: {dtype.reason}; weights {config.weights}"),
+        ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),
+        ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
+        *([("rosa", f"{rosa.impl}: {rosa.reason}")] if rosa else []),
+        ("out", f"{Path(config.out)}" + (f", going on from {resume_from.name}" if resume_from else "")),
+    ]  # fmt: skip
+
+
+def write_status(out: Path, status: str, progress: Progress, say: Callable[[str], None]) -> None:
+    """Write a run's status, its step and its newest checkpoint into its folder; a disk that refuses is told."""
+    folders = sorted((out / "checkpoints").glob("step-*"), key=lambda folder: folder.stat().st_mtime)
+    content = {"status": status, "step": progress.step, "checkpoint": folders[-1].name if folders else None}
+    try:
+        files.write_text(out / "run_status.json", json.dumps(content))
+    except CheckpointError as error:  # a full disk, of which the error that ends the run tells more
+        say(f"{error} (it would say: {status})")
+
+
+def at_stake(progress: Progress) -> str:
+    """What ending a run at once would lose, as a clause."""
+    if progress.step == (progress.kept or 0):
+        return "of the run, the step that has begun is lost"
+    since = "the beginning" if progress.kept is None else f"step {progress.kept}"
+    return f"what was trained since {since} is lost ({progress.step - (progress.kept or 0)} steps)"

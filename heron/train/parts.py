@@ -1,0 +1,80 @@
+"""What a running training consists of: where it is, its parts, and the steps that are on their way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from heron import tokenizer
+from heron.data.loader import Batches, Corpus
+from heron.report import Reporter
+from heron.train import threads
+from heron.train.guard import Guard
+from heron.train.step import Learner
+from heron.train.stop import Preemption
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is: what its last accepted step left, and what that step has not done yet.
+
+    Attributes:
+        tokens: of all steps so far; another batch size may have been set in between.
+        cursor: number of the next batch's first sample. Steps alone do not tell it: bad batches are passed over.
+        owed: of the step: "validation", "sample".
+        saved: whether a checkpoint holds all this.
+        kept: the step of the newest checkpoint; None: there is none.
+        begun, settled: perf_counter readings: when the run would have begun without pauses; the end of the last step.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    cursor: int = 0
+    seconds: float = 0.0
+    owed: list[str] = dataclasses.field(default_factory=list)
+    saved: bool = False
+    kept: int | None = None
+    begun: float = 0.0
+    settled: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a running training consists of."""
+
+    learner: Learner
+    tokenizer: tokenizer.Tokenizer
+    corpus: Corpus
+    batches: Batches
+    guard: Guard
+    stop: Preemption
+    reporter: Reporter
+    pace: threads.Pace
+
+
+class Gradients(NamedTuple):
+    """A forward and backward pass that was started: its loss, on the device, and the samples it is of."""
+
+    loss: Tensor
+    samples: list[tuple[Tensor, Tensor]]
+    first: int
+    begun: float
+
+
+class Update(NamedTuple):
+    """An update that was started. A GPU makes it later; `read` waits until then."""
+
+    gradients: Gradients
+    lr: float
+    limit: float
+    numbers: Tensor  # loss, gradient norm, whether they are bad
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> tuple[float, float, bool]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, grad_norm, bad = self.numbers.tolist()
+        return loss, grad_norm, bool(bad)

@@ -1,0 +1,108 @@
+"""What a run reads: its tokenizer, which it keeps, its tokens, and the order of its samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from heron import files, tokenizer
+from heron.config import TrainConfig
+from heron.data.corpora import Reading
+from heron.data.loader import Corpus, load_corpus, training_text
+from heron.data.sampling import check_prime, magic_prime
+from heron.errors import CheckpointError, ConfigError
+from heron.tokenizer import document_end
+from heron.tokenizer import learned as vocabulary
+from heron.train.stop import Preemption
+
+
+def text_tokenizer(
+    config: TrainConfig, resume_from: Path | None, stop: Preemption, say: Callable[[str], None]
+) -> tokenizer.Tokenizer:
+    """The tokenizer of the run. One that is a file, or is learned now, is kept in the run folder.
+
+    A run that goes on keeps the one it has: ids would mean something else under any other.
+    """
+    kept, end = Path(config.out) / "tokenizer.json", None
+    earlier = None if resume_from is None else _content(resume_from.parents[1] / "tokenizer.json")
+    if config.tokenizer.startswith(tokenizer.LEARNED):
+        vocab_size = _whole_number(config.tokenizer)
+        if config.eod not in (None, "0", document_end.NAMES[0]):
+            raise ConfigError(f"eod {config.eod!r}: a learned vocabulary has {document_end.NAMES[0]} for it")
+        if resume_from is None:
+            reading = Reading.of(config)
+            texts = stop.interruptible(
+                lambda: training_text(config.data, config.val_data, config.val_fraction, reading)
+            )
+            content = vocabulary.learn(texts, vocab_size, say)
+        elif earlier is None:
+            raise CheckpointError(f"{resume_from}: its run has no tokenizer.json, so it was not {config.tokenizer}")
+        else:
+            content = earlier
+    else:
+        asked = tokenizer.load(config.tokenizer, config.eod)
+        if not isinstance(asked, tokenizer.JsonTokenizer):
+            return asked
+        vocab_size, content = asked.vocab_size, Path(config.tokenizer).read_text(encoding="utf-8")
+        if resume_from is not None and content != earlier:
+            raise CheckpointError(f"{resume_from}: its run has another tokenizer than {config.tokenizer}")
+        before = asked if resume_from is None else tokenizer.load(str(resume_from.parents[1] / "tokenizer.json"))
+        if before.eod != asked.eod:
+            raise CheckpointError(
+                f"{resume_from}: its run ends documents with {before.end}; {config.tokenizer} has {asked.end}; "
+                f"type --eod {before.eod}"
+            )
+        end = asked.end
+        if end.id is not None:
+            say(f"each document ends with {end}")
+    if Path(config.tokenizer).resolve() != kept.resolve():
+        files.write_text(kept, content)
+    found = tokenizer.load(str(kept))
+    if end is not None and found.eod != end.id:  # the run folder must tell by itself, wherever it is moved
+        beside = kept.with_name(document_end.CONFIG)
+        if beside.exists():
+            raise CheckpointError(f"{beside}: names another end of a document than {end}; move it elsewhere")
+        files.write_text(beside, json.dumps({"eos_token": end.token}))
+        found = tokenizer.load(str(kept))
+    if found.vocab_size != vocab_size:
+        raise CheckpointError(f"{resume_from}: its run has a tokenizer of {found.vocab_size} ids, not {vocab_size}")
+    return found
+
+
+def corpus(config: TrainConfig, text_tokenizer: tokenizer.Tokenizer, say: Callable[[str], None]) -> Corpus:
+    """The tokens of the run."""
+    return load_corpus(
+        config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
+        Reading.of(config), say,
+    )  # fmt: skip
+
+
+def prime(config: TrainConfig, corpus: Corpus) -> int | None:
+    """The prime of the sample order; None: a permutation.
+
+    Raises:
+        ConfigError: one was asked for that does not fit the data.
+    """
+    if corpus.kind != "binidx":
+        if config.magic_prime is not None:
+            raise ConfigError(
+                f"magic_prime {config.magic_prime}: it orders the samples of a binidx, and {corpus.name} is text; "
+                f"drop it, or type heron prepare {config.data} --out PREFIX, and train with --data PREFIX"
+            )
+        return None
+    if config.magic_prime is None:
+        return magic_prime(len(corpus.train), config.ctx_len)
+    check_prime(config.magic_prime, len(corpus.train), config.ctx_len)
+    return config.magic_prime
+
+
+def _content(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _whole_number(spec: str) -> int:
+    text = spec.removeprefix(tokenizer.LEARNED)
+    if not text.isdecimal():
+        raise ConfigError(f"tokenizer {spec}: wanted bpe:V with a whole number V, got {text!r}")
+    return int(text)
