@@ -22,8 +22,8 @@ import torch
 from rosa_checkpoints import ablated
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import rosa_counting  # noqa: E402
-import rosa_tasks  # noqa: E402
+import rosa_counting
+import rosa_tasks
 
 STEPS = {"repeat": 200, "reverse": 400, "add": 400}
 ABLATIONS = ("output 0", "ties to the earliest", "value index r")

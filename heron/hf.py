@@ -37,7 +37,7 @@ class HeronPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     _supports_context_parallel = False
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules = ["Block"]
     rwkv: RWKV
 
     @classmethod
@@ -112,7 +112,7 @@ class HeronPreTrainedModel(PreTrainedModel):
 class HeronModel(HeronPreTrainedModel):
     """The network up to ln_out, without the head. Of a :class:`HeronForCausalLM` it is `base_model`."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^(rwkv\.)?head\.weight$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^(rwkv\.)?head\.weight$"]
 
     def __init__(self, config: HeronConfig, rwkv: RWKV | None = None):
         """`rwkv`: the network of another model, to share; None: one of its own."""
@@ -201,7 +201,7 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
     """A :class:`heron.RWKV`, its attribute `rwkv`, behind transformers' interface. What it carries on is a State."""
 
     accepts_loss_kwargs = True
-    _tied_weights_keys = {"rwkv.head.weight": "rwkv.emb.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"rwkv.head.weight": "rwkv.emb.weight"}
 
     def __init__(self, config: HeronConfig):
         super().__init__(config)

@@ -8,7 +8,7 @@ from core import env_hijack  # sets the environment before torch is imported
 from heron.compat import x070
 
 
-class RWKV_x070(x070.RWKV_x070):  # noqa: N801 - the name that applications import
+class RWKV_x070(x070.RWKV_x070):
     """:class:`heron.compat.x070.RWKV_x070`, which also obeys the RWKV_* environment variables."""
 
     def __init__(self, args: Any):

@@ -23,7 +23,7 @@ _MAY_BE_EMPTY = {"prompt", "sample_prompt", "system", "think", "stop", "wandb", 
 class _Once(argparse.Action):
     """Stores a value; refuses an empty one where it names something, and a second one that differs."""
 
-    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+    def __call__(self, parser, namespace, values, option_string=None):
         words = values if isinstance(values, list) else [values]
         if self.dest not in _MAY_BE_EMPTY and any(isinstance(word, str) and not word.strip() for word in words):
             raise argparse.ArgumentError(self, "wanted a value, got an empty one; is a shell variable not set?")
@@ -33,7 +33,7 @@ class _Once(argparse.Action):
 class _OnOff(argparse.BooleanOptionalAction):
     """--flag and --no-flag; refuses both at once."""
 
-    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+    def __call__(self, parser, namespace, values, option_string=None):
         _set_once(self, namespace, not option_string.startswith("--no-"), option_string)
 
 
@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 
-    def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 - argparse's own signature
+    def parse_args(self, args=None, namespace=None):
         args = [_with_underscores(argument) for argument in (sys.argv[1:] if args is None else args)]
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:

@@ -25,7 +25,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class RWKV_x070(RWKV):  # noqa: N801 - the name that applications import
+class RWKV_x070(RWKV):
     """An RWKV that reads `args`, takes one sequence at a time and keeps its state in upstream's list.
 
     Args:

@@ -207,7 +207,7 @@ def _of_files(
         if is_file and reading.column is not None:
             warnings.warn(f"column {reading.column!r} is for rows, of jsonl or csv; {source} is text", stacklevel=3)
         with opened(path) as file:
-            yield str(path), iter(lambda: file.read(_PIECE), b"")  # noqa: B023 - taken before the next file is opened
+            yield str(path), iter(lambda: file.read(_PIECE), b"")  # taken before the next file is opened
 
 
 def _rows(

@@ -9,14 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from heron.config import plain
+from heron.config import LARGEST_SEED, plain
 from heron.errors import ConfigError
 from heron.generation.sampling import Sampling
 from heron.generation.text import until_stop
 from heron.model import State
 from heron.tokenizer import TextStream, Tokenizer
-
-LARGEST_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Request:
     """Text or ids. Empty, and nothing pending in `after`: starts from the end of a document, as training does."""
     max_tokens: int = 64
     """Most new tokens, at least 0."""
-    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    sampling: Sampling = Sampling()
     """How its tokens are drawn; every request may have its own."""
     stop: str | Sequence[str] = ()
     """Texts that end it; looked for in the new text only, and not given out. Of integers: whole numbers."""

@@ -86,7 +86,9 @@ class Lookup(NamedTuple):
     def last(self, n: int) -> Lookup:
         """The last `n` tokens."""
         if n == self.ids.shape[1]:
-            return self  # with these very ids, by which Where knows what it has looked up
+            # These very ids, by which Where knows what it has looked up. The view has the gradients of each use summed
+            # by themselves first, as those of a slice are: so runs that have begun go on bit for bit.
+            return Lookup(self.ids, self.embedded.view_as(self.embedded))
         return Lookup(self.ids[:, -n:], self.embedded[:, -n:])
 
 

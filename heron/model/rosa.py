@@ -84,7 +84,8 @@ class RosaQKV(nn.Module):
         mixed = [x, x, x]
         if self.rosa.token_shift:
             before, last = shifted(x, state.shift)
-            mixed = [torch.addcmul(x, before - x, mix.to(x.dtype)) for mix in (self.x_q, self.x_k, self.x_v)]
+            delta = before - x
+            mixed = [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in (self.x_q, self.x_k, self.x_v)]
             state = state._replace(shift=last)
         q, k, v = (project(x) for project, x in zip((self.q, self.k, self.v), mixed, strict=True))
         e = self.rosa_qkv["emb"].view(-1)

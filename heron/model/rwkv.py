@@ -51,9 +51,12 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config, layer) if config.has_time_mix else None
         self.qkv = _ATTENTION[config.variant](config) if config.has_attention else None
-        self.ffn = ChannelMix(config)
+        # In the order of modules initial values are drawn and the squares of gradients are summed: runs depend on it.
+        self.ffn = ChannelMix(config) if config.has_time_mix else None
         self.ln3 = nn.LayerNorm(config.n_embd) if config.rosa else None
         self.rosa = RosaQKV(config.n_embd, config.rosa) if config.rosa else None
+        if self.ffn is None:
+            self.ffn = ChannelMix(config)
 
     def forward(
         self,

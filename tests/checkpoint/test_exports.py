@@ -391,7 +391,7 @@ def test_a_damaged_tokenizer_is_named(home, tmp_path, capsys):
 
 def test_pipelines_take_a_folder(home, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
-    import heron.hf  # noqa: F401 - registers the model type
+    import heron.hf  # registers the model type
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = heron.load(home / "w.pth")

@@ -145,7 +145,7 @@ def test_the_harness_finds_the_model_by_its_name(harness, random_model, tmp_path
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
-    import heron.compat.lm_eval  # noqa: F401 - which gives the name
+    import heron.compat.lm_eval
 
     path = tmp_path / "x.pth"
     heron.save(random_model(vocab_size=256, n_layer=1), path)

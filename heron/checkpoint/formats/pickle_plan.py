@@ -7,7 +7,7 @@ refused here, before PyTorch's own restricted unpickler sees it.
 from __future__ import annotations
 
 import pickletools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -160,7 +160,7 @@ def _since_mark(stack: list) -> list:
     return parts[::-1]
 
 
-def _wanted(value: object, kind: type):  # noqa: ANN202 - a value of `kind`
+def _wanted(value: object, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError
     return value

@@ -19,8 +19,8 @@ class HeronConfig(PretrainedConfig):
     """The fields of a :class:`heron.ModelConfig`, and those that transformers adds."""
 
     model_type = "heron"
-    keys_to_ignore_at_inference = ["state", "hidden_states"]  # noqa: RUF012 - transformers' own form
-    attribute_map = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["state", "hidden_states"]
+    attribute_map = {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
         "intermediate_size": "ffn_dim",
