@@ -76,22 +76,28 @@ def _cell(value: object) -> str:
 
 
 def _settings() -> Iterator[str]:
-    """A table for each settings class of heron.config: name, type, default and the text of `--help`."""
+    """A table for each settings class of heron.config, or group of it: name, type, default and the text of `--help`."""
     import heron.config
+    from heron.config.groups import GROUP_OF, GROUPS
 
     kinds_of_settings = [kind for kind in vars(heron.config).values() if isinstance(kind, type)]
     for kind in reversed([kind for kind in kinds_of_settings if dataclasses.is_dataclass(kind)]):  # the outermost first
         name = kind.__name__
         yield from (f"## {name}", "", kind.__doc__.split("\n\n")[0], "")
-        yield from ("| setting, type, default | meaning |", "|---|---|")
-        for field in dataclasses.fields(kind):
-            kinds, optional = heron.config.setting_type(kind, field.name)
-            names = " or ".join([kind.__name__ for kind in kinds] + ["none"] * optional)
-            default = "none" if field.default is None else _cell(field.default) or '""'
-            meaning = _cell(field.metadata.get("doc", ""))
-            anchor = f'<span id="{name}.{field.name}"></span>'
-            yield f"| {anchor}`{field.name}`<br><small>{names}: {default}</small> | {meaning} |"
-        yield ""
+        for group in GROUPS if kind is heron.config.TrainConfig else [None]:
+            if group:
+                yield from (f"### {group.capitalize()}", "")
+            yield from ("| setting, type, default | meaning |", "|---|---|")
+            for field in dataclasses.fields(kind):
+                if group and GROUP_OF[field.name] != group:
+                    continue
+                kinds, optional = heron.config.setting_type(kind, field.name)
+                names = " or ".join([kind.__name__ for kind in kinds] + ["none"] * optional)
+                default = "none" if field.default is None else _cell(field.default) or '""'
+                meaning = _cell(field.metadata.get("doc", ""))
+                anchor = f'<span id="{name}.{field.name}"></span>'
+                yield f"| {anchor}`{field.name}`<br><small>{names}: {default}</small> | {meaning} |"
+            yield ""
 
 
 def _presets() -> Iterator[str]:
@@ -106,10 +112,11 @@ def _presets() -> Iterator[str]:
 
 def _help(*words: str) -> str:
     from heron import cli
+    from heron.commands.help_texts import EVERY_FLAG
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        cli.main([*words, "--help"])
+        cli.main([*words, "--help", EVERY_FLAG])
     return out.getvalue().rstrip()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import io
 import json
 import re
@@ -19,8 +21,8 @@ from safetensors.torch import load_file
 
 import heron
 from heron import cli, report, tokenizer
-from heron.commands import info
-from heron.config import MINI_EPOCH, TrainConfig
+from heron.commands import flags, info
+from heron.config import MINI_EPOCH, ModelConfig, TrainConfig, groups
 from heron.data import binidx
 from heron.train import loop as train
 
@@ -249,6 +251,36 @@ def test_help_names_defaults(heron_):
     assert "learning rate after the warm-up (default: 0.0006)" in out
     assert "number of blocks (default: 12)" in out
     assert "keep this many tokens; 0: all (default: 0)" in re.sub(r"\s+", " ", heron_("generate --help")[1])
+
+
+def test_every_setting_has_a_group():
+    settings = [field.name for field in dataclasses.fields(TrainConfig)]
+    settings += [f"model.{field.name}" for field in dataclasses.fields(ModelConfig)]
+    grouped = [name for parts in groups.GROUPS.values() for part in parts for name in part]
+    assert sorted(grouped) == sorted(settings)
+
+
+@pytest.mark.parametrize("verb", ["train", "estimate", "bench"])
+def test_help_shows_the_usual_flags_and_help_all_every_flag(heron_, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, brief, err = heron_(verb, "--help")
+    assert (code, err) == (0, "")
+    assert len(re.findall(r"^  -", brief, re.MULTILINE)) <= 30
+    assert brief.splitlines()[-1].startswith(f"`heron {verb} --help all` lists every flag")
+    assert heron_(verb, "-h")[1] == brief
+
+    code, full, err = heron_(verb, "--help all")
+    assert (code, err) == (0, "")
+    assert max(map(len, (brief + full).splitlines())) <= 80
+    for out in (brief, full):
+        titles = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+        assert [title for title in titles if title in groups.GROUPS] == list(groups.GROUPS)
+    known = flags.parser().parse_args([verb]).parser._option_string_actions
+    listed = {flag for flag, action in known.items() if action.help != argparse.SUPPRESS}
+    assert {f"--{name}" for name in groups.GROUP_OF} <= listed
+    assert listed <= set(re.findall(r"--?[\w.-]+", full))
+    code, _, err = heron_(verb, "--help data")
+    assert_one_line(code, err, 2, "--help", "wanted all")
 
 
 def test_help_lists_the_verbs_and_the_version_is_there(heron_):

@@ -6,15 +6,17 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
 from heron import __version__
 from heron.commands import EXIT_USAGE, rwkv_lm_flags
+from heron.commands.help_texts import EVERY_FLAG, Help, HelpInTwoSizes
 from heron.commands.settings import READING
 from heron.config import INIT_DTYPES, LARGEST_SEED, PRESETS, ModelConfig, RosaConfig, TrainConfig, setting_type
+from heron.config.groups import GROUP_OF, GROUPS
 from heron.errors import ConfigError, did_you_mean
 
 _MAY_BE_EMPTY = {"prompt", "sample_prompt", "system", "think", "stop", "wandb", "rwkv_lm.load_model", "rwkv_lm.kernel"}
@@ -93,15 +95,6 @@ def _with_underscores(argument: str) -> str:
 
 _TOKENIZERS = "world, bytes, integers:V[:E] (E ends a document), a tokenizer.json"
 
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds each default that is a value; where there is none, the flag's own text says what happens without it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        no_value = action.default is None or action.default is False or action.default in ("", [])
-        return action.help if no_value else super()._get_help_string(action)
-
-
 _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none is imported before its verb runs
     "demo": lambda: import_module("heron.commands.demo"),
     "prepare": lambda: import_module("heron.commands.prepare"),
@@ -125,19 +118,24 @@ def parser() -> argparse.ArgumentParser:
         prog="heron",
         description="Train and run RWKV-8 language models.",
         allow_abbrev=False,
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"heron {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
 
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, trains: bool = False) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=text,
             description=text,
             allow_abbrev=False,
-            formatter_class=_Help,
+            formatter_class=Help,
+            add_help=not trains,
+            usage=f"%(prog)s [--help [{EVERY_FLAG}]] [--SETTING VALUE ...]" if trains else None,
         )
+        if trains:
+            help_text = f"show the flags that most runs need and exit; --help {EVERY_FLAG}: every flag"
+            sub.add_argument("-h", "--help", action=HelpInTwoSizes, metavar=EVERY_FLAG, help=help_text)
         sub.set_defaults(verb=name, module=_MODULES[name], parser=sub)
         return sub
 
@@ -164,20 +162,22 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--model", help=f"a preset: {', '.join(PRESETS)}; default: the sizes below")
     _add_settings(init, ModelConfig, prefix="model.")
 
-    train = verb("train", "train a model")
+    train = verb("train", "train a model", trains=True)
     train.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="check the settings, print them in full, read no data"
     )
     _add_training(train)
 
-    estimate = verb("estimate", "the memory that a training step will take, and what to turn if it won't fit")
+    estimate = verb(
+        "estimate", "the memory that a training step will take, and what to turn if it won't fit", trains=True
+    )
     estimate.add_argument(
         "--memory", help="what the device has, such as 24GiB or 80GB; default: only say what it takes"
     )
     estimate.add_argument("--probe", action="store_true", help="also make five steps here, and say how fast they were")
     _add_training(estimate)
 
-    bench = verb("bench", "what a training step takes here: time, tokens/s, memory")
+    bench = verb("bench", "what a training step takes here: time, tokens/s, memory", trains=True)
     bench.add_argument("--steps", type=int, default=10, help="timed steps, of which the median is told")
     bench.add_argument("--json", help="also write the figures to this file")
     _add_training(bench)
@@ -250,9 +250,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(
-    parser: argparse.ArgumentParser, config: type, prefix: str, names: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    config: type,
+    prefix: str,
+    names: Sequence[str] | None = None,
+    groups: Mapping[str, argparse._ArgumentGroup] | None = None,
 ) -> None:
-    """One flag per field, or for those of `names`; absent flags stay absent, so that a config file shows through."""
+    """One flag per field, or for those of `names`; absent flags stay absent, so that a config file shows through.
+
+    `groups` has the groups of the parser by title, where each flag is to stand in that of its setting.
+    """
     for field in dataclasses.fields(config):
         if names is not None and field.name not in names:
             continue
@@ -260,19 +267,21 @@ def _add_settings(
         flags = [f"--{prefix}{field.name}", f"--{field.name}"] if prefix else [f"--{field.name}"]
         default = "none" if field.default in (None, "") else field.default
         help_text = f"{field.metadata['doc']} (default: {default})".replace("%", "%%")
+        place = groups[GROUP_OF[prefix + field.name]] if groups else parser
         common = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
         if bool in kinds:
-            parser.add_argument(*flags, action=_OnOff, **common)
+            place.add_argument(*flags, action=_OnOff, **common)
         else:
             kind = next((kind for kind in (int, float) if kind in kinds), str)
-            parser.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
+            place.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     """The settings of a training run, which train, estimate and bench have in common."""
     parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
-    _add_settings(parser, TrainConfig, prefix="")
-    _add_settings(parser, ModelConfig, prefix="model.")
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    _add_settings(parser, TrainConfig, prefix="", groups=groups)
+    _add_settings(parser, ModelConfig, prefix="model.", groups=groups)
     rwkv_lm_flags.add(parser)
 
 
