@@ -82,6 +82,7 @@ def _environment():
 def test_an_interrupt_while_modules_are_imported_is_one_line():
     code = (
         "import os, signal, sys, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell ignore it
         "from heron import __main__\n"
         "class Importer:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
