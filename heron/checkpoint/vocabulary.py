@@ -117,7 +117,7 @@ class Vocabulary:
         return CHAT_TEMPLATE if self.is_text else None
 
     def folder(self) -> dict[str, bytes]:
-        """The files of a Hugging Face folder, by name: those that it came with, and what is missing of them."""
+        """A Hugging Face folder's files by name: the tokenizer's own, and new ones for those that it lacks."""
         content = self.json
         if content is None:
             content = {"world": world_json, "bytes": bytes_json}.get(self.spec, lambda: integers_json(self))()

@@ -51,7 +51,7 @@ def weights_in(out: Path) -> str | None:
 
 
 def vocabulary(spec: str, model: object) -> dict[str, int]:
-    """{"vocab_size": that of a tokenizer} where none was given: of the usual model, or if a named one has fewer ids.
+    """The vocab_size that a tokenizer needs, as a change of the model; none where the named model has enough ids.
 
     Args:
         spec: the tokenizer; one that can't be loaded is refused elsewhere.

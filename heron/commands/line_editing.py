@@ -1,4 +1,4 @@
-"""Typing at a terminal: the line can be edited, and what was typed before comes back with the arrow keys.
+"""Line editing and history at a terminal: the arrow keys bring earlier lines back.
 
 Both are Python's readline. Where it is absent (Windows), or where no terminal is, lines are read as they come.
 """

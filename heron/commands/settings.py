@@ -1,4 +1,4 @@
-"""The settings of a run, made of a config file, what the run's folder holds, and the flags laid over them."""
+"""The settings of a run: from a config file or from the run's folder, overridden by flags."""
 
 from __future__ import annotations
 

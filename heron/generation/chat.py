@@ -148,7 +148,7 @@ class Chat:
         return whole[n:] if whole[:n] == before.ids else encode_behind(tokenizer, before.ids, new)
 
     def _whole(self, text: str) -> list[int]:
-        """The ids of all text that is known, behind what was there before it."""
+        """The ids of the text so far, after those of the history."""
         if self._start.state is None and not self._start.pending:
             return self._engine.tokenizer.encode(text)
         return encode_behind(self._engine.tokenizer, self._start.pending, text)

@@ -43,7 +43,7 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
 
 
 def round_to_bf16(model: nn.Module) -> None:
-    """Round every parameter to bf16, its dtype kept: what RWKV-LM starts from, which stores initial values so.
+    """Round every parameter to bf16 and keep its dtype. RWKV-LM stores initial values in bf16, and starts from these.
 
     Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, `generate_init_weight` under ``--precision bf16``.
     """

@@ -207,7 +207,7 @@ class State:
 def _taken_apart(state: State) -> tuple[list[Tensor], str]:
     """All tensors of `state`, and which of those that can be absent are there: for torch.export and torch.func.
 
-    What is there is said as ``tokens layer layer ...``, a layer as ``attention:rosa``, with a digit for each tensor.
+    The parts are named as ``tokens layer layer ...``, a layer as ``attention:rosa``, with a digit for each tensor.
     """
     parts, layers = [], []
     for layer in state.layers:

@@ -52,7 +52,7 @@ class Operator:
         operator = self._operator
 
         class Transformed(torch.autograd.Function):
-            """What torch.func takes apart; the gradient that torch.library makes, it does not."""
+            """torch.func differentiates this; it cannot differentiate the gradient that torch.library registers."""
 
             @staticmethod
             def forward(*arguments: Any) -> Any:

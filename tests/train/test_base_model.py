@@ -1,4 +1,4 @@
-"""What a run that has not begun starts from, and that nothing it did not write is written over."""
+"""The weights that a new run starts from, and that a run overwrites only its own files."""
 
 from __future__ import annotations
 

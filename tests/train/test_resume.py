@@ -261,7 +261,7 @@ def test_everything_is_said_to_who_listens(home, capsys):
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """PyTorch says that it computes on two threads, and then on what it is told. It goes on with one."""
+    """PyTorch reports two threads at first, and later the number that was set. The run goes on with one."""
     held = [2]
     monkeypatch.setattr(torch, "get_num_threads", lambda: held[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda number: held.__setitem__(0, number))

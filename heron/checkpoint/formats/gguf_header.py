@@ -33,7 +33,7 @@ def read(path: Path, wanted: Collection[str] = ()) -> dict[str, Value]:
             return take(number()).decode("utf-8", errors="replace")
 
         def value(kind: int) -> Value | None:
-            """What follows; of an array of numbers, which nobody here reads, None."""
+            """The next value; None for an array of numbers, which no reader here needs."""
             if kind == _TEXT:
                 return text()
             if kind != _ARRAY:

@@ -1,18 +1,18 @@
-"""What wrappers leave in the names of a state dict, taken off: `module.`, `_orig_mod.`, `model.` and stacks of them."""
+"""Removes what wrappers add to the names of a state dict: `module.`, `_orig_mod.`, `model.` and stacks of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 
-# What DataParallel, torch.compile, DeepSpeed ZeRO-3, FSDP and its checkpointing put between two parts of a name.
+# DataParallel, torch.compile, DeepSpeed ZeRO-3, FSDP and activation checkpointing insert these into a name.
 _WRAPPERS = frozenset(("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _COUNTERS = frozenset(("n_averaged",))  # of torch.optim.swa_utils.AveragedModel: a wrapper's own tensor
 _ANCHORS = ("emb.weight", "model.embeddings.weight")  # every model has one of these, upstream's name or Hugging Face's
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Each name without what wrappers put in it, by the name as it is.
+    """A dictionary from each name as it is to the name without what wrappers added.
 
     Parts of a name that only wrappers have go wherever they stand. What stands before *every* name (`model.`, or the
     attribute of a module of one's own) goes where a model remains. Tensors of the wrappers themselves are left out.

@@ -6,6 +6,8 @@ has the equations of the rules and what each costs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -111,23 +113,39 @@ def _rosa(
     return _Rosa.apply(*inputs, bits, no_match, max_match, grad)
 
 
+class _Choices(NamedTuple):
+    """How a layer computes, as :func:`rosa_emb01` and :func:`rosa_qkv` take it."""
+
+    bits: int
+    no_match: str
+    max_match: int | None
+    grad: str
+    self_form: bool
+    """Whether queries, keys and values are one tensor."""
+
+    def unmatched(self, low: Tensor) -> Tensor:
+        """What is put out where there is no match, (C,)."""
+        return low if self.no_match == "bit0" else torch.zeros_like(low)
+
+
 class _Rosa(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, high, low, bits, no_match, max_match, grad):
-        ctx.choices = bits, no_match, max_match, grad, k is q and v is q
-        out, src = _forward(q, k, v, high, low, *ctx.choices)
+        ctx.choices = _Choices(bits, no_match, max_match, grad, k is q and v is q)
+        out, src = _forward(q, k, v, high, low, ctx.choices)
         ctx.save_for_backward(q, k, v, high, low, src)
         return out
 
     @staticmethod
     def backward(ctx, gy):
         *inputs, src = ctx.saved_tensors  # asked for once: a recomputed block gives them once
-        return *_backward(gy, *inputs, src, *ctx.choices), None, None, None, None
+        return *_backward(gy, *inputs, src, ctx.choices), None, None, None, None
 
 
-def _streams(q: Tensor, k: Tensor, v: Tensor, bits: int, self_form: bool) -> list[Tensor]:
+def _streams(q: Tensor, k: Tensor, v: Tensor, choices: _Choices) -> list[Tensor]:
     """The symbols of queries, keys and values; in the self form they are one tensor."""
-    return [to_streams(q, bits)] * 3 if self_form else [to_streams(x, bits) for x in (q, k, v)]
+    bits = choices.bits
+    return [to_streams(q, bits)] * 3 if choices.self_form else [to_streams(x, bits) for x in (q, k, v)]
 
 
 def _forward(
@@ -136,20 +154,15 @@ def _forward(
     v: Tensor,
     high: Tensor,
     low: Tensor,
-    bits: int,
-    no_match: str,
-    max_match: int | None,
-    grad: str,
-    self_form: bool,
+    choices: _Choices,
 ) -> tuple[Tensor, Tensor]:
     """The output, and where the matches end, (B * C / bits, T)."""
     from heron.ops.rosa import rosa
 
-    queries, keys, values = _streams(q, k, v, bits, self_form)
-    src, _ = rosa(queries, keys, max_match)
-    nothing = low if no_match == "bit0" else torch.zeros_like(low)
-    matched, ones = _found(src, values, len(q), bits)
-    return torch.where(matched, torch.where(ones, high, low), nothing), src
+    queries, keys, values = _streams(q, k, v, choices)
+    src, _ = rosa(queries, keys, choices.max_match)
+    matched, ones = _found(src, values, len(q), choices.bits)
+    return torch.where(matched, torch.where(ones, high, low), choices.unmatched(low)), src
 
 
 def _backward(
@@ -160,17 +173,14 @@ def _backward(
     high: Tensor,
     low: Tensor,
     src: Tensor,
-    bits: int,
-    no_match: str,
-    max_match: int | None,
-    grad: str,
-    self_form: bool,
+    choices: _Choices,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, high and low; None for what has none under this rule."""
-    inputs, streams = (q, k, v, high, low), _streams(q, k, v, bits, self_form)
+    bits, no_match, max_match, grad, self_form = choices
+    inputs, streams = (q, k, v, high, low), _streams(q, k, v, choices)
     wide = torch.promote_types(gy.dtype, torch.float32)
     q, k, v, high, low, gy = (x.to(wide) for x in (*inputs, gy))
-    nothing = low if no_match == "bit0" else torch.zeros_like(low)
+    nothing = choices.unmatched(low)
     matched, ones = _found(src, streams[2], len(q), bits)
     zeros = matched & ~ones if no_match == "zero" else ~(matched & ones)
     d_high, d_low = ((gy * chosen).sum((0, 1)) for chosen in (matched & ones, zeros))
@@ -206,7 +216,7 @@ def _run(
     grad: str,
     self_form: bool,
 ) -> Tensor:
-    return _forward(q, k, v, high, low, bits, no_match, max_match, grad, self_form)[0].contiguous()
+    return _forward(q, k, v, high, low, _Choices(bits, no_match, max_match, grad, self_form))[0].contiguous()
 
 
 def _run_backward(
@@ -222,8 +232,8 @@ def _run_backward(
     grad: str,
     self_form: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs, choices = (q, k, v, high, low), (bits, no_match, max_match, grad, self_form)
-    found = _backward(gy, *inputs, _forward(*inputs, *choices)[1], *choices)
+    inputs, choices = (q, k, v, high, low), _Choices(bits, no_match, max_match, grad, self_form)
+    found = _backward(gy, *inputs, _forward(*inputs, choices)[1], choices)
     dense = (torch.zeros_like(x) if d is None else d for d, x in zip(found, inputs, strict=True))
     return tuple(d.clone(memory_format=torch.contiguous_format) for d in dense)
 
@@ -233,7 +243,7 @@ def _keep_for_backward(ctx, inputs, output) -> None:
     ctx.choices = inputs[5:]
 
 
-# The backward looks for the matches again.
+# A recorded graph has no place for the matches: the backward looks for them again. Operators have flat signatures.
 _operator_backward = _graph.Operator(
     "rosa_layer_backward",
     _run_backward,

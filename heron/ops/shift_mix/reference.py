@@ -39,10 +39,12 @@ def shifted(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) ->
     Returns:
         (B, T, C), and (n_seq, C) in memory of its own: a view would keep all of x. Both in the dtype of x.
     """
-    before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # not x[:, :-1]: torch.export would keep T - 1 from being 1
     last = None if last is None else last.to(x.dtype)
+    if cu_seqlens is None and last is not None:
+        return torch.cat((last[:, None], x), dim=1)[:, :-1], x[:, -1].clone()
+    before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # not x[:, :-1]: torch.export would keep T - 1 from being 1
     if cu_seqlens is None:
-        return before if last is None else torch.cat((last[:, None], x), dim=1)[:, :-1], x[:, -1].clone()
+        return before, x[:, -1].clone()
     begins, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     if last is None:
         last = x.new_zeros(len(begins), x.shape[2])

@@ -59,7 +59,7 @@ def _run_backward(
     return *grads, d_initial.clone()
 
 
-# The backward runs the forward again rather than have in every graph what that saves, whose sizes go with the chunks.
+# The backward recomputes the forward: its saved tensors depend on the number of chunks, which a graph would then fix.
 _operator_backward = _graph.Operator(
     "wkv7_chunked_backward",
     _run_backward,
