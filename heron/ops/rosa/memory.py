@@ -1,0 +1,228 @@
+"""ROSA over token streams as long as a corpus or a session: csrc/memory.cpp, and plain PyTorch where that can't be built."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heron.errors import KernelError
+from heron.ops import _build, _choice
+from heron.ops.rosa.inputs import MOST_SYMBOLS, SYMBOL_DTYPES, check_max_match, check_range
+from heron.ops.rosa.levels import find_last, found_in
+
+MOST_TOKENS = 2**31
+LONGEST_MATCH = 65535
+N_ROOTS = 4096  # of a stream; each tree of an index has its own
+_SOURCE = Path(__file__).parent / "csrc" / "memory.cpp"
+_FEW = 16  # tokens that plain PyTorch reads one by one
+
+
+class TokenStream:
+    """A stream of token ids that grows, and for each id read where the longest suffix occurred before.
+
+    With x the stream, for position t and 0 <= j < t::
+
+        len(t, j) = max l <= max_match such that x[t-s] == x[j-s] for all 0 <= s < l
+        length[t] = max over j of len(t, j)
+        src[t]    = the largest j that attains it, or -1 where length[t] is 0
+
+    which is :func:`heron.ops.rosa` of one stream with itself. What followed, ``x[src[t] + 1]``, is known at t.
+
+    Args:
+        max_match: tokens of a match that count, 1 to 65535.
+        window: how far back a match may end, ``t - window <= j``, from 1 on; None: anywhere. With a window the memory
+            is bounded: between 12 and 24 bytes for each of ``window + max_match`` tokens. Without, about as much for
+            each token read.
+        end: id that ends a document: a match that reaches the beginning of a document ends there. None: the stream is
+            one document.
+        impl: "cpu" (C++, built at first use, O(log T) a token expected), "torch" (O(T) vector work a token), or "auto":
+            cpu, and torch, with one line on stderr, where that can't be built.
+
+    Raises:
+        KernelError: an argument out of range, or an `impl` that does not exist or can't be built.
+    """
+
+    def __init__(
+        self, max_match: int = 64, window: int | None = None, end: int | None = None, impl: str = "auto"
+    ) -> None:
+        check_max_match(max_match)
+        if max_match is None or max_match > LONGEST_MATCH:
+            raise KernelError(f"rosa: max_match of a token stream must be 1 to {LONGEST_MATCH}, got {max_match}")
+        if window is not None and (type(window) is not int or not 1 <= window < MOST_TOKENS):
+            raise KernelError(f"rosa: window must be None or an int from 1 to {MOST_TOKENS - 1}, got {window!r}")
+        self.max_match, self.window, self.end = max_match, window, end
+        if impl == "auto":
+            impl = stream_choice().impl
+        self._parts = _choice.form_of("rosa", impl, {"cpu": _Native, "torch": _Plain})(max_match, window, end)
+        self._arguments = dict(max_match=max_match, window=window, end=end, impl=impl)
+        self._first = 0  # position of the first token that the parts know
+
+    def __len__(self) -> int:
+        return self._first + self._parts.n_tokens
+
+    def read(self, tokens: Tensor, n_found: int = 1) -> tuple[Tensor, Tensor]:
+        """Read on.
+
+        Args:
+            tokens: (n,) ids in [0, 2^31) of an integer dtype, on the CPU.
+            n_found: how many matches are wanted. The first is the longest; each further one is the longest with which
+                another token followed than with all before it, and the latest of its length.
+
+        Returns:
+            src, length: (n, n_found) int64; -1 and 0 where there is no match.
+
+        Raises:
+            KernelError: ids of another shape, dtype or device, or out of range; more than 2^31 tokens in all.
+        """
+        if tokens.dim() != 1 or tokens.dtype not in SYMBOL_DTYPES or tokens.device.type != "cpu":
+            got = f"{tuple(tokens.shape)} of {tokens.dtype} on {tokens.device}"
+            raise KernelError(f"rosa: tokens of a stream must be (n,) integers on the CPU, got {got}")
+        check_range("tokens", tokens, MOST_SYMBOLS)
+        if len(self) + len(tokens) > MOST_TOKENS:
+            raise KernelError(f"rosa: a stream holds at most {MOST_TOKENS} tokens; begin a new one")
+        src, length = self._parts.read(tokens, n_found)
+        return torch.where(src >= 0, src + self._first, src), length
+
+    def tokens(self) -> Tensor:
+        """The ids that later matches depend on, (n,) int64: all, or with a window the last ``window + max_match``."""
+        n = self._parts.n_tokens
+        return self._parts.tokens(0 if self.window is None else max(0, n - self.window - self.max_match))
+
+    def copy(self) -> TokenStream:
+        """Another stream that has read the same."""
+        copy = object.__new__(TokenStream)
+        copy.__dict__.update(self.__dict__)
+        copy._parts = self._parts.copy()
+        return copy
+
+    def going_on(self, n_read: int, tokens: Tensor) -> TokenStream:
+        """A stream with the settings of this one that had read `n_read` ids, of which `tokens` are the last.
+
+        With what :meth:`tokens` and ``len`` gave, it finds what the stream that gave them would have found.
+
+        Raises:
+            KernelError: as :meth:`read`.
+        """
+        stream = TokenStream(**self._arguments)
+        stream.read(tokens)
+        stream._first = n_read - len(tokens)
+        return stream
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the stream holds."""
+        return self._parts.nbytes
+
+
+class _Native:
+    """A stream in C++."""
+
+    def __init__(self, max_match: int, window: int | None, end: int | None) -> None:
+        FORM.require(torch.device("cpu"))
+        self._own(library().heron_stream_new(max_match, window or 0, -1 if end is None else end, N_ROOTS))
+        self.n_tokens = 0
+
+    def _own(self, stream: int | None) -> None:
+        if stream is None:
+            raise KernelError("rosa: memory ran out; give the stream a window, or a smaller one")
+        self._stream = stream
+        weakref.finalize(self, library().heron_stream_free, stream)
+
+    def read(self, tokens: Tensor, n_found: int) -> tuple[Tensor, Tensor]:
+        tokens = tokens.to(torch.int32).contiguous()
+        src = torch.empty(len(tokens), n_found, dtype=torch.int64)
+        length = torch.empty(len(tokens), n_found, dtype=torch.int32)
+        sizes = (len(tokens), n_found)
+        if library().heron_stream_read(self._stream, tokens.data_ptr(), *sizes, src.data_ptr(), length.data_ptr()):
+            raise KernelError(f"rosa: memory ran out after {self.n_tokens} tokens; give the stream a window")
+        self.n_tokens += len(tokens)
+        return src, length.long()
+
+    def tokens(self, first: int) -> Tensor:
+        tokens = torch.empty(self.n_tokens - first, dtype=torch.int32)
+        library().heron_stream_tokens(self._stream, first, len(tokens), tokens.data_ptr())
+        return tokens.long()
+
+    def copy(self) -> _Native:
+        copy = object.__new__(_Native)
+        copy._own(library().heron_stream_copy(self._stream))
+        copy.n_tokens = self.n_tokens
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        return library().heron_stream_bytes(self._stream)
+
+
+class _Plain:
+    """A stream in PyTorch: its tokens."""
+
+    def __init__(self, max_match: int, window: int | None, end: int | None) -> None:
+        self._rules = max_match, window, end
+        self._kept, self.n_tokens = torch.empty(0, dtype=torch.int64), 0
+
+    def read(self, tokens: Tensor, n_found: int) -> tuple[Tensor, Tensor]:
+        n, all_of_them = len(tokens), torch.cat((self._kept, tokens.long()))
+        first = self.n_tokens - len(self._kept)
+        if n <= _FEW:
+            found = [find_last(all_of_them[: len(all_of_them) - n + 1 + i], *self._rules, n_found) for i in range(n)]
+            empty = torch.empty(0, n_found, dtype=torch.int64)
+            src, length = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else (empty, empty)
+        else:
+            src, length = (part[len(self._kept) :] for part in found_in(all_of_them, *self._rules, n_found))
+        self.n_tokens += n
+        max_match, window, _ = self._rules
+        self._kept = all_of_them if window is None else all_of_them[-window - max_match :]
+        return torch.where(src >= 0, src + first, src), length
+
+    def tokens(self, first: int) -> Tensor:
+        return self._kept[first - self.n_tokens + len(self._kept) :].clone()
+
+    def copy(self) -> _Plain:
+        copy = _Plain(*self._rules)
+        copy._kept, copy.n_tokens = self._kept, self.n_tokens  # never changed in place
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        return self._kept.nbytes
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, built when needed and tried on a small problem.
+
+    Raises:
+        KernelError: it can't be built here, or what was built gives wrong answers.
+    """
+    built = _build.load_c_library("rosa_memory", [_SOURCE])
+    pointer, small, large, whole = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
+    for name, result, *arguments in (
+        ("stream_new", pointer, small, large, large, whole),
+        ("stream_copy", pointer, pointer),
+        ("stream_free", None, pointer),
+        ("stream_bytes", large, pointer),
+        ("stream_read", small, pointer, pointer, large, small, pointer, pointer),
+        ("stream_tokens", None, pointer, large, large, pointer),
+        ("stream_nodes", pointer, pointer),
+        ("stream_roots", pointer, pointer),
+        ("index_find", small, pointer, small, pointer, pointer, large, whole, small, large, pointer, large, large, small,
+         pointer, pointer),
+    ):  # fmt: skip
+        function = getattr(built, f"heron_{name}")
+        function.restype, function.argtypes = result, arguments
+    return built
+
+
+FORM = _choice.NativeForm("rosa", "cpu", "ROSA over token streams", lambda device: None, library)
+
+
+def stream_choice() -> _choice.Choice:
+    """The form of :class:`TokenStream` that "auto" takes."""
+    other = _choice.Choice("torch", "plain PyTorch, linear in the length")
+    return FORM.choice("C++, O(log T) a token", other, torch.device("cpu"))
