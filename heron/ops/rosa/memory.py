@@ -7,6 +7,7 @@ import functools
 import weakref
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,9 +155,19 @@ class _Native:
         copy.n_tokens = self.n_tokens
         return copy
 
+    def trees(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes (n, 2) and roots (R,), uint32, as :class:`TokenIndex` keeps them."""
+        nodes = _copied(library().heron_stream_nodes(self._stream), 2 * self.n_tokens)
+        return nodes.reshape(-1, 2), _copied(library().heron_stream_roots(self._stream), N_ROOTS)
+
     @property
     def nbytes(self) -> int:
         return library().heron_stream_bytes(self._stream)
+
+
+def _copied(address: int | None, n: int) -> np.ndarray:
+    """`n` uint32 at `address` of the library's memory."""
+    return np.ctypeslib.as_array((ctypes.c_uint32 * n).from_address(address)).copy() if n else np.empty(0, np.uint32)
 
 
 class _Plain:
@@ -191,6 +202,71 @@ class _Plain:
     @property
     def nbytes(self) -> int:
         return self._kept.nbytes
+
+
+class TokenIndex:
+    """What :class:`TokenStream` knows of tokens that are read once and kept, for other streams to look into.
+
+    Args:
+        tokens: (n,) ids, uint16 or uint32.
+        nodes: (n - 1, 2) uint32, the trees: of each position but the last the two below it. What follows the last
+            is not known.
+        roots: (R,) uint32, R a power of two: of each residue of ids the newest position.
+        max_match, end: of the stream that was read. Longer matches are not told apart.
+
+    The arrays may be memory maps; 10 or 12 bytes a token.
+
+    Raises:
+        KernelError: arrays that do not belong together, no C++ compiler.
+    """
+
+    def __init__(self, tokens: np.ndarray, nodes: np.ndarray, roots: np.ndarray, max_match: int, end: int | None):
+        whole = tokens.dtype in (np.uint16, np.uint32) and tokens.ndim == 1
+        fits = nodes.dtype == roots.dtype == np.uint32 and nodes.shape == (max(len(tokens) - 1, 0), 2)
+        if not (whole and fits and roots.ndim == 1 and len(roots).bit_count() == 1):
+            parts = ", ".join(f"{array.dtype} {array.shape}" for array in (tokens, nodes, roots))
+            raise KernelError(f"rosa: these arrays are no index of tokens: {parts}")
+        FORM.require(torch.device("cpu"))
+        self.arrays = tuple(map(np.ascontiguousarray, (tokens, nodes, roots)))
+        self.max_match, self.end = max_match, end
+
+    @classmethod
+    def of(cls, tokens: Tensor, max_match: int = 64, end: int | None = None) -> TokenIndex:
+        """The index of (n,) ids. It holds 12 to 24 bytes a token more while it is built.
+
+        Raises:
+            KernelError: as :class:`TokenStream` and its `read`; no C++ compiler.
+        """
+        stream = TokenStream(max_match, end=end, impl="cpu")
+        stream.read(tokens[:-1])
+        small = len(tokens) == 0 or int(tokens.max()) < 2**16
+        return cls(tokens.numpy().astype(np.uint16 if small else np.uint32), *stream._parts.trees(), max_match, end)
+
+    def find(self, tokens: Tensor, n_last: int, n_found: int = 1) -> tuple[Tensor, Tensor]:
+        """For each of the last `n_last` of (n,) ids of another stream, where its longest suffix occurs in the index.
+
+        Args:
+            tokens: ids on the CPU; of those before the last ones, `max_match` - 1 are of use.
+            n_found: as in :meth:`TokenStream.read`.
+
+        Returns:
+            src, length: (n_last, n_found) int64; of equally long ones the latest in the index; -1 and 0: none.
+
+        Raises:
+            KernelError: an index that is damaged.
+        """
+        before = max(0, len(tokens) - n_last - self.max_match + 1)
+        tokens = tokens[before:].to(torch.int32).contiguous()
+        src = torch.empty(n_last, n_found, dtype=torch.int64)
+        length = torch.empty(n_last, n_found, dtype=torch.int32)
+        ids, nodes, roots = self.arrays
+        if library().heron_index_find(
+            ids.ctypes.data, ids.itemsize, nodes.ctypes.data, roots.ctypes.data, len(nodes), len(roots), self.max_match,
+            -1 if self.end is None else self.end, tokens.data_ptr(), len(tokens) - n_last, n_last, n_found,
+            src.data_ptr(), length.data_ptr(),
+        ):  # fmt: skip
+            raise KernelError("rosa: this index of tokens is damaged; build it anew")
+        return src, length.long()
 
 
 @functools.cache
