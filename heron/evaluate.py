@@ -7,7 +7,7 @@ the decoder, what generation runs); the numbers are the same but for rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def loglikelihoods(
-    model: RWKV, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], mode: str = "gpt"
+    model: RWKV, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], mode: str = "gpt"
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 

@@ -65,7 +65,7 @@ def upcycle(
         )
     if old.has_ln0 and not new.has_ln0:
         with torch.no_grad():
-            tensors["emb.weight"] = model.blocks[0].ln0(model.emb.weight)
+            tensors["emb.weight"] = model.get_submodule("blocks.0.ln0")(model.emb.weight)
         for name, neutral in zip(LN0, (1.0, 0.0), strict=True):
             tensors[name].fill_(neutral)
     return _model(new, tensors, old)

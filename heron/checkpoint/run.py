@@ -307,7 +307,7 @@ class _Writer:
         self._bytes_behind = 0
         self._written: dict[str, tuple[int, Any]] = {}
 
-    def write(self, name: str, pieces: Iterable[bytes]) -> None:
+    def write(self, name: str, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write a new file and force it onto the disk."""
         digest, size = hashlib.sha256(), 0
         with open(self._folder / name, "xb") as file:
@@ -342,7 +342,7 @@ class _Writer:
             self._bytes_behind -= size
 
 
-def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes]:
+def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytearray | memoryview]:
     """A .safetensors file piece by piece: no second copy of all the weights is ever made.
 
     Source of the format: huggingface/safetensors, README. Wide types come first so that each begins at a multiple of
@@ -360,7 +360,7 @@ def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes]:
     small = bytearray(len(text).to_bytes(8, "little") + text)
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        raw = memoryview(flat.view(torch.uint8).numpy())
+        raw = flat.view(torch.uint8).numpy().data
         if len(small) + len(raw) < _SMALL:
             small += raw
             continue
@@ -410,7 +410,8 @@ def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tu
 
 def _rng_tensors() -> dict[str, Tensor]:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = drawn
     if version != 3 or name != "MT19937":
         raise CheckpointError(f"unknown random generators: python version {version}, numpy {name}")
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -168,7 +168,7 @@ def from_folder(folder: Path, eod: object = None) -> Vocabulary | None:
     if not has_grown and any(
         table.read_bytes().replace(b"\r\n", b"\n") == world_file().read_bytes() for table in tables
     ):
-        return Vocabulary.of(world(), _without_code(files))
+        return Vocabulary.of(tokenizer.load("world"), _without_code(files))
     if not (folder / TOKENIZER).is_file():
         if tables:
             raise DataError(f"{tables[0]}: another table than {WORLD_FILE}, the only one that is known here")

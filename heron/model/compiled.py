@@ -82,13 +82,13 @@ def compile_blocks(network: RWKV) -> None:
     """Have every block of `network` compute by one function, compiled at its first call of a shape."""
     mix = compiled(Block.mix, _compile)
     for block in network.blocks:
-        block.compiled = mix
+        block.compiled = mix  # pyright: ignore[reportArgumentType]
 
 
 def undo(network: RWKV) -> None:
     """Have each block compute as it is written again."""
     for block in network.blocks:
-        block.compiled = None
+        block.compiled = None  # pyright: ignore[reportArgumentType]
 
 
 def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:

@@ -191,7 +191,7 @@ def _load_op_library(
         except (RuntimeError, OSError) as error:
             raise KernelError(_failure(name, "torch.utils.cpp_extension.load", str(error))) from error
         loaded = True
-        return Path(library)
+        return Path(str(library))
 
     with _published(name, key, compile_into) as library:
         if not loaded:  # the process that built it has loaded it already, and an op can be registered only once

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +80,7 @@ class RowTables:
             tables = []
             for module in modules:
                 tables.append(_pinned(module.weight.detach().cpu(), self._pins))
-                module.weight = None
+                del module.weight
             model.to(device)
             for module, table in zip(modules, tables, strict=True):
                 module.weight = nn.Parameter(table)
@@ -240,15 +242,15 @@ class _Bus:
     def __init__(self, weights: list[Tensor], device: torch.device):
         self._weights, self._device = weights, device
         self._reading, self._writing = (torch.cuda.Stream(device) for _ in range(2))
-        self._index: Tensor | None = None  # what the last `bring` sent, its ids among it
-        self._ids: Tensor | None = None  # of the rows that were brought last, on the device
+        self._index: Tensor  # what the last `bring` sent, its ids among it
+        self._ids: Tensor  # of the rows that were brought last, on the device
         self._parts: list[Tensor] = []  # these rows
         self._position: Tensor | None = None  # (V,) on the host: where a row is among them, -1: it is not
         self._versions: list[int] = []  # of the tables, when they were brought
         self._gathered = self._settled = self._written = None  # events: see bring
         self._moments: list[Tensor] = []  # as the last step had them
         self._prefetched: list[Tensor] = []  # the moments' rows for this step
-        self._arrived: torch.cuda.Event | None = None  # of that copy
+        self._arrived: Any = None  # the event of that copy
 
     @torch.no_grad()
     def bring(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -383,12 +385,12 @@ def _shapes(tables: Sequence[Tensor], n: int) -> list[tuple[int, int]]:
     return [(n, table.shape[1]) for table in tables]
 
 
-def _size(shapes: list[tuple[int, int]]) -> int:
+def _size(shapes: Sequence[tuple[int, ...]]) -> int:
     """Values in matrices of these shapes."""
-    return sum(n * width for n, width in shapes)
+    return sum(map(math.prod, shapes))
 
 
-def _parts(block: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+def _parts(block: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """The matrices in a block of memory."""
     return [part.view(shape) for part, shape in zip(block.split([_size([s]) for s in shapes]), shapes, strict=True)]
 

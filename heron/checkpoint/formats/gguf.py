@@ -154,7 +154,7 @@ def read(path: Path) -> dict[str, Tensor]:
     return _narrowed(tensors, dtypes, path)
 
 
-def _facts(config: ModelConfig) -> dict[str, int]:
+def _facts(config: ModelConfig) -> dict[str, Any]:
     """The metadata, uint32 each, that tensors confirm."""
     return {
         "rwkv7.embedding_length": config.n_embd,
