@@ -102,9 +102,7 @@ class HeronPreTrainedModel(PreTrainedModel):
         """Another name of :meth:`activation_checkpointing_enable`."""
         HeronPreTrainedModel.activation_checkpointing_enable(self, gradient_checkpointing_kwargs, **settings)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Another name of :meth:`activation_checkpointing_disable`."""
-        self.rwkv.grad_checkpoint = False
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def _init_weights(self, module: nn.Module) -> None:
         """Heron's own initial values stay."""
@@ -247,12 +245,12 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
                 :meth:`HeronModel.forward`.
             labels: (B, T), the ids themselves, shifted here as everywhere in transformers; not counted are -100 and
                 what stands behind padding.
-            use_cache: too, but None is False with labels.
+            use_cache: as there, but None is False with labels.
             logits_to_keep: only the logits of so many last tokens; 0: of all. Or places: (n,) for every row, (B, n) for
                 each, or (B, T) bool, whose logits are (places, V).
             token_type_ids: some tokenizers make them; they mean nothing here.
             num_items_in_batch: what the sum over the labels is divided by; None: their number.
-            others: too, and shift_labels (B, T), labels that are shifted already.
+            others: as there; also shift_labels (B, T), labels that are shifted already.
         """
         # By its name in the signature, Trainer would take it for labels that every batch must have.
         targets = others.pop("shift_labels", None)

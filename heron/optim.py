@@ -90,7 +90,7 @@ def build_optimizer(
 
 
 class CopiedAdamW(torch.optim.AdamW):
-    """AdamW for parameters that a network computes with bf16 copies of (:func:`heron.ops.adamw.adamw_`).
+    """AdamW for fp32 parameters of which the network computes with bf16 copies (:func:`heron.ops.adamw.adamw_`).
 
     A parameter without a gradient takes that of its copy. After a step the copies are the parameters, rounded. State,
     groups, `grad_scale` and `found_inf` are those of torch.optim.AdamW.
@@ -146,15 +146,15 @@ class CopiedAdamW(torch.optim.AdamW):
 
 
 class RowAdamW(CopiedAdamW):
-    """AdamW in which the tables are stepped by rows (:func:`heron.ops.rows.row_adamw_`). What is no table is as ever.
+    """AdamW in which tables are stepped by rows (:func:`heron.ops.rows.row_adamw_`), all else as in CopiedAdamW.
 
     A step changes the rows that were brought for it, and no other, and moments and their bias correction count a row's
     own steps. Dense AdamW counts all: it goes on moving a row whose token is not there, and lets its second moment
     fade. The two are equal where every row is brought each step.
 
     Args:
-        groups: of parameters, as :func:`build_optimizer` makes them. Tables must not decay: a row would by its token's
-            frequency.
+        groups: of parameters, as :func:`build_optimizer` makes them. Tables must not decay: a row would decay as often
+            as its token comes.
         tables: the tables, which are members of `groups`.
         state_dtype: of both moments, which lie where the tables do; they are computed in the dtype of the table.
         copies: see :class:`CopiedAdamW`.

@@ -138,7 +138,7 @@ def holds_tokenizer(path: Path, format: str | None) -> bool:
 
 
 def assume(vocab_size: int, path: Path) -> Vocabulary | None:
-    """What weights are taken for of which nothing tells the tokenizer, said in a warning about `path`."""
+    """The tokenizer to assume for weights that come with none; a warning about `path` says which."""
     if vocab_size == WORLD_SIZE:
         warnings.warn(f"{path}: nothing tells the tokenizer; World is assumed, for {WORLD_SIZE:,} ids", stacklevel=3)
         return Vocabulary.of(load_tokenizer("world"))
@@ -199,7 +199,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def put_right(path: Path) -> list[str]:
-    """What reading a file or folder that is readable has changed about its tensors, in words."""
+    """What reading changes about the tensors of a readable file or folder, in words."""
     if path.is_dir():
         return hf.put_right(path)
     if path.suffix == ".safetensors":

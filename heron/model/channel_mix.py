@@ -1,4 +1,4 @@
-"""Channel mixing: token shift, a squared-ReLU MLP, and the DeepEmbed gate in one of its three places.
+"""Channel mixing: token shift, a squared-ReLU MLP, and the DeepEmbed gate in one of its three forms.
 
 Equations: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py, rwkv_v7a_demo.py and rwkv_v8_rc00_demo.py.
 """

@@ -41,8 +41,9 @@ class Where:
         """The same for the kernel. What one layer asked for is there for the next, which asks with these very ids."""
         if self._places is None or self._ids is not ids:
             where = self.of(ids)
+            # An id without a row would have the kernel read and write outside of them.
             torch._assert_async((where >= 0).all())  # pyright: ignore[reportPrivateImportUsage]
-            self._ids, self._places = ids, Places.of(where)  # without a row, the kernel would use what is none
+            self._ids, self._places = ids, Places.of(where)
         return self._places
 
 

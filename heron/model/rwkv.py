@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
-_ZEROS: tuple[Any, ...] = (None,) * 5  # in the place of a LayerState
+_ZEROS: tuple[Any, ...] = (None,) * 5  # what a LayerState holds before the first token
 
 
 class Block(nn.Module):
@@ -90,7 +90,7 @@ class Block(nn.Module):
         """
         tokens = context.last(x.shape[1])
         mix = self.compiled if self.compiled is not None and self._may_run_compiled() else Block.mix
-        # Tables are looked up out here: compiled, the gradients of their rows would be summed in an order that changes.
+        # Tables are looked up out here: compiled code would sum the gradients of their rows in an order that changes.
         of_table = self.ffn.table_rows(tokens)
         seen = None if self.qkv is None else context
         x, branch, state, v_first = mix(self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state)

@@ -42,7 +42,7 @@ class RosaState(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """The memory of one block."""
+    """What one block remembers."""
 
     att_shift: Tensor  # (B, C), the last input of the time mix (after ln1); (B, 0) in a rosa-lm
     wkv: Tensor  # (B, H, N_value, N_key), fp32 (fp64 in a fp64 model); H = 0 in a rosa-lm
@@ -263,7 +263,7 @@ def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:
 
 
 def _parts(memory: NamedTuple, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a layer's memory with its name; absent parts are left out."""
+    """Every tensor of a layer's state with its name; absent parts are left out."""
     for name, part in zip(memory._fields, memory, strict=True):
         if isinstance(part, Tensor):
             yield prefix + name, part

@@ -22,8 +22,8 @@ _PREFETCHED_BYTES = 4 << 30  # of moments at most: beyond that they are stepped 
 def distinct_ids(tokens: Tensor, vocab_size: int) -> Tensor:
     """The different ids among `tokens`, ascending. DataError for one outside the vocabulary.
 
-    It is one pass on one thread. torch.unique sorts on all of them, which wait for each other at every digit: where
-    something else was running that took 165 ms instead of 1, more than the GPU's whole step.
+    One pass on one thread. torch.unique sorts with all threads, which wait for each other at every digit: on a machine
+    that did something else too that took 165 ms instead of 1, longer than the GPU's whole step.
     """
     ids = tokens.numpy().ravel()
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -100,8 +100,8 @@ class RowTables:
 
         Args:
             passes: forward and backward passes of the step. In the last, the moments of the rows follow.
-            recorded: for a pass that was recorded as a CUDA graph. The rows are then where they were in the last such
-                step, and `rows` the same tensors, unless these lack room; behind the rows is room for more, unused.
+            recorded: whether a CUDA graph will replay the pass. The rows then lie in the tensors `rows` of the last
+                such step, unless there are too many for these; what is behind the rows in them is unused.
 
         Raises:
             DataError: an id outside the vocabulary.
@@ -339,7 +339,7 @@ class _Bus:
             self._written.synchronize()
 
     def __del__(self) -> None:
-        self.wait()  # whose memory the tables had would find them still being written
+        self.wait()  # rows are still being written to the tables, whose memory others may get next
 
     @torch.no_grad()
     def _prefetch(self) -> None:

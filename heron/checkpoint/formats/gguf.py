@@ -21,16 +21,7 @@ from torch import Tensor
 from heron import strict_json
 from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.formats import gguf_header, gguf_vocabulary
-from heron.checkpoint.formats.layout import (
-    LERP,
-    Layout,
-    Place,
-    confirm,
-    flat,
-    row,
-    same,
-    transposed,
-)
+from heron.checkpoint.formats.layout import LERP, Layout, Place, confirm, flat, row, same, transposed
 from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig
 from heron.errors import CheckpointError

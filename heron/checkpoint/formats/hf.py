@@ -18,16 +18,7 @@ from heron import strict_json
 from heron.checkpoint import vocabulary
 from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.formats import safetensors
-from heron.checkpoint.formats.layout import (
-    LERP,
-    Layout,
-    Place,
-    confirm,
-    flat,
-    row,
-    same,
-    transposed,
-)
+from heron.checkpoint.formats.layout import LERP, Layout, Place, confirm, flat, row, same, transposed
 from heron.config import ModelConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.files import sync

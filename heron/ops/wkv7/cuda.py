@@ -79,10 +79,10 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 
 @functools.cache
 def build() -> None:
-    """Compile (once) and load the kernels for the GPUs of this machine.
+    """Build (once) and load the kernels for the GPUs of this machine.
 
     Raises:
-        KernelError: there is no compiler, it failed, or compiling is forbidden; one line with the first error.
+        KernelError: there is no compiler, it failed, or building is forbidden; one line with the first error.
     """
     devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     capabilities = sorted({capability for capability in devices if capability >= (8, 0)})
@@ -93,7 +93,7 @@ FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, lambda capability: bu
 
 
 def sources() -> list[Path]:
-    """The files to compile."""
+    """The files to build."""
     return [_CSRC / "wkv7s.cu", _CSRC / "wkv7s_op.cpp"]
 
 
