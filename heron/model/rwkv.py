@@ -260,12 +260,7 @@ class RWKV(nn.Module):
         return hidden, state if window is None else state.latest(window)
 
     def _one_after_another(
-        self,
-        tokens: Tensor,
-        states: States | None,
-        cu_seqlens: Tensor,
-        embeddings: Tensor | None,
-        keep_state: bool,
+        self, tokens: Tensor, states: States | None, cu_seqlens: Tensor, embeddings: Tensor | None, keep_state: bool
     ) -> tuple[Tensor, tuple[State, ...] | None]:
         """:meth:`hidden_states` of packed sequences whose states have different lengths: each in a pass of its own."""
         offsets = cu_seqlens.tolist()

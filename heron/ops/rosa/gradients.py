@@ -151,14 +151,7 @@ def _streams(q: Tensor, k: Tensor, v: Tensor, choices: _Choices) -> tuple[Tensor
     return queries, to_streams(k, bits), to_streams(v, bits)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    high: Tensor,
-    low: Tensor,
-    choices: _Choices,
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, high: Tensor, low: Tensor, choices: _Choices) -> tuple[Tensor, Tensor]:
     """The output, and where the matches end, (B * C / bits, T)."""
     from heron.ops.rosa import rosa
 
@@ -169,14 +162,7 @@ def _forward(
 
 
 def _backward(
-    gy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    high: Tensor,
-    low: Tensor,
-    src: Tensor,
-    choices: _Choices,
+    gy: Tensor, q: Tensor, k: Tensor, v: Tensor, high: Tensor, low: Tensor, src: Tensor, choices: _Choices
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, high and low; None for what has none under this rule."""
     bits, no_match, max_match, grad, self_form = choices
