@@ -15,10 +15,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from heron.checkpoint.formats import archive, pickle_plan, wrappers
+from heron.checkpoint.formats import LONGEST_NAME, MOST_TENSORS, archive, pickle_plan, wrappers
 from heron.errors import CheckpointError
 
-MOST_TENSORS = 5_000
 _AROUND = ("state_dict", "model_state_dict", "model", "module", "weights")  # under which trainers keep the weights
 _SMALL_MEMBERS = ("version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id")
 _CHECKSUM_THREADS = 4
@@ -224,8 +223,10 @@ def _checked(path: Path, content: Any) -> tuple[str | None, dict[str, pickle_pla
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, pickle_plan.Tensor):
             raise CheckpointError(f"{path}: wanted named tensors only, got {name!r}: {type(value).__name__}")
-        if not name.isprintable() or len(name) > pickle_plan.LONGEST_NAME:
-            raise CheckpointError(f"{path}: wanted names of at most 256 printable characters, got {name[:80]!r}")
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise CheckpointError(
+                f"{path}: wanted names of at most {LONGEST_NAME} printable characters, got {name[:80]!r}"
+            )
     try:
         wrappers.unwrapped(content)
     except ValueError as error:

@@ -14,11 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heron import strict_json
-from heron.checkpoint.formats import wrappers
+from heron.checkpoint.formats import LONGEST_NAME, MOST_TENSORS, wrappers
 from heron.errors import CheckpointError
 
-MOST_TENSORS = 5_000
-LONGEST_NAME = 256
 LARGEST_HEADER = 1 << 21  # bytes
 _METADATA = "__metadata__"
 DTYPES = {
