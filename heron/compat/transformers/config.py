@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from heron.compat.transformers.sequences import States
 from heron.config import ModelConfig
