@@ -1,4 +1,4 @@
-"""ROSA over token streams: in every form, and in pieces, the matches of the definition; an index finds what a stream would."""
+"""ROSA over token streams gives the matches of the definition in every form and in pieces; so does an index."""
 
 from __future__ import annotations
 
@@ -83,11 +83,26 @@ def test_a_stream_read_in_pieces_finds_what_the_definition_says(impl, x, max_mat
 
 
 @settings(max_examples=100, deadline=None)
-@given(x=streams(), max_match=st.integers(1, 70))
-def test_a_stream_is_rosa_of_ids_with_themselves(x, max_match):
-    ids = torch.tensor([x])
-    wanted = rosa(ids, ids, max_match, impl="reference")
-    assert_same([part[:, 0] for part in found_in(ids[0], max_match)], [part[0] for part in wanted])
+@given(x=streams(), max_match=st.integers(1, 70), window=st.none() | st.integers(1, 40))
+def test_a_stream_is_rosa_of_ids_with_themselves(x, max_match, window):
+    ids = torch.tensor([x, x[::-1]])
+    wanted = rosa(ids, ids, max_match, "reference", window)
+    for impl in ("auto", "dp", "stream"):
+        assert_same(rosa(ids, ids, max_match, impl, window), wanted)
+    assert_same(rosa(ids, ids.clone(), max_match, window=window), wanted)
+    assert_same([part[:, 0] for part in found_in(ids[0], max_match, window)], [part[0] for part in wanted])
+
+
+def test_rosa_says_which_forms_have_a_window_and_what_stream_needs():
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    for arguments, told in (
+        (dict(max_match=2, window=2, impl="cpu"), 'impl="cpu" has no window'),
+        (dict(max_match=2, window=0), "window must be None or an int of at least 1, got 0"),
+        (dict(impl="stream"), "needs one tensor as q and as k, and a max_match"),
+    ):
+        with pytest.raises(KernelError, match=told):
+            rosa(ids, ids, **arguments)
+    assert rosa(ids[:, :0], ids[:, :0], 3)[0].shape == (1, 0)
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -130,7 +145,7 @@ def test_large_ids_and_long_streams_agree_in_both_forms():
 
 @needs_cpp
 @pytest.mark.parametrize(
-    "name, ids",
+    ("name", "ids"),
     {
         "constant": torch.zeros(200_000, dtype=torch.int64),
         "ascending, then smaller ones ascending": torch.cat((torch.arange(30_000, 60_000), torch.arange(30_000))),
@@ -159,7 +174,8 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     for wrong, told in (
         (dict(max_match=0), "max_match must be"),
         (dict(max_match=65536), "1 to 65535"),
-        (dict(window=0), "window must be None or an int from 1"),
+        (dict(window=0), "window must be None or an int of at least 1"),
+        (dict(window=2**31), "less than 2147483648"),
         (dict(window=True), "window must be"),
         (dict(impl="cuda"), "impl must be auto, cpu, torch"),
     ):

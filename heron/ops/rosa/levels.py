@@ -1,4 +1,4 @@
-"""ROSA's self form in plain PyTorch, one length after another: O(T log T) vector work for each length that occurs twice."""
+"""ROSA of a stream with itself in plain PyTorch: O(T log T) vector work for each length that occurs twice."""
 
 from __future__ import annotations
 

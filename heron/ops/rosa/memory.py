@@ -1,4 +1,4 @@
-"""ROSA over token streams as long as a corpus or a session: csrc/memory.cpp, and plain PyTorch where that can't be built."""
+"""ROSA over token streams as long as a corpus or a session, in C++ (csrc/memory.cpp) or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _build, _choice
-from heron.ops.rosa.inputs import MOST_SYMBOLS, SYMBOL_DTYPES, check_max_match, check_range
+from heron.ops.rosa.inputs import MOST_SYMBOLS, SYMBOL_DTYPES, check_max_match, check_range, check_window
 from heron.ops.rosa.levels import find_last, found_in
 
 MOST_TOKENS = 2**31
@@ -54,8 +54,9 @@ class TokenStream:
         check_max_match(max_match)
         if max_match is None or max_match > LONGEST_MATCH:
             raise KernelError(f"rosa: max_match of a token stream must be 1 to {LONGEST_MATCH}, got {max_match}")
-        if window is not None and (type(window) is not int or not 1 <= window < MOST_TOKENS):
-            raise KernelError(f"rosa: window must be None or an int from 1 to {MOST_TOKENS - 1}, got {window!r}")
+        check_window(window)
+        if window is not None and window >= MOST_TOKENS:
+            raise KernelError(f"rosa: window of a token stream must be less than {MOST_TOKENS}, got {window}")
         self.max_match, self.window, self.end = max_match, window, end
         if impl == "auto":
             impl = stream_choice().impl
@@ -118,6 +119,20 @@ class TokenStream:
     def nbytes(self) -> int:
         """Bytes of memory that the stream holds."""
         return self._parts.nbytes
+
+
+def rosa_stream(q: Tensor, k: Tensor, max_match: int | None = None, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`heron.ops.rosa`: each of the streams (S, T) by itself.
+
+    Raises:
+        KernelError: two tensors, or no `max_match`, or as :class:`TokenStream`.
+    """
+    if q is not k or max_match is None:
+        raise KernelError('rosa: impl="stream" needs one tensor as q and as k, and a max_match; use impl="auto"')
+    if q.numel() == 0:
+        return torch.empty(q.shape, dtype=torch.int64), torch.empty(q.shape, dtype=torch.int64)
+    src, length = zip(*(TokenStream(max_match, window).read(symbols) for symbols in q), strict=True)
+    return torch.cat(src, dim=1).T.contiguous(), torch.cat(length, dim=1).T.contiguous()
 
 
 class _Native:
@@ -287,8 +302,8 @@ def library() -> ctypes.CDLL:
         ("stream_tokens", None, pointer, large, large, pointer),
         ("stream_nodes", pointer, pointer),
         ("stream_roots", pointer, pointer),
-        ("index_find", small, pointer, small, pointer, pointer, large, whole, small, large, pointer, large, large, small,
-         pointer, pointer),
+        ("index_find", small, pointer, small, pointer, pointer, large, whole, small, large, pointer, large, large,
+         small, pointer, pointer),
     ):  # fmt: skip
         function = getattr(built, f"heron_{name}")
         function.restype, function.argtypes = result, arguments
