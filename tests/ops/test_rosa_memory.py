@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,14 +197,13 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 @needs_cpp
 def test_a_damaged_index_is_refused_and_never_followed():
     index = TokenIndex.of(torch.arange(50) % 7)
-    tokens, nodes, roots = index.arrays
+    tokens, nodes, roots = index.parts
     with pytest.raises(KernelError, match="no index of tokens"):
         TokenIndex(tokens[:-1], nodes, roots, 64, None)
     with pytest.raises(KernelError, match="no index of tokens"):
         TokenIndex(tokens, nodes, roots[:-1], 64, None)
-    loop = nodes.copy()
-    loop[:] = np.arange(len(loop), dtype=np.uint32)[:, None]  # every node below itself
-    for damaged in (loop, np.full_like(nodes, 10**6)):
+    loop = torch.arange(len(nodes)).unsqueeze(1).expand(-1, 2).to(torch.uint32)  # every node below itself
+    for damaged in (loop, torch.full(nodes.shape, 10**6).to(torch.uint32)):
         with pytest.raises(KernelError, match="damaged; build it anew"):
             TokenIndex(tokens, damaged, roots, 64, None).find(torch.tensor([3, 3, 4]), 3)
 

@@ -7,7 +7,6 @@ import functools
 import weakref
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,10 +57,9 @@ class TokenStream:
         if window is not None and window >= MOST_TOKENS:
             raise KernelError(f"rosa: window of a token stream must be less than {MOST_TOKENS}, got {window}")
         self.max_match, self.window, self.end = max_match, window, end
-        if impl == "auto":
-            impl = stream_choice().impl
-        self._parts = _choice.form_of("rosa", impl, {"cpu": _Native, "torch": _Plain})(max_match, window, end)
-        self._arguments = dict(max_match=max_match, window=window, end=end, impl=impl)
+        self.impl = stream_choice().impl if impl == "auto" else impl
+        form = _choice.form_of("rosa", self.impl, {"cpu": _Native, "torch": _Plain})
+        self._parts: _Native | _Plain = form(max_match, window, end)
         self._first = 0  # position of the first token that the parts know
 
     def __len__(self) -> int:
@@ -110,10 +108,20 @@ class TokenStream:
         Raises:
             KernelError: as :meth:`read`.
         """
-        stream = TokenStream(**self._arguments)
+        stream = TokenStream(self.max_match, self.window, self.end, self.impl)
         stream.read(tokens)
         stream._first = n_read - len(tokens)
         return stream
+
+    def trees(self) -> tuple[Tensor, Tensor]:
+        """Nodes (n, 2) and roots (R,), uint32, as :class:`TokenIndex` keeps them.
+
+        Raises:
+            KernelError: a stream with a window, or not in C++.
+        """
+        if self.window is not None or not isinstance(self._parts, _Native):
+            raise KernelError('rosa: only a stream without a window, of impl "cpu", has trees of all its tokens')
+        return self._parts.trees()
 
     @property
     def nbytes(self) -> int:
@@ -170,19 +178,20 @@ class _Native:
         copy.n_tokens = self.n_tokens
         return copy
 
-    def trees(self) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes (n, 2) and roots (R,), uint32, as :class:`TokenIndex` keeps them."""
+    def trees(self) -> tuple[Tensor, Tensor]:
         nodes = _copied(library().heron_stream_nodes(self._stream), 2 * self.n_tokens)
-        return nodes.reshape(-1, 2), _copied(library().heron_stream_roots(self._stream), N_ROOTS)
+        return nodes.view(-1, 2), _copied(library().heron_stream_roots(self._stream), N_ROOTS)
 
     @property
     def nbytes(self) -> int:
         return library().heron_stream_bytes(self._stream)
 
 
-def _copied(address: int | None, n: int) -> np.ndarray:
+def _copied(address: int, n: int) -> Tensor:
     """`n` uint32 at `address` of the library's memory."""
-    return np.ctypeslib.as_array((ctypes.c_uint32 * n).from_address(address)).copy() if n else np.empty(0, np.uint32)
+    if n == 0:
+        return torch.empty(0, dtype=torch.uint32)
+    return torch.frombuffer((ctypes.c_uint32 * n).from_address(address), dtype=torch.uint32).clone()
 
 
 class _Plain:
@@ -223,26 +232,27 @@ class TokenIndex:
     """What :class:`TokenStream` knows of tokens that are read once and kept, for other streams to look into.
 
     Args:
-        tokens: (n,) ids, uint16 or uint32.
+        tokens: (n,) ids, uint16 or uint32, on the CPU as all.
         nodes: (n - 1, 2) uint32, the trees: of each position but the last the two below it. What follows the last
             is not known.
         roots: (R,) uint32, R a power of two: of each residue of ids the newest position.
         max_match, end: of the stream that was read. Longer matches are not told apart.
 
-    The arrays may be memory maps; 10 or 12 bytes a token.
+    They may be memory maps; 10 or 12 bytes a token.
 
     Raises:
-        KernelError: arrays that do not belong together, no C++ compiler.
+        KernelError: tensors that do not belong together, no C++ compiler.
     """
 
-    def __init__(self, tokens: np.ndarray, nodes: np.ndarray, roots: np.ndarray, max_match: int, end: int | None):
-        whole = tokens.dtype in (np.uint16, np.uint32) and tokens.ndim == 1
-        fits = nodes.dtype == roots.dtype == np.uint32 and nodes.shape == (max(len(tokens) - 1, 0), 2)
-        if not (whole and fits and roots.ndim == 1 and len(roots).bit_count() == 1):
-            parts = ", ".join(f"{array.dtype} {array.shape}" for array in (tokens, nodes, roots))
-            raise KernelError(f"rosa: these arrays are no index of tokens: {parts}")
+    def __init__(self, tokens: Tensor, nodes: Tensor, roots: Tensor, max_match: int, end: int | None):
+        parts = (tokens, nodes, roots)
+        whole = tokens.dtype in (torch.uint16, torch.uint32) and tokens.dim() == roots.dim() == 1
+        fits = nodes.dtype == roots.dtype == torch.uint32 and nodes.shape == (max(len(tokens) - 1, 0), 2)
+        if not (whole and fits and roots.numel().bit_count() == 1 and all(part.device.type == "cpu" for part in parts)):
+            got = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
+            raise KernelError(f"rosa: these tensors are no index of tokens: {got}")
         FORM.require(torch.device("cpu"))
-        self.arrays = tuple(map(np.ascontiguousarray, (tokens, nodes, roots)))
+        self.parts = tuple(part.contiguous() for part in parts)
         self.max_match, self.end = max_match, end
 
     @classmethod
@@ -255,7 +265,7 @@ class TokenIndex:
         stream = TokenStream(max_match, end=end, impl="cpu")
         stream.read(tokens[:-1])
         small = len(tokens) == 0 or int(tokens.max()) < 2**16
-        return cls(tokens.numpy().astype(np.uint16 if small else np.uint32), *stream._parts.trees(), max_match, end)
+        return cls(tokens.to(torch.uint16 if small else torch.uint32), *stream.trees(), max_match, end)
 
     def find(self, tokens: Tensor, n_last: int, n_found: int = 1) -> tuple[Tensor, Tensor]:
         """For each of the last `n_last` of (n,) ids of another stream, where its longest suffix occurs in the index.
@@ -274,9 +284,9 @@ class TokenIndex:
         tokens = tokens[before:].to(torch.int32).contiguous()
         src = torch.empty(n_last, n_found, dtype=torch.int64)
         length = torch.empty(n_last, n_found, dtype=torch.int32)
-        ids, nodes, roots = self.arrays
+        ids, nodes, roots = self.parts
         if library().heron_index_find(
-            ids.ctypes.data, ids.itemsize, nodes.ctypes.data, roots.ctypes.data, len(nodes), len(roots), self.max_match,
+            ids.data_ptr(), ids.itemsize, nodes.data_ptr(), roots.data_ptr(), len(nodes), len(roots), self.max_match,
             -1 if self.end is None else self.end, tokens.data_ptr(), len(tokens) - n_last, n_last, n_found,
             src.data_ptr(), length.data_ptr(),
         ):  # fmt: skip
