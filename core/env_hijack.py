@@ -3,7 +3,7 @@
 RWKV_MY_TESTING   x070; another version is refused.
 RWKV_HEAD_SIZE    64; a size set by hand that the weights contradict is refused.
 RWKV_CUDA_ON      1: the CUDA kernels where they can run; 0: PyTorch only.
-RWKV_JIT_ON       1: kernels may be compiled at first use; 0: nothing is ever compiled.
+RWKV_JIT_ON       1: kernels may be built at first use; 0: nothing is ever built.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def hijack_windows_cuda_env() -> None:
     changed = [name for name, value in found.items() if os.environ.get(name) != value]
     os.environ.update(found)
     if not found:
-        print("env_hijack: no Visual Studio C++ tools found; kernels can't be compiled, PyTorch alone needs none")
+        print("env_hijack: no Visual Studio C++ tools found; kernels can't be built, PyTorch alone needs none")
     else:
         print(f"env_hijack: compiler found; changed {', '.join(changed) or 'nothing'}")
 

@@ -51,7 +51,7 @@ def train(seed=0, steps=1000, batch=128):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000, help="1000 take about 15 minutes on two cores")
     args = parser.parse_args()

@@ -39,7 +39,7 @@ def accuracy(model, task):
     return (model(tokens)[0].argmax(-1) == targets)[targets >= 0].float().mean().item()
 
 
-def train(task, rosa="qkv-4bit", seed=0, steps=200):
+def train(task, rosa: str | None = "qkv-4bit", seed=0, steps=200):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = heron.RWKV(heron.ModelConfig("v7", n_layer=2, n_embd=64, vocab_size=67, head_size=16, rosa=rosa))
@@ -58,7 +58,7 @@ def train(task, rosa="qkv-4bit", seed=0, steps=200):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("task", nargs="?", choices=("repeat", "reverse", "add"), default="repeat")
     parser.add_argument("--without_rosa", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

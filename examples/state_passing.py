@@ -26,7 +26,7 @@ optimizer = heron.build_optimizer(model, lr=3e-3)
 state, at = None, 0
 for step in range(1, args.steps + 1):
     if at + args.piece >= rows.shape[1]:
-        state, at = None, 0  # the end of the texts: begin again with an empty memory
+        state, at = None, 0  # the end of the texts: begin again from a zero state
     tokens, targets = rows[:, at : at + args.piece], rows[:, at + 1 : at + args.piece + 1]
     hidden, state = model.hidden_states(tokens, state)
     loss = heron.ops.linear_cross_entropy(hidden, model.head.weight, targets)

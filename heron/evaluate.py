@@ -7,7 +7,7 @@ the decoder, what generation runs); the numbers are the same but for rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from heron.tokenizer.continuation import encode_pair
 
 MODES = ("gpt", "rnn")
 _TOKENS_PER_PASS = 4096
-_ROWS = 8  # sequences that RNN mode reads side by side
+_SEQUENCES = 8  # that RNN mode reads side by side
 
 
 class Evaluation(NamedTuple):
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def loglikelihoods(
-    model: RWKV, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], mode: str = "gpt"
+    model: RWKV, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], mode: str = "gpt"
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
@@ -140,7 +140,7 @@ def loglikelihoods(
     by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     results: dict[int, Likelihood] = {}
     with torch.inference_mode():
-        decoder = decoder_of(model, _ROWS) if mode == "rnn" else None
+        decoder = decoder_of(model, _SEQUENCES) if mode == "rnn" else None
         for numbers in _passes(by_length, pairs, mode):
             together = [pairs[i] for i in numbers]
             scores = _in_parallel(model, together) if decoder is None else _one_by_one(model, decoder, together)
@@ -252,16 +252,16 @@ def _question(row: dict[str, Any]) -> tuple[str, list[str], int]:
 
 
 def _passes(by_length: list[int], pairs: list[tuple[list[int], list[int]]], mode: str) -> Iterator[list[int]]:
-    """Numbers of pairs that are computed together, longest first: so many tokens, in RNN mode so many rows."""
+    """Numbers of pairs that are computed together, longest first: of some _TOKENS_PER_PASS tokens, or _SEQUENCES."""
     while by_length:
         context, continuation = pairs[by_length[0]]
-        n = _ROWS if mode == "rnn" else max(1, _TOKENS_PER_PASS // (len(context) + len(continuation)))
+        n = _SEQUENCES if mode == "rnn" else max(1, _TOKENS_PER_PASS // (len(context) + len(continuation)))
         yield by_length[:n]
         by_length = by_length[n:]
 
 
 def _in_parallel(model: RWKV, pairs: list[tuple[list[int], list[int]]]) -> list[Likelihood]:
-    """One pass. What follows a sequence changes nothing in it, so that zeros may fill up the rows."""
+    """One pass. What follows a sequence changes nothing in it, so zeros may fill up the shorter ones."""
     inputs = [(context + continuation)[:-1] for context, continuation in pairs]
     longest = max(map(len, inputs))
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=model.emb.weight.device)

@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from heron.compat.transformers import sequences, vocabulary
 from heron.compat.transformers.config import HeronConfig, HeronModelOutput, HeronOutput
-from heron.compat.transformers.sequences import States
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV
+from heron.model.state import States
 
 _UNUSED = {  # what transformers and its tools give to every model, and what says nothing to this one
     "cache_position", "token_type_ids", "max_length_q", "max_length_k", "is_causal", "output_router_logits",
@@ -46,7 +46,8 @@ class HeronPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As everywhere in transformers, but strict: no tensor may be missing or be one too many (CheckpointError)."""
         source = pretrained_model_name_or_path
-        model, info = super().from_pretrained(source, *arguments, output_loading_info=True, **settings)
+        loaded: Any = super().from_pretrained(source, *arguments, output_loading_info=True, **settings)
+        model, info = loaded
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, info[kind])):
                 raise CheckpointError(f"{source}: {kind.replace('_', ' ')}: {', '.join(names[:5])}")
@@ -58,14 +59,14 @@ class HeronPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put `value` in its place."""
-        self.rwkv.emb = value
+        self.rwkv.emb = value  # pyright: ignore[reportAttributeAccessIssue]
 
     def _resize_token_embeddings(
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """Every table with a row per token, DeepEmbed's too: new rows are the mean of the old, or initial values."""
         n_old = vocabulary.rows_of(self.rwkv)
-        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings: Any = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         vocabulary.resize(self.rwkv, n_old, embeddings.weight.shape[0], mean_resizing)
         return embeddings
 
@@ -101,9 +102,7 @@ class HeronPreTrainedModel(PreTrainedModel):
         """Another name of :meth:`activation_checkpointing_enable`."""
         HeronPreTrainedModel.activation_checkpointing_enable(self, gradient_checkpointing_kwargs, **settings)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Another name of :meth:`activation_checkpointing_disable`."""
-        self.rwkv.grad_checkpoint = False
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def _init_weights(self, module: nn.Module) -> None:
         """Heron's own initial values stay."""
@@ -119,7 +118,7 @@ class HeronModel(HeronPreTrainedModel):
         super().__init__(config)
         self.rwkv = RWKV(config.to_model_config()) if rwkv is None else rwkv
         if rwkv is None:
-            self.rwkv.head = nn.Identity()
+            self.rwkv.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
         self.post_init()
 
     @property
@@ -177,8 +176,7 @@ class HeronModel(HeronPreTrainedModel):
             wanted = (*shape, self.config.n_embd)
             raise DataError(f"inputs_embeds: wanted {tuple(wanted)}, got {tuple(inputs_embeds.shape)}")
         mask = _mask(attention_mask, shape, state is not None)
-        if inputs_embeds is not None:
-            input_ids = vocabulary.ids_of(self.rwkv, inputs_embeds, input_ids, mask)
+        ids = given if inputs_embeds is None else vocabulary.ids_of(self.rwkv, inputs_embeds, input_ids, mask)
         found = None
         bounds = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
         if any(x is not None for x in (mask, position_ids, bounds, seq_idx)):
@@ -191,8 +189,8 @@ class HeronModel(HeronPreTrainedModel):
             positions = None if position_ids is None else _positions(position_ids, shape)
             found = sequences.find(shape, mask, positions, documents)
         keep = use_cache if use_cache is not None else self.config.use_cache and not self.rwkv.training
-        every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        layers, state = sequences.read(self.rwkv, input_ids, inputs_embeds, state, found, keep, every)
+        every = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        layers, state = sequences.read(self.rwkv, ids, inputs_embeds, state, found, keep, every)
         output = HeronModelOutput(layers[-1], state, tuple(layers) if every else None)
         return output if return_dict or return_dict is None else output.to_tuple()
 
@@ -200,6 +198,7 @@ class HeronModel(HeronPreTrainedModel):
 class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
     """A :class:`heron.RWKV`, its attribute `rwkv`, behind transformers' interface. What it carries on is a State."""
 
+    _body: HeronModel
     accepts_loss_kwargs = True
     _tied_weights_keys = {"rwkv.head.weight": "rwkv.emb.weight"}
 
@@ -221,7 +220,7 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put `new_embeddings` in its place."""
-        self.rwkv.head = new_embeddings
+        self.rwkv.head = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(
         self,
@@ -246,17 +245,18 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
                 :meth:`HeronModel.forward`.
             labels: (B, T), the ids themselves, shifted here as everywhere in transformers; not counted are -100 and
                 what stands behind padding.
-            use_cache: too, but None is False with labels.
+            use_cache: as there, but None is False with labels.
             logits_to_keep: only the logits of so many last tokens; 0: of all. Or places: (n,) for every row, (B, n) for
                 each, or (B, T) bool, whose logits are (places, V).
             token_type_ids: some tokenizers make them; they mean nothing here.
             num_items_in_batch: what the sum over the labels is divided by; None: their number.
-            others: too, and shift_labels (B, T), labels that are shifted already.
+            others: as there; also shift_labels (B, T), labels that are shifted already.
         """
         # By its name in the signature, Trainer would take it for labels that every batch must have.
-        shift_labels = others.pop("shift_labels", None)
-        has_labels = labels is not None or shift_labels is not None
-        if use_cache is None and has_labels:
+        targets = others.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if use_cache is None and targets is not None:
             use_cache = False
         body = self.base_model(
             input_ids, attention_mask, state, use_cache, True, inputs_embeds, position_ids, output_hidden_states,
@@ -264,19 +264,18 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         hidden = body.last_hidden_state
         loss = logits = None
-        if has_labels:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+        if targets is not None:
             if attention_mask is not None:  # padding predicts nothing
                 targets = targets.masked_fill(attention_mask[:, -targets.shape[1] :] == 0, -100)
             loss = self.rwkv.head_loss(hidden, targets.to(hidden.device))
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
-        if not has_labels or not self.training:
+        if targets is None or not self.training:
             logits = self.rwkv.head(_kept(hidden, logits_to_keep))
         output = HeronOutput(loss, logits, body.state, body.hidden_states)
         return output if return_dict or return_dict is None else output.to_tuple()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
         state: States | None = None,
@@ -304,9 +303,12 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         whole = input_ids.shape == inputs_embeds.shape[:2]
         return {"input_ids": input_ids if whole else None, "inputs_embeds": inputs_embeds, **prompt}
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, expand_size: int = 1, **given: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
         """As everywhere, and a state that was given is there for every copy."""
-        input_ids, given = super()._expand_inputs_for_generation(expand_size, **given)
+        expand: Any = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        input_ids, given = expand(expand_size, **given)
         state = given.get("state")
         if state is not None and expand_size > 1:
             n = len(state) if isinstance(state, tuple) else state.batch_size
@@ -317,7 +319,7 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         """The states of the beams that beam search goes on with."""
         return sequences.map_rows(state, beams)
 
-    def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> None:
+    def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """No cache of keys and values is made: the state is the cache."""
 
 

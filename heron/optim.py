@@ -83,14 +83,14 @@ def build_optimizer(
         }
         for group, parameters in members.items()
     ]
-    options = dict(lr=lr, betas=betas, eps=eps, fused=True)
+    options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, fused=True)
     if tables is not None:
         return RowAdamW(groups, tables, tables_state, copies, **options)
     return CopiedAdamW(groups, copies, **options) if copies else torch.optim.AdamW(groups, **options)
 
 
 class CopiedAdamW(torch.optim.AdamW):
-    """AdamW for parameters that a network computes with bf16 copies of (:func:`heron.ops.adamw.adamw_`).
+    """AdamW for fp32 parameters of which the network computes with bf16 copies (:func:`heron.ops.adamw.adamw_`).
 
     A parameter without a gradient takes that of its copy. After a step the copies are the parameters, rounded. State,
     groups, `grad_scale` and `found_inf` are those of torch.optim.AdamW.
@@ -110,16 +110,17 @@ class CopiedAdamW(torch.optim.AdamW):
         self.copies = dict(copies or {})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of everything that has a gradient, or, where `found_inf` is set and not 0, of nothing."""
         for group in self.param_groups:
             gradients = {weight: self._gradient(weight) for weight in group["params"]}
             gradients = {weight: gradient for weight, gradient in gradients.items() if gradient is not None}
             states = [self._state(weight) for weight in gradients]
+            exp_avgs, exp_avg_sqs, steps = (
+                [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+            )
             adamw_(
-                list(gradients),
-                list(gradients.values()),
-                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+                list(gradients), list(gradients.values()), exp_avgs, exp_avg_sqs, steps,
                 [self.copies[weight] for weight in gradients if weight in self.copies],
                 group["lr"], group["betas"], group["eps"], group["weight_decay"],
                 getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self.impl,
@@ -145,15 +146,15 @@ class CopiedAdamW(torch.optim.AdamW):
 
 
 class RowAdamW(CopiedAdamW):
-    """AdamW in which the tables are stepped by rows (:func:`heron.ops.rows.row_adamw_`). What is no table is as ever.
+    """AdamW in which tables are stepped by rows (:func:`heron.ops.rows.row_adamw_`), all else as in CopiedAdamW.
 
     A step changes the rows that were brought for it, and no other, and moments and their bias correction count a row's
     own steps. Dense AdamW counts all: it goes on moving a row whose token is not there, and lets its second moment
     fade. The two are equal where every row is brought each step.
 
     Args:
-        groups: of parameters, as :func:`build_optimizer` makes them. Tables must not decay: a row would by its token's
-            frequency.
+        groups: of parameters, as :func:`build_optimizer` makes them. Tables must not decay: a row would decay as often
+            as its token comes.
         tables: the tables, which are members of `groups`.
         state_dtype: of both moments, which lie where the tables do; they are computed in the dtype of the table.
         copies: see :class:`CopiedAdamW`.
@@ -191,7 +192,7 @@ class RowAdamW(CopiedAdamW):
         row_steps, exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in self.STATE)
         found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         if grad_scale is not None:
-            torch._foreach_div_(self.tables.gradients(), grad_scale)
+            torch._foreach_div_(self.tables.gradients(), grad_scale)  # pyright: ignore[reportPrivateImportUsage]
         self.tables.step(exp_avgs, exp_avg_sqs, row_steps, group["lr"], group["betas"], group["eps"], found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -199,7 +200,7 @@ class RowAdamW(CopiedAdamW):
         super().zero_grad(set_to_none)
         self.tables.release()
 
-    def _placed(self, weight: nn.Parameter) -> dict[str, torch.Tensor]:
+    def _placed(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is kept of a table, zeros at first, where the step reads it; a resumed run has read it from a file."""
         state = self.state[weight]
         if not state:
@@ -225,7 +226,7 @@ def lr_at(step: int, config: TrainConfig) -> float:
     Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/trainer.py.
     """
     per_step = config.tokens_per_step
-    total = config.max_tokens if config.max_tokens is not None else config.max_steps * per_step
+    total = config.max_tokens if config.max_tokens is not None else config.total_steps * per_step
     span = total - config.warmup_steps * per_step
     progress = (step - config.warmup_steps) * per_step / span if span > 0 else 0.0  # a run of warm-up only
     progress = min(max(progress, 0.0), 1.0)

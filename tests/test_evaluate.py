@@ -104,7 +104,7 @@ def by_hand(model, context, continuation):
 @pytest.mark.parametrize("variant", ["v8", "v7a", "v8-hybrid"])
 def test_both_modes_give_the_same_numbers(random_model, monkeypatch, variant):
     monkeypatch.setattr(module, "_TOKENS_PER_PASS", 12)
-    monkeypatch.setattr(module, "_ROWS", 2)
+    monkeypatch.setattr(module, "_SEQUENCES", 2)
     model = random_model(variant=variant)
     wanted = [by_hand(model, *pair) for pair in PAIRS]
     best = int(model(torch.tensor([[3, 4]]))[0][0, -1].argmax())

@@ -138,7 +138,7 @@ def holds_tokenizer(path: Path, format: str | None) -> bool:
 
 
 def assume(vocab_size: int, path: Path) -> Vocabulary | None:
-    """What weights are taken for of which nothing tells the tokenizer, said in a warning about `path`."""
+    """The tokenizer to assume for weights that come with none; a warning about `path` says which."""
     if vocab_size == WORLD_SIZE:
         warnings.warn(f"{path}: nothing tells the tokenizer; World is assumed, for {WORLD_SIZE:,} ids", stacklevel=3)
         return Vocabulary.of(load_tokenizer("world"))
@@ -168,6 +168,7 @@ def write(
     if format == "hf" or (format == "safetensors" and not path.suffix):
         with new_folder(path) as temporary:
             eod = 0 if vocabulary is None else vocabulary.eod  # upstream closes documents by 0
+            config = _needed(config, path)
             (hf.write_rwkv7 if format == "hf" else hf.write)(tensors, config, temporary, eod)
             files = {GENERATION: generation_config(eod), **(vocabulary.folder() if vocabulary else {})}
             kind, n_parameters = hf.model_type(temporary), sum(map(Tensor.numel, tensors.values()))
@@ -180,7 +181,7 @@ def write(
         raise CheckpointError(f"{path}: wanted a file name ending in .{format}, got {path.suffix!r}")
     with new_file(path) as temporary:
         if path.suffix == ".gguf":
-            gguf.write(tensors, config, temporary, vocabulary, path)
+            gguf.write(tensors, _needed(config, path), temporary, vocabulary, path)
         else:
             _FILES[path.suffix].write(tensors, temporary)
 
@@ -198,7 +199,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def put_right(path: Path) -> list[str]:
-    """What reading a file or folder that is readable has changed about its tensors, in words."""
+    """What reading changes about the tensors of a readable file or folder, in words."""
     if path.is_dir():
         return hf.put_right(path)
     if path.suffix == ".safetensors":
@@ -302,6 +303,14 @@ def recorded(source: Path) -> ModelConfig | None:
     except ConfigError as error:
         raise CheckpointError(f"{config}, which lies beside {source.name}: {error}") from None
     return model if isinstance(model, ModelConfig) else None
+
+
+def _needed(config: ModelConfig | None, path: Path) -> ModelConfig:
+    if config is None:
+        raise CheckpointError(
+            f"{path}: this format holds an RWKV alone; any other module goes into .pth or .safetensors"
+        )
+    return config
 
 
 def _name(dtype: torch.dtype) -> str:

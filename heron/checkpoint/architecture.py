@@ -7,6 +7,7 @@ import re
 import types
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,11 +105,10 @@ def in_one_dtype(model: RWKV, dtype: torch.dtype | None = None, source: object =
     None: the model itself, or where it mixes dtypes a copy in the widest of them, tables as they are. ConfigError and
     CheckpointError as in :func:`converted`, with `source` in the message.
     """
-    if dtype is None and (not isinstance(model, RWKV) or model.widest() is None):
-        return model
-    tensors = model.state_dict()
+    tensors: dict[str, Tensor] = model.state_dict()
     if dtype is None:
-        widest = model.widest()
+        if not isinstance(model, RWKV) or (widest := model.widest()) is None:
+            return model
         tensors |= converted({name: tensors[name] for name, _ in model.in_products()}, widest, source)
     else:
         tensors = converted(tensors, dtype, source)
@@ -178,7 +178,7 @@ def sizes_of(
     layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     vocab_size, n_embd = shape("emb.weight", 2)
     ffn_dim = shape("blocks.0.ffn.key.weight", 2)[0]
-    time_mix = {}
+    time_mix: dict[str, Any] = {}
     if variant != "rosa-lm":
         value_block = 1 if len(layers) > 1 else 0
         has_value_rank = value_block or "blocks.0.att.v1" in tensors

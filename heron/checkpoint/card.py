@@ -48,7 +48,7 @@ def papers(
     name: str,
     theirs: dict[str, bytes],
 ) -> dict[str, bytes]:
-    """The files by name. Those that lie with the source, `theirs`, stay as they are; what is missing is written.
+    """The model card and the licence by name: those of the source, `theirs`, as they are, and what is missing new.
 
     Args:
         config: of the model, and `n_parameters` its parameters.

@@ -65,7 +65,7 @@ def upcycle(
         )
     if old.has_ln0 and not new.has_ln0:
         with torch.no_grad():
-            tensors["emb.weight"] = model.blocks[0].ln0(model.emb.weight)
+            tensors["emb.weight"] = model.get_submodule("blocks.0.ln0")(model.emb.weight)
         for name, neutral in zip(LN0, (1.0, 0.0), strict=True):
             tensors[name].fill_(neutral)
     return _model(new, tensors, old)
@@ -107,7 +107,7 @@ def resize_vocabulary(model: RWKV, vocab_size: int, rule: str = "mean") -> RWKV:
 
 
 def _model(config: ModelConfig, tensors: dict[str, Tensor], old: ModelConfig) -> RWKV:
-    """An RWKV of `config` from `tensors`: what is missing starts by the rules, what has no place must be neutral."""
+    """An RWKV of `config` from `tensors`: missing ones get their initial value, those it lacks must be neutral."""
     with torch.device("meta"):
         model = RWKV(config)
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}

@@ -46,10 +46,7 @@ FORMAT = 2
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
 _UNUSED = "unused"  # stands for them where a parameter has had no gradient yet
 _RNG_NAMES = ("torch", "python", "python_gauss", "numpy", "numpy_position", "numpy_gauss", "cuda_devices")
-_DTYPES = {
-    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8",
-}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 _SMALL = 1 << 20  # bytes that are put together before they are handed on
 _BACKLOG = 1 << 28  # bytes that may be written but not hashed yet
 _SMALL_FILES = 1 << 17  # bytes that are allowed for what is not a tensor
@@ -256,7 +253,7 @@ def _sealed(manifest: dict[str, Any]) -> bytes:
 
 
 def _discard_beyond(keep: int, run_folder: Path) -> None:
-    """Delete what is older than the newest `keep` whole checkpoints. One that is not whole takes no place of theirs."""
+    """Delete what is older than the newest `keep` whole checkpoints. One that is not whole does not count."""
     kept = 0
     for folder in _folders(run_folder):
         if kept == keep:
@@ -307,7 +304,7 @@ class _Writer:
         self._bytes_behind = 0
         self._written: dict[str, tuple[int, Any]] = {}
 
-    def write(self, name: str, pieces: Iterable[bytes]) -> None:
+    def write(self, name: str, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write a new file and force it onto the disk."""
         digest, size = hashlib.sha256(), 0
         with open(self._folder / name, "xb") as file:
@@ -335,14 +332,14 @@ class _Writer:
         self._pool.shutdown()
 
     def _catch_up(self, allowed: int) -> None:
-        """Wait until no more than so many bytes are to be hashed; they are held in memory until then."""
+        """Wait until at most `allowed` written bytes, which stay in memory until then, are still to be hashed."""
         while self._bytes_behind > allowed:
             future, size = self._behind.popleft()
             future.result()
             self._bytes_behind -= size
 
 
-def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes]:
+def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytearray | memoryview]:
     """A .safetensors file piece by piece: no second copy of all the weights is ever made.
 
     Source of the format: huggingface/safetensors, README. Wide types come first so that each begins at a multiple of
@@ -354,13 +351,13 @@ def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes]:
     for name in names:
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     small = bytearray(len(text).to_bytes(8, "little") + text)
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        raw = memoryview(flat.view(torch.uint8).numpy())
+        raw = flat.view(torch.uint8).numpy().data
         if len(small) + len(raw) < _SMALL:
             small += raw
             continue
@@ -410,7 +407,8 @@ def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tu
 
 def _rng_tensors() -> dict[str, Tensor]:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = drawn
     if version != 3 or name != "MT19937":
         raise CheckpointError(f"unknown random generators: python version {version}, numpy {name}")
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

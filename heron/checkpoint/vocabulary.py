@@ -68,7 +68,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, known: Tokenizer, files: Mapping[str, bytes] | None = None) -> Vocabulary | None:
-        """That of a tokenizer; None: one of a class of one's own, of which no file could be made.
+        """That of a tokenizer; None: it is of a user's own class, which no file can hold.
 
         `files` go along; None: what lies beside a file that is called tokenizer.json.
         """
@@ -168,7 +168,7 @@ def from_folder(folder: Path, eod: object = None) -> Vocabulary | None:
     if not has_grown and any(
         table.read_bytes().replace(b"\r\n", b"\n") == world_file().read_bytes() for table in tables
     ):
-        return Vocabulary.of(world(), _without_code(files))
+        return Vocabulary.of(tokenizer.load("world"), _without_code(files))
     if not (folder / TOKENIZER).is_file():
         if tables:
             raise DataError(f"{tables[0]}: another table than {WORLD_FILE}, the only one that is known here")
@@ -264,7 +264,7 @@ def _characters() -> dict[int, str]:
 
 
 def _longest_first(tokens: list[str]) -> str:
-    """A regular expression that matches the longest of `tokens` at a place."""
+    """A regular expression that matches the longest of `tokens` that begins at a position."""
     trie: dict = {}
     for token in tokens:
         node = trie

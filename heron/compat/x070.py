@@ -75,7 +75,7 @@ class RWKV_x070(RWKV):
         self.n_head, self.head_size = self.config.n_head, self.config.head_size
         self.z = WeightView(self)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, idx: int | Sequence[int] | Tensor, state: list[Tensor] | None = None, full_output: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """One id, or a list of them: as `forward_one` for a single id, else as `forward_seq`."""
@@ -109,6 +109,7 @@ class RWKV_x070(RWKV):
         """Logits of the `last` tokens (None: of all), and the new state list."""
         tokens = ids.unsqueeze(0).to(self.emb.weight.device)
         batched = None if state is None else State.from_runtime(state)
+        new: Any
         hidden, new = self.hidden_states(tokens, batched)
         if last is not None:
             hidden = hidden[:, -last:]
@@ -134,7 +135,7 @@ class WeightView(Mapping[str, Tensor]):
         name = self._names[key.replace(".", "_")]
         value = self._model.get_parameter(name)
         if name == "emb.weight":
-            return self._model.blocks[0].ln0(value) if self._model.config.has_ln0 else value
+            return self._model.get_submodule("blocks.0.ln0")(value) if self._model.config.has_ln0 else value
         if name.endswith(("receptance.weight", "key.weight", "value.weight", "output.weight")):
             return value.t()
         if name.endswith("r_k"):

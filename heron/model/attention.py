@@ -99,7 +99,7 @@ class SecondAttention(nn.Module):
         q, last_query = _mixed(q, state.last_query, self.x_q)
         k, _ = _mixed(k, None, self.x_k)  # nothing precedes the first token of a context
         v, _ = _mixed(v, None, self.x_v)
-        new = AttentionState(k_codes, v_codes, last_query.to(state.last_query.dtype))
+        new = AttentionState(k_codes, v_codes, last_query.to(state.k_codes.dtype))
         return attend(self.lnq(q), self.lnk(k), self.lnv(v), self.CAP, window), new
 
 

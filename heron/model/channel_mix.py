@@ -1,4 +1,4 @@
-"""Channel mixing: token shift, a squared-ReLU MLP, and the DeepEmbed gate in one of its three places.
+"""Channel mixing: token shift, a squared-ReLU MLP, and the DeepEmbed gate in one of its three forms.
 
 Equations: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py, rwkv_v7a_demo.py and rwkv_v8_rc00_demo.py.
 """
@@ -6,6 +6,7 @@ Equations: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py, rwkv_v7a_demo.py and rwkv_v
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class ChannelMix(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        V, C, F, R = config.vocab_size, config.n_embd, config.ffn_dim, GATE_RANK
+        V, C, F, R = config.vocab_size, config.n_embd, cast(int, config.ffn_dim), GATE_RANK
         self.form = config.deep_embed
         self.x_k = nn.Parameter(torch.empty(1, 1, C))
         self.key = nn.Linear(C, F, bias=False)
@@ -76,10 +77,9 @@ class ChannelMix(nn.Module):
         """
         x, mixed, last = begin(x, branch, self.mixes, last, cu_seqlens)
         hidden = torch.relu(self.key(mixed[0])).square()  # (B, T, F)
-        if self.form == "hidden":
-            hidden = hidden * of_table.to(hidden.dtype)
-        elif self.form == "low-rank":
-            hidden = hidden * self._low_rank_gate(mixed[1], of_table).to(hidden.dtype)
+        if of_table is not None:
+            gate = of_table if self.form == "hidden" else self._low_rank_gate(mixed[1], of_table)
+            hidden = hidden * gate.to(hidden.dtype)
         return x, self.value(hidden), last
 
     def gate(self, out: Tensor, ids: Tensor) -> Tensor:

@@ -29,13 +29,11 @@ _GRAPHS = 64  # a process may train with several shapes and precisions, two grap
 def choose(
     wanted: str, device: torch.device, model: ModelConfig, tables: str = "device", adds_up: bool = False
 ) -> machine.Choice:
-    """Whether training steps of `model` on `device` are compiled.
-
-    Says so, once, where a GPU would profit but something is missing.
+    """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
     Args:
         wanted, tables: TrainConfig's.
-        adds_up: whether gradients of several passes are added up where the passes leave them.
+        adds_up: whether each pass adds its gradients to those of the passes before, in place.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -82,13 +80,13 @@ def compile_blocks(network: RWKV) -> None:
     """Have every block of `network` compute by one function, compiled at its first call of a shape."""
     mix = compiled(Block.mix, _compile)
     for block in network.blocks:
-        block.compiled = mix
+        block.compiled = mix  # pyright: ignore[reportArgumentType]
 
 
 def undo(network: RWKV) -> None:
     """Have each block compute as it is written again."""
     for block in network.blocks:
-        block.compiled = None
+        block.compiled = None  # pyright: ignore[reportArgumentType]
 
 
 def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:

@@ -39,9 +39,10 @@ class Where:
 
     def places(self, ids: Tensor) -> Places:
         """The same for the kernel. What one layer asked for is there for the next, which asks with these very ids."""
-        if self._ids is not ids:
+        if self._places is None or self._ids is not ids:
             where = self.of(ids)
-            torch._assert_async((where >= 0).all())  # the kernel would read, and write, what is no row
+            # An id without a row would have the kernel read and write outside of them.
+            torch._assert_async((where >= 0).all())  # pyright: ignore[reportPrivateImportUsage]
             self._ids, self._places = ids, Places.of(where)
         return self._places
 
@@ -62,7 +63,7 @@ class DeepEmbed(nn.Embedding):
     brought: Brought | None = None  # set by heron.tables.rows while a training step runs
     before_reading: Callable[[], None] | None = None  # set there: waits for rows on their way back to the table
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Rows (..., width) of token ids (...), on the device of `ids` wherever the table lies."""
         if self.brought is not None:
             return F.embedding(self.brought.where.of(ids), self.brought.rows)

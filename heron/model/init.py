@@ -1,4 +1,4 @@
-"""Every initial value in one table. Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
+"""Every initial value, by the name of its parameter. Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
 
 Nothing is public about DeepEmbed, DeepEmbedAttention and ROSA in a language model. What stands under `_OURS` is our own
 choice: under one seed a fresh model of any variant but rosa-lm computes what v7 does, bit for bit, with ROSA or not.
@@ -87,7 +87,7 @@ def rule(name: str, config: ModelConfig) -> Rule:
     in_head = (c % N - (N - 1) / 2) / ((N - 1) / 2)
     z = in_head * in_head.abs()
 
-    table = {
+    rules = {
         "ln0.weight": _constant(1.0),
         "ln0.bias": _constant(0.0),
         "ln1.weight": _constant(1.0),
@@ -128,7 +128,7 @@ def rule(name: str, config: ModelConfig) -> Rule:
         # A projection, as torch.nn.Linear starts; but a branch beside time mixing writes nothing at first.
         is_neutral = tail.startswith("rosa.o.") and config.has_time_mix
         return (_constant(0.0) if is_neutral else _uniform(C**-0.5))._replace(ours=True)
-    return table[tail]
+    return rules[tail]
 
 
 def _tail(name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import nn
 
+Kind = TypeVar("Kind", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -13,7 +16,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """True where nothing stands between a call of `module` and its parameters.
 
     False for a module of another class than `kind` (an adapter of peft, a quantized or a parametrized layer, a user's

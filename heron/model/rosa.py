@@ -73,10 +73,8 @@ class RosaQKV(nn.Module):
         super().__init__()
         self.rosa = rosa
         if rosa.token_shift:
-            for letter in "qkv":
-                setattr(self, f"x_{letter}", nn.Parameter(torch.zeros(1, 1, n_embd)))
-        for letter in "qkvo":
-            setattr(self, letter, nn.Linear(n_embd, n_embd, bias=rosa.proj_bias))
+            self.x_q, self.x_k, self.x_v = (nn.Parameter(torch.zeros(1, 1, n_embd)) for _ in "qkv")
+        self.q, self.k, self.v, self.o = (nn.Linear(n_embd, n_embd, bias=rosa.proj_bias) for _ in "qkvo")
         self.rosa_qkv = nn.ParameterDict({"emb": torch.ones(1, 1, n_embd)})
 
     def forward(self, x: Tensor, state: RosaState) -> tuple[Tensor, RosaState]:

@@ -6,6 +6,7 @@ Source: BlinkDL/RWKV-LM, folder RWKV-v8: 251016_rosa_1bit_run.py and 251024_rosa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,9 @@ def toy_from(tensors: Mapping[str, Tensor], source: object) -> SelfToy | QKVToy:
 
 def _qkv_config(tensors: Mapping[str, Tensor]) -> ModelConfig:
     vocab_size, n_embd = tensors["e.weight"].shape
-    ranks = {name: tensors[f"rwkv1.{letter}1"].shape[1] for name, letter in zip(_RANKS, "wavg", strict=True)}
+    ranks: dict[str, Any] = {
+        name: tensors[f"rwkv1.{letter}1"].shape[1] for name, letter in zip(_RANKS, "wavg", strict=True)
+    }
     return ModelConfig(
         variant="v7",
         n_layer=sum(name.endswith(".rosa_qkv.emb") for name in tensors),

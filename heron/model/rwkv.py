@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
+_ZEROS: tuple[Any, ...] = (None,) * 5  # what a LayerState holds before the first token
 
 
 class Block(nn.Module):
@@ -47,15 +48,18 @@ class Block(nn.Module):
         super().__init__()
         if layer == 0:
             self.ln0 = nn.LayerNorm(config.n_embd)  # applied to the embedding, where config.has_ln0
-        self.ln1 = nn.LayerNorm(config.n_embd) if config.has_time_mix else None
+        if config.has_time_mix:
+            self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config, layer) if config.has_time_mix else None
         self.qkv = _ATTENTION[config.variant](config) if config.has_attention else None
         # In the order of modules initial values are drawn and the squares of gradients are summed: runs depend on it.
-        self.ffn = ChannelMix(config) if config.has_time_mix else None
-        self.ln3 = nn.LayerNorm(config.n_embd) if config.rosa else None
+        if config.has_time_mix:
+            self.ffn = ChannelMix(config)
+        if config.rosa:
+            self.ln3 = nn.LayerNorm(config.n_embd)
         self.rosa = RosaQKV(config.n_embd, config.rosa) if config.rosa else None
-        if self.ffn is None:
+        if not config.has_time_mix:
             self.ffn = ChannelMix(config)
 
     def forward(
@@ -85,17 +89,16 @@ class Block(nn.Module):
             x, what this block has to add to it, the new state or None, and layer 0's values for the blocks above.
         """
         tokens = context.last(x.shape[1])
-        mix = self.compiled if self._runs_compiled() else Block.mix
-        # Tables are looked up out here: compiled, the gradients of their rows would be summed in an order that changes.
+        mix = self.compiled if self.compiled is not None and self._may_run_compiled() else Block.mix
+        # Tables are looked up out here: compiled code would sum the gradients of their rows in an order that changes.
         of_table = self.ffn.table_rows(tokens)
         seen = None if self.qkv is None else context
         x, branch, state, v_first = mix(self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state)
         return x, self.ffn.gate(branch, tokens.ids), state, v_first
 
-    def _runs_compiled(self) -> bool:
-        if self.compiled is None or not torch.is_grad_enabled():
-            return False
-        return not any(has_hooks(module) for module in self.modules() if module is not self)
+    def _may_run_compiled(self) -> bool:
+        inside = (module for module in self.modules() if module is not self)
+        return torch.is_grad_enabled() and not any(map(has_hooks, inside))
 
     def mix(
         self,
@@ -110,24 +113,21 @@ class Block(nn.Module):
         keep_state: bool,
     ) -> tuple[Tensor, Tensor, LayerState | None, Tensor | None]:
         """:meth:`forward` between the tables: `of_table` (B, T, width) are the channel mix's rows, if it has any."""
-        old = LayerState(None, None, None) if state is None else state
-        att_shift, wkv, attention, rosa = old.att_shift, old.wkv, None, None
+        att_shift, wkv, ffn_shift, attention, rosa = _ZEROS if state is None else state
         if self.att is not None:
             x, branch, att_shift, wkv, v_first = self.att(
-                partial(normed_and_mixed, self.ln1), x, branch, old.att_shift, old.wkv, v_first, cu_seqlens
+                partial(normed_and_mixed, self.ln1), x, branch, att_shift, wkv, v_first, cu_seqlens
             )
         elif branch is not None:
             x, branch = x + branch, None
         if self.qkv is not None:
-            looked_back, attention = self.qkv(x, old.attention, context, window)
+            looked_back, attention = self.qkv(x, attention, context, window)
             branch = branch + looked_back
         if self.rosa is not None:
-            recalled, rosa = self.rosa(self.ln3(x), old.rosa)
+            recalled, rosa = self.rosa(self.ln3(x), rosa)
             branch = recalled if branch is None else branch + recalled
-        x, branch, ffn_shift = self.ffn(
-            partial(normed_and_mixed, self.ln2), x, branch, old.ffn_shift, of_table, cu_seqlens
-        )
-        return x, branch, LayerState(att_shift, wkv, ffn_shift, attention, rosa) if keep_state else None, v_first
+        x, out, ffn_shift = self.ffn(partial(normed_and_mixed, self.ln2), x, branch, ffn_shift, of_table, cu_seqlens)
+        return x, out, LayerState(att_shift, wkv, ffn_shift, attention, rosa) if keep_state else None, v_first
 
 
 class _Call(nn.Module):
@@ -203,7 +203,7 @@ class RWKV(nn.Module):
         if self.mixes_dtypes and (widest := self.widest()) is not None:
             return self._in_dtype(widest, RWKV.forward, tokens, state, cu_seqlens)
         hidden, state = self.hidden_states(tokens, state, cu_seqlens)
-        return self.head(hidden), state
+        return self.head(hidden), state  # pyright: ignore[reportReturnType]
 
     def hidden_states(
         self,
@@ -243,7 +243,8 @@ class RWKV(nn.Module):
         rows = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
         context = Lookup(ids, self._first_norm(rows))
         x = context.last(tokens.shape[1]).embedded  # (B, T, C)
-        branch, v_first, new = None, None, []
+        branch: Any = None
+        v_first, new = None, []
         for block, layer_state in zip(self.blocks, old, strict=True):
             arguments = (x, branch, layer_state, v_first, context, window, cu_seqlens, keep_state)
             if self.grad_checkpoint and torch.is_grad_enabled():
@@ -259,12 +260,7 @@ class RWKV(nn.Module):
         return hidden, state if window is None else state.latest(window)
 
     def _one_after_another(
-        self,
-        tokens: Tensor,
-        states: States | None,
-        cu_seqlens: Tensor,
-        embeddings: Tensor | None,
-        keep_state: bool,
+        self, tokens: Tensor, states: States | None, cu_seqlens: Tensor, embeddings: Tensor | None, keep_state: bool
     ) -> tuple[Tensor, tuple[State, ...] | None]:
         """:meth:`hidden_states` of packed sequences whose states have different lengths: each in a pass of its own."""
         offsets = cu_seqlens.tolist()
@@ -288,7 +284,7 @@ class RWKV(nn.Module):
         return self._first_norm(self.emb(tokens))
 
     def _first_norm(self, x: Tensor) -> Tensor:
-        return self.blocks[0].ln0(x) if self.config.has_ln0 else x
+        return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
 
     def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class RosaState(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """The memory of one block."""
+    """What one block remembers."""
 
     att_shift: Tensor  # (B, C), the last input of the time mix (after ln1); (B, 0) in a rosa-lm
     wkv: Tensor  # (B, H, N_value, N_key), fp32 (fp64 in a fp64 model); H = 0 in a rosa-lm
@@ -117,9 +117,10 @@ class State:
             return self
         layers = []
         for layer in self.layers:
-            k_codes, v_codes, last_query = layer.attention
-            attention = AttentionState(k_codes[:, -n:].clone(), v_codes[:, -n:].clone(), last_query)
-            layers.append(layer._replace(attention=attention))
+            if (old := layer.attention) is not None:
+                attention = AttentionState(old.k_codes[:, -n:].clone(), old.v_codes[:, -n:].clone(), old.last_query)
+                layer = layer._replace(attention=attention)
+            layers.append(layer)
         return State(tuple(layers), self.tokens[:, -n:].clone())
 
     def to_list(self) -> list[Tensor]:
@@ -133,7 +134,7 @@ class State:
         rosa = [part for layer in self.layers for part in layer.rosa or () if part is not None]
         if self.tokens is None:
             return [*parts, *rosa]
-        attention = [layer.attention for layer in self.layers]
+        attention = [layer.attention for layer in self.layers if layer.attention is not None]
         codes = [part for memory in attention for part in (memory.k_codes, memory.v_codes)]
         queries = [memory.last_query for memory in attention if memory.last_query is not None]
         return [*parts, self.tokens, *codes, *queries, *rosa]
@@ -151,7 +152,7 @@ class State:
                 "state list: wanted 3 tensors per layer, for DeepEmbedAttention the token ids and 2 or 3 more per "
                 f"layer, and for ROSA 1 to 3 more per layer, got {rosa_at} tensors and ROSA's of {len(rosa)} layers"
             )
-        layers = [LayerState(*parts[i : i + 3]) for i in range(0, n, 3)]
+        layers = [LayerState(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, n, 3)]
         if rosa:
             layers = [layer._replace(rosa=memory) for layer, memory in zip(layers, rosa, strict=True)]
         if n == len(parts):
@@ -197,7 +198,7 @@ class State:
             symbols = (*wanted["rosa.symbols"][:3], self.layers[0].rosa.symbols.shape[-1])
             wanted |= {"rosa.symbols": symbols, "rosa.lengths": (symbols[0], *symbols[2:])}
         for i, layer in enumerate(self.layers):
-            found = {name: tuple(part.shape) for name, part in _parts(layer)}
+            found: dict[str, Any] = {name: tuple(part.shape) for name, part in _parts(layer)}
             found.setdefault("rosa.lengths", wanted.get("rosa.lengths"))  # a step can find them
             for name in {**wanted, **found}:
                 if wanted.get(name) != found.get(name):
@@ -222,7 +223,7 @@ def _put_together(parts: Iterable[Tensor], there: str) -> State:
     """The inverse of :func:`_taken_apart`."""
     parts = iter(parts)
 
-    def memory(kind: type, digits: str) -> NamedTuple | None:
+    def memory(kind: Callable[..., Any], digits: str) -> Any:
         return kind(*(next(parts) if digit == "1" else None for digit in digits)) if digits else None
 
     has_tokens, *forms = there.split(" ")
@@ -234,7 +235,7 @@ def _put_together(parts: Iterable[Tensor], there: str) -> State:
     return State(tuple(layers), next(parts) if has_tokens == "1" else None)
 
 
-def _taken_apart_by_name(state: State) -> tuple[list[tuple[_pytree.KeyEntry, Tensor]], str]:
+def _taken_apart_by_name(state: State) -> tuple[list[tuple[Any, Tensor]], str]:
     parts, there = _taken_apart(state)
     return [(_pytree.SequenceKey(i), part) for i, part in enumerate(parts)], there
 
@@ -262,7 +263,7 @@ def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:
 
 
 def _parts(memory: NamedTuple, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a layer's memory with its name; absent parts are left out."""
+    """Every tensor of a layer's state with its name; absent parts are left out."""
     for name, part in zip(memory._fields, memory, strict=True):
         if isinstance(part, Tensor):
             yield prefix + name, part
@@ -270,7 +271,7 @@ def _parts(memory: NamedTuple, prefix: str = "") -> Iterator[tuple[str, Tensor]]
             yield from _parts(part, f"{prefix}{name}.")
 
 
-def _mapped(memory: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
+def _mapped(memory: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return type(memory)(
         *(
             part if part is None else function(part) if isinstance(part, Tensor) else _mapped(part, function)

@@ -6,6 +6,7 @@ Equations: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py and rwkv_v7_demo.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,19 @@ class TimeMix(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         C, H, N = config.n_embd, config.n_head, config.head_size
-        for letter in "rwkvag":
-            setattr(self, f"x_{letter}", nn.Parameter(torch.empty(1, 1, C)))
-        ranks = dict(w=config.decay_rank, a=config.iclr_rank, v=config.value_rank, g=config.gate_rank)
-        for letter, rank in ranks.items():
-            if letter != "g":
-                setattr(self, f"{letter}0", nn.Parameter(torch.empty(1, 1, C)))
-            setattr(self, f"{letter}1", nn.Parameter(torch.empty(C, rank)))
-            setattr(self, f"{letter}2", nn.Parameter(torch.empty(rank, C)))
-        self.k_k = nn.Parameter(torch.empty(1, 1, C))
-        self.k_a = nn.Parameter(torch.empty(1, 1, C))
+
+        def vector() -> nn.Parameter:
+            return nn.Parameter(torch.empty(1, 1, C))
+
+        def low_rank(rank: Any) -> tuple[nn.Parameter, nn.Parameter]:
+            return nn.Parameter(torch.empty(C, rank)), nn.Parameter(torch.empty(rank, C))
+
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (vector() for _ in "rwkvag")
+        self.w0, self.w1, self.w2 = vector(), *low_rank(config.decay_rank)
+        self.a0, self.a1, self.a2 = vector(), *low_rank(config.iclr_rank)
+        self.v0, self.v1, self.v2 = vector(), *low_rank(config.value_rank)
+        self.g1, self.g2 = low_rank(config.gate_rank)
+        self.k_k, self.k_a = vector(), vector()
         self.r_k = nn.Parameter(torch.empty(H, N))
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
@@ -96,7 +100,9 @@ class TimeMix(nn.Module):
     def channel_weights(self, mixes_v_first: bool) -> ChannelWeights:
         """The weights of single channels, as ops.head_mix takes them."""
         norm = self.ln_x
-        affine = (norm.weight, norm.bias, norm.eps) if is_plain(norm, nn.GroupNorm) else (None, None, 0.0)
+        affine: tuple[Any, ...] = (
+            (norm.weight, norm.bias, norm.eps) if is_plain(norm, nn.GroupNorm) else (None, None, 0.0)
+        )
         return ChannelWeights(
             w0=self.w0,
             a0=self.a0,

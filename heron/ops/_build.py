@@ -1,9 +1,9 @@
-"""The only place that compiles: native code is built at first use, once for all processes, and kept.
+"""The only file that builds: native code is built at first use, once for all processes, and kept.
 
 A library lives in a folder ``<name>-<key>`` of the cache (``HERON_CACHE``, by default ``~/.cache/heron``); the key is a
 hash of all that decides its contents: sources, flags, compiler, torch, CUDA, machine. It is built in a private folder
 beside it and renamed into place with its sha256, under a file lock that the operating system frees when its holder
-dies. So a build killed at any instant never blocks the next one, processes that start together compile once, and a
+dies. So a build killed at any instant never blocks the next one, processes that start together build once, and a
 damaged library is built again.
 """
 
@@ -32,7 +32,7 @@ from heron.progress import progress
 
 try:
     import fcntl
-except ImportError:  # Windows: processes that start together may compile the same library twice; the first one is kept
+except ImportError:  # Windows: processes that start together may build the same library twice; the first one is kept
     fcntl = None
 
 LOCK_TIMEOUT_S = 1200
@@ -45,7 +45,7 @@ _outcomes: dict[tuple, object] = {}
 
 
 def forbid(reason: str) -> None:
-    """From here on nothing is compiled in this process; what would be raises KernelError with `reason`."""
+    """From here on nothing is built in this process; what would be raises KernelError with `reason`."""
     global _forbidden
     _forbidden = reason
 
@@ -69,7 +69,7 @@ def load_c_library(
 
     Args:
         name: a short name for the cache and for messages.
-        sources: the C++ files to compile and link into one library.
+        sources: the C++ files to build into one library.
         flags: further compiler flags, beside C++17, -O3 and threads.
         depends: files that the sources include; they count for the key.
 
@@ -145,14 +145,14 @@ def _load_c_library(
     command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", *flags, *map(str, sources)]
     key = _key(sources + depends, [_version(compiler), *command[1 : -len(sources)]])
 
-    def compile_into(folder: Path) -> Path:
+    def build_into(folder: Path) -> Path:
         library = folder / f"{name}.so"
         ran = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, errors="replace")
         if ran.returncode:
             raise KernelError(_failure(name, " ".join(command), ran.stderr))
         return library
 
-    with _published(name, key, compile_into) as library:
+    with _published(name, key, build_into) as library:
         try:
             return ctypes.CDLL(str(library))
         except OSError as error:
@@ -170,7 +170,7 @@ def _load_op_library(
     key = _key(sources + depends, [torch.__version__, str(torch.version.cuda), *cuda_flags, "|", *cpp_flags])
     loaded = False
 
-    def compile_into(folder: Path) -> Path:
+    def build_into(folder: Path) -> Path:
         nonlocal loaded
         from torch.utils import cpp_extension
 
@@ -191,9 +191,9 @@ def _load_op_library(
         except (RuntimeError, OSError) as error:
             raise KernelError(_failure(name, "torch.utils.cpp_extension.load", str(error))) from error
         loaded = True
-        return Path(library)
+        return Path(str(library))
 
-    with _published(name, key, compile_into) as library:
+    with _published(name, key, build_into) as library:
         if not loaded:  # the process that built it has loaded it already, and an op can be registered only once
             try:
                 torch.ops.load_library(str(library))
@@ -202,18 +202,18 @@ def _load_op_library(
 
 
 @contextlib.contextmanager
-def _published(name: str, key: str, compile_into: Callable[[Path], Path]) -> Iterator[Path]:
-    """The library of this key, whole, built by `compile_into` if the cache does not hold it."""
+def _published(name: str, key: str, build_into: Callable[[Path], Path]) -> Iterator[Path]:
+    """The library of this key, whole, built by `build_into` if the cache does not hold it."""
     home = cache_folder() / f"{name}-{key}"
     library = home / f"{name}.so"
     if not _whole(library):
         if _forbidden is not None:
-            raise KernelError(f"{name}: not compiled: {_forbidden}")
+            raise KernelError(f"{name}: not built: {_forbidden}")
         try:
             home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _file_lock(home.with_suffix(".lock"), name):
                 if not _whole(library):
-                    _build(name, home, library, compile_into)
+                    _build(name, home, library, build_into)
         except OSError as error:
             raise KernelError(
                 f"{name}: the cache for built kernels, {home.parent}, can't be written ({error.strerror or error}); "
@@ -222,7 +222,7 @@ def _published(name: str, key: str, compile_into: Callable[[Path], Path]) -> Ite
     yield library
 
 
-def _build(name: str, home: Path, library: Path, compile_into: Callable[[Path], Path]) -> None:
+def _build(name: str, home: Path, library: Path, build_into: Callable[[Path], Path]) -> None:
     """Compile in a private folder and rename it to `home`; the caller holds the lock of `home`."""
     for left_over in home.parent.glob(f"{home.name}.building-*"):  # of a process that was killed while it held the lock
         shutil.rmtree(left_over, ignore_errors=True)
@@ -232,7 +232,7 @@ def _build(name: str, home: Path, library: Path, compile_into: Callable[[Path], 
     private = Path(tempfile.mkdtemp(prefix=f"{home.name}.building-", dir=home.parent))
     try:
         with progress(f"building {name}, once for this machine"):
-            built = compile_into(private)
+            built = build_into(private)
         whole = private / "whole"
         whole.mkdir()
         os.replace(built, whole / library.name)

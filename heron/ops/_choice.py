@@ -68,7 +68,8 @@ class NativeForm:
             return None
 
         # What torch.compiler.assume_constant_result sets, without its imports: torch.compile asks once, at tracing.
-        why_not_here._dynamo_marked_constant = refusal._dynamo_marked_constant = True
+        for asked in (why_not_here, refusal):
+            asked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
         self._why_not_here, self._refusal = why_not_here, refusal
 
     def choice(self, reason: str, other: Choice, device: torch.device, *facts: Any) -> Choice:

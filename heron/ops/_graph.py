@@ -13,7 +13,9 @@ from heron.errors import KernelError
 
 def in_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, functional calls inside them) is at work."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_graph() -> bool:
@@ -23,6 +25,10 @@ def in_graph() -> bool:
     PyTorch, which those see from outside alone.
     """
     return torch.compiler.is_compiling() or in_transform()
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
 
 
 class Operator:
@@ -41,11 +47,10 @@ class Operator:
         name: str,
         run: Callable[..., Any],
         shapes: Callable[..., Any],
-        keep: Callable[..., None] | None = None,
+        keep: Callable[..., None] = _keep_nothing,
         backward: Callable[..., Any] | None = None,
     ):
-        if backward is None:
-            keep, backward = _keep_nothing, _refuse_second
+        backward = backward or _refuse_second
         self._operator = torch.library.custom_op(f"heron::{name}", run, mutates_args=())
         self._operator.register_fake(shapes)
         self._operator.register_autograd(backward, setup_context=keep)
@@ -78,10 +83,6 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         return (self._transformed.apply if in_transform() else self._operator)(*arguments)
-
-
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
 
 
 def _refuse_second(ctx: Any, *gradients: Tensor) -> NoReturn:

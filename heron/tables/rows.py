@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ _PREFETCHED_BYTES = 4 << 30  # of moments at most: beyond that they are stepped 
 def distinct_ids(tokens: Tensor, vocab_size: int) -> Tensor:
     """The different ids among `tokens`, ascending. DataError for one outside the vocabulary.
 
-    It is one pass on one thread. torch.unique sorts on all of them, which wait for each other at every digit: where
-    something else was running that took 165 ms instead of 1, more than the GPU's whole step.
+    One pass on one thread. torch.unique sorts with all threads, which wait for each other at every digit: on a machine
+    that did something else too that took 165 ms instead of 1, longer than the GPU's whole step.
     """
     ids = tokens.numpy().ravel()
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -78,7 +80,7 @@ class RowTables:
             tables = []
             for module in modules:
                 tables.append(_pinned(module.weight.detach().cpu(), self._pins))
-                module.weight = None
+                del module.weight
             model.to(device)
             for module, table in zip(modules, tables, strict=True):
                 module.weight = nn.Parameter(table)
@@ -98,8 +100,8 @@ class RowTables:
 
         Args:
             passes: forward and backward passes of the step. In the last, the moments of the rows follow.
-            recorded: for a pass that was recorded as a CUDA graph. The rows are then where they were in the last such
-                step, and `rows` the same tensors, unless these lack room; behind the rows is room for more, unused.
+            recorded: whether a CUDA graph will replay the pass. The rows then lie in the tensors `rows` of the last
+                such step, unless there are too many for these; what is behind the rows in them is unused.
 
         Raises:
             DataError: an id outside the vocabulary.
@@ -240,15 +242,15 @@ class _Bus:
     def __init__(self, weights: list[Tensor], device: torch.device):
         self._weights, self._device = weights, device
         self._reading, self._writing = (torch.cuda.Stream(device) for _ in range(2))
-        self._index: Tensor | None = None  # what the last `bring` sent, its ids among it
-        self._ids: Tensor | None = None  # of the rows that were brought last, on the device
+        self._index: Tensor  # what the last `bring` sent, its ids among it
+        self._ids: Tensor  # of the rows that were brought last, on the device
         self._parts: list[Tensor] = []  # these rows
         self._position: Tensor | None = None  # (V,) on the host: where a row is among them, -1: it is not
         self._versions: list[int] = []  # of the tables, when they were brought
         self._gathered = self._settled = self._written = None  # events: see bring
         self._moments: list[Tensor] = []  # as the last step had them
         self._prefetched: list[Tensor] = []  # the moments' rows for this step
-        self._arrived: torch.cuda.Event | None = None  # of that copy
+        self._arrived: Any = None  # the event of that copy
 
     @torch.no_grad()
     def bring(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -337,7 +339,7 @@ class _Bus:
             self._written.synchronize()
 
     def __del__(self) -> None:
-        self.wait()  # whose memory the tables had would find them still being written
+        self.wait()  # rows are still being written to the tables, whose memory others may get next
 
     @torch.no_grad()
     def _prefetch(self) -> None:
@@ -383,12 +385,12 @@ def _shapes(tables: Sequence[Tensor], n: int) -> list[tuple[int, int]]:
     return [(n, table.shape[1]) for table in tables]
 
 
-def _size(shapes: list[tuple[int, int]]) -> int:
+def _size(shapes: Sequence[tuple[int, ...]]) -> int:
     """Values in matrices of these shapes."""
-    return sum(n * width for n, width in shapes)
+    return sum(map(math.prod, shapes))
 
 
-def _parts(block: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+def _parts(block: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """The matrices in a block of memory."""
     return [part.view(shape) for part, shape in zip(block.split([_size([s]) for s in shapes]), shapes, strict=True)]
 

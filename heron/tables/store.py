@@ -103,7 +103,7 @@ class Tables:
                 out.write(header)
                 for start in range(0, V, _ROWS_AT_ONCE):
                     part = torch.stack([table[start : start + _ROWS_AT_ONCE] for table in self._tables], dim=1)
-                    out.write(part.contiguous().view(torch.uint8).numpy())
+                    out.write(part.contiguous().view(torch.uint8).numpy().data)
         with open(file, "rb") as found:
             same = found.read(len(header)) == header
         n_bytes = V * len(self._tables) * width * self._dtype.itemsize
@@ -163,7 +163,7 @@ def off_device(model: RWKV, device: torch.device, file: Path | None) -> tuple[RW
     with torch.device("meta"):
         bare = RWKV(config)
     bare.load_state_dict(model.state_dict(), assign=True)
-    [name] = [name for name, part in bare.blocks[0].ffn.named_children() if isinstance(part, DeepEmbed)]
+    [name] = [name for name, part in bare.get_submodule("blocks.0.ffn").named_children() if isinstance(part, DeepEmbed)]
     store = Tables([getattr(block.ffn, name).weight.detach().cpu() for block in bare.blocks], device, file)
     for layer, block in enumerate(bare.blocks):
         setattr(block.ffn, name, _Fetched(store, layer))
@@ -178,5 +178,5 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         probes = flat[:: max(1, flat.numel() // _PROBES)].cpu().contiguous()
-        digest.update(probes.view(torch.uint8).numpy())
+        digest.update(probes.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -600,3 +600,10 @@ def test_the_manifest_lists_every_other_file(trained, tmp_path):
     manifest = json.loads((folder / run.MANIFEST).read_text())
     assert manifest["step"] == 5
     assert sorted(manifest["files"]) == sorted(FILES)
+
+
+@pytest.mark.parametrize(("name", "format"), [("folder", "safetensors"), ("folder", "hf"), ("x.gguf", None)])
+def test_what_is_no_rwkv_goes_into_no_folder_and_no_gguf(tmp_path, name, format):
+    with pytest.raises(CheckpointError, match=r"holds an RWKV alone; any other module goes into .pth or .safetensors"):
+        heron.save(torch.nn.Linear(2, 2), tmp_path / name, format=format)
+    assert list(tmp_path.iterdir()) == []

@@ -140,7 +140,7 @@ def test_where_compiling_is_forbidden_only_what_is_built_already_loads(cache, so
     monkeypatch.setattr(_build, "_forbidden", None)
     _build.forbid("RWKV_JIT_ON=0")
     assert load_afresh("f", [source]).f(1) == 2
-    with pytest.raises(KernelError, match="^f: not compiled: RWKV_JIT_ON=0$"):
+    with pytest.raises(KernelError, match="^f: not built: RWKV_JIT_ON=0$"):
         load_afresh("f", [source], flags=["-DOTHER"])
 
 

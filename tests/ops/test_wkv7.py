@@ -283,7 +283,7 @@ def test_the_kernels_without_a_device_say_what_to_type():
         wkv7(x, x, x, x, x, x, impl="cuda")
 
 
-# Packed sequences and states in place
+# Packed sequences
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", "auto"])
@@ -311,17 +311,6 @@ def test_packed_sequences_are_the_sequences_alone(impl, dtype):
     assert wkv7(*inputs[:6], impl=impl, cu_seqlens=offsets)[1].shape == (len(lengths), 2, 16, 16)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked", "auto"])
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_a_state_in_place(impl, tokens):
-    inputs = [x.float() for x in problem(tokens=tokens)[0]]
-    want_y, want = wkv7(*inputs, impl=impl)
-    y, state = wkv7(*inputs, impl=impl, inplace_state=True)
-    assert state is inputs[6]
-    assert torch.equal(y, want_y)
-    assert torch.equal(state, want)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -338,9 +327,6 @@ def test_a_state_in_place(impl, tokens):
             dict(batch=1, cu_seqlens=torch.tensor([0, 40]), state=torch.zeros(2, 3, 16, 16)),
             r"state must be.*\(1, 3, 16, 16\)",
         ),
-        (dict(inplace_state=True), "inplace_state needs a state of torch.float32 to write into; got None"),
-        (dict(inplace_state=True, state=torch.zeros(2, 3, 16, 16).double()), "got torch.float64"),
-        (dict(inplace_state=True, state=torch.zeros(2, 3, 16, 16, requires_grad=True)), "has no gradient"),
     ],
 )
 def test_unfit_packs_and_states_are_refused_in_words(change, message):

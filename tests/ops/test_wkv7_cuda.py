@@ -167,12 +167,6 @@ def test_a_state_at_an_odd_address(device, dtype, size):
             cuda.wkv7_kernels(*inputs[:6], odd, **options), cuda.wkv7_kernels(*inputs, **options), strict=True
         ):
             assert torch.equal(one, other)
-    kept = odd.clone()
-    y, state = cuda.wkv7_kernels(*inputs[:6], odd, None, True)
-    want_y, want = cuda.wkv7_kernels(*inputs[:6], kept)
-    assert state is odd
-    assert torch.equal(y, want_y)
-    assert torch.equal(odd, want)
 
 
 @pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64])
@@ -248,13 +242,9 @@ def test_the_step_form(device, tokens, size):
         assert_within(
             {"y": y.cpu(), "state": final.cpu()}, want, {"y": {2: 2.2e-3, 4: 1e-6}[dtype.itemsize], "state": 1e-6}
         )
-        y_inplace, same = cuda.wkv7_kernels(*tensors, state, None, True)
-        assert same is state
-        assert torch.equal(state, final)
-        assert torch.equal(y_inplace, y)
 
 
-def test_the_step_form_on_packed_sequences_and_longer_inputs_in_place(device):
+def test_the_step_form_on_packed_sequences(device):
     inputs, _ = problem(batch=1, tokens=4, heads=2)
     states = torch.randn(3, 2, 16, 16, device=device)
     tensors = typed(device, inputs[:6], torch.float32)
@@ -266,12 +256,6 @@ def test_the_step_form_on_packed_sequences_and_longer_inputs_in_place(device):
         y_alone, alone = cuda.wkv7_kernels(*(x[:, own] for x in tensors), states[i : i + 1])
         assert torch.equal(y[:, own], y_alone)
         assert torch.equal(final[i : i + 1], alone)
-    long = typed(device, problem(batch=2, tokens=20)[0], torch.float32)
-    want_y, want = cuda.wkv7_kernels(*long)
-    y, state = cuda.wkv7_kernels(*long, None, True)
-    assert state is long[6]
-    assert torch.equal(y, want_y)
-    assert torch.equal(state, want)
 
 
 # Memory
@@ -339,7 +323,6 @@ def test_operators_obey_pytorch(device, dtype, size):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.heron.wkv7_kernels, (*leaves, None, True, size == 64), test_utils=tests)
     torch.library.opcheck(torch.ops.heron.wkv7_kernels_step, (*detached, None), test_utils=tests)
-    torch.library.opcheck(torch.ops.heron.wkv7_kernels_inplace, (*detached, None), test_utils=tests)
 
 
 def test_torch_compile_and_checkpointing(device):

@@ -21,16 +21,7 @@ from torch import Tensor
 from heron import strict_json
 from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.formats import gguf_header, gguf_vocabulary
-from heron.checkpoint.formats.layout import (
-    LERP,
-    Layout,
-    Place,
-    confirm,
-    flat,
-    row,
-    same,
-    transposed,
-)
+from heron.checkpoint.formats.layout import LERP, Layout, Place, confirm, flat, row, same, transposed
 from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig
 from heron.errors import CheckpointError
@@ -154,7 +145,7 @@ def read(path: Path) -> dict[str, Tensor]:
     return _narrowed(tensors, dtypes, path)
 
 
-def _facts(config: ModelConfig) -> dict[str, int]:
+def _facts(config: ModelConfig) -> dict[str, Any]:
     """The metadata, uint32 each, that tensors confirm."""
     return {
         "rwkv7.embedding_length": config.n_embd,

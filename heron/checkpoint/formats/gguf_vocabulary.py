@@ -76,11 +76,11 @@ def read(path: Path) -> Vocabulary | None:
         told = gguf_header.read(path, (_MODEL, _TOKENS, _EOS, _JSON, _SPEC, _TEMPLATE))
         template = told.get(_TEMPLATE)
         files = {TEMPLATE: template.encode()} if isinstance(template, str) and template != CHAT_TEMPLATE else {}
-        if isinstance(told.get(_SPEC), str):
-            return Vocabulary.of(load(told[_SPEC]), files)
-        if isinstance(told.get(_JSON), str):
+        if isinstance(spec := told.get(_SPEC), str):
+            return Vocabulary.of(load(spec), files)
+        if isinstance(content := told.get(_JSON), str):
             eos = told.get(_EOS)
-            return Vocabulary.from_json(told[_JSON], eos if type(eos) is int else None, files, f"{path} ({_JSON})")
+            return Vocabulary.from_json(content, eos if type(eos) is int else None, files, f"{path} ({_JSON})")
     except (OSError, ValueError, HeronError) as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}") from None
     tokens = told.get(_TOKENS)
@@ -88,7 +88,7 @@ def read(path: Path) -> Vocabulary | None:
         return None
     table = [_escaped(token) for token in world().table[1:]]
     if told.get(_MODEL) == "rwkv" and tokens[1 : 1 + len(table)] == table:
-        return Vocabulary.of(world(), files)
+        return Vocabulary.of(load("world"), files)
     raise CheckpointError(
         f"{path}: its tokenizer ({str(told.get(_MODEL))[:40]!r}, {len(tokens):,} ids) is not known here; name one "
         "(--tokenizer)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,16 +18,7 @@ from heron import strict_json
 from heron.checkpoint import vocabulary
 from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.formats import safetensors
-from heron.checkpoint.formats.layout import (
-    LERP,
-    Layout,
-    Place,
-    confirm,
-    flat,
-    row,
-    same,
-    transposed,
-)
+from heron.checkpoint.formats.layout import LERP, Layout, Place, confirm, flat, row, same, transposed
 from heron.config import ModelConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.files import sync
@@ -121,7 +113,7 @@ def read(folder: Path) -> dict[str, Tensor]:
             del wanted["v_low_rank_dim"]  # no tensor of this layout tells it, as block 0 has no use for it
         config = told
     else:
-        told = recorded(folder)
+        told = _told(folder, config)
         wanted = sizes_of(tensors, folder, told.has_ln0, told.rosa).to_dict()
         if config.get("tie_word_embeddings"):  # transformers writes one of two that are the same
             tensors.setdefault("head.weight", tensors["emb.weight"].clone())
@@ -164,8 +156,10 @@ def _untied(tensors: dict[str, Tensor], config: dict[str, object], source: objec
 def recorded(folder: Path) -> ModelConfig | None:
     """What our own config says, tensors unseen; None for a config of the other kind."""
     config = _config(folder)
-    if config.get("model_type") != OURS:
-        return None
+    return _told(folder, config) if config.get("model_type") == OURS else None
+
+
+def _told(folder: Path, config: dict[str, Any]) -> ModelConfig:
     fields = {name: value for name, value in config.items() if name in ModelConfig.__dataclass_fields__}
     try:
         return ModelConfig.from_dict(fields)
@@ -225,7 +219,7 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path, e
         "auto_map": _AUTO_MAP,
         "model_type": RWKV7,
         "dtype": _dtype_of(tensors),
-        "hidden_ratio": config.ffn_dim / config.n_embd,
+        "hidden_ratio": cast(int, config.ffn_dim) / config.n_embd,
         "attn_mode": "chunk",
         "use_cache": True,
         **vocabulary.ids(eod),

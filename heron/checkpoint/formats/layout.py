@@ -35,7 +35,7 @@ def row(tensor: Tensor) -> Tensor:
 
 
 def confirm(told: Mapping[str, object], wanted: Mapping[str, object], source: object) -> None:
-    """CheckpointError where metadata contradict what the tensors beside them want; what is absent or null is passed."""
+    """CheckpointError where metadata contradict what their tensors want; absent or null fields contradict nothing."""
     for field, value in wanted.items():
         if told.get(field) not in (None, value):
             raise CheckpointError(f"{source}: {field} is {repr(told[field])[:80]}, but its tensors want {value!r}")
@@ -66,7 +66,7 @@ class Layout:
     block: Mapping[str, Place]
 
     def out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Upstream-named tensors under the tool's names. A KeyError is a tensor that the table should have."""
+        """Upstream-named tensors under the tool's names. KeyError: a tensor that the layout lacks."""
         renamed = {}
         for name, tensor in tensors.items():
             if name in self.top:

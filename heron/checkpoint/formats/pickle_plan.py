@@ -13,7 +13,6 @@ import torch
 
 LARGEST_PICKLE = 1 << 23  # bytes
 MOST_OPCODES = 200_000
-LONGEST_NAME = 256
 MOST_DIMENSIONS = 8
 _LONGEST_TEXT = 1024
 
@@ -85,14 +84,14 @@ def read(data: bytes) -> tuple[object, int]:
         ValueError: it holds what a dict of tensors has no use for, is damaged, or is beyond the limits of this module.
     """
     stack: list = []
-    memo: dict[int, object] = {}
+    memo: dict[Any, object] = {}
     for count, (opcode, argument, position) in enumerate(pickletools.genops(data[:LARGEST_PICKLE])):
         if count == MOST_OPCODES:
             raise ValueError(f"its pickle has more than {MOST_OPCODES:,} opcodes")
         try:
             if opcode.name == "STOP":
                 (content,) = stack
-                return content, position + 1
+                return content, position + 1  # pyright: ignore[reportOptionalOperand]
             _step(opcode.name, argument, stack, memo)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             reason = str(error) if type(error) is ValueError else "it does not fit what stands before it"
@@ -100,7 +99,7 @@ def read(data: bytes) -> tuple[object, int]:
     raise ValueError("its pickle has no end")
 
 
-def _step(name: str, argument: object, stack: list, memo: dict[int, object]) -> None:
+def _step(name: str, argument: object, stack: list, memo: dict[Any, object]) -> None:
     """Do what one opcode says with plain values."""
     if name in ("BINGET", "LONG_BINGET"):
         stack.append(memo[argument])
@@ -166,7 +165,7 @@ def _wanted(value: object, kind: type) -> Any:
     return value
 
 
-def _set_items(target: object, items: list) -> None:
+def _set_items(target: Any, items: list) -> None:
     _wanted(target, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) not in (str, int):

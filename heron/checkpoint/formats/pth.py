@@ -10,15 +10,14 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from heron.checkpoint.formats import archive, pickle_plan, wrappers
+from heron.checkpoint.formats import LONGEST_NAME, MOST_TENSORS, archive, pickle_plan, wrappers
 from heron.errors import CheckpointError
 
-MOST_TENSORS = 5_000
 _AROUND = ("state_dict", "model_state_dict", "model", "module", "weights")  # under which trainers keep the weights
 _SMALL_MEMBERS = ("version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id")
 _CHECKSUM_THREADS = 4
@@ -44,7 +43,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a readable .pth of weights: {error}") from None
     key, plan = _checked(path, content)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # a foreign file can fail anywhere in the reader; every failure means the same
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable .pth of weights: {first_line}") from error
@@ -73,7 +72,7 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
         raise
 
 
-def _announced(file: BinaryIO) -> tuple[object, _Checksums]:
+def _announced(file: BinaryIO) -> tuple[Any, _Checksums]:
     """What a file says it holds, each storage as long as its bytes; ValueError when it does not add up."""
     file_bytes = os.fstat(file.fileno()).st_size
     start = file.read(4)
@@ -85,7 +84,7 @@ def _announced(file: BinaryIO) -> tuple[object, _Checksums]:
     raise ValueError(f"it begins with {start!r}, as no file of torch.save does")
 
 
-def _announced_by_archive(file: BinaryIO, file_bytes: int) -> tuple[object, _Checksums]:
+def _announced_by_archive(file: BinaryIO, file_bytes: int) -> tuple[Any, _Checksums]:
     members = archive.read(file, file_bytes)
     roots = {name.partition("/")[0] for name in members}
     if len(roots) != 1:
@@ -153,19 +152,19 @@ def _next_pickle(file: BinaryIO) -> object:
     return content
 
 
-def _tensors(content: object) -> list[pickle_plan.Tensor]:
+def _tensors(content: Any) -> list[pickle_plan.Tensor]:
     return [value for _, value in _entries(content) if isinstance(value, pickle_plan.Tensor)]
 
 
-def _entries(content: object) -> list[tuple[object, object]]:
+def _entries(content: Any) -> list[tuple[Any, Any]]:
     """Names and values of a dict and of the dicts in it."""
-    entries: list[tuple[object, object]] = []
+    entries: list[tuple[Any, Any]] = []
     for name, value in content.items() if isinstance(content, dict) else ():
         entries += value.items() if isinstance(value, dict) else [(name, value)]
     return entries
 
 
-def _check_storages(content: object, size_of: Callable[[str], int]) -> None:
+def _check_storages(content: Any, size_of: Callable[[str], int]) -> None:
     """Each storage has one type and the bytes it needs; each tensor lies inside, and no two share an element."""
     known: dict[str, pickle_plan.Storage] = {}
     spans: dict[str, list[tuple[int, int, str]]] = {}
@@ -202,7 +201,7 @@ def _is_injective(tensor: pickle_plan.Tensor) -> bool:
     return True
 
 
-def _checked(path: Path, content: object) -> tuple[str | None, dict[str, pickle_plan.Tensor]]:
+def _checked(path: Path, content: Any) -> tuple[str | None, dict[str, pickle_plan.Tensor]]:
     """The announced tensors by name, and the name of the dict around them; CheckpointError for anything else."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: wanted a dict of named tensors, got {type(content).__name__}")
@@ -224,8 +223,10 @@ def _checked(path: Path, content: object) -> tuple[str | None, dict[str, pickle_
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, pickle_plan.Tensor):
             raise CheckpointError(f"{path}: wanted named tensors only, got {name!r}: {type(value).__name__}")
-        if not name.isprintable() or len(name) > pickle_plan.LONGEST_NAME:
-            raise CheckpointError(f"{path}: wanted names of at most 256 printable characters, got {name[:80]!r}")
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise CheckpointError(
+                f"{path}: wanted names of at most {LONGEST_NAME} printable characters, got {name[:80]!r}"
+            )
     try:
         wrappers.unwrapped(content)
     except ValueError as error:
@@ -233,7 +234,7 @@ def _checked(path: Path, content: object) -> tuple[str | None, dict[str, pickle_
     return key, content
 
 
-def _compare(path: Path, plan: dict[str, pickle_plan.Tensor], loaded: object, checksums: _Checksums) -> None:
+def _compare(path: Path, plan: dict[str, pickle_plan.Tensor], loaded: Any, checksums: _Checksums) -> None:
     """CheckpointError unless PyTorch built what was announced, from bytes whose checksums are right."""
     if not isinstance(loaded, dict) or list(loaded) != list(plan):
         raise CheckpointError(f"{path}: PyTorch finds other names in it than its layout says: it is damaged")
@@ -264,7 +265,7 @@ def _checksums(tensors: list[Tensor]) -> list[int]:
 
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of the whole storage of a tensor."""
-    return zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy())
+    return zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy().data)
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:

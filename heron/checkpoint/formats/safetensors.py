@@ -14,14 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heron import strict_json
-from heron.checkpoint.formats import wrappers
+from heron.checkpoint.formats import LONGEST_NAME, MOST_TENSORS, wrappers
 from heron.errors import CheckpointError
 
-MOST_TENSORS = 5_000
-LONGEST_NAME = 256
 LARGEST_HEADER = 1 << 21  # bytes
 _METADATA = "__metadata__"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -98,7 +96,7 @@ def _announced(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         last = end
     if last != data_bytes:
         raise ValueError(f"wanted {last:,} bytes of data, got {data_bytes:,}")
-    return {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+    return {name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 def _is_utf8(path: Path) -> bool:
@@ -136,12 +134,12 @@ def _region(name: str, entry: Any) -> tuple[int, int]:
         raise ValueError(f"wanted names of at most {LONGEST_NAME} printable characters, got {name[:80]!r}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r}: wanted dtype, shape and data_offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{name!r}: wanted a dtype of {', '.join(_DTYPES)}, got {str(entry['dtype'])[:40]!r}")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name!r}: wanted a dtype of {', '.join(DTYPES)}, got {str(entry['dtype'])[:40]!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{name!r}: shape {str(shape)[:80]} with data_offsets {str(offsets)[:80]}")
-    needed = math.prod(shape) * _DTYPES[entry["dtype"]].itemsize
+    needed = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
     if offsets[1] - offsets[0] != needed:
         raise ValueError(f"{name!r}: {entry['dtype']} {shape} needs {needed:,} bytes, got {offsets[1] - offsets[0]:,}")
     return offsets[0], offsets[1]

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from heron.errors import DataError
 from heron.model import RWKV, State
-
-States = State | tuple[State, ...]  # of all rows of a batch; one a row where their contexts differ in length
+from heron.model.state import States
 
 
 class Sequence(NamedTuple):
@@ -90,11 +89,11 @@ def read(
         every_layer: whether the input of every block is wanted, too.
     """
     B, T = ids.shape
-    if sequences is None and isinstance(state, tuple):
-        sequences = [Sequence(row, row * T + torch.arange(T), True, True) for row in range(B)]
     if sequences is None:
-        layers, state = _run(model, ids, embeddings, state, every_layer)
-        return Read(layers, state if keep_state else None)
+        if not isinstance(state, tuple):
+            layers, state = _run(model, ids, embeddings, state, every_layer)
+            return Read(layers, state if keep_state else None)
+        sequences = [Sequence(row, row * T + torch.arange(T), True, True) for row in range(B)]
 
     places_read, outputs = [], []
     new: list[State | None] = [None] * B
@@ -104,8 +103,9 @@ def read(
         places = nn.utils.rnn.pad_sequence([sequence.places for sequence in group], batch_first=True)
         places, is_token = places.to(ids.device), is_token.to(ids.device)
         some = None if embeddings is None else embeddings.flatten(0, 1)[places]
-        goes_on = state is not None and group[0].is_first
-        before = _joined([_of_row(state, sequence.row) for sequence in group]) if goes_on else None
+        before = None
+        if state is not None and group[0].is_first:
+            before = _joined([_of_row(state, sequence.row) for sequence in group])
         layers, after = _run(model, ids.flatten()[places], some, before, every_layer)
         places_read.append(places[is_token])
         outputs.append([layer[is_token] for layer in layers])
@@ -156,8 +156,8 @@ def _run(
     model: RWKV, ids: Tensor, embeddings: Tensor | None, state: State | None, every_layer: bool
 ) -> tuple[list[Tensor], State]:
     with _inputs(model.blocks if every_layer else ()) as inputs:
-        hidden, state = model.hidden_states(ids, state, embeddings=embeddings)
-    return [*inputs, hidden], state
+        hidden, after = model.hidden_states(ids, state, embeddings=embeddings)
+    return [*inputs, hidden], after  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
@@ -189,9 +189,9 @@ def _joined(states: list[State]) -> State:
 
 def _of_rows(model: RWKV, new: list[State | None], old: States | None, ids: Tensor, dtype: torch.dtype) -> States:
     """The states of all rows; one that read nothing keeps what it had."""
+    states: list[State] = []
     for row, state in enumerate(new):
         if state is None:
-            zeros = State.zeros(model.config, 1, ids.device, dtype)
-            new[row] = zeros if old is None else _of_row(old, row)
-    grows = model.config.has_attention or model.config.rosa is not None
-    return tuple(new) if grows else _joined(new)
+            state = State.zeros(model.config, 1, ids.device, dtype) if old is None else _of_row(old, row)
+        states.append(state)
+    return tuple(states) if model.config.state_grows else _joined(states)

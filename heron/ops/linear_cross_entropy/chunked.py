@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,12 +91,12 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss):
+    def backward(ctx, d_loss):  # pyright: ignore[reportIncompatibleMethodOverride]
         count, *grads = ctx.saved_tensors
         return *_scaled(grads, d_loss / count, ctx.dtypes), None, None, None, None, None
 
 
-def _scaled(grads: tuple[Tensor | None, ...], scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Tensor | None]:
+def _scaled(grads: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
     """The gradients of `_summed` times `scale`, which holds 1 / count: last, so that half precision won't underflow."""
     return [
         None if grad is None else (grad.to(scale.dtype) * scale).to(dtype)
@@ -109,7 +110,7 @@ def _summed(
     targets: Tensor,
     l2wrap: float,
     chunk_rows: int,
-    rows_of: Callable[..., tuple[Tensor, Tensor | None]],
+    rows_of: Callable[..., tuple[Tensor, Any]],
     product_dtype: torch.dtype,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -152,10 +153,11 @@ def _run(
     check_targets(targets, weight.shape[0])
     rows_of = cuda.loss_rows_cuda if kernel else loss_rows
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    total, count, *grads = _summed(
-        hidden, weight, targets, l2wrap, chunk_rows, rows_of, product_dtype, (with_gradient,) * 2
+    total, count, d_hidden, d_weight = _summed(
+        hidden, weight, targets, l2wrap, chunk_rows, rows_of, product_dtype, (with_gradient, with_gradient)
     )
-    return total, count, *(hidden.new_empty(0) if grad is None else grad for grad in grads)
+    d_hidden, d_weight = (hidden.new_empty(0) if grad is None else grad for grad in (d_hidden, d_weight))
+    return total, count, d_hidden, d_weight
 
 
 def _shapes(hidden, weight, targets, l2wrap, chunk_rows, kernel, product_dtype, with_gradient):

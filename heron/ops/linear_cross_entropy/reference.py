@@ -20,7 +20,7 @@ class _L2Wrap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss: Tensor):
+    def backward(ctx, d_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         pull, where = ctx.saved_tensors
         d_logits = pull.new_zeros(ctx.logits_shape).scatter_(-1, where, d_loss * pull)
         return d_loss, d_logits, None, None

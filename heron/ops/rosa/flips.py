@@ -35,8 +35,8 @@ def flip_differences(
     Raises:
         KernelError: memory ran out.
     """
-    compiled = cpu.gradients_choice(q.device).impl == "cpu" and q.shape[1] <= LONGEST_STREAM and q.numel() > 0
-    form = flips_cpu if compiled else flips_by_runs
+    in_cpp = cpu.gradients_choice(q.device).impl == "cpu" and q.shape[1] <= LONGEST_STREAM and q.numel() > 0
+    form = flips_cpu if in_cpp else flips_by_runs
     return form(q, k, v, gain, no_match, n_bits, max_match, flipped)
 
 

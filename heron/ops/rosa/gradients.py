@@ -137,25 +137,21 @@ class _Rosa(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gy):
-        *inputs, src = ctx.saved_tensors  # asked for once: a recomputed block gives them once
-        return *_backward(gy, *inputs, src, ctx.choices), None, None, None, None
+    def backward(ctx, gy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, high, low, src = ctx.saved_tensors  # asked for once: a recomputed block gives them once
+        return *_backward(gy, q, k, v, high, low, src, ctx.choices), None, None, None, None
 
 
-def _streams(q: Tensor, k: Tensor, v: Tensor, choices: _Choices) -> list[Tensor]:
+def _streams(q: Tensor, k: Tensor, v: Tensor, choices: _Choices) -> tuple[Tensor, Tensor, Tensor]:
     """The symbols of queries, keys and values; in the self form they are one tensor."""
     bits = choices.bits
-    return [to_streams(q, bits)] * 3 if choices.self_form else [to_streams(x, bits) for x in (q, k, v)]
+    queries = to_streams(q, bits)
+    if choices.self_form:
+        return queries, queries, queries
+    return queries, to_streams(k, bits), to_streams(v, bits)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    high: Tensor,
-    low: Tensor,
-    choices: _Choices,
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, high: Tensor, low: Tensor, choices: _Choices) -> tuple[Tensor, Tensor]:
     """The output, and where the matches end, (B * C / bits, T)."""
     from heron.ops.rosa import rosa
 
@@ -166,14 +162,7 @@ def _forward(
 
 
 def _backward(
-    gy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    high: Tensor,
-    low: Tensor,
-    src: Tensor,
-    choices: _Choices,
+    gy: Tensor, q: Tensor, k: Tensor, v: Tensor, high: Tensor, low: Tensor, src: Tensor, choices: _Choices
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, high and low; None for what has none under this rule."""
     bits, no_match, max_match, grad, self_form = choices
@@ -195,8 +184,8 @@ def _backward(
         dk = None if self_form else slopes(k, "k")
     elif grad == "soft_suffix":
         half, middle = (high - low) / 2, (high + low) / 2
-        worth = [_per_stream(gy * half, bits), *(_per_stream(gy * x, bits).sum(2) for x in (middle, nothing))]
-        by_sign = soft_gradients(*streams, *worth, max_match)
+        by_middle, by_nothing = (_per_stream(gy * x, bits).sum(2) for x in (middle, nothing))
+        by_sign = soft_gradients(*streams, _per_stream(gy * half, bits), by_middle, by_nothing, max_match)
         dq, dk, dv = (_joined(d, x) / (1 + x.abs()) ** 2 for d, x in zip(by_sign, (q, k, v), strict=True))
     if not self_form:
         dv = value_gradient(v, gy, high - low, src, bits)
@@ -232,10 +221,11 @@ def _run_backward(
     grad: str,
     self_form: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs, choices = (q, k, v, high, low), _Choices(bits, no_match, max_match, grad, self_form)
-    found = _backward(gy, *inputs, _forward(*inputs, choices)[1], choices)
-    dense = (torch.zeros_like(x) if d is None else d for d, x in zip(found, inputs, strict=True))
-    return tuple(d.clone(memory_format=torch.contiguous_format) for d in dense)
+    choices = _Choices(bits, no_match, max_match, grad, self_form)
+    found = _backward(gy, q, k, v, high, low, _forward(q, k, v, high, low, choices)[1], choices)
+    dense = (torch.zeros_like(x) if d is None else d for d, x in zip(found, (q, k, v, high, low), strict=True))
+    dq, dk, dv, d_high, d_low = (d.clone(memory_format=torch.contiguous_format) for d in dense)
+    return dq, dk, dv, d_high, d_low
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
@@ -299,7 +289,8 @@ def _found(src: Tensor, v: Tensor, batch: int, bits: int) -> tuple[Tensor, Tenso
     place = torch.arange(bits, device=v.device, dtype=torch.uint8)
     ones = v.gather(1, src + 1)[..., None] >> place & 1
     matched = (src >= 0)[..., None].expand_as(ones)
-    return tuple(x.view(batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2) for x in (matched, ones != 0))
+    matched, ones = (x.view(batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2) for x in (matched, ones != 0))
+    return matched, ones
 
 
 def _worth_of_values(gy: Tensor, high: Tensor, low: Tensor, bits: int) -> Tensor:

@@ -84,7 +84,7 @@ def soft_gradients_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`soft_gradients` by automatic differentiation of :func:`soft_suffix`; on any device, in any precision."""
     n_streams, n_tokens, n_bits = slope.shape
-    gradients = [torch.empty_like(slope) for _ in range(3)]
+    gradients = torch.empty_like(slope), torch.empty_like(slope), torch.empty_like(slope)
     at_once = max(1, _BYTES_AT_ONCE // (slope.element_size() * n_tokens**2))
     for begin in range(0, n_streams, at_once):
         part = slice(begin, begin + at_once)
@@ -97,7 +97,7 @@ def soft_gradients_torch(
             found = torch.autograd.grad(worth, signs)
         for gradient, of_part in zip(gradients, found, strict=True):
             gradient[part] = of_part
-    return tuple(gradients)
+    return gradients
 
 
 def soft_gradients_cpu(
@@ -105,7 +105,7 @@ def soft_gradients_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`soft_gradients` in C++ (csrc/soft.cpp), in fp32 and without a limit."""
     inputs = [x.contiguous() for x in (q, k, v, slope, middle, no_match)]
-    gradients = tuple(torch.empty_like(inputs[3]) for _ in range(3))
+    gradients = torch.empty_like(inputs[3]), torch.empty_like(inputs[3]), torch.empty_like(inputs[3])
     pointers = [[x.data_ptr() for x in tensors] for tensors in (inputs, gradients)]
     if cpu.gradient_library().heron_rosa_soft(*pointers[0], *slope.shape, torch.get_num_threads(), *pointers[1]):
         raise KernelError(f"rosa: memory ran out over the soft matches of {q.shape[0]} streams of {q.shape[1]} symbols")

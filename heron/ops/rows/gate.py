@@ -56,6 +56,6 @@ class _GateRows(torch.autograd.Function):
         return torch.ops.heron.gate_rows(x, rows, row)
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx, d: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         d_x, d_rows = torch.ops.heron.gate_rows_backward(d.contiguous(), *ctx.saved_tensors)
         return d_x, d_rows, None, None, None

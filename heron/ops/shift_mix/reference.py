@@ -23,7 +23,7 @@ def shift_mix_reference(
     """See :func:`heron.ops.shift_mix`. `norm` stands in for the layer norm of weight, bias and eps."""
     if branch is not None:
         x = x + branch
-    normed = F.layer_norm(x, weight.shape, weight, bias, eps) if norm is None else norm(x)
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps) if norm is None else norm(x)
     before, new_last = shifted(normed, last, cu_seqlens)
     delta = before - normed
     return x, [torch.addcmul(normed, delta, mix.to(normed.dtype)) for mix in mixes], new_last

@@ -39,7 +39,6 @@ def wkv7(
     impl: str = "auto",
     *,
     cu_seqlens: Tensor | None = None,
-    inplace_state: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the RWKV-7 recurrence over a sequence, per head and token (columns of S are keys, rows are values)::
 
@@ -52,15 +51,13 @@ def wkv7(
 
     Args:
         r, w, k, v, a, b: (B, T, H, N), T >= 1, one floating dtype. `w` holds raw decay logits.
-        state: (B, H, N_value, N_key), the state before the first token; None: zeros. It is never modified, unless
-            `inplace_state` asks for it.
+        state: (B, H, N_value, N_key), the state before the first token; None: zeros. It is never modified.
         impl: "reference" (the loop), "chunked" (matrix products over chunks), "cuda" (kernels for fp32, bf16 and fp16
             with N = 16, 32, 64 or 128, built at first use), or "auto".
         cu_seqlens: (n_seq + 1,) int32 or int64 on the device of `r`: sequences packed along T, with B = 1. Sequence i
             is tokens ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]`` and has a state of its own; it may be empty, and
             its state is then passed through. First 0, last T, never decreasing; "cuda" takes that on trust, since to
             look would make the host wait for the device.
-        inplace_state: write the final state into `state` and return that tensor. For decoding: no gradient.
 
     Returns:
         y: (B, T, H, N) in the dtype of the inputs.
@@ -75,18 +72,14 @@ def wkv7(
     _check_inputs(r, (w, k, v, a, b))
     n_seq = r.shape[0] if cu_seqlens is None else _packed.count("wkv7", r, cu_seqlens)
     initial = initial_state(r, n_seq, state)
-    if inplace_state:
-        _check_inplace(state, initial, (r, w, k, v, a, b))
     if impl == "auto":
         impl = wkv7_choice(r.device, r.shape[1], r.dtype, r.shape[-1]).impl
     form = _choice.form_of("wkv7", impl, _FORMS)
     if impl == "cuda":
-        return form(r, w, k, v, a, b, initial, cu_seqlens, inplace_state)
+        return form(r, w, k, v, a, b, initial, cu_seqlens)
     if cu_seqlens is None:
-        y, final = form(r, w, k, v, a, b, initial)
-    else:
-        y, final = _sequence_by_sequence(form, (r, w, k, v, a, b), initial, cu_seqlens)
-    return (y, state.copy_(final)) if inplace_state else (y, final)
+        return form(r, w, k, v, a, b, initial)
+    return _sequence_by_sequence(form, (r, w, k, v, a, b), initial, cu_seqlens)
 
 
 def _sequence_by_sequence(
@@ -127,11 +120,3 @@ def initial_state(r: Tensor, n_seq: int, state: Tensor | None) -> Tensor:
             f"on {r.device}; got {tuple(state.shape)} {state.dtype} on {state.device}"
         )
     return state.to(dtype)
-
-
-def _check_inplace(state: Tensor | None, initial: Tensor, inputs: tuple[Tensor, ...]) -> None:
-    if initial is not state:
-        got = "None" if state is None else str(state.dtype)
-        raise KernelError(f"wkv7: inplace_state needs a state of {initial.dtype} to write into; got {got}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state)):
-        raise KernelError("wkv7: inplace_state has no gradient; call it under torch.no_grad()")

@@ -8,6 +8,7 @@ heads at once; two products a chunk are serial. A tile has the tokens of one chu
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy, d_state):  # pyright: ignore[reportIncompatibleMethodOverride]
         return _backward(dy, d_state, ctx.saved_tensors, ctx.n_tokens, ctx.dtype, ctx.needs_input_grad)
 
 
@@ -55,8 +56,9 @@ def _run_backward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, dy: Tensor, d_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     saved = _forward(r, w, k, v, a, b, state)[2]
-    *grads, d_initial = _backward(dy, d_state, saved, r.shape[1], r.dtype, (True,) * 7)
-    return *grads, d_initial.clone()
+    grads: tuple[Any, ...] = _backward(dy, d_state, saved, r.shape[1], r.dtype, (True,) * 7)
+    dr, dw, dk, dv, da, db, d_initial = grads
+    return dr, dw, dk, dv, da, db, d_initial.clone()
 
 
 # The backward recomputes the forward: its saved tensors depend on the number of chunks, which a graph would then fix.

@@ -44,23 +44,15 @@ _library.define(
     f"wkv7_kernels_backward({_INPUTS}, Tensor? dy, Tensor? d_final, Tensor saved, Tensor transfer, Tensor? cu_seqlens, "
     "int n_states, bool tensor_cores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(f"wkv7s_step({_INPUTS}, Tensor? state, Tensor? cu_seqlens, Tensor(a!) y, Tensor(b!) final_state) -> ()")
+_library.define(f"wkv7s_step({_INPUTS}, Tensor state, Tensor? cu_seqlens, Tensor(a!) y, Tensor(b!) final_state) -> ()")
 
 
 def wkv7_cuda(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    inplace_state: bool,
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`heron.ops.wkv7` by the kernels in csrc; KernelError as :meth:`FORM.require`."""
     FORM.require(r.device, r.dtype, r.shape[-1])
-    return wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens, inplace_state)
+    return wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
@@ -80,10 +72,10 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 
 @functools.cache
 def build() -> None:
-    """Compile (once) and load the kernels for the GPUs of this machine.
+    """Build (once) and load the kernels for the GPUs of this machine.
 
     Raises:
-        KernelError: there is no compiler, it failed, or compiling is forbidden; one line with the first error.
+        KernelError: there is no compiler, it failed, or building is forbidden; one line with the first error.
     """
     devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     capabilities = sorted({capability for capability in devices if capability >= (8, 0)})
@@ -94,7 +86,7 @@ FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, lambda capability: bu
 
 
 def sources() -> list[Path]:
-    """The files to compile."""
+    """The files to build."""
     return [_CSRC / "wkv7s.cu", _CSRC / "wkv7s_op.cpp"]
 
 
@@ -124,13 +116,10 @@ def wkv7_kernels(
     b: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None = None,
-    inplace_state: bool = False,
     tensor_cores: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernels, wherever ``heron::wkv7s_*`` are implemented. `tensor_cores` None: where they apply."""
     inputs = (r, w, k, v, a, b)
-    if inplace_state:
-        return torch.ops.heron.wkv7_kernels_inplace(*inputs, state, cu_seqlens), state
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
     if r.shape[1] <= STEP_TOKENS and not needs_gradient and tensor_cores is None:
         return torch.ops.heron.wkv7_kernels_step(*inputs, state, cu_seqlens)
@@ -261,7 +250,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     n_states: int,
     tensor_cores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
     grads = _empty_gradients(r, n_states)
     if r.numel():
@@ -306,7 +295,7 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, d_final, _saved, _transfer):
+    def backward(ctx, dy, d_final, _saved, _transfer):  # pyright: ignore[reportIncompatibleMethodOverride]
         *inputs, saved, transfer, cu_seqlens = ctx.saved_tensors
         grads = torch.ops.heron.wkv7_kernels_backward(
             *inputs, dy, d_final, saved, transfer, cu_seqlens, ctx.n_states, ctx.tensor_cores
@@ -345,23 +334,3 @@ def _step(
 @_step.register_fake
 def _(r, w, k, v, a, b, state, cu_seqlens):
     return r.new_empty(r.shape), state.new_empty(state.shape)
-
-
-@torch.library.custom_op("heron::wkv7_kernels_inplace", mutates_args={"state"})
-def _inplace(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
-    y = r.new_empty(r.shape)
-    if y.numel() and r.shape[1] <= STEP_TOKENS and _dense(state) is state:
-        _build_for(r)
-        inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
-        torch.ops.heron.wkv7s_step(*inputs, None, _contiguous(cu_seqlens), y, state)
-    elif y.numel():
-        y, final = wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens)
-        state.copy_(final)
-    return y
-
-
-@_inplace.register_fake
-def _(r, w, k, v, a, b, state, cu_seqlens):
-    return r.new_empty(r.shape)

@@ -92,7 +92,6 @@ def _backward(*arguments: Tensor | int | None) -> None:
 
 def _step(*arguments: Tensor | None) -> None:
     *inputs, state, cu_seqlens, y, final_state = arguments
-    state = final_state if state is None else state
     _run("wkv7s_step", problem(*inputs, cu_seqlens, state=state, y=y, final_state=final_state))
 
 

@@ -306,8 +306,7 @@ constexpr int kStepRows = 192;
 constexpr int kStepRows = 256;
 #endif
 
-// One or a few tokens, no gradient: the state stays in registers, each row of it in four lanes. `state` may be
-// `final_state`: a thread writes only what it alone has read.
+// One or a few tokens, no gradient: the state stays in registers, each row of it in four lanes.
 template <int size>
 __global__ void __launch_bounds__(4 * size, size == 128 ? 1 : kStepRows / size) step(const __grid_constant__ Wkv7sProblem p) {
   constexpr int kKeys = size / 4;

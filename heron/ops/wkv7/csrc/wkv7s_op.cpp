@@ -73,11 +73,10 @@ void backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v
 }
 
 void step(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-          const Optional& state, const Optional& cu_seqlens, const Tensor& y, const Tensor& final_state) {
+          const Tensor& state, const Optional& cu_seqlens, const Tensor& y, const Tensor& final_state) {
   const c10::cuda::CUDAGuard guard(r.device());
   Wkv7sProblem p = problem(r, w, k, v, a, b, cu_seqlens, false, 1, r.size(1));
-  p.y = pointer<void>(y), p.final_state = pointer<float>(final_state);
-  p.state = state.has_value() ? pointer<float>(*state) : p.final_state;
+  p.state = pointer<float>(state), p.y = pointer<void>(y), p.final_state = pointer<float>(final_state);
   run(wkv7s_step, p);
 }
 
