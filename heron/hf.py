@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from heron.compat.transformers import sequences, vocabulary
 from heron.compat.transformers.config import HeronConfig, HeronModelOutput, HeronOutput
-from heron.compat.transformers.sequences import States
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV
+from heron.model.state import States
 
 _UNUSED = {  # what transformers and its tools give to every model, and what says nothing to this one
     "cache_position", "token_type_ids", "max_length_q", "max_length_k", "is_causal", "output_router_logits",

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils.generic import ModelOutput
 
-from heron.compat.transformers.sequences import States
 from heron.config import ModelConfig
+from heron.model.state import States
 
 _FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 

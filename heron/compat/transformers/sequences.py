@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from heron.errors import DataError
 from heron.model import RWKV, State
-
-States = State | tuple[State, ...]  # of all rows of a batch; one a row where their contexts differ in length
+from heron.model.state import States
 
 
 class Sequence(NamedTuple):

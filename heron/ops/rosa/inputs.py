@@ -1,4 +1,4 @@
-"""What the op and its streaming form ask of their callers: KernelErrors that say what was wanted and what came."""
+"""What `rosa` and `rosa_last` ask of their callers: KernelErrors that say what was wanted and what came."""
 
 from __future__ import annotations
 
