@@ -273,7 +273,7 @@ class TrainConfig:
     on_nonfinite: str = _setting("stop", "after a loss or gradient that is not finite: stop, skip the batch, or rewind")
     spike: float = _setting(0.0, "also treat so a loss this many deviations above the last 128 accepted; 0: never")
     max_hours: float | None = _setting(None, "save and leave with code 75 before so many hours are over")
-    num_workers: int = _setting(0, "processes that read batches ahead; 0: none, best unless the disk is slow")
+    num_workers: int = _setting(0, "deprecated, no effect: a batch is read in less than a hundredth of a step's time")
     resume: str = _setting("auto", "auto: go on with the run in out; none: refuse a used folder; or a checkpoint")
     tensorboard: bool = _setting(False, "also write TensorBoard events (pip install 'heron-rwkv[tensorboard]')")
     wandb: str = _setting("", "also log to this Weights & Biases project (pip install 'heron-rwkv[wandb]')")
