@@ -36,7 +36,7 @@ class _OnOff(argparse.BooleanOptionalAction):
     """--flag and --no-flag; refuses both at once."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        _set_once(self, namespace, not option_string.startswith("--no-"), option_string)
+        _set_once(self, namespace, not (option_string or "").startswith("--no-"), option_string)
 
 
 def _set_once(action: argparse.Action, namespace: argparse.Namespace, value: object, option: str | None) -> None:
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         args = [_with_underscores(argument) for argument in (sys.argv[1:] if args is None else args)]
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -268,7 +268,7 @@ def _add_settings(
         default = "none" if field.default in (None, "") else field.default
         help_text = f"{field.metadata['doc']} (default: {default})".replace("%", "%%")
         place = groups[GROUP_OF[prefix + field.name]] if groups else parser
-        common = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
+        common: dict[str, Any] = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
         if bool in kinds:
             place.add_argument(*flags, action=_OnOff, **common)
         else:

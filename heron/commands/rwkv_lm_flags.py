@@ -361,6 +361,6 @@ def _number(name: str, text: str, least: int | None = None, most: int | None = N
         number = int(text)
     except ValueError:
         raise ConfigError(f"--{name}: wanted a whole number, got {text!r}") from None
-    if least is not None and not least <= number <= most:
+    if least is not None and most is not None and not least <= number <= most:
         raise ConfigError(f"--{name}: wanted {least} to {most}, got {text}")
     return number

@@ -346,7 +346,7 @@ class TrainConfig:
         """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step."""
         if self.max_steps is not None:
             return self.max_steps
-        return -(-self.max_tokens // self.tokens_per_step)
+        return -(-(self.max_tokens or 0) // self.tokens_per_step)
 
     @property
     def steps_per_mini_epoch(self) -> int:

@@ -24,7 +24,7 @@ class WorldTokenizer:
 
     spec = "world"
     vocab_size = 65536
-    eod = 0
+    eod: int | None = 0
     is_text = True
     byte_level = True
 

@@ -101,10 +101,12 @@ class Trainer:
         resume_from = resume.point(config, self.say)
         laid_over = bool(config.init_from) and isinstance(config.model, ModelConfig)
         start = None if resume_from is not None or laid_over else base_model.find(self.out, config.model)
-        loaded = None if start is None else first_weights.read(start, config.model)
+        loaded = None
+        if start is not None:
+            loaded = first_weights.read(start, config.model)
+            if isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
+                base_model.check_sizes(start, loaded.config, config.model)
         model_config = self._sizes = resume.model_sizes(config, resume_from) if loaded is None else loaded.config
-        if loaded is not None and isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
-            base_model.check_sizes(start, loaded.config, config.model)
         before = None
         if resume_from is not None:
             earlier = run.trainer_of(resume_from)
@@ -300,8 +302,10 @@ class Trainer:
             self._save(parts, progress)
 
     def _validate(self, parts: Parts, progress: Progress) -> None:
+        if (val := parts.corpus.val) is None:
+            return  # it was owed by a run that had validation data before it was stopped
         precision = machine.autocast(self.config.dtype, self.device)
-        score = evaluate(parts.learner.model, parts.corpus.val, self.config.ctx_len, parts.corpus.val_bytes, precision)
+        score = evaluate(parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision)
         seconds = time.perf_counter() - progress.begun
         parts.reporter.validation(
             {"step": progress.step, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}

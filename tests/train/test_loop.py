@@ -830,6 +830,14 @@ def test_own_validation_data_and_none_at_all(settings, tmp_path):
     assert (tmp_path / "run" / "samples" / "step-00000001.txt").read_text("utf-8", "replace").startswith(TEXT[:32])
 
 
+def test_an_owed_validation_is_let_go_where_a_run_goes_on_without_validation_data(settings, tmp_path):
+    config = settings(eval_every=3)
+    assert StopAt(config, 3).fit() == "preempted"
+    assert run.trainer_of(run.newest(tmp_path / "run"))["owed"] == ["validation"]
+    assert fit(dataclasses.replace(config, val_fraction=0.0)) == "finished"
+    assert validations(config) == []
+
+
 # -- tokenizers, data and their order -------------------------------------------------------------------------------
 
 
