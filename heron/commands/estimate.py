@@ -1,4 +1,4 @@
-"""`heron estimate`: the memory of a training step before it is made, and what to turn when there is too little of it.
+"""`heron estimate`: the memory of a training step before it is made, and which settings to change if it won't fit.
 
 No formula: the very step is run on tensors without contents, and every piece of memory that it would take is entered
 in a ledger. What the model, the loss or the optimizer come to hold tomorrow is in the figures tomorrow.
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
 def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
     """What a step of `config` takes, after the first, on a GPU as on a CPU, as eager PyTorch asks for memory.
 
-    On top come what kernels use inside, what an allocator rounds up and loses between the pieces, and the some hundred
+    On top come what kernels use inside, what an allocator rounds up and loses between the pieces, and the few hundred
     MiB that CUDA itself takes.
 
     Args:
