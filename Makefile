@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test torture bench docs docs-serve wheel clean
+.PHONY: demo lint test torture bench docs docs-serve wheel clean
 
 demo: .venv/installed            ## train a small RWKV-8 on real text and generate from it
 	$(BIN)/heron demo
 
-test: .venv/installed-dev        ## the whole suite
+lint: .venv/installed-dev        ## ruff over all files, pyright over heron/
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint                       ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 torture: .venv/installed-dev     ## the promises under attack at full count, and the table of docs/reliability.md

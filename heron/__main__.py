@@ -11,7 +11,7 @@ from typing import NoReturn
 def main() -> int:
     """Run the command line; returns the exit code."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not one who started us in the background and ignores it
+    if usual is signal.default_int_handler:  # else it is ignored, as in a shell's background job, and stays so
         signal.signal(signal.SIGINT, _leave)
     from heron import cli
 

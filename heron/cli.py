@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -14,7 +15,7 @@ from heron.train import threads
 from heron.train.stop import Stopped, left_behind
 
 
-def main(arguments: Sequence[str] | None = None, before_work: Callable[[], None] = lambda: None) -> int:
+def main(arguments: Sequence[str] | None = None, before_work: Callable[[], object] = lambda: None) -> int:
     """Run one command; returns the exit code: 0, 1 (failed), 2 (usage), 75 (stopped by a signal after saving).
 
     `before_work` is called once the command line has been read.
@@ -23,14 +24,14 @@ def main(arguments: Sequence[str] | None = None, before_work: Callable[[], None]
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     threads.wait_briefly()
     streams.open_closed()
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             code = _flushed(_run(arguments, before_work))
         except SystemExit as stop:  # of argparse, which has shown a help text or what is wrong
-            raise SystemExit(_flushed(stop.code or 0)) from None
+            raise SystemExit(_flushed(int(stop.code or 0))) from None
     if of_process and left_behind():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -47,11 +48,11 @@ def _flushed(code: int) -> int:
     return code
 
 
-def _run(arguments: list[str], before_work: Callable[[], None]) -> int:
+def _run(arguments: list[str], before_work: Callable[[], object]) -> int:
     try:
         options = flags.parser().parse_args(arguments)
         if options.verb not in ("train", "demo"):  # which answer a signal in a way of their own
-            import torch  # noqa: F401 - what an exception would break in the middle is whole once work begins
+            import torch  # noqa: F401 - while Ctrl-C ends the process: an exception would leave half of it
         verb = options.module()
         before_work()
         return verb.run(options) or 0

@@ -249,7 +249,9 @@ def test_bench_and_estimate_name_what_they_measured(heron_, tmp_path):
 def test_help_names_defaults(heron_):
     out = re.sub(r"\s+", " ", heron_("train --help")[1])
     assert "learning rate after the warm-up (default: 0.0006)" in out
-    assert "number of blocks (default: 12)" in out
+    assert "number of blocks (default: as --model has it)" in out
+    assert "share kept for validation (the end); default: 0.1 for text, 0 for binidx" in out
+    assert "number of blocks (default: 12)" in re.sub(r"\s+", " ", heron_("init --help")[1])
     assert "keep this many tokens; 0: all (default: 0)" in re.sub(r"\s+", " ", heron_("generate --help")[1])
 
 

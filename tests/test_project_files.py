@@ -72,6 +72,13 @@ def test_doctor_names_every_package_of_the_extras():
     assert of_users == set(doctor._EXTRAS)
 
 
+def test_every_tool_of_developers_is_pinned():
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    wanted = {re.match(r"[\w-]+", package)[0] for package in extras["dev"] + extras["docs"]} - {"heron-rwkv"}
+    assert wanted <= set(re.findall(r"^([\w-]+)==", read("constraints.txt"), re.MULTILINE))
+    assert {"ruff", "pyright"} <= wanted
+
+
 def test_the_wheel_carries_the_types_marker():
     assert "py.typed" in tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]["package-data"]["heron"]
     assert (ROOT / "heron/py.typed").exists()

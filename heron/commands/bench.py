@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,7 +148,8 @@ def _is_ours(content: bytes) -> bool:
     return isinstance(found, dict) and {*Result._fields, "config"} <= found.keys()
 
 
-def _now(device: torch.device) -> float | torch.cuda.Event:
+def _now(device: torch.device) -> Any:
+    """A mark for :func:`_seconds`: a reading of the clock, or an event of the GPU."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -156,7 +157,7 @@ def _now(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-def _seconds(begun: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
+def _seconds(begun: Any, ended: Any) -> float:
     return ended - begun if isinstance(begun, float) else begun.elapsed_time(ended) / 1e3
 
 

@@ -114,7 +114,7 @@ def convert(
     holds = holds_tokenizer(target, format)
     if holds and known is None:
         known = assume(after.config.vocab_size, target)
-    elif holds and named is None and known.vocab_size > after.config.vocab_size:
+    elif known is not None and holds and named is None and known.vocab_size > after.config.vocab_size:
         warnings.warn(
             f"{target}: the tokenizer {known.spec} has {known.vocab_size} ids, the model only "
             f"{after.config.vocab_size}; it does not go along",

@@ -23,10 +23,11 @@ def of_run(out: Path | None, resume: str) -> dict[str, Any]:
     Raises:
         CheckpointError: `resume` names neither, or a checkpoint that is damaged.
     """
-    holds_run = out is not None and (out / "config.yaml").is_file() and ownership.has_begun(out)
-    if resume == "none" or (resume == "auto" and not holds_run):
+    if out is not None and not ((out / "config.yaml").is_file() and ownership.has_begun(out)):
+        out = None  # nothing to go on with
+    if resume == "none" or (resume == "auto" and out is None):
         return {}
-    if holds_run:
+    if out is not None:
         newest = run.newest(out)
         settings = read_yaml(out / "config.yaml")
     else:
@@ -67,5 +68,5 @@ def vocabulary(spec: str, model: object) -> dict[str, int]:
             wanted = tokenizer.load(spec).vocab_size
         except HeronError:
             return {}
-    held = ModelConfig.preset(model or TrainConfig.model).vocab_size
+    held = ModelConfig.preset(str(model or TrainConfig.model)).vocab_size
     return {"vocab_size": wanted} if wanted > held or (model is None and 0 < wanted < held) else {}

@@ -1,4 +1,4 @@
-"""`heron estimate`: the memory of a training step before it is made, and what to turn when there is too little of it.
+"""`heron estimate`: the memory of a training step before it is made, and which settings to change if it won't fit.
 
 No formula: the very step is run on tensors without contents, and every piece of memory that it would take is entered
 in a ledger. What the model, the loss or the optimizer come to hold tomorrow is in the figures tomorrow.
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
 def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
     """What a step of `config` takes, after the first, on a GPU as on a CPU, as eager PyTorch asks for memory.
 
-    On top come what kernels use inside, what an allocator rounds up and loses between the pieces, and the some hundred
+    On top come what kernels use inside, what an allocator rounds up and loses between the pieces, and the few hundred
     MiB that CUDA itself takes.
 
     Args:
@@ -122,24 +122,24 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
     passes = min(config.accumulate, 2)  # any more take no more
     distinct = min(config.accumulate * config.micro_bsz * config.ctx_len, model.vocab_size)
     with torch.device("meta"):
-        network = RWKV(model)
+        network = _Anywhere(model)
     with FakeTensorMode(), _Ledger() as ledger:
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
-        network.to = lambda device: network  # it is there, as far as it is anywhere
         learner = Learner(network, dataclasses.replace(config, compile="off"), torch.device("cpu"))
         if learner.tables is not None:
             learner.tables.impl = "reference"  # in operations that the ledger sees
-            learner.tables.distinct = lambda tokens, vocab_size: torch.empty(distinct, dtype=torch.int64)
+            made_up = torch.empty(distinct, dtype=torch.int64)
+            learner.tables.distinct = lambda *_: made_up  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(learner.optimizer, CopiedAdamW) and learner.optimizer.copies:
             learner.optimizer.impl = "reference"  # like the kernel, it never has all gradients in fp32
-        samples = [(torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64),) * 2] * passes
+        tokens, two = (torch.zeros(shape, dtype=torch.int64) for shape in ((config.micro_bsz, config.ctx_len), (1, 2)))
         counts: dict[str, int] = {}
         _count_activations(learner.network, ledger, counts)
-        learner.update(learner.gradients([(torch.zeros(1, 2, dtype=torch.int64),) * 2]), 0.0, math.inf)
+        learner.update(learner.gradients([(two, two)]), 0.0, math.inf)
         ledger.peak = ledger.held
-        loss = learner.gradients(samples)
+        loss = learner.gradients([(tokens, tokens)] * passes)
         on_host = [] if learner.tables is None else learner.tables.weights
         rows = [] if learner.tables is None else learner.tables.rows
         trained = [parameter for parameter in network.parameters() if not _among(on_host, parameter)]
@@ -156,6 +156,13 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
             peak=ledger.peak - tables,
             tables=tables,
         )
+
+
+class _Anywhere(RWKV):
+    """A model without contents, which is on every device."""
+
+    def to(self, *_: Any, **__: Any) -> _Anywhere:
+        return self
 
 
 class _Ledger(TorchDispatchMode):
@@ -209,7 +216,7 @@ def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -
         counts["activations"] = ledger.held - before
         return value
 
-    network.loss = loss
+    network.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _among(tensors: list[Tensor], tensor: Tensor) -> bool:

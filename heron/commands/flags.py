@@ -36,7 +36,7 @@ class _OnOff(argparse.BooleanOptionalAction):
     """--flag and --no-flag; refuses both at once."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        _set_once(self, namespace, not option_string.startswith("--no-"), option_string)
+        _set_once(self, namespace, not (option_string or "").startswith("--no-"), option_string)
 
 
 def _set_once(action: argparse.Action, namespace: argparse.Namespace, value: object, option: str | None) -> None:
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         args = [_with_underscores(argument) for argument in (sys.argv[1:] if args is None else args)]
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(prepare, TrainConfig, prefix="", names=READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
-    bad_line_help = "a row, or a text that is not UTF-8: stop, or skip, count and log it"
+    bad_line_help = "at a damaged row, or a text that is not UTF-8: stop, or skip, count and log it"
     prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
     prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
 
@@ -169,16 +169,16 @@ def parser() -> argparse.ArgumentParser:
     _add_training(train)
 
     estimate = verb(
-        "estimate", "the memory that a training step will take, and what to turn if it won't fit", trains=True
+        "estimate", "the memory that a training step will take, and what to change if it won't fit", trains=True
     )
     estimate.add_argument(
-        "--memory", help="what the device has, such as 24GiB or 80GB; default: only say what it takes"
+        "--memory", help="what the device has, such as 24GiB or 80GB; default: only say what a step takes"
     )
     estimate.add_argument("--probe", action="store_true", help="also make five steps here, and say how fast they were")
     _add_training(estimate)
 
-    bench = verb("bench", "what a training step takes here: time, tokens/s, memory", trains=True)
-    bench.add_argument("--steps", type=int, default=10, help="timed steps, of which the median is told")
+    bench = verb("bench", "measure a training step here: time, tokens/s, memory", trains=True)
+    bench.add_argument("--steps", type=int, default=10, help="timed steps; their median is printed")
     bench.add_argument("--json", help="also write the figures to this file")
     _add_training(bench)
 
@@ -186,13 +186,13 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="a weights file, a checkpoint or a run folder")
     generate.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
     generate.add_argument(
-        "--prompt_file", metavar="FILE", help="read the prompt from a file, - is the input; less one newline at its end"
+        "--prompt_file", metavar="FILE", help="read it from a file (-: standard input), less the newline at its end"
     )
     generate.add_argument(
         "--ids", action="store_true", help="the prompt is token ids, and ids are printed: 24281 59 33"
     )
-    generate.add_argument("--probs", type=int, default=0, help="first show this many of the likeliest next tokens")
-    generate.add_argument("--trials", type=int, default=1, help="samples; each counts the seed up by one")
+    generate.add_argument("--probs", type=int, default=0, help="first print this many of the likeliest next tokens")
+    generate.add_argument("--trials", type=int, default=1, help="how many texts to write, each with the next seed")
     generate.add_argument(
         "--stop", action="append", default=[], help="end at this text; may be given several times; default: none"
     )
@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
 
     chat = verb("chat", "talk with a model in the terminal")
     chat.add_argument("model", help="a weights file, a checkpoint or a run folder")
-    chat.add_argument("--system", default="", help="what the conversation is about, for the model; default: nothing")
+    chat.add_argument("--system", default="", help="instructions that the model reads first; default: none")
     chat.add_argument("--think", choices=("on", "off"), default="", help="open answers with a thought, or an empty one")
     chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
     _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
@@ -212,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(evaluate, TrainConfig, prefix="", names=READING)
     evaluate.add_argument("--lambada", help='a jsonl of {"text": ...}: perplexity and accuracy of the last words')
     evaluate.add_argument("--choices", help='a jsonl of {"question", "choices", "answer"}: share answered rightly')
-    evaluate.add_argument("--limit", type=int, help="only so many texts and questions; default: all")
+    evaluate.add_argument("--limit", type=int, help="use only the first so many texts and questions; default: all")
     evaluate.add_argument("--mode", default="gpt", help="gpt: sequences at once; rnn: token by token")
     evaluate.add_argument("--json", help="also write the figures to this file")
     evaluate.add_argument("--plot", help="also draw them over the models' steps, to a .png or .svg")
@@ -224,18 +224,18 @@ def parser() -> argparse.ArgumentParser:
     convert = verb("convert", "rewrite weights: another format, variant, vocabulary or dtype")
     convert.add_argument("input", help="a .pth, .safetensors or .gguf, a Hugging Face folder, a checkpoint, a run")
     convert.add_argument("output", help="the new file or folder")
-    convert.add_argument("--variant", help="v7, v7a, v7b, v8, v8-hybrid: what is new starts neutral")
-    convert.add_argument("--deep_embed_4x", action="store_true", help="give a v8 or v8-hybrid the 4x form")
+    convert.add_argument("--variant", help="v7, v7a, v7b, v8 or v8-hybrid; parts that are new have no effect at first")
+    convert.add_argument("--deep_embed_4x", action="store_true", help="v8, v8-hybrid: gates on all hidden channels")
     convert.add_argument("--format", help="pth, safetensors, hf (v7) or gguf (v7); default: by the output's suffix")
     convert.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the input")
     convert.add_argument("--vocab_size", type=int, help="number of token ids; default: as in the input")
     convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
-    convert.add_argument("--tokenizer", help="that of the model, kept in a folder or .gguf; default: the input's own")
+    convert.add_argument("--tokenizer", help="the model's, which a folder or .gguf keeps; default: the input's own")
     convert.add_argument("--add_rosa", type=_rosa, help="add a ROSA branch: qkv-1bit or qkv-4bit; default: none")
     _add_rosa(convert)
-    convert.add_argument("--check", action="store_true", help="compare the logits of both and print the difference")
+    convert.add_argument("--check", action="store_true", help="compare the logits of input and output")
 
-    info = verb("info", "what a weights file, a run, a preset or a dataset is")
+    info = verb("info", "describe a weights file, a run, a preset or a dataset")
     info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, a preset, or binidx data")
     info.add_argument("--params", action="store_true", help="every parameter: shape, group, lr, decay, initial value")
     _add_rosa(info)
@@ -265,15 +265,24 @@ def _add_settings(
             continue
         kinds, _ = setting_type(config, field.name)
         flags = [f"--{prefix}{field.name}", f"--{field.name}"] if prefix else [f"--{field.name}"]
-        default = "none" if field.default in (None, "") else field.default
-        help_text = f"{field.metadata['doc']} (default: {default})".replace("%", "%%")
+        help_text = _help_of(field, of_model=bool(groups and prefix)).replace("%", "%%")
         place = groups[GROUP_OF[prefix + field.name]] if groups else parser
-        common = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
+        common: dict[str, Any] = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
         if bool in kinds:
             place.add_argument(*flags, action=_OnOff, **common)
         else:
             kind = next((kind for kind in (int, float) if kind in kinds), str)
             place.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **common)
+
+
+def _help_of(field: dataclasses.Field, of_model: bool) -> str:
+    """A setting's line of documentation with its default; `of_model`: that of the model that is named or begun with."""
+    doc, unset = field.metadata["doc"], "None: " if field.default is None else "empty: "
+    if of_model:
+        return f"{doc.partition('; None: ')[0]} (default: as --model has it)"
+    if field.default in (None, ""):
+        return doc.replace(unset, "default: ") if unset in doc else f"{doc} (default: none)"
+    return f"{doc} (default: {field.default})"
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -290,12 +299,14 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
     parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
     parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    parser.add_argument("--top_p", type=float, default=top_p, help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--temperature", type=float, default=1.0, help="randomness; 0: always the likeliest token")
+    parser.add_argument(
+        "--top_p", type=float, default=top_p, help="keep the likeliest tokens, up to this much probability"
+    )
     parser.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0: all")
-    parser.add_argument("--presence_penalty", type=float, default=penalty, help="against any repetition")
-    parser.add_argument("--frequency_penalty", type=float, default=penalty, help="against frequent repetition")
-    parser.add_argument("--penalty_decay", type=float, default=0.996, help="how penalties fade per token")
+    parser.add_argument("--presence_penalty", type=float, default=penalty, help="taken off the logit of written tokens")
+    parser.add_argument("--frequency_penalty", type=float, default=penalty, help="the same, each time it was written")
+    parser.add_argument("--penalty_decay", type=float, default=0.996, help="both fade by this factor with each token")
     digits_help = "let the frequency penalty count space, tab and digits, which it leaves out otherwise"
     parser.add_argument("--count_digits", action="store_true", help=digits_help)
     parser.add_argument("--seed", type=_seed, default=0, help="same seed, same text")

@@ -37,10 +37,10 @@ class _BriefHelp(Help):
 class HelpInTwoSizes(argparse.Action):
     """--help shows the flags that most runs need and those of the verb itself; --help all shows every flag."""
 
-    def __init__(self, option_strings, dest, **options):  # noqa: ANN001 - argparse's signature
+    def __init__(self, option_strings, dest, **options):
         super().__init__(option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, **options)
 
-    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, ANN204 - argparse's signature
+    def __call__(self, parser, namespace, values, option_string=None):
         if values not in (None, EVERY_FLAG):
             raise argparse.ArgumentError(self, f"wanted {EVERY_FLAG} or nothing, got {values!r}")
         if values is None:

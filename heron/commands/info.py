@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
 
 def presets() -> str:
     """One line per preset."""
-    rows = [("preset", "variant", "layers", "width", "vocab", "parameters")]
+    rows: list[Sequence[object]] = [("preset", "variant", "layers", "width", "vocab", "parameters")]
     for name in PRESETS:
         config = ModelConfig.preset(name)
         total = sum(p.numel() for p in _skeleton(config).parameters())
@@ -171,7 +171,7 @@ def _bytes(size: float) -> str:
 
 
 def _parameter_table(skeleton: RWKV, config: ModelConfig) -> list[str]:
-    rows = [("name", "shape", "group", "lr", "decay", "initial value", "source")]
+    rows: list[Sequence[object]] = [("name", "shape", "group", "lr", "decay", "initial value", "source")]
     groups = {}
     for name, parameter in skeleton.named_parameters():
         group, start = group_of(name, parameter), rule(name, config)
@@ -191,7 +191,7 @@ def _skeleton(config: ModelConfig) -> RWKV:
         return RWKV(config)
 
 
-def _table(rows: list[tuple[object, ...]]) -> str:
+def _table(rows: Sequence[Sequence[object]]) -> str:
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

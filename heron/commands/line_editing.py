@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def reader() -> Callable[[str], str]:
     return read
 
 
-def _keep(readline: object, file: Path) -> None:
+def _keep(readline: types.ModuleType, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
     file.chmod(0o600)

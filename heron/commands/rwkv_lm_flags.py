@@ -98,7 +98,7 @@ _TOKENIZERS = {256: "bytes", 65536: "world"}
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Let a parser accept these flags."""
-    group = parser.add_argument_group("RWKV-LM names", "accepted as they are in the official trainer's scripts")
+    group = parser.add_argument_group("RWKV-LM names", "flags of the official trainer, and what each is here")
 
     def flag(name: str, text: str, **more: Any) -> None:
         group.add_argument(
@@ -112,7 +112,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     for name, text in TRANSLATED.items():
         flag(name, text)
     for name, (values, _) in CHECKED.items():
-        flag(name, f"checked: {' or '.join(values)}")
+        flag(name, f"must be {' or '.join(values)}")
     for name, reason in NO_EFFECT.items():
         flag(name, f"no effect: {reason}")
     for name in (*LIGHTNING_NO_EFFECT, *LIGHTNING_REFUSED):  # its switches stand there with a value or without
@@ -361,6 +361,6 @@ def _number(name: str, text: str, least: int | None = None, most: int | None = N
         number = int(text)
     except ValueError:
         raise ConfigError(f"--{name}: wanted a whole number, got {text!r}") from None
-    if least is not None and not least <= number <= most:
+    if least is not None and most is not None and not least <= number <= most:
         raise ConfigError(f"--{name}: wanted {least} to {most}, got {text}")
     return number

@@ -15,8 +15,10 @@ def was_closed(name: str) -> bool:
 
 
 def open_closed() -> None:
-    """Open what the caller closed (``>&-``) on nothing. Else the next file of ours would have its number, and in it
-    the output."""
+    """Open the streams that the caller closed (``>&-``) on the null device.
+
+    Otherwise the next file that is opened would get their number, and what is printed would land in it.
+    """
     _closed.clear()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

@@ -225,10 +225,13 @@ class TrainConfig:
         ConfigError: a value out of range, or two fields that contradict each other.
     """
 
-    model: ModelConfig | str = _setting("rwkv8-tiny", "a ModelConfig, a preset's name, or a checkpoint to start from")
-    init_from: str = _setting("", "a weights file laid over the initial values: what it lacks keeps them")
+    model: ModelConfig | str = _setting("rwkv8-tiny", "a preset, a checkpoint or weights to start from, a ModelConfig")
+    init_from: str = _setting("", "weights to start from that may lack tensors: these keep their initial values")
     init_dtype: str = _setting("fp32", "initial values: fp32, or bf16: rounded, as RWKV-LM's --precision bf16 has them")
-    data: str = _setting("builtin:python-docs", "txt, JSON, csv, folder, binidx prefix, builtin:python-docs, -stdlib")
+    data: str = _setting(
+        "builtin:python-docs",
+        "txt, JSON, csv, parquet, folder, binidx prefix, builtin:python-docs, builtin:python-stdlib",
+    )
     val_data: str | None = _setting(None, "separate validation text or binidx; None: val_fraction of data")
     val_fraction: float | None = _setting(None, "share kept for validation (the end); None: 0.1 for text, 0 for binidx")
     column: str | None = _setting(None, "field of JSON rows, or column of csv and parquet, to read; None: text")
@@ -247,7 +250,7 @@ class TrainConfig:
     max_tokens: int | None = _setting(None, "stop after this many training tokens (give this or max_steps)")
     lr_init: float = _setting(6e-4, "learning rate after the warm-up")
     lr_final: float = _setting(6e-5, "learning rate at the end of the cosine")
-    warmup_steps: int = _setting(10, "steps of linear warm-up from 1% of lr_init; -1: RWKV-LM's way of none")
+    warmup_steps: int = _setting(10, "steps of linear warm-up from 1% of lr_init; -1: none, as RWKV-LM has it")
     beta1: float = _setting(0.9, "AdamW: decay of the first moment")
     beta2: float = _setting(0.99, "AdamW: decay of the second moment")
     adam_eps: float = _setting(1e-18, "AdamW: epsilon")
@@ -255,12 +258,14 @@ class TrainConfig:
     grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
     grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
     dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
-    weights: str = _setting("auto", "the network computes with: the fp32 weights, a bf16 copy, or auto: bf16 on a GPU")
+    weights: str = _setting(
+        "auto", "the network computes with fp32 weights, a bf16 copy of them, or auto: bf16 on a GPU"
+    )
     compile: str = _setting("auto", "compile the blocks: off, on, graph (replay each pass too), or auto: on a GPU")
     device: str = _setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
     tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
-    tables_state: str = _setting("fp32", "of tables on the host: AdamW's moments of their rows, fp32 or bf16")
-    threads: int = _setting(0, "CPU threads; 0: the run's own, at first as many as are of use. Others change last bits")
+    tables_state: str = _setting("fp32", "AdamW's moments for tables on the host: fp32 or bf16")
+    threads: int = _setting(0, "CPU threads; 0: those the run began with, chosen by trial. Others change last bits")
     magic_prime: int | None = _setting(None, "binidx: prime of RWKV-LM's sample order; None: the largest that fits")
     seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
     save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
@@ -271,9 +276,9 @@ class TrainConfig:
     sample_tokens: int = _setting(200, "length of a sampled text, in tokens")
     log_every: int = _setting(1, "steps between log lines")
     on_nonfinite: str = _setting("stop", "after a loss or gradient that is not finite: stop, skip the batch, or rewind")
-    spike: float = _setting(0.0, "also treat so a loss this many deviations above the last 128 accepted; 0: never")
-    max_hours: float | None = _setting(None, "save and leave with code 75 before so many hours are over")
-    num_workers: int = _setting(0, "processes that read batches ahead; 0: none, best unless the disk is slow")
+    spike: float = _setting(0.0, "the same for a loss this many standard deviations above the last 128; 0: never")
+    max_hours: float | None = _setting(None, "save and stop, with exit code 75, before so many hours are over")
+    num_workers: int = _setting(0, "deprecated, no effect: a batch is read in less than a hundredth of a step's time")
     resume: str = _setting("auto", "auto: go on with the run in out; none: refuse a used folder; or a checkpoint")
     tensorboard: bool = _setting(False, "also write TensorBoard events (pip install 'heron-rwkv[tensorboard]')")
     wandb: str = _setting("", "also log to this Weights & Biases project (pip install 'heron-rwkv[wandb]')")
@@ -346,7 +351,7 @@ class TrainConfig:
         """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step."""
         if self.max_steps is not None:
             return self.max_steps
-        return -(-self.max_tokens // self.tokens_per_step)
+        return -(-(self.max_tokens or 0) // self.tokens_per_step)
 
     @property
     def steps_per_mini_epoch(self) -> int:

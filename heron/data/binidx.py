@@ -181,7 +181,7 @@ class BinidxWriter:
         job: str | None = None,
         hashes: bool = False,
     ) -> None:
-        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._dtype: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
         codes = [code for code, known in DTYPES.items() if known == self._dtype]
         if not codes:
             raise DataError(f"binidx: wanted an integer dtype ({_known_dtypes()}), got {np.dtype(dtype).name}")
@@ -198,10 +198,10 @@ class BinidxWriter:
         try:
             self._pair[1].parent.mkdir(parents=True, exist_ok=True)
             progress = self._kept()
-            self.finished = progress is not None and progress["finished"]
+            if progress is not None:
+                self.state, self.finished = progress["state"], progress["finished"]
             self._refuse_existing()
             if self.finished:
-                self.state = progress["state"]
                 return self
             self._bin = self._opened(_part(self._pair[1]))
             self._sizes = self._opened(self._sizes_part)
@@ -214,8 +214,6 @@ class BinidxWriter:
             if progress is None:
                 for path in (self._progress, *map(_part, (self._pair[0], self._checks))):
                     path.unlink(missing_ok=True)
-            else:
-                self.state = progress["state"]
         except OSError as error:
             raise self._unwritable(error) from None
         return self
@@ -266,7 +264,7 @@ class BinidxWriter:
         if not self.finished:
             self._write_idx()
             if self._hashes:
-                checks.write_to(_part(self._checks), checks.taken(tuple(map(_part, self._pair))))
+                checks.write_to(_part(self._checks), checks.taken((_part(self._pair[0]), _part(self._pair[1]))))
             self._refuse_existing()
             if self._job is not None:
                 self._commit(self.state or {}, finished=True)

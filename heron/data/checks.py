@@ -1,6 +1,6 @@
 """What was found out about a binidx pair, kept beside it in `NAME.checks.json`: hashes of blocks, the range of ids.
 
-Hashes are there when `heron prepare --hashes` (or :func:`record`) took them. They are compared when the pair is opened
+Hashes are there when `heron prepare --hashes` took them. They are compared when the pair is opened
 for the first time and whenever size or time of a file have changed since. The range of ids of a large pair is kept so
 that not every start has to read all of it.
 """
@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from heron import strict_json
-from heron.errors import DataError
+from heron.errors import CheckpointError, DataError
+from heron.files import new_file
 
 BLOCK = 1 << 26  # bytes under one hash
 _FORMAT = 1
@@ -70,14 +70,9 @@ def read(pair: Pair) -> Checks | None:
 
 
 def write(pair: Pair, checks: Checks) -> None:
-    """Keep `checks` beside the pair, whole or not at all; OSError when the folder refuses."""
-    path = path_for(pair)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
-    try:
+    """Keep `checks` beside the pair, whole or not at all; CheckpointError when the folder refuses."""
+    with new_file(path_for(pair)) as temporary:
         write_to(temporary, checks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_to(path: Path, checks: Checks) -> None:
@@ -130,11 +125,8 @@ def remember_ids(pair: Pair, checks: Checks, lowest: int, highest: int) -> None:
 def _keep(pair: Pair, checks: Checks) -> None:
     try:
         write(pair, checks)
-    except OSError as error:
-        warnings.warn(
-            f"{path_for(pair)}: cannot be written ({error.strerror}); the data will be read through at each start",
-            stacklevel=3,
-        )
+    except CheckpointError as error:
+        warnings.warn(f"{error}; the data will be read through at each start", stacklevel=3)
 
 
 def _looks(pair: Pair) -> list[list[int]]:

@@ -269,8 +269,8 @@ def _fault(path: Path, reading: Reading) -> str | None:
     try:
         if path.suffix.lower() in PACKED and not is_packed(path):
             return f"{path}: is not packed"
-        if suffix_of(path) in ROW_SUFFIXES:
-            next(_rows(path, None, reading), None)
+        if suffix_of(path) in ROW_SUFFIXES and (rows := _rows(path, None, reading)) is not None:
+            next(rows, None)
     except DataError as error:
         return str(error)
     return None

@@ -12,7 +12,7 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from heron.errors import DataError
 
@@ -50,7 +50,7 @@ def suffix_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """The bytes of `path`, unpacked: gzip (of one member or more), bzip2 and xz.
 
     Raises:
@@ -59,7 +59,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         with contextlib.ExitStack() as stack:
-            file: BinaryIO = stack.enter_context(path.open("rb"))
+            file = stack.enter_context(path.open("rb"))
             head = file.peek(_HEAD)[:_HEAD]
             packing = _packing(head)
             if packing is not None:
@@ -82,7 +82,7 @@ def is_packed(path: Path) -> bool:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _packing(head: bytes) -> Callable[..., BinaryIO] | None:
+def _packing(head: bytes) -> Callable[..., Any] | None:
     return next((how for magic, how in _OPEN.items() if re.match(magic, head)), None)
 
 

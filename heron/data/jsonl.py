@@ -218,7 +218,7 @@ class _Characters:
     def next(self) -> str:
         """The next character that is no white space, "" at the end."""
         while True:
-            self.at = _SPACE.match(self._held, self.at).end()
+            self.at = _SPACE.match(self._held, self.at).end()  # pyright: ignore[reportOptionalMemberAccess]
             if self.at < len(self._held) or self._ended:
                 return self._held[self.at : self.at + 1]
             self._more(_PIECE)

@@ -251,7 +251,7 @@ def _fingerprint(*parts: np.ndarray | None) -> str:
         digest.update(f"{tokens.dtype.str} {len(tokens)} ".encode())
         raw = np.ascontiguousarray(tokens).view(np.uint8)
         if isinstance(tokens, np.memmap) and len(raw) > 2 * _END_BYTES:
-            digest.update(raw[:_END_BYTES])
+            digest.update(raw[:_END_BYTES].data)
             raw = raw[-_END_BYTES:]
-        digest.update(raw)
+        digest.update(raw.data)
     return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -356,7 +356,7 @@ class _Chunk(NamedTuple):
 
 def _encoded(
     documents: Iterable[_Document], work: _Work, tokenizer: Tokenizer, workers: int | None
-) -> Iterator[_Chunk]:
+) -> Generator[_Chunk, None, None]:
     """`documents` in chunks and in their order, encoded here or in `workers` processes, a few of them at a time."""
     chunks = _chunks(documents)
     head = list(itertools.islice(chunks, JOBS_WORTH_PROCESSES))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import TypeVar
 
 import numpy as np
 
 from heron.errors import ConfigError, DataError
 
+_Samples = TypeVar("_Samples", int, np.ndarray)
 _LARGEST_INT64_PRIME = math.isqrt(2**63 - 1)  # below it a product of two residues fits int64
 
 
@@ -83,7 +85,7 @@ def check_prime(prime: int, n_tokens: int, ctx_len: int) -> None:
     raise ConfigError(f"magic_prime {prime}, for {n_tokens:,} tokens and ctx_len {ctx_len}: {fault}; {todo}")
 
 
-def cubic_slot(sample: int | np.ndarray, prime: int) -> int | np.ndarray:
+def cubic_slot(sample: _Samples, prime: int) -> _Samples:
     """``(f * sample**3) mod prime`` with ``f = int(prime * (sqrt(5) - 1) / 2)``; samples count from 1.
 
     `prime` consecutive samples visit every slot in [0, prime) once. Exact for every prime below 2**62: in int64 with a

@@ -32,7 +32,7 @@ class ConsoleLines:
         self._recent: deque[dict[str, Any]] = deque(maxlen=MEAN_OF)
         self._unprinted = ""
         on_terminal = sys.stdout.isatty() and self._rich.is_terminal and not self._rich.is_dumb_terminal
-        # Redrawn from `step`, not from a thread of its own: a thread is trouble when data workers are forked.
+        # Redrawn by `step`, when something has changed, not by a thread of its own.
         self._live = Live(console=self._rich, auto_refresh=False) if on_terminal and say is None else None
         self._drawn = 0.0
 

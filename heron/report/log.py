@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heron.errors import DataError
+from heron.files import new_file
 
 
 def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -73,7 +74,7 @@ def cut_log(path: Path, first_step: int, owed: Sequence[str]) -> list[dict[str, 
         for line, record in parsed
         if record["step"] < first_step or record["step"] == first_step and not last & record.keys()
     ]
-    _replace(path, b"".join(line + b"\n" for line, _ in kept))
+    _write(path, b"".join(line + b"\n" for line, _ in kept))
     return [record for _, record in kept]
 
 
@@ -81,14 +82,9 @@ def cut_train_log(path: Path, n_epochs: int) -> None:
     """Leave only the lines of the first `n_epochs` mini-epochs, those that were complete."""
     lines = path.read_bytes().splitlines(keepends=True) if n_epochs and path.exists() else []
     numbered = [(line.partition(b" ")[0], line) for line in lines if line.endswith(b"\n")]
-    _replace(path, b"".join(line for index, line in numbered if index.isdigit() and int(index) < n_epochs))
+    _write(path, b"".join(line for index, line in numbered if index.isdigit() and int(index) < n_epochs))
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Give a file new content so that a crash leaves the old or the new, never a part."""
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+def _write(path: Path, content: bytes) -> None:
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)

@@ -78,7 +78,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
 
     names = [_drawable(name) for name in _names(runs)]
     for i, (name, (steps, validations)) in enumerate(zip(names, logs, strict=True)):
-        style = dict(color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4])
+        style: dict[str, Any] = dict(color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4])
         style["marker"] = "o" if len(steps) == 1 else ""
         x = _column(steps, "step")
         panels["lr"].plot(x, _column(steps, "lr"), **style)
@@ -90,7 +90,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
             panels[key].plot(x, _smoothed(y, width), **style, label=label)
         x = _column(validations, "step")
         if len(runs) == 1 and validations:
-            dots = dict(color="black", marker="o", markersize=4, linestyle="none")
+            dots: dict[str, Any] = dict(color="black", marker="o", markersize=4, linestyle="none")
             panels["loss"].plot(x, _column(validations, "val_loss"), **dots, label="validation")
         panels["validation"].plot(x, _column(validations, val_key), **{**style, "marker": "o"}, markersize=4)
 
@@ -136,6 +136,7 @@ def _smoothed(y: np.ndarray, width: int) -> np.ndarray:
 def _names(runs: Sequence[Path]) -> list[str]:
     """Folder names, with as many parents as it takes to tell them apart."""
     folders = [log_path(run).resolve().parent for run in runs]
+    names: list[str] = []
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(set(folders)):

@@ -205,7 +205,7 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
 def _wandb(folder: Path, project: str, name: str | None, config: dict[str, Any] | None, first_step: int) -> Any:
     """A run of Weights & Biases; None, after a warning, where there can be none: training goes on without."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         warnings.warn(
             f"wandb {project}: the package is not installed (pip install wandb); the run is logged in {folder} alone",

@@ -44,15 +44,19 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without an end of document. DataError, with the position, when it cannot be encoded."""
+        ...
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as a 1-D integer array of a dtype just wide enough; it may be read-only."""
+        ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, invalid UTF-8 replaced by U+FFFD. DataError for an id that stands for nothing."""
+        ...
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The UTF-8 bytes of `ids`; they may begin or end inside a character. DataError as in `decode`."""
+        ...
 
 
 def load(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
@@ -123,7 +127,7 @@ class ByteTokenizer:
 
     spec = "bytes"
     vocab_size = 256
-    eod = 0
+    eod: int | None = 0
     is_text = True
     byte_level = True
 

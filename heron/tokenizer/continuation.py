@@ -52,10 +52,11 @@ def encode_behind(tokenizer: Tokenizer, before: Sequence[int], text: str) -> lis
     ids = tokenizer.encode(text)
     if not tokenizer.is_text or not text or (len(before) and before[-1] == tokenizer.eod):
         return ids
+    leads = _NEUTRAL
     with contextlib.suppress(DataError):  # ids that stand for nothing
-        before = (tokenizer.decode(before),) if len(before) else ()
-    for lead in (*before, *_NEUTRAL):
-        if isinstance(lead, str) and lead:
+        leads = (tokenizer.decode(before), *_NEUTRAL)
+    for lead in leads:
+        if lead:
             with contextlib.suppress(DataError):  # not every tokenizer knows the neutral ones
                 whole, n, is_whole = _cut(tokenizer, lead, text)
                 if is_whole:

@@ -18,13 +18,12 @@ class WorldTokenizer:
     """The RWKV World vocabulary: greedy longest match over bytes. Needs pyrwkv-tokenizer, which holds the table.
 
     Ids 1..65529 are the table, 0 is the end of document, and 65530..65535 fill the models' 65,536 rows and stand for
-    nothing. pyrwkv-tokenizer encodes text; bytes are encoded and ids decoded here, since it does neither for split
-    characters.
+    nothing. pyrwkv-tokenizer encodes text; ids are decoded here, since it does not for split characters.
     """
 
     spec = "world"
     vocab_size = 65536
-    eod = 0
+    eod: int | None = 0
     is_text = True
     byte_level = True
 
@@ -37,20 +36,6 @@ class WorldTokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.array(self.encode(text), dtype=id_dtype(self.vocab_size))
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """The ids of any bytes, valid UTF-8 or not; equal to `encode` where they are."""
-        ids_of, lengths_after = self._longest_match
-        ids: list[int] = []
-        start = 0
-        while start < len(data):
-            for length in lengths_after.get(data[start : start + 2], (1,)):
-                candidate = data[start : start + length]
-                if candidate in ids_of:
-                    ids.append(ids_of[candidate])
-                    start += len(candidate)
-                    break
-        return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -89,13 +74,3 @@ class WorldTokenizer:
                 "Type: pip install --force-reinstall pyrwkv-tokenizer"
             ) from None
         return table
-
-    @functools.cached_property
-    def _longest_match(self) -> tuple[dict[bytes, int], dict[bytes, list[int]]]:
-        """Ids by bytes, and by its first two bytes the lengths that a token may have, longest first, down to 1."""
-        ids_of = {token: index for index, token in enumerate(self._bytes_of) if token}
-        lengths: dict[bytes, set[int]] = {}
-        for token in ids_of:
-            if len(token) > 1:
-                lengths.setdefault(token[:2], {1}).add(len(token))
-        return ids_of, {head: sorted(found, reverse=True) for head, found in lengths.items()}

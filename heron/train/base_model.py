@@ -40,24 +40,27 @@ def candidates(out: Path) -> list[Path]:
     return [numbers[number] for number in sorted(numbers, reverse=True)]
 
 
-def find(out: Path, model: ModelConfig | str, flag: str = "--model") -> Path | None:
+def find(out: Path, model: ModelConfig | str) -> Path | None:
     """The weights that a run in `out` which has not begun starts from; None: fresh initial values.
 
     Args:
         out: the run folder, which may not exist yet.
         model: sizes, or the path of weights.
-        flag: that gave the path, for messages.
 
     Raises:
-        CheckpointError: `model` names weights elsewhere although there are some in `out`; weights in `out` of which
-            the name does not say that they are to start from.
+        CheckpointError: as :func:`named`; weights in `out` of which the name does not say that they are to start from.
     """
+    if not isinstance(model, ModelConfig):
+        return named(out, model, "--model")
     found = candidates(out)
-    if isinstance(model, ModelConfig):
-        if not found:
-            _refuse_unnamed(out)
-        return found[0] if found else None
-    named = Path(model)
+    if not found:
+        _refuse_unnamed(out)
+    return found[0] if found else None
+
+
+def named(out: Path, weights: str, flag: str) -> Path:
+    """The path of the weights that `flag` names; CheckpointError where they are elsewhere and `out` has some too."""
+    found, named = candidates(out), Path(weights)
     if found and named.resolve() not in [path.resolve() for path in found]:
         raise CheckpointError(
             f"{out}: {found[0].name} is there, and {flag} names {named}: drop {flag} to start from {found[0]}, or "
@@ -68,11 +71,11 @@ def find(out: Path, model: ModelConfig | str, flag: str = "--model") -> Path | N
 
 def check_sizes(path: Path, held: ModelConfig, wanted: ModelConfig) -> None:
     """CheckpointError unless weights that were found have the sizes that were asked for; widths by rule may differ."""
-    held, wanted = held.to_dict(), {**wanted.to_dict(), **wanted.by_rule()}
+    asked = {**wanted.to_dict(), **wanted.by_rule()}
     differing = [
-        f"{name} {value} (asked for: {wanted[name]})"
-        for name, value in held.items()
-        if wanted[name] != value and wanted[name] is not None
+        f"{name} {value} (asked for: {asked[name]})"
+        for name, value in held.to_dict().items()
+        if asked[name] != value and asked[name] is not None
     ]
     if differing:
         raise CheckpointError(

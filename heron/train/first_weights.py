@@ -48,7 +48,7 @@ def finish(model: RWKV, start: Path | None, config: TrainConfig) -> str:
         round_to_bf16(model)
     if not config.init_from:
         return words
-    base = base_model.find(Path(config.out), config.init_from, "--init_from")
+    base = base_model.named(Path(config.out), config.init_from, "--init_from")
     missing = lay_over(model, read_tensors(base), base)
     if not missing:
         return base_model.what_it_lacks(base)

@@ -17,7 +17,6 @@ from heron import files, machine
 from heron.checkpoint import ownership, run, save
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
-from heron.data.background import Stream
 from heron.data.loader import Batches
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
@@ -26,7 +25,7 @@ from heron.model import RWKV
 from heron.optim import lr_at
 from heron.report import Reporter, plot
 from heron.tokenizer import TextStream
-from heron.train import base_model, differences, faults, first_weights, memory, resume, run_data, threads
+from heron.train import base_model, differences, first_weights, memory, resume, run_data, threads
 from heron.train import guard as guards
 from heron.train.guard import Guard
 from heron.train.header import at_stake, header, write_status
@@ -41,13 +40,11 @@ class Trainer:
     Args:
         config: a TrainConfig.
         say: takes one line for the user at a time, also from another thread; default: the console.
-        _fault: for Heron's own tests, which alone can make it be accepted (:mod:`heron.train.faults`).
     """
 
-    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print, *, _fault: str | None = None):
+    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print):
         self.say = say
         self.out = Path(config.out)
-        self._fault = None if _fault is None else faults.parse(_fault)
         self._sizes: ModelConfig | None = None  # of the model, once they are known
         device = machine.choose_device(config.device)
         self.device = torch.device(device.value)
@@ -76,6 +73,8 @@ class Trainer:
         Raises:
             HeronError: bad settings, data or checkpoints; a loss that is not finite.
         """
+        if self.config.num_workers:
+            self.say(f"num_workers {self.config.num_workers}: has no effect any more; leave it out")
         try:
             found = base_model.candidates(self.out)
             ownership.check(self.out, [Path(self.config.tokenizer)], found[0] if found else None)
@@ -102,10 +101,12 @@ class Trainer:
         resume_from = resume.point(config, self.say)
         laid_over = bool(config.init_from) and isinstance(config.model, ModelConfig)
         start = None if resume_from is not None or laid_over else base_model.find(self.out, config.model)
-        loaded = None if start is None else first_weights.read(start, config.model)
+        loaded = None
+        if start is not None:
+            loaded = first_weights.read(start, config.model)
+            if isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
+                base_model.check_sizes(start, loaded.config, config.model)
         model_config = self._sizes = resume.model_sizes(config, resume_from) if loaded is None else loaded.config
-        if loaded is not None and isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
-            base_model.check_sizes(start, loaded.config, config.model)
         before = None
         if resume_from is not None:
             earlier = run.trainer_of(resume_from)
@@ -139,8 +140,6 @@ class Trainer:
         model = RWKV(model_config) if loaded is None else loaded
         beginning = None if resume_from is not None else first_weights.finish(model, start, config)
         learner = Learner(model, config, self.device, self.say)
-        if self._fault is not None:
-            faults.install(learner.network, self._fault)
         guard = Guard(config.on_nonfinite, config.spike)
         if resume_from is not None:
             record = resume.restore(resume_from, learner, guard, progress)
@@ -207,23 +206,19 @@ class Trainer:
         the forward and backward pass are on their way. The host waits at once where something is due after the step,
         and on a CPU, where the numbers are there anyway.
         """
-        config = self.config
-        workers, stopped = config.num_workers, lambda: parts.stop.reason
-        with Stream(parts.batches, progress.cursor, config.micro_bsz, workers, stopped) as stream:
-            update = None
-            while not parts.stop.reason and progress.step + (update is not None) < config.total_steps:
-                gradients = self._gradients(parts, stream)
-                if gradients is None:
-                    break
-                if update is not None and self._settle(parts, progress, update) == "went back":
+        first, update = progress.cursor, None
+        while not parts.stop.reason and progress.step + (update is not None) < self.config.total_steps:
+            gradients = self._gradients(parts, first)
+            first += self.config.micro_bsz * self.config.accumulate
+            if update is not None and self._settle(parts, progress, update) == "went back":
+                return
+            update = self._update(parts, progress, gradients)
+            if self._waits(parts, progress.step + 1):
+                if self._settle(parts, progress, update) == "went back":
                     return
-                update = self._update(parts, progress, gradients)
-                if self._waits(parts, progress.step + 1):
-                    if self._settle(parts, progress, update) == "went back":
-                        return
-                    update = None
-            if update is not None:
-                self._settle(parts, progress, update)
+                update = None
+        if update is not None:
+            self._settle(parts, progress, update)
 
     def _waits(self, parts: Parts, step: int) -> bool:
         """Whether a step is read before the next one begins. A GPU would stand still meanwhile, so only what is due."""
@@ -235,15 +230,10 @@ class Trainer:
         periods = (config.save_every, config.sample_every, config.eval_every if parts.corpus.val is not None else 0)
         return step == config.total_steps or any(_every(period, step) for period in periods)
 
-    def _gradients(self, parts: Parts, stream: Stream) -> Gradients | None:
-        """Start the forward and backward passes of a step. None: the run was asked to stop while data were awaited."""
-        begun, first = time.perf_counter(), stream.next_sample
-        samples = []
-        for _ in range(self.config.accumulate):
-            batch = stream.take()
-            if batch is None:
-                return None
-            samples.append(batch)
+    def _gradients(self, parts: Parts, first: int) -> Gradients:
+        """Start the forward and backward passes of a step, of the samples from number `first` on."""
+        begun, B = time.perf_counter(), self.config.micro_bsz
+        samples = [parts.batches.batch(first + B * micro, B) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 
     def _update(self, parts: Parts, progress: Progress, gradients: Gradients) -> Update:
@@ -312,8 +302,10 @@ class Trainer:
             self._save(parts, progress)
 
     def _validate(self, parts: Parts, progress: Progress) -> None:
+        if (val := parts.corpus.val) is None:
+            return  # it was owed by a run that had validation data before it was stopped
         precision = machine.autocast(self.config.dtype, self.device)
-        score = evaluate(parts.learner.model, parts.corpus.val, self.config.ctx_len, parts.corpus.val_bytes, precision)
+        score = evaluate(parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision)
         seconds = time.perf_counter() - progress.begun
         parts.reporter.validation(
             {"step": progress.step, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}

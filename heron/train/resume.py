@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from heron import tokenizer
 from heron.checkpoint import run
@@ -41,7 +41,7 @@ def model_sizes(config: TrainConfig, resume_from: Path | None) -> ModelConfig:
     """The model's sizes: from the config, or from the run that goes on."""
     wanted = config.model
     if resume_from is None:
-        return wanted
+        return cast(ModelConfig, wanted)  # weights that a path names have been loaded
     saved = ModelConfig.from_dict(run.trainer_of(resume_from)["model"])
     if isinstance(wanted, ModelConfig) and wanted != saved:
         differing = [

@@ -47,7 +47,9 @@ def text_tokenizer(
         vocab_size, content = asked.vocab_size, Path(config.tokenizer).read_text(encoding="utf-8")
         if resume_from is not None and content != earlier:
             raise CheckpointError(f"{resume_from}: its run has another tokenizer than {config.tokenizer}")
-        before = asked if resume_from is None else tokenizer.load(str(resume_from.parents[1] / "tokenizer.json"))
+        before = (
+            asked if resume_from is None else tokenizer.JsonTokenizer(str(resume_from.parents[1] / "tokenizer.json"))
+        )
         if before.eod != asked.eod:
             raise CheckpointError(
                 f"{resume_from}: its run ends documents with {before.end}; {config.tokenizer} has {asked.end}; "

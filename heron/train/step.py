@@ -94,8 +94,8 @@ class Learner:
             ids = torch.cat([tokens for tokens, _ in samples])
             self.tables.bring(ids, len(samples), self._recorded(len(samples)))
         loss = torch.zeros((), device=self.device)
-        for sample in samples:
-            loss += self._pass(*(_onto(self.device, part) for part in sample), len(samples))
+        for tokens, targets in samples:
+            loss += self._pass(_onto(self.device, tokens), _onto(self.device, targets), len(samples))
             if len(samples) > 1:
                 self._hand_over()
         return loss
@@ -144,8 +144,10 @@ class Learner:
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
         if self.config.grad_clip:
-            self.optimizer.grad_scale = ((grad_norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)  # a divisor
-        self.optimizer.found_inf = bad  # AdamW's own means of holding back weights, moments and step counter
+            divisor = ((grad_norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)
+            self.optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]
+        # AdamW's own means of holding back weights, moments and step counter
+        self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack((loss, grad_norm, bad))
@@ -154,7 +156,8 @@ class Learner:
     def refresh(self) -> None:
         """Give the network the model's weights; of use where the two are not one, after the weights were changed."""
         if self._copies:
-            torch._foreach_copy_(*zip(*self._copies, strict=True))
+            copies, masters = zip(*self._copies, strict=True)
+            torch._foreach_copy_(copies, masters)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def _hand_over(self) -> None:
@@ -163,12 +166,13 @@ class Learner:
         added = [(master.grad, copy.grad) for copy, master in pairs if master.grad is not None]
         first = [(copy.grad, master) for copy, master in pairs if master.grad is None]
         if added:
-            torch._foreach_add_(*zip(*added, strict=True))
+            sums, more = zip(*added, strict=True)
+            torch._foreach_add_(sums, more)  # pyright: ignore[reportPrivateImportUsage]
         if first:
             gradients, masters = zip(*first, strict=True)
             block = masters[0].new_empty(sum(gradient.numel() for gradient in gradients))
-            parts = torch._C._nn.unflatten_dense_tensors(block, masters)
-            torch._foreach_copy_(parts, gradients)
+            parts = torch._C._nn.unflatten_dense_tensors(block, masters)  # pyright: ignore[reportAttributeAccessIssue]
+            torch._foreach_copy_(parts, gradients)  # pyright: ignore[reportPrivateImportUsage]
             for master, part in zip(masters, parts, strict=True):
                 master.grad = part
         for copy, _ in pairs:
@@ -214,5 +218,5 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
     norms = []
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         alike = [gradient for gradient in gradients if gradient.dtype == dtype]
-        norms += torch._foreach_norm(alike, 2, dtype=torch.float32)
+        norms += torch._foreach_norm(alike, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
     return torch.linalg.vector_norm(torch.stack(norms))

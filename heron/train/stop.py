@@ -98,7 +98,7 @@ class Preemption:
             while thread.is_alive():
                 thread.join(0.1)
         except BaseException:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stopped))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
             thread.join(_SECONDS_TO_LEAVE)
             if thread.is_alive():
                 _abandoned.append(thread)
@@ -113,7 +113,7 @@ class Preemption:
             if os.name != "nt":
                 os.set_blocking(self._ears[1], False)
             self._wakeup = signal.set_wakeup_fd(self._ears[1], warn_on_full_buffer=False)
-            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener = threading.Thread(target=self._listen, args=(self._ears[0],), daemon=True)
             self._listener.start()
             for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
                 if hasattr(signal, name):
@@ -152,10 +152,10 @@ class Preemption:
         if number in self._before:
             signal.signal(number, self._before.pop(number))
 
-    def _listen(self) -> None:
+    def _listen(self, ear: int) -> None:
         """Say a line for each signal as it comes."""
         heard = 0
-        while (number := os.read(self._ears[0], 1)) not in (b"", b"\0"):
+        while (number := os.read(ear, 1)) not in (b"", b"\0"):
             name = signal.Signals(number[0]).name
             if name not in ("SIGINT", "SIGTERM", "SIGUSR1"):
                 continue

@@ -129,8 +129,8 @@ def test_where_nothing_can_be_kept_the_data_are_checked_each_time(prefix, monkey
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checks, "write", refuse)
-    with pytest.warns(UserWarning, match=r"data\.checks\.json: cannot be written \(Permission denied\)"):
+    monkeypatch.setattr(checks, "write_to", refuse)
+    with pytest.warns(UserWarning, match=r"data\.checks\.json: cannot be written: Permission denied"):
         pairs = open_binidx(prefix)
     with pytest.warns(UserWarning, match="at each start"):
         check_ids(pairs, 2000)

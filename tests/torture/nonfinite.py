@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 import heron
 from heron.data.loader import Batches
-from heron.train import faults
 from heron.train import guard as guards
 from heron.train import loop as train
 from heron.train import step as learner
 from tests.torture import minute
 from tests.torture.result import Result
+from tests.train.faults import Fault, faulty
 
 STEPS = 5
 KINDS = [
@@ -44,7 +44,7 @@ def run(trials: int, seed: int) -> Result:
     random.Random(seed).shuffle(cases)
     chosen = cases[:trials]
     failures, references = [], {}
-    with tempfile.TemporaryDirectory(prefix="heron-nonfinite-") as name, _faults():
+    with tempfile.TemporaryDirectory(prefix="heron-nonfinite-") as name:
         folder = Path(name)
 
         def reference(step: int, accumulate: int) -> heron.TrainConfig:
@@ -58,7 +58,7 @@ def run(trials: int, seed: int) -> Result:
 
         for number, ((value, place, micro), step) in enumerate(chosen):
             settings = _settings(folder, f"run-{number}", 1 + micro)
-            _fit(settings, f"{value}@{place}:forward={(step - 1) * (1 + micro) + 1 + micro}")
+            _fit(settings, Fault(float(value), place, (step - 1) * (1 + micro) + 1 + micro))
             problem = _problem(settings, reference(step, 1 + micro), step)
             if problem:
                 failures.append(f"{value} in the {place} at step {step}: {problem}")
@@ -66,7 +66,7 @@ def run(trials: int, seed: int) -> Result:
         for number, ((value, place, _), step) in enumerate(lasting):
             settings = _settings(folder, f"lasting-{number}", 1, save_every=1)
             settings = settings if step > 1 else heron.TrainConfig(**{**vars(settings), "on_nonfinite": "rewind"})
-            _fit(settings, f"{value}@{place}:forward={step}:lasting")
+            _fit(settings, Fault(float(value), place, step, lasting=True))
             healed = all(weight.isfinite().all() for weight in minute.final_weights(settings).values())
             if not healed or [record["action"] for record in _refused(settings)] != ["went back"]:
                 failures.append(f"{value} stays in a weight from step {step} on: it was not taken back")
@@ -76,7 +76,7 @@ def run(trials: int, seed: int) -> Result:
         with everything_passes, minute.replaced(guards.Guard, "accept", lambda *_: None):
             for number, ((value, place, micro), step) in enumerate(chosen[:controls]):
                 settings = _settings(folder, f"control-{number}", 1 + micro)
-                _fit(settings, f"{value}@{place}:forward={(step - 1) * (1 + micro) + 1 + micro}")
+                _fit(settings, Fault(float(value), place, (step - 1) * (1 + micro) + 1 + micro))
                 caught += _problem(settings, reference(step, 1 + micro), step) is not None
     return Result(
         "a number that is not finite: caught at once, one batch skipped, no later value touched",
@@ -95,11 +95,12 @@ def _settings(folder: Path, name: str, accumulate: int, **changes: object) -> he
     return minute.config(folder, out=str(folder / name), accumulate=accumulate, **{**values, **changes})
 
 
-def _fit(settings: heron.TrainConfig, fault: str | None = None) -> None:
+def _fit(settings: heron.TrainConfig, fault: Fault | None = None) -> None:
     torch.set_num_threads(1)
     output = Path(settings.out).with_suffix(".txt").open("w")
     with output, contextlib.redirect_stdout(output), minute.replaced(train, "plot", lambda *_: None):
-        train.Trainer(settings, _fault=fault).fit()
+        trainer = train.Trainer(settings)
+        (trainer if fault is None else faulty(trainer, fault)).fit()
 
 
 def _refused(settings: heron.TrainConfig) -> list[dict]:
@@ -120,12 +121,6 @@ def _problem(settings: heron.TrainConfig, reference: heron.TrainConfig, step: in
     windows = data.unfold(0, tokens.shape[1], 1)
     found = all((windows == row).all(1).any() for row in tokens)
     return None if len(tokens) == count and found else "the dumped samples are not those of the data"
-
-
-@contextlib.contextmanager
-def _faults():
-    with minute.replaced(faults, "allowed", True):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """A signal at any moment of a run: within 5 s it is saved and gone with code 75, and nothing of it is left running.
 
 SIGTERM, SIGINT and SIGUSR1, to the process or to its whole group (as a batch system sends them), in each phase: while
-the data are read, in a forward pass, between two forward passes of one step, while a worker is awaited, in a
-validation, in a sample, and in a save; with 0 and 2 loader workers. A tenth of the trials send a second signal, which
-may end the process at once and must leave the newest checkpoint whole. The control lets the workers take the signal.
+the data are read, in a forward pass, between two forward passes of one step, while a slow disk gives a batch, in a
+validation, in a sample, and in a save. A tenth of the trials send a second signal, which may end the process at once
+and must leave the newest checkpoint whole. The control obeys a signal at once, in the middle of a step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from heron import cli
 from heron.checkpoint import run as checkpoints
 from heron.config import TrainConfig
-from heron.data import background, loader
+from heron.data import loader
 from heron.errors import HeronError
 from heron.train import loop as train
-from heron.train import run_data
+from heron.train import run_data, stop
 from tests.torture import minute
 from tests.torture.result import Result
 
@@ -34,7 +34,7 @@ PHASES = {  # name -> (object, function that begins the phase, which of its call
     "data": (run_data, "load_corpus", 1),
     "forward": (train.machine, "autocast", 9),
     "accumulation": (train.machine, "autocast", 10),
-    "waiting": (background.Stream, "take", 3),
+    "batch": (loader.Batches, "batch", 5),
     "validation": (train, "evaluate", 1),
     "sample": (train, "generate", 1),
     "save": (checkpoints, "save", 2),
@@ -47,38 +47,35 @@ def run(trials: int, seed: int) -> Result:
     with tempfile.TemporaryDirectory(prefix="heron-signals-") as name:
         folder = Path(name)
         minute.reference(folder)
-        cases = list(itertools.product(PHASES, (0, 2), ("process", "group")))
+        cases = list(itertools.product(PHASES, ("process", "group")))
         for trial in range(trials):
-            phase, workers, target = cases[trial % len(cases)]
+            phase, target = cases[trial % len(cases)]
             number, twice = draw.choice(SIGNALS), trial % 10 == 9
-            seconds, problem = _trial(folder, phase, workers, target, number, twice)
+            seconds, problem = _trial(folder, phase, target, number, twice)
             slowest = max(slowest, seconds)
             if problem:
-                failures.append(f"{number.name} to the {target} in {phase}, {workers} workers: {problem}")
+                failures.append(f"{number.name} to the {target} in {phase}: {problem}")
         controls = max(2, trials // 20)
-        patient = minute.replaced(background, "_SECONDS_BETWEEN_LOOKS", 5.0)  # the death is seen before the request
-        with patient, minute.replaced(background, "_ignore_signals", _obey_signals):
+        with minute.replaced(stop.Preemption, "begin", lambda self: None):
             caught = sum(
-                _trial(folder, "waiting", 2, "group", signal.SIGTERM, False)[1] is not None for _ in range(controls)
+                _trial(folder, "forward", "group", signal.SIGTERM, False)[1] is not None for _ in range(controls)
             )
     return Result(
         "a signal in any phase: saved, status right, nothing left running",
         trials,
         100,
         failures,
-        "loader workers that die of the signal: nothing is saved",
+        "a signal is obeyed in the middle of a step: nothing is saved",
         caught,
         controls,
         f"slowest exit {slowest:.1f} s",
     )
 
 
-def _trial(
-    folder: Path, phase: str, workers: int, target: str, number: signal.Signals, twice: bool
-) -> tuple[float, str | None]:
+def _trial(folder: Path, phase: str, target: str, number: signal.Signals, twice: bool) -> tuple[float, str | None]:
     """Seconds from the signal to the end, and what went wrong."""
     settings = minute.config(
-        folder, out=str(folder / "signalled"), accumulate=2, max_steps=5000, num_workers=workers, eval_every=4,
+        folder, out=str(folder / "signalled"), accumulate=2, max_steps=5000, eval_every=4,
         sample_every=3, sample_tokens=50,
     )  # fmt: skip
     shutil.rmtree(settings.out, ignore_errors=True)
@@ -104,7 +101,7 @@ def _trial(
             return original(*parts, **options)
 
         setattr(holder, function, at_the_phase)
-        if phase == "waiting":
+        if phase == "batch":
             loader.Batches.batch = _slow(loader.Batches.batch)
         return cli.main(arguments)
 
@@ -174,8 +171,3 @@ def _slow(batch):
         return batch(*parts)
 
     return slowly
-
-
-def _obey_signals() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)

@@ -31,9 +31,9 @@ from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.evaluate import evaluate
 from heron.model import rwkv
 from heron.optim import lr_at
-from heron.train import faults
 from heron.train import loop as train
 from heron.train.step import Learner
+from tests.train.faults import Fault, faulty
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 MODEL = heron.ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
@@ -78,9 +78,9 @@ class StopAt(heron.Trainer):
         super().__init__(config)
         self._stop_step, self._number = step, number
 
-    def _gradients(self, parts, stream):
-        gradients = super()._gradients(parts, stream)
-        if stream.next_sample == self._stop_step * self.config.micro_bsz * self.config.accumulate:
+    def _gradients(self, parts, first):
+        gradients = super()._gradients(parts, first)
+        if first == (self._stop_step - 1) * self.config.micro_bsz * self.config.accumulate:
             os.kill(os.getpid(), self._number)
         return gradients
 
@@ -308,10 +308,10 @@ import sys, time
 import heron
 
 class Slow(heron.Trainer):
-    def _gradients(self, parts, stream):
-        if stream.next_sample == 5 * self.config.micro_bsz:
+    def _gradients(self, parts, first):
+        if first == 5 * self.config.micro_bsz:
             time.sleep(60)
-        return super()._gradients(parts, stream)
+        return super()._gradients(parts, first)
 
 Slow(heron.TrainConfig.from_yaml(sys.argv[1])).fit()
 """
@@ -664,19 +664,11 @@ def test_a_run_whose_tables_were_elsewhere_is_not_resumed(settings, before, afte
         fit(settings(tables=after))
 
 
-def faulty(config, fault, monkeypatch):
-    """A trainer with one wrong number in it."""
-    monkeypatch.setattr(faults, "allowed", True)
-    return heron.Trainer(config, _fault=fault)
-
-
-@pytest.mark.parametrize(("where", "value"), [("loss", "nan"), ("loss", "inf"), ("gradient", "nan")])
-def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_is_whole(
-    settings, tmp_path, monkeypatch, where, value
-):
+@pytest.mark.parametrize(("where", "value"), [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan)])
+def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_is_whole(settings, tmp_path, where, value):
     config = settings(save_every=2)
     with pytest.raises(HeronError, match=r"step 4: .*(nan|inf).*sample-6\.safetensors"):
-        faulty(config, f"{value}@{where}:forward=4", monkeypatch).fit()
+        faulty(heron.Trainer(config), Fault(value, where, forward=4)).fit()
     assert status_of(config) == {"status": "failed", "step": 3, "checkpoint": "step-00000002"}
     assert len(steps(config)) == 3
     assert not (tmp_path / "run" / "rwkv-final.pth").exists()
@@ -685,32 +677,18 @@ def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_is_whole(
     assert [step for step, *_ in steps(config)] == list(range(1, 9))
 
 
-def test_a_fault_needs_leave_that_no_setting_gives(settings):
-    with pytest.raises(ConfigError, match="faults are for the tests"):
-        heron.Trainer(settings(), _fault="nan@loss:forward=1")
-
-
-@pytest.mark.parametrize("text", ["nan@loss", "nan@head:forward=1", "nan@loss:step=1", "nan"])
-def test_a_fault_that_is_none(settings, monkeypatch, text):
-    with pytest.raises(ConfigError, match="wanted VALUE@"):
-        faulty(settings(), text, monkeypatch)
-
-
 def refusals(config):
     lines = Path(config.out, "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "refused" in record]
 
 
-@pytest.mark.parametrize(("workers", "tables"), [(0, "device"), (2, "device"), (0, "host")])
-def test_a_skipped_batch_leaves_no_trace_but_its_record_even_over_a_stop(
-    settings, tmp_path, monkeypatch, workers, tables
-):
-    options = dict(on_nonfinite="skip", max_steps=6, save_every=2, num_workers=workers, tables=tables)
+@pytest.mark.parametrize("tables", ["device", "host"])
+def test_a_skipped_batch_leaves_no_trace_but_its_record_even_over_a_stop(settings, tmp_path, tables):
+    options = dict(on_nonfinite="skip", max_steps=6, save_every=2, tables=tables)
     whole, cut = (settings(out=str(tmp_path / name), **options) for name in ("whole", "cut"))
-    faulty(whole, "inf@gradient:forward=3", monkeypatch).fit()
-    stopped = StopAt(cut, 5)  # during its fourth accepted step
-    stopped._fault = faults.parse("inf@gradient:forward=3")
-    assert stopped.fit() == "preempted"
+    fault = Fault(math.inf, "gradient", forward=3)
+    faulty(heron.Trainer(whole), fault).fit()
+    assert faulty(StopAt(cut, 5), fault).fit() == "preempted"  # during its fourth accepted step
     assert fit(cut) == "finished"
     assert_same_run(whole, cut)
     for config in (whole, cut):
@@ -725,28 +703,28 @@ def test_a_skipped_batch_leaves_no_trace_but_its_record_even_over_a_stop(
 
 
 @pytest.mark.parametrize("tables", ["device", "host"])
-def test_a_weight_that_stays_bad_sends_the_run_back_once(settings, monkeypatch, tables):
+def test_a_weight_that_stays_bad_sends_the_run_back_once(settings, tables):
     config = settings(on_nonfinite="skip", save_every=2, tables=tables)
-    assert faulty(config, "nan@weight:forward=6:lasting", monkeypatch).fit() == "finished"
+    assert faulty(heron.Trainer(config), Fault(math.nan, "weight", forward=6, lasting=True)).fit() == "finished"
     [record] = refusals(config)
     assert (record["step"], record["refused"], record["action"]) == (4, 6, "went back")
     assert [step for step, *_ in steps(config)] == list(range(1, 9))
     assert all(tensor.isfinite().all() for tensor in weights(config).values())
     assert len(report.read_log(config.out)[0]) == 8
+    trainer = heron.Trainer(settings(on_nonfinite="skip", out=config.out + "-2"))
     with pytest.raises(HeronError, match="no checkpoint to go back to"):
-        faulty(settings(on_nonfinite="skip", out=config.out + "-2"), "nan@weight:forward=2:lasting", monkeypatch).fit()
+        faulty(trainer, Fault(math.nan, "weight", forward=2, lasting=True)).fit()
 
 
-def test_a_spike_is_skipped_and_the_guard_remembers_over_a_stop(settings, tmp_path, monkeypatch):
+def test_a_spike_is_skipped_and_the_guard_remembers_over_a_stop(settings, tmp_path):
     options = dict(on_nonfinite="skip", spike=3.0, max_steps=24)
     whole, cut = (settings(out=str(tmp_path / name), **options) for name in ("whole", "cut"))
     for config in (whole, cut):
-        trainer = faulty(config, "5@loss:forward=21", monkeypatch)
+        done = 0
         if config is cut:
-            stopping = StopAt(cut, 18)
-            assert stopping.fit() == "preempted"
-            trainer._fault = faults.parse("5@loss:forward=3")  # counted from where it goes on
-        assert trainer.fit() == "finished"
+            assert StopAt(cut, 18).fit() == "preempted"
+            done = 18
+        assert faulty(heron.Trainer(config), Fault(5.0, "loss", forward=21 - done)).fit() == "finished"
         assert [record["refused"] for record in refusals(config)] == [21]
     assert_same_run(whole, cut)
 
@@ -764,18 +742,57 @@ def test_max_hours_saves_and_leaves_in_time(settings, tmp_path):
     assert_same_run(whole, limited)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_loader_workers_change_no_number(settings, tmp_path, workers):
-    alone, helped = settings(out=str(tmp_path / "alone"), accumulate=2), settings(accumulate=2, num_workers=workers)
-    for config in (alone, helped):
-        fit(config)
-    assert_same_run(alone, helped)
+def test_num_workers_changes_no_number_and_one_line_says_so(settings, tmp_path):
+    without, given, said = settings(out=str(tmp_path / "without")), settings(num_workers=2), []
+    fit(without)
+    fit(given, say=said.append)
+    assert [line for line in said if line.startswith("num_workers")] == [
+        "num_workers 2: has no effect any more; leave it out"
+    ]
+    assert_same_run(without, given)
 
 
-def test_a_loader_worker_that_dies_is_named(settings, monkeypatch):
-    monkeypatch.setattr(Batches, "batch", lambda *_: os._exit(3))
-    with pytest.raises(DataError, match="loader worker 0 died with exit code 3 at sample 0"):
-        fit(settings(num_workers=2))
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_sample_is_learned_from_once_and_in_order(settings, monkeypatch, accumulate):
+    asked, batch = [], Batches.batch
+    monkeypatch.setattr(Batches, "batch", lambda *parts: asked.append(parts[1:]) or batch(*parts))
+    config = settings(accumulate=accumulate)
+    assert StopAt(config, 3).fit() == "preempted"
+    fit(config)
+    assert asked == [(first, 2) for first in range(0, 8 * 2 * accumulate, 2)]
+
+
+def test_what_a_batch_raises_reaches_the_caller_and_the_same_run_goes_on(settings, tmp_path, monkeypatch):
+    whole, cut = (settings(out=str(tmp_path / name), save_every=2) for name in ("whole", "cut"))
+    fit(whole)
+    batch = Batches.batch
+
+    def damaged(self, first, count):
+        if first == 10:
+            raise DataError("sample 10: the disk is gone")
+        return batch(self, first, count)
+
+    monkeypatch.setattr(Batches, "batch", damaged)
+    with pytest.raises(DataError, match="sample 10: the disk is gone"):
+        fit(cut)
+    monkeypatch.setattr(Batches, "batch", batch)
+    assert status_of(cut) == {"status": "failed", "step": 5, "checkpoint": "step-00000004"}
+    assert fit(cut) == "finished"
+    assert_same_run(whole, cut)
+
+
+def test_a_signal_while_a_batch_is_read_lets_its_step_end_and_be_saved(settings, monkeypatch):
+    batch = Batches.batch
+
+    def signalled(self, first, count):
+        if first == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, first, count)
+
+    monkeypatch.setattr(Batches, "batch", signalled)
+    config = settings()
+    assert fit(config) == "preempted"
+    assert status_of(config) == {"status": "preempted", "step": 4, "checkpoint": "step-00000004"}
 
 
 # -- validation -----------------------------------------------------------------------------------------------------
@@ -811,6 +828,14 @@ def test_own_validation_data_and_none_at_all(settings, tmp_path):
     fit(none)
     assert report.read_log(none.out)[1] == []
     assert (tmp_path / "run" / "samples" / "step-00000001.txt").read_text("utf-8", "replace").startswith(TEXT[:32])
+
+
+def test_an_owed_validation_is_let_go_where_a_run_goes_on_without_validation_data(settings, tmp_path):
+    config = settings(eval_every=3)
+    assert StopAt(config, 3).fit() == "preempted"
+    assert run.trainer_of(run.newest(tmp_path / "run"))["owed"] == ["validation"]
+    assert fit(dataclasses.replace(config, val_fraction=0.0)) == "finished"
+    assert validations(config) == []
 
 
 # -- tokenizers, data and their order -------------------------------------------------------------------------------
@@ -1002,16 +1027,20 @@ def test_decisions_are_written_down(settings, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "on_nonfinite"),
-    [("nan@loss:forward=5", "rewind"), ("inf@gradient:forward=3", "skip"), ("nan@weight:forward=6:lasting", "skip")],
+    [
+        (Fault(math.nan, "loss", forward=5), "rewind"),
+        (Fault(math.inf, "gradient", forward=3), "skip"),
+        (Fault(math.nan, "weight", forward=6, lasting=True), "skip"),
+    ],
 )
 def test_a_bad_step_that_is_read_late_as_on_a_gpu_leaves_no_trace_either(
     settings, tmp_path, monkeypatch, fault, on_nonfinite
 ):
     options = dict(on_nonfinite=on_nonfinite, save_every=2)
     at_once, late = (settings(out=str(tmp_path / name), **options) for name in ("at-once", "late"))
-    faulty(at_once, fault, monkeypatch).fit()
+    faulty(heron.Trainer(at_once), fault).fit()
     monkeypatch.setattr(train.Trainer, "_waits", lambda self, parts, step: self._due(parts, step))
-    faulty(late, fault, monkeypatch).fit()
+    faulty(heron.Trainer(late), fault).fit()
     assert_same_run(at_once, late)
     assert [record["action"] for record in refusals(late)] == [record["action"] for record in refusals(at_once)]
 

@@ -33,6 +33,7 @@ def test_runs_of_older_code_go_on_bit_for_bit(tmp_path):
     older = unpacked(OLDER, tmp_path / "older")
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(4000)))
     settings = f"--data {tmp_path}/text.txt --tokenizer bytes --n_layer 2 --n_embd 64 --ctx_len 32 --micro_bsz 2"
+    settings += " --num_workers 2"  # processes that read batches, which there are no more
     settings += " --accumulate 2 --max_steps 8 --save_every 3 --keep 9 --eval_every 4 --val_fraction 0.1 --threads 1"
     commands = [
         f"train --variant {variant} {settings} --device cpu --dtype fp32 --out {tmp_path}/{variant}".split()

@@ -1,7 +1,4 @@
-"""Numbers made wrong on purpose, for tests alone: no flag, setting or environment variable reaches this.
-
-A trainer takes a fault only while :data:`allowed` is True, which nothing but the test harness sets.
-"""
+"""One wrong number in a run, put there through the loss of the model that the run trains."""
 
 from __future__ import annotations
 
@@ -11,12 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from heron.errors import ConfigError
-from heron.model import RWKV
-
-allowed = False
-
-PLACES = ("loss", "gradient", "weight", "input")
+import heron
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +18,7 @@ class Fault:
     Attributes:
         value: what stands there instead.
         place: "loss", "gradient" (one element of the head's), "weight" (one element of it) or "input" (one embedded).
-        forward: the forward pass of the run that is hit, from 1.
+        forward: the forward pass that is hit, counted from 1 where the run begins or goes on.
         lasting: a weight stays bad; else it is as before once the forward pass is over.
     """
 
@@ -35,24 +27,24 @@ class Fault:
     forward: int
     lasting: bool = False
 
-
-def parse(text: str) -> Fault:
-    """``"nan@loss:forward=7"`` or ``"inf@weight:forward=3:lasting"`` as a Fault.
-
-    Raises:
-        ConfigError: faults are not allowed here, or the text is none.
-    """
-    if not allowed:
-        raise ConfigError(f"fault {text!r}: faults are for the tests of Heron itself; remove it")
-    value, _, rest = text.partition("@")
-    place, *options = rest.split(":")
-    given = dict(option.partition("=")[::2] for option in options)
-    if place not in PLACES or not given.keys() <= {"forward", "lasting"} or "forward" not in given:
-        raise ConfigError(f"fault: wanted VALUE@{'|'.join(PLACES)}:forward=N[:lasting], got {text!r}")
-    return Fault(float(value), place, int(given["forward"]), "lasting" in given)
+    def __post_init__(self) -> None:
+        if self.place not in ("loss", "gradient", "weight", "input"):
+            raise ValueError(f"no place {self.place!r} for a fault")
 
 
-def install(model: RWKV, fault: Fault) -> None:
+def faulty(trainer: heron.Trainer, fault: Fault) -> heron.Trainer:
+    """The trainer, whose run will have that fault."""
+    loop = trainer._loop
+
+    def with_fault(parts, progress):
+        install(parts.learner.network, fault)
+        return loop(parts, progress)
+
+    trainer._loop = with_fault
+    return trainer
+
+
+def install(model: heron.RWKV, fault: Fault) -> None:
     """Make one forward pass of `model.loss` wrong; all others are as they were."""
     healthy, count = model.loss, 0
 
@@ -69,7 +61,7 @@ def install(model: RWKV, fault: Fault) -> None:
 
 
 @contextlib.contextmanager
-def _around(model: RWKV, fault: Fault) -> Iterator[None]:
+def _around(model: heron.RWKV, fault: Fault) -> Iterator[None]:
     def poke(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         tensor.view(-1)[0] = fault.value
