@@ -66,10 +66,17 @@ class RosaConfig:
     proj_bias: bool = _setting(True, "qkv: the projections q, k, v, o have a bias")
     token_shift: bool = _setting(True, "qkv: the projections read x mixed with the x before, by x_q, x_k, x_v")
     grad: str = _setting("soft_suffix", "rule for the gradient of the symbols: none, bitflip or soft_suffix")
+    scope: str = _setting("sample", "token: what is looked into: the sample alone, or the stream of all that was read")
+    n_matches: int = _setting(2, "stream: matches of a position that count; each predicts another token")
+    window: int | None = _setting(None, "stream: how many tokens back a match may end; None: any number")
+    end: int | None = _setting(None, "stream: id that ends a document, across which nothing matches; None: no such id")
 
     def __post_init__(self) -> None:
         _check_types(self)
-        choices = {"source": ("token", "self", "qkv"), "bits": (1, 4), "no_match": ("zero", "bit0"), "grad": ROSA_GRADS}
+        choices = {
+            "source": ("token", "self", "qkv"), "bits": (1, 4), "no_match": ("zero", "bit0"), "grad": ROSA_GRADS,
+            "scope": ("sample", "stream"),
+        }  # fmt: skip
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 wanted = ", ".join(map(str, known))
@@ -79,6 +86,17 @@ class RosaConfig:
             raise ConfigError("rosa, no_match: a token has no bit 0; source token gives zero")
         if self.max_match is not None and self.max_match < 1:
             raise ConfigError(f"rosa, max_match: wanted at least 1, or nothing, got {self.max_match}")
+        if self.scope == "stream":
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        if self.source != "token":
+            raise ConfigError(f"rosa, scope: a stream is one of token ids; source is {self.source}")
+        ranges = dict(max_match=(1, 255), n_matches=(1, 8), window=(1, LARGEST_COUNT), end=(0, LARGEST_COUNT))
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if not (value is None and name in ("window", "end")) and not least <= (value or 0) <= most:
+                raise ConfigError(f"rosa, {name}: of a stream wanted {least} to {most}, got {value}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RosaConfig:
@@ -115,13 +133,21 @@ class ModelConfig:
     gate_rank: int | None = _setting(None, "rank of att.g1/g2; None: from n_embd")
     deep_embed_4x: bool = _setting(False, "v8, v8-hybrid: gates on all ffn_dim hidden channels, not on n_embd outputs")
     has_ln0: bool | None = _setting(None, "normalise the embedding; None: yes, except in a v8-hybrid")
-    rosa: RosaConfig | None = _setting(None, "a ROSA branch: qkv-1bit, qkv-4bit; None: none (rosa-lm: qkv-1bit)")
+    rosa: RosaConfig | None = _setting(None, "a ROSA branch: qkv-1bit, qkv-4bit; memory sets memory instead")
+    memory: RosaConfig | None = _setting(None, "ROSA over all token ids read so far: memory; None: none")
 
     def __post_init__(self) -> None:
-        if isinstance(self.rosa, str):
-            object.__setattr__(self, "rosa", RosaConfig.preset(self.rosa))
-        elif isinstance(self.rosa, Mapping):
-            object.__setattr__(self, "rosa", RosaConfig.from_dict(self.rosa))
+        for name in ("rosa", "memory"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, RosaConfig.preset(value))
+            elif isinstance(value, Mapping):
+                object.__setattr__(self, name, RosaConfig.from_dict(value))
+        if isinstance(self.rosa, RosaConfig) and self.rosa.scope == "stream":
+            if self.memory not in (None, self.rosa):
+                raise ConfigError("rosa and memory are both a ROSA memory, and not the same one; give one of them")
+            object.__setattr__(self, "memory", self.rosa)
+            object.__setattr__(self, "rosa", None)
         _check_types(self)
         if self.variant not in VARIANTS:
             raise ConfigError(
@@ -143,6 +169,8 @@ class ModelConfig:
             raise ConfigError(f"has_ln0 False is for v8-hybrid alone; variant {self.variant} always applies ln0")
         if self.rosa is not None and self.rosa.source != "qkv":
             raise ConfigError(f"rosa: a branch has source qkv, got {self.rosa.source}; give qkv-1bit or qkv-4bit")
+        if self.memory is not None and self.memory.scope != "stream":
+            raise ConfigError(f"memory: wanted a ROSA of scope stream, got scope {self.memory.scope}; give memory")
         if self.rosa is not None and self.n_embd % self.rosa.bits:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of {self.rosa.bits}, the bits of a ROSA symbol")
 

@@ -57,11 +57,13 @@ class State:
 
     Its size is the same after one token and after a million, with two exceptions. DeepEmbedAttention adds 64 values per
     layer and one int64 id with each token, up to `model.attention_window` tokens where that is set. ROSA adds 5 bytes
-    per stream, layer and token (7 beyond 32768 tokens), without a bound.
+    per stream, layer and token (7 beyond 32768 tokens), without a bound. ROSA memory adds 12 to 24 bytes a token, up to
+    its window where it has one.
     """
 
     layers: tuple[LayerState, ...]
     tokens: Tensor | None = None  # (B, t) int64, the ids of the context; v7b and v8-hybrid alone
+    memory: tuple[Recollection, ...] | None = None  # of ROSA memory, one a sequence; None: nothing read
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -92,12 +94,13 @@ class State:
     def nbytes(self) -> int:
         """Bytes that the whole state takes."""
         ids = 0 if self.tokens is None else self.tokens.nbytes
+        ids += sum(memory.nbytes for memory in self.memory or ())
         return ids + sum(part.nbytes for layer in self.layers for _, part in _parts(layer))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
-        """A new state with `function` applied to every tensor, token ids too."""
+        """A new state with `function` applied to every tensor, token ids too; memories stay as they are."""
         tokens = None if self.tokens is None else function(self.tokens)
-        return State(tuple(_mapped(layer, function) for layer in self.layers), tokens)
+        return State(tuple(_mapped(layer, function) for layer in self.layers), tokens, self.memory)
 
     def detach(self) -> State:
         """The same numbers, cut off from the graph: what truncated backpropagation through time hands on."""
@@ -105,7 +108,8 @@ class State:
 
     def clone(self) -> State:
         """A copy that shares no memory."""
-        return self.map(Tensor.clone)
+        memory = None if self.memory is None else tuple(one.clone() for one in self.memory)
+        return dataclasses.replace(self.map(Tensor.clone), memory=memory)
 
     def to(self, device: torch.device | str) -> State:
         """The state on another device, dtypes kept."""
@@ -121,7 +125,7 @@ class State:
                 attention = AttentionState(old.k_codes[:, -n:].clone(), old.v_codes[:, -n:].clone(), old.last_query)
                 layer = layer._replace(attention=attention)
             layers.append(layer)
-        return State(tuple(layers), self.tokens[:, -n:].clone())
+        return State(tuple(layers), self.tokens[:, -n:].clone(), self.memory)
 
     def to_list(self) -> list[Tensor]:
         """Upstream's flat list: att shift, wkv, ffn shift of block 0, then of block 1, ...

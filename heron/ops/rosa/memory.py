@@ -66,6 +66,11 @@ class TokenStream:
         return self._first + self._parts.n_tokens
 
     def read(self, tokens: Tensor, n_found: int = 1) -> tuple[Tensor, Tensor]:
+        """Read on: src and length of :meth:`recall`."""
+        _, length, src = self.recall(tokens, n_found)
+        return src, length
+
+    def recall(self, tokens: Tensor, n_found: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Read on.
 
         Args:
@@ -74,7 +79,7 @@ class TokenStream:
                 another token followed than with all before it, and the latest of its length.
 
         Returns:
-            src, length: (n, n_found) int64; -1 and 0 where there is no match.
+            followers, length, src: (n, n_found) int64, ``followers = x[src + 1]``; 0, 0 and -1 where there is no match.
 
         Raises:
             KernelError: ids of another shape, dtype or device, or out of range; more than 2^31 tokens in all.
@@ -85,13 +90,22 @@ class TokenStream:
         check_range("tokens", tokens, MOST_SYMBOLS)
         if len(self) + len(tokens) > MOST_TOKENS:
             raise KernelError(f"rosa: a stream holds at most {MOST_TOKENS} tokens; begin a new one")
-        src, length = self._parts.read(tokens, n_found)
-        return torch.where(src >= 0, src + self._first, src), length
+        followers, length, src = self._parts.recall(tokens, n_found)
+        return followers, length, torch.where(src >= 0, src + self._first, src)
 
-    def tokens(self) -> Tensor:
-        """The ids that later matches depend on, (n,) int64: all, or with a window the last ``window + max_match``."""
-        n = self._parts.n_tokens
-        return self._parts.tokens(0 if self.window is None else max(0, n - self.window - self.max_match))
+    def tokens(self, n_read: int | None = None) -> Tensor:
+        """The ids that matches depend on after the first `n_read` (None: all) were read, (n,) int64.
+
+        That is all of them, or with a window the last ``window + max_match``.
+
+        Raises:
+            KernelError: some of them were overwritten since.
+        """
+        n = self._parts.n_tokens if n_read is None else n_read - self._first
+        first = 0 if self.window is None else max(0, n - self.window - self.max_match)
+        if first < self._parts.first_kept:
+            raise KernelError(f"rosa: of the tokens before {n_read}, not all that a window needs are kept; copy in time")
+        return self._parts.tokens(first)[: n - first]
 
     def copy(self) -> TokenStream:
         """Another stream that has read the same."""
@@ -157,15 +171,19 @@ class _Native:
         self._stream = stream
         weakref.finalize(self, library().heron_stream_free, stream)
 
-    def read(self, tokens: Tensor, n_found: int) -> tuple[Tensor, Tensor]:
+    def recall(self, tokens: Tensor, n_found: int) -> tuple[Tensor, Tensor, Tensor]:
         tokens = tokens.to(torch.int32).contiguous()
-        src = torch.empty(len(tokens), n_found, dtype=torch.int64)
+        followers, src = torch.empty(2, len(tokens), n_found, dtype=torch.int64)
         length = torch.empty(len(tokens), n_found, dtype=torch.int32)
-        sizes = (len(tokens), n_found)
-        if library().heron_stream_read(self._stream, tokens.data_ptr(), *sizes, src.data_ptr(), length.data_ptr()):
+        results = (part.data_ptr() for part in (src, length, followers))
+        if library().heron_stream_read(self._stream, tokens.data_ptr(), len(tokens), n_found, *results):
             raise KernelError(f"rosa: memory ran out after {self.n_tokens} tokens; give the stream a window")
         self.n_tokens += len(tokens)
-        return src, length.long()
+        return followers, length.long(), src
+
+    @property
+    def first_kept(self) -> int:
+        return library().heron_stream_first_kept(self._stream)
 
     def tokens(self, first: int) -> Tensor:
         tokens = torch.empty(self.n_tokens - first, dtype=torch.int32)
@@ -201,7 +219,7 @@ class _Plain:
         self._rules = max_match, window, end
         self._kept, self.n_tokens = torch.empty(0, dtype=torch.int64), 0
 
-    def read(self, tokens: Tensor, n_found: int) -> tuple[Tensor, Tensor]:
+    def recall(self, tokens: Tensor, n_found: int) -> tuple[Tensor, Tensor, Tensor]:
         n, all_of_them = len(tokens), torch.cat((self._kept, tokens.long()))
         first = self.n_tokens - len(self._kept)
         if n <= _FEW:
@@ -213,7 +231,12 @@ class _Plain:
         self.n_tokens += n
         max_match, window, _ = self._rules
         self._kept = all_of_them if window is None else all_of_them[-window - max_match :]
-        return torch.where(src >= 0, src + first, src), length
+        followers = torch.where(src >= 0, all_of_them[(src + 1).clamp(max=len(all_of_them) - 1)], 0) if n else src
+        return followers, length, torch.where(src >= 0, src + first, src)
+
+    @property
+    def first_kept(self) -> int:
+        return self.n_tokens - len(self._kept)
 
     def tokens(self, first: int) -> Tensor:
         return self._kept[first - self.n_tokens + len(self._kept) :].clone()
@@ -308,7 +331,8 @@ def library() -> ctypes.CDLL:
         ("stream_copy", pointer, pointer),
         ("stream_free", None, pointer),
         ("stream_bytes", large, pointer),
-        ("stream_read", small, pointer, pointer, large, small, pointer, pointer),
+        ("stream_read", small, pointer, pointer, large, small, pointer, pointer, pointer),
+        ("stream_first_kept", large, pointer),
         ("stream_tokens", None, pointer, large, large, pointer),
         ("stream_nodes", pointer, pointer),
         ("stream_roots", pointer, pointer),

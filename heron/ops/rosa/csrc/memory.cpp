@@ -88,7 +88,7 @@ class Stream {
         nodes_.resize(n_kept);
     }
 
-    void read(uint32_t token, const Results& results) {
+    void read(uint32_t token, const Results& results, int64_t* next) {
         results.clear();
         const uint32_t t = uint32_t(n_++);
         if (window_ == 0) {
@@ -99,9 +99,10 @@ class Stream {
         uint32_t& root = roots_[token & (roots_.size() - 1)];
         insert(t, root, results);
         root = t;
+        for (int32_t i = 0; i < results.most; ++i) next[i] = results.src[i] < 0 ? 0 : this->token(results.src[i] + 1);
     }
 
-    int64_t size() const { return n_; }
+    int64_t first_kept() const { return window_ == 0 ? 0 : std::max<int64_t>(0, n_ - mask_ - 1); }
     int64_t bytes() const {
         return tokens_.capacity() * sizeof(uint32_t) + nodes_.capacity() * sizeof(Node) + roots_.size() * sizeof(uint32_t);
     }
@@ -212,16 +213,20 @@ void heron_stream_free(void* stream) { delete static_cast<Stream*>(stream); }
 
 int64_t heron_stream_bytes(const void* stream) { return static_cast<const Stream*>(stream)->bytes(); }
 
-// Reads n tokens. src, length: (n, most). Returns 0, or 1 where memory ran out: the stream is of no use then.
-int heron_stream_read(void* stream, const uint32_t* tokens, int64_t n, int32_t most, int64_t* src, int32_t* length) {
+// Reads n tokens. src, length, next (what followed each match, 0 for none): (n, most). Returns 0, or 1 where memory ran out: the stream is of no use then.
+int heron_stream_read(void* stream, const uint32_t* tokens, int64_t n, int32_t most, int64_t* src, int32_t* length,
+                      int64_t* next) {
     Stream& of = *static_cast<Stream*>(stream);
     try {
-        for (int64_t i = 0; i < n; ++i) of.read(tokens[i], {src + i * most, length + i * most, most});
+        for (int64_t i = 0; i < n; ++i) of.read(tokens[i], {src + i * most, length + i * most, most}, next + i * most);
     } catch (const std::bad_alloc&) {
         return 1;
     }
     return 0;
 }
+
+// The position of the oldest token that is kept.
+int64_t heron_stream_first_kept(const void* stream) { return static_cast<const Stream*>(stream)->first_kept(); }
 
 // Tokens `first` .. `first + n - 1`, which must be among those kept.
 void heron_stream_tokens(const void* stream, int64_t first, int64_t n, uint32_t* tokens) {

@@ -1,0 +1,138 @@
+"""ROSA memory: what followed the longest earlier matches of the tokens read so far, at the input and at the output.
+
+The match has no parameters, so it is found outside the network, once (:class:`heron.ops.rosa.TokenStream`). What it found
+travels as one tensor, `recalled` (B, T, K, 2) int64: of each position K matches, the longest first, each with the token
+that followed it and its length; 0 and 0 where there is none. docs/rosa.md has the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from heron.config import ModelConfig, RosaConfig
+from heron.errors import ConfigError
+from heron.ops.rosa import TokenStream
+
+_EXACT = 16  # lengths that have a row of their own; longer ones share one up to each power of two
+
+
+class RosaMemory(nn.Module):
+    """The parameters of ROSA memory. All start at 0, where the network computes what it does without."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        rosa = config.memory
+        if rosa is None or rosa.max_match is None:
+            raise ConfigError("memory: the config has none")
+        K, C, n_rows = rosa.n_matches, config.n_embd, n_length_rows(rosa.max_match)
+        self.scale = nn.Parameter(torch.empty(K, C))
+        self.length = nn.Parameter(torch.empty(K, n_rows, C))
+        self.copy = nn.Parameter(torch.empty(K, n_rows))
+
+    def forward(self, recalled: Tensor, emb: nn.Module) -> Tensor:
+        """What is added to the tokens' rows of emb, (B, T, C)::
+
+            sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
+        """
+        ids, lengths = recalled.unbind(dim=-1)  # (B, T, K)
+        matches, rows = self._rows(lengths)
+        x = emb(ids) * self.scale + self.length[matches, rows]
+        return (x * (lengths > 0).unsqueeze(-1)).sum(dim=-2)
+
+    def bonus(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids (B, T, K) whose logits are raised, and by how much: ``copy[k, row of the length]``, 0 for no match."""
+        ids, lengths = recalled.unbind(dim=-1)
+        return ids, self.copy[self._rows(lengths)] * (lengths > 0)
+
+    def add_to(self, logits: Tensor, recalled: Tensor) -> Tensor:
+        """logits (B, T, V) with the bonus."""
+        ids, values = self.bonus(recalled)
+        return logits.scatter_add(-1, ids, values.to(logits.dtype))
+
+    def _rows(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Which match and which row of the tables each of lengths (..., K) stands for."""
+        powers = (lengths.clamp(min=_EXACT) / _EXACT).log2().ceil().long()
+        rows = (lengths.clamp(max=_EXACT) + powers - 1).clamp(min=0)
+        return torch.arange(lengths.shape[-1], device=lengths.device), rows
+
+
+def n_length_rows(max_match: int) -> int:
+    """Number of rows for lengths from 1 to `max_match`: 16, then one for 17 to 32, one for 33 to 64, and so on."""
+    return max_match if max_match <= _EXACT else _EXACT + (max_match - 1).bit_length() - 4
+
+
+class Recollection:
+    """What ROSA memory has read of one sequence. Reading on gives another one and leaves this as it is.
+
+    The tokens lie in a stream that the recollections of one sequence share. The newest reads on in it at O(log T) a
+    token; an older one, such as a state that several texts begin with, reads its tokens again first.
+    """
+
+    def __init__(self, stream: TokenStream, n_read: int):
+        self._stream, self.n_read = stream, n_read
+
+    @classmethod
+    def begin(cls, rosa: RosaConfig, tokens: Tensor | None = None, n_read: int | None = None) -> Recollection:
+        """The recollection of `tokens` (n,), the last of `n_read` tokens (None: of themselves); at first of nothing."""
+        stream = TokenStream(rosa.max_match or 1, rosa.window, rosa.end)
+        if tokens is not None:
+            stream = stream.going_on(len(tokens) if n_read is None else n_read, tokens.cpu())
+        return cls(stream, len(stream))
+
+    def read(self, tokens: Tensor, n_matches: int) -> tuple[Tensor, Tensor, Recollection]:
+        """Read on.
+
+        Args:
+            tokens: (n,) ids on any device.
+
+        Returns:
+            recalled (n, n_matches, 2) on the device of `tokens`; where the matches end, (n, n_matches) int64 positions
+            in the sequence, -1 for none; and the recollection with `tokens`.
+
+        Raises:
+            KernelError: the memory has a window, and so much was read since that the tokens in it are gone: go on
+                from a :meth:`clone`.
+        """
+        stream = self._stream
+        if len(stream) != self.n_read:
+            stream = stream.going_on(self.n_read, self.tokens())
+        ids = tokens.cpu()
+        followers, length, src = stream.recall(ids, n_matches)
+        recalled = torch.stack((followers, length), dim=-1).to(tokens.device)
+        return recalled, src, Recollection(stream, len(stream))
+
+    def tokens(self) -> Tensor:
+        """The ids that later matches depend on, (n,) int64. KernelError as for :meth:`read`."""
+        return self._stream.tokens(self.n_read)
+
+    def clone(self) -> Recollection:
+        """A copy that shares no memory."""
+        if len(self._stream) == self.n_read:
+            return Recollection(self._stream.copy(), self.n_read)
+        return Recollection(self._stream.going_on(self.n_read, self.tokens()), self.n_read)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the stream holds."""
+        return self._stream.nbytes
+
+
+def recall(
+    tokens: Tensor, before: Sequence[Recollection], n_matches: int, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, tuple[Recollection, ...]]:
+    """What the memories of several sequences find in tokens (B, T), packed ones with `cu_seqlens` and B = 1.
+
+    Returns:
+        recalled (B, T, n_matches, 2), and the recollections behind the tokens.
+    """
+    if cu_seqlens is None:
+        found = [memory.read(ids, n_matches) for memory, ids in zip(before, tokens, strict=True)]
+        recalled = torch.stack([part for part, _, _ in found])
+    else:
+        pieces = tokens[0].split(cu_seqlens.diff().tolist())
+        found = [memory.read(ids, n_matches) for memory, ids in zip(before, pieces, strict=True)]
+        recalled = torch.cat([part for part, _, _ in found]).unsqueeze(0)
+    return recalled, tuple(memory for _, _, memory in found)
