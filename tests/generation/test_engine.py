@@ -16,7 +16,7 @@ from heron import tokenizer
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.generation import Engine, Request, Sampling, Snapshot, Token, engine
-from heron.generation.decoder import CompiledDecoder, FusedDecoder, ModelDecoder, is_fusible
+from heron.generation.decoder import CppDecoder, TorchDecoder, ModelDecoder, is_fusible
 from heron.generation.drawing import DeviceDraws, barred_ids
 from heron.generation.graphed import GraphedDecoder, GraphedReader
 from heron.tables.store import Tables, fingerprint
@@ -45,10 +45,10 @@ def equal(a, b):
 @pytest.mark.parametrize("form", FUSED)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-4), (torch.bfloat16, 0.4)])
 @pytest.mark.parametrize(
-    ("decoder_class", "rows"), [(FusedDecoder, 2), (CompiledDecoder, 3), (GraphedDecoder, 2), (GraphedDecoder, 1)]
+    ("decoder_class", "rows"), [(TorchDecoder, 2), (CppDecoder, 3), (GraphedDecoder, 2), (GraphedDecoder, 1)]
 )
 def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance, decoder_class, rows):
-    if decoder_class is CompiledDecoder and (form == "v7a" or dtype == torch.float64):
+    if decoder_class is CppDecoder and (form == "v7a" or dtype == torch.float64):
         pytest.skip("it is for v7 and v8 in fp32 and bf16")
     model = random_model(**FUSED[form]).to(dtype)
     tokens = torch.randint(37, (12,), generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance, deco
             want, state = model(torch.tensor([[token]]), state)
             got = decoder.step([row], [token])
             assert got.shape == (1, 37)
-            assert got.dtype == (torch.float32 if decoder_class is CompiledDecoder else dtype)
+            assert got.dtype == (torch.float32 if decoder_class is CppDecoder else dtype)
             assert (got - want[0]).abs().max() < tolerance
     for mine, theirs in zip(decoder.read(row).to_list(), state.to_list(), strict=True):
         assert mine.shape == theirs.shape
@@ -85,10 +85,10 @@ def test_a_reader_of_fixed_pieces_gives_the_models_state(random_model, form):
 
 
 @pytest.mark.parametrize(
-    ("decoder_class", "rows"), [(FusedDecoder, 1), (CompiledDecoder, 1), (GraphedDecoder, 2), (GraphedDecoder, 1)]
+    ("decoder_class", "rows"), [(TorchDecoder, 1), (CppDecoder, 1), (GraphedDecoder, 2), (GraphedDecoder, 1)]
 )
 def test_every_parameter_matters_to_the_fused_step(random_model, decoder_class, rows):
-    for form in ("v8",) if decoder_class is CompiledDecoder else ("v8", "v7a"):
+    for form in ("v8",) if decoder_class is CppDecoder else ("v8", "v7a"):
         model = random_model(**FUSED[form], n_layer=2)
         tokens = [3, 30]
 
@@ -139,7 +139,7 @@ def test_greedy_rows_that_join_and_leave_say_what_they_say_alone(random_model, f
     assert together == alone
 
 
-@pytest.mark.parametrize("decoder_class", [FusedDecoder, CompiledDecoder])
+@pytest.mark.parametrize("decoder_class", [TorchDecoder, CppDecoder])
 def test_logits_and_states_do_not_depend_on_the_other_rows_by_a_bit(random_model, decoder_class):
     torch.manual_seed(0)
     model = random_model(n_embd=48, head_size=16, decay_rank=13)

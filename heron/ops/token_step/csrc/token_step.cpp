@@ -185,11 +185,11 @@ extern "C" {
 
 // What cpu.py fills in; all contiguous. Vectors of channels are fp32, matrices and shifts fp32 or bf16.
 struct HeronLayer {
-    const float *norm1_weight, *norm1_bias, *mix;  // mix: (6, C), of r, w, k, v, a, g
+    const float *norm1_weight, *norm1_bias, *mix;  // mix: (6, C), of r, k, v, w, a, g
     const void *receptance, *key, *value, *output;
     const void* down[4];   // (rank, C) of values, decay, iclr, gate
     const void* up[4];     // (C, rank)
-    const float* bias[3];  // of values, decay, iclr
+    const float* bias[3];  // of values (null in layer 0), decay, iclr
     int32_t rank[4];
     const float *k_k, *k_a, *r_k, *head_norm_weight, *head_norm_bias;
     const float *norm2_weight, *norm2_bias, *channel_mix;
@@ -281,7 +281,7 @@ class Step {
         std::atomic<int>* turn = &turns_[kProducts * number];
         mix(thread, w.norm1_weight, w.norm1_bias, w.mix, 6, w.att_shift);
         barrier_.wait();
-        const float *x_r = mixed_, *x_w = x_r + part, *x_k = x_w + part, *x_v = x_k + part, *x_a = x_v + part, *x_g = x_a + part;
+        const float *x_r = mixed_, *x_k = x_r + part, *x_v = x_k + part, *x_w = x_v + part, *x_a = x_w + part, *x_g = x_a + part;
         float* down[4] = {down_};
         for (int i = 1; i < 4; ++i) down[i] = down[i - 1] + n_ * w.rank[i - 1];
         multiply(*turn++, {{matrix(w.receptance), c, c, x_r, r_},
