@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heron.model import compiled as compilation
 from heron.ops import head_mix, wkv7
-from heron.ops.head_mix import HeadWeights, HeadInputs
+from heron.ops.head_mix import HeadInputs, HeadWeights
 
 SHAPES = {"wide": (64, 512, 12), "long": (8, 2048, 32)}  # B, T, H
 SIZE = 64

@@ -21,6 +21,7 @@ from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, norm_of
 from heron.model import RWKV, State
 from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import is_plain
+from heron.ops.head_step import HeadWeights
 from heron.ops.token_step import LayerStates, LayerWeights, Network, TokenStep
 from heron.tables.store import Tables
 
@@ -165,7 +166,7 @@ class TorchDecoder(StateDecoder):
         super().__init__(model, n)
         self._of_sequence = [self._states.of(sequence) for sequence in range(n)]
         self._embed = model.embed
-        self._layers = [_in_columns(layer) for layer in layers_of(model)]
+        self._layers = [_for_cpu(layer) for layer in layers_of(model)]
         self._norm = norm_of(model.ln_out)
         self._head = _columns(*model.head.weight.split(HEAD_COLUMNS))
         self._table_rows = lookup(model) if tables is None else tables.rows
@@ -243,10 +244,12 @@ def only_computing(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _in_columns(layer: LayerWeights) -> LayerWeights:
-    """`layer` with its large matrices as of :func:`_columns`."""
+def _for_cpu(layer: LayerWeights) -> LayerWeights:
+    """`layer` with its large matrices as of :func:`_columns`, and the weights of single channels as head_step wants."""
     names = "receptance", "key", "value", "output", "ffn_key", "ffn_value"
-    return layer._replace(**dict(zip(names, _columns(*(getattr(layer, name) for name in names)), strict=True)))
+    matrices = dict(zip(names, _columns(*(getattr(layer, name) for name in names)), strict=True))
+    head = [x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) else x for x in layer.head]
+    return layer._replace(head=HeadWeights(*head), **matrices)
 
 
 def _columns(*weights: Tensor) -> list[Tensor]:

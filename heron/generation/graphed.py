@@ -27,7 +27,8 @@ class GraphedDecoder(StateDecoder):
     """Decodes a v7, v7a or v8 model on a GPU. The shapes never change: places without a sequence are computed too.
 
     The graph is recorded here, which takes a moment, and where a compiler is used up to half a minute the first time.
-    A decoder of one sequence can look ahead: at every token a copy of its state is kept, a hundredth of what a step reads.
+    A decoder of one sequence can look ahead: it keeps a copy of the state before each token, a hundredth of what a step
+    reads.
 
     Args:
         model: see :func:`heron.generation.decoder.is_fusible`. On a CPU nothing is recorded or compiled (for tests).
@@ -71,7 +72,7 @@ class GraphedDecoder(StateDecoder):
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """See :class:`heron.generation.decoder.Decoder`. None: several sequences, or tables whose rows the host picks."""
+        """See heron.generation.decoder.Decoder. None: several sequences, or tables whose rows the host picks."""
         return None if self._before is None else self._look_ahead
 
     @torch.inference_mode()

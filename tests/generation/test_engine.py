@@ -16,7 +16,7 @@ from heron import tokenizer
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.generation import Engine, Request, Sampling, Snapshot, Token, engine
-from heron.generation.decoder import CppDecoder, TorchDecoder, ModelDecoder, is_fusible
+from heron.generation.decoder import CppDecoder, ModelDecoder, TorchDecoder, is_fusible
 from heron.generation.drawing import DeviceDraws, barred_ids
 from heron.generation.graphed import GraphedDecoder, GraphedReader
 from heron.tables.store import Tables, fingerprint

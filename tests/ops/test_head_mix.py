@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from heron.errors import KernelError
 from heron.ops import _build, _choice, head_mix
-from heron.ops.head_mix import _FORMS, HeadWeights, HeadInputs, cuda, head_mix_choice
+from heron.ops.head_mix import _FORMS, HeadInputs, HeadWeights, cuda, head_mix_choice
 from tests.ops import emulator
 from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 

@@ -55,7 +55,7 @@ def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -
     n, H, N, _ = wkv.shape
 
     def of_heads(x: Tensor, count: int) -> Tensor:
-        return x.to(wkv.dtype).view(count, H, N)
+        return (x if x.dtype == wkv.dtype else x.to(wkv.dtype)).view(count, H, N)
 
     r, w, k, v, iclr, gate = (of_heads(x, n) for x in inputs[:6])
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias = (of_heads(x, 1) for x in weights[:7])
@@ -66,11 +66,10 @@ def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -
     removal_key = F.normalize(k * k_k, dim=-1, eps=LEAST_NORM)
     k = k * (1 + (iclr - 1) * k_a)
     decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w0 + w))
-    removed = wkv @ removal_key.unsqueeze(3)  # (n, H, N_value, 1)
+    removed = (removal_key.unsqueeze(2) @ wkv.mT).mT  # (n, H, N_value, 1)
     wkv.mul_(decay.unsqueeze(2))
     wkv.addcmul_(removed, (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(v.unsqueeze(3), k.unsqueeze(2))
-    y = (wkv @ r.unsqueeze(3)).squeeze(3)
-    y = y - y.mean(dim=-1, keepdim=True)
-    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + weights.eps) * norm_weight + norm_bias
+    y = (r.unsqueeze(2) @ wkv.mT).squeeze(2)
+    y = F.layer_norm(y, (N,), eps=weights.eps) * norm_weight + norm_bias
     y = y + (r * k * r_k).sum(dim=-1, keepdim=True) * v
     return (y * gate).view(n, H * N).to(inputs.r.dtype)

@@ -61,7 +61,7 @@ class LayerWeights(NamedTuple):
     ffn_value: Tensor
     """(C, F)."""
     deep_embed: str | None
-    """What DeepEmbed's rows gate: the channel mix's "output", its "hidden" channels, these by "low-rank"; None: no rows."""
+    """What DeepEmbed's rows gate: the channel mix's "output" or its "hidden" channels, these also by "low-rank"."""
     low_rank_gate: LowRankGate | None
     """Where `deep_embed` is "low-rank"."""
 
