@@ -21,7 +21,6 @@ from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, norm_of
 from heron.model import RWKV, State
 from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import is_plain
-from heron.ops.head_step import HeadWeights
 from heron.ops.token_step import LayerStates, LayerWeights, Network, TokenStep
 from heron.tables.store import Tables
 
@@ -178,7 +177,8 @@ class TorchDecoder(StateDecoder):
         embedded = [self._embed(i) for i in ids]
         rows = [self._table_rows(i) for i in ids]
         states = [self._of_sequence[sequence] for sequence in sequences]
-        x, v_first = list(embedded), [None] * len(ids)
+        x = list(embedded)
+        v_first: list[Tensor | None] = [None] * len(ids)
         for number, layer in enumerate(self._layers):
             for i, own in enumerate(states):
                 x[i], v_first[i] = time_mix(PLAIN, layer, x[i], own[number], v_first[i])
@@ -248,8 +248,9 @@ def _for_cpu(layer: LayerWeights) -> LayerWeights:
     """`layer` with its large matrices as of :func:`_columns`, and the weights of single channels as head_step wants."""
     names = "receptance", "key", "value", "output", "ffn_key", "ffn_value"
     matrices = dict(zip(names, _columns(*(getattr(layer, name) for name in names)), strict=True))
-    head = [x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) else x for x in layer.head]
-    return layer._replace(head=HeadWeights(*head), **matrices)
+    dtype, of_head = torch.promote_types(layer.mix.dtype, torch.float32), layer.head._asdict().items()
+    head = layer.head._replace(**{name: x.to(dtype) for name, x in of_head if isinstance(x, Tensor)})
+    return layer._replace(head=head, **matrices)
 
 
 def _columns(*weights: Tensor) -> list[Tensor]:

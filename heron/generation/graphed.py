@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from heron.generation.decoder import StateDecoder, States
-from heron.generation.step import apart, channel_mix, for_many, for_one, layers_of, lookup, time_mix, together
+from heron.generation.step import (
+    apart,
+    blocks_of,
+    channel_mix,
+    for_many,
+    for_one,
+    layers_of,
+    lookup,
+    time_mix,
+    together,
+)
 from heron.model import RWKV, State
 from heron.model import compiled as compilation
 from heron.model.deep_embed import Lookup
@@ -67,8 +77,9 @@ class GraphedDecoder(StateDecoder):
 
     def read(self, sequence: int) -> State:
         """The state of `sequence`, as a copy."""
-        ahead = self._is_ahead and self._before is not None
-        return self._before.read(sequence) if ahead else super().read(sequence)
+        if self._is_ahead and self._before is not None:
+            return self._before.read(sequence)
+        return super().read(sequence)
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:
@@ -150,6 +161,7 @@ class GraphedReader:
     @torch.inference_mode()
     def __init__(self, model: RWKV, tokens: int):
         self._model, device = model, model.emb.weight.device
+        self._blocks = [(block, block.ffn) for block in blocks_of(model) if block.ffn is not None]
         self._ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         self._state = State.zeros(model.config, 1, device, model.emb.weight.dtype).clone()
         self._mix: Callable = Block.mix
@@ -174,10 +186,10 @@ class GraphedReader:
     def _read(self) -> None:
         embedded = self._model.embed(self._ids)
         x, branch, v_first, tokens = embedded, None, None, Lookup(self._ids, embedded)
-        for block, mine in zip(self._model.blocks, self._state.layers, strict=True):
-            of_table = block.ffn.table_rows(tokens)
-            x, branch, new, v_first = self._mix(block, x, branch, mine, v_first, of_table, None, None, None, True)
-            branch = block.ffn.gate(branch, self._ids)
+        for (block, ffn), mine in zip(self._blocks, self._state.layers, strict=True):
+            rows = ffn.table_rows(tokens)
+            x, branch, new, v_first = self._mix(block, x, branch, mine, v_first, rows, None, None, None, True)
+            branch = ffn.gate(branch, self._ids)
             for old, part in zip(mine[:3], new[:3], strict=True):
                 old.copy_(part)
 

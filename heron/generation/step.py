@@ -184,7 +184,12 @@ def layers_of(model: RWKV) -> list[LayerWeights]:
 
     The low-rank matrices are views that are not contiguous.
     """
-    return [_layer_weights(block, model.config.deep_embed) for block in model.blocks if isinstance(block, Block)]
+    return [_layer_weights(block, model.config.deep_embed) for block in blocks_of(model)]
+
+
+def blocks_of(model: RWKV) -> list[Block]:
+    """The blocks of `model`, first to last."""
+    return [block for block in model.blocks if isinstance(block, Block)]
 
 
 def _layer_weights(block: Block, deep_embed: str | None) -> LayerWeights:
@@ -236,6 +241,5 @@ def _filled_up(part: LowRank, rank: int) -> LowRank:
 
 def lookup(model: RWKV) -> Callable[[Tensor], Sequence[Tensor | None]]:
     """A function: token ids (n,) -> the rows (n, width) of each layer's DeepEmbed, None without."""
-    blocks = [block for block in model.blocks if isinstance(block, Block)]
-    tables = [next((m for m in block.ffn.modules() if isinstance(m, DeepEmbed)), None) for block in blocks]
+    tables = [next((m for m in block.modules() if isinstance(m, DeepEmbed)), None) for block in model.blocks]
     return lambda ids: [None if table is None else table(ids) for table in tables]
