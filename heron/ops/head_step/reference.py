@@ -66,10 +66,17 @@ def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -
     removal_key = F.normalize(k * k_k, dim=-1, eps=LEAST_NORM)
     k = k * (1 + (iclr - 1) * k_a)
     decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w0 + w))
-    removed = (removal_key.unsqueeze(2) @ wkv.mT).mT  # (n, H, N_value, 1)
+    removed = _times(wkv, removal_key)
     wkv.mul_(decay.unsqueeze(2))
-    wkv.addcmul_(removed, (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(v.unsqueeze(3), k.unsqueeze(2))
-    y = (r.unsqueeze(2) @ wkv.mT).squeeze(2)
+    wkv.addcmul_(removed.unsqueeze(3), (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(v.unsqueeze(3), k.unsqueeze(2))
+    y = _times(wkv, r)
     y = F.layer_norm(y, (N,), eps=weights.eps) * norm_weight + norm_bias
     y = y + (r * k * r_k).sum(dim=-1, keepdim=True) * v
     return (y * gate).view(n, H * N).to(inputs.r.dtype)
+
+
+def _times(wkv: Tensor, key: Tensor) -> Tensor:
+    """Each head's (N_value, N_key) times its key: (n, H, N_value)."""
+    if wkv.device.type == "cpu":
+        return (key.unsqueeze(2) @ wkv.mT).squeeze(2)
+    return (wkv * key.unsqueeze(2)).sum(dim=3)  # torch.compile makes one kernel of this and what is around it
