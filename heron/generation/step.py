@@ -70,7 +70,7 @@ def channel_mix(
         rows: (n, width), the tokens' rows of the layer's DeepEmbed; None without.
         embedded: (n, C), the tokens as they came into the network.
     """
-    (mixed,) = run.norm_mix(x, *layer.norm2, layer.channel_mix, states.ffn_shift)
+    mixed = run.norm_mix(x, *layer.norm2, layer.channel_mix, states.ffn_shift).squeeze(0)
     gate = None if rows is None else rows.to(x.dtype)
     if layer.low_rank_gate is not None:  # of what is not mixed with the token before: ffn_shift by now
         gate = run.low_rank_gate(layer.low_rank_gate, states.ffn_shift, rows, embedded)

@@ -165,18 +165,17 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
-        d_y, d_final, *_ = gradients
+    def backward(ctx, d_y, d_final, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         tensors = ctx.saved_tensors  # which checkpointing gives only once
         inputs, weights, cu_seqlens, kept = tensors[:7], tensors[7:14], tensors[14], tensors[15:]
         if not ctx.mixes:
             inputs, weights = inputs[:5], weights[:6]
         d_y = torch.zeros_like(inputs[0]) if d_y is None else d_y.contiguous()
-        found = torch.ops.heron.head_mix_kernels_backward(
+        gradients = torch.ops.heron.head_mix_kernels_backward(
             d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.n_states, ctx.eps
         )
-        of_inputs, of_weights, d_state = found[:6], found[6:13], found[13]
-        *of_first, d_v0 = found[14:] if ctx.mixes else (None, None, None)
+        of_inputs, of_weights, d_state = gradients[:6], gradients[6:13], gradients[13]
+        *of_first, d_v0 = gradients[14:] if ctx.mixes else (None, None, None)
         return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None, None)
 
 

@@ -68,7 +68,9 @@ def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -
     decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w0 + w))
     removed = _times(wkv, removal_key)
     wkv.mul_(decay.unsqueeze(2))
-    wkv.addcmul_(removed.unsqueeze(3), (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(v.unsqueeze(3), k.unsqueeze(2))
+    wkv.addcmul_(removed.unsqueeze(3), (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(
+        v.unsqueeze(3), k.unsqueeze(2)
+    )
     y = _times(wkv, r)
     y = F.layer_norm(y, (N,), eps=weights.eps) * norm_weight + norm_bias
     y = y + (r * k * r_k).sum(dim=-1, keepdim=True) * v
