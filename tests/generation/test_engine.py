@@ -19,6 +19,7 @@ from heron.generation import Engine, Request, Sampling, Snapshot, Token, engine
 from heron.generation.decoder import CppDecoder, ModelDecoder, TorchDecoder, is_fusible
 from heron.generation.drawing import DeviceDraws, barred_ids
 from heron.generation.graphed import GraphedDecoder, GraphedReader
+from heron.model import compiled as compilation
 from heron.tables.store import Tables, fingerprint
 from tests.generation import accuracy
 
@@ -56,6 +57,23 @@ def test_a_decoder_is_at_most_twice_as_far_from_fp64_as_the_model(random_model, 
     assert is_fusible(model)
     tokens = torch.randint(37, (16,), generator=torch.Generator().manual_seed(1)).tolist()
     accuracy.check(decoder_class(model, n), n - 1, model, tokens)
+
+
+@pytest.mark.parametrize(("n", "most"), [(1, 10), (2, 9)])
+def test_the_compiled_pieces_of_a_step_are_the_same_graphs_for_every_layer(random_model, n, most):
+    model, graphs = random_model(**FUSED["v7a"], n_layer=4).double(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    plain, compiled = GraphedDecoder(model, n), GraphedDecoder(model, n)
+    compiled._pieces = compiled._pieces_for(compiled._layers[0], lambda piece: compilation.compiled(piece, backend))
+    sequences = list(range(n))
+    for token in (3, 30, 3):
+        got, want = (decoder.step(sequences, [token] * n) for decoder in (compiled, plain))
+        assert accuracy.distance(got, want) < 1e-12
+    assert 0 < len(graphs) <= most
 
 
 @pytest.mark.parametrize("form", FUSED)

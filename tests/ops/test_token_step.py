@@ -229,7 +229,7 @@ def test_networks_that_it_is_not_for_are_refused_in_words():
         TokenStep(network(**SIZES[0]))
     given = network(**SIZES[0], dtype=FP32)
     gate = LowRankGate(*(torch.zeros(1) for _ in range(4)))
-    with pytest.raises(KernelError, match="no low-rank gate .* use heron.generation.decoder.TorchDecoder"):
+    with pytest.raises(KernelError, match="it has no low-rank gate .* TorchDecoder of heron.generation.decoder has"):
         TokenStep(given._replace(layers=[given.layers[0]._replace(deep_embed="low-rank", low_rank_gate=gate)]))
     state = given.states[0]._replace(ffn_shift=torch.zeros(48, 7).t())
     with pytest.raises(KernelError, match="states must be contiguous"):

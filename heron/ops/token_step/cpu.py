@@ -36,7 +36,7 @@ class Prepared:
         x, wkv, (first, *_) = network.head, network.states[0].wkv, network.layers
         FORM.require(x.device, x.dtype, wkv.shape[3])
         if first.deep_embed == "low-rank":
-            raise KernelError("token_step: it has no low-rank gate (v7a); use heron.generation.decoder.TorchDecoder")
+            raise KernelError("token_step: it has no low-rank gate (v7a); TorchDecoder of heron.generation.decoder has")
         self.library = library()
         self.vocab, channels = network.head.shape
         self._kept: list[Tensor] = []  # whose addresses are in the structures
