@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heron.model import compiled as compilation
 from heron.ops import head_mix, wkv7
-from heron.ops.head_mix import ChannelWeights, Projected
+from heron.ops.head_mix import HeadInputs, HeadWeights
 
 SHAPES = {"wide": (64, 512, 12), "long": (8, 2048, 32)}  # B, T, H
 SIZE = 64
@@ -27,11 +27,11 @@ def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
     return (mean + scale * torch.randn(shape, device="cuda")).bfloat16().requires_grad_()
 
 
-def problem(batch: int, tokens: int, heads: int) -> tuple[Projected, ChannelWeights]:
+def problem(batch: int, tokens: int, heads: int) -> tuple[HeadInputs, HeadWeights]:
     """Of a layer that mixes v_first in."""
     C = heads * SIZE
-    inputs = Projected(*(normal(batch, tokens, C) for _ in Projected._fields))
-    weights = ChannelWeights(
+    inputs = HeadInputs(*(normal(batch, tokens, C) for _ in HeadInputs._fields))
+    weights = HeadWeights(
         w0=normal(C, mean=-2.0),
         a0=normal(C),
         k_k=normal(C, scale=0.1, mean=0.7),

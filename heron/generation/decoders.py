@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from heron.generation.decoder import CompiledDecoder, Decoder, FusedDecoder, ModelDecoder, is_fusible
+from heron.generation.decoder import CppDecoder, Decoder, ModelDecoder, TorchDecoder, is_fusible
 from heron.generation.graphed import GraphedDecoder
 from heron.ops.token_step import token_step_choice
 from heron.tables.store import Tables
 
 
-def decoder_of(model: nn.Module, rows: int, tables: Tables | None = None) -> Decoder:
-    """The fastest decoder that `model` can have where it is, with room for `rows` sequences.
+def decoder_of(model: nn.Module, n: int, tables: Tables | None = None) -> Decoder:
+    """The fastest decoder that `model` can have where it is, with room for `n` sequences.
 
     Args:
         tables: DeepEmbed tables off the device; None: the model has its own.
     """
     if not is_fusible(model):
-        return ModelDecoder(model, rows)
+        return ModelDecoder(model, n)
     weight, config = model.emb.weight, model.config
     if weight.device.type != "cpu":
-        return GraphedDecoder(model, rows, tables)
-    compiled = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
-    return (CompiledDecoder if compiled and config.deep_embed != "low-rank" else FusedDecoder)(model, rows, tables)
+        return GraphedDecoder(model, n, tables)
+    in_cpp = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
+    return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(model, n, tables)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from heron import ops
 from heron.config import ModelConfig
 from heron.model.plain import is_plain
-from heron.ops.head_mix import ChannelWeights, Projected, head_mix_reference
+from heron.ops.head_mix import HeadInputs, HeadWeights, head_mix_reference
 
 GROUP_NORM_EPS = 64e-5  # upstream keeps 64e-5 at every head size
 
@@ -80,7 +80,7 @@ class TimeMix(nn.Module):
         x, mixed, last = begin(x, branch, self.mixes, last, cu_seqlens)
         x_r, x_w, x_k, x_v, x_a, x_g = mixed
         v = self.value(x_v)
-        inputs = Projected(
+        inputs = HeadInputs(
             r=self.receptance(x_r).to(x_r.dtype),  # which under autocast is more than that of products
             w=torch.tanh(x_w @ self.w1) @ self.w2,
             k=self.key(x_k),
@@ -90,20 +90,20 @@ class TimeMix(nn.Module):
             value=None if v_first is None else (x_v @ self.v1) @ self.v2,
             v_first=v_first,
         )
-        weights = self.channel_weights(v_first is not None)
+        weights = self.head_weights(v_first is not None)
         if is_plain(self.ln_x, nn.GroupNorm):
             y, wkv_state = ops.head_mix(inputs, weights, wkv_state, cu_seqlens)
         else:  # a kernel would not call it
             y, wkv_state = head_mix_reference(inputs, weights, wkv_state, cu_seqlens, self.ln_x)
         return x, self.output(y), last, wkv_state, v if v_first is None else v_first
 
-    def channel_weights(self, mixes_v_first: bool) -> ChannelWeights:
-        """The weights of single channels, as ops.head_mix takes them."""
+    def head_weights(self, mixes_v_first: bool) -> HeadWeights:
+        """The weights of single channels, as ops.head_mix and ops.head_step take them."""
         norm = self.ln_x
         affine: tuple[Any, ...] = (
             (norm.weight, norm.bias, norm.eps) if is_plain(norm, nn.GroupNorm) else (None, None, 0.0)
         )
-        return ChannelWeights(
+        return HeadWeights(
             w0=self.w0,
             a0=self.a0,
             k_k=self.k_k,

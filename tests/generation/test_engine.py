@@ -16,10 +16,12 @@ from heron import tokenizer
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.generation import Engine, Request, Sampling, Snapshot, Token, engine
-from heron.generation.decoder import CompiledDecoder, FusedDecoder, ModelDecoder, is_fusible
+from heron.generation.decoder import CppDecoder, ModelDecoder, TorchDecoder, is_fusible
 from heron.generation.drawing import DeviceDraws, barred_ids
 from heron.generation.graphed import GraphedDecoder, GraphedReader
+from heron.model import compiled as compilation
 from heron.tables.store import Tables, fingerprint
+from tests.generation import accuracy
 
 INTEGERS = tokenizer.load("integers:37")
 GREEDY = Sampling(temperature=0)
@@ -31,6 +33,8 @@ FUSED = {
     "4x, no wider": dict(variant="v8", deep_embed_4x=True, ffn_dim=32),
     "v7a": dict(variant="v7a"),
 }
+SIZES = {"odd": {}, "even": dict(n_embd=64, head_size=64, ffn_dim=256, decay_rank=16, gate_rank=24)}
+DECODERS = [(TorchDecoder, 2), (CppDecoder, 3), (GraphedDecoder, 2), (GraphedDecoder, 1)]
 ATTENTION = {"v7b": dict(variant="v7b"), "v8-hybrid": dict(variant="v8-hybrid")}
 
 
@@ -43,30 +47,33 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("form", FUSED)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-4), (torch.bfloat16, 0.4)])
-@pytest.mark.parametrize(
-    ("decoder_class", "rows"), [(FusedDecoder, 2), (CompiledDecoder, 3), (GraphedDecoder, 2), (GraphedDecoder, 1)]
-)
-def test_the_fused_step_is_the_models(random_model, form, dtype, tolerance, decoder_class, rows):
-    if decoder_class is CompiledDecoder and (form == "v7a" or dtype == torch.float64):
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("decoder_class", "n"), DECODERS)
+def test_a_decoder_is_at_most_twice_as_far_from_fp64_as_the_model(random_model, form, sizes, dtype, decoder_class, n):
+    if decoder_class is CppDecoder and (form == "v7a" or dtype == torch.float64):
         pytest.skip("it is for v7 and v8 in fp32 and bf16")
-    model = random_model(**FUSED[form]).to(dtype)
-    tokens = torch.randint(37, (12,), generator=torch.Generator().manual_seed(1))
+    model = random_model(**{**SIZES[sizes], **FUSED[form]}).to(dtype)
     assert is_fusible(model)
-    decoder, row, state = decoder_class(model, rows), rows - 1, None
-    with torch.inference_mode():
-        _, state = model(tokens[None, :5])
-        decoder.write(row, state)
-        for token in tokens[5:].tolist():
-            want, state = model(torch.tensor([[token]]), state)
-            got = decoder.step([row], [token])
-            assert got.shape == (1, 37)
-            assert got.dtype == (torch.float32 if decoder_class is CompiledDecoder else dtype)
-            assert (got - want[0]).abs().max() < tolerance
-    for mine, theirs in zip(decoder.read(row).to_list(), state.to_list(), strict=True):
-        assert mine.shape == theirs.shape
-        assert mine.dtype == theirs.dtype
-        assert (mine - theirs).abs().max() < tolerance
+    tokens = torch.randint(37, (16,), generator=torch.Generator().manual_seed(1)).tolist()
+    accuracy.check(decoder_class(model, n), n - 1, model, tokens)
+
+
+@pytest.mark.parametrize(("n", "most"), [(1, 10), (2, 9)])
+def test_the_compiled_pieces_of_a_step_are_the_same_graphs_for_every_layer(random_model, n, most):
+    model, graphs = random_model(**FUSED["v7a"], n_layer=4).double(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    plain, compiled = GraphedDecoder(model, n), GraphedDecoder(model, n)
+    compiled._pieces = compiled._pieces_for(compiled._layers[0], lambda piece: compilation.compiled(piece, backend))
+    sequences = list(range(n))
+    for token in (3, 30, 3):
+        got, want = (decoder.step(sequences, [token] * n) for decoder in (compiled, plain))
+        assert accuracy.distance(got, want) < 1e-12
+    assert 0 < len(graphs) <= most
 
 
 @pytest.mark.parametrize("form", FUSED)
@@ -85,10 +92,10 @@ def test_a_reader_of_fixed_pieces_gives_the_models_state(random_model, form):
 
 
 @pytest.mark.parametrize(
-    ("decoder_class", "rows"), [(FusedDecoder, 1), (CompiledDecoder, 1), (GraphedDecoder, 2), (GraphedDecoder, 1)]
+    ("decoder_class", "rows"), [(TorchDecoder, 1), (CppDecoder, 1), (GraphedDecoder, 2), (GraphedDecoder, 1)]
 )
 def test_every_parameter_matters_to_the_fused_step(random_model, decoder_class, rows):
-    for form in ("v8",) if decoder_class is CompiledDecoder else ("v8", "v7a"):
+    for form in ("v8",) if decoder_class is CppDecoder else ("v8", "v7a"):
         model = random_model(**FUSED[form], n_layer=2)
         tokens = [3, 30]
 
@@ -139,7 +146,7 @@ def test_greedy_rows_that_join_and_leave_say_what_they_say_alone(random_model, f
     assert together == alone
 
 
-@pytest.mark.parametrize("decoder_class", [FusedDecoder, CompiledDecoder])
+@pytest.mark.parametrize("decoder_class", [TorchDecoder, CppDecoder])
 def test_logits_and_states_do_not_depend_on_the_other_rows_by_a_bit(random_model, decoder_class):
     torch.manual_seed(0)
     model = random_model(n_embd=48, head_size=16, decay_rank=13)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from heron.errors import KernelError
 from heron.ops import _build, _choice, head_mix
-from heron.ops.head_mix import _FORMS, ChannelWeights, Projected, cuda, head_mix_choice
+from heron.ops.head_mix import _FORMS, HeadInputs, HeadWeights, cuda, head_mix_choice
 from tests.ops import emulator
 from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
@@ -34,8 +34,8 @@ def problem(B, T, H, N, dtype=FP64, first=True, seed=0, device="cpu"):
         return numbers.to(device, dtype).requires_grad_()
 
     C = H * N
-    inputs = Projected(*(normal(B, T, C) if first or i < 6 else None for i in range(8)))
-    weights = ChannelWeights(
+    inputs = HeadInputs(*(normal(B, T, C) if first or i < 6 else None for i in range(8)))
+    weights = HeadWeights(
         w0=normal(1, 1, C, mean=-2.0),
         a0=normal(1, 1, C),
         k_k=normal(1, 1, C, scale=0.3, mean=0.7),
@@ -70,7 +70,7 @@ def in_fp64(inputs, weights, state, gradients):
     def converted(x):
         return x.detach().double().requires_grad_() if isinstance(x, Tensor) else x
 
-    given = Projected(*map(converted, inputs)), ChannelWeights(*map(converted, weights)), converted(state)
+    given = HeadInputs(*map(converted, inputs)), HeadWeights(*map(converted, weights)), converted(state)
     return *given, tuple(gradient.double() for gradient in gradients)
 
 
@@ -138,7 +138,7 @@ def results_alone(inputs, weights, state, gradients, offsets, **options):
         if begin == end:
             finals.append(state[i : i + 1])
             continue
-        own = Projected(*(None if x is None else x[:, begin:end] for x in inputs))
+        own = HeadInputs(*(None if x is None else x[:, begin:end] for x in inputs))
         y, final = head_mix(own, weights, state[i : i + 1], **options)
         ys.append(y)
         finals.append(final)
@@ -300,7 +300,7 @@ def test_only_some_leaves_may_want_a_gradient(emulated):
 def test_layouts_change_nothing(emulated):
     inputs, weights, state, gradients = problem(2, 5, 2, 16, FP32)
     want = results(inputs, weights, state, gradients, impl="cuda")
-    moved = Projected(*(x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for x in inputs))
+    moved = HeadInputs(*(x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for x in inputs))
     gradients = tuple(x.transpose(0, 2).contiguous().transpose(0, 2) for x in gradients)
     got = results(moved, weights, state, gradients, impl="cuda")
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -367,8 +367,8 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
 )
 def test_unfit_arguments_are_refused_in_words(change, message):
     inputs, weights, state, _ = problem(1, 3, 2, 16, FP32)
-    inputs = inputs._replace(**{name: x for name, x in change.items() if name in Projected._fields})
-    weights = weights._replace(**{name: x for name, x in change.items() if name in ChannelWeights._fields})
+    inputs = inputs._replace(**{name: x for name, x in change.items() if name in HeadInputs._fields})
+    weights = weights._replace(**{name: x for name, x in change.items() if name in HeadWeights._fields})
     with pytest.raises(KernelError, match=message):
         head_mix(inputs, weights, change.get("state", state), impl=change.get("impl", "auto"))
 

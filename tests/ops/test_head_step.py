@@ -26,19 +26,19 @@ def problem(n, H, N, dtype, mixes=True, device="cpu", seed=0):
         return torch.randn(*shape, generator=generator, device=device)
 
     inputs = [2 * numbers(n, H * N).to(dtype) for _ in range(8 if mixes else 6)]
-    weights = [(0.5 + numbers(H * N)).to(dtype) for _ in range(5)]
+    *weights, v0 = ((0.5 + numbers(H * N)).to(dtype) for _ in range(8))
     wkv = numbers(n, H, N, N).to(torch.promote_types(dtype, FP32))
-    return HeadInputs(*inputs), HeadWeights(*weights, 64e-5), wkv
+    return HeadInputs(*inputs), HeadWeights(*weights, 64e-5, v0 if mixes else None), wkv
 
 
 def exact(inputs, weights, wkv):
     """y and the new state in fp64, by the operator and the layers that the model is made of."""
     n, H, N, _ = wkv.shape
     r, w, k, v, iclr, gate = (x.double() for x in inputs[:6])
-    k_k, k_a, r_k, norm_weight, norm_bias = (x.double() for x in weights[:5])
+    w0, a0, k_k, k_a, r_k, norm_weight, norm_bias = (x.double() for x in weights[:7])
     if inputs.v_first is not None:
-        v = v + (inputs.v_first.double() - v) * inputs.value_logits.double().sigmoid()
-    iclr, removal_key = iclr.sigmoid(), F.normalize((k * k_k).view(n, H, N), dim=-1).view(n, H * N)
+        v = v + (inputs.v_first.double() - v) * (weights.v0.double() + inputs.value.double()).sigmoid()
+    w, iclr, removal_key = w0 + w, (a0 + iclr).sigmoid(), F.normalize((k * k_k).view(n, H, N), dim=-1).view(n, H * N)
     k = k * (1 + (iclr - 1) * k_a)
     parts = (x.view(n, 1, H, N) for x in (r, w, k, v, -removal_key, removal_key * iclr))
     y, state = wkv7(*parts, wkv.double(), impl="reference")
@@ -74,7 +74,7 @@ def emulated():
     library.head_step_emulated.restype = ctypes.c_char_p
 
     def step(inputs, weights, wkv):
-        parts = [None if x is None else x.data_ptr() for x in (*inputs, *weights[:5])]
+        parts = [None if x is None else x.data_ptr() for x in (*inputs, *weights[:7], weights.v0)]
         y = torch.full_like(inputs.r, torch.nan)
         n, H, N, _ = wkv.shape
         error = library.head_step_emulated(
@@ -109,9 +109,10 @@ def test_a_removal_key_of_zeros_removes_nothing(emulated):
     [
         (dict(k=torch.zeros(1, 16)), r"k must be \(1, 32\) torch.float32 and contiguous, got \(1, 16\)"),
         (dict(gate=torch.zeros(1, 64)[:, ::2]), "gate must be .* contiguous"),
-        (dict(v_first=None), "v_first and value_logits come together, or not at all"),
+        (dict(v_first=None), "value, v_first and v0 come together, or not at all"),
         (dict(r=torch.zeros(1, 32, device="meta")), "must be on cpu; r is on meta"),
-        (dict(k_a=torch.zeros(32).half()), r"k_a must be \(32,\) torch.float32 and contiguous, got \(32,\)"),
+        (dict(k_a=torch.zeros(32).half()), r"k_a must be of 32 values, torch.float32 and contiguous, got \(32,\)"),
+        (dict(v0=torch.zeros(16)), r"v0 must be of 32 values, torch.float32 and contiguous, got \(16,\)"),
         (dict(wkv=torch.zeros(1, 2, 16, 8)), r"wkv must be \(n, H, N, N\), got \(1, 2, 16, 8\)"),
         (dict(wkv=torch.zeros(1, 2, 16, 16).double()), "wkv must be .* torch.float32"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),

@@ -1,17 +1,21 @@
-"""heron.ops.token_step: its C++ form by its definition in fp64. Decoders are held to the model in test_engine."""
+"""heron.ops.token_step: the step in C++ by its definition, heron.generation.step, and by the model, in fp64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from heron.errors import KernelError
+from heron.generation.decoder import States
+from heron.generation.step import PLAIN, channel_mix, layers_of, norm_of, time_mix
 from heron.ops import _build
 from heron.ops.head_step import HeadWeights
 from heron.ops.token_step import (
-    LayerMemory,
+    LayerStates,
     LayerWeights,
     LowRank,
+    LowRankGate,
     Network,
     Norm,
     TokenStep,
@@ -30,7 +34,7 @@ SIZES = [
 
 
 def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP64, seed=0, gates=None):
-    """Random weights, rounded to bf16 so that they are the same in every dtype, and memories."""
+    """Random weights, rounded to bf16 so that they are the same in every dtype, and states."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size, scale=1.0, shift=0.0, of=dtype):
@@ -42,23 +46,37 @@ def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP6
     def norm():
         return Norm(normal(C, scale=0.3, shift=1), normal(C, scale=0.3), 1e-5)
 
-    def low_rank(rank, bias=True):
-        return LowRank(matrix(rank, C), matrix(C, rank), normal(C) if bias else None)
+    def low_rank(rank):
+        return LowRank(matrix(rank, C), matrix(C, rank))
 
-    def layer():
-        head = HeadWeights(*(normal(C, scale=0.5, shift=1) for _ in range(5)), 64e-5)
-        gates = (*(low_rank(rank) for rank in ranks[:3]), low_rank(ranks[3], bias=False))
+    def layer(number):
+        *of_head, v0 = (normal(C, scale=0.5, shift=1) for _ in range(8))
+        of_head[4] = of_head[4].view(C // head_size, head_size)
+        head = HeadWeights(*of_head, 64e-5, v0 if number else None)
         return LayerWeights(
-            norm(), normal(6, C, scale=0.3, shift=0.5), *(matrix(C, C) for _ in range(4)), *gates, head,
-            norm(), normal(1, C, scale=0.3, shift=0.5), matrix(hidden, C), matrix(C, hidden),
+            norm(), normal(6, C, scale=0.3, shift=0.5), *(matrix(C, C) for _ in range(4)), list(map(low_rank, ranks)),
+            head, norm(), normal(1, C, scale=0.3, shift=0.5), matrix(hidden, C), matrix(C, hidden), gates, None,
         )  # fmt: skip
 
-    def memory():
+    def states():
         wkv = normal(sequences, C // head_size, head_size, head_size, of=FP64 if dtype == FP64 else FP32)
-        return LayerMemory(normal(sequences, C), wkv, normal(sequences, C))
+        return LayerStates(normal(sequences, C), wkv, normal(sequences, C))
 
-    weights = [layer() for _ in range(layers)]
-    return Network(weights, [memory() for _ in range(layers)], norm(), matrix(vocab, C), gates == "hidden")
+    weights = [layer(number) for number in range(layers)]
+    return Network(weights, [states() for _ in range(layers)], norm(), matrix(vocab, C))
+
+
+def by_definition(network, sequences, x, gates=None):
+    """What TokenStep computes, by the definition of a block."""
+    embedded, v_first = x, None
+    for number, (layer, states) in enumerate(zip(network.layers, network.states, strict=True)):
+        own = LayerStates(*(part[sequences] for part in states))
+        x, v_first = time_mix(PLAIN, layer, x, own, v_first)
+        x = channel_mix(PLAIN, layer, x, own, None if gates is None else gates[number], embedded)
+        for part, new in zip(states, own, strict=True):
+            part[sequences] = new
+    weight, bias, eps = network.norm
+    return F.linear(F.layer_norm(x, weight.shape, weight, bias, eps), network.head)
 
 
 def tokens(sizes, n, gates=None, dtype=FP64, layers=3, seed=1):
@@ -75,33 +93,53 @@ def distance(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def parts(memories):
-    return [part.clone() for memory in memories for part in memory]
+def parts(states):
+    return [part.clone() for layer in states for part in layer]
 
 
 @needs_compiler
 @pytest.mark.parametrize("gates", [None, "output", "hidden"])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"C{sizes['C']}")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_compiled_form_is_the_definition(sizes, gates, dtype):
-    exact, compiled, eager = (network(**sizes, dtype=kind, gates=gates) for kind in (FP64, dtype, dtype))
-    want, got, written = TokenStep(exact, "reference"), TokenStep(compiled, "cpu"), TokenStep(eager, "reference")
+def test_the_step_in_cpp_is_its_definition(sizes, gates, dtype):
+    exact, built, eager = (network(**sizes, dtype=kind, gates=gates) for kind in (FP64, dtype, dtype))
+    step = TokenStep(built)
 
     def near(got, written, want):
         return distance(got, want) < max(2 * distance(written, want), 1e-6)
 
-    for step, rows in enumerate(([2, 0, 5, 1, 6], [4], [0, 4])):
-        untouched = [i for i in range(7) if i not in rows]
-        before = parts(compiled.memories)
-        x, of_tables = tokens(sizes, len(rows), gates, seed=step)
-        inputs = rows, x.to(dtype), None if of_tables is None else of_tables.to(dtype)
-        logits = got(*inputs)
+    for seed, sequences in enumerate(([2, 0, 5, 1, 6], [4], [0, 4])):
+        untouched = [i for i in range(7) if i not in sequences]
+        before = parts(built.states)
+        x, rows = tokens(sizes, len(sequences), gates, seed=seed)
+        inputs = sequences, x.to(dtype), None if rows is None else rows.to(dtype)
+        logits = step(*inputs)
         assert logits.dtype == FP32
-        assert near(logits, written(*inputs), want(rows, x, of_tables))
-        memories = map(parts, (compiled.memories, eager.memories, exact.memories))
-        for old, new, *others in zip(before, *memories, strict=True):
+        assert near(logits, by_definition(eager, *inputs), by_definition(exact, sequences, x, rows))
+        states = map(parts, (built.states, eager.states, exact.states))
+        for old, new, *others in zip(before, *states, strict=True):
             assert torch.equal(new[untouched], old[untouched])
-            assert near(new[rows], *(part[rows] for part in others))
+            assert near(new[sequences], *(part[sequences] for part in others))
+
+
+@pytest.mark.parametrize("form", [dict(variant="v7"), dict(), dict(deep_embed_4x=True), dict(variant="v7a")])
+def test_the_definition_is_the_model(random_model, form):
+    model = random_model(**form).double()
+    states = States(model, 2)
+    network_ = Network(layers_of(model), states.layers, norm_of(model.ln_out), model.head.weight)
+    ids = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want, after = model(ids)
+        for t in range(5):
+            tables = [
+                next((m for n, m in b.ffn.named_children() if n in ("enn", "enn4", "s_emb")), None)
+                for b in model.blocks
+            ]
+            gates = None if tables[0] is None else [table(ids[:, t]) for table in tables]
+            got = by_definition(network_, [0, 1], model.embed(ids[:, t]), gates)
+            assert distance(got, want[:, t]) < 1e-12
+    for mine, true in zip(parts(states.layers), after.to_list(), strict=True):
+        assert distance(mine, true) < 1e-12
 
 
 @needs_compiler
@@ -114,12 +152,12 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, 
     try:
         for number, companies in ((1, [list(range(7))]), (3, alone), (2, in_two)):
             torch.set_num_threads(number)
-            network_ = network(**sizes, dtype=dtype)
-            step, logits = TokenStep(network_, "cpu"), torch.empty(7, sizes["vocab"])
+            network_ = network(**sizes, dtype=dtype, gates="output")
+            step, logits = TokenStep(network_), torch.empty(7, sizes["vocab"])
             for _ in range(2):
-                for rows in companies:
-                    logits[rows] = step(rows, x[rows], gates[:, rows])
-            results.append([logits, *parts(network_.memories)])
+                for some in companies:
+                    logits[some] = step(some, x[some], gates[:, some])
+            results.append([logits, *parts(network_.states)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -130,10 +168,10 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, 
 @pytest.mark.parametrize("default", [torch.float16, torch.float64])
 def test_the_applications_default_dtype_is_of_no_concern(default):
     x, _ = tokens(SIZES[1], 1, dtype=FP32)
-    want = TokenStep(network(**SIZES[1], dtype=FP32), "cpu")([0], x)
+    want = TokenStep(network(**SIZES[1], dtype=FP32))([0], x)
     try:
         torch.set_default_dtype(default)
-        got = TokenStep(network(**SIZES[1], dtype=FP32), "cpu")([0], x)
+        got = TokenStep(network(**SIZES[1], dtype=FP32))([0], x)
     finally:
         torch.set_default_dtype(FP32)
     assert torch.equal(got, want)
@@ -144,50 +182,61 @@ def test_not_a_number_goes_through():
     sizes = SIZES[1]
     x, _ = tokens(sizes, 2, dtype=FP32)
     x[1, 3] = torch.nan
-    logits = TokenStep(network(**sizes, dtype=FP32), "cpu")([0, 1], x)
+    logits = TokenStep(network(**sizes, dtype=FP32))([0, 1], x)
     assert logits[0].isfinite().all()
     assert logits[1].isnan().all()
 
 
 @needs_compiler
-def test_weights_and_memories_are_read_where_they_are():
+def test_weights_and_states_are_read_where_they_are():
     sizes = SIZES[1]
     network_ = network(**sizes, dtype=FP32)
-    step, (x, _) = TokenStep(network_, "cpu"), tokens(sizes, 1, dtype=FP32)
+    step, (x, _) = TokenStep(network_), tokens(sizes, 1, dtype=FP32)
     before = step([0], x)
     network_.layers[1].ffn_key.mul_(2)
-    for memory, fresh in zip(network_.memories, network(**sizes, dtype=FP32).memories, strict=True):
-        for part, new in zip(memory, fresh, strict=True):
+    for layer, fresh in zip(network_.states, network(**sizes, dtype=FP32).states, strict=True):
+        for part, new in zip(layer, fresh, strict=True):
             part.copy_(new)
     assert not torch.equal(step([0], x), before)
     network_.layers[1].ffn_key.div_(2)
-    for memory, fresh in zip(network_.memories, network(**sizes, dtype=FP32).memories, strict=True):
-        for part, new in zip(memory, fresh, strict=True):
+    for layer, fresh in zip(network_.states, network(**sizes, dtype=FP32).states, strict=True):
+        for part, new in zip(layer, fresh, strict=True):
             part.copy_(new)
     assert torch.equal(step([0], x), before)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
-    ("rows", "shape", "gates", "message"),
+    ("sequences", "shape", "gates", "message"),
     [
-        ([0, 0], (2, 48), None, r"rows must be different, 0 to 6; got \[0, 0\]"),
-        ([7], (1, 48), None, "rows must be different, 0 to 6"),
-        ([-1], (1, 48), None, "rows must be different, 0 to 6"),
-        ([0], (2, 48), None, r"x must be \(1, 48\), got \(2, 48\)"),
+        ([0, 0], (2, 48), (3, 2, 48), r"sequences must be different, 0 to 6; got \[0, 0\]"),
+        ([7], (1, 48), (3, 1, 48), "sequences must be different, 0 to 6"),
+        ([-1], (1, 48), (3, 1, 48), "sequences must be different, 0 to 6"),
+        ([0], (2, 48), (3, 1, 48), r"x must be \(1, 48\), got \(2, 48\)"),
         ([0], (1, 48), (3, 1, 112), r"gates must be \(3, 1, 48\), got \(3, 1, 112\)"),
+        ([0], (1, 48), None, r"gates must be \(3, 1, 48\), got None"),
     ],
 )
-def test_unfit_arguments_are_refused_in_words(rows, shape, gates, message):
-    step = TokenStep(network(**SIZES[0]), "reference")
+def test_unfit_arguments_are_refused_in_words(sequences, shape, gates, message):
+    step = TokenStep(network(**SIZES[0], dtype=FP32, gates="output"))
     with pytest.raises(KernelError, match=message):
-        step(rows, torch.zeros(shape, dtype=FP64), None if gates is None else torch.ones(gates, dtype=FP64))
+        step(sequences, torch.zeros(shape), None if gates is None else torch.ones(gates))
 
 
-def test_what_it_is_not_for_is_named(monkeypatch, capsys):
-    with pytest.raises(KernelError, match="impl must be auto, reference, cpu; got 'fast'"):
-        TokenStep(network(**SIZES[0]), "fast")
+@needs_compiler
+def test_networks_that_it_is_not_for_are_refused_in_words():
     with pytest.raises(KernelError, match="it takes fp32 and bf16, not torch.float64"):
-        TokenStep(network(**SIZES[0]), "cpu")
+        TokenStep(network(**SIZES[0]))
+    given = network(**SIZES[0], dtype=FP32)
+    gate = LowRankGate(*(torch.zeros(1) for _ in range(4)))
+    with pytest.raises(KernelError, match="it has no low-rank gate .* TorchDecoder of heron.generation.decoder has"):
+        TokenStep(given._replace(layers=[given.layers[0]._replace(deep_embed="low-rank", low_rank_gate=gate)]))
+    state = given.states[0]._replace(ffn_shift=torch.zeros(48, 7).t())
+    with pytest.raises(KernelError, match="states must be contiguous"):
+        TokenStep(given._replace(states=[state, *given.states[1:]]))
+
+
+def test_where_it_does_not_run_is_said(monkeypatch, capsys):
     assert token_step_choice(torch.device("cpu"), FP32, 8).impl == "reference"
     assert token_step_choice(torch.device("cuda")).impl == "reference"
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _choice
 from heron.ops.head_mix import cuda
-from heron.ops.head_mix.reference import ChannelWeights, Projected, head_mix_reference
+from heron.ops.head_mix.reference import head_mix_reference
+from heron.ops.head_step.reference import HeadInputs, HeadWeights
 
-__all__ = ["ChannelWeights", "Projected", "head_mix", "head_mix_choice", "head_mix_reference"]
+__all__ = ["HeadInputs", "HeadWeights", "head_mix", "head_mix_choice", "head_mix_reference"]
 _FORMS = {"reference": head_mix_reference, "cuda": cuda.head_mix_cuda}
 
 
@@ -22,8 +23,8 @@ def head_mix_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, h
 
 
 def head_mix(
-    inputs: Projected,
-    weights: ChannelWeights,
+    inputs: HeadInputs,
+    weights: HeadWeights,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
@@ -41,8 +42,8 @@ def head_mix(
     Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
 
     Args:
-        inputs: :class:`Projected`, (B, T, C) each, T >= 1. WKV7 runs in the dtype of r.
-        weights: :class:`ChannelWeights`; r_k is (H, N) with H N = C.
+        inputs: :class:`HeadInputs`, (B, T, C) each, T >= 1. WKV7 runs in the dtype of r.
+        weights: :class:`HeadWeights`; r_k is (H, N) with H N = C.
         state: (B, H, N_value, N_key), the state before the first token; None: zeros. It is never modified.
         cu_seqlens: as in :func:`heron.ops.wkv7`: sequences packed along T with B = 1, each with a state of its own;
             `state` and S are then (n_seq, H, N_value, N_key).
@@ -73,7 +74,7 @@ def head_mix(
     return _choice.form_of("head_mix", impl, _FORMS)(inputs, weights, state, cu_seqlens)
 
 
-def _check(inputs: Projected, weights: ChannelWeights) -> None:
+def _check(inputs: HeadInputs, weights: HeadWeights) -> None:
     r, r_k = inputs.r, weights.r_k
     if r.dim() != 3 or r.shape[1] == 0:
         raise KernelError(f"head_mix: r must be (B, T, C) with T >= 1, got {tuple(r.shape)}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from heron.ops import _build, _choice
-from heron.ops.head_mix.reference import ChannelWeights, Projected
+from heron.ops.head_step.reference import HeadInputs, HeadWeights
 from heron.ops.wkv7 import cuda as wkv7_cuda
 from heron.ops.wkv7 import initial_state
 
@@ -41,7 +41,7 @@ for _schema in (
 
 
 def head_mix_cuda(
-    inputs: Projected, weights: ChannelWeights, state: Tensor | None, cu_seqlens: Tensor | None
+    inputs: HeadInputs, weights: HeadWeights, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.head_mix`; the kernels must have been built (:meth:`FORM.require`)."""
     B, T, _ = inputs.r.shape
@@ -49,7 +49,7 @@ def head_mix_cuda(
     state = initial_state(inputs.r.view(B, T, *weights.r_k.shape), n_seq, state)
     tensors = [None if x is None else x.contiguous() for x in inputs]
     of_channels = [x.reshape(-1) if isinstance(x, Tensor) else x for x in weights]
-    of_channels[ChannelWeights._fields.index("r_k")] = weights.r_k.contiguous()
+    of_channels[HeadWeights._fields.index("r_k")] = weights.r_k.contiguous()
     given = [x for x in (*tensors, *of_channels, state) if isinstance(x, Tensor)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     y, final, *_ = torch.ops.heron.head_mix_kernels(*tensors, *of_channels, state, cu_seqlens, save)
@@ -165,7 +165,7 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_y, d_final, *_):
+    def backward(ctx, d_y, d_final, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         tensors = ctx.saved_tensors  # which checkpointing gives only once
         inputs, weights, cu_seqlens, kept = tensors[:7], tensors[7:14], tensors[14], tensors[15:]
         if not ctx.mixes:

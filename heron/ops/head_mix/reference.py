@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heron.ops.head_step.reference import LEAST_NORM
+from heron.ops.head_step.reference import LEAST_NORM, HeadInputs, HeadWeights
 from heron.ops.wkv7 import wkv7
 
 
-class Projected(NamedTuple):
-    """What the projections of a time mix give, (B, T, C) each; of low-rank ones the product, before its bias."""
-
-    r: Tensor
-    w: Tensor
-    """Of the decay logits."""
-    k: Tensor
-    v: Tensor
-    iclr: Tensor
-    """Of the logits of the in-context learning rate."""
-    gate: Tensor
-    value: Tensor | None = None
-    """Of the logits of the mix of v with v_first; None in layer 0."""
-    v_first: Tensor | None = None
-    """Layer 0's v; None in layer 0."""
-
-
-class ChannelWeights(NamedTuple):
-    """One layer's weights of single channels: C values each, of any shape that broadcasts to (B, T, C)."""
-
-    w0: Tensor
-    a0: Tensor
-    k_k: Tensor
-    k_a: Tensor
-    r_k: Tensor
-    """(H, N): it says what the heads are."""
-    norm_weight: Tensor
-    """(C,), as the next."""
-    norm_bias: Tensor
-    eps: float
-    """Of the norm over a head."""
-    v0: Tensor | None = None
-    """None in layer 0."""
-
-
 def head_mix_reference(
-    inputs: Projected,
-    weights: ChannelWeights,
+    inputs: HeadInputs,
+    weights: HeadWeights,
     state: Tensor | None,
     cu_seqlens: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
@@ -62,7 +26,7 @@ def head_mix_reference(
     per_head = (B, T, H, N)
     w = weights.w0 + w
     iclr = torch.sigmoid(weights.a0 + iclr)
-    if v_first is not None:
+    if v_first is not None and value is not None and weights.v0 is not None:  # all three come together
         v = torch.lerp(v, v_first, torch.sigmoid(weights.v0 + value).to(v.dtype))
     removal_key = F.normalize((k * weights.k_k).view(per_head), dim=-1, eps=LEAST_NORM)  # unit length per head
     k = k * (1 + (iclr - 1) * weights.k_a)

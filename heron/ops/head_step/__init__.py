@@ -23,20 +23,20 @@ def head_step_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, 
 def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str = "auto") -> Tensor:
     """What the output matrix of the time mix is multiplied with, for one token; `wkv` changes in place.
 
-    With ``iclr = sigmoid(iclr_logits)``, and per head::
+    With ``iclr = sigmoid(a0 + iclr)``, and per head::
 
-        v           <- v + (v_first - v) sigmoid(value_logits)           where there is v_first
+        v           <- v + (v_first - v) sigmoid(v0 + value)             where there is v_first
         removal_key  = k k_k / |k k_k|
         k           <- k (1 + (iclr - 1) k_a)
-        S           <- S diag(exp(-exp(-0.5) sigmoid(w))) - (S removal_key) (removal_key iclr)^T + v k^T
+        S           <- S diag(exp(-exp(-0.5) sigmoid(w0 + w))) - (S removal_key) (removal_key iclr)^T + v k^T
         y            = (norm(S r) + (sum of r k r_k) v) gate
 
-    Everything is computed in fp32 (fp64 for fp64) and rounded once. Source: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py.
-    No gradients.
+    Everything is computed in fp32 (fp64 for fp64) and rounded once. No gradients. :func:`heron.ops.head_mix` is the
+    same for whole sequences. Source: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py.
 
     Args:
-        inputs: :class:`HeadInputs`, contiguous, C = H N.
-        weights: :class:`HeadWeights`, contiguous.
+        inputs: :class:`HeadInputs`, (n, C) each, in one dtype, contiguous, C = H N.
+        weights: :class:`HeadWeights`, in that dtype, contiguous.
         wkv: the states (n, H, N_value, N_key), contiguous, fp32 (fp64 for fp64).
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
@@ -55,21 +55,23 @@ def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str =
 def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -> None:
     if wkv.dim() != 4 or wkv.shape[2] != wkv.shape[3]:
         raise KernelError(f"head_step: wkv must be (n, H, N, N), got {tuple(wkv.shape)}")
-    if (inputs.v_first is None) != (inputs.value_logits is None):
-        raise KernelError("head_step: v_first and value_logits come together, or not at all")
+    if len({x is None for x in (inputs.value, inputs.v_first, weights.v0)}) > 1:
+        raise KernelError("head_step: value, v_first and v0 come together, or not at all")
     n, H, N, _ = wkv.shape
     dtype = inputs.r.dtype
     wanted = {
         **{name: (x, (n, H * N), dtype) for name, x in inputs._asdict().items()},
-        **{name: (x, (H * N,), dtype) for name, x in weights._asdict().items() if name != "eps"},
+        **{name: (x, None, dtype) for name, x in weights._asdict().items() if name != "eps"},
         "wkv": (wkv, tuple(wkv.shape), torch.promote_types(dtype, torch.float32)),
     }
     for name, (tensor, shape, kind) in wanted.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape or tensor.dtype != kind or not tensor.is_contiguous():
+        fits = tensor.numel() == H * N if shape is None else tuple(tensor.shape) == shape
+        if not fits or tensor.dtype != kind or not tensor.is_contiguous():
             raise KernelError(
-                f"head_step: {name} must be {shape} {kind} and contiguous, got {tuple(tensor.shape)} {tensor.dtype}"
+                f"head_step: {name} must be {shape or f'of {H * N} values,'} {kind} and contiguous, "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
             )
         if tensor.device != wkv.device:
             raise KernelError(f"head_step: all tensors must be on {wkv.device}; {name} is on {tensor.device}")

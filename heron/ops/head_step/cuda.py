@@ -19,7 +19,8 @@ HEAD_SIZES = (16, 32, 64, 128)
 def head_step_cuda(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -> Tensor:
     """See :func:`heron.ops.head_step`; KernelError as :meth:`FORM.require`."""
     FORM.require(wkv.device, inputs.r.dtype, wkv.shape[3])
-    return torch.ops.heron.head_step(inputs[:6], inputs.value_logits, inputs.v_first, weights[:5], weights.eps, wkv)
+    of_values = [x for x in (inputs.value, inputs.v_first, weights.v0) if x is not None]
+    return torch.ops.heron.head_step(inputs[:6], weights[:7], of_values, weights.eps, wkv)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:

@@ -1,4 +1,4 @@
-"""One token of some sequences through a whole network, reading every weight once. README.md says how."""
+"""One token of some sequences through a whole network in C++, reading every weight once. README.md says how."""
 
 from __future__ import annotations
 
@@ -10,64 +10,66 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _choice
 from heron.ops.token_step import cpu
-from heron.ops.token_step.reference import (
-    LayerMemory,
-    LayerWeights,
-    LowRank,
-    Network,
-    Norm,
-    token_step_reference,
-)
+from heron.ops.token_step.network import LayerStates, LayerWeights, LowRank, LowRankGate, Network, Norm
 
-__all__ = ["LayerMemory", "LayerWeights", "LowRank", "Network", "Norm", "TokenStep", "token_step_choice"]
-_FORMS = {"reference": token_step_reference, "cpu": cpu.token_step_cpu}
+__all__ = [
+    "LayerStates",
+    "LayerWeights",
+    "LowRank",
+    "LowRankGate",
+    "Network",
+    "Norm",
+    "TokenStep",
+    "token_step_choice",
+]
 
 
 def token_step_choice(device: torch.device, dtype: torch.dtype = torch.float32, head_size: int = 64) -> _choice.Choice:
-    """The form that "auto" takes for a network of `dtype` and `head_size` on `device`."""
+    """Whether :class:`TokenStep` ("cpu") runs for a network of `dtype` and `head_size` on `device`, or PyTorch does."""
     other = _choice.Choice("reference", f"plain PyTorch; runs on {device.type}")
     return cpu.FORM.choice("C++, each weight read once for all sequences", other, device, dtype, head_size)
 
 
 class TokenStep:
-    """A network of v7 or v8 that takes one token of each of some sequences at a time; no gradients.
+    """A network of v7 or v8 on a CPU that reads one token of each of some sequences at a time; no gradients.
 
-    What comes out for a sequence does not depend on which others are computed beside it, not by a bit ("cpu").
+    :mod:`heron.generation.step` is its definition. What comes out for a sequence is the same, bit for bit, whatever
+    others are computed beside it.
 
     Args:
-        network: :class:`Network`; the weights are not copied, but for vectors of channels.
-        impl: "reference" (any device), "cpu" (C++, built at first use), or "auto": "cpu" where it runs.
+        network: :class:`Network`, in fp32 or bf16, without low-rank gates; its matrices are copied only where they are
+            not contiguous, and its states change in place.
 
     Raises:
-        KernelError: an `impl` that does not exist or can't run here.
+        KernelError: a network that it is not for, states that are not contiguous, no compiler.
     """
 
-    def __init__(self, network: Network, impl: str = "auto"):
-        head, wkv = network.head, network.memories[0].wkv
-        if impl == "auto":
-            impl = token_step_choice(head.device, head.dtype, wkv.shape[3]).impl
-        self._form = _choice.form_of("token_step", impl, _FORMS)
-        self._network, self._n_sequences = network, wkv.shape[0]
-        self._of_form = cpu.Prepared(network) if impl == "cpu" else network
+    def __init__(self, network: Network):
+        self._layers, self._channels = len(network.layers), network.head.shape[1]
+        self._n_sequences, (first, *_) = network.states[0].wkv.shape[0], network.layers
+        self._gates_width = first.ffn_key.shape[0] if first.deep_embed == "hidden" else self._channels
+        self._has_gates = first.deep_embed is not None
+        self._prepared = cpu.Prepared(network)
 
-    def __call__(self, rows: Sequence[int], x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """Logits (n, V), in at least fp32; the memories of `rows` change.
+    def __call__(self, sequences: Sequence[int], x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """Logits (n, V) in fp32; the states of `sequences` change.
 
         Args:
-            rows: which n of the sequences that the memories are of, all different.
+            sequences: which n of those that the states are of, all different.
             x: (n, C), their tokens, embedded, the embedding's norm included.
-            gates: (L, n, C), or (L, n, F) where the network says that they are of the hidden channels: the tokens'
-                DeepEmbed rows of each layer; None for a v7.
+            gates: (L, n, C), or (L, n, F) where they gate the hidden channels: the tokens' DeepEmbed rows of each
+                layer; None for a v7.
 
         Raises:
-            KernelError: rows that are not there or not all different, shapes that do not fit.
+            KernelError: sequences that are not there or not all different, shapes that do not fit.
         """
-        n, L, C = len(rows), len(self._network.layers), self._network.head.shape[1]
-        if not 0 <= min(rows, default=0) <= max(rows, default=0) < self._n_sequences or len(set(rows)) < n:
-            raise KernelError(f"token_step: rows must be different, 0 to {self._n_sequences - 1}; got {list(rows)}")
-        if tuple(x.shape) != (n, C):
-            raise KernelError(f"token_step: x must be {(n, C)}, got {tuple(x.shape)}")
-        wanted = (L, n, self._network.layers[0].ffn_key.shape[0] if self._network.gates_hidden else C)
-        if gates is not None and tuple(gates.shape) != wanted:
-            raise KernelError(f"token_step: gates must be {wanted}, got {tuple(gates.shape)}")
-        return self._form(self._of_form, rows, x, gates)
+        n, last = len(sequences), self._n_sequences - 1
+        if not 0 <= min(sequences, default=0) <= max(sequences, default=0) <= last or len(set(sequences)) < n:
+            raise KernelError(f"token_step: sequences must be different, 0 to {last}; got {list(sequences)}")
+        if tuple(x.shape) != (n, self._channels):
+            raise KernelError(f"token_step: x must be {(n, self._channels)}, got {tuple(x.shape)}")
+        wanted = (self._layers, n, self._gates_width) if self._has_gates else None
+        got = None if gates is None else tuple(gates.shape)
+        if got != wanted:
+            raise KernelError(f"token_step: gates must be {wanted}, got {got}")
+        return cpu.token_step_cpu(self._prepared, sequences, x, gates)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _build, _choice
-from heron.ops.token_step.reference import LayerMemory, LayerWeights, Network
+from heron.ops.token_step.network import LayerStates, LayerWeights, Network
 
 SOURCE = Path(__file__).parent / "csrc" / "token_step.cpp"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,65 +26,71 @@ _FLAGS = {
 class Prepared:
     """A network as the library reads it: its addresses, and its vectors of channels in fp32.
 
-    Contiguous matrices, and memories, are where they were; what is written into them is seen by the next step.
+    Contiguous matrices, and the states, are read where they are: the next step sees what is written into them.
 
     Raises:
-        KernelError: memories that are not contiguous, or as :meth:`FORM.require`.
+        KernelError: states that are not contiguous, a low-rank gate, or as :meth:`FORM.require`.
     """
 
     def __init__(self, network: Network):
-        x, wkv = network.head, network.memories[0].wkv
+        x, wkv, (first, *_) = network.head, network.states[0].wkv, network.layers
         FORM.require(x.device, x.dtype, wkv.shape[3])
+        if first.deep_embed == "low-rank":
+            raise KernelError("token_step: it has no low-rank gate (v7a); TorchDecoder of heron.generation.decoder has")
         self.library = library()
         self.vocab, channels = network.head.shape
         self._kept: list[Tensor] = []  # whose addresses are in the structures
         self._layers = (_Layer * len(network.layers))(
-            *(self._layer(*both) for both in zip(network.layers, network.memories, strict=True))
+            *(self._layer(*both) for both in zip(network.layers, network.states, strict=True))
         )
         self.structure = _Network(
             self._layers, *self._vectors(network.norm.weight, network.norm.bias), self._matrix(network.head),
-            len(network.layers), channels, wkv.shape[1], network.layers[0].ffn_key.shape[0], self.vocab,
-            x.dtype == torch.bfloat16, network.gates_hidden, network.norm.eps, network.layers[0].head.eps,
+            len(network.layers), channels, wkv.shape[1], first.ffn_key.shape[0], self.vocab,
+            x.dtype == torch.bfloat16, first.deep_embed == "hidden", network.norm.eps, first.head.eps,
         )  # fmt: skip
 
-    def _layer(self, w: LayerWeights, memory: LayerMemory) -> _Layer:
-        low = (w.values_gate, w.decay, w.iclr, w.gate)
-        pointer, rank = ctypes.c_void_p * 4, ctypes.c_int32 * 4
+    def _layer(self, w: LayerWeights, states: LayerStates) -> _Layer:
+        head, pointers, ranks = w.head, ctypes.c_void_p * 4, ctypes.c_int32 * 4
+        of_values = None if head.v0 is None else self._vector(head.v0)
         return _Layer(
             *self._vectors(w.norm1.weight, w.norm1.bias, w.mix),
             *map(self._matrix, (w.receptance, w.key, w.value, w.output)),
-            pointer(*(self._matrix(part.down) for part in low)),
-            pointer(*(self._matrix(part.up) for part in low)),
-            (ctypes.c_void_p * 3)(*self._vectors(*(part.bias for part in low[:3]))),
-            rank(*(part.down.shape[0] for part in low)),
-            *self._vectors(*w.head[:5], w.norm2.weight, w.norm2.bias, w.channel_mix),
+            pointers(*(self._matrix(part.down) for part in w.low_rank)),
+            pointers(*(self._matrix(part.up) for part in w.low_rank)),
+            (ctypes.c_void_p * 3)(of_values, *self._vectors(head.w0, head.a0)),
+            ranks(*(part.down.shape[0] for part in w.low_rank)),
+            *self._vectors(head.k_k, head.k_a, head.r_k, head.norm_weight, head.norm_bias),
+            *self._vectors(w.norm2.weight, w.norm2.bias, w.channel_mix),
             *map(self._matrix, (w.ffn_key, w.ffn_value)),
-            *map(self._memory, (memory.att_shift, memory.ffn_shift, memory.wkv)),
+            *map(self._state, (states.att_shift, states.ffn_shift, states.wkv)),
         )
 
     def _vectors(self, *vectors: Tensor) -> list[int]:
-        return [self._address(vector.detach().float().contiguous()) for vector in vectors]
+        return [self._vector(vector) for vector in vectors]
+
+    def _vector(self, vector: Tensor) -> int:
+        return self._address(vector.detach().float().contiguous())
 
     def _matrix(self, matrix: Tensor) -> int:
         return self._address(matrix.detach().contiguous())
 
-    def _memory(self, memory: Tensor) -> int:
-        if not memory.is_contiguous():
-            raise KernelError(f"token_step: memories must be contiguous, got strides {memory.stride()}")
-        return self._address(memory)
+    def _state(self, state: Tensor) -> int:
+        if not state.is_contiguous():
+            raise KernelError(f"token_step: states must be contiguous, got strides {state.stride()}")
+        return self._address(state)
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
 
-def token_step_cpu(prepared: Prepared, rows: Sequence[int], x: Tensor, gates: Tensor | None) -> Tensor:
-    """See :func:`heron.ops.token_step`; on ``torch.get_num_threads()`` threads."""
-    n, x = len(rows), x.to("cpu", torch.float32, copy=True).contiguous()
+def token_step_cpu(prepared: Prepared, sequences: Sequence[int], x: Tensor, gates: Tensor | None) -> Tensor:
+    """See :class:`heron.ops.token_step.TokenStep`; on ``torch.get_num_threads()`` threads."""
+    n, x = len(sequences), x.to("cpu", torch.float32, copy=True).contiguous()
     logits = x.new_empty(n, prepared.vocab)
     gates = None if gates is None else gates.to("cpu", torch.float32).contiguous()
     prepared.library.heron_token_step(
-        ctypes.byref(prepared.structure), n, (ctypes.c_int32 * n)(*rows), x.data_ptr(),
+        ctypes.byref(prepared.structure), n, (ctypes.c_int32 * n)(*sequences), x.data_ptr(),
         None if gates is None else gates.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return logits

@@ -10,8 +10,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <optional>
-
 #include "../../csrc/early.cuh"
 #endif
 
@@ -21,13 +19,13 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr float kDecayScale = 0.60653065971263342f;  // e^-0.5
 constexpr float kLeastNorm = 1e-12f;
 
-// Of a channel each, (rows, C) but for the last five, which are (C,). value_logits and v_first may be null.
-enum Name { kR, kW, kK, kV, kIclr, kGate, kValueLogits, kVFirst, kKK, kKA, kRK, kWeight, kBias, kNames };
+// Of a channel each: (sequences, C), and from kW0 on (C,). kValue, kVFirst and kV0 may be null, all three.
+enum Name { kR, kW, kK, kV, kIclr, kGate, kValue, kVFirst, kW0, kA0, kKK, kKA, kRK, kWeight, kBias, kV0, kNames };
 
 struct Problem {
     const void* of[kNames];
     void* y;
-    float* wkv;  // (rows, H, N, N), changed in place
+    float* wkv;  // (sequences, H, N, N), changed in place
     int heads;
     float eps;
 };
@@ -58,24 +56,24 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
     __shared__ float vectors[5][size];  // r, decay, k, removal key before it is normed, the same times iclr
     const int head = static_cast<int>(blockIdx.x) % p.heads;
     const int channel = static_cast<int>(threadIdx.x / 4), lane = static_cast<int>(threadIdx.x % 4);
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * size + channel;  // of (rows, C)
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * size + channel;  // of (sequences, C)
     const auto key = [=](int i) { return 16 * (i / 4) + 4 * lane + i % 4; };
     const auto read = [&](Name name) {
-        return static_cast<float>(static_cast<const T*>(p.of[name])[name < kKK ? at : head * size + channel]);
+        return static_cast<float>(static_cast<const T*>(p.of[name])[name < kW0 ? at : head * size + channel]);
     };
     wait_for_inputs();
     float* row = p.wkv + at * size;
     Quad state[kKeys / 4];
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) state[i] = *reinterpret_cast<const Quad*>(row + key(4 * i));
-    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(read(kIclr)), gate = read(kGate);
+    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(read(kA0) + read(kIclr)), gate = read(kGate);
     float v = read(kV);
-    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(read(kValueLogits));
+    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(read(kV0) + read(kValue));
     const float removal_key = raw_key * read(kKK), k = raw_key * (1.0f + (iclr - 1.0f) * read(kKA));
     const float weight = read(kWeight), bias = read(kBias), bonus_part = r * k * read(kRK);
     if (lane == 0) {
         vectors[0][channel] = r;
-        vectors[1][channel] = expf(-kDecayScale * sigmoid(read(kW)));
+        vectors[1][channel] = expf(-kDecayScale * sigmoid(read(kW0) + read(kW)));
         vectors[2][channel] = k;
         vectors[3][channel] = removal_key;
         vectors[4][channel] = removal_key * iclr;
@@ -111,32 +109,34 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
 namespace {
 
 template <typename T, int size>
-void start(const Problem& problem, int64_t rows, int device) {
-    C10_CUDA_CHECK(launch_early(head_step<T, size>, static_cast<unsigned>(rows * problem.heads), 4 * size, 0,
+void start(const Problem& problem, int64_t sequences, int device) {
+    C10_CUDA_CHECK(launch_early(head_step<T, size>, static_cast<unsigned>(sequences * problem.heads), 4 * size, 0,
                                 c10::cuda::getCurrentCUDAStream(), device, problem));
 }
 
 template <typename T>
-void start_size(const Problem& problem, int64_t rows, int size, int device) {
-    if (size == 16) start<T, 16>(problem, rows, device);
-    if (size == 32) start<T, 32>(problem, rows, device);
-    if (size == 64) start<T, 64>(problem, rows, device);
-    if (size == 128) start<T, 128>(problem, rows, device);
+void start_size(const Problem& problem, int64_t sequences, int size, int device) {
+    if (size == 16) start<T, 16>(problem, sequences, device);
+    if (size == 32) start<T, 32>(problem, sequences, device);
+    if (size == 64) start<T, 64>(problem, sequences, device);
+    if (size == 128) start<T, 128>(problem, sequences, device);
 }
 
-// Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name.
-at::Tensor run(const at::TensorList inputs, const std::optional<at::Tensor>& value_logits,
-               const std::optional<at::Tensor>& v_first, const at::TensorList weights, double eps, const at::Tensor& wkv) {
+// Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
+// or value, v_first and v0.
+at::Tensor run(const at::TensorList inputs, const at::TensorList weights, const at::TensorList of_values, double eps,
+               const at::Tensor& wkv) {
     const at::Tensor& r = inputs[0];
     const c10::cuda::CUDAGuard guard(r.device());
     auto y = at::empty_like(r);
     Problem problem{};
     for (int i = 0; i <= kGate; ++i) problem.of[i] = inputs[i].const_data_ptr();
-    if (v_first.has_value()) {
-        problem.of[kValueLogits] = value_logits->const_data_ptr();
-        problem.of[kVFirst] = v_first->const_data_ptr();
+    for (int i = kW0; i < kV0; ++i) problem.of[i] = weights[i - kW0].const_data_ptr();
+    if (!of_values.empty()) {
+        problem.of[kValue] = of_values[0].const_data_ptr();
+        problem.of[kVFirst] = of_values[1].const_data_ptr();
+        problem.of[kV0] = of_values[2].const_data_ptr();
     }
-    for (int i = kKK; i < kNames; ++i) problem.of[i] = weights[i - kKK].const_data_ptr();
     problem.y = y.data_ptr();
     problem.wkv = wkv.data_ptr<float>();
     problem.heads = static_cast<int>(wkv.size(1));
@@ -152,8 +152,7 @@ at::Tensor run(const at::TensorList inputs, const std::optional<at::Tensor>& val
 
 TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
-        "head_step(Tensor[] inputs, Tensor? value_logits, Tensor? v_first, Tensor[] weights, float eps, Tensor(a!) wkv) "
-        "-> Tensor");
+        "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor(a!) wkv) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", &run); }

@@ -185,11 +185,11 @@ extern "C" {
 
 // What cpu.py fills in; all contiguous. Vectors of channels are fp32, matrices and shifts fp32 or bf16.
 struct HeronLayer {
-    const float *norm1_weight, *norm1_bias, *mix;  // mix: (6, C), of r, w, k, v, a, g
+    const float *norm1_weight, *norm1_bias, *mix;  // mix: (6, C), of r, k, v, w, a, g
     const void *receptance, *key, *value, *output;
     const void* down[4];   // (rank, C) of values, decay, iclr, gate
     const void* up[4];     // (C, rank)
-    const float* bias[3];  // of values, decay, iclr
+    const float* bias[3];  // of values (null in layer 0), decay, iclr
     int32_t rank[4];
     const float *k_k, *k_a, *r_k, *head_norm_weight, *head_norm_bias;
     const float *norm2_weight, *norm2_bias, *channel_mix;
@@ -240,8 +240,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 template <typename T>
 class Step {
   public:
-    Step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const float* gates, float* logits)
-        : net_(net), n_(n), rows_(rows), x_(x), gates_(gates), logits_(logits) {
+    Step(const HeronNetwork& net, int n, const int32_t* sequences, float* x, const float* gates, float* logits)
+        : net_(net), n_(n), sequences_(sequences), x_(x), gates_(gates), logits_(logits) {
         const int64_t C = net.channels;
         int ranks = 0;
         for (int l = 0; l < net.n_layer; ++l) {
@@ -281,7 +281,7 @@ class Step {
         std::atomic<int>* turn = &turns_[kProducts * number];
         mix(thread, w.norm1_weight, w.norm1_bias, w.mix, 6, w.att_shift);
         barrier_.wait();
-        const float *x_r = mixed_, *x_w = x_r + part, *x_k = x_w + part, *x_v = x_k + part, *x_a = x_v + part, *x_g = x_a + part;
+        const float *x_r = mixed_, *x_k = x_r + part, *x_v = x_k + part, *x_w = x_v + part, *x_a = x_w + part, *x_g = x_a + part;
         float* down[4] = {down_};
         for (int i = 1; i < 4; ++i) down[i] = down[i - 1] + n_ * w.rank[i - 1];
         multiply(*turn++, {{matrix(w.receptance), c, c, x_r, r_},
@@ -317,7 +317,7 @@ class Step {
     void mix(int thread, const float* weight, const float* bias, const float* mixes, int n_mixes, void* lasts) {
         for (int i = thread; i < n_; i += threads_) {
             float* now = normed_ + i * C();
-            T* last = static_cast<T*>(lasts) + rows_[i] * C();
+            T* last = static_cast<T*>(lasts) + sequences_[i] * C();
             layer_norm(x_ + i * C(), weight, bias, net_.norm_eps, net_.channels, now);
             for (int m = 0; m < n_mixes; ++m) {
                 float* to = mixed_ + (int64_t{m} * n_ + i) * C();
@@ -387,7 +387,7 @@ class Step {
         const float bonus = dot(r, weighted_key, size);
         const float norm = std::max(std::sqrt(dot(removal, removal, size)), kLeastNorm);
         for (int j = 0; j < size; ++j) removal[j] /= norm, replaced[j] *= removal[j];
-        float* state = w.wkv + (rows_[i] * int64_t{net_.heads} + number) * size * size;
+        float* state = w.wkv + (sequences_[i] * int64_t{net_.heads} + number) * size * size;
         for (int row = 0; row < size; ++row, state += size) {
             const float removed = -dot(state, removal, size);
             Vector sums = {};
@@ -410,7 +410,7 @@ class Step {
 
     const HeronNetwork& net_;
     const int n_;
-    const int32_t* rows_;
+    const int32_t* sequences_;
     float* x_;
     const float* gates_;
     float* logits_;
@@ -422,8 +422,9 @@ class Step {
 };
 
 template <typename T>
-void step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const float* gates, float* logits, int threads) {
-    Step<T> step(net, n, rows, x, gates, logits);
+void step(const HeronNetwork& net, int n, const int32_t* sequences, float* x, const float* gates, float* logits,
+          int threads) {
+    Step<T> step(net, n, sequences, x, gates, logits);
     std::atomic<bool> begun{false};  // not before it is known how many threads there are
     std::vector<std::thread> others;
     others.reserve(threads);
@@ -445,11 +446,11 @@ void step(const HeronNetwork& net, int n, const int32_t* rows, float* x, const f
 }  // namespace
 
 // x: (n, C) the embedded tokens, changed; gates: (L, n, C) or (L, n, hidden) of the tokens' table rows, or null; logits:
-// (n, V). rows: which of all sequences these are, all different.
-extern "C" void heron_token_step(const HeronNetwork* net, int32_t n, const int32_t* rows, float* x, const float* gates,
+// (n, V). sequences: which of all sequences these are, all different.
+extern "C" void heron_token_step(const HeronNetwork* net, int32_t n, const int32_t* sequences, float* x, const float* gates,
                                  float* logits, int32_t threads) {
     if (net->in_half)
-        step<Bf16>(*net, n, rows, x, gates, logits, threads);
+        step<Bf16>(*net, n, sequences, x, gates, logits, threads);
     else
-        step<float>(*net, n, rows, x, gates, logits, threads);
+        step<float>(*net, n, sequences, x, gates, logits, threads);
 }

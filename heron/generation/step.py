@@ -1,0 +1,245 @@
+"""One token of n sequences through a block, in place: the one definition that every decoder runs or is tested by.
+
+A block is :func:`time_mix` and :func:`channel_mix`. The five pieces that they are made of run as :class:`Pieces` say:
+in plain PyTorch, compiled, or by kernels. A piece begins where a product does or is a kernel of its own, so that the
+input of a product is computed once, not by every block of threads of the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heron.errors import ConfigError
+from heron.model import RWKV
+from heron.model.channel_mix import GATE_RANK
+from heron.model.deep_embed import DeepEmbed
+from heron.model.rwkv import Block
+from heron.ops._choice import Choice
+from heron.ops.head_step import HeadInputs, head_step, head_step_choice
+from heron.ops.head_step.reference import head_step_reference
+from heron.ops.matvec import Product, matvec, matvec_choice
+from heron.ops.matvec.reference import ACTIVATIONS, matvec_reference
+from heron.ops.norm_mix import norm_mix, norm_mix_choice
+from heron.ops.norm_mix.reference import norm_mix_reference
+from heron.ops.token_step import LayerStates, LayerWeights, LowRank, LowRankGate, Norm
+
+Compiler = Callable[[Callable], Callable]
+
+
+class Pieces(NamedTuple):
+    """What computes the pieces of a block."""
+
+    norm_mix: Callable[..., Tensor]
+    """As :func:`heron.ops.norm_mix`."""
+    project: Callable[..., Sequence[Tensor]]
+    """The six inputs (6, n, C), three large matrices and `LayerWeights.low_rank` -> seven products (n, C): r, k, v,
+    and of low-rank matrices value, decay, iclr and gate."""
+    head_step: Callable[..., Tensor]
+    """As :func:`heron.ops.head_step`."""
+    multiply: Callable[[Sequence[Product]], list[Tensor]]
+    """As :func:`heron.ops.matvec`, with x (n, in)."""
+    low_rank_gate: Callable[..., Tensor]
+    """As :func:`low_rank_gate`."""
+
+
+def time_mix(
+    run: Pieces, layer: LayerWeights, x: Tensor, states: LayerStates, v_first: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """residual (n, C) -> residual (n, C), and layer 0's values (n, C); `states`, of n sequences, change in place."""
+    mixed = run.norm_mix(x, *layer.norm1, layer.mix, states.att_shift)
+    large = layer.receptance, layer.key, layer.value
+    r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
+    of_values = (None, None) if v_first is None else (value, v_first)
+    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, states.wkv)
+    (x,) = run.multiply([Product(y, layer.output, add=x)])
+    return x, v if v_first is None else v_first
+
+
+def channel_mix(
+    run: Pieces, layer: LayerWeights, x: Tensor, states: LayerStates, rows: Tensor | None, embedded: Tensor
+) -> Tensor:
+    """residual (n, C) -> residual (n, C); `states`, of n sequences, change in place.
+
+    Args:
+        rows: (n, width), the tokens' rows of the layer's DeepEmbed; None without.
+        embedded: (n, C), the tokens as they came into the network.
+    """
+    mixed = run.norm_mix(x, *layer.norm2, layer.channel_mix, states.ffn_shift).squeeze(0)
+    gate = None if rows is None else rows.to(x.dtype)
+    if layer.low_rank_gate is not None:  # of what is not mixed with the token before: ffn_shift by now
+        gate = run.low_rank_gate(layer.low_rank_gate, states.ffn_shift, rows, embedded)
+    of_output, of_hidden = (gate, None) if layer.deep_embed == "output" else (None, gate)
+    (hidden,) = run.multiply([Product(mixed, layer.ffn_key, "squared relu", factor=of_hidden)])
+    (x,) = run.multiply([Product(hidden, layer.ffn_value, factor=of_output, add=x)])
+    return x
+
+
+def multiply(products: Sequence[Product]) -> list[Tensor]:
+    """:func:`heron.ops.matvec` for x (n, in), each product a matrix product of PyTorch's."""
+    return [_product(*product) for product in products]
+
+
+def _product(x: Tensor, weight: Tensor, activation: str, factor: Tensor | None, add: Tensor | None) -> Tensor:
+    y = F.linear(x, weight)
+    if activation != "none":
+        y = ACTIVATIONS[activation](y)
+    if factor is not None:
+        y = y * factor
+    return y if add is None else add + y
+
+
+def project(
+    multiply: Callable[[Sequence[Product]], list[Tensor]],
+    mixed: Tensor,
+    large: Sequence[Tensor],
+    low_rank: Sequence[LowRank],
+) -> Sequence[Tensor]:
+    """`Pieces.project` with four low-rank products, by `multiply`: at once what does not wait for one another."""
+    inputs = mixed.unbind()
+    products = [Product(x, weight) for x, weight in zip(inputs[:3], large, strict=True)]
+    activations = "none", "tanh", "none", "sigmoid"
+    for x, part, activation in zip(inputs[2:], low_rank, activations, strict=True):  # that of r and k is large alone
+        products.append(Product(x, part.down, activation))
+    r, k, v, *squeezed = multiply(products)
+    return r, k, v, *multiply([Product(x, part.up) for x, part in zip(squeezed, low_rank, strict=True)])
+
+
+def project_together(mixed: Tensor, large: Sequence[Tensor], low_rank: Sequence[LowRank]) -> Sequence[Tensor]:
+    """`Pieces.project` with the four low-rank products in one, as two batched products."""
+    r, k, v = (F.linear(x, weight) for x, weight in zip(mixed[:3], large, strict=True))
+    ((down, up),) = low_rank
+    value, w, iclr, gate = torch.bmm(mixed[2:], down.mT)
+    squeezed = torch.stack((value, torch.tanh(w), iclr, torch.sigmoid(gate)))
+    return r, k, v, *torch.bmm(squeezed, up.mT).unbind()
+
+
+def low_rank_gate(weights: LowRankGate, x: Tensor, rows: Tensor, embedded: Tensor) -> Tensor:
+    """What v7a multiplies the hidden channels by, (n, F), from the channel mix's unmixed input x (n, C).
+
+    Each token's 32 x 32 matrix is its row (n, 1024), with what is made of the embedded token (n, C).
+    """
+    dtype = torch.promote_types(embedded.dtype, torch.float32)
+    rows = rows.to(dtype) + embedded.to(dtype) @ weights.of_embedding.to(dtype).t()
+    squeezed = (x @ weights.s1).unsqueeze(1) @ rows.to(embedded.dtype).view(-1, GATE_RANK, GATE_RANK)  # (n, 1, 32)
+    return torch.addmm(weights.s0, squeezed.squeeze(1), weights.s2)
+
+
+# In plain PyTorch, with four low-rank products: no checks, no choices.
+PLAIN = Pieces(norm_mix_reference, partial(project, multiply), head_step_reference, multiply, low_rank_gate)
+
+
+def for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
+    """Pieces for many sequences side by side, and layers as :func:`together` gives them.
+
+    Args:
+        layer: any of the layers.
+        compiled: compiles what has no kernel; None: it runs as it is.
+    """
+    prepared = compiled or _as_it_is
+    return Pieces(
+        prepared(norm_mix_reference),
+        prepared(project_together),
+        _head_step(layer, compiled),
+        prepared(multiply),
+        prepared(low_rank_gate),
+    )
+
+
+def for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
+    """Pieces for one sequence, n = 1, and layers as :func:`apart` gives them; arguments as of :func:`for_many`."""
+    linears = (layer.receptance, layer.key, layer.value, layer.output, layer.ffn_key, layer.ffn_value)
+    products = matvec_choice([*linears, *(matrix for part in layer.low_rank for matrix in part)])
+    norms = norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
+    multiply = _kernel(matvec, matvec_reference, products, compiled)
+    return Pieces(
+        _kernel(norm_mix, norm_mix_reference, norms, compiled),
+        partial(project, multiply),
+        _head_step(layer, compiled),
+        multiply,
+        (compiled or _as_it_is)(low_rank_gate),
+    )
+
+
+def _head_step(layer: LayerWeights, compiled: Compiler | None) -> Callable[..., Tensor]:
+    choice = head_step_choice(layer.mix.device, layer.mix.dtype, layer.head.r_k.shape[1])
+    return _kernel(head_step, head_step_reference, choice, compiled)
+
+
+def _kernel(op: Callable, reference: Callable, choice: Choice, compiled: Compiler | None) -> Callable:
+    return op if choice.impl == "cuda" or compiled is None else compiled(reference)
+
+
+def _as_it_is(piece: Callable) -> Callable:
+    return piece
+
+
+def layers_of(model: RWKV) -> list[LayerWeights]:
+    """The weights of `model`'s blocks as a step reads them, where they are; see heron.generation.decoder.is_fusible.
+
+    The low-rank matrices are views that are not contiguous.
+    """
+    return [_layer_weights(block, model.config.deep_embed) for block in blocks_of(model)]
+
+
+def blocks_of(model: RWKV) -> list[Block]:
+    """The blocks of `model`, first to last."""
+    return [block for block in model.blocks if isinstance(block, Block)]
+
+
+def _layer_weights(block: Block, deep_embed: str | None) -> LayerWeights:
+    att, ffn = block.att, block.ffn
+    if att is None or ffn is None or block.ln1 is None:
+        raise ConfigError("a block without time mixing (rosa-lm) has no step of its own; decode through the model")
+    gate = LowRankGate(ffn.s0, ffn.s1, ffn.s2, ffn.s_emb_x.weight) if deep_embed == "low-rank" else None
+    return LayerWeights(
+        norm1=norm_of(block.ln1),
+        mix=torch.stack([getattr(att, f"x_{letter}").detach().flatten() for letter in "rkvwag"]),
+        receptance=att.receptance.weight,
+        key=att.key.weight,
+        value=att.value.weight,
+        output=att.output.weight,
+        low_rank=[LowRank(*(getattr(att, f"{letter}{i}").detach().t() for i in (1, 2))) for letter in "vwag"],
+        head=att.head_weights(mixes_v_first=att.layer > 0),
+        norm2=norm_of(block.ln2),
+        channel_mix=ffn.x_k.detach().view(1, -1),
+        ffn_key=ffn.key.weight,
+        ffn_value=ffn.value.weight,
+        deep_embed=deep_embed,
+        low_rank_gate=gate,
+    )
+
+
+def norm_of(norm: nn.LayerNorm) -> Norm:
+    """A layer norm's weights and eps."""
+    return Norm(norm.weight, norm.bias, norm.eps)
+
+
+def together(layer: LayerWeights) -> LayerWeights:
+    """`layer` with its low-rank matrices in one, (4, rank, C) and (4, C, rank), zeros up to the largest rank."""
+    rank = max(len(part.down) for part in layer.low_rank)
+    parts = [_filled_up(part, rank) for part in layer.low_rank]
+    down, up = torch.stack([part.down for part in parts]), torch.stack([part.up for part in parts])
+    return layer._replace(low_rank=[LowRank(down, up)])
+
+
+def apart(layer: LayerWeights) -> LayerWeights:
+    """`layer` with each low-rank matrix contiguous, with zeros up to a rank that the kernel of matvec takes."""
+    parts = [_filled_up(part, -(-len(part.down) // 8) * 8) for part in layer.low_rank]
+    return layer._replace(low_rank=[LowRank(part.down.contiguous(), part.up.contiguous()) for part in parts])
+
+
+def _filled_up(part: LowRank, rank: int) -> LowRank:
+    missing = rank - len(part.down)
+    return LowRank(F.pad(part.down, (0, 0, 0, missing)), F.pad(part.up, (0, missing)))
+
+
+def lookup(model: RWKV) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    """A function: token ids (n,) -> the rows (n, width) of each layer's DeepEmbed, None without."""
+    tables = [next((m for m in block.modules() if isinstance(m, DeepEmbed)), None) for block in model.blocks]
+    return lambda ids: [None if table is None else table(ids) for table in tables]
