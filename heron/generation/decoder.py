@@ -87,7 +87,7 @@ class ModelDecoder:
             return torch.cat(logits)
 
 
-class States:
+class SequenceStates:
     """The states of n sequences of a v7, v7a or v8 model, in tensors that a decoder changes in place.
 
     Attributes:
@@ -103,7 +103,7 @@ class States:
         self._wkv = torch.zeros(L, n, H, N, N, dtype=in_fp32, device=self._device)
         self.layers = [LayerStates(att, wkv, ffn) for (att, ffn), wkv in zip(self._shifts, self._wkv, strict=True)]
 
-    def copy_(self, other: States) -> None:
+    def copy_(self, other: SequenceStates) -> None:
         """Take over the states of as many sequences of the same model."""
         self._shifts.copy_(other._shifts)
         self._wkv.copy_(other._wkv)
@@ -128,10 +128,10 @@ class States:
 
 
 class StateDecoder:
-    """What is common to decoders that keep :class:`States`."""
+    """What is common to decoders that keep :class:`SequenceStates`."""
 
     def __init__(self, model: RWKV, n: int):
-        self._states = States(model, n)
+        self._states = SequenceStates(model, n)
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:

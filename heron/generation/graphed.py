@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heron.generation.decoder import StateDecoder, States
+from heron.generation.decoder import SequenceStates, StateDecoder
 from heron.generation.step import (
     apart,
     blocks_of,
@@ -64,7 +64,7 @@ class GraphedDecoder(StateDecoder):
             self._picked = self._tables.staging(n, pinned=device.type == "cuda")
             self._there = there = self._picked.to(device)  # (n, L, width)
             self._lookup = lambda _: there.unbind(1)
-        self._before = States(model, n) if n == 1 and self._tables is None else None  # the last step
+        self._before = SequenceStates(model, n) if n == 1 and self._tables is None else None  # the last step
         self._is_ahead = False
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from heron.errors import KernelError
-from heron.generation.decoder import States
+from heron.generation.decoder import SequenceStates
 from heron.generation.step import PLAIN, channel_mix, layers_of, norm_of, time_mix
 from heron.ops import _build
 from heron.ops.head_step import HeadWeights
@@ -125,7 +125,7 @@ def test_the_step_in_cpp_is_its_definition(sizes, gates, dtype):
 @pytest.mark.parametrize("form", [dict(variant="v7"), dict(), dict(deep_embed_4x=True), dict(variant="v7a")])
 def test_the_definition_is_the_model(random_model, form):
     model = random_model(**form).double()
-    states = States(model, 2)
+    states = SequenceStates(model, 2)
     network_ = Network(layers_of(model), states.layers, norm_of(model.ln_out), model.head.weight)
     ids = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
