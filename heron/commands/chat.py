@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from heron.commands import line_editing
@@ -16,7 +17,7 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.load:
         talk.load(options.load)
-    if hasattr(sys.stdin, "reconfigure"):
+    if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     print("Type a message, or /help.")
     chat.run(talk, line_editing.reader(), lambda text: print(text, end="", flush=True))

@@ -136,9 +136,9 @@ def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator:
 
 def log_softmax(logits: Tensor) -> np.ndarray:
     """Logarithms of the probabilities (V,) of logits (V,) on the CPU, in at least fp32, on this thread alone."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
     with np.errstate(over="ignore"):
-        distances = logits - logits.max()
+        distances = values - values.max()
     return distances - np.log(np.exp(distances).sum())
 
 
