@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import threading
@@ -101,9 +100,10 @@ class Engine:
         is_cuda = self._device.type == "cuda"
         self._reader = PromptReader(model, self._device, PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS, moved)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
-        self._free = list(range(rows))  # places
-        self._reading: collections.deque[OpenSequence] = collections.deque()  # the next one to get a piece is in front
-        self._writing: list[OpenSequence] = []
+        self._open: list[OpenSequence] = []  # of those that are to be read, the first gets the next piece
+        self._free = list(
+            range(rows)
+        )  # places; changed in one statement with the above, so that no interrupt loses one
         self._is_running = False
         self._lock = threading.RLock()  # of the model, the decoder and everything above
 
@@ -174,8 +174,8 @@ class Engine:
         Raises:
             CheckpointError: no such file, a damaged one, or one that another model (or another dtype of it) wrote.
         """
-        n_ids = self.tokenizer.vocab_size
-        return read_snapshot(as_path(path), self.fingerprint, self.model.config, n_ids, self._device)
+        config, n_ids = self.model.config, self.tokenizer.vocab_size
+        return read_snapshot(as_path(path), self.fingerprint, config, n_ids, self._device)
 
     @property
     def fingerprint(self) -> str:
@@ -246,8 +246,7 @@ class Engine:
         after = after or Snapshot(None)
         with self._lock:
             if not self._free:
-                n_open = len(self._reading) + len(self._writing)
-                raise ConfigError(f"the engine is full ({n_open} sequences); close one, or build it with more rows")
+                raise ConfigError(f"the engine is full (rows={len(self._open)}); close a sequence, or give more rows")
             if after.state is not None and self._is_fusible:
                 after.state.check(self.model.config, 1)
             generator = torch.Generator().manual_seed(int(seed))
@@ -260,26 +259,21 @@ class Engine:
             sequence = OpenSequence(place, ids, after.state, sampling, counts, generator, text)
             if sequence.is_read:
                 self._decoder.write(place, after.state)
-            self._free.pop(0)
-            (self._writing if sequence.is_read else self._reading).append(sequence)
+            self._open, self._free = [*self._open, sequence], self._free[1:]
         return sequence
 
     def _read_piece(self, sequence: OpenSequence) -> None:
         """Read the next piece of a sequence's prompt; behind the last one the decoder goes on."""
-        ids = sequence._unread
+        ids = sequence.unread
         n = min(self._reader.size, len(ids) - 1)
-        state = self._reader.read(ids[:n], sequence._state)
+        state = self._reader.read(ids[:n], sequence.state)
         if n == len(ids) - 1:
             self._decoder.write(sequence.place, state)
             state = None
-            self._reading.remove(sequence)
-            self._writing.append(sequence)
-        sequence._state, sequence._unread = state, ids[n:]
+        sequence.go_on(ids[n:], state)
 
     def step(self) -> list[tuple[OpenSequence, Token]]:
         """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
-
-        They come in the order in which their prompts were read.
 
         Raises:
             ConfigError: :meth:`run` is going on.
@@ -290,26 +284,24 @@ class Engine:
 
     def _step(self) -> list[tuple[OpenSequence, Token]]:
         with self._lock:
-            if self._reading:
-                self._read_piece(first := self._reading[0])
-                if not first.is_read:
-                    self._reading.rotate(-1)
-            writing = self._writing
+            if waiting := [one for one in self._open if len(one.unread) > 1]:
+                self._read_piece(waiting[0])
+                self._open = [*(one for one in self._open if one is not waiting[0]), waiting[0]]
+            writing = [one for one in self._open if one.is_read] if waiting else self._open
             if not writing:
                 return []
-            logits = self._decoder.step([one.place for one in writing], [one._unread[0] for one in writing])
+            logits = self._decoder.step([one.place for one in writing], [one.unread[0] for one in writing])
+            logits = logits[:, : self.tokenizer.vocab_size]
             settings = [(one.place, one.sampling) for one in writing]
             look_ahead = self._decoder.look_ahead
             try:
-                drawn = self._draws.draw(
-                    settings, [one._generator for one in writing], logits[:, : self.tokenizer.vocab_size], look_ahead
-                )
+                drawn = self._draws.draw(settings, [one.generator for one in writing], logits, look_ahead)
             except BaseException:  # an interrupt, too
                 for one in writing if look_ahead is not None else ():
                     self._decoder.write(one.place, self._decoder.read(one.place))  # not what was looked ahead
                 raise
             for one, (token, _) in zip(writing, drawn, strict=True):
-                one._unread = [token]
+                one.go_on([token])
             return [(one, Token(*token)) for one, token in zip(writing, drawn, strict=True)]
 
     def snapshot(self, sequence: OpenSequence) -> Snapshot:
@@ -320,10 +312,9 @@ class Engine:
         """
         with self._lock:
             self._check_open(sequence)
-            counts = None if sequence._counts is None else sequence._counts.to("cpu", copy=True)
-            state = self._decoder.read(sequence.place) if sequence.is_read else sequence._state
-            state = None if state is None else state.clone()
-            return Snapshot(state, tuple(sequence._unread), counts, sequence._generator.get_state())
+            counts = None if sequence.counts is None else sequence.counts.to("cpu", copy=True)
+            state = self._decoder.read(sequence.place) if sequence.is_read else sequence.state
+            return Snapshot(state and state.clone(), tuple(sequence.unread), counts, sequence.generator.get_state())
 
     def close(self, sequence: OpenSequence) -> None:
         """Free the place of a sequence at once, whatever is still to be read or drawn: the end, or a cancellation.
@@ -333,16 +324,15 @@ class Engine:
         """
         with self._lock:
             self._check_open(sequence)
-            (self._writing if sequence.is_read else self._reading).remove(sequence)
-            sequence.is_open, sequence._state = False, None
-            self._free.append(sequence.place)
+            self._open, self._free = [one for one in self._open if one is not sequence], [*self._free, sequence.place]
+            sequence.end()
 
     def _check_open(self, sequence: OpenSequence) -> None:
         if not isinstance(sequence, OpenSequence):
             raise ConfigError(f"sequence: wanted what open or add gave, got {type(sequence).__name__}")
         if not sequence.is_open:
             raise ConfigError("this sequence is closed; its place may be taken by now")
-        if sequence not in self._writing and sequence not in self._reading:
+        if sequence not in self._open:
             raise ConfigError("this sequence is another engine's; ask the one that opened it")
 
     # -- requests -------------------------------------------------------------------------------------------------
@@ -360,8 +350,8 @@ class Engine:
             DataError: a prompt that cannot be encoded, or an id outside the vocabulary.
         """
         self._refuse_while_running()
-        if n_open := len(self._reading) + len(self._writing):
-            raise ConfigError(f"{n_open} sequences are open, and run would move them on; close them, or use step")
+        if self._open:
+            raise ConfigError(f"{len(self._open)} sequences are open, and run would move them on; close them, or step")
         if isinstance(requests, Request) or not isinstance(requests, Iterable):
             raise ConfigError(f"requests: wanted several, as in run([request]), got {type(requests).__name__}")
         incoming, numbers, n_taken = Incoming(requests), {}, 0
@@ -386,7 +376,7 @@ class Engine:
         finally:
             self._is_running = False
             incoming.close()
-            for sequence in [*self._reading, *self._writing]:
+            for sequence in self._open:
                 self.close(sequence)
 
     def _refuse_while_running(self) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it gives."""
+"""What is asked of an engine, what it gives, and the sequences that it has open."""
 
 from __future__ import annotations
 
@@ -77,9 +77,12 @@ class OpenSequence:
     """A sequence that has a place in an engine: from :meth:`Engine.open` or :meth:`Engine.add` to :meth:`Engine.close`.
 
     Attributes:
-        place: its number among those that are open, below the engine's `rows`.
         text: what turns its tokens into text. The engine pushes nothing to it.
         is_open: False once it was closed.
+        place: its number among the engine's places.
+        unread: the ids that are still to be read, the last of them by the step that draws the next token.
+        state: behind what was read of a prompt; None at the start, and once the prompt was read.
+        sampling, counts, generator: how its tokens are drawn, the occurrences of tokens (V,), the random numbers.
     """
 
     def __init__(
@@ -92,16 +95,22 @@ class OpenSequence:
         generator: torch.Generator,
         text: TextWriter,
     ):
-        self.place, self.sampling, self.text = place, sampling, text
-        self.is_open = True
-        self._unread = unread  # ids; the last one is read by the step that draws the next token
-        self._state = state  # behind what was read, until all but the last id are; then the decoder has it
-        self._counts, self._generator = counts, generator
+        self.text, self.is_open, self.place = text, True, place
+        self.unread, self.state = unread, state
+        self.sampling, self.counts, self.generator = sampling, counts, generator
 
     @property
     def is_read(self) -> bool:
         """Whether its prompt was read, so that every step draws a token for it."""
-        return len(self._unread) == 1
+        return len(self.unread) == 1
+
+    def go_on(self, unread: list[int], state: State | None = None) -> None:
+        """Note what the engine has read, or drawn."""
+        self.unread, self.state = unread, state
+
+    def end(self) -> None:
+        """Note that the engine has closed it."""
+        self.is_open, self.state = False, None
 
 
 def prompt_ids(prompt: str | Sequence[int], after: Snapshot | None, tokenizer: Tokenizer, vocab_size: int) -> list[int]:

@@ -329,7 +329,7 @@ def test_a_state_from_the_engine_can_be_trained_on(random_model):
 def test_rows_are_given_back(random_model):
     small = Engine(random_model(), INTEGERS, rows=2)
     one, two = small.open([1]), small.open([2])
-    with pytest.raises(ConfigError, match=r"the engine is full \(2 sequences\)"):
+    with pytest.raises(ConfigError, match=r"the engine is full \(rows=2\)"):
         small.open([3])
     with pytest.raises(ConfigError, match="2 sequences are open"):
         next(small.run([Request([1], 3)]))

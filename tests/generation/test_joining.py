@@ -172,7 +172,7 @@ def test_what_was_said_before_a_cancellation_stays(random_model):
 def test_errors_name_what_is_wrong_with_a_sequence(random_model):
     one, two = Engine(random_model(), INTEGERS), Engine(random_model(), INTEGERS)
     sequence = one.add(Request([1]))
-    with pytest.raises(ConfigError, match=r"the engine is full \(1 sequences\); close one, or build it with more rows"):
+    with pytest.raises(ConfigError, match=r"the engine is full \(rows=1\); close a sequence, or give more rows"):
         one.add(Request([2]))
     for use in (two.close, two.snapshot):
         with pytest.raises(ConfigError, match="another engine's"):
