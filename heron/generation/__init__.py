@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from heron.generation.engine import Engine, OpenSequence
-from heron.generation.requests import Piece, Request, Token
-from heron.generation.sampling import Sampling, sample
+from heron.generation.requests import Piece, Request
+from heron.generation.sampling import Sampling, Token, sample
 from heron.generation.snapshot import Snapshot
 from heron.generation.text import TextWriter
 from heron.model import RWKV, State

@@ -45,7 +45,7 @@ class Chat:
     :func:`heron.tokenizer.continuation.encode_behind`.
 
     Args:
-        engine: with a free row.
+        engine: with a free place.
         sampling, max_tokens, seed: of the answers; each answer counts the seed up by one.
         system: what the conversation is about, for the model; empty: nothing.
         think: "on" opens every answer with a thought, "off" with an empty one, "" leaves it to the model.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heron.generation.sampling import Sampling, check_finite, fade, increments, log_softmax, sample
+from heron.generation.sampling import Sampling, Token, check_finite, fade, increments, log_softmax, sample
 from heron.generation.text import stand_for_something
 from heron.ops import sample_rows
 from heron.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class HostDraws:
         generators: Sequence[torch.Generator],
         logits: Tensor,
         meanwhile: Callable[[Tensor], None] | None = None,
-    ) -> list[tuple[int, float]]:
+    ) -> list[Token]:
         """As :meth:`DeviceDraws.draw`; `meanwhile` is not called."""
         logits = logits.cpu()
         return [
@@ -50,7 +50,7 @@ class HostDraws:
             for i, (sequence, generator) in enumerate(zip(sequences, generators, strict=True))
         ]
 
-    def _draw(self, place: int, sampling: Sampling, generator: torch.Generator, logits: Tensor) -> tuple[int, float]:
+    def _draw(self, place: int, sampling: Sampling, generator: torch.Generator, logits: Tensor) -> Token:
         allowed, counts = logits, self._counts[place] if sampling.has_penalties else None
         token = sample(allowed, sampling, counts, generator)
         while not stand_for_something(self._tokenizer, [token]):
@@ -60,7 +60,7 @@ class HostDraws:
         if counts is not None:
             fade(counts, sampling.penalty_decay)
             counts[token] += self._increments[int(sampling.count_digits), token]
-        return token, float(log_softmax(logits)[token])
+        return Token(token, float(log_softmax(logits)[token]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,8 @@ class DeviceDraws:
         generators: Sequence[torch.Generator],
         logits: Tensor,
         meanwhile: Callable[[Tensor], None] | None = None,
-    ) -> list[tuple[int, float]]:
-        """A token id and its log-probability for each of `sequences` (its place and its settings).
+    ) -> list[Token]:
+        """A token for each of `sequences` (its place and its settings).
 
         Args:
             generators: of the CPU, one a sequence; not advanced where it is greedy.
@@ -161,11 +161,11 @@ class DeviceDraws:
         if self._arrived is not None:
             self._arrived.record()
 
-    def _receive(self, n: int) -> list[tuple[int, float]]:
+    def _receive(self, n: int) -> list[Token]:
         """Both, one by one. The wait for them frees every buffer of this draw on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return list(zip(self._ids[:n].tolist(), self._logprobs[:n].tolist(), strict=True))
+        return list(map(Token, self._ids[:n].tolist(), self._logprobs[:n].tolist()))
 
     def _plan_of(self, sequences: list[tuple[int, Sampling]]) -> _Plan:
         if self._plan is None or self._plan.sequences != sequences:

@@ -20,8 +20,8 @@ from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws, HostDraws
 from heron.generation.incoming import Incoming
 from heron.generation.prefill import PromptReader
-from heron.generation.requests import OpenSequence, Piece, Request, Token, check_ids, check_seed, prompt_ids
-from heron.generation.sampling import Sampling
+from heron.generation.requests import OpenSequence, Piece, Request, check_ids, check_seed, prompt_ids
+from heron.generation.sampling import Sampling, Token
 from heron.generation.snapshot import Snapshot, read_snapshot, write_snapshot
 from heron.generation.text import TextWriter, stand_for_something
 from heron.model import RWKV, State
@@ -101,9 +101,7 @@ class Engine:
         self._reader = PromptReader(model, self._device, PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS, moved)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
         self._open: list[OpenSequence] = []  # of those that are to be read, the first gets the next piece
-        self._free = list(
-            range(rows)
-        )  # places; changed in one statement with the above, so that no interrupt loses one
+        self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one
         self._is_running = False
         self._lock = threading.RLock()  # of the model, the decoder and everything above
 
@@ -300,9 +298,9 @@ class Engine:
                 for one in writing if look_ahead is not None else ():
                     self._decoder.write(one.place, self._decoder.read(one.place))  # not what was looked ahead
                 raise
-            for one, (token, _) in zip(writing, drawn, strict=True):
-                one.go_on([token])
-            return [(one, Token(*token)) for one, token in zip(writing, drawn, strict=True)]
+            for one, token in zip(writing, drawn, strict=True):
+                one.go_on([token.id])
+            return list(zip(writing, drawn, strict=True))
 
     def snapshot(self, sequence: OpenSequence) -> Snapshot:
         """What `sequence` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on.

@@ -71,7 +71,8 @@ class Incoming(Generic[T]):
         """Ask for no more items, and wait for the end of a thread that has nothing else to wait for."""
         self.is_over = self._is_closed = True
         self._asked.release()
-        if self._thread is not None and self._answers.qsize() == self._n_asked:
+        is_idle = self._answers.qsize() == self._n_asked
+        if self._thread not in (None, threading.current_thread()) and is_idle:
             self._thread.join()
 
     def _answer(self) -> None:

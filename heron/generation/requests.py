@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heron.config import LARGEST_SEED, plain
 from heron.errors import ConfigError, DataError
-from heron.generation.sampling import Sampling
+from heron.generation.sampling import Sampling, Token
 from heron.generation.snapshot import Snapshot
 from heron.generation.text import TextWriter, UntilStop
 from heron.model import State
@@ -55,13 +55,6 @@ class Request:
         whole = np.iterable(ids) and all(type(i) is int or isinstance(i, np.integer) for i in ids)
         if not whole or not all(0 <= i < vocab_size for i in ids):
             raise ConfigError(f"stop_ids: wanted ids from 0 to {vocab_size - 1}, got {ids!r:.80}")
-
-
-class Token(NamedTuple):
-    """One drawn token."""
-
-    id: int
-    logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
 
 
 class Piece(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +71,13 @@ class Sampling:
     def penalised(self, logits: Tensor, counts: Tensor) -> Tensor:
         """Logits (V,) less the penalties of the occurrences `counts` (V,); a new tensor."""
         return logits - self.presence_penalty * (counts > 0) - self.frequency_penalty * counts
+
+
+class Token(NamedTuple):
+    """One drawn token."""
+
+    id: int
+    logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
 
 
 def increments(tokenizer: Tokenizer) -> Tensor:
