@@ -25,13 +25,13 @@ def run(options: argparse.Namespace) -> None:
         options.parser.error("--ids prints ids, which a text of --stop may cut; end at ids, with --stop_ids")
     text, sampling = _prompt(options), sampling_of(options)
     engine = engine_of(options)
-    prompt = text
     if options.ids:
-        prompt = _prompt_ids(text) if text.strip() else []
-        text = " ".join(map(str, prompt))
+        ids = _prompt_ids(text) if text.strip() else []
+        text = " ".join(map(str, ids))
     shown = printable if sys.stdout.isatty() else str
     request = Request(
-        prompt, options.max_tokens, sampling, tuple(options.stop), options.seed, stop_ids=options.stop_ids
+        ids if options.ids else text, options.max_tokens, sampling, tuple(options.stop), options.seed,
+        stop_ids=options.stop_ids,
     )  # fmt: skip
     engine.check(request)
     if options.probs or options.trials > 1:
@@ -39,10 +39,10 @@ def run(options: argparse.Namespace) -> None:
         # The prompt is read once for all, but for the ids that tell how its last character goes on.
         snapshot = Snapshot(engine.prefill(ids[:-4]), tuple(ids[-4:]))
         request = dataclasses.replace(request, prompt=(), after=snapshot)
-        if options.probs:
-            print(f"the likeliest tokens after {text!r}")
-            for token, probability in engine.likeliest(snapshot, options.probs):
-                print(f"{100 * probability:8.3f} %  {token:>6}  {text_of(token, ids, engine.tokenizer)!r}")
+    if options.probs:
+        print(f"the likeliest tokens after {text!r}")
+        for token, probability in engine.likeliest(snapshot, options.probs):
+            print(f"{100 * probability:8.3f} %  {token:>6}  {text_of(token, ids, engine.tokenizer)!r}")
     for trial in range(options.trials):
         if options.probs or options.trials > 1:
             print(f"\n--- trial {trial + 1}, seed {options.seed + trial} ---")

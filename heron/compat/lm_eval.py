@@ -67,7 +67,7 @@ class HeronLM(LM):
         super().__init__()
         if tokenizer.eod is None:
             raise ConfigError(f"tokenizer {tokenizer.spec}: has no end-of-document token, from which every text starts")
-        self._model, self._tokenizer, self._eod, self._rows = model, tokenizer, tokenizer.eod, rows
+        self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self._device = model.emb.weight.device
 
     @classmethod
@@ -120,12 +120,12 @@ class HeronLM(LM):
         """
         pairs = []
         for request in requests:
-            context, continuation = request.arguments
+            context, continuation = request.args
             kept = context.rstrip()
             before, ids = encode_pair(self._tokenizer, kept, context[len(kept) :] + continuation)
-            pairs.append(([self._eod, *before], ids))
-        scores = ((score.logprob, score.greedy) for score in loglikelihoods(self._model, [p for p in pairs if p[1]]))
-        return [next(scores) if ids else (0.0, True) for _, ids in pairs]
+            pairs.append(([self._tokenizer.eod, *before], ids))
+        scores = iter(loglikelihoods(self._model, [pair for pair in pairs if pair[1]]))
+        return [tuple(next(scores)) if ids else (0.0, True) for _, ids in pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each whole text, read once from its start to its end however long it is."""
@@ -143,7 +143,7 @@ class HeronLM(LM):
         """
         wanted = []
         for request in requests:
-            context, settings = request.arguments
+            context, settings = request.args
             settings = {name: value for name, value in settings.items() if value is not None}
             until = settings.pop("until", [])
             lengths = [settings.pop(name, None) for name in _LENGTHS]
@@ -196,7 +196,7 @@ class HeronLM(LM):
         return "\n\n".join([*turns, "Assistant:"] if add_generation_prompt else turns)
 
     def _ids(self, text: str) -> list[int]:
-        return [self._eod, *self._tokenizer.encode(text)]
+        return [self._tokenizer.eod, *self._tokenizer.encode(text)]
 
     @torch.inference_mode()
     def _whole(self, ids: Sequence[int]) -> float:
