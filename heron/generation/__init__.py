@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
-from heron.generation.engine import Engine, Row
-from heron.generation.requests import Piece, Request, Snapshot, Token
-from heron.generation.sampling import Sampling, sample
+from heron.generation.engine import Engine, OpenSequence
+from heron.generation.requests import Piece, Request
+from heron.generation.sampling import Sampling, Token, sample
+from heron.generation.snapshot import Snapshot
+from heron.generation.text import TextWriter
 from heron.model import RWKV, State
 from heron.tokenizer import Tokenizer
 
-__all__ = ["Engine", "Piece", "Request", "Row", "Sampling", "Snapshot", "Token", "generate", "sample", "stream"]
+__all__ = [
+    "Engine", "OpenSequence", "Piece", "Request", "Sampling", "Snapshot", "TextWriter", "Token", "generate", "sample",
+    "stream",
+]  # fmt: skip
 
 
 def stream(
@@ -23,7 +28,7 @@ def stream(
     seed: int = 0,
     state: State | None = None,
     stop_ids: Sequence[int] = (),
-) -> Iterator[str]:
+) -> Generator[str]:
     """Continue `prompt` and yield the text piece by piece, each as soon as it is certain.
 
     It is the text that stands behind the prompt's, the space or the separator between them included. It ends before the

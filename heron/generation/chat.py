@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Chat:
     :func:`heron.tokenizer.continuation.encode_behind`.
 
     Args:
-        engine: with a free row.
+        engine: with a free place.
         sampling, max_tokens, seed: of the answers; each answer counts the seed up by one.
         system: what the conversation is about, for the model; empty: nothing.
         think: "on" opens every answer with a thought, "off" with an empty one, "" leaves it to the model.
@@ -85,7 +85,7 @@ class Chat:
         self._before = _Read(start, "", [])  # the memory from before the last message
         self._turn = self._answer = ""  # the last message as the model reads it, and its answer so far
 
-    def say(self, message: str) -> Iterator[str]:
+    def say(self, message: str) -> Generator[str]:
         """The answer to `message`, piece by piece. Where the iterator is closed early, the model remembers that much.
 
         Raises:
@@ -101,7 +101,7 @@ class Chat:
         self._before, self._turn, self._answer = before, turn, ""
         return self._remembered(pieces)
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Generator[str]:
         """Another answer to the last message, as if the one before had not been given.
 
         Raises:
@@ -131,7 +131,7 @@ class Chat:
         state = self._engine.prefill([*memory.pending, *new_ids], memory.state)
         return _Read(Snapshot(state), text + new, [*ids, *new_ids])
 
-    def _answered(self, before: _Read, turn: str) -> Iterator[str]:
+    def _answered(self, before: _Read, turn: str) -> Generator[str]:
         ids = self._ids(before, turn)
         pieces = self._engine.stream(Request(ids, self._max_tokens, self._sampling, STOP, self._seed, before.memory))
         self._seed += 1
@@ -153,7 +153,7 @@ class Chat:
             return self._engine.tokenizer.encode(text)
         return encode_behind(self._engine.tokenizer, self._start.pending, text)
 
-    def _remembered(self, pieces: Iterator[str]) -> Iterator[str]:
+    def _remembered(self, pieces: Generator[str]) -> Generator[str]:
         with contextlib.closing(pieces):
             for piece in pieces:
                 self._answer += piece
@@ -219,7 +219,7 @@ def _act(chat: Chat, line: str, write: Callable[[str], None]) -> None:
         raise ConfigError(f"no command {command!r}.{did_you_mean(command, known)} There are {', '.join(known)}")
 
 
-def _show(pieces: Iterator[str], write: Callable[[str], None]) -> None:
+def _show(pieces: Generator[str], write: Callable[[str], None]) -> None:
     write("\nAssistant:")
     try:
         with contextlib.closing(pieces):

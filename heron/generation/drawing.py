@@ -1,28 +1,76 @@
-"""The next tokens of an engine's rows, drawn on the device that holds their logits."""
+"""The next tokens of an engine's sequences, drawn on the host or on the device that holds their logits."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from heron.generation.sampling import Sampling, check_finite, fade, increments
+from heron.generation.sampling import Sampling, Token, check_finite, fade, increments, log_softmax, sample
 from heron.generation.text import stand_for_something
 from heron.ops import sample_rows
 from heron.tokenizer import Tokenizer
 
 
+class HostDraws:
+    """Draws on the CPU with :func:`heron.generation.sample`, sequence by sequence.
+
+    Args:
+        tokenizer: ids that stand for nothing in it are never drawn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._counts: dict[int, Tensor] = {}  # by place
+
+    @functools.cached_property
+    def _increments(self) -> Tensor:
+        return increments(self._tokenizer)
+
+    def keep(self, place: int, counts: Tensor) -> Tensor:
+        """The occurrences (V,) of the sequence at `place`, with these values to begin with; draws update them."""
+        self._counts[place] = counts.clone()
+        return self._counts[place]
+
+    def draw(
+        self,
+        sequences: Sequence[tuple[int, Sampling]],
+        generators: Sequence[torch.Generator],
+        logits: Tensor,
+        meanwhile: Callable[[Tensor], None] | None = None,
+    ) -> list[Token]:
+        """As :meth:`DeviceDraws.draw`; `meanwhile` is not called."""
+        logits = logits.cpu()
+        return [
+            self._draw(*sequence, generator, logits[i])
+            for i, (sequence, generator) in enumerate(zip(sequences, generators, strict=True))
+        ]
+
+    def _draw(self, place: int, sampling: Sampling, generator: torch.Generator, logits: Tensor) -> Token:
+        allowed, counts = logits, self._counts[place] if sampling.has_penalties else None
+        token = sample(allowed, sampling, counts, generator)
+        while not stand_for_something(self._tokenizer, [token]):
+            allowed = allowed.clone()
+            allowed[token] = -math.inf
+            token = sample(allowed, sampling, counts, generator)
+        if counts is not None:
+            fade(counts, sampling.penalty_decay)
+            counts[token] += self._increments[int(sampling.count_digits), token]
+        return Token(token, float(log_softmax(logits)[token]))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What stays the same from step to step while the same rows are open, n of them; tensors on the device."""
+    """What stays the same from step to step while the same n sequences are open; tensors on the device."""
 
-    rows: list[tuple[int, Sampling]]
-    numbers: Tensor  # (n,) int64
+    sequences: list[tuple[int, Sampling]]
+    places: Tensor  # (n,) int64
     settings: Tensor  # (n, 5) fp64
-    decay: Tensor | None  # (rows, 1) fp32, of every row that the engine has; None: no row has penalties
+    decay: Tensor | None  # (size, 1) fp32, of every place that the engine has; None: no sequence has penalties
     rules: Tensor  # (n,) int64, the row of `increments` that each counts by
 
 
@@ -31,59 +79,63 @@ class DeviceDraws:
 
     Args:
         tokenizer: ids that stand for nothing in it are never drawn.
-        rows: sequences that can be open at once.
+        size: number of places for sequences.
         device: where the logits are.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rows: int, device: torch.device):
-        self._tokenizer, self._rows, self._device = tokenizer, rows, device
+    def __init__(self, tokenizer: Tokenizer, size: int, device: torch.device):
+        self._tokenizer, self._size, self._device = tokenizer, size, device
         self._barred = barred_ids(tokenizer).to(device)
-        self._counts: Tensor | None = None  # (rows, V) fp32, once a row has penalties
+        self._counts = torch.zeros(0, len(self._barred), device=device)  # (size, V) fp32, once one has penalties
         self._plan: _Plan | None = None
         is_cuda = device.type == "cuda"
-        self._uniforms = torch.zeros(rows, dtype=torch.float64, pin_memory=is_cuda)
-        self._uniforms_there = torch.zeros(rows, dtype=torch.float64, device=device)
-        self._ids = torch.zeros(rows, dtype=torch.int64, pin_memory=is_cuda)
-        self._logprobs = torch.zeros(rows, pin_memory=is_cuda)
+        self._uniforms = torch.zeros(size, dtype=torch.float64, pin_memory=is_cuda)
+        self._uniforms_there = torch.zeros(size, dtype=torch.float64, device=device)
+        self._ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
+        self._logprobs = torch.zeros(size, pin_memory=is_cuda)
         self._arrived = torch.cuda.Event() if is_cuda else None
 
-    def keep(self, row: int, counts: Tensor) -> Tensor:
-        """The occurrences (V,) of `row`, on the device, with these values to begin with; draws update them."""
-        if self._counts is None:
-            self._increments = increments(self._tokenizer).to(self._device)
-            self._counts = torch.zeros(self._rows, len(self._barred), device=self._device)
-        return self._counts[row].copy_(counts)
+    @functools.cached_property
+    def _increments(self) -> Tensor:
+        return increments(self._tokenizer).to(self._device)
+
+    def keep(self, place: int, counts: Tensor) -> Tensor:
+        """The occurrences (V,) of the sequence at `place`, on the device, with these values to begin with; draws update
+        them."""
+        if not len(self._counts):
+            self._counts = torch.zeros(self._size, len(self._barred), device=self._device)
+        return self._counts[place].copy_(counts)
 
     @torch.inference_mode()
     def draw(
         self,
-        rows: Sequence[tuple[int, Sampling]],
+        sequences: Sequence[tuple[int, Sampling]],
         generators: Sequence[torch.Generator],
         logits: Tensor,
         meanwhile: Callable[[Tensor], None] | None = None,
-    ) -> list[tuple[int, float]]:
-        """A token id and its log-probability for each of `rows` (its number and its settings).
+    ) -> list[Token]:
+        """A token for each of `sequences` (its place and its settings).
 
         Args:
-            generators: of the CPU, one a row; not advanced where the row is greedy.
+            generators: of the CPU, one a sequence; not advanced where it is greedy.
             logits: (n, V) of the tokenizer's ids, on the device. They may still be being computed: the host waits once,
                 for the tokens.
-            meanwhile: called with the ids (n,) on the device, -1 where a row could not be drawn, before the host waits
-                for them. It may overwrite the logits.
+            meanwhile: called with the ids (n,) on the device, -1 where none could be drawn, before the host waits for
+                them. It may overwrite the logits.
 
         Raises:
-            HeronError: the largest logit of a row is NaN or infinite.
+            HeronError: the largest logit of a sequence is NaN or infinite.
         """
-        plan = self._plan_of(list(rows))
+        plan = self._plan_of(list(sequences))
         uniforms = [
             0.0 if sampling.greedy else torch.rand((), generator=generator, dtype=torch.float64).item()
-            for (_, sampling), generator in zip(rows, generators, strict=True)
+            for (_, sampling), generator in zip(sequences, generators, strict=True)
         ]
         counts = None
         if plan.decay is not None:
-            in_order = [number for number, _ in rows] == list(range(self._rows))
-            counts = self._counts if in_order else self._counts[plan.numbers]
-        n = len(rows)
+            in_order = [place for place, _ in sequences] == list(range(self._size))
+            counts = self._counts if in_order else self._counts[plan.places]
+        n = len(sequences)
         self._uniforms.numpy()[:n] = uniforms
         self._uniforms_there.copy_(self._uniforms, non_blocking=True)
         ids, logprobs = sample_rows(logits, counts, self._barred, plan.settings, self._uniforms_there[:n])
@@ -95,11 +147,11 @@ class DeviceDraws:
         for i, (token, _) in enumerate(drawn):
             if token < 0:
                 check_finite(logits[i])
-                allowed = logits[i] if counts is None else rows[i][1].penalised(logits[i], counts[i])
+                allowed = logits[i] if counts is None else sequences[i][1].penalised(logits[i], counts[i])
                 check_finite(allowed.masked_fill(self._barred, -math.inf))
         if plan.decay is not None:
             fade(self._counts, plan.decay)
-            self._counts[plan.numbers, ids] += self._increments[plan.rules, ids]
+            self._counts[plan.places, ids] += self._increments[plan.rules, ids]
         return drawn
 
     def _send(self, ids: Tensor, logprobs: Tensor) -> None:
@@ -109,27 +161,29 @@ class DeviceDraws:
         if self._arrived is not None:
             self._arrived.record()
 
-    def _receive(self, n: int) -> list[tuple[int, float]]:
-        """Both, row by row. The wait for them frees every buffer of this draw on the host."""
+    def _receive(self, n: int) -> list[Token]:
+        """Both, one by one. The wait for them frees every buffer of this draw on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return list(zip(self._ids[:n].tolist(), self._logprobs[:n].tolist(), strict=True))
+        return list(map(Token, self._ids[:n].tolist(), self._logprobs[:n].tolist()))
 
-    def _plan_of(self, rows: list[tuple[int, Sampling]]) -> _Plan:
-        if self._plan is None or self._plan.rows != rows:
-            numbers = [number for number, _ in rows]
-            settings = [(s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for _, s in rows]
+    def _plan_of(self, sequences: list[tuple[int, Sampling]]) -> _Plan:
+        if self._plan is None or self._plan.sequences != sequences:
+            places = [place for place, _ in sequences]
+            settings = [
+                (s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for _, s in sequences
+            ]
             decay = None
-            if any(sampling.has_penalties for _, sampling in rows):
-                decay = torch.ones(self._rows, 1)
-                decay[numbers, 0] = torch.tensor([sampling.penalty_decay for _, sampling in rows])
+            if any(sampling.has_penalties for _, sampling in sequences):
+                decay = torch.ones(self._size, 1)
+                decay[places, 0] = torch.tensor([sampling.penalty_decay for _, sampling in sequences])
                 decay = decay.to(self._device)
             self._plan = _Plan(
-                rows,
-                torch.tensor(numbers, device=self._device),
+                sequences,
+                torch.tensor(places, device=self._device),
                 torch.tensor(settings, dtype=torch.float64, device=self._device),
                 decay,
-                torch.tensor([int(sampling.count_digits) for _, sampling in rows], device=self._device),
+                torch.tensor([int(sampling.count_digits) for _, sampling in sequences], device=self._device),
             )
         return self._plan
 

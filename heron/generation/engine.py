@@ -1,52 +1,43 @@
-"""The engine: prompts in parallel, then one token for every open row at each step, rows coming and going."""
+"""The engine: prompts are read in pieces, and between two pieces every sequence that is being written gets a token."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import math
-import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from heron.checkpoint.architecture import in_one_dtype
 from heron.config import plain
-from heron.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from heron.errors import ConfigError, did_you_mean
 from heron.files import as_path
-from heron.generation import state_files
-from heron.generation.decoder import is_fusible, only_computing
+from heron.generation.decoder import is_fusible
 from heron.generation.decoders import decoder_of
-from heron.generation.drawing import DeviceDraws
-from heron.generation.graphed import GraphedReader
-from heron.generation.requests import Piece, Request, Snapshot, Token, Writing, check_seed
-from heron.generation.sampling import Sampling, fade, increments, log_softmax, sample
-from heron.generation.text import stand_for_something
-from heron.model import State
+from heron.generation.drawing import DeviceDraws, HostDraws
+from heron.generation.incoming import Incoming
+from heron.generation.prefill import PromptReader
+from heron.generation.requests import OpenSequence, Piece, Request, check_ids, check_seed, prompt_ids
+from heron.generation.sampling import Sampling, Token
+from heron.generation.snapshot import Snapshot, read_snapshot, write_snapshot
+from heron.generation.text import TextWriter, stand_for_something
+from heron.model import RWKV, State
 from heron.tables.store import PLACES, fingerprint, off_device
 from heron.tokenizer import Tokenizer
-from heron.tokenizer.continuation import encode_behind
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
-PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU; pieces of just this length are read by a CUDA graph
-
-
-class Row:
-    """A sequence that an engine is writing. Made by :meth:`Engine.open`."""
-
-    def __init__(self, number: int, token: int, sampling: Sampling, counts: Tensor | None, generator: torch.Generator):
-        self.number, self.sampling = number, sampling
-        self._token, self._counts, self._generator = token, counts, generator
+PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU
 
 
 class Engine:
     """Runs a model as an RNN, for one sequence or many at a time, at a constant cost per token.
 
     The weights are read from `model` when the engine is built: build a new one after training on. A v7b, v8-hybrid or
-    ROSA model decodes through the model itself, row by row; its state grows as :class:`heron.State` says.
+    ROSA model decodes through the model itself, sequence by sequence; its state grows as :class:`heron.State` says.
+    Threads may share an engine: what they ask of it is done one after another.
 
     Args:
         model: an RWKV (or a module with its `forward`, `hidden_states`, `config.vocab_size`), in the dtype to run in;
@@ -55,7 +46,7 @@ class Engine:
         rows: sequences that can be open at once; their states are allocated now.
         tables: where DeepEmbed tables are: "device" (with the weights), "host" (in memory, as `model` has them, or
             pinned copies for a GPU), or "disk" (in `tables_file`, mapped; once the caller lets go of `model` they take
-            no memory). Rows are the same bit for bit, and fetched once per token for all layers.
+            no memory). Their rows are the same bit for bit, and fetched once per token for all layers.
         tables_file: of "disk"; written where it is missing.
         device: where the rest runs; None: where the model is.
 
@@ -68,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: RWKV,
         tokenizer: Tokenizer,
         rows: int = 1,
         tables: str = "device",
@@ -92,7 +83,7 @@ class Engine:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
         self._fingerprint: str | None = None
-        self._tables = None
+        moved = None
         model = in_one_dtype(model)  # token after token, a cast at each step would cost more than the step
         self._is_fusible = is_fusible(model)
         if tables != "device":
@@ -101,17 +92,18 @@ class Engine:
                     "tables: off the device only those of a v8 or v7a model in one dtype, without ROSA; give 'device'"
                 )
             self._fingerprint = fingerprint(model.state_dict())  # later there are no tables in the model
-            model, self._tables = off_device(model, self._device, Path(tables_file) if tables_file else None)
+            model, moved = off_device(model, self._device, Path(tables_file) if tables_file else None)
         elif next(model.parameters()).device != self._device:
             raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
         self.model = model
-        self._decoder = decoder_of(model, rows, self._tables)
-        self._reads_by_graph = self._device.type == "cuda" and self._is_fusible and self._tables is None
-        self._reader: GraphedReader | None = None
-        self._draws = DeviceDraws(tokenizer, rows, self._device) if self._device.type == "cuda" else None
-        self._free = list(range(rows))
-        self._open: list[Row] = []
+        self._decoder = decoder_of(model, rows, moved)
+        is_cuda = self._device.type == "cuda"
+        self._reader = PromptReader(model, self._device, PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS, moved)
+        self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
+        self._open: list[OpenSequence] = []  # of those that are to be read, the first gets the next piece
+        self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one
         self._is_running = False
+        self._lock = threading.RLock()  # of the model, the decoder and everything above
 
     # -- prompts and states ---------------------------------------------------------------------------------------
 
@@ -123,16 +115,10 @@ class Engine:
         Raises:
             DataError: an id outside the vocabulary.
         """
-        self._check(ids)
-        size = PREFILL_TOKENS_CUDA if self._device.type == "cuda" else PREFILL_TOKENS
-        for start in range(0, len(ids), size):
-            piece = ids[start : start + size]
-            if len(piece) == size and self._reads_by_graph:
-                if self._reader is None:
-                    self._reader = GraphedReader(self.model, size)
-                state = self._reader.read(piece, state)
-            else:
-                _, state = self._ask(self.model.hidden_states, piece, state)
+        check_ids(ids, self.vocab_size)
+        for start in range(0, len(ids), self._reader.size):
+            with self._lock:
+                state = self._reader.read(ids[start : start + self._reader.size], state)
         return state.clone() if isinstance(state, State) else state  # clones are no inference tensors
 
     def likeliest(self, after: Snapshot, n: int) -> list[tuple[int, float]]:
@@ -141,21 +127,13 @@ class Engine:
         Ids that stand for nothing in the tokenizer count for the probabilities and are not listed.
         """
         *context, token = self.prompt_ids((), after)
-        logits, _ = self._ask(self.model, [token], self.prefill(context, after.state))
-        probs = logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
+        state = self.prefill(context, after.state)
+        with self._lock:
+            logits = self._reader.logits(token, state)
+        probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
         ranked = probs[: self.tokenizer.vocab_size].argsort(descending=True, stable=True).tolist()
         known = (token for token in ranked if stand_for_something(self.tokenizer, [token]))
         return [(token, float(probs[token])) for token in itertools.islice(known, min(n, len(ranked)))]
-
-    def _ask(
-        self, function: Callable[[Tensor, State | None], tuple[Tensor, State]], ids: Sequence[int], state: State | None
-    ) -> tuple[Tensor, State]:
-        """Call the model or one of its methods on ids; table rows are there before it starts."""
-        tokens = torch.tensor([list(ids)], device=self._device)
-        with only_computing(self.model):
-            if self._tables is not None:
-                self._tables.fetch(tokens, self._device)
-            return function(tokens, state)
 
     def prompt_ids(self, prompt: str | Sequence[int], after: Snapshot | None = None) -> list[int]:
         """The ids that are read for `prompt`, those pending in `after` first; never empty.
@@ -166,27 +144,19 @@ class Engine:
             ConfigError: nothing to read under a tokenizer without end of document.
             DataError: a text that cannot be encoded, an id outside the vocabulary.
         """
-        pending = () if after is None else after.pending
-        if hasattr(prompt, "tolist"):
-            prompt = prompt.tolist()
-        is_bytes = isinstance(prompt, bytes | bytearray)  # ids under the tokenizer of bytes, a mistake under others
-        if not isinstance(prompt, Iterable) or (is_bytes and self.tokenizer.spec != "bytes"):
-            raise DataError(f"prompt: wanted a text or token ids, got {type(prompt).__name__}")
-        if not isinstance(prompt, str):
-            ids = list(prompt)
-        elif pending or (after is not None and after.state is not None):
-            ids = encode_behind(self.tokenizer, pending, prompt)
-        else:
-            ids = self.tokenizer.encode(prompt)
-        ids = [*pending, *ids]
-        if not ids:
-            if self.tokenizer.eod is None:
-                raise ConfigError(
-                    "prompt: it is empty, and this tokenizer has no end-of-document token to start from; give some text"
-                )
-            ids = [self.tokenizer.eod]
-        self._check(ids)
-        return ids
+        return prompt_ids(prompt, after, self.tokenizer, self.vocab_size)
+
+    def check(self, request: Request) -> list[int]:
+        """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
+        ids = self._checked(request)
+        return ids if request.after is None else ids[len(request.after.pending) :]
+
+    def _checked(self, request: Request) -> list[int]:
+        """The ids that are read for a request, those pending first, if it can be served."""
+        if not isinstance(request, Request):
+            raise ConfigError(f"request: wanted a Request, such as Request(text), got {type(request).__name__}")
+        request.check(self.tokenizer, self.vocab_size)
+        return self.prompt_ids(request.prompt, request.after)
 
     def save(self, snapshot: Snapshot, path: str | Path) -> None:
         """Write a snapshot as safetensors, every bit of it, with the model's fingerprint; another one is replaced.
@@ -194,7 +164,7 @@ class Engine:
         Raises:
             CheckpointError: the file cannot be written, or is there and no state file.
         """
-        state_files.write(snapshot, as_path(path), self.fingerprint)
+        write_snapshot(snapshot, as_path(path), self.fingerprint)
 
     def load(self, path: str | Path) -> Snapshot:
         """A snapshot that :meth:`save` wrote, onto this engine's device.
@@ -202,24 +172,8 @@ class Engine:
         Raises:
             CheckpointError: no such file, a damaged one, or one that another model (or another dtype of it) wrote.
         """
-        path = as_path(path)
-        tensors, model = state_files.read(path)
-        if model != self.fingerprint:
-            raise CheckpointError(
-                f"{path}: this state belongs to another model (fingerprint {model}, this one has "
-                f"{self.fingerprint}); a state fits only the weights and the dtype that made it"
-            )
-        parts = state_files.take_state(path, tensors, self._device)
-        state_files.check_rest(path, tensors, self.tokenizer.vocab_size)
-        try:
-            state = State.from_list(parts) if parts else None
-            if state is not None:
-                state.check(self.model.config, 1)
-            pending = tuple(tensors["pending"].tolist())
-            self._check(pending)
-        except (ConfigError, DataError) as error:
-            raise CheckpointError(f"{path}: damaged: {error}") from None
-        return Snapshot(state, pending, tensors.get("counts"), tensors.get("generator"))
+        config, n_ids = self.model.config, self.tokenizer.vocab_size
+        return read_snapshot(as_path(path), self.fingerprint, config, n_ids, self._device)
 
     @property
     def fingerprint(self) -> str:
@@ -228,7 +182,12 @@ class Engine:
             self._fingerprint = fingerprint(self.model.state_dict())
         return self._fingerprint
 
-    # -- rows -----------------------------------------------------------------------------------------------------
+    # -- sequences ------------------------------------------------------------------------------------------------
+
+    @property
+    def n_free(self) -> int:
+        """How many more sequences can be opened or added now."""
+        return len(self._free)
 
     def open(
         self,
@@ -236,178 +195,197 @@ class Engine:
         after: Snapshot | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         seed: int = 0,
-    ) -> Row:
-        """Read `ids` (behind `after` and its pending ids) and take a row for what follows.
+    ) -> OpenSequence:
+        """Read `ids` (behind `after` and its pending ids) now, and take a place for what follows.
 
         Raises:
-            ConfigError: all rows are taken, :meth:`run` is going on, a seed out of range, a state of another shape, or
+            ConfigError: the engine is full, :meth:`run` is going on, a seed out of range, a state of another shape, or
                 nothing at all to read under a tokenizer without end of document.
             DataError: an id outside the vocabulary.
         """
         self._refuse_while_running()
-        return self._take(ids, after, sampling, seed)
-
-    def _take(self, ids: Sequence[int], after: Snapshot | None, sampling: Sampling, seed: int) -> Row:
-        if not self._free:
-            raise ConfigError(f"all {len(self._open)} rows of the engine are taken; close one, or build it with more")
         check_seed(seed)
-        after = after or Snapshot(None)
-        *context, token = self.prompt_ids(ids, after)
-        if after.state is not None and self._is_fusible:
-            after.state.check(self.model.config, 1)
-        state = self.prefill(context, after.state)
-        generator = torch.Generator().manual_seed(int(seed))
-        if after.generator is not None:
-            generator.set_state(after.generator)
-        counts = None
-        if sampling.has_penalties:
-            counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts.clone()
-        number = self._free.pop(0)
-        if counts is not None and self._draws is not None:
-            counts = self._draws.keep(number, counts)
-        row = Row(number, token, sampling, counts, generator)
-        self._decoder.write(row.number, state)
-        self._open.append(row)
-        return row
+        ids = self.prompt_ids(ids, after)
+        with self._lock:
+            sequence = self._join(ids, after, sampling, seed, TextWriter(self.tokenizer, ids))
+            try:
+                while not sequence.is_read:
+                    self._read_piece(sequence)
+            except BaseException:  # an interrupt, too
+                self.close(sequence)
+                raise
+        return sequence
 
-    def step(self) -> list[tuple[Row, Token]]:
-        """Draw one token for every open row, in the order in which they were opened.
+    def add(self, request: Request) -> OpenSequence:
+        """Take a place for a request, whose prompt the next steps read, a piece at each.
+
+        The prompts that wait take turns, in order of arrival: a short one is never held up by a long one for more than
+        a piece, and each gets on however many come. What a step draws is for :attr:`OpenSequence.text`:
+        ``sequence.text.push(token.id)``; close the sequence once that has a `finish`, or before, to cancel it.
+
+        Raises:
+            ConfigError: the engine is full, :meth:`run` is going on, no token is wanted, and as :meth:`run`.
+            DataError: as :meth:`run`.
+        """
+        self._refuse_while_running()
+        return self._add(request)
+
+    def _add(self, request: Request) -> OpenSequence:
+        ids = self._checked(request)
+        if request.max_tokens == 0:
+            raise ConfigError("max_tokens: wanted at least 1 of a request that takes a place, got 0")
+        text = TextWriter(self.tokenizer, ids, request.stop, request.stop_ids, request.max_tokens)
+        return self._join(ids, request.after, request.sampling, request.seed, text)
+
+    def _join(
+        self, ids: list[int], after: Snapshot | None, sampling: Sampling, seed: int, text: TextWriter
+    ) -> OpenSequence:
+        """Take a place for a sequence that reads `ids`, those pending in `after` first."""
+        after = after or Snapshot(None)
+        with self._lock:
+            if not self._free:
+                raise ConfigError(f"the engine is full (rows={len(self._open)}); close a sequence, or give more rows")
+            if after.state is not None and self._is_fusible:
+                after.state.check(self.model.config, 1)
+            generator = torch.Generator().manual_seed(int(seed))
+            if after.generator is not None:
+                generator.set_state(after.generator)
+            place, counts = self._free[0], None
+            if sampling.has_penalties:
+                counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts
+                counts = self._draws.keep(place, counts)
+            sequence = OpenSequence(place, ids, after.state, sampling, counts, generator, text)
+            if sequence.is_read:
+                self._decoder.write(place, after.state)
+            self._open, self._free = [*self._open, sequence], self._free[1:]
+        return sequence
+
+    def _read_piece(self, sequence: OpenSequence) -> None:
+        """Read the next piece of a sequence's prompt; behind the last one the decoder goes on."""
+        ids = sequence.unread
+        n = min(self._reader.size, len(ids) - 1)
+        state = self._reader.read(ids[:n], sequence.state)
+        if n == len(ids) - 1:
+            self._decoder.write(sequence.place, state)
+            state = None
+        sequence.go_on(ids[n:], state)
+
+    def step(self) -> list[tuple[OpenSequence, Token]]:
+        """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
 
         Raises:
             ConfigError: :meth:`run` is going on.
             HeronError: the logits are not finite.
         """
         self._refuse_while_running()
-        return self._advance()
+        return self._step()
 
-    def _advance(self) -> list[tuple[Row, Token]]:
-        if not self._open:
-            return []
-        logits = self._decoder.step([row.number for row in self._open], [row._token for row in self._open])
-        logits = logits[:, : self.tokenizer.vocab_size]
-        if self._draws is not None:
-            settings = [(row.number, row.sampling) for row in self._open]
-            generators = [row._generator for row in self._open]
+    def _step(self) -> list[tuple[OpenSequence, Token]]:
+        with self._lock:
+            if waiting := [one for one in self._open if len(one.unread) > 1]:
+                self._read_piece(waiting[0])
+                self._open = [*(one for one in self._open if one is not waiting[0]), waiting[0]]
+            writing = [one for one in self._open if one.is_read] if waiting else self._open
+            if not writing:
+                return []
+            logits = self._decoder.step([one.place for one in writing], [one.unread[0] for one in writing])
+            logits = logits[:, : self.tokenizer.vocab_size]
+            settings = [(one.place, one.sampling) for one in writing]
             look_ahead = self._decoder.look_ahead
             try:
-                drawn = self._draws.draw(settings, generators, logits, look_ahead)
+                drawn = self._draws.draw(settings, [one.generator for one in writing], logits, look_ahead)
             except BaseException:  # an interrupt, too
-                for row in self._open if look_ahead is not None else ():
-                    self._decoder.write(row.number, self._decoder.read(row.number))  # not what was looked ahead
+                for one in writing if look_ahead is not None else ():
+                    self._decoder.write(one.place, self._decoder.read(one.place))  # not what was looked ahead
                 raise
-            tokens = [(row, Token(*token)) for row, token in zip(self._open, drawn, strict=True)]
-            for row, token in tokens:
-                row._token = token.id
-            return tokens
-        logits = logits.cpu()
-        return [(row, self._draw(row, logits[i])) for i, row in enumerate(self._open)]
+            for one, token in zip(writing, drawn, strict=True):
+                one.go_on([token.id])
+            return list(zip(writing, drawn, strict=True))
 
-    def snapshot(self, row: Row) -> Snapshot:
-        """What `row` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on."""
-        self._check_open(row)
-        counts = None if row._counts is None else row._counts.to("cpu", copy=True)
-        state = self._decoder.read(row.number)
-        return Snapshot(state and state.clone(), (row._token,), counts, row._generator.get_state())
-
-    def close(self, row: Row) -> None:
-        """Free a row for another sequence."""
-        self._check_open(row)
-        self._open.remove(row)
-        self._free.append(row.number)
-
-    def _check_open(self, row: Row) -> None:
-        if row not in self._open:
-            raise ConfigError("this row is closed, or another engine's; its number may be taken by now")
-
-    def _draw(self, row: Row, logits: Tensor) -> Token:
-        allowed = logits
-        token = sample(allowed, row.sampling, row._counts, row._generator)
-        while not stand_for_something(self.tokenizer, [token]):
-            allowed = allowed.clone()
-            allowed[token] = -math.inf
-            token = sample(allowed, row.sampling, row._counts, row._generator)
-        row._token = token
-        if row._counts is not None:
-            fade(row._counts, row.sampling.penalty_decay)
-            row._counts[token] += self._increments[int(row.sampling.count_digits), token]
-        return Token(token, float(log_softmax(logits)[token]))
-
-    @functools.cached_property
-    def _increments(self) -> Tensor:
-        return increments(self.tokenizer)
-
-    def _check(self, ids: Sequence[int]) -> None:
-        for position, token in enumerate(ids):
-            if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-                raise DataError(f"prompt: token {position} must be an id, a whole number, got {token!r}")
-            if not 0 <= token < self.vocab_size:
-                raise DataError(
-                    f"prompt: token {position} has id {token}, the model knows 0 to {self.vocab_size - 1} "
-                    f"(vocab_size {self.vocab_size}); give the tokenizer that the model was trained with"
-                )
-
-    # -- text -----------------------------------------------------------------------------------------------------
-
-    def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
-        """Continue every request, as many at a time as there are free rows; each is taken when a row is free for it.
-
-        What a request says depends on nothing but itself. Closing the iterator frees its rows.
+    def snapshot(self, sequence: OpenSequence) -> Snapshot:
+        """What `sequence` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on.
 
         Raises:
-            ConfigError: rows are open already, those of another `run` among them; negative `max_tokens`, an empty stop
-                text, an empty prompt under a tokenizer without end of document.
+            ConfigError: the sequence is closed, or another engine's.
+        """
+        with self._lock:
+            self._check_open(sequence)
+            counts = None if sequence.counts is None else sequence.counts.to("cpu", copy=True)
+            state = self._decoder.read(sequence.place) if sequence.is_read else sequence.state
+            return Snapshot(state and state.clone(), tuple(sequence.unread), counts, sequence.generator.get_state())
+
+    def close(self, sequence: OpenSequence) -> None:
+        """Free the place of a sequence at once, whatever is still to be read or drawn: the end, or a cancellation.
+
+        Raises:
+            ConfigError: the sequence is closed, or another engine's.
+        """
+        with self._lock:
+            self._check_open(sequence)
+            self._open, self._free = [one for one in self._open if one is not sequence], [*self._free, sequence.place]
+            sequence.end()
+
+    def _check_open(self, sequence: OpenSequence) -> None:
+        if not isinstance(sequence, OpenSequence):
+            raise ConfigError(f"sequence: wanted what open or add gave, got {type(sequence).__name__}")
+        if not sequence.is_open:
+            raise ConfigError("this sequence is closed; its place may be taken by now")
+        if sequence not in self._open:
+            raise ConfigError("this sequence is another engine's; ask the one that opened it")
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def run(self, requests: Iterable[Request]) -> Generator[Piece]:
+        """Continue every request, as many at a time as there are places; each is taken when a place is free for it.
+
+        What a request says depends on nothing but itself. An iterable that is no list or tuple is asked in a thread of
+        its own, so that a request that is still to come (from a pipe, say) holds up no text; what it raises is raised
+        here. Closing the iterator frees its places.
+
+        Raises:
+            ConfigError: sequences are open already, those of another `run` among them; negative `max_tokens`, an empty
+                stop text, an empty prompt under a tokenizer without end of document.
             DataError: a prompt that cannot be encoded, or an id outside the vocabulary.
         """
         self._refuse_while_running()
         if self._open:
-            raise ConfigError(f"{len(self._open)} rows are open, and run would move them on; close them, or use step")
+            raise ConfigError(f"{len(self._open)} sequences are open, and run would move them on; close them, or step")
+        if isinstance(requests, Request) or not isinstance(requests, Iterable):
+            raise ConfigError(f"requests: wanted several, as in run([request]), got {type(requests).__name__}")
+        incoming, numbers, n_taken = Incoming(requests), {}, 0
         self._is_running = True
-        waiting = enumerate(requests)
-        running: dict[int, tuple[Row, Writing]] = {}
         try:
-            more = True
-            while more or running:
-                while more and self._free:
-                    number, request = next(waiting, (0, None))
-                    more = request is not None
-                    if not more:
-                        break
-                    ids = self.check(request)
-                    if request.max_tokens == 0:
-                        yield Piece(number, "", None, "length")
-                        continue
-                    row = self._take(ids, request.after, request.sampling, request.seed)
-                    pending = request.after.pending if request.after else ()
-                    running[row.number] = row, Writing(number, request, self.tokenizer, [*pending, *ids])
+            while numbers or not incoming.is_over:
+                for request in incoming.take(self.n_free, wait=not numbers):
+                    if isinstance(request, Request) and request.max_tokens == 0:
+                        self.check(request)
+                        yield Piece(n_taken, "", None, "length")
+                    else:
+                        numbers[self._add(request)] = n_taken
+                    n_taken += 1
                 pieces = []
-                for row, token in self._advance():
-                    pieces.append(piece := running[row.number][1].push(token))
-                    if piece.finish:
-                        del running[row.number]
-                        self.close(row)
+                for sequence, token in self._step():
+                    text = sequence.text.push(token.id)
+                    pieces.append(Piece(numbers[sequence], text, token, sequence.text.finish))
+                    if sequence.text.finish:
+                        del numbers[sequence]
+                        self.close(sequence)
                 yield from pieces
         finally:
             self._is_running = False
-            for row, _ in running.values():
-                self.close(row)
+            incoming.close()
+            for sequence in self._open:
+                self.close(sequence)
 
     def _refuse_while_running(self) -> None:
         if self._is_running:
             raise ConfigError("the engine's run is going on; let it end or close it, or build another engine")
 
-    def stream(self, request: Request) -> Iterator[str]:
+    def stream(self, request: Request) -> Generator[str]:
         """The text that follows one request, piece by piece, each as soon as it is certain. Errors as in :meth:`run`,
         but at the call."""
         request = dataclasses.replace(request, prompt=self.check(request))
         return (piece.text for piece in self.run([request]) if piece.text)
-
-    def check(self, request: Request) -> list[int]:
-        """The ids of the request's prompt, if the request can be served. Errors as in :meth:`run`."""
-        if not isinstance(request, Request):
-            raise ConfigError(f"request: wanted a Request, such as Request(text), got {type(request).__name__}")
-        request.check(self.tokenizer, self.vocab_size)
-        ids = self.prompt_ids(request.prompt, request.after)
-        return ids if request.after is None else ids[len(request.after.pending) :]
 
 
 def _check_kinds(model: object, tokenizer: object) -> None:

@@ -1,42 +1,29 @@
-"""What is asked of an engine, what it gives, and the way from its tokens to text."""
+"""What is asked of an engine, what it gives, and the sequences that it has open."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from heron.config import LARGEST_SEED, plain
-from heron.errors import ConfigError
-from heron.generation.sampling import Sampling
-from heron.generation.text import until_stop
+from heron.errors import ConfigError, DataError
+from heron.generation.sampling import Sampling, Token
+from heron.generation.snapshot import Snapshot
+from heron.generation.text import TextWriter, UntilStop
 from heron.model import State
-from heron.tokenizer import TextStream, Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """Everything that decides what a row says next; it can go on in any number of rows, and in a file.
-
-    A prompt cache is a snapshot with a `state` and perhaps `pending` ids alone.
-    """
-
-    state: State | None
-    """What was read, batch size 1, on any device; None: nothing."""
-    pending: tuple[int, ...] = ()
-    """Ids that are still to be read, in a row the last one drawn."""
-    counts: Tensor | None = None
-    """(V,) fp32 decayed occurrences of each token for the penalties; None: none yet."""
-    generator: Tensor | None = None
-    """State of the row's random generator; None: a new row's seed decides."""
+from heron.tokenizer import Tokenizer
+from heron.tokenizer.continuation import encode_behind
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A text that is wanted from :meth:`Engine.run`."""
+    """A text that is wanted from :meth:`Engine.run` or :meth:`Engine.add`."""
 
     prompt: str | Sequence[int] = ""
     """Text or ids. Empty, and nothing pending in `after`: starts from the end of a document, as training does."""
@@ -63,18 +50,11 @@ class Request:
             raise ConfigError(f"state: wanted a heron.State, got {type(self.after.state).__name__}")
         check_max_tokens(self.max_tokens)
         check_seed(self.seed)
-        until_stop(tokenizer, self.stop)
+        UntilStop(tokenizer, self.stop)
         ids = self.stop_ids
         whole = np.iterable(ids) and all(type(i) is int or isinstance(i, np.integer) for i in ids)
         if not whole or not all(0 <= i < vocab_size for i in ids):
             raise ConfigError(f"stop_ids: wanted ids from 0 to {vocab_size - 1}, got {ids!r:.80}")
-
-
-class Token(NamedTuple):
-    """One drawn token."""
-
-    id: int
-    logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
 
 
 class Piece(NamedTuple):
@@ -86,30 +66,81 @@ class Piece(NamedTuple):
     finish: str | None  # None: goes on; "end" (of document), "stop" (a text or an id) or "length"
 
 
-class Writing:
-    """A request on its way from tokens to text."""
+class OpenSequence:
+    """A sequence that has a place in an engine: from :meth:`Engine.open` or :meth:`Engine.add` to :meth:`Engine.close`.
 
-    def __init__(self, number: int, request: Request, tokenizer: Tokenizer, before: list[int]):
-        self._number, self._left, self._eod = number, request.max_tokens, tokenizer.eod
-        self._stop_ids = frozenset(request.stop_ids)
-        # An end of document alone is where an empty prompt starts: no text is in front.
-        self._text = TextStream(tokenizer, () if before == [tokenizer.eod] else before)
-        self._until_stop = until_stop(tokenizer, request.stop)
+    Attributes:
+        text: what turns its tokens into text. The engine pushes nothing to it.
+        is_open: False once it was closed.
+        place: its number among the engine's places.
+        unread: the ids that are still to be read, the last of them by the step that draws the next token.
+        state: behind what was read of a prompt; None at the start, and once the prompt was read.
+        sampling, counts, generator: how its tokens are drawn, the occurrences of tokens (V,), the random numbers.
+    """
 
-    def push(self, token: Token) -> Piece:
-        """What the next token gives."""
-        self._left -= 1
-        text = ""
-        if token.id == self._eod:
-            finish = "end"
-        elif token.id in self._stop_ids:
-            finish = "stop"
-        else:
-            text = self._until_stop.push(self._text.push(token.id))
-            finish = "stop" if self._until_stop.found else None if self._left else "length"
-        if finish and not self._until_stop.found:
-            text += self._until_stop.push(self._text.flush()) + self._until_stop.flush()
-        return Piece(self._number, text, token, finish)
+    def __init__(
+        self,
+        place: int,
+        unread: list[int],
+        state: State | None,
+        sampling: Sampling,
+        counts: Tensor | None,
+        generator: torch.Generator,
+        text: TextWriter,
+    ):
+        self.text, self.is_open, self.place = text, True, place
+        self.unread, self.state = unread, state
+        self.sampling, self.counts, self.generator = sampling, counts, generator
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its prompt was read, so that every step draws a token for it."""
+        return len(self.unread) == 1
+
+    def go_on(self, unread: list[int], state: State | None = None) -> None:
+        """Note what the engine has read, or drawn."""
+        self.unread, self.state = unread, state
+
+    def end(self) -> None:
+        """Note that the engine has closed it."""
+        self.is_open, self.state = False, None
+
+
+def prompt_ids(prompt: str | Sequence[int], after: Snapshot | None, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """What :meth:`heron.Engine.prompt_ids` gives for a model of so many ids. Errors as there."""
+    pending = () if after is None else after.pending
+    if not isinstance(prompt, str) and (to_list := getattr(prompt, "tolist", None)) is not None:
+        prompt = to_list()
+    is_bytes = isinstance(prompt, bytes | bytearray)  # ids under the tokenizer of bytes, a mistake under others
+    if not isinstance(prompt, Iterable) or (is_bytes and tokenizer.spec != "bytes"):
+        raise DataError(f"prompt: wanted a text or token ids, got {type(prompt).__name__}")
+    if not isinstance(prompt, str):
+        ids = list(prompt)
+    elif pending or (after is not None and after.state is not None):
+        ids = encode_behind(tokenizer, pending, prompt)
+    else:
+        ids = tokenizer.encode(prompt)
+    ids = [*pending, *ids]
+    if not ids:
+        if tokenizer.eod is None:
+            raise ConfigError(
+                "prompt: it is empty, and this tokenizer has no end-of-document token to start from; give some text"
+            )
+        ids = [tokenizer.eod]
+    check_ids(ids, vocab_size)
+    return ids
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """DataError, with the position, for what is no id of a model that knows so many."""
+    for position, token in enumerate(ids):
+        if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+            raise DataError(f"prompt: token {position} must be an id, a whole number, got {token!r}")
+        if not 0 <= token < vocab_size:
+            raise DataError(
+                f"prompt: token {position} has id {token}, the model knows 0 to {vocab_size - 1} "
+                f"(vocab_size {vocab_size}); give the tokenizer that the model was trained with"
+            )
 
 
 def check_max_tokens(max_tokens: int) -> None:

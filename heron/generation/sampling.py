@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +73,13 @@ class Sampling:
         return logits - self.presence_penalty * (counts > 0) - self.frequency_penalty * counts
 
 
+class Token(NamedTuple):
+    """One drawn token."""
+
+    id: int
+    logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
+
+
 def increments(tokenizer: Tokenizer) -> Tensor:
     """What a drawn token adds to its count, (2, V) fp32: row 0 without, row 1 with `count_digits`.
 
@@ -136,9 +144,9 @@ def sample(logits: Tensor, sampling: Sampling, counts: Tensor | None, generator:
 
 def log_softmax(logits: Tensor) -> np.ndarray:
     """Logarithms of the probabilities (V,) of logits (V,) on the CPU, in at least fp32, on this thread alone."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
     with np.errstate(over="ignore"):
-        distances = logits - logits.max()
+        distances = values - values.max()
     return distances - np.log(np.exp(distances).sum())
 
 

@@ -13,6 +13,7 @@ from heron import cli, tokenizer
 from heron.errors import CheckpointError, ConfigError
 from heron.generation import Engine, Sampling, Snapshot, chat
 from heron.generation.chat import Chat, cleaned, printable
+from heron.generation.prefill import PromptReader
 from tests.tokenizer.tokenizer_kinds import load
 
 LETTERS = tokenizer.load("bytes")
@@ -283,14 +284,14 @@ def test_turns_are_read_as_the_conversation_encoded_whole(kind, random_model, tm
     """A byte-level BPE writes two newlines at the end of a text as one id, others put a space before each text."""
     tokens = load(kind)
     engine = Engine(random_model(vocab_size=tokens.vocab_size, n_layer=1), tokens)
-    prefill, read = Engine.prefill, []
+    piece_of, read = PromptReader.read, []
 
     def noted(self, ids, state=None):
         read.append((len(read) and state is not None, list(ids)))
-        return prefill(self, ids, state)
+        return piece_of(self, ids, state)
 
     one = Chat(engine, Sampling(top_k=1), 6)
-    monkeypatch.setattr(Engine, "prefill", noted)
+    monkeypatch.setattr(PromptReader, "read", noted)
     text, settled = "", []
     for message in ("the heron waits", "is it there?", "where"):
         read.clear()

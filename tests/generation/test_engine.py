@@ -214,7 +214,7 @@ def test_saved_and_gone_on_is_never_stopped(random_model, tmp_path, form):
     assert equal(bits(fresh.snapshot(again).state), bits(whole.snapshot(row).state))
     twice = fresh.open((), loaded, sampling)  # the snapshot has not been touched
     assert [fresh.step()[1][1] for _ in range(12)] == want[8:]
-    assert twice.number != again.number
+    assert twice.place != again.place
 
 
 def test_a_prompt_cache_is_shared_and_never_changed(random_model, tmp_path):
@@ -336,9 +336,9 @@ def test_a_state_from_the_engine_can_be_trained_on(random_model):
 def test_rows_are_given_back(random_model):
     small = Engine(random_model(), INTEGERS, rows=2)
     one, two = small.open([1]), small.open([2])
-    with pytest.raises(ConfigError, match="all 2 rows"):
+    with pytest.raises(ConfigError, match=r"the engine is full \(rows=2\)"):
         small.open([3])
-    with pytest.raises(ConfigError, match="2 rows are open"):
+    with pytest.raises(ConfigError, match="2 sequences are open"):
         next(small.run([Request([1], 3)]))
     small.close(one)
     small.close(two)
@@ -436,7 +436,7 @@ def test_a_row_that_was_closed_is_nobodys(random_model):
     engine.close(closed)
     other = engine.open([2])
     for use in (engine.snapshot, engine.close):
-        with pytest.raises(ConfigError, match="this row is closed"):
+        with pytest.raises(ConfigError, match="this sequence is closed"):
             use(closed)
     assert engine.snapshot(other).pending == (2,)
 
