@@ -27,6 +27,7 @@ class Group(NamedTuple):
 FAST = Group("2x", 2.0, False, "the decay bias learns at twice the rate")
 DECAY = Group("decay", 1.0, True, "a large matrix: only these take weight decay")
 PLAIN = Group("1x", 1.0, False, "vectors, norms and low-rank matrices do not decay")
+COPY = Group("10x", 10.0, False, "ROSA memory's bonus: logits, which must reach several units within a short run")
 TABLE = Group("table", 1.0, False, "rows by token, most of them gates around 1: decay would pull them to 0")
 
 _TABLES = tuple(f".{name}.weight" for name in ("enn", "enn4", "s_emb", "ennk", "emm", "k_emb", "v_emb"))
@@ -36,10 +37,12 @@ def group_of(name: str, parameter: torch.Tensor) -> Group:
     """The group of a parameter, by name and shape.
 
     Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, configure_optimizers. TABLE is our own choice, since that
-    rule would let weight decay act on the DeepEmbed gates; the other parameters that v7 lacks go by that rule.
+    rule would let weight decay act on the DeepEmbed gates, and so is COPY; the other parameters that v7 lacks go by that rule.
     """
     if name.endswith(_TABLES):
         return TABLE
+    if name == "memory.copy":
+        return COPY
     if "att.w0" in name:
         return FAST
     if parameter.squeeze().dim() >= 2 and name.endswith(".weight"):

@@ -59,8 +59,8 @@ def load(
             keep vectors in fp32) stays as it is and computes in the widest of them, which a warning says.
         has_ln0: whether a v8-hybrid applies its ln0, which its tensors cannot say; None: as its run or its config.json
             says, else no.
-        rosa: how the ROSA in it works (1 or 4 bits, the rules), which tensors cannot say either; None: as its run or
-            its config.json says.
+        rosa: how the ROSA in it works (1 or 4 bits, the rules), which tensors cannot say either, or its ROSA memory;
+            None: as its run or its config.json says.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, or not a model of a known variant: the message names the file
@@ -275,14 +275,18 @@ def weights_file(path: Path) -> Path:
 
 def unsaid(
     tensors: Mapping[str, Tensor], source: Path, has_ln0: bool | None = None, rosa: RosaConfig | None = None
-) -> tuple[bool | None, RosaConfig | None]:
-    """What tensors cannot say, `has_ln0` and `rosa`: as given, else as the run or the config.json around them says."""
-    if not leave_unsaid(tensors) or (has_ln0 is not None and rosa is not None):
-        return has_ln0, rosa
-    told = recorded(source)
+) -> tuple[bool | None, RosaConfig | None, RosaConfig | None]:
+    """What tensors cannot say: `has_ln0`, `rosa`, and how ROSA memory works.
+
+    As given (a `rosa` of scope stream is a memory), else as the run or the config.json around them says.
+    """
+    memory = None
+    if rosa is not None and rosa.scope == "stream":
+        rosa, memory = None, rosa
+    told = recorded(source) if leave_unsaid(tensors) else None
     if told is None:
-        return has_ln0, rosa
-    return told.has_ln0 if has_ln0 is None else has_ln0, rosa or told.rosa
+        return has_ln0, rosa, memory
+    return told.has_ln0 if has_ln0 is None else has_ln0, rosa or told.rosa, memory or told.memory
 
 
 def recorded(source: Path) -> ModelConfig | None:

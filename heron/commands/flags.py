@@ -231,7 +231,9 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--vocab_size", type=int, help="number of token ids; default: as in the input")
     convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
     convert.add_argument("--tokenizer", help="the model's, which a folder or .gguf keeps; default: the input's own")
-    convert.add_argument("--add_rosa", type=_rosa, help="add a ROSA branch: qkv-1bit or qkv-4bit; default: none")
+    convert.add_argument(
+        "--add_rosa", type=_rosa, help="add a ROSA branch, qkv-1bit or qkv-4bit, or ROSA memory: memory; default: none"
+    )
     _add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of input and output")
 
@@ -319,7 +321,7 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
 
 def _add_rosa(parser: argparse.ArgumentParser) -> None:
     """What a bare file of weights cannot say."""
-    names = "qkv-1bit, qkv-4bit"
+    names = "qkv-1bit, qkv-4bit, memory"
     parser.add_argument("--rosa", type=_rosa, help=f"how the ROSA in a bare file works: {names}; default: as its run")
 
 

@@ -17,6 +17,7 @@ from heron.data import binidx
 from heron.errors import CheckpointError
 from heron.model import RWKV, State
 from heron.model.init import rule
+from heron.model.memory import MEMORY_BYTES
 from heron.model.state import ROSA_BYTES
 from heron.optim import TABLE, group_of
 
@@ -75,6 +76,7 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
         ("variant", config.variant),
         ("", _PARTS[config.variant] + (", in the 4x form" if config.deep_embed_4x else "")),
         ("rosa", _rosa(config.rosa) if config.rosa else ""),
+        ("memory", _memory(config.memory) if config.memory else ""),
         ("sizes", f"n_layer {config.n_layer}, n_embd {config.n_embd}" + head_size),
         ("", f"ffn_dim {config.ffn_dim}, vocab_size {config.vocab_size}"),
         ("ranks", _ranks(config) if config.has_time_mix else ""),
@@ -121,6 +123,8 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
         odd.append("the attention writes nothing: fresh or up-cycled, not trained")
     if all_are("rosa.o.weight", 0) and all_are("rosa.o.bias", 0):
         odd.append("the ROSA branch writes nothing: fresh or up-cycled, not trained")
+    if all_are("memory.copy", 0) and all_are("memory.scale", 0):
+        odd.append("the ROSA memory adds nothing: fresh or up-cycled, not trained")
     if all_are("ffn.s_emb_x.weight", 0) and not all_are("ffn.s2", 0):
         odd.append("ffn.s_emb_x is 0: it has been merged into ffn.s_emb")
     half = torch.finfo(torch.float16).max
@@ -132,11 +136,18 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
 def sizes(config: ModelConfig) -> str:
     head_size = f" N{config.head_size}" if config.has_time_mix else ""
     rosa = f", ROSA of {config.rosa.bits} bits" if config.rosa else ""
+    rosa += ", ROSA memory" if config.memory else ""
     return f"{config.variant} L{config.n_layer} C{config.n_embd}{head_size} V{config.vocab_size}{rosa}"
 
 
 def _ranks(config: ModelConfig) -> str:
     return ", ".join(f"{name} {getattr(config, f'{name}_rank')}" for name in ("decay", "iclr", "value", "gate"))
+
+
+def _memory(memory: RosaConfig) -> str:
+    window = "all tokens" if memory.window is None else f"the last {memory.window:,} tokens"
+    end = "" if memory.end is None else f", within documents that end with id {memory.end}"
+    return f"{memory.n_matches} matches of at most {memory.max_match} tokens over {window}{end}"
 
 
 def _rosa(rosa: RosaConfig) -> str:
@@ -159,6 +170,8 @@ def _state_bytes(config: ModelConfig) -> str:
     a_token = config.n_layer * 64 * 4 + 8 if config.has_attention else 0
     if config.rosa is not None:
         a_token += config.n_layer * config.n_embd // config.rosa.bits * ROSA_BYTES
+    if config.memory is not None and config.memory.window is None:
+        a_token += MEMORY_BYTES
     growth = f", and {_bytes(a_token)} more with each token" if a_token else ""
     return f"{_bytes(state.nbytes)} a sequence in fp32{growth}"
 

@@ -16,6 +16,7 @@ from heron.config import ModelConfig, RosaConfig
 from heron.errors import ConfigError
 from heron.ops.rosa import TokenStream
 
+MEMORY_BYTES = 12  # a token that is read; up to twice as much while the arrays have room to grow
 _EXACT = 16  # lengths that have a row of their own; longer ones share one up to each power of two
 
 
@@ -35,7 +36,7 @@ class RosaMemory(nn.Module):
     def forward(self, recalled: Tensor, emb: nn.Module) -> Tensor:
         """What is added to the tokens' rows of emb, (B, T, C)::
 
-            sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
+        sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
         """
         ids, lengths = recalled.unbind(dim=-1)  # (B, T, K)
         matches, rows = self._rows(lengths)
@@ -64,75 +65,88 @@ def n_length_rows(max_match: int) -> int:
     return max_match if max_match <= _EXACT else _EXACT + (max_match - 1).bit_length() - 4
 
 
+def longest_match(n_rows: int) -> int:
+    """The largest `max_match` that has so many rows; more than 2^8 - 1 is not to be had."""
+    return n_rows if n_rows <= _EXACT else min(_EXACT << (n_rows - _EXACT), 255)
+
+
 class Recollection:
-    """What ROSA memory has read of one sequence. Reading on gives another one and leaves this as it is.
+    """The tokens that ROSA memory has read of one sequence. Reading on gives another one and leaves this as it is.
 
     The tokens lie in a stream that the recollections of one sequence share. The newest reads on in it at O(log T) a
     token; an older one, such as a state that several texts begin with, reads its tokens again first.
+
+    Args:
+        tokens: (n,) ids, the last of those read; with a window the last ``window + max_match`` are enough.
+        n_read: how many were read; None: these.
     """
 
-    def __init__(self, stream: TokenStream, n_read: int):
-        self._stream, self.n_read = stream, n_read
+    def __init__(self, tokens: Tensor, n_read: int | None = None):
+        self.n_read = len(tokens) if n_read is None else n_read
+        self._tokens: Tensor | None = tokens.cpu()
+        self._stream: TokenStream | None = None  # in which they were read
 
     @classmethod
-    def begin(cls, rosa: RosaConfig, tokens: Tensor | None = None, n_read: int | None = None) -> Recollection:
-        """The recollection of `tokens` (n,), the last of `n_read` tokens (None: of themselves); at first of nothing."""
-        stream = TokenStream(rosa.max_match or 1, rosa.window, rosa.end)
-        if tokens is not None:
-            stream = stream.going_on(len(tokens) if n_read is None else n_read, tokens.cpu())
-        return cls(stream, len(stream))
+    def _at_end_of(cls, stream: TokenStream) -> Recollection:
+        memory = cls(torch.empty(0, dtype=torch.int64), len(stream))
+        memory._tokens, memory._stream = None, stream
+        return memory
 
-    def read(self, tokens: Tensor, n_matches: int) -> tuple[Tensor, Tensor, Recollection]:
-        """Read on.
+    def read(self, tokens: Tensor, rosa: RosaConfig) -> tuple[Tensor, Tensor, Recollection]:
+        """Read on, as `rosa` says.
 
         Args:
             tokens: (n,) ids on any device.
 
         Returns:
-            recalled (n, n_matches, 2) on the device of `tokens`; where the matches end, (n, n_matches) int64 positions
-            in the sequence, -1 for none; and the recollection with `tokens`.
+            recalled (n, K, 2) on the device of `tokens`; where the matches end, (n, K) int64 positions in the sequence,
+            -1 for none; and the recollection with `tokens`.
 
         Raises:
             KernelError: the memory has a window, and so much was read since that the tokens in it are gone: go on
                 from a :meth:`clone`.
         """
         stream = self._stream
-        if len(stream) != self.n_read:
-            stream = stream.going_on(self.n_read, self.tokens())
-        ids = tokens.cpu()
-        followers, length, src = stream.recall(ids, n_matches)
+        if stream is None or len(stream) != self.n_read:
+            fresh = TokenStream(rosa.max_match or 1, rosa.window, rosa.end)
+            stream = fresh.going_on(self.n_read, self.tokens())
+        followers, length, src = stream.recall(tokens.cpu(), rosa.n_matches)
         recalled = torch.stack((followers, length), dim=-1).to(tokens.device)
-        return recalled, src, Recollection(stream, len(stream))
+        return recalled, src, Recollection._at_end_of(stream)
 
     def tokens(self) -> Tensor:
-        """The ids that later matches depend on, (n,) int64. KernelError as for :meth:`read`."""
-        return self._stream.tokens(self.n_read)
+        """The ids that later matches depend on, (n,) int64, on the CPU. KernelError as for :meth:`read`."""
+        if self._stream is not None:
+            return self._stream.tokens(self.n_read)
+        return self._tokens if self._tokens is not None else torch.empty(0, dtype=torch.int64)
+
+    def check(self, vocab_size: int) -> None:
+        """ConfigError for an id that no model of `vocab_size` ids has read."""
+        if self._tokens is not None and ((self._tokens < 0) | (self._tokens >= vocab_size)).any():
+            raise ConfigError(f"state, memory: ids must be 0 to {vocab_size - 1}")
 
     def clone(self) -> Recollection:
-        """A copy that shares no memory."""
-        if len(self._stream) == self.n_read:
-            return Recollection(self._stream.copy(), self.n_read)
-        return Recollection(self._stream.going_on(self.n_read, self.tokens()), self.n_read)
+        """A copy that shares no memory with others of its sequence."""
+        if self._stream is not None and len(self._stream) == self.n_read:
+            return Recollection._at_end_of(self._stream.copy())
+        return Recollection(self.tokens().clone(), self.n_read)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the stream holds."""
-        return self._stream.nbytes
+        """Bytes of memory that it holds, those of the stream that it shares with others of its sequence included."""
+        return self.tokens().nbytes if self._stream is None else self._stream.nbytes
 
 
 def recall(
-    tokens: Tensor, before: Sequence[Recollection], n_matches: int, cu_seqlens: Tensor | None = None
+    tokens: Tensor, before: Sequence[Recollection], rosa: RosaConfig, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, tuple[Recollection, ...]]:
     """What the memories of several sequences find in tokens (B, T), packed ones with `cu_seqlens` and B = 1.
 
     Returns:
-        recalled (B, T, n_matches, 2), and the recollections behind the tokens.
+        recalled (B, T, K, 2), and the recollections behind the tokens.
     """
-    if cu_seqlens is None:
-        found = [memory.read(ids, n_matches) for memory, ids in zip(before, tokens, strict=True)]
-        recalled = torch.stack([part for part, _, _ in found])
-    else:
-        pieces = tokens[0].split(cu_seqlens.diff().tolist())
-        found = [memory.read(ids, n_matches) for memory, ids in zip(before, pieces, strict=True)]
-        recalled = torch.cat([part for part, _, _ in found]).unsqueeze(0)
+    pieces = tokens if cu_seqlens is None else tokens[0].split(cu_seqlens.diff().tolist())
+    found = [memory.read(ids, rosa) for memory, ids in zip(before, pieces, strict=True)]
+    parts = [part for part, _, _ in found]
+    recalled = torch.stack(parts) if cu_seqlens is None else torch.cat(parts).unsqueeze(0)
     return recalled, tuple(memory for _, _, memory in found)

@@ -252,10 +252,10 @@ class RWKV(nn.Module):
         states = state if isinstance(state, tuple) else (state,)
         before = [memory for one in states if isinstance(one, State) and one.memory for memory in one.memory]
         if not before:
-            before = [Recollection.begin(rosa) for _ in range(n_seq)]
+            before = [Recollection(tokens.new_empty(0)) for _ in range(n_seq)]
         if len(before) != n_seq:
             raise ConfigError(f"state: wanted the memories of {n_seq} sequences, got {len(before)}")
-        return recall(tokens, before, rosa.n_matches, cu_seqlens)
+        return recall(tokens, before, rosa, cu_seqlens)
 
     def hidden_states(
         self,
@@ -332,7 +332,13 @@ class RWKV(nn.Module):
         return hidden, state if window is None else state.latest(window)
 
     def _one_after_another(
-        self, tokens: Tensor, states: States | None, cu_seqlens: Tensor, embeddings: Tensor | None, keep_state: bool
+        self,
+        tokens: Tensor,
+        states: States | None,
+        cu_seqlens: Tensor,
+        embeddings: Tensor | None,
+        keep_state: bool,
+        recalled: Tensor | None,
     ) -> tuple[Tensor, tuple[State, ...] | None]:
         """:meth:`hidden_states` of packed sequences whose states have different lengths: each in a pass of its own."""
         offsets = cu_seqlens.tolist()

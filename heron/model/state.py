@@ -13,6 +13,7 @@ from torch.utils import _pytree
 
 from heron.config import ModelConfig
 from heron.errors import ConfigError
+from heron.model.memory import Recollection
 from heron.ops._graph import in_graph
 
 DEA_WIDTH, DEA_RANK = 256, 32  # of DeepEmbedAttention's queries and keys, and of its codes
@@ -131,21 +132,29 @@ class State:
         """Upstream's flat list: att shift, wkv, ffn shift of block 0, then of block 1, ...
 
         Under DeepEmbedAttention the token ids follow, then key and value codes of block 0, of block 1, ..., and in v7b
-        the last query of each block. What ROSA remembers comes last: of each block the symbols, and where they are
-        there, the shift and the lengths.
+        the last query of each block. What ROSA remembers follows: of each block the symbols, and where they are
+        there, the shift and the lengths. ROSA memory comes last: of each sequence the ids that later matches depend on,
+        int32.
         """
+        of_memory = [memory.tokens().to(torch.int32).unsqueeze(0) for memory in self.memory or ()]
         parts = [part for layer in self.layers for part in (layer.att_shift, layer.wkv, layer.ffn_shift)]
         rosa = [part for layer in self.layers for part in layer.rosa or () if part is not None]
         if self.tokens is None:
-            return [*parts, *rosa]
+            return [*parts, *rosa, *of_memory]
         attention = [layer.attention for layer in self.layers if layer.attention is not None]
         codes = [part for memory in attention for part in (memory.k_codes, memory.v_codes)]
         queries = [memory.last_query for memory in attention if memory.last_query is not None]
-        return [*parts, self.tokens, *codes, *queries, *rosa]
+        return [*parts, self.tokens, *codes, *queries, *rosa, *of_memory]
 
     @classmethod
     def from_list(cls, parts: Sequence[Tensor]) -> State:
-        """The inverse of :meth:`to_list`. Where a section begins shows in the dtype: of ids int64, of symbols uint8."""
+        """The inverse of :meth:`to_list`. Where a section begins shows in the dtype: of ids int64, of symbols uint8, and
+        of the ids of ROSA memory int32 (1, t)."""
+        memory_at = next(
+            (i for i, part in enumerate(parts) if part.dtype == torch.int32 and part.dim() == 2), len(parts)
+        )
+        memory = tuple(Recollection(part[0].long()) for part in parts[memory_at:]) or None
+        parts = parts[:memory_at]
         rosa_at = next((i for i, part in enumerate(parts) if part.dtype == torch.uint8), len(parts))
         parts, rosa = parts[:rosa_at], _rosa_states(parts[rosa_at:])
         n = next((i for i, part in enumerate(parts) if not part.is_floating_point()), len(parts))
@@ -160,11 +169,11 @@ class State:
         if rosa:
             layers = [layer._replace(rosa=memory) for layer, memory in zip(layers, rosa, strict=True)]
         if n == len(parts):
-            return cls(tuple(layers))
+            return cls(tuple(layers), None, memory)
         queries = attention[2 * n_layer :] or [None] * n_layer
         memories = map(AttentionState, attention[0 : 2 * n_layer : 2], attention[1 : 2 * n_layer : 2], queries)
         layers = (layer._replace(attention=memory) for layer, memory in zip(layers, memories, strict=True))
-        return cls(tuple(layers), parts[n])
+        return cls(tuple(layers), parts[n], memory)
 
     def to_runtime(self) -> list[Tensor]:
         """The list that upstream's runtimes (the `rwkv` package, the demos) keep: :meth:`to_list` of one sequence.
@@ -187,6 +196,11 @@ class State:
         if (self.tokens is not None) != config.has_attention:
             has = "without" if self.tokens is None else "with"
             raise ConfigError(f"state: wanted one of a {config.variant} model, got one {has} a context of token ids")
+        if self.memory is not None and (config.memory is None or len(self.memory) != batch_size):
+            wanted = "none" if config.memory is None else str(batch_size)
+            raise ConfigError(f"state: wanted the ROSA memories of {wanted} sequences, got {len(self.memory)}")
+        for memory in self.memory or ():
+            memory.check(config.vocab_size)
         n_past = 0
         if self.tokens is not None:
             n_past = self.tokens.shape[-1]
@@ -212,7 +226,8 @@ class State:
 def _taken_apart(state: State) -> tuple[list[Tensor], str]:
     """All tensors of `state`, and which of those that can be absent are there: for torch.export and torch.func.
 
-    The parts are named as ``tokens layer layer ...``, a layer as ``attention:rosa``, with a digit for each tensor.
+    The parts are named as ``tokens:memories layer layer ...``, a layer as ``attention:rosa``, with a digit for each
+    tensor.
     """
     parts, layers = [], []
     for layer in state.layers:
@@ -220,7 +235,8 @@ def _taken_apart(state: State) -> tuple[list[Tensor], str]:
         parts += [*layer[:3], *(part for memory in memories for part in memory if part is not None)]
         layers.append(":".join("".join(str(int(part is not None)) for part in memory) for memory in memories))
     parts += [] if state.tokens is None else [state.tokens]
-    return parts, " ".join([str(int(state.tokens is not None)), *layers])
+    parts += [memory.tokens() for memory in state.memory or ()]
+    return parts, " ".join([f"{int(state.tokens is not None)}:{len(state.memory or ())}", *layers])
 
 
 def _put_together(parts: Iterable[Tensor], there: str) -> State:
@@ -230,13 +246,16 @@ def _put_together(parts: Iterable[Tensor], there: str) -> State:
     def memory(kind: Callable[..., Any], digits: str) -> Any:
         return kind(*(next(parts) if digit == "1" else None for digit in digits)) if digits else None
 
-    has_tokens, *forms = there.split(" ")
+    first, *forms = there.split(" ")
+    has_tokens, _, n_memories = first.partition(":")
     layers = []
     for form in forms:
         attention, _, rosa = form.partition(":")
         always = next(parts), next(parts), next(parts)
         layers.append(LayerState(*always, memory(AttentionState, attention), memory(RosaState, rosa)))
-    return State(tuple(layers), next(parts) if has_tokens == "1" else None)
+    tokens = next(parts) if has_tokens == "1" else None
+    memories = tuple(Recollection(next(parts)) for _ in range(int(n_memories or 0)))
+    return State(tuple(layers), tokens, memories or None)
 
 
 def _taken_apart_by_name(state: State) -> tuple[list[tuple[Any, Tensor]], str]:

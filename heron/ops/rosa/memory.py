@@ -104,7 +104,9 @@ class TokenStream:
         n = self._parts.n_tokens if n_read is None else n_read - self._first
         first = 0 if self.window is None else max(0, n - self.window - self.max_match)
         if first < self._parts.first_kept:
-            raise KernelError(f"rosa: of the tokens before {n_read}, not all that a window needs are kept; copy in time")
+            raise KernelError(
+                f"rosa: of the tokens before {n_read}, not all that a window needs are kept; copy in time"
+            )
         return self._parts.tokens(first)[: n - first]
 
     def copy(self) -> TokenStream:
