@@ -18,17 +18,14 @@ def run(options: argparse.Namespace) -> None:
     reading = {name: value for name, value in given(options, TrainConfig, "").items() if name in READING}
     eod = reading.pop("eod", None)
     memory = _rules(options, eod)
-    if memory is not None and len(options.inputs) == 1 and is_binidx(options.inputs[0]):
-        if options.out is not None:
-            options.parser.error(f"--out: what {options.inputs[0]} recalls lies beside it; drop the flag")
+    if options.out is None and memory is not None and len(options.inputs) == 1 and is_binidx(options.inputs[0]):
         recalled.write(options.inputs[0], memory, options.overwrite)
         print(recalled.describe(options.inputs[0]))
         return
     if options.out is None:
         options.parser.error("the following arguments are required: --out")
-    out: str = options.out
     stats = prepare(
-        options.inputs, out, options.tokenizer, options.workers,
+        options.inputs, str(options.out), options.tokenizer, options.workers,
         overwrite=options.overwrite, on_bad_line=options.on_bad_line, hashes=options.hashes,
         eod=eod, reading=Reading(**reading), say=note, memory=memory,
     )  # fmt: skip
@@ -44,9 +41,6 @@ def _rules(options: argparse.Namespace, eod: str | None) -> recalled.Rules | Non
             if vars(options)[name] is not None:
                 options.parser.error(f"--{name} is a flag of --memory, which was not given")
         return None
-    end = (
-        recalled.end_of(load(options.tokenizer, eod), across_documents=False)
-        if options.across_documents == "off"
-        else None
-    )
+    within = options.across_documents == "off"
+    end = recalled.end_of(load(options.tokenizer, eod), across_documents=False) if within else None
     return recalled.Rules(**numbers, end=end)

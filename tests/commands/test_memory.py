@@ -100,9 +100,9 @@ def test_prepare_writes_what_is_recalled_with_the_pair_or_beside_one(heron_, tmp
     assert "--window 8 --across_documents off; its hash is right" in out
 
 
-def test_prepare_refuses_another_place_for_what_a_binidx_recalls(heron_, capsys):
+def test_prepare_refuses_another_place_for_what_a_binidx_recalls(heron_, tmp_path):
     heron_("prepare {here}/text.txt --tokenizer bytes --out {here}/data")
-    with pytest.raises(SystemExit) as stop:
-        heron_("prepare {here}/data --memory --out {here}/other")
-    assert stop.value.code == 2
-    assert "--out: what" in capsys.readouterr().err
+    code, _, err = heron_("prepare {here}/data --memory --out {here}/other")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "data: is a binidx pair, which is encoded already" in err
+    assert not list(tmp_path.glob("other*"))
