@@ -93,6 +93,7 @@ def end_of(tokenizer: Tokenizer, across_documents: bool) -> int | None:
 def answers(tokens: np.ndarray, rules: Rules) -> Recalled:
     """What the stream of `tokens`, (n,) integers from 0 on, recalls at each of them: it depends on it and those before.
 
+    Of tokens that come after others, validation after training for instance, give both and take the slice.
     It takes 12 to 24 bytes of memory a token while it works, and 3 to 6 for each match and token of the result.
 
     Raises:

@@ -16,6 +16,7 @@ from heron.data.binidx import open_binidx
 from heron.data.prepare import prepare
 from heron.data.recalled import Rules, answers, path_of, read, write
 from heron.errors import CheckpointError, ConfigError, DataError
+from heron.ops.rosa import memory
 from heron.ops.rosa.memory import TokenStream
 
 RULES = Rules(max_match=5, n_matches=2)
@@ -121,25 +122,42 @@ def test_ids_beyond_uint16_take_four_bytes(tmp_path):
     assert found.records.itemsize == 5
 
 
-def leaks(found, ids, rules):
-    """Whether the answers before a change depend on what is changed."""
-    at = len(ids) // 2
-    changed = ids.copy()
-    changed[at:] = changed[at:][::-1] ^ 1
-    return not torch.equal(whole(answers(changed, rules))[:at], whole(found)[:at])
+def leaks(tokens, rules):
+    """Whether an answer changes when the token behind its own does."""
+    honest = whole(answers(tokens, rules))
+    for at in range(1, len(tokens)):
+        changed = tokens.copy()
+        changed[at:] ^= 1
+        if not torch.equal(whole(answers(changed, rules))[:at], honest[:at]):
+            return True
+    return False
 
 
-def test_answers_depend_on_their_token_and_those_before_and_a_planted_leak_is_seen(ids, monkeypatch):
-    tokens = np.concatenate(ids)
-    assert not leaks(answers(tokens, RULES), tokens, RULES)
+@pytest.mark.parametrize("rules", [RULES, Rules(64, 3, 7, 0)])
+def test_answers_depend_on_their_token_and_those_before_and_planted_leaks_are_seen(monkeypatch, rules):
+    tokens = np.random.default_rng(0).integers(0, 3, 120).astype(np.uint16)
+    assert not leaks(tokens, rules)
     read_honestly = TokenStream.read
 
-    def one_further(stream, piece, n_found):
+    def one_token_ahead(stream, piece, n_found):
         src, length = read_honestly(stream, torch.cat((piece[1:], piece[:1])), n_found)
         return src.clamp(max=len(piece) - 2), length
 
-    monkeypatch.setattr(TokenStream, "read", one_further)
-    assert leaks(answers(tokens, RULES), tokens, RULES)
+    def follower_of_the_follower(stream, piece, n_found):
+        src, length = read_honestly(stream, piece, n_found)
+        return torch.where(src < 0, src, (src + 1).clamp(max=len(piece) - 2)), length
+
+    for planted in (one_token_ahead, follower_of_the_follower):
+        monkeypatch.setattr(TokenStream, "read", planted)
+        assert leaks(tokens, rules), planted
+
+
+def test_the_form_without_a_compiler_gives_the_same(ids, monkeypatch):
+    tokens = np.concatenate(ids)
+    wanted = whole(answers(tokens, RULES))
+    monkeypatch.setattr(memory, "stream_choice", lambda: memory._choice.Choice("torch", "there is no compiler"))
+    monkeypatch.setattr(recalled, "PIECE", 100)
+    assert torch.equal(whole(answers(tokens, RULES)), wanted)
 
 
 def test_no_match_crosses_the_end_of_a_document_where_that_is_off_and_a_planted_one_is_seen():
