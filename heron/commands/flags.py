@@ -154,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     bad_line_help = "at a damaged row, or a text that is not UTF-8: stop, or skip, count and log it"
     prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
     prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
-    memory_help = "also write what ROSA recalls at each token, as .recalled; alone, of a binidx that is there"
+    memory_help = "also write what ROSA recalls at each token, as .recalled; without --out: beside the binidx named"
     prepare.add_argument("--memory", action="store_true", help=memory_help)
     prepare.add_argument("--n_matches", type=int, help="matches of each token; default: 2")
     prepare.add_argument("--max_match", type=int, help="tokens of a match that count; default: 64")
@@ -258,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--out", required=True, help="the file, such as docs.memory; an older one is replaced")
     build.add_argument("--tokenizer", default="world", help=f"the model's: {_TOKENIZERS}")
     _add_settings(build, TrainConfig, prefix="", names=READING)
-    build.add_argument("--max_match", type=int, default=64, help="tokens of a match that are told apart")
+    build.add_argument("--max_match", type=int, default=64, help="tokens of a match that count")
     build.add_argument("--across_documents", choices=("on", "off"), default="on", help=across_help)
 
     described = action("info", "describe such a file")

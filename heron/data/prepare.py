@@ -233,7 +233,10 @@ def prepare(
             _write_skip_log(bin_path(out), [*done.bad_lines, *done.bad_documents])
             writer.commit(dataclasses.asdict(done))
             if memory is not None:
-                _recalled().write_to(writer.recalled_part, writer.tokens, memory)
+                try:
+                    _recalled().write_to(writer.recalled_part, writer.tokens, memory)
+                except OSError as error:
+                    raise DataError(f"{writer.recalled_part}: cannot be written: {error}") from None
     primes = {ctx_len: magic_prime(done.tokens, ctx_len) for ctx_len in CONTEXT_LENGTHS}
     return PrepareStats(
         bin_path(out), done.documents, done.empty_documents, done.tokens, done.text_bytes, done.max_id, primes,

@@ -27,8 +27,9 @@ class DocumentIndex:
     """A file that :func:`build` wrote, memory-mapped.
 
     Attributes:
-        index: finds matches; src of it is a position in the documents one after another.
-        max_match: tokens of a match that were told apart.
+        index: a :class:`heron.ops.rosa.memory.TokenIndex`, which finds matches; a position in it counts the tokens of all
+            documents, one after another.
+        max_match: tokens of a match that count.
         n_tokens, n_documents: what it holds.
     """
 
@@ -72,7 +73,7 @@ def build(
 
     Args:
         sources: binidx pairs, and what :func:`heron.data.corpora.read_documents` reads.
-        max_match: tokens of a match that are told apart, 1 to 65535.
+        max_match: tokens of a match that count, 1 to 65535.
         across_documents: whether a match may begin in one document and end in the next.
         reading: how text becomes documents.
         say: takes lines about what was passed over.

@@ -307,6 +307,17 @@ def test_prepare_goes_on_where_finding_was_interrupted(tmp_path, text, monkeypat
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_full_disk_is_a_data_error_and_the_next_call_goes_on(tmp_path, text, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recalled, "write_to", full)
+    with pytest.raises(DataError, match=r"data.recalled.part: cannot be written: .*No space left"):
+        start(text, tmp_path / "data", memory=RULES)
+    monkeypatch.undo()
+    assert start(text, tmp_path / "data", memory=RULES).resumed_at == 1
+
+
 def test_an_interrupted_run_with_other_rules_starts_over(tmp_path, text, monkeypatch):
     monkeypatch.setattr(TokenStream, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
