@@ -27,7 +27,7 @@ class DocumentIndex:
     """A file that :func:`build` wrote, memory-mapped.
 
     Attributes:
-        index: a :class:`heron.ops.rosa.memory.TokenIndex`, which finds matches; a position in it counts the tokens of all
+        index: finds matches, as a :class:`heron.ops.rosa.memory.TokenIndex`. A position in it counts the tokens of all
             documents, one after another.
         max_match: tokens of a match that count.
         n_tokens, n_documents: what it holds.
