@@ -38,6 +38,7 @@ VERBS = (
     "chat",
     "eval",
     "convert",
+    "memory",
     "info",
     "doctor",
     "plot",
@@ -227,7 +228,7 @@ def test_every_verb_explains_itself(heron_, verb):
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: heron {verb}")
     assert "None)" not in out
-    if verb not in ("convert", "info", "doctor"):
+    if verb not in ("convert", "memory", "info", "doctor"):
         assert "default: " in out
 
 
@@ -305,6 +306,11 @@ def test_help_lists_the_verbs_and_the_version_is_there(heron_):
         ("generate x.pth --seed 99999999999999999999", ["--seed"]),
         ("init --seed x", ["--seed", "x"]),
         ("prepare", ["required"]),
+        ("prepare text.txt", ["required: --out"]),
+        ("prepare text.txt --out x --window 3", ["--window is a flag of --memory"]),
+        ("memory", ["ACTION"]),
+        ("memory build text.txt", ["required: --out"]),
+        ("memory build text.txt --out x --tokeniser y", ["Did you mean '--tokenizer'"]),
         ("convert x.pth", ["required"]),
         ("eval x.pth", ["--data"]),
         ("doctor now", ["now"]),

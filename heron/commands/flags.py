@@ -106,6 +106,7 @@ _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none 
     "chat": lambda: import_module("heron.commands.chat"),
     "eval": lambda: import_module("heron.commands.eval"),
     "convert": lambda: import_module("heron.commands.convert"),
+    "memory": lambda: import_module("heron.commands.memory"),
     "info": lambda: import_module("heron.commands.info"),
     "doctor": lambda: import_module("heron.commands.doctor"),
     "plot": lambda: import_module("heron.commands.plot"),
@@ -145,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     prepare = verb("prepare", "turn texts, JSON rows, tables and folders into a binidx dataset")
     inputs_help = "txt, jsonl ({'text': ...} a line), json, csv, parquet, each also .gz .bz2 .xz; folders, builtin:NAME"
     prepare.add_argument("inputs", nargs="+", help=inputs_help)
-    prepare.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
+    prepare.add_argument("--out", help="prefix of the .bin and .idx files; default: the binidx that --memory reads")
     prepare.add_argument("--tokenizer", default="world", help=_TOKENIZERS)
     _add_settings(prepare, TrainConfig, prefix="", names=READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
@@ -153,6 +154,13 @@ def parser() -> argparse.ArgumentParser:
     bad_line_help = "at a damaged row, or a text that is not UTF-8: stop, or skip, count and log it"
     prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
     prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
+    memory_help = "also write what ROSA recalls at each token, as .recalled; without --out: beside the binidx named"
+    prepare.add_argument("--memory", action="store_true", help=memory_help)
+    prepare.add_argument("--n_matches", type=int, help="matches of each token; default: 2")
+    prepare.add_argument("--max_match", type=int, help="tokens of a match that count; default: 64")
+    prepare.add_argument("--window", type=int, help="tokens that a match may lie back; default: any number")
+    across_help = "whether a match may begin in one document and end in the next"
+    prepare.add_argument("--across_documents", choices=("on", "off"), help=f"{across_help}; default: on")
 
     init = verb("init", "write fresh weights with the reference initial values")
     init.add_argument("--out", default="rwkv-init.pth", help="a .pth or .safetensors file")
@@ -236,6 +244,29 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of input and output")
+
+    memory = verb("memory", "documents that ROSA looks into while a model runs, in one file")
+    actions = memory.add_subparsers(
+        title="actions", metavar="ACTION", dest="action", required=True, parser_class=_Parser
+    )
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=Help)
+        sub.set_defaults(parser=sub)
+        return sub
+
+    build = action("build", "write documents and the index of their tokens as one file")
+    build.add_argument("inputs", nargs="+", help=f"{inputs_help}, binidx prefixes")
+    build.add_argument("--out", required=True, help="the file, such as docs.memory; an older one is replaced")
+    build.add_argument("--tokenizer", default="world", help=f"the model's: {_TOKENIZERS}")
+    _add_settings(build, TrainConfig, prefix="", names=READING)
+    build.add_argument("--max_match", type=int, default=64, help="tokens of a match that count")
+    build.add_argument("--across_documents", choices=("on", "off"), default="on", help=across_help)
+
+    described = action("info", "describe such a file")
+    described.add_argument("file", help="what heron memory build wrote")
+    described.add_argument("--tokenizer", help=f"check that it fits: {_TOKENIZERS}; default: no check")
+    described.add_argument("--verify", action="store_true", help="read all of it, and compare its sha256")
 
     info = verb("info", "describe a weights file, a run, a preset or a dataset")
     info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, a preset, or binidx data")

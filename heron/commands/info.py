@@ -13,7 +13,7 @@ from torch import Tensor
 from heron.checkpoint import put_right, read_tensors, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, TUNED, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
-from heron.data import binidx
+from heron.data import binidx, recalled
 from heron.errors import CheckpointError
 from heron.model import RWKV, State
 from heron.model.init import rule
@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
     if options.model is not None:
         is_data = binidx.is_binidx(options.model)
         print(binidx.describe(options.model) if is_data else describe(options.model, options.params, options.rosa))
+        if is_data and recalled.path_of(options.model).exists():
+            print(f"recalled    {recalled.describe(options.model, verify=True)}; its hash is right")
 
 
 def presets() -> str:

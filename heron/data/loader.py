@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.data.binidx import check_ids, is_binidx, open_binidx
+from heron.data.binidx import check_ids, fingerprint, is_binidx, open_binidx
 from heron.data.corpora import PLAIN, Reading, read_documents
 from heron.data.prepare import encode_document, warn_of_no_end
 from heron.data.sampling import SampleOrder, magic_prime
@@ -24,7 +23,6 @@ __all__ = ["Batches", "Corpus", "load_corpus", "load_tokens", "read_documents", 
 
 TEXT_VAL_FRACTION = 0.1
 _BLOCK = 1 << 24  # tokens decoded at a time
-_END_BYTES = 1 << 20  # of a binidx array that go into its fingerprint, from each end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,7 @@ def load_corpus(
             "give more data, or val_fraction 0 to do without"
         )
     name = data if data.startswith("builtin:") else Path(data).name
-    return Corpus(train, val, val_bytes, name, _fingerprint(train, val), kind)
+    return Corpus(train, val, val_bytes, name, fingerprint(train, val), kind)
 
 
 def load_tokens(
@@ -240,18 +238,3 @@ def _count_bytes(data: str, tokens: np.ndarray, tokenizer: Tokenizer) -> int | N
         return sum(len(tokenizer.decode_bytes(tokens[first : first + _BLOCK])) for first in blocks)
     except DataError as error:
         raise DataError(f"{data}: was it made with another tokenizer? {error}") from None
-
-
-def _fingerprint(*parts: np.ndarray | None) -> str:
-    digest = hashlib.sha256()
-    for tokens in parts:
-        if tokens is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{tokens.dtype.str} {len(tokens)} ".encode())
-        raw = np.ascontiguousarray(tokens).view(np.uint8)
-        if isinstance(tokens, np.memmap) and len(raw) > 2 * _END_BYTES:
-            digest.update(raw[:_END_BYTES].data)
-            raw = raw[-_END_BYTES:]
-        digest.update(raw.data)
-    return digest.hexdigest()[:16]
