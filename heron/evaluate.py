@@ -18,6 +18,7 @@ from torch import Tensor
 from heron.checkpoint.architecture import in_one_dtype
 from heron.data import jsonl
 from heron.data.corpora import read_documents
+from heron.data.recalled import Recalled, Rules, answers
 from heron.errors import ConfigError, DataError, did_you_mean
 from heron.generation.decoder import Decoder
 from heron.generation.decoders import decoder_of
@@ -73,6 +74,7 @@ def evaluate(
     n_bytes: int | None = None,
     autocast: torch.autocast | None = None,
     mode: str = "gpt",
+    recalled: Recalled | None = None,
 ) -> Evaluation:
     """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state.
 
@@ -83,6 +85,7 @@ def evaluate(
         n_bytes: UTF-8 bytes that tokens[1:] stand for.
         autocast: the precision context of the training run, if any.
         mode: "gpt" or "rnn".
+        recalled: what ROSA memory recalls at each of `tokens`. None: each looks back on all that stand before it.
 
     Raises:
         ConfigError: a ctx_len below 1, or an unknown mode.
@@ -102,19 +105,17 @@ def evaluate(
         total = -sum(score.logprob for score in loglikelihoods(model, ((w[:1], w[1:]) for w in windows), mode))
         return _evaluation(total, n_targets, n_bytes)
 
-    full = n_targets // ctx_len
-    inputs = np.asarray(tokens[: full * ctx_len], dtype=np.int64).reshape(full, ctx_len)
-    targets = np.asarray(tokens[1 : full * ctx_len + 1], dtype=np.int64).reshape(full, ctx_len)
-    rows = max(1, _TOKENS_PER_PASS // ctx_len)
-    passes = [(inputs[i : i + rows], targets[i : i + rows]) for i in range(0, full, rows)]
-    if n_targets % ctx_len:
-        tail = np.asarray(tokens[full * ctx_len :], dtype=np.int64)[None]
-        passes.append((tail[:, :-1], tail[:, 1:]))
-
+    if model.config.memory is not None and recalled is None:
+        rosa = model.config.memory
+        recalled = answers(tokens, Rules(rosa.max_match or 1, rosa.n_matches, rosa.window, rosa.end))
     total = 0.0
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
-        for x, y in passes:
-            total += _nll(model, torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+        for starts, n in _windows(n_targets, ctx_len):
+            rows = np.asarray(tokens[starts[0] : starts[-1] + n + 1], dtype=np.int64)
+            places = torch.from_numpy(starts - starts[0]).unsqueeze(1) + torch.arange(n)
+            window = torch.from_numpy(rows).to(device)
+            found = None if recalled is None else recalled.at(starts, n).to(device)
+            total += _nll(model, window[places], window[places + 1], found)
     return _evaluation(total, n_targets, n_bytes)
 
 
@@ -301,7 +302,18 @@ def _likelihood(logits: Tensor, continuation: list[int]) -> Likelihood:
     return Likelihood(float(picked), bool((logits.argmax(dim=-1) == targets).all()))
 
 
-def _nll(model: RWKV, x: Tensor, y: Tensor) -> float:
+def _windows(n_targets: int, ctx_len: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Where the windows of each pass begin, and how many targets each has: ctx_len, and the last one what is left."""
+    full = n_targets // ctx_len
+    starts = np.arange(full) * ctx_len
+    together = max(1, _TOKENS_PER_PASS // ctx_len)
+    for i in range(0, full, together):
+        yield starts[i : i + together], ctx_len
+    if n_targets % ctx_len:
+        yield np.array([full * ctx_len]), n_targets % ctx_len
+
+
+def _nll(model: RWKV, x: Tensor, y: Tensor, recalled: Tensor | None) -> float:
     """Summed negative log-likelihood of the targets y (B, T) after the inputs x (B, T)."""
-    hidden, _ = model.hidden_states(x)
-    return float(model.head_loss(hidden, y).double() * y.numel())
+    hidden, _ = model.hidden_states(x, recalled=recalled)
+    return float(model.head_loss(hidden, y, recalled).double() * y.numel())

@@ -37,7 +37,7 @@ def group_of(name: str, parameter: torch.Tensor) -> Group:
     """The group of a parameter, by name and shape.
 
     Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, configure_optimizers. TABLE is our own choice, since that
-    rule would let weight decay act on the DeepEmbed gates, and so is COPY; the other parameters that v7 lacks go by that rule.
+    rule would let weight decay act on the DeepEmbed gates, and so is COPY; what else v7 lacks goes by that rule.
     """
     if name.endswith(_TABLES):
         return TABLE

@@ -297,7 +297,9 @@ def _add_settings(
         if names is not None and field.name not in names:
             continue
         kinds, _ = setting_type(config, field.name)
-        flags = [f"--{prefix}{field.name}", f"--{field.name}"] if prefix else [f"--{field.name}"]
+        flags = [f"--{prefix}{field.name}"]
+        if prefix and field.metadata["short_flag"]:
+            flags.append(f"--{field.name}")
         help_text = _help_of(field, of_model=bool(groups and prefix)).replace("%", "%%")
         place = groups[GROUP_OF[prefix + field.name]] if groups else parser
         common: dict[str, Any] = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)

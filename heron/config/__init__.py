@@ -38,9 +38,12 @@ LARGEST_SIZES = {"n_layer": 4096, "vocab_size": LARGEST_COUNT}  # no product of 
 _NAMES = ("model", "data", "val_data", "tokenizer", "out", "device", "resume")  # an empty text names nothing
 
 
-def _setting(default: Any, doc: str) -> Any:
-    """A dataclass field whose one line of documentation is also the help text of its command-line flag."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def _setting(default: Any, doc: str, short_flag: bool = True) -> Any:
+    """A dataclass field whose one line of documentation is also the help text of its command-line flag.
+
+    `short_flag`: whether the flag of a model's field also goes without ``model.``.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "short_flag": short_flag})
 
 
 def rank_rule(factor: float, n_embd: int) -> int:
@@ -133,8 +136,10 @@ class ModelConfig:
     gate_rank: int | None = _setting(None, "rank of att.g1/g2; None: from n_embd")
     deep_embed_4x: bool = _setting(False, "v8, v8-hybrid: gates on all ffn_dim hidden channels, not on n_embd outputs")
     has_ln0: bool | None = _setting(None, "normalise the embedding; None: yes, except in a v8-hybrid")
-    rosa: RosaConfig | None = _setting(None, "a ROSA branch: qkv-1bit, qkv-4bit; memory sets memory instead")
-    memory: RosaConfig | None = _setting(None, "ROSA over all token ids read so far: memory; None: none")
+    rosa: RosaConfig | None = _setting(
+        None, "a ROSA branch: qkv-1bit, qkv-4bit; memory; None: none (rosa-lm: qkv-1bit)"
+    )
+    memory: RosaConfig | None = _setting(None, "ROSA over all token ids read so far: memory; None: none", False)
 
     def __post_init__(self) -> None:
         for name in ("rosa", "memory"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from heron.data.binidx import check_ids, fingerprint, is_binidx, open_binidx
 from heron.data.corpora import PLAIN, Reading, read_documents
 from heron.data.prepare import encode_document, warn_of_no_end
+from heron.data.recalled import Recalled
 from heron.data.sampling import SampleOrder, magic_prime
 from heron.errors import DataError
 from heron.tokenizer import Tokenizer
@@ -135,6 +136,7 @@ class Batches:
         seed: of the permutation.
         kind: "text" or "binidx", as in :class:`Corpus`.
         prime: of the cubic order, one that :func:`heron.data.sampling.check_prime` passes; None: the largest.
+        recalled: what ROSA memory recalls at each of `tokens`; None: nothing is wanted of it.
 
     Attributes:
         order: the :class:`heron.data.sampling.SampleOrder` that was chosen.
@@ -143,24 +145,35 @@ class Batches:
         DataError: fewer than `ctx_len` + 1 tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, ctx_len: int, seed: int, kind: str, prime: int | None = None) -> None:
-        self._tokens = np.asarray(tokens)
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        ctx_len: int,
+        seed: int,
+        kind: str,
+        prime: int | None = None,
+        recalled: Recalled | None = None,
+    ) -> None:
+        self._tokens, self._recalled = np.asarray(tokens), recalled
         if prime is None and kind == "binidx":
             prime = magic_prime(len(tokens), ctx_len)
         self.order = SampleOrder(len(tokens), ctx_len, seed, prime)
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def batch(self, first: int, count: int) -> tuple[Tensor, ...]:
         """Samples `first` .. `first + count - 1` of the run, counted from 0.
 
         Returns:
-            x, y: (count, T) int64; ``y[i, t]`` is the token that follows ``x[i, t]``.
+            x, y: (count, T) int64; ``y[i, t]`` is the token that follows ``x[i, t]``. With a memory also what it
+            recalls at x, (count, T, K, 2) int64.
         """
         ctx_len = self.order.ctx_len
+        starts = self.order.starts(first, count)
         rows = np.empty((count, ctx_len + 1), dtype=np.int64)
-        for row, start in zip(rows, self.order.starts(first, count), strict=True):
+        for row, start in zip(rows, starts, strict=True):
             row[:] = self._tokens[start : start + ctx_len + 1]
         samples = torch.from_numpy(rows)
-        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        x, y = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        return (x, y) if self._recalled is None else (x, y, self._recalled.at(starts, ctx_len))
 
 
 def _read(

@@ -119,28 +119,26 @@ class PassGraph:
     It keeps the memory of the pass, gradients too, for as long as it lives.
 
     Args:
-        run: makes the pass over tokens and targets (B, T) and returns its loss. It was run before, so nothing is
-            compiled, tuned or loaded any more.
+        run: makes the pass over a sample and returns its loss. It was run before, so nothing is compiled, tuned or
+            loaded any more.
         leaves: get a gradient by it, and have none now.
-        tokens, targets: a batch of that shape, on the GPU.
+        sample: the tensors of a batch of that shape (tokens, targets, what memory recalls), on the GPU.
     """
 
-    def __init__(
-        self, run: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor], tokens: Tensor, targets: Tensor
-    ):
-        self._tokens, self._targets = tokens.clone(), targets.clone()
+    def __init__(self, run: Callable[..., Tensor], leaves: Sequence[Tensor], sample: Sequence[Tensor]):
+        self._sample = [part.clone() for part in sample]
         torch.cuda.empty_cache()  # what earlier passes left can't be used by this one
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._loss = run(self._tokens, self._targets)
+            self._loss = run(*self._sample)
         self._gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         for leaf, _ in self._gradients:
             leaf.grad = None
 
-    def replay(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def replay(self, sample: Sequence[Tensor]) -> Tensor:
         """The loss of a batch; the leaves have its gradients until the next replay."""
-        self._tokens.copy_(tokens, non_blocking=True)
-        self._targets.copy_(targets, non_blocking=True)
+        for mine, part in zip(self._sample, sample, strict=True):
+            mine.copy_(part, non_blocking=True)
         self._graph.replay()
         for leaf, gradient in self._gradients:
             leaf.grad = gradient

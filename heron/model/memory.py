@@ -1,8 +1,8 @@
 """ROSA memory: what followed the longest earlier matches of the tokens read so far, at the input and at the output.
 
-The match has no parameters, so it is found outside the network, once (:class:`heron.ops.rosa.TokenStream`). What it found
-travels as one tensor, `recalled` (B, T, K, 2) int64: of each position K matches, the longest first, each with the token
-that followed it and its length; 0 and 0 where there is none. docs/rosa.md has the rules.
+The match has no parameters, so it is found outside the network, once (:class:`heron.ops.rosa.TokenStream`). What was
+found travels as one tensor, `recalled` (B, T, K, 2) int64: of each position K matches, the longest first, each with the
+token that followed it and its length; 0 and 0 where there is none. docs/rosa.md has the rules.
 """
 
 from __future__ import annotations
@@ -39,25 +39,27 @@ class RosaMemory(nn.Module):
         sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
         """
         ids, lengths = recalled.unbind(dim=-1)  # (B, T, K)
-        matches, rows = self._rows(lengths)
-        x = emb(ids) * self.scale + self.length[matches, rows]
-        return (x * (lengths > 0).unsqueeze(-1)).sum(dim=-2)
+        rows = emb(ids)
+        rows = (rows * (self.scale * (lengths > 0).unsqueeze(-1)).to(rows.dtype)).sum(dim=-2)
+        # A product, whose gradient is one: adding up rows by index would put all of a batch into a few sums.
+        return rows + self._chosen(lengths).flatten(-2) @ self.length.flatten(0, 1).to(rows.dtype)
 
     def bonus(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids (B, T, K) whose logits are raised, and by how much: ``copy[k, row of the length]``, 0 for no match."""
+        """The ids (B, T, K) whose logits are raised, and by how much: ``copy[k, row of the length]``, else 0."""
         ids, lengths = recalled.unbind(dim=-1)
-        return ids, self.copy[self._rows(lengths)] * (lengths > 0)
+        return ids, (self._chosen(lengths) * self.copy).sum(dim=-1)
 
     def add_to(self, logits: Tensor, recalled: Tensor) -> Tensor:
         """logits (B, T, V) with the bonus."""
         ids, values = self.bonus(recalled)
         return logits.scatter_add(-1, ids, values.to(logits.dtype))
 
-    def _rows(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Which match and which row of the tables each of lengths (..., K) stands for."""
+    def _chosen(self, lengths: Tensor) -> Tensor:
+        """(..., K, rows): 1 at the row that each of lengths (..., K) has in the tables, none for no match, else 0."""
         powers = (lengths.clamp(min=_EXACT) / _EXACT).log2().ceil().long()
-        rows = (lengths.clamp(max=_EXACT) + powers - 1).clamp(min=0)
-        return torch.arange(lengths.shape[-1], device=lengths.device), rows
+        rows = lengths.clamp(max=_EXACT) + powers
+        numbers = torch.arange(1, self.copy.shape[1] + 1, device=lengths.device)
+        return (rows.unsqueeze(-1) == numbers).to(self.copy.dtype)
 
 
 def n_length_rows(max_match: int) -> int:

@@ -148,8 +148,8 @@ class State:
 
     @classmethod
     def from_list(cls, parts: Sequence[Tensor]) -> State:
-        """The inverse of :meth:`to_list`. Where a section begins shows in the dtype: of ids int64, of symbols uint8, and
-        of the ids of ROSA memory int32 (1, t)."""
+        """The inverse of :meth:`to_list`. Where a section begins shows in the dtype: of ids int64, of symbols uint8, of
+        the ids of ROSA memory int32, (1, t)."""
         memory_at = next(
             (i for i, part in enumerate(parts) if part.dtype == torch.int32 and part.dim() == 2), len(parts)
         )

@@ -131,7 +131,10 @@ class Trainer:
             except DataError as error:  # now, not at the first sample
                 raise ConfigError(f"sample_prompt: {error}") from None
         corpus = stop.interruptible(lambda: run_data.corpus(config, text_tokenizer, self.say))
-        batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, run_data.prime(config, corpus))
+        recalled = stop.interruptible(lambda: run_data.recollections(config, model_config.memory, corpus))
+        of_train, of_val = (None, None) if recalled is None else recalled
+        prime = run_data.prime(config, corpus)
+        batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, prime, of_train)
 
         # [3] the model, [6] its optimizer
         random.seed(config.seed)
@@ -164,7 +167,7 @@ class Trainer:
             owed=progress.owed,
             say=None if self.say is print else self.say,
         )
-        parts = Parts(learner, text_tokenizer, corpus, batches, guard, stop, reporter, threads.Pace())
+        parts = Parts(learner, text_tokenizer, corpus, of_val, batches, guard, stop, reporter, threads.Pace())
         stop.at_stake = lambda: at_stake(progress)
         write_status(self.out, "running", progress, self.say)
         status = "failed"
@@ -305,7 +308,10 @@ class Trainer:
         if (val := parts.corpus.val) is None:
             return  # it was owed by a run that had validation data before it was stopped
         precision = machine.autocast(self.config.dtype, self.device)
-        score = evaluate(parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision)
+        score = evaluate(
+            parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision,
+            recalled=parts.recalled_val,
+        )  # fmt: skip
         seconds = time.perf_counter() - progress.begun
         parts.reporter.validation(
             {"step": progress.step, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}
@@ -339,7 +345,7 @@ class Trainer:
         """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
         config, first, step = self.config, update.gradients.first, progress.step + 1
         action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.learner.model.parameters()))
-        tokens, targets = (torch.cat(half) for half in zip(*update.gradients.samples, strict=True))
+        tokens, targets, *_ = (torch.cat(half) for half in zip(*update.gradients.samples, strict=True))
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
         with files.new_file(kept) as temporary:
             safetensors.write({"tokens": tokens, "targets": targets}, temporary)

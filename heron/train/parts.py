@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heron import tokenizer
 from heron.data.loader import Batches, Corpus
+from heron.data.recalled import Recalled
 from heron.report import Reporter
 from heron.train import threads
 from heron.train.guard import Guard
@@ -48,6 +49,7 @@ class Parts:
     learner: Learner
     tokenizer: tokenizer.Tokenizer
     corpus: Corpus
+    recalled_val: Recalled | None
     batches: Batches
     guard: Guard
     stop: Preemption
@@ -59,7 +61,7 @@ class Gradients(NamedTuple):
     """A forward and backward pass that was started: its loss, on the device, and the samples it is of."""
 
     loss: Tensor
-    samples: list[tuple[Tensor, Tensor]]
+    samples: list[tuple[Tensor, ...]]
     first: int
     begun: float
 

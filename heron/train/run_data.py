@@ -6,8 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from heron import files, tokenizer
-from heron.config import TrainConfig
+from heron.config import RosaConfig, TrainConfig
+from heron.data import recalled
+from heron.data.binidx import open_binidx
 from heron.data.corpora import Reading
 from heron.data.loader import Corpus, load_corpus, training_text
 from heron.data.sampling import check_prime, magic_prime
@@ -78,6 +82,31 @@ def corpus(config: TrainConfig, text_tokenizer: tokenizer.Tokenizer, say: Callab
         config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
         Reading.of(config), say,
     )  # fmt: skip
+
+
+def recollections(
+    config: TrainConfig, rosa: RosaConfig | None, corpus: Corpus
+) -> tuple[recalled.Recalled, recalled.Recalled | None] | None:
+    """What ROSA memory recalls at each token of training and of validation; None without a memory.
+
+    Training looks back on the training tokens before it, validation on all of them and on its own before it; on its own
+    alone where training is a binidx and validation is not its end. Texts are read now; a binidx has it beside it.
+
+    Raises:
+        DataError: a binidx without its `.recalled`, or with one of other tokens or rules.
+    """
+    if rosa is None:
+        return None
+    rules = recalled.Rules(rosa.max_match or 1, rosa.n_matches, rosa.window, rosa.end)
+    n_train = len(corpus.train)
+    if corpus.kind == "binidx":
+        found = recalled.read(config.data, open_binidx(config.data).tokens, rules)
+        if config.val_data is not None and corpus.val is not None:
+            return found, recalled.answers(corpus.val, rules)
+    else:
+        parts = [corpus.train] if corpus.val is None else [corpus.train, corpus.val]
+        found = recalled.answers(np.concatenate(parts), rules)
+    return found[:n_train], None if corpus.val is None else found[n_train:]
 
 
 def prime(config: TrainConfig, corpus: Corpus) -> int | None:

@@ -69,11 +69,12 @@ class Learner:
             self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
         )  # fmt: skip
 
-    def gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def gradients(self, samples: list[tuple[Tensor, ...]]) -> Tensor:
         """Start the forward and backward passes of a step.
 
         Args:
-            samples: tokens and targets (B, T) int64 of each micro-batch, on the host.
+            samples: tokens and targets (B, T) int64 of each micro-batch, and with a memory what it recalls at the
+                tokens, (B, T, K, 2) int64; on the host.
 
         Returns:
             The mean loss, an fp32 scalar on the device.
@@ -89,36 +90,36 @@ class Learner:
             self._do_without_compiler(error)
         return self._gradients(samples)
 
-    def _gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _gradients(self, samples: list[tuple[Tensor, ...]]) -> Tensor:
         if self.tables is not None:
-            ids = torch.cat([tokens for tokens, _ in samples])
+            ids = torch.cat([sample[0] for sample in samples])
             self.tables.bring(ids, len(samples), self._recorded(len(samples)))
         loss = torch.zeros((), device=self.device)
-        for tokens, targets in samples:
-            loss += self._pass(_onto(self.device, tokens), _onto(self.device, targets), len(samples))
+        for sample in samples:
+            loss += self._pass([_onto(self.device, part) for part in sample], len(samples))
             if len(samples) > 1:
                 self._hand_over()
         return loss
 
-    def _pass(self, tokens: Tensor, targets: Tensor, passes: int) -> Tensor:
+    def _pass(self, sample: list[Tensor], passes: int) -> Tensor:
         """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
 
-        def run(tokens: Tensor, targets: Tensor) -> Tensor:
+        def run(tokens: Tensor, targets: Tensor, recalled: Tensor | None = None) -> Tensor:
             with machine.autocast(self._autocast_dtype, self.device):
-                loss = self.network.loss(tokens, targets) / passes
+                loss = self.network.loss(tokens, targets, recalled=recalled) / passes
             loss.backward()
             return loss.detach()
 
-        shape = (*tokens.shape, passes)
+        shape = (*sample[0].shape, passes)
         self._passes[shape] += 1
         if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
-            return run(tokens, targets)
+            return run(*sample)
         if shape not in self._graphs:
             leaves = [leaf for leaf, _ in self._leaves()]
             if self.tables is not None:
                 leaves += self.tables.rows
-            self._graphs[shape] = compilation.PassGraph(run, leaves, tokens, targets)
-        return self._graphs[shape].replay(tokens, targets)
+            self._graphs[shape] = compilation.PassGraph(run, leaves, sample)
+        return self._graphs[shape].replay(sample)
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
