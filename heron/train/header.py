@@ -14,6 +14,7 @@ from heron.data.loader import Batches, Corpus
 from heron.errors import CheckpointError
 from heron.ops.rosa import rosa_choice
 from heron.ops.wkv7 import wkv7_choice
+from heron.train import run_data
 from heron.train.parts import Progress
 from heron.train.step import Learner
 
@@ -55,6 +56,7 @@ def header(
         ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),
         ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
         *([("rosa", f"{rosa.impl}: {rosa.reason}")] if rosa else []),
+        *([("memory", run_data.looks_back_on(config, corpus))] if model_config.memory else []),
         ("out", f"{Path(config.out)}" + (f", going on from {resume_from.name}" if resume_from else "")),
     ]  # fmt: skip
 

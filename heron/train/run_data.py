@@ -109,6 +109,15 @@ def recollections(
     return found[:n_train], None if corpus.val is None else found[n_train:]
 
 
+def looks_back_on(config: TrainConfig, corpus: Corpus) -> str:
+    """What ROSA memory may look back on in training and in validation, in words."""
+    validation = "all of these and its own before it"
+    if corpus.kind == "binidx" and config.val_data is not None:
+        validation = "its own before it alone"
+    in_validation = f"; validation, on {validation}" if corpus.val is not None else ""
+    return f"a token looks back on the training tokens before it{in_validation}"
+
+
 def prime(config: TrainConfig, corpus: Corpus) -> int | None:
     """The prime of the sample order; None: a permutation.
 
