@@ -7,7 +7,9 @@ token that followed it and its length; 0 and 0 where there is none. docs/rosa.md
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,24 +77,32 @@ def longest_match(n_rows: int) -> int:
 class Recollection:
     """The tokens that ROSA memory has read of one sequence. Reading on gives another one and leaves this as it is.
 
-    The tokens lie in a stream that the recollections of one sequence share. The newest reads on in it at O(log T) a
-    token; an older one, such as a state that several texts begin with, reads its tokens again first.
+    The tokens lie in a stream that the recollections of one sequence share, in any thread. The newest reads on in it at
+    O(log T) a token; an older one, such as a state that several texts begin with, reads its tokens again first.
 
     Args:
-        tokens: (n,) ids, the last of those read; with a window the last ``window + max_match`` are enough.
+        tokens: (n,) ids, the last of those read; with a window the last ``window + max_match`` are enough. None: none.
         n_read: how many were read; None: these.
     """
 
-    def __init__(self, tokens: Tensor, n_read: int | None = None):
-        self.n_read = len(tokens) if n_read is None else n_read
-        self._tokens: Tensor | None = tokens.cpu()
+    def __init__(self, tokens: Tensor | None = None, n_read: int | None = None):
+        self._tokens = torch.empty(0, dtype=torch.int64) if tokens is None else tokens
+        self._n_read = n_read
         self._stream: TokenStream | None = None  # in which they were read
 
     @classmethod
     def _at_end_of(cls, stream: TokenStream) -> Recollection:
-        memory = cls(torch.empty(0, dtype=torch.int64), len(stream))
-        memory._tokens, memory._stream = None, stream
+        memory = cls(n_read=len(stream))
+        memory._stream = stream
         return memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recollection, (self.tokens(), self.n_read)
+
+    @property
+    def n_read(self) -> int:
+        """Number of tokens read."""
+        return len(self._tokens) if self._n_read is None else self._n_read
 
     def read(self, tokens: Tensor, rosa: RosaConfig) -> tuple[Tensor, Tensor, Recollection]:
         """Read on, as `rosa` says.
@@ -108,30 +118,36 @@ class Recollection:
             KernelError: the memory has a window, and so much was read since that the tokens in it are gone: go on
                 from a :meth:`clone`.
         """
-        stream = self._stream
-        if stream is None or len(stream) != self.n_read:
-            fresh = TokenStream(rosa.max_match or 1, rosa.window, rosa.end)
-            stream = fresh.going_on(self.n_read, self.tokens())
-        followers, length, src = stream.recall(tokens.cpu(), rosa.n_matches)
+        rules = rosa.max_match or 1, rosa.window, rosa.end
+        with self._alone() as stream:
+            if stream is None or len(stream) != self.n_read or rules != (stream.max_match, stream.window, stream.end):
+                stream = TokenStream(*rules).going_on(self.n_read, self.tokens())
+            followers, length, src = stream.recall(tokens.cpu(), rosa.n_matches)
         recalled = torch.stack((followers, length), dim=-1).to(tokens.device)
         return recalled, src, Recollection._at_end_of(stream)
 
     def tokens(self) -> Tensor:
         """The ids that later matches depend on, (n,) int64, on the CPU. KernelError as for :meth:`read`."""
-        if self._stream is not None:
-            return self._stream.tokens(self.n_read)
-        return self._tokens if self._tokens is not None else torch.empty(0, dtype=torch.int64)
+        with self._alone() as stream:
+            return self._tokens.cpu() if stream is None else stream.tokens(self.n_read)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[TokenStream | None]:
+        """The stream, in which no other thread reads meanwhile."""
+        with contextlib.nullcontext() if self._stream is None else self._stream.lock:
+            yield self._stream
 
     def check(self, vocab_size: int) -> None:
         """ConfigError for an id that no model of `vocab_size` ids has read."""
-        if self._tokens is not None and ((self._tokens < 0) | (self._tokens >= vocab_size)).any():
+        if ((self._tokens < 0) | (self._tokens >= vocab_size)).any():
             raise ConfigError(f"state, memory: ids must be 0 to {vocab_size - 1}")
 
     def clone(self) -> Recollection:
         """A copy that shares no memory with others of its sequence."""
-        if self._stream is not None and len(self._stream) == self.n_read:
-            return Recollection._at_end_of(self._stream.copy())
-        return Recollection(self.tokens().clone(), self.n_read)
+        with self._alone() as stream:
+            if stream is not None and len(stream) == self.n_read:
+                return Recollection._at_end_of(stream.copy())
+            return Recollection(self.tokens().clone(), self.n_read)
 
     @property
     def nbytes(self) -> int:

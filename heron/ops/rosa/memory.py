@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,7 @@ class TokenStream:
         form = _choice.form_of("rosa", self.impl, {"cpu": _Native, "torch": _Plain})
         self._parts: _Native | _Plain = form(max_match, window, end)
         self._first = 0  # position of the first token that the parts know
+        self.lock = threading.RLock()  # for those who share the stream; it does not take it itself
 
     def __len__(self) -> int:
         return self._first + self._parts.n_tokens
@@ -113,8 +116,11 @@ class TokenStream:
         """Another stream that has read the same."""
         copy = object.__new__(TokenStream)
         copy.__dict__.update(self.__dict__)
-        copy._parts = self._parts.copy()
+        copy._parts, copy.lock = self._parts.copy(), threading.RLock()
         return copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _read_again, (self.max_match, self.window, self.end, self.impl, len(self), self.tokens())
 
     def going_on(self, n_read: int, tokens: Tensor) -> TokenStream:
         """A stream with the settings of this one that had read `n_read` ids, of which `tokens` are the last.
@@ -143,6 +149,13 @@ class TokenStream:
     def nbytes(self) -> int:
         """Bytes of memory that the stream holds."""
         return self._parts.nbytes
+
+
+def _read_again(
+    max_match: int, window: int | None, end: int | None, impl: str, n_read: int, tokens: Tensor
+) -> TokenStream:
+    """A stream out of a pickle, or a deep copy."""
+    return TokenStream(max_match, window, end, impl).going_on(n_read, tokens)
 
 
 def rosa_stream(q: Tensor, k: Tensor, max_match: int | None = None, window: int | None = None) -> tuple[Tensor, Tensor]:
