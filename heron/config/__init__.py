@@ -91,6 +91,10 @@ class RosaConfig:
             raise ConfigError(f"rosa, max_match: wanted at least 1, or nothing, got {self.max_match}")
         if self.scope == "stream":
             self._check_stream()
+        elif self.window is not None or self.end is not None:
+            raise ConfigError(
+                f"rosa, {'end' if self.window is None else 'window'}: only a ROSA of scope stream has one"
+            )
 
     def _check_stream(self) -> None:
         if self.source != "token":
@@ -147,7 +151,8 @@ class ModelConfig:
             if isinstance(value, str):
                 object.__setattr__(self, name, RosaConfig.preset(value))
             elif isinstance(value, Mapping):
-                object.__setattr__(self, name, RosaConfig.from_dict(value))
+                base = ROSA_PRESETS["memory"] if name == "memory" else {}
+                object.__setattr__(self, name, RosaConfig.from_dict({**base, **value}))
         if isinstance(self.rosa, RosaConfig) and self.rosa.scope == "stream":
             if self.memory not in (None, self.rosa):
                 raise ConfigError("rosa and memory are both a ROSA memory, and not the same one; give one of them")
