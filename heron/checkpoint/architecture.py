@@ -213,10 +213,14 @@ def sizes_of(
         raise CheckpointError(f"{source}: there is no ROSA memory in it (heron convert --add_rosa memory adds one)")
     if rosa is not None and not has_rosa:
         raise CheckpointError(f"{source}: there is no ROSA in it; drop rosa (heron convert --add_rosa adds a branch)")
-    try:
-        if "memory.copy" in tensors and memory is None:
-            n_matches, n_rows = shape("memory.copy", 2)
+    if "memory.copy" in tensors and memory is None:
+        n_matches, n_rows = shape("memory.copy", 2)
+        try:
             memory = RosaConfig.preset("memory", n_matches=n_matches, max_match=longest_match(n_rows))
+        except ConfigError as error:
+            told = f"{source}: no ROSA memory has a memory.copy of shape {(n_matches, n_rows)}: {error}"
+            raise CheckpointError(told) from None
+    try:
         return ModelConfig(
             variant=variant,
             n_layer=len(layers),

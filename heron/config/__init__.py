@@ -83,7 +83,8 @@ class RosaConfig:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 wanted = ", ".join(map(str, known))
-                usual = f"; the presets {', '.join(ROSA_PRESETS)} have upstream's" if name == "no_match" else ""
+                of_upstream = ", ".join(preset for preset in ROSA_PRESETS if preset != "memory")
+                usual = f"; the presets {of_upstream} have upstream's" if name == "no_match" else ""
                 raise ConfigError(f"rosa, {name}: wanted one of {wanted}, got {value!r}{usual}")
         if self.source == "token" and self.no_match != "zero":
             raise ConfigError("rosa, no_match: a token has no bit 0; source token gives zero")
