@@ -1,6 +1,4 @@
-"""Tell a model random strings, and ask for them up to a million tokens later; draws recall.png. Two minutes on two cores.
-
-python examples/recall.py"""
+"""Tell a model random strings once, ask for them up to a million tokens later, and draw it: recall.png. Two minutes."""
 
 import argparse
 import random

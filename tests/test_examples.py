@@ -95,4 +95,4 @@ def test_recall(example, tmp_path, monkeypatch):
     assert out.count("tokens later") == 4
     assert (tmp_path / "recall.png").stat().st_size > 1000
     sample = names["sample"](names["random"].Random(0))
-    assert sample[-40:] == sample[:40]
+    assert sample[-41:] == sample[:41]
