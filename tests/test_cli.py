@@ -626,8 +626,8 @@ def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
     demo = pytest.importorskip("heron.commands.demo")
     settings = demo.config
 
-    def shorter(out):
-        config = settings(out)
+    def shorter(out, memory=True):
+        config = settings(out, memory)
         values = dict(model=config.model.changed(n_layer=1, n_embd=64), ctx_len=32, max_steps=2, threads=1,
                       sample_tokens=4, val_fraction=0.002, device="cpu", dtype="fp32")  # fmt: skip
         return TrainConfig.from_dict({**config.to_dict(), **values})
@@ -636,7 +636,10 @@ def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
     code, out, _ = heron_(f"demo --out {tmp_path}/demo")
     assert code == 0
     assert demo.PROMPT in out
-    assert f"The curve is in {tmp_path}/demo/loss.png" in out
+    assert f"Both curves are in {tmp_path}/demo/memory.png" in out
+    assert re.search(r"[\d.]+ bits per byte with memory, [\d.]+ without", out)
+    configs = [TrainConfig.from_yaml(tmp_path / name / "config.yaml").model for name in ("demo", "demo-without")]
+    assert [config.memory is not None for config in configs] == [True, False]
     commands = re.findall(r"^  (heron .*)$", out, re.MULTILINE)
     assert len(commands) == 3
 
