@@ -78,8 +78,8 @@ class TokenStream:
 
         Args:
             tokens: (n,) ids in [0, 2^31) of an integer dtype, on the CPU.
-            n_found: how many matches are wanted. The first is the longest; each further one is the longest with which
-                another token followed than with all before it, and the latest of its length.
+            n_found: how many matches are wanted, of these: for each length the latest match of so many tokens or more.
+                The first is the longest; each further one is the longest with another follower than all before it.
 
         Returns:
             followers, length, src: (n, n_found) int64, ``followers = x[src + 1]``; 0, 0 and -1 where there is no match.
