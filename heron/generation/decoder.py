@@ -272,7 +272,10 @@ class CppDecoder(StateDecoder):
         if not isinstance(rows, Tensor):
             there = [part for part in rows if part is not None]
             rows = torch.stack(there) if there else None
-        return self._raised(self._step(sequences, self._embed(ids, recalled), rows), recalled)
+        if recalled is None:
+            return self._step(sequences, self._embed(ids), rows)
+        x = torch.cat(list(map(self._embed, ids.split(1), recalled.split(1))))  # one by one: sums of more depend on n
+        return self._raised(self._step(sequences, x, rows), recalled)
 
 
 def is_fusible(model: nn.Module) -> TypeGuard[RWKV]:
