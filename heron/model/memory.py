@@ -99,12 +99,7 @@ class Documents:
     """
 
     def __init__(self, index: TokenIndex, config: ModelConfig):
-        if config.memory is None or config.memory.max_match is None:
-            raise ConfigError(
-                "documents: this model has no ROSA memory to look into them; leave --memory out, or take a model that "
-                "was trained with --rosa memory"
-            )
-        max_match, tokens = min(index.max_match, config.memory.max_match), index.parts[0]
+        max_match, tokens = min(index.max_match, self.rules_of(config).max_match or 1), index.parts[0]
         if not len(tokens):
             raise ConfigError("documents: this index holds no tokens")
         self._index = TokenIndex(*index.parts, max_match, index.end)
@@ -112,6 +107,16 @@ class Documents:
         self._tokens = tokens.view(signed)  # which PyTorch can index
         self._vocab_size = config.vocab_size
         self.n_before = max_match - 1  # tokens before those in question that are of use
+
+    @staticmethod
+    def rules_of(config: ModelConfig) -> RosaConfig:
+        """The memory of a model that is to look into documents; ConfigError where it has none."""
+        if config.memory is None:
+            raise ConfigError(
+                "documents: this model has no ROSA memory to look into them; leave them out (--memory, --memory_from), "
+                "or take a model that was trained with --rosa memory"
+            )
+        return config.memory
 
     def find(self, tokens: Tensor, n_last: int, n_found: int) -> tuple[Tensor, Tensor, Tensor]:
         """For the last `n_last` of (n,) ids of a sequence: followers, length, src, each (n_last, n_found) int64.
