@@ -36,7 +36,9 @@ def run(options: argparse.Namespace) -> None:
     if options.memory and options.memory_from:
         options.parser.error("give --memory or --memory_from, not both")
     if options.memory_from and options.memory_from in (options.data, options.lambada, options.choices):
-        options.parser.error(f"--memory_from {options.memory_from} is what is scored: every token would be known before")
+        options.parser.error(
+            f"--memory_from {options.memory_from} is what is scored: every token would be known before"
+        )
     if options.plot:
         picture.check_picture(Path(options.plot))
         refuse_foreign(Path(options.plot), picture.is_ours)
@@ -82,9 +84,7 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
             lines.append(f"bits per byte  {score.bits_per_byte:.4f}")
     if options.lambada:
         with progress(f"reading {options.lambada} with {path}"):
-            last_words = evaluate.lambada(
-                model, tokenizer, options.lambada, options.mode, options.limit, documents
-            )
+            last_words = evaluate.lambada(model, tokenizer, options.lambada, options.mode, options.limit, documents)
         result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
         result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
         lines += [

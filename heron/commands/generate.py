@@ -29,8 +29,8 @@ def run(options: argparse.Namespace) -> None:
     engine, documents = engine_of(options)
     if options.show_memory and engine.model.config.memory is None:
         raise ConfigError(
-            f"show_memory: {options.model} has no ROSA memory; leave --show_memory out, or take a model that was trained "
-            "with --rosa memory"
+            f"show_memory: {options.model} has no ROSA memory; leave --show_memory out, or take a model that was "
+            "trained with --rosa memory"
         )
     ids = _prompt_ids(text) if options.ids and text.strip() else []
     if options.ids:

@@ -126,7 +126,9 @@ class ModelDecoder(Remembering):
         recalled, logits = self._recalled(sequences, tokens, recalled), []
         with only_computing(self._model):
             for number, (i, token) in enumerate(zip(sequences, tokens, strict=True)):
-                of_memory = {} if recalled is None else {"recalled": recalled[None, number : number + 1].to(self._device)}
+                of_memory = (
+                    {} if recalled is None else {"recalled": recalled[None, number : number + 1].to(self._device)}
+                )
                 ids = torch.tensor([[token]], device=self._device)
                 new, self._states[i] = self._model(ids, self._states[i], **of_memory)
                 logits.append(new[0, -1:])

@@ -11,9 +11,7 @@ from heron.ops.token_step import token_step_choice
 from heron.tables.store import Tables
 
 
-def decoder_of(
-    model: nn.Module, n: int, tables: Tables | None = None, documents: Documents | None = None
-) -> Decoder:
+def decoder_of(model: nn.Module, n: int, tables: Tables | None = None, documents: Documents | None = None) -> Decoder:
     """The fastest decoder that `model` can have where it is, with room for `n` sequences.
 
     Args:
@@ -26,6 +24,4 @@ def decoder_of(
     if weight.device.type != "cpu":
         return GraphedDecoder(model, n, tables, documents)
     in_cpp = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
-    return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(
-        model, n, tables, documents
-    )
+    return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(model, n, tables, documents)

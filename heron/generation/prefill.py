@@ -51,7 +51,9 @@ class PromptReader:
             of_memory = {} if recalled is None else {"recalled": recalled}
             with only_computing(self._model):
                 _, behind = self._model.hidden_states(self._tokens(piece), state, **of_memory)
-        return behind if memory is None else dataclasses.replace(behind, memory=memory)
+        if memory is None or not isinstance(behind, State):
+            return behind  # pyright: ignore[reportReturnType]  (of one sequence it is no tuple)
+        return dataclasses.replace(behind, memory=memory)
 
     def logits(self, token: int, state: State | None) -> Tensor:
         """Those (V,) behind one token more."""

@@ -99,10 +99,10 @@ class Documents:
     """
 
     def __init__(self, index: TokenIndex, config: ModelConfig):
-        max_match, tokens = min(index.max_match, self.rules_of(config).max_match or 1), index.parts[0]
+        max_match, (tokens, nodes, roots) = min(index.max_match, self.rules_of(config).max_match or 1), index.parts
         if not len(tokens):
             raise ConfigError("documents: this index holds no tokens")
-        self._index = TokenIndex(*index.parts, max_match, index.end)
+        self._index = TokenIndex(tokens, nodes, roots, max_match, index.end)
         signed, self._mask = (torch.int16, 2**16 - 1) if tokens.itemsize == 2 else (torch.int32, 2**32 - 1)
         self._tokens = tokens.view(signed)  # which PyTorch can index
         self._vocab_size = config.vocab_size
@@ -128,8 +128,8 @@ class Documents:
         followers = torch.where(length > 0, self._tokens[src + 1].long() & self._mask, 0)
         if (followers >= self._vocab_size).any():
             raise DataError(
-                f"documents: id {int(followers.max())} is in them, the model knows 0 to {self._vocab_size - 1}; build the "
-                "index with the model's tokenizer"
+                f"documents: id {int(followers.max())} is in them, the model knows 0 to {self._vocab_size - 1}; build "
+                "the index with the model's tokenizer"
             )
         return followers, length, src
 

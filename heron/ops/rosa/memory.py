@@ -194,7 +194,11 @@ class _Native:
         return followers, length.long(), src
 
     def recall_one(self, token: int, n_found: int) -> tuple[list[int], list[int], list[int]]:
-        src, length, followers = (ctypes.c_int64 * n_found)(), (ctypes.c_int32 * n_found)(), (ctypes.c_int64 * n_found)()
+        src, length, followers = (
+            (ctypes.c_int64 * n_found)(),
+            (ctypes.c_int32 * n_found)(),
+            (ctypes.c_int64 * n_found)(),
+        )
         read = ctypes.byref(ctypes.c_uint32(token))
         if library().heron_stream_read(self._stream, read, 1, n_found, src, length, followers):
             raise KernelError(f"rosa: memory ran out after {self.n_tokens} tokens; give the stream a window")
@@ -299,7 +303,7 @@ class TokenIndex:
             got = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
             raise KernelError(f"rosa: these tensors are no index of tokens: {got}")
         FORM.require(torch.device("cpu"))
-        self.parts = tuple(part.contiguous() for part in parts)
+        self.parts = tokens.contiguous(), nodes.contiguous(), roots.contiguous()
         self.max_match, self.end = max_match, end
 
     @classmethod
