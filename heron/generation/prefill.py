@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class PromptReader:
                 self._graphed = GraphedReader(self._model, self.size)
             behind = self._graphed.read(piece, state, recalled)
         else:
-            of_memory = {} if recalled is None else {"recalled": recalled}
+            of_memory: dict[str, Any] = {} if recalled is None else {"recalled": recalled}
             with only_computing(self._model):
                 _, behind = self._model.hidden_states(self._tokens(piece), state, **of_memory)
         if memory is None or not isinstance(behind, State):
