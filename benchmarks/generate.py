@@ -128,7 +128,12 @@ def with_memory(sizes: tuple, turns: int, tokens: int) -> None:
     """A token of a v8 with ROSA memory beside one without, behind few tokens and behind many."""
     *_, vocab_size, _, device = sizes
     rosa, steps = random_model("v8", *sizes, memory="memory"), {}
-    steps["v8"] = decoding(random_model("v8", *sizes), 1, [1] * 9)
+    with torch.device("meta"):
+        twin = heron.RWKV(dataclasses.replace(rosa.config, memory=None))
+    twin.load_state_dict(
+        {key: value for key, value in rosa.state_dict().items() if key in twin.state_dict()}, assign=True
+    )
+    steps["v8"] = decoding(twin, 1, [1] * 9)  # the same weights, where they are
     for n in (1_000, 200_000):
         engine = heron.Engine(rosa, tokenizer.load(f"integers:{vocab_size}"))
         read = Recollection(torch.randint(min(vocab_size, 256), (n,), generator=torch.Generator().manual_seed(0)))

@@ -38,7 +38,8 @@ class Engine:
     """Runs a model as an RNN, for one sequence or many at a time, at a constant cost per token.
 
     The weights are read from `model` when the engine is built: build a new one after training on. A v7b, v8-hybrid or
-    ROSA model decodes through the model itself, sequence by sequence; its state grows as :class:`heron.State` says.
+    model with ROSA layers decodes through the model itself, sequence by sequence; its state grows as
+    :class:`heron.State` says.
     Threads may share an engine: what they ask of it is done one after another.
 
     Args:
