@@ -375,9 +375,15 @@ class RWKV(nn.Module):
             new.append(state)
         return torch.cat(outputs, dim=1), tuple(new) if keep_state else None
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it."""
-        return self._first_norm(self.emb(tokens))
+    def embed(self, tokens: Tensor, recalled: Tensor | None = None) -> Tensor:
+        """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it.
+
+        With what memory `recalled` (..., K, 2) it is added to the rows, which tables and attention do without.
+        """
+        rows = self.emb(tokens)
+        if self.memory is not None and recalled is not None:
+            rows = rows + self.memory(recalled, self.emb).to(rows.dtype)
+        return self._first_norm(rows)
 
     def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]

@@ -133,8 +133,12 @@ class State:
 
     def clone(self) -> State:
         """A copy that shares no memory."""
+        return self.fork().map(Tensor.clone)
+
+    def fork(self) -> State:
+        """The same state to go on from, without a trace in this one: tensors are shared, memories are copies."""
         memory = None if self.memory is None else tuple(one.clone() for one in self.memory)
-        return dataclasses.replace(self.map(Tensor.clone), memory=memory)
+        return dataclasses.replace(self, memory=memory)
 
     def to(self, device: torch.device | str) -> State:
         """The state on another device, dtypes kept."""

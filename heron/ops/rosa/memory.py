@@ -96,16 +96,26 @@ class TokenStream:
         followers, length, src = self._parts.recall(tokens, n_found)
         return followers, length, torch.where(src >= 0, src + self._first, src)
 
-    def tokens(self, n_read: int | None = None) -> Tensor:
+    def recall_one(self, token: int, n_found: int = 1) -> tuple[list[int], list[int], list[int]]:
+        """:meth:`recall` of one id: `n_found` followers, lengths and src. Errors as there."""
+        if not 0 <= token < MOST_SYMBOLS:
+            raise KernelError(f"rosa: tokens must be 0 to {MOST_SYMBOLS - 1}, got {token}")
+        if len(self) == MOST_TOKENS:
+            raise KernelError(f"rosa: a stream holds at most {MOST_TOKENS} tokens; begin a new one")
+        followers, length, src = self._parts.recall_one(token, n_found)
+        return followers, length, [at + self._first if at >= 0 else at for at in src]
+
+    def tokens(self, n_read: int | None = None, last: int | None = None) -> Tensor:
         """The ids that matches depend on after the first `n_read` (None: all) were read, (n,) int64.
 
-        That is all of them, or with a window the last ``window + max_match``.
+        That is all of them, or with a window the last ``window + max_match``; of these, the `last` ones (None: all).
 
         Raises:
             KernelError: some of them were overwritten since.
         """
         n = self._parts.n_tokens if n_read is None else n_read - self._first
         first = 0 if self.window is None else max(0, n - self.window - self.max_match)
+        first = first if last is None else max(first, n - last)
         if first < self._parts.first_kept:
             raise KernelError(
                 f"rosa: of the tokens before {n_read}, not all that a window needs are kept; copy in time"
@@ -196,6 +206,18 @@ class _Native:
         self.n_tokens += len(tokens)
         return followers, length.long(), src
 
+    def recall_one(self, token: int, n_found: int) -> tuple[list[int], list[int], list[int]]:
+        src, length, followers = (
+            (ctypes.c_int64 * n_found)(),
+            (ctypes.c_int32 * n_found)(),
+            (ctypes.c_int64 * n_found)(),
+        )
+        read = ctypes.byref(ctypes.c_uint32(token))
+        if library().heron_stream_read(self._stream, read, 1, n_found, src, length, followers):
+            raise KernelError(f"rosa: memory ran out after {self.n_tokens} tokens; give the stream a window")
+        self.n_tokens += 1
+        return followers[:], length[:], src[:]
+
     @property
     def first_kept(self) -> int:
         return library().heron_stream_first_kept(self._stream)
@@ -249,6 +271,10 @@ class _Plain:
         followers = torch.where(src >= 0, all_of_them[(src + 1).clamp(max=len(all_of_them) - 1)], 0) if n else src
         return followers, length, torch.where(src >= 0, src + first, src)
 
+    def recall_one(self, token: int, n_found: int) -> tuple[list[int], list[int], list[int]]:
+        followers, length, src = (part[0].tolist() for part in self.recall(torch.tensor([token]), n_found))
+        return followers, length, src
+
     @property
     def first_kept(self) -> int:
         return self.n_tokens - len(self._kept)
@@ -290,7 +316,7 @@ class TokenIndex:
             got = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
             raise KernelError(f"rosa: these tensors are no index of tokens: {got}")
         FORM.require(torch.device("cpu"))
-        self.parts = tuple(part.contiguous() for part in parts)
+        self.parts = tokens.contiguous(), nodes.contiguous(), roots.contiguous()
         self.max_match, self.end = max_match, end
 
     @classmethod
