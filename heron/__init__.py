@@ -27,7 +27,7 @@ _MODULES = (
     "checkpoint", "config", "data", "errors", "evaluate", "generation", "model", "ops", "optim", "tokenizer", "train",
 )  # fmt: skip
 
-__all__ = [*_HOMES, *_MODULES]
+__all__ = [*_HOMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll] - it reads literals alone
 
 
 def __getattr__(name: str) -> Any:

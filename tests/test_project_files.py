@@ -128,6 +128,24 @@ def test_links_between_pages_lead_somewhere(page):
     assert not list(broken(page, page.read_text(encoding="utf-8")))
 
 
+def test_pages_of_the_site_link_to_pages_alone():
+    """A link to code works where the repository's files are read, and breaks `make docs`."""
+    on_site = [page for page in PAGES if page.parent != ROOT and ".github" not in page.parts and page.name != "pypi.md"]
+    assert len(on_site) > 30
+    to_code = [
+        (page.relative_to(ROOT).as_posix(), path)
+        for page in on_site
+        for path in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8"))
+        if not path.endswith(".md") and ROOT / "docs" not in (page.parent / path).resolve().parents
+    ]
+    assert not to_code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_page_ends_with_one_newline(page):
+    assert re.search(r"[^\n]\n\Z", page.read_text(encoding="utf-8"))
+
+
 def test_a_broken_link_would_be_noticed():
     links = "[a](nowhere.md) [b](migration.md#checkpoints) [c](migration.md#chekpoints) `[d](no.md)` [e](https://a.b/c)"
     assert list(broken(ROOT / "docs/index.md", links)) == ["nowhere.md", "migration.md#chekpoints"]

@@ -264,7 +264,7 @@ class TrainConfig:
         ConfigError: a value out of range, or two fields that contradict each other.
     """
 
-    model: ModelConfig | str = _setting("rwkv8-tiny", "a preset, a checkpoint or weights to start from, a ModelConfig")
+    model: ModelConfig | str = _setting("rwkv8-tiny", "a preset, or the checkpoint or weights to start from")
     init_from: str = _setting("", "weights to start from that may lack tensors: these keep their initial values")
     init_dtype: str = _setting("fp32", "initial values: fp32, or bf16: rounded, as RWKV-LM's --precision bf16 has them")
     data: str = _setting(

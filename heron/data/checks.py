@@ -1,8 +1,8 @@
 """What was found out about a binidx pair, kept beside it in `NAME.checks.json`: hashes of blocks, the range of ids.
 
-Hashes are there when `heron prepare --hashes` took them. They are compared when the pair is opened
-for the first time and whenever size or time of a file have changed since. The range of ids of a large pair is kept so
-that not every start has to read all of it.
+Hashes are there when `heron prepare --hashes` took them. They are compared when the pair is opened for the first time
+and whenever size or time of a file have changed since. The range of ids of a large pair is kept so that not every start
+has to read all of it.
 """
 
 from __future__ import annotations

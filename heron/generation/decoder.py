@@ -43,10 +43,10 @@ class Decoder(Protocol):
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """Starts the next step of all sequences with token ids (n,) on the device, which the host need not know yet.
+        """Start the next step of all sequences on the device before the host has read the token ids (n,).
 
-        That step then gives the logits. Until then the states read as before, and one that is written is there without
-        it. None: not this decoder.
+        The next :meth:`step` returns its logits. Until then :meth:`read` gives the states from before it, and
+        :meth:`write` drops it. None: this decoder cannot.
         """
 
     def write(self, sequence: int, state: State | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import operator
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -108,7 +110,7 @@ class Engine:
         n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
         self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
-        self._open: list[OpenSequence] = []  # of those that are to be read, the first gets the next piece
+        self._open: list[OpenSequence] = []  # of those with a prompt to read, the first gets the next piece
         self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one
         self._is_running = False
         self._lock = threading.RLock()  # of the model, the decoder and everything above
@@ -212,10 +214,10 @@ class Engine:
                 nothing at all to read under a tokenizer without end of document.
             DataError: an id outside the vocabulary.
         """
-        self._refuse_while_running()
         check_seed(seed)
         ids = self.prompt_ids(ids, after)
         with self._lock:
+            self._refuse_while_running()
             sequence = self._join(ids, after, sampling, seed, TextWriter(self.tokenizer, ids))
             try:
                 while not sequence.is_read:
@@ -236,8 +238,9 @@ class Engine:
             ConfigError: the engine is full, :meth:`run` is going on, no token is wanted, and as :meth:`run`.
             DataError: as :meth:`run`.
         """
-        self._refuse_while_running()
-        return self._add(request)
+        with self._lock:
+            self._refuse_while_running()
+            return self._add(request)
 
     def _add(self, request: Request) -> OpenSequence:
         ids = self._checked(request)
@@ -283,30 +286,34 @@ class Engine:
     def step(self) -> list[tuple[OpenSequence, Token]]:
         """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
 
+        Gives them in order of place. Where drawing fails or is interrupted, the sequences drawn for are closed.
+
         Raises:
             ConfigError: :meth:`run` is going on.
             HeronError: the logits are not finite.
         """
-        self._refuse_while_running()
-        return self._step()
+        with self._lock:
+            self._refuse_while_running()
+            return self._step()
 
     def _step(self) -> list[tuple[OpenSequence, Token]]:
         with self._lock:
             if waiting := [one for one in self._open if len(one.unread) > 1]:
                 self._read_piece(waiting[0])
                 self._open = [*(one for one in self._open if one is not waiting[0]), waiting[0]]
-            writing = [one for one in self._open if one.is_read] if waiting else self._open
+            # By place: a decoder with no place free then need not bring its logits into another order.
+            writing = sorted((one for one in self._open if one.is_read), key=operator.attrgetter("place"))
             if not writing:
                 return []
-            logits = self._decoder.step([one.place for one in writing], [one.unread[0] for one in writing])
-            logits = logits[:, : self.tokenizer.vocab_size]
-            settings = [(one.place, one.sampling) for one in writing]
-            look_ahead = self._decoder.look_ahead
             try:
-                drawn = self._draws.draw(settings, [one.generator for one in writing], logits, look_ahead)
-            except BaseException:  # an interrupt, too
-                for one in writing if look_ahead is not None else ():
-                    self._decoder.write(one.place, self._decoder.read(one.place))  # not what was looked ahead
+                logits = self._decoder.step([one.place for one in writing], [one.unread[0] for one in writing])
+                logits = logits[:, : self.tokenizer.vocab_size]
+                settings = [(one.place, one.sampling) for one in writing]
+                generators = [one.generator for one in writing]
+                drawn = self._draws.draw(settings, generators, logits, self._decoder.look_ahead)
+            except BaseException:  # an interrupt, too: their tokens may have been read, and would be read again
+                for one in writing:
+                    self.close(one)
                 raise
             if (longest := self._decoder.longest) is not None:
                 drawn = [
@@ -362,35 +369,40 @@ class Engine:
                 stop text, an empty prompt under a tokenizer without end of document.
             DataError: a prompt that cannot be encoded, or an id outside the vocabulary.
         """
-        self._refuse_while_running()
-        if self._open:
-            raise ConfigError(f"{len(self._open)} sequences are open, and run would move them on; close them, or step")
         if isinstance(requests, Request) or not isinstance(requests, Iterable):
             raise ConfigError(f"requests: wanted several, as in run([request]), got {type(requests).__name__}")
-        incoming, numbers, n_taken = Incoming(requests), {}, 0
-        self._is_running = True
+        with self._lock:
+            self._refuse_while_running()
+            if self._open:
+                raise ConfigError(f"{len(self._open)} sequences are open, which run would move on; close them, or step")
+            self._is_running = True
         try:
-            while numbers or not incoming.is_over:
-                for request in incoming.take(self.n_free, wait=not numbers):
-                    if isinstance(request, Request) and request.max_tokens == 0:
-                        self.check(request)
-                        yield Piece(n_taken, "", None, "length")
-                    else:
-                        numbers[self._add(request)] = n_taken
-                    n_taken += 1
-                pieces = []
-                for sequence, token in self._step():
-                    text = sequence.text.push(token.id)
-                    pieces.append(Piece(numbers[sequence], text, token, sequence.text.finish))
-                    if sequence.text.finish:
-                        del numbers[sequence]
-                        self.close(sequence)
-                yield from pieces
+            with contextlib.closing(Incoming(requests)) as incoming:
+                yield from self._answers(incoming)
         finally:
-            self._is_running = False
-            incoming.close()
-            for sequence in self._open:
-                self.close(sequence)
+            with self._lock:
+                self._is_running = False
+                for sequence in self._open:
+                    self.close(sequence)
+
+    def _answers(self, incoming: Incoming[Request]) -> Generator[Piece]:
+        numbers, n_taken = {}, 0
+        while numbers or not incoming.is_over:
+            for request in incoming.take(self.n_free, wait=not numbers):
+                if isinstance(request, Request) and request.max_tokens == 0:
+                    self.check(request)
+                    yield Piece(n_taken, "", None, "length")
+                else:
+                    numbers[self._add(request)] = n_taken
+                n_taken += 1
+            pieces = []
+            for sequence, token in self._step():
+                text = sequence.text.push(token.id)
+                pieces.append(Piece(numbers[sequence], text, token, sequence.text.finish))
+                if sequence.text.finish:
+                    del numbers[sequence]
+                    self.close(sequence)
+            yield from pieces
 
     def _refuse_while_running(self) -> None:
         if self._is_running:

@@ -188,7 +188,7 @@ class GraphedReader:
     @torch.inference_mode()
     def __init__(self, model: RWKV, tokens: int):
         self._model, device = model, model.emb.weight.device
-        self._blocks = [(block, block.ffn) for block in blocks_of(model) if block.ffn is not None]
+        self._blocks = blocks_of(model)
         self._ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         self._state = State.zeros(model.config, 1, device, model.emb.weight.dtype).clone()
         rosa = model.config.memory
@@ -225,10 +225,10 @@ class GraphedReader:
         if self._recalled is not None:
             x = self._model.embed(self._ids, self._recalled)
         branch, v_first, tokens = None, None, Lookup(self._ids, embedded)
-        for (block, ffn), mine in zip(self._blocks, self._state.layers, strict=True):
-            rows = ffn.table_rows(tokens)
+        for block, mine in zip(self._blocks, self._state.layers, strict=True):
+            rows = block.ffn.table_rows(tokens)
             x, branch, new, v_first = self._mix(block, x, branch, mine, v_first, rows, None, None, None, True)
-            branch = ffn.gate(branch, self._ids)
+            branch = block.ffn.gate(branch, self._ids)
             for old, part in zip(mine[:3], new[:3], strict=True):
                 old.copy_(part)
 

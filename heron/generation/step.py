@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -189,12 +189,12 @@ def layers_of(model: RWKV) -> list[LayerWeights]:
 
 def blocks_of(model: RWKV) -> list[Block]:
     """The blocks of `model`, first to last."""
-    return [block for block in model.blocks if isinstance(block, Block)]
+    return cast(list[Block], list(model.blocks))
 
 
 def _layer_weights(block: Block, deep_embed: str | None) -> LayerWeights:
     att, ffn = block.att, block.ffn
-    if att is None or ffn is None or block.ln1 is None:
+    if att is None:
         raise ConfigError("a block without time mixing (rosa-lm) has no step of its own; decode through the model")
     gate = LowRankGate(ffn.s0, ffn.s1, ffn.s2, ffn.s_emb_x.weight) if deep_embed == "low-rank" else None
     return LayerWeights(

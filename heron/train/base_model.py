@@ -60,13 +60,13 @@ def find(out: Path, model: ModelConfig | str) -> Path | None:
 
 def named(out: Path, weights: str, flag: str) -> Path:
     """The path of the weights that `flag` names; CheckpointError where they are elsewhere and `out` has some too."""
-    found, named = candidates(out), Path(weights)
-    if found and named.resolve() not in [path.resolve() for path in found]:
+    found, path = candidates(out), Path(weights)
+    if found and path.resolve() not in [other.resolve() for other in found]:
         raise CheckpointError(
-            f"{out}: {found[0].name} is there, and {flag} names {named}: drop {flag} to start from {found[0]}, or "
-            f"type {flag} {named} --out {_another(out)}"
+            f"{out}: {found[0].name} is there, and {flag} names {path}: drop {flag} to start from {found[0]}, or "
+            f"type {flag} {path} --out {_another(out)}"
         )
-    return named
+    return path
 
 
 def check_sizes(path: Path, held: ModelConfig, wanted: ModelConfig) -> None:

@@ -627,7 +627,7 @@ def test_a_step_is_begun_before_its_token_is_known_on_the_host(looking_ahead, ra
     assert begun == [0, 0, 1, 2, 3]
 
 
-def test_a_row_whose_token_cannot_be_drawn_stays_where_it_is(looking_ahead, random_model):
+def test_a_sequence_whose_token_cannot_be_drawn_is_closed(looking_ahead, random_model):
     """Only the token that it read makes its logits bad: what was looked ahead, with another one, is fine."""
     model = random_model(variant="v8", n_layer=1)
     engine = looking_ahead(model)
@@ -636,34 +636,38 @@ def test_a_row_whose_token_cannot_be_drawn_stays_where_it_is(looking_ahead, rand
     assert bad
     with torch.no_grad():
         model.blocks[0].ffn.enn.weight[bad] = math.inf
-    engines = looking_ahead(model), looking_ahead(model, looks_ahead=False)
-    rows = [engine.open([1, 2], sampling=GREEDY) for engine in engines]
-    for engine in engines:
+    for engine in looking_ahead(model), looking_ahead(model, looks_ahead=False):
+        sequence = engine.open([1, 2], sampling=GREEDY)
         assert engine.step()[0][1].id == bad
+        before = engine.snapshot(sequence)
         for _ in range(2):
             with pytest.raises(HeronError, match="wanted finite numbers, got nan"):
                 engine.step()
-    mine, theirs = (engine.snapshot(row) for engine, row in zip(engines, rows, strict=True))
-    assert equal(bits(mine.state), bits(theirs.state))
+            assert not sequence.is_open
+            sequence = engine.open((), before, GREEDY)
+        assert equal(bits(engine.snapshot(sequence).state), bits(before.state))
 
 
-def test_an_interrupted_step_leaves_no_token_out(looking_ahead, random_model, monkeypatch):
+def test_after_an_interrupted_step_a_snapshot_from_before_goes_on(looking_ahead, random_model, monkeypatch):
     def interrupt(n):
         raise KeyboardInterrupt
 
-    model, told = random_model(), []
+    model, sampling = random_model(), Sampling(top_p=1.0)
     for looks_ahead in (True, False):
         made = looking_ahead(model, looks_ahead)
-        row = made.open([1, 2], sampling=Sampling(top_p=1.0), seed=3)
-        made.step()
+        made.open([1, 2], sampling=sampling, seed=3)
+        want = [made.step()[0][1] for _ in range(6)]
+        made = looking_ahead(model, looks_ahead)
+        sequence = made.open([1, 2], sampling=sampling, seed=3)
+        assert made.step()[0][1] == want[0]
+        before = made.snapshot(sequence)
         with monkeypatch.context() as patch:
             patch.setattr(made._draws, "_receive", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 made.step()
-        snapshot = made.snapshot(row)
-        told.append((bits(snapshot.state), snapshot.pending, [made.step()[0][1] for _ in range(5)]))
-    assert equal(told[0][0], told[1][0])
-    assert told[0][1:] == told[1][1:]
+        assert (sequence.is_open, made.n_free) == (False, 1)
+        made.open((), before, sampling)
+        assert [made.step()[0][1] for _ in range(5)] == want[1:]
 
 
 def test_barred_ids_are_those_that_stand_for_nothing():

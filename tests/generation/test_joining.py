@@ -17,7 +17,7 @@ from heron import tokenizer
 from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError, HeronError
 from heron.generation import Engine, Request, Sampling, Snapshot, engine
-from heron.generation.drawing import DeviceDraws
+from heron.generation.drawing import DeviceDraws, HostDraws
 from heron.generation.incoming import Incoming
 from heron.generation.prefill import PromptReader
 
@@ -130,6 +130,7 @@ def test_between_two_tokens_of_a_sequence_one_piece_of_a_prompt_is_read(random_m
         for one in drawn:
             begun.setdefault(one, n)
         assert len(pieces) == min(n, 8 + 1 + 2)
+    assert [one.place for one in drawn] == [0, 1, 2, 3]  # whatever their turns were
     # They take turns: long, short, other, long, other, long, and from then on the long one alone.
     assert begun == {first: 1, short: 2, other: 5, long: 11}
     assert pieces == [
@@ -232,6 +233,28 @@ def test_a_prompt_that_cannot_be_read_gives_its_place_back_or_waits(random_model
                 many.step()
         assert [many.step()[0][1] for _ in range(3)] == want  # the piece is read again
         many.close(sequence)
+
+
+@pytest.mark.parametrize("form", ["v7", "v8", "v7a", "v7b"])
+def test_an_interrupted_step_closes_what_it_drew_for_and_nothing_else(random_model, monkeypatch, form):
+    """A token that was read, and is not known to be, would be read twice; a prompt that waits is as it was."""
+    many, draw = Engine(random_model(variant=form), INTEGERS, rows=3), HostDraws._draw
+    requests = [Request([n, *range(n)], 6, SETTINGS[2], seed=n) for n in (1, 3, 17)]
+    want = [alone(many.model, request)[0] for request in requests]
+    one, two, waits = map(many.add, requests)
+    said = [many.step(), many.step(), many.step()]
+    assert [token for drawn in said for sequence, token in drawn if sequence is two] == want[1][:2]
+    before = many.snapshot(two)
+    with monkeypatch.context() as patch:
+        answers = iter([draw, None])  # None cannot be called: the first of the two has been drawn by then
+        patch.setattr(HostDraws, "_draw", lambda *a: next(answers)(*a))
+        with pytest.raises(TypeError):
+            many.step()
+    assert [one.is_open, two.is_open, waits.is_open, many.n_free] == [False, False, True, 2]
+    again = many.open((), before, SETTINGS[2])
+    told = [drawn for _ in range(12) for drawn in many.step()]
+    assert [token for sequence, token in told if sequence is again][:4] == want[1][2:]
+    assert [token for sequence, token in told if sequence is waits][:6] == want[2]
 
 
 # -- requests that arrive ---------------------------------------------------------------------------------------------
@@ -400,6 +423,27 @@ def test_incoming_lets_go_of_its_items():
     assert incoming.take(5, wait=True) + incoming.take(5, wait=True) in ([1, 2], [1])
     incoming.close()
     assert incoming.take(1, wait=True) == []
+
+
+def test_of_two_threads_one_alone_begins_a_run(random_model):
+    class Blocked:
+        """An iterable that takes its time to begin, as one that opens a file may."""
+
+        def __iter__(self):
+            begun.set()
+            gate.wait()
+            return iter([])
+
+    begun, gate, many = threading.Event(), threading.Event(), Engine(random_model(), INTEGERS)
+    other = threading.Thread(target=lambda: list(many.run(Blocked())), daemon=True)
+    other.start()
+    begun.wait()
+    for use in (lambda: many.add(Request([1])), lambda: many.open([1]), many.step, lambda: next(many.run([]))):
+        with pytest.raises(ConfigError, match="run is going on"):
+            use()
+    gate.set()
+    other.join()
+    assert len(many.open([1]).unread) == 1
 
 
 def test_two_threads_may_use_one_engine(random_model):
