@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from heron.commands import EXIT_PREEMPTED
-from heron.config import ModelConfig, TrainConfig
+from heron.config import ModelConfig, RosaConfig, TrainConfig
 from heron.errors import KernelError
 from heron.train.stop import Preemption
 
@@ -16,7 +16,7 @@ PROMPT = "The `with` statement is used to "
 def config(out: Path, memory: bool = True) -> TrainConfig:
     """The demo's settings. The text is small (0.4 MB), so it is passed several times under strong weight decay."""
     return TrainConfig(
-        model=ModelConfig(variant="v8", n_layer=4, n_embd=192, vocab_size=512, rosa="memory" if memory else None),
+        model=ModelConfig(variant="v8", n_layer=4, n_embd=192, vocab_size=512, rosa=RosaConfig.preset("memory") if memory else None),
         data="builtin:python-docs",
         tokenizer="bpe:512",
         out=str(out),
