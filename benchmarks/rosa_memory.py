@@ -87,6 +87,9 @@ def main() -> None:
         print(f"{'file':<34}{out.stat().st_size / n:9.2f} bytes a token, names in it")
         taken = best(args.rounds, lambda: matching(tokens))
         print(f"{'the matching of it':<34}{n / taken / 1e6:9.2f} M tokens/s")
+        some = torch.from_numpy(tokens[:200_000].astype(np.int64))
+        taken = best(args.rounds, lambda: TokenStream(impl="torch").read(some))
+        print(f"{'in plain PyTorch, the first 200,000':<34}{len(some) / taken / 1e6:9.2f} M tokens/s")
         rules = Rules()
         part = tokens[: 4 << 20]
         taken = best(args.rounds, lambda: answers(part, rules))

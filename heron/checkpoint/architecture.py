@@ -201,21 +201,25 @@ def sizes_of(
             value_rank=shape(f"blocks.{value_block}.att.v1", 2)[1] if has_value_rank else None,
             gate_rank=shape("blocks.0.att.g1", 2)[1],
         )
+    if rosa is not None and rosa.scope == "stream":
+        memory, rosa = rosa, None
     has_rosa = any(map(_ROSA.match, tensors))
     if has_rosa and rosa is None:
         raise CheckpointError(
             f"{source}: no tensor says whether its ROSA has 1 or 4 bits and what no match gives; type --rosa qkv-1bit "
             'or --rosa qkv-4bit (in Python: heron.load(path, rosa=RosaConfig.preset("qkv-1bit")))'
         )
-    if rosa is not None and rosa.scope == "stream":
-        memory, rosa = rosa, None
-    if "memory.copy" in tensors and memory is None:
-        n_matches, n_rows = shape("memory.copy", 2)
-        memory = RosaConfig.preset("memory", n_matches=n_matches, max_match=longest_match(n_rows))
     if memory is not None and "memory.copy" not in tensors:
         raise CheckpointError(f"{source}: there is no ROSA memory in it (heron convert --add_rosa memory adds one)")
     if rosa is not None and not has_rosa:
         raise CheckpointError(f"{source}: there is no ROSA in it; drop rosa (heron convert --add_rosa adds a branch)")
+    if "memory.copy" in tensors and memory is None:
+        n_matches, n_rows = shape("memory.copy", 2)
+        try:
+            memory = RosaConfig.preset("memory", n_matches=n_matches, max_match=longest_match(n_rows))
+        except ConfigError as error:
+            told = f"{source}: no ROSA memory has a memory.copy of shape {(n_matches, n_rows)}: {error}"
+            raise CheckpointError(told) from None
     try:
         return ModelConfig(
             variant=variant,

@@ -69,6 +69,12 @@ def upcycle(
             f"{_name(old)} that does not normalise its embedding cannot become {_name(new)}, which always does"
         )
     if old.has_ln0 and not new.has_ln0:
+        for name in ("memory.scale", "memory.length"):
+            if name in tensors and tensors[name].any():
+                raise CheckpointError(
+                    f"{_name(old)} cannot become {_name(new)}: what {name} adds to the embedding goes through ln0, "
+                    "which a v8-hybrid does not apply"
+                )
         with torch.no_grad():
             tensors["emb.weight"] = model.get_submodule("blocks.0.ln0")(model.emb.weight)
         for name, neutral in zip(LN0, (1.0, 0.0), strict=True):

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}: {sizes(after.config)}")
     if options.check:
         with progress("comparing the logits"):
-            difference = largest_difference(before, options.output, rosa=after.config.rosa)
+            difference = largest_difference(before, options.output, rosa=after.config.rosa or after.config.memory)
         print(f"largest difference of a logit, before and after, in fp32: {difference:.3g}")
         if difference and options.dtype is None and options.vocab_size is None:
             raise CheckpointError(f"{options.output}: the same numbers were to give the same logits; do not use it")
@@ -69,7 +69,7 @@ def convert(
         deep_embed_4x: give the new variant the 4x form.
         seed: of what is random in new parts, whose effect is multiplied by 0 before training.
         rosa: how the ROSA in the source works, where nothing beside it says so.
-        add_rosa: give the model such a ROSA branch.
+        add_rosa: give the model such a ROSA branch, or such a ROSA memory.
         tokenizer: what :func:`heron.tokenizer.load` takes; None: what the source holds or lies in, and for 65,536 ids
             of which nothing tells, World. Warns of one that is assumed.
         say: told of a tokenizer that the target can't hold.

@@ -106,6 +106,7 @@ def _with_underscores(argument: str) -> str:
 _NOT_OF_FINETUNE = (  # settings of a fresh model, and of data that are no conversations
     "model", "init_from", "init_dtype", "column", "glob", "split_at", "allow_normalized", "magic_prime", "num_workers",
 )  # fmt: skip
+_MEMORY = "documents that ROSA memory looks into, which heron memory build wrote; default: none"
 _TOKENIZERS = "world, bytes, integers:V[:E] (E ends a document), a tokenizer.json"
 
 _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none is imported before its verb runs
@@ -241,6 +242,9 @@ def parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end at this text; may be given several times; default: none"
     )
     generate.add_argument("--stop_ids", type=ids, default=[], metavar="IDS", help="end at these ids, as in 0,261")
+    generate.add_argument(
+        "--show_memory", action="store_true", help="underline what ROSA memory recalled, and say where it comes from"
+    )
     _add_running(generate, max_tokens=200, top_p=0.5, penalty=0.0)
 
     chat = verb("chat", "talk with a model in the terminal")
@@ -264,6 +268,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
     evaluate.add_argument("--ctx_len", type=int, default=1024, help="window length; each starts from a zero state")
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    evaluate.add_argument("--memory", metavar="FILE", help=_MEMORY)
+    memory_from_help = "text or data, as --data takes it, that ROSA memory looks into beside what is scored"
+    evaluate.add_argument("--memory_from", metavar="FILE", help=memory_from_help)
     _add_rosa(evaluate)
 
     convert = verb("convert", "rewrite weights: another format, variant, vocabulary or dtype")
@@ -388,6 +395,7 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
     parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
     parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
+    parser.add_argument("--memory", metavar="FILE", help=_MEMORY)
     _add_rosa(parser)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from heron import machine
 from heron.checkpoint import beside, load, weights_file
+from heron.data import token_index
+from heron.data.token_index import DocumentIndex
 from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
 from heron.progress import progress
@@ -15,8 +17,8 @@ from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
 
 
-def engine_of(options: argparse.Namespace) -> Engine:
-    """An engine for one sequence, from the flags that generate and chat have in common."""
+def engine_of(options: argparse.Namespace) -> tuple[Engine, DocumentIndex | None]:
+    """An engine for one sequence, and the documents of its memory, from the flags that generate and chat share."""
     dtypes = {None: None, **machine.DTYPES}
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
@@ -33,7 +35,9 @@ def engine_of(options: argparse.Namespace) -> Engine:
         file = home.with_name(f"{home.name}.{options.dtype or 'file'}.tables")
     if options.tables == "device":
         model = model.to(device)
-    return Engine(model, tokenizer, tables=options.tables, tables_file=file, device=device)
+    documents = None if options.memory is None else token_index.read(options.memory, tokenizer)
+    index = None if documents is None else documents.index
+    return Engine(model, tokenizer, 1, options.tables, file, device, index), documents
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

@@ -203,8 +203,8 @@ class HeronLM(LM):
         total, state, device = 0.0, None, next(self._model.parameters()).device
         for start in range(0, len(ids) - 1, _TOKENS_AT_ONCE):
             piece = torch.tensor([ids[start : start + _TOKENS_AT_ONCE + 1]], device=device)
-            hidden, state = self._model.hidden_states(piece[:, :-1], state)
-            mean = self._model.head_loss(hidden, piece[:, 1:])
+            hidden, state, recalled = self._model.read(piece[:, :-1], state)
+            mean = self._model.head_loss(hidden, piece[:, 1:], recalled)
             total -= float(mean.double()) * (piece.shape[1] - 1)
         return total
 

@@ -76,7 +76,8 @@ class RosaConfig:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 wanted = ", ".join(map(str, known))
-                usual = f"; the presets {', '.join(ROSA_PRESETS)} have upstream's" if name == "no_match" else ""
+                of_upstream = ", ".join(preset for preset in ROSA_PRESETS if preset != "memory")
+                usual = f"; the presets {of_upstream} have upstream's" if name == "no_match" else ""
                 raise ConfigError(f"rosa, {name}: wanted one of {wanted}, got {value!r}{usual}")
         if self.source == "token" and self.no_match != "zero":
             raise ConfigError("rosa, no_match: a token has no bit 0; source token gives zero")
@@ -84,6 +85,10 @@ class RosaConfig:
             raise ConfigError(f"rosa, max_match: wanted at least 1, or nothing, got {self.max_match}")
         if self.scope == "stream":
             self._check_stream()
+        elif self.window is not None or self.end is not None:
+            raise ConfigError(
+                f"rosa, {'end' if self.window is None else 'window'}: only a ROSA of scope stream has one"
+            )
 
     def _check_stream(self) -> None:
         if self.source != "token":
@@ -140,7 +145,8 @@ class ModelConfig:
             if isinstance(value, str):
                 object.__setattr__(self, name, RosaConfig.preset(value))
             elif isinstance(value, Mapping):
-                object.__setattr__(self, name, RosaConfig.from_dict(value))
+                base = ROSA_PRESETS["memory"] if name == "memory" else {}
+                object.__setattr__(self, name, RosaConfig.from_dict({**base, **value}))
         if isinstance(self.rosa, RosaConfig) and self.rosa.scope == "stream":
             if self.memory not in (None, self.rosa):
                 raise ConfigError("rosa and memory are both a ROSA memory, and not the same one; give one of them")

@@ -25,6 +25,8 @@ from heron.generation.sampling import Sampling, Token
 from heron.generation.snapshot import Snapshot, read_snapshot, write_snapshot
 from heron.generation.text import TextWriter, stand_for_something
 from heron.model import RWKV, State
+from heron.model.memory import Documents
+from heron.ops.rosa import TokenIndex
 from heron.tables.store import PLACES, fingerprint, off_device
 from heron.tokenizer import Tokenizer
 
@@ -36,7 +38,8 @@ class Engine:
     """Runs a model as an RNN, for one sequence or many at a time, at a constant cost per token.
 
     The weights are read from `model` when the engine is built: build a new one after training on. A v7b, v8-hybrid or
-    ROSA model decodes through the model itself, sequence by sequence; its state grows as :class:`heron.State` says.
+    model with ROSA layers decodes through the model itself, sequence by sequence; its state grows as
+    :class:`heron.State` says.
     Threads may share an engine: what they ask of it is done one after another.
 
     Args:
@@ -49,6 +52,8 @@ class Engine:
             no memory). Their rows are the same bit for bit, and fetched once per token for all layers.
         tables_file: of "disk"; written where it is missing.
         device: where the rest runs; None: where the model is.
+        documents: an index that a ROSA memory looks into beside what each sequence has read, see
+            :class:`heron.model.memory.Documents`; None: none.
 
     Raises:
         ConfigError: rows below 1, an unknown `tables`, or one that this model does not have; a tokenizer larger than
@@ -65,6 +70,7 @@ class Engine:
         tables: str = "device",
         tables_file: str | Path | None = None,
         device: torch.device | str | None = None,
+        documents: TokenIndex | None = None,
     ):
         _check_kinds(model, tokenizer)
         rows = plain(rows)
@@ -96,9 +102,11 @@ class Engine:
         elif next(model.parameters()).device != self._device:
             raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
         self.model = model
-        self._decoder = decoder_of(model, rows, moved)
+        looked_into = None if documents is None else Documents(documents, model.config)
+        self._decoder = decoder_of(model, rows, moved, looked_into)
         is_cuda = self._device.type == "cuda"
-        self._reader = PromptReader(model, self._device, PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS, moved)
+        n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
+        self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
         self._open: list[OpenSequence] = []  # of those that are to be read, the first gets the next piece
         self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one
@@ -116,6 +124,7 @@ class Engine:
             DataError: an id outside the vocabulary.
         """
         check_ids(ids, self.vocab_size)
+        state = state.fork() if ids and isinstance(state, State) else state
         for start in range(0, len(ids), self._reader.size):
             with self._lock:
                 state = self._reader.read(ids[start : start + self._reader.size], state)
@@ -254,9 +263,10 @@ class Engine:
             if sampling.has_penalties:
                 counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts
                 counts = self._draws.keep(place, counts)
-            sequence = OpenSequence(place, ids, after.state, sampling, counts, generator, text)
+            state = after.state.fork() if isinstance(after.state, State) else after.state
+            sequence = OpenSequence(place, ids, state, sampling, counts, generator, text)
             if sequence.is_read:
-                self._decoder.write(place, after.state)
+                self._decoder.write(place, state)
             self._open, self._free = [*self._open, sequence], self._free[1:]
         return sequence
 
@@ -298,6 +308,11 @@ class Engine:
                 for one in writing if look_ahead is not None else ():
                     self._decoder.write(one.place, self._decoder.read(one.place))  # not what was looked ahead
                 raise
+            if (longest := self._decoder.longest) is not None:
+                drawn = [
+                    token._replace(match=match) if match.length > 0 and match.predicted == token.id else token
+                    for token, match in zip(drawn, longest, strict=True)
+                ]
             for one, token in zip(writing, drawn, strict=True):
                 one.go_on([token.id])
             return list(zip(writing, drawn, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from itertools import pairwise
@@ -23,7 +22,7 @@ from heron.model.memory import Recollection, RosaMemory, recall
 from heron.model.plain import has_hooks, is_plain
 from heron.model.rosa import RosaQKV
 from heron.model.shift import normed_and_mixed
-from heron.model.state import LayerState, State, States
+from heron.model.state import LayerState, State, States, with_memory
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
 
@@ -214,7 +213,7 @@ class RWKV(nn.Module):
             return self._in_dtype(widest, RWKV.forward, tokens, state, cu_seqlens, recalled)
         recalled, memory = self.recall(tokens, state, cu_seqlens, recalled)
         hidden, state = self._hidden_states(tokens, state, cu_seqlens, None, True, recalled)
-        return self.logits(hidden, recalled), _with_memory(state, memory)
+        return self.logits(hidden, recalled), with_memory(state, memory)
 
     def logits(self, hidden: Tensor, recalled: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of what :meth:`hidden_states` gave, with the bonus of what memory `recalled`."""
@@ -230,7 +229,8 @@ class RWKV(nn.Module):
         and None.
 
         Raises:
-            ConfigError: `recalled` of another shape or dtype, or for a model without memory; tokens inside a graph.
+            ConfigError: `recalled` of another shape or dtype, with an id or a length that can't be, or for a model
+                without memory; tokens inside a graph; the memories of another number of sequences.
         """
         rosa = self.config.memory
         if rosa is None:
@@ -243,19 +243,36 @@ class RWKV(nn.Module):
             if tuple(recalled.shape) != wanted or recalled.dtype != torch.int64:
                 got = f"{tuple(recalled.shape)} {recalled.dtype}"
                 raise ConfigError(f"recalled: wanted {wanted} int64, got {got}")
+            if recalled.device.type == "cpu" and not in_graph():
+                most = torch.tensor((self.config.vocab_size - 1, rosa.max_match))
+                if ((recalled < 0) | (recalled > most)).any():
+                    raise ConfigError(f"recalled: wanted ids to {most[0]} and lengths to {most[1]}, got others")
             return recalled, None
         if in_graph():
             raise ConfigError("recalled: inside a graph what memory found must be given; model.recall finds it before")
         if cu_seqlens is not None:
             cu_seqlens = _checked_offsets(cu_seqlens, tokens)
         n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        states = state if isinstance(state, tuple) else (state,)
-        before = [memory for one in states if isinstance(one, State) and one.memory for memory in one.memory]
-        if not before:
-            before = [Recollection(tokens.new_empty(0)) for _ in range(n_seq)]
+        before: list[Recollection] = []
+        for one in state if isinstance(state, tuple) else (state,):
+            if isinstance(one, State):
+                before += one.memory or (Recollection(),) * one.batch_size
+        before = before or [Recollection()] * n_seq
         if len(before) != n_seq:
             raise ConfigError(f"state: wanted the memories of {n_seq} sequences, got {len(before)}")
         return recall(tokens, before, rosa, cu_seqlens)
+
+    def read(
+        self,
+        tokens: Tensor,
+        state: States | None = None,
+        cu_seqlens: Tensor | None = None,
+        embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, States, Tensor | None]:
+        """:meth:`hidden_states`, and as the third what memory recalled, for :meth:`logits` and :meth:`head_loss`."""
+        recalled, memory = self.recall(tokens, state, cu_seqlens)
+        hidden, state = self.hidden_states(tokens, state, cu_seqlens, embeddings, recalled=recalled)
+        return hidden, with_memory(state, memory), recalled
 
     def hidden_states(
         self,
@@ -277,7 +294,7 @@ class RWKV(nn.Module):
             )
         recalled, memory = self.recall(tokens, state, cu_seqlens, recalled)
         hidden, state = self._hidden_states(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
-        return hidden, None if state is None else _with_memory(state, memory)
+        return hidden, None if state is None else with_memory(state, memory)
 
     def _hidden_states(
         self,
@@ -358,9 +375,15 @@ class RWKV(nn.Module):
             new.append(state)
         return torch.cat(outputs, dim=1), tuple(new) if keep_state else None
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it."""
-        return self._first_norm(self.emb(tokens))
+    def embed(self, tokens: Tensor, recalled: Tensor | None = None) -> Tensor:
+        """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it.
+
+        With what memory `recalled` (..., K, 2) it is added to the rows, which tables and attention do without.
+        """
+        rows = self.emb(tokens)
+        if self.memory is not None and recalled is not None:
+            rows = rows + self.memory(recalled, self.emb).to(rows.dtype)
+        return self._first_norm(rows)
 
     def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
@@ -458,15 +481,6 @@ def _checked_offsets(cu_seqlens: Tensor | Sequence[int] | np.ndarray, tokens: Te
                 f"got {cu_seqlens.tolist()}"
             )
     return cu_seqlens
-
-
-def _with_memory(state: Any, memory: tuple[Recollection, ...] | None) -> Any:
-    """`state`, a State or one a sequence, with the memories of its sequences; None: as they are."""
-    if memory is None:
-        return state
-    if isinstance(state, State):
-        return dataclasses.replace(state, memory=memory)
-    return tuple(dataclasses.replace(one, memory=(of_one,)) for one, of_one in zip(state, memory, strict=True))
 
 
 def _kind(states: object) -> str:

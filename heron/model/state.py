@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -103,14 +104,41 @@ class State:
         tokens = None if self.tokens is None else function(self.tokens)
         return State(tuple(_mapped(layer, function) for layer in self.layers), tokens, self.memory)
 
+    def of(self, sequences: Sequence[int]) -> State:
+        """The state of these of its sequences, of each as often as it is named."""
+        kept = torch.tensor(sequences, dtype=torch.int64)
+        state = self.map(lambda part: part.index_select(0, kept.to(part.device)))
+        if self.memory is None:
+            return state
+        memory = []
+        for i, sequence in enumerate(
+            sequences
+        ):  # of one that comes again a copy, which shares no stream with the first
+            is_first = sequences.index(sequence) == i
+            memory.append(self.memory[sequence] if is_first else self.memory[sequence].clone())
+        return dataclasses.replace(state, memory=tuple(memory))
+
+    @classmethod
+    def joined(cls, states: Sequence[State]) -> State:
+        """One state of the sequences of several, whose contexts under attention and ROSA layers have one length."""
+        parts = [dataclasses.replace(state, memory=None).to_list() for state in states]
+        memories = [state.memory or (Recollection(),) * state.batch_size for state in states]
+        has_memory = any(state.memory for state in states)
+        joined = cls.from_list([torch.cat(part) for part in zip(*parts, strict=True)])
+        return dataclasses.replace(joined, memory=tuple(chain(*memories))) if has_memory else joined
+
     def detach(self) -> State:
         """The same numbers, cut off from the graph: what truncated backpropagation through time hands on."""
         return self.map(Tensor.detach)
 
     def clone(self) -> State:
         """A copy that shares no memory."""
+        return self.fork().map(Tensor.clone)
+
+    def fork(self) -> State:
+        """The same state to go on from, without a trace in this one: tensors are shared, memories are copies."""
         memory = None if self.memory is None else tuple(one.clone() for one in self.memory)
-        return dataclasses.replace(self.map(Tensor.clone), memory=memory)
+        return dataclasses.replace(self, memory=memory)
 
     def to(self, device: torch.device | str) -> State:
         """The state on another device, dtypes kept."""
@@ -199,7 +227,7 @@ class State:
         if self.memory is not None and (config.memory is None or len(self.memory) != batch_size):
             wanted = "none" if config.memory is None else str(batch_size)
             raise ConfigError(f"state: wanted the ROSA memories of {wanted} sequences, got {len(self.memory)}")
-        for memory in self.memory or ():
+        for memory in () if in_graph() else self.memory or ():
             memory.check(config.vocab_size)
         n_past = 0
         if self.tokens is not None:
@@ -270,6 +298,15 @@ _pytree.register_pytree_node(
 
 
 States = State | tuple[State, ...]  # a tuple: of sequences whose states have different lengths, one each
+
+
+def with_memory(state: Any, memory: tuple[Recollection, ...] | None) -> Any:
+    """`state`, a State or one a sequence, with the memories of its sequences; None: as they are."""
+    if memory is None:
+        return state
+    if isinstance(state, State):
+        return dataclasses.replace(state, memory=memory)
+    return tuple(dataclasses.replace(one, memory=(of_one,)) for one, of_one in zip(state, memory, strict=True))
 
 
 def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:

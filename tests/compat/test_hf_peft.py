@@ -44,6 +44,19 @@ def bases(random_model):
     return make
 
 
+@pytest.mark.parametrize("where", ["emb", "head", "every module and table", "a head of its own"])
+def test_an_adapter_acts_on_what_memory_recalls(random_model, where):
+    rwkv, ids = random_model(variant="v8", n_layer=2, vocab_size=V, memory="memory"), IDS.remainder(3)
+    base = HeronForCausalLM(HeronConfig(**rwkv.config.to_dict())).eval()
+    base.rwkv.load_state_dict(rwkv.state_dict())
+    model = shake(peft.get_peft_model(base, lora(**WHERE[where]))).eval()
+    loss, logits = (model(input_ids=ids, labels=ids)[name] for name in ("loss", "logits"))
+    assert torch.allclose(loss, nll(logits, ids), atol=1e-5)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(ids).logits, logits, atol=1e-4)
+    assert torch.allclose(merged.rwkv(ids)[0], logits, atol=1e-4)
+
+
 def lora(task="CAUSAL_LM", **settings):
     return peft.LoraConfig(r=4, task_type=task, lora_alpha=8, **settings)
 

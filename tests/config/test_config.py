@@ -186,6 +186,59 @@ def test_yaml_gives_an_equal_config(tmp_path):
     assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
 
 
+def test_a_memory_may_be_given_as_a_rosa_and_comes_back_from_yaml(tmp_path):
+    preset = RosaConfig.preset("memory")
+    wide = dataclasses.replace(preset, window=1000, end=0)
+    for given, memory in (
+        (dict(memory="memory"), preset),
+        (dict(rosa="memory"), preset),
+        (dict(rosa="memory", memory="memory"), preset),
+        (dict(memory=dict(window=1000, end=0)), wide),  # what is not said is as in the preset
+        (dict(rosa=wide), wide),
+        (dict(rosa=dict(source="token", scope="stream", no_match="zero", grad="none", max_match=64)), preset),
+    ):
+        config = ModelConfig(**SMALL, **given)
+        assert (config.memory, config.rosa) == (memory, None)
+        assert ModelConfig.from_dict(config.to_dict()) == config
+        assert config.changed(n_embd=64).memory == memory
+        training = TrainConfig(model=config, max_steps=1)
+        (tmp_path / "c.yaml").write_text(training.to_yaml())
+        assert TrainConfig.from_yaml(tmp_path / "c.yaml") == training
+    (tmp_path / "c.yaml").write_text("max_steps: 1\nmodel: {variant: v8, memory: {window: 1000, end: 0}}\n")
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").model.memory == wide
+    lm = ModelConfig(**SMALL, variant="rosa-lm", rosa="memory")
+    assert (lm.rosa, lm.memory) == (RosaConfig.preset("qkv-1bit"), preset)
+    both = ModelConfig(**SMALL, rosa="qkv-4bit", memory="memory")
+    assert (both.rosa, both.memory) == (RosaConfig.preset("qkv-4bit"), preset)
+    assert ModelConfig(**SMALL).memory is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(rosa="memory", memory=dict(window=5)), "rosa and memory are both a ROSA memory, and not the same one"),
+        (dict(memory="qkv-1bit"), "memory: wanted a ROSA of scope stream, got scope sample; give memory"),
+        (dict(memory="memori"), "no ROSA preset 'memori'.*Did you mean 'memory'"),
+        (dict(memory=5), "memory: wanted RosaConfig or nothing, got 5"),
+        (dict(memory=dict(windows=5)), "rosa: unknown key 'windows'.*window"),
+        (dict(memory=dict(source="qkv")), "rosa, scope: a stream is one of token ids; source is qkv"),
+        (dict(memory=dict(scope="documents")), "rosa, scope: wanted one of sample, stream, got 'documents'"),
+        (dict(memory=dict(max_match=None)), "rosa, max_match: of a stream wanted 1 to 255, got None"),
+        (dict(memory=dict(max_match=256)), "rosa, max_match: of a stream wanted 1 to 255, got 256"),
+        (dict(memory=dict(n_matches=0)), "rosa, n_matches: of a stream wanted 1 to 8, got 0"),
+        (dict(memory=dict(n_matches=9)), "rosa, n_matches: of a stream wanted 1 to 8, got 9"),
+        (dict(memory=dict(n_matches=True)), "n_matches: wanted int, got True"),
+        (dict(memory=dict(window=0)), "rosa, window: of a stream wanted 1 to 2147483647, got 0"),
+        (dict(memory=dict(end=-1)), "rosa, end: of a stream wanted 0 to 2147483647, got -1"),
+        (dict(rosa=dict(no_match="zero", window=5)), "rosa, window: only a ROSA of scope stream has one"),
+        (dict(rosa=dict(no_match="zero", end=5)), "rosa, end: only a ROSA of scope stream has one"),
+    ],
+)
+def test_a_memory_that_cannot_be_is_refused_by_field(values, words):
+    with pytest.raises(ConfigError, match=f"^[^\n]*{words}[^\n]*$"):
+        ModelConfig(**SMALL, **values)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -75,6 +75,7 @@ def distance(got, want):
         (dict(variant="v7"), {}),
         (dict(variant="v8"), dict(grad_checkpoint=True, accumulate=2, tables="host")),
         (dict(variant="v7a"), dict(dtype="bf16", weights="bf16")),
+        (dict(variant="v8", memory="memory"), {}),
     ],
     ids=str,
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,7 @@ class TokenStream:
         form = _choice.form_of("rosa", self.impl, {"cpu": _Native, "torch": _Plain})
         self._parts: _Native | _Plain = form(max_match, window, end)
         self._first = 0  # position of the first token that the parts know
+        self.lock = threading.RLock()  # for those who share the stream; it does not take it itself
 
     def __len__(self) -> int:
         return self._first + self._parts.n_tokens
@@ -75,8 +78,8 @@ class TokenStream:
 
         Args:
             tokens: (n,) ids in [0, 2^31) of an integer dtype, on the CPU.
-            n_found: how many matches are wanted. The first is the longest; each further one is the longest with which
-                another token followed than with all before it, and the latest of its length.
+            n_found: how many matches are wanted, of these: for each length the latest match of so many tokens or more.
+                The first is the longest; each further one is the longest with another follower than all before it.
 
         Returns:
             followers, length, src: (n, n_found) int64, ``followers = x[src + 1]``; 0, 0 and -1 where there is no match.
@@ -93,16 +96,26 @@ class TokenStream:
         followers, length, src = self._parts.recall(tokens, n_found)
         return followers, length, torch.where(src >= 0, src + self._first, src)
 
-    def tokens(self, n_read: int | None = None) -> Tensor:
+    def recall_one(self, token: int, n_found: int = 1) -> tuple[list[int], list[int], list[int]]:
+        """:meth:`recall` of one id: `n_found` followers, lengths and src. Errors as there."""
+        if not 0 <= token < MOST_SYMBOLS:
+            raise KernelError(f"rosa: tokens must be 0 to {MOST_SYMBOLS - 1}, got {token}")
+        if len(self) == MOST_TOKENS:
+            raise KernelError(f"rosa: a stream holds at most {MOST_TOKENS} tokens; begin a new one")
+        followers, length, src = self._parts.recall_one(token, n_found)
+        return followers, length, [at + self._first if at >= 0 else at for at in src]
+
+    def tokens(self, n_read: int | None = None, last: int | None = None) -> Tensor:
         """The ids that matches depend on after the first `n_read` (None: all) were read, (n,) int64.
 
-        That is all of them, or with a window the last ``window + max_match``.
+        That is all of them, or with a window the last ``window + max_match``; of these, the `last` ones (None: all).
 
         Raises:
             KernelError: some of them were overwritten since.
         """
         n = self._parts.n_tokens if n_read is None else n_read - self._first
         first = 0 if self.window is None else max(0, n - self.window - self.max_match)
+        first = first if last is None else max(first, n - last)
         if first < self._parts.first_kept:
             raise KernelError(
                 f"rosa: of the tokens before {n_read}, not all that a window needs are kept; copy in time"
@@ -113,8 +126,11 @@ class TokenStream:
         """Another stream that has read the same."""
         copy = object.__new__(TokenStream)
         copy.__dict__.update(self.__dict__)
-        copy._parts = self._parts.copy()
+        copy._parts, copy.lock = self._parts.copy(), threading.RLock()
         return copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _read_again, (self.max_match, self.window, self.end, self.impl, len(self), self.tokens())
 
     def going_on(self, n_read: int, tokens: Tensor) -> TokenStream:
         """A stream with the settings of this one that had read `n_read` ids, of which `tokens` are the last.
@@ -143,6 +159,13 @@ class TokenStream:
     def nbytes(self) -> int:
         """Bytes of memory that the stream holds."""
         return self._parts.nbytes
+
+
+def _read_again(
+    max_match: int, window: int | None, end: int | None, impl: str, n_read: int, tokens: Tensor
+) -> TokenStream:
+    """A stream out of a pickle, or a deep copy."""
+    return TokenStream(max_match, window, end, impl).going_on(n_read, tokens)
 
 
 def rosa_stream(q: Tensor, k: Tensor, max_match: int | None = None, window: int | None = None) -> tuple[Tensor, Tensor]:
@@ -182,6 +205,18 @@ class _Native:
             raise KernelError(f"rosa: memory ran out after {self.n_tokens} tokens; give the stream a window")
         self.n_tokens += len(tokens)
         return followers, length.long(), src
+
+    def recall_one(self, token: int, n_found: int) -> tuple[list[int], list[int], list[int]]:
+        src, length, followers = (
+            (ctypes.c_int64 * n_found)(),
+            (ctypes.c_int32 * n_found)(),
+            (ctypes.c_int64 * n_found)(),
+        )
+        read = ctypes.byref(ctypes.c_uint32(token))
+        if library().heron_stream_read(self._stream, read, 1, n_found, src, length, followers):
+            raise KernelError(f"rosa: memory ran out after {self.n_tokens} tokens; give the stream a window")
+        self.n_tokens += 1
+        return followers[:], length[:], src[:]
 
     @property
     def first_kept(self) -> int:
@@ -236,6 +271,10 @@ class _Plain:
         followers = torch.where(src >= 0, all_of_them[(src + 1).clamp(max=len(all_of_them) - 1)], 0) if n else src
         return followers, length, torch.where(src >= 0, src + first, src)
 
+    def recall_one(self, token: int, n_found: int) -> tuple[list[int], list[int], list[int]]:
+        followers, length, src = (part[0].tolist() for part in self.recall(torch.tensor([token]), n_found))
+        return followers, length, src
+
     @property
     def first_kept(self) -> int:
         return self.n_tokens - len(self._kept)
@@ -277,7 +316,7 @@ class TokenIndex:
             got = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
             raise KernelError(f"rosa: these tensors are no index of tokens: {got}")
         FORM.require(torch.device("cpu"))
-        self.parts = tuple(part.contiguous() for part in parts)
+        self.parts = tokens.contiguous(), nodes.contiguous(), roots.contiguous()
         self.max_match, self.end = max_match, end
 
     @classmethod
