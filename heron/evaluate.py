@@ -150,7 +150,8 @@ def evaluate_batches(
             tokens, targets, recalled, cu_seqlens = (None if part is None else part.to(device) for part in batch)
             if tokens is not None and targets is not None:
                 n = int((targets != -100).sum())
-                total += float(model.loss(tokens, targets, cu_seqlens, recalled).double()) * n
+                hidden, _ = model.hidden_states(tokens, None, cu_seqlens, keep_state=False, recalled=recalled)
+                total += float(model.head_loss(hidden, targets, recalled).double()) * n
                 n_targets += n
     if not n_targets:
         raise DataError("evaluate: wanted at least one target, got none")
