@@ -16,6 +16,7 @@ from heron.data import conversations, template
 from heron.data.packs import Packs
 from heron.errors import ConfigError, HeronError
 from heron.train import loop as train
+from heron.train import run_data
 from heron.train.step import Learner
 from tests.torture import kills
 from tests.train.faults import Fault, faulty
@@ -304,3 +305,24 @@ def test_what_can_not_be_is_one_line(heron_, base, chat, settings, tmp_path):
     code, _, err = heron_("finetune", base, "--data", chat, "--out", tmp_path / "run")
     assert (code, err.count("\n")) == (1, 1)
     assert "a run that does not learn from conversations" in err
+
+
+def test_memory_recalls_of_a_conversation_what_it_does_alone(settings, chat):
+    config = settings(model=heron.ModelConfig(**SIZES, memory="memory"))
+    corpus = run_data.corpus(config, heron.tokenizer.load("bytes"), lambda line: None)
+    found, of_val = run_data.recollections(config, config.model.memory, corpus)
+    model = heron.RWKV(config.model)
+    for samples, recalled in ((corpus.samples, found), (corpus.val_samples, of_val)):
+        for number in range(len(samples)):
+            ids = torch.from_numpy(samples[number].ids).unsqueeze(0)
+            want, _ = model.recall(ids, None)
+            assert torch.equal(recalled.at(samples.offsets[number : number + 1], ids.shape[1]), want)
+
+
+def test_tables_on_the_host_learn_the_same(settings, tmp_path):
+    curves = []
+    for tables in ("device", "host"):
+        config = settings(tables=tables, accumulate=2, out=str(tmp_path / tables))
+        fit(config)
+        curves.append([record["loss"] for record in report.read_log(config_out(config))[0]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
