@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from heron.checkpoint import vocabulary
 from heron.data import template
 from heron.data.template import Message, RwkvTemplate
 from heron.errors import ConfigError
@@ -91,6 +92,11 @@ def test_an_answer_that_would_end_the_turn_is_refused():
             RwkvTemplate().spans((Message("user", "a"), Message("assistant", text)))
     with pytest.raises(ValueError, match="### User"):
         RwkvTemplate().spans((*TOOLS[:3], Message("assistant", "see\n### User\n")), [GET])
+
+
+def test_exported_models_carry_the_same_template(jinja):
+    text = "".join(span.text for span in RwkvTemplate().spans(TALK))
+    assert "".join(span.text for span in jinja(vocabulary.CHAT_TEMPLATE).spans(TALK)) == text
 
 
 # -- Jinja ----------------------------------------------------------------------------------------------------------
