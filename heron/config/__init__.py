@@ -370,6 +370,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: wanted one of {', '.join(known)}, got {value!r}.{near}")
         if self.init_from and isinstance(self.model, str) and self.model not in PRESETS:
             raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
+        if self.finetune is not None and self.tokenizer.startswith("bpe:"):
+            raise ConfigError(f"tokenizer {self.tokenizer}: fine-tuning keeps the base's vocabulary; name its file")
         if self.weights == "bf16" and self.dtype == "fp32":
             raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
         if self.tables_state != "fp32" and self.tables != "host":

@@ -210,7 +210,10 @@ def is_control(character: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return "".join(c for c in text.replace("\r\n", "\n") if c in "\n\t" or not is_control(c))
+    text = text.replace("\r\n", "\n")
+    if text.replace("\n", "").replace("\t", "").isprintable():  # as nearly all are, and control characters are not
+        return text
+    return "".join(c for c in text if c in "\n\t" or not is_control(c))
 
 
 def _check_answer(form: _Form, text: str, number: int) -> None:

@@ -77,7 +77,8 @@ def encode_marked(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]]) -> tu
     ids = tokenizer.encode(text)
     ends: list[int] = []  # of the ids; counted like `borders`
     if tokenizer.byte_level:
-        ends = list(itertools.accumulate(len(tokenizer.decode_bytes([token])) for token in ids))
+        n_bytes = {token: len(tokenizer.decode_bytes([token])) for token in set(ids)}
+        ends = list(itertools.accumulate(n_bytes[token] for token in ids))
     if ends and ends[-1] == len(text.encode()):
         borders = list(itertools.accumulate(len(part.encode()) for part, _ in parts))
     else:  # ids that stand for another number of bytes: count ids, border by border

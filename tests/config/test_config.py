@@ -302,5 +302,7 @@ def test_settings_of_fine_tuning_survive_a_file(tmp_path):
     assert TrainConfig.from_yaml(tmp_path / "c.yaml") == config
     (tmp_path / "c.yaml").write_text("finetune: {pack: on}\nmax_steps: 3\n")  # YAML reads a boolean
     assert TrainConfig.from_yaml(tmp_path / "c.yaml").finetune == FinetuneConfig()
+    with pytest.raises(ConfigError, match="keeps the base's vocabulary"):
+        TrainConfig(finetune=FinetuneConfig(), tokenizer="bpe:300")
     with pytest.raises(ConfigError, match="exactly one of max_steps and max_tokens"):
         TrainConfig(finetune=FinetuneConfig(), max_steps=1, max_tokens=1)

@@ -67,6 +67,11 @@ def test_tools_have_the_form_in_which_the_released_models_call_them():
     assert "".join(span.text for span in with_system).startswith("### System\nShort.\n\n### `get`\n")
 
 
+def test_control_characters_are_left_out():
+    spans = RwkvTemplate().spans((Message("user", "a\x1b[0m\u202eb\tc"), Message("assistant", "d\x00\u200b e")))
+    assert [spans[1].text, spans[3].text] == [" a[0mb\tc\n\n", " d\u200b e\n\n"]
+
+
 def test_a_thought_stands_before_the_answer():
     spans = RwkvTemplate().spans((Message("user", "a"), Message("assistant", "b", reasoning="hm")))
     assert marked(spans[2:]) == "Assistant:[ <think>\nhm\n</think>\nb\n\n]"
