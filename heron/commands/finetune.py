@@ -8,7 +8,7 @@ from typing import Any
 
 from heron.commands import EXIT_PREEMPTED, defaults
 from heron.commands.settings import EITHER_OR, given
-from heron.config import FinetuneConfig, TrainConfig, read_yaml
+from heron.config import PRESETS, FinetuneConfig, TrainConfig, read_yaml
 from heron.config.finetune import DEFAULTS
 from heron.errors import ConfigError
 from heron.train.stop import Preemption
@@ -32,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
-    """The settings: those of the run in --out, else of --config, else the method's; with the flags laid over them."""
+    """The settings: of --config, else of the run in --out, else the method's; with the flags laid over them."""
+    if options.base in PRESETS:
+        raise ConfigError(f"{options.base}: is a preset, which has no weights to start from; name a file or a run")
     flags, of_method = given(options, TrainConfig, ""), given(options, FinetuneConfig, "finetune.")
     out = Path(flags.get("out", TrainConfig.out))
     before = read_yaml(options.config) if options.config else defaults.of_run(out, flags.get("resume", "auto"))

@@ -253,6 +253,8 @@ class ModelConfig:
 class TrainConfig:
     """One training run. Every field is a flag of ``heron train`` and a key of the ``config.yaml`` in the run folder.
 
+    The fields of `finetune` are flags of ``heron finetune`` instead.
+
     Raises:
         ConfigError: a value out of range, or two fields that contradict each other.
     """

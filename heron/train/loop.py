@@ -147,7 +147,8 @@ class Trainer:
             except DataError as error:  # now, not at the first sample
                 raise ConfigError(f"sample_prompt: {error}") from None
         corpus = stop.interruptible(lambda: run_data.corpus(config, text_tokenizer, self.say))
-        self._show(corpus, text_tokenizer)
+        if resume_from is None:
+            self._show(corpus, text_tokenizer)
         recalled = stop.interruptible(lambda: run_data.recollections(config, model_config.memory, corpus))
         of_train, of_val = (None, None) if recalled is None else recalled
         batches = run_data.batches(config, corpus, model_config.memory, of_train)

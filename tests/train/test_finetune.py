@@ -298,6 +298,7 @@ def test_what_can_not_be_is_one_line(heron_, base, chat, settings, tmp_path):
         assert (code, err.count("\n")) == (1, 1)
         assert part in err
     assert heron_("finetune")[0] == 2
+    assert "is a preset, which has no weights" in heron_("finetune", "rwkv8-tiny", "--data", chat)[2]
     with pytest.raises(ConfigError, match="magic_prime 5: orders the samples of a binidx; drop it"):
         fit(settings(magic_prime=5))
     (text := tmp_path / "text.txt").write_text("a line of text\n" * 200)
