@@ -89,7 +89,7 @@ def _settings() -> Iterator[str]:
                 yield from (f"### {group.capitalize()}", "")
             yield from ("| setting, type, default | meaning |", "|---|---|")
             for field in dataclasses.fields(kind):
-                if group and GROUP_OF[field.name] != group:
+                if group and GROUP_OF.get(field.name) != group:
                     continue
                 kinds, optional = heron.config.setting_type(kind, field.name)
                 names = " or ".join([kind.__name__ for kind in kinds] + ["none"] * optional)

@@ -130,6 +130,34 @@ def evaluate(
     return _evaluation(total, n_targets, n_bytes)
 
 
+def evaluate_batches(
+    model: RWKV, batches: Iterable[tuple[Tensor | None, ...]], autocast: torch.autocast | None = None
+) -> Evaluation:
+    """Score the targets of batches that are not -100.
+
+    Args:
+        batches: tokens, targets, recalled and cu_seqlens, as :meth:`heron.data.packs.Packs.batch` gives them.
+        autocast: the precision context of the training run, if any.
+
+    Raises:
+        DataError: no target.
+    """
+    model = in_one_dtype(model)
+    device = next(model.parameters()).device
+    total, n_targets = 0.0, 0
+    with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
+        for batch in batches:
+            tokens, targets, recalled, cu_seqlens = (None if part is None else part.to(device) for part in batch)
+            if tokens is not None and targets is not None:
+                n = int((targets != -100).sum())
+                hidden, _ = model.hidden_states(tokens, None, cu_seqlens, keep_state=False, recalled=recalled)
+                total += float(model.head_loss(hidden, targets, recalled).double()) * n
+                n_targets += n
+    if not n_targets:
+        raise DataError("evaluate: wanted at least one target, got none")
+    return _evaluation(total, n_targets, None)
+
+
 def loglikelihoods(
     model: RWKV,
     pairs: Iterable[tuple[Sequence[int], Sequence[int]]],

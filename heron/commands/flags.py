@@ -15,7 +15,17 @@ from heron import __version__
 from heron.commands import EXIT_USAGE, rwkv_lm_flags
 from heron.commands.help_texts import EVERY_FLAG, Help, HelpInTwoSizes
 from heron.commands.settings import READING
-from heron.config import INIT_DTYPES, LARGEST_SEED, PRESETS, ModelConfig, RosaConfig, TrainConfig, setting_type
+from heron.config import (
+    INIT_DTYPES,
+    LARGEST_SEED,
+    PRESETS,
+    FinetuneConfig,
+    ModelConfig,
+    RosaConfig,
+    TrainConfig,
+    setting_type,
+)
+from heron.config.finetune import DEFAULTS as METHOD_DEFAULTS
 from heron.config.groups import GROUP_OF, GROUPS
 from heron.errors import ConfigError, did_you_mean
 
@@ -93,6 +103,9 @@ def _with_underscores(argument: str) -> str:
     return dashes + flag.replace("-", "_") + equals + value
 
 
+_NOT_OF_FINETUNE = (  # settings of a fresh model, and of data that are no conversations
+    "model", "init_from", "init_dtype", "column", "glob", "split_at", "allow_normalized", "magic_prime", "num_workers",
+)  # fmt: skip
 _MEMORY = "documents that ROSA memory looks into, which heron memory build wrote; default: none"
 _TOKENIZERS = "world, bytes, integers:V[:E] (E ends a document), a tokenizer.json"
 
@@ -101,6 +114,7 @@ _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none 
     "prepare": lambda: import_module("heron.commands.prepare"),
     "init": lambda: import_module("heron.commands.init"),
     "train": lambda: import_module("heron.commands.train"),
+    "finetune": lambda: import_module("heron.commands.finetune"),
     "estimate": lambda: import_module("heron.commands.estimate"),
     "bench": lambda: import_module("heron.commands.bench"),
     "generate": lambda: import_module("heron.commands.generate"),
@@ -125,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"heron {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
 
-    def verb(name: str, text: str, trains: bool = False) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, trains: bool = False, takes: str = "") -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=text,
@@ -133,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             formatter_class=Help,
             add_help=not trains,
-            usage=f"%(prog)s [--help [{EVERY_FLAG}]] [--SETTING VALUE ...]" if trains else None,
+            usage=f"%(prog)s [--help [{EVERY_FLAG}]] {takes}[--SETTING VALUE ...]" if trains else None,
         )
         if trains:
             help_text = f"show the flags that most runs need and exit; --help {EVERY_FLAG}: every flag"
@@ -177,6 +191,28 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_training(train)
 
+    finetune = verb("finetune", "train a base model on conversations", trains=True, takes="BASE ")
+    finetune.add_argument("base", help="what to start from: a weights file, a checkpoint or a run folder")
+    dry_help = "check the settings and all data, print what --show asks for, or else the settings in full; no training"
+    finetune.add_argument("--dry_run", "--dry-run", action="store_true", help=dry_help)
+    _add_settings(finetune, FinetuneConfig, prefix="finetune.")
+    finetune.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
+    groups = {title: finetune.add_argument_group(title) for title in GROUPS if title != "model"}
+    fits = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _NOT_OF_FINETUNE]
+    says = {
+        "data": "jsonl of conversations: messages, prompt and completion, text, alpaca, ShareGPT; must be given",
+        "val_data": "separate validation conversations; default: val_fraction of data",
+        "val_fraction": "share of the conversations kept for validation (the last); default: 0.1",
+        "tokenizer": f"{_TOKENIZERS}; default: the base's own",
+        "max_steps": "stop after this many optimizer steps; default: --epochs decides",
+        "max_tokens": "stop after this many training tokens; default: --epochs decides",
+    }
+    by_name = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name in METHOD_DEFAULTS["full"]:
+        values = ", ".join(f"{values[name]} with {method}" for method, values in METHOD_DEFAULTS.items())
+        says[name] = f"{by_name[name].metadata['doc']} (default: {values})"
+    _add_settings(finetune, TrainConfig, prefix="", names=fits, groups=groups, says=says)
+
     estimate = verb(
         "estimate", "the memory that a training step will take, and what to change if it won't fit", trains=True
     )
@@ -214,7 +250,8 @@ def parser() -> argparse.ArgumentParser:
     chat = verb("chat", "talk with a model in the terminal")
     chat.add_argument("model", help="a weights file, a checkpoint or a run folder")
     chat.add_argument("--system", default="", help="instructions that the model reads first; default: none")
-    chat.add_argument("--think", choices=("on", "off"), default="", help="open answers with a thought, or an empty one")
+    think_help = "open answers with a thought (on; short, long: of that length), or an empty one (off)"
+    chat.add_argument("--think", choices=("on", "off", "short", "long"), default="", help=think_help)
     chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
     _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
 
@@ -295,19 +332,21 @@ def _add_settings(
     prefix: str,
     names: Sequence[str] | None = None,
     groups: Mapping[str, argparse._ArgumentGroup] | None = None,
+    says: Mapping[str, str] = {},
 ) -> None:
     """One flag per field, or for those of `names`; absent flags stay absent, so that a config file shows through.
 
-    `groups` has the groups of the parser by title, where each flag is to stand in that of its setting.
+    `groups` has the groups of the parser by title, where each flag is to stand in that of its setting. `says` has help
+    texts that stand in for the fields' own.
     """
     for field in dataclasses.fields(config):
-        if names is not None and field.name not in names:
-            continue
+        if field.name == "finetune" or (names is not None and field.name not in names):
+            continue  # of FinetuneConfig, `heron finetune` has flags
         kinds, _ = setting_type(config, field.name)
-        flags = [f"--{prefix}{field.name}"]
-        if prefix and field.metadata["short_flag"]:
+        flags = [f"--{field.name}"] if prefix == "finetune." else [f"--{prefix}{field.name}"]
+        if prefix == "model." and field.metadata["short_flag"]:
             flags.append(f"--{field.name}")
-        help_text = _help_of(field, of_model=bool(groups and prefix)).replace("%", "%%")
+        help_text = (says.get(field.name) or _help_of(field, of_model=bool(groups and prefix))).replace("%", "%%")
         place = groups[GROUP_OF[prefix + field.name]] if groups else parser
         common: dict[str, Any] = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
         if bool in kinds:

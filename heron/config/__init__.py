@@ -1,4 +1,4 @@
-"""What a model is and how it is trained: two frozen dataclasses, the presets, and their YAML form.
+"""What a model is and how it is trained: frozen dataclasses, the presets, and their YAML form.
 
 Standard library only (PyYAML is imported when YAML is read or written), so that every other module may import it.
 """
@@ -6,18 +6,19 @@ Standard library only (PyYAML is imported when YAML is read or written), so that
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
+from heron.config.finetune import FinetuneConfig
 from heron.config.presets import PRESETS, ROSA_PRESETS
+from heron.config.settings import check_types as _check_types
+from heron.config.settings import from_dict as _from_dict
+from heron.config.settings import setting as _setting
+from heron.config.settings import setting_type as setting_type
 from heron.config.strict_yaml import read as read_yaml
-from heron.errors import ConfigError, UnknownKeyError, did_you_mean
+from heron.errors import ConfigError, did_you_mean
 
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
 _DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
@@ -36,14 +37,6 @@ LARGEST_COUNT = 2**31 - 1  # of tokens, samples and the like at once
 LARGEST_WIDTH = 2**24
 LARGEST_SIZES = {"n_layer": 4096, "vocab_size": LARGEST_COUNT}  # no product of sizes then overflows 64 bits
 _NAMES = ("model", "data", "val_data", "tokenizer", "out", "device", "resume")  # an empty text names nothing
-
-
-def _setting(default: Any, doc: str, short_flag: bool = True) -> Any:
-    """A dataclass field whose one line of documentation is also the help text of its command-line flag.
-
-    `short_flag`: whether the flag of a model's field also goes without ``model.``.
-    """
-    return dataclasses.field(default=default, metadata={"doc": doc, "short_flag": short_flag})
 
 
 def rank_rule(factor: float, n_embd: int) -> int:
@@ -260,6 +253,8 @@ class ModelConfig:
 class TrainConfig:
     """One training run. Every field is a flag of ``heron train`` and a key of the ``config.yaml`` in the run folder.
 
+    The fields of `finetune` are flags of ``heron finetune`` instead.
+
     Raises:
         ConfigError: a value out of range, or two fields that contradict each other.
     """
@@ -321,10 +316,15 @@ class TrainConfig:
     resume: str = _setting("auto", "auto: go on with the run in out; none: refuse a used folder; or a checkpoint")
     tensorboard: bool = _setting(False, "also write TensorBoard events (pip install 'heron-rwkv[tensorboard]')")
     wandb: str = _setting("", "also log to this Weights & Biases project (pip install 'heron-rwkv[wandb]')")
+    finetune: FinetuneConfig | None = _setting(
+        None, "learn from conversations, as heron finetune does; None: from text"
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Mapping):
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
+        if isinstance(self.finetune, Mapping):
+            object.__setattr__(self, "finetune", FinetuneConfig.from_dict(self.finetune))
         if type(self.eod) is int:  # YAML reads an id so
             object.__setattr__(self, "eod", str(self.eod))
         _check_types(self)
@@ -355,7 +355,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: wanted 0 <= {name} < 1, got {value}")
         if not self.adam_eps > 0:
             raise ConfigError(f"adam_eps: wanted more than 0, got {self.adam_eps}")
-        if (self.max_steps is None) == (self.max_tokens is None):
+        by_epochs = self.finetune is not None and self.max_steps is None
+        if (self.max_steps is None) == (self.max_tokens is None) and not by_epochs:
             raise ConfigError(
                 "give exactly one of max_steps and max_tokens, "
                 f"got max_steps={self.max_steps} and max_tokens={self.max_tokens}"
@@ -371,6 +372,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: wanted one of {', '.join(known)}, got {value!r}.{near}")
         if self.init_from and isinstance(self.model, str) and self.model not in PRESETS:
             raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
+        if self.finetune is not None and self.tokenizer.startswith("bpe:"):
+            raise ConfigError(f"tokenizer {self.tokenizer}: fine-tuning keeps the base's vocabulary; name its file")
         if self.weights == "bf16" and self.dtype == "fp32":
             raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
         if self.tables_state != "fp32" and self.tables != "host":
@@ -387,7 +390,7 @@ class TrainConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step."""
+        """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step. 0: `finetune.epochs` decide."""
         if self.max_steps is not None:
             return self.max_steps
         return -(-(self.max_tokens or 0) // self.tokens_per_step)
@@ -416,59 +419,3 @@ class TrainConfig:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
-    """The plain types that field `name` of config class `cls` takes, and whether None is one of its values."""
-    hint = _hints(cls)[name]
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
-
-
-def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: wanted a mapping of names to values, got {type(values).__name__}")
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            hint = did_you_mean(str(key), known)
-            raise UnknownKeyError(f"{where}: unknown key {key!r}.{hint} Known: {', '.join(known)}")
-    return cls(**values)
-
-
-def plain(value: Any) -> Any:
-    """A number of NumPy or PyTorch as Python has it, and a path as a string; anything else as it is."""
-    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "shape", None) == ():
-        return value.item()
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _check_types(config: Any) -> None:
-    """Bring each field to its declared type where nothing is lost (8.0 to an int, "6e-4" to a float), else refuse."""
-    for field in dataclasses.fields(config):
-        value = plain(getattr(config, field.name))
-        kinds, optional = setting_type(type(config), field.name)
-        if value is None and optional:
-            continue
-        if isinstance(value, bool) and bool not in kinds:
-            fits = False
-        elif int in kinds and isinstance(value, float) and value.is_integer():
-            value, fits = int(value), True
-        elif float in kinds and isinstance(value, (int, str)):
-            try:
-                value, fits = float(value), True
-            except ValueError:
-                fits = False
-        else:
-            fits = isinstance(value, kinds)
-        if fits and isinstance(value, float) and not math.isfinite(value):
-            fits = False
-        if not fits:
-            wanted = " or ".join(kind.__name__ for kind in kinds) + (" or nothing" if optional else "")
-            raise ConfigError(f"{field.name}: wanted {wanted}, got {value!r}")
-        object.__setattr__(config, field.name, value)

@@ -159,6 +159,11 @@ class Batches:
             prime = magic_prime(len(tokens), ctx_len)
         self.order = SampleOrder(len(tokens), ctx_len, seed, prime)
 
+    @property
+    def description(self) -> str:
+        """One line about the order, for the console."""
+        return self.order.description
+
     def batch(self, first: int, count: int) -> tuple[Tensor, ...]:
         """Samples `first` .. `first + count - 1` of the run, counted from 0.
 

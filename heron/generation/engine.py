@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from heron.checkpoint.architecture import in_one_dtype
-from heron.config import plain
+from heron.config.settings import plain
 from heron.errors import ConfigError, did_you_mean
 from heron.files import as_path
 from heron.generation.decoder import is_fusible

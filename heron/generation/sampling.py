@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.config import plain
+from heron.config.settings import plain
 from heron.errors import ConfigError, DataError, HeronError
 from heron.model.memory import Match
 from heron.tokenizer import Tokenizer

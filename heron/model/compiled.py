@@ -27,13 +27,19 @@ _GRAPHS = 64  # a process may train with several shapes and precisions, two grap
 
 
 def choose(
-    wanted: str, device: torch.device, model: ModelConfig, tables: str = "device", adds_up: bool = False
+    wanted: str,
+    device: torch.device,
+    model: ModelConfig,
+    tables: str = "device",
+    adds_up: bool = False,
+    uneven: bool = False,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
     Args:
         wanted, tables: TrainConfig's.
         adds_up: whether each pass adds its gradients to those of the passes before, in place.
+        uneven: whether passes differ in how much of the step's loss is theirs.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -41,7 +47,7 @@ def choose(
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model)
-    no_graph = _why_no_graph(model, tables, adds_up)
+    no_graph = _why_no_graph(model, tables, adds_up, uneven)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
@@ -65,8 +71,10 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
     return _why_no_triton()
 
 
-def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool) -> str | None:
+def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool, uneven: bool) -> str | None:
     """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
+    if uneven:
+        return "each pass learns another number of tokens"
     if adds_up:  # a replay overwrites its gradients
         return "gradients of several passes are added up in place"
     if model.deep_embed is None or (model.deep_embed == "output" and tables == "device"):

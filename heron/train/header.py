@@ -11,6 +11,7 @@ import torch
 from heron import files, machine
 from heron.config import TrainConfig
 from heron.data.loader import Batches, Corpus
+from heron.data.packs import Packs
 from heron.errors import CheckpointError
 from heron.ops.rosa import rosa_choice
 from heron.ops.wkv7 import wkv7_choice
@@ -25,7 +26,7 @@ def header(
     dtype: machine.Choice,
     learner: Learner,
     corpus: Corpus,
-    batches: Batches,
+    batches: Batches | Packs,
     resume_from: Path | None,
     beginning: str | None,
 ) -> list[tuple[str, str]]:
@@ -48,7 +49,7 @@ def header(
         *([("start", beginning)] if beginning else []),
         ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
                  + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
-        ("order", batches.order.description),
+        ("order", batches.description),
         ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} = "
                  f"{config.tokens_per_step:,} tokens; {config.total_steps:,} steps"),
         ("device", f"{device}, {config.threads} threads"),

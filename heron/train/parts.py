@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heron import tokenizer
 from heron.data.loader import Batches, Corpus
+from heron.data.packs import Packs
 from heron.data.recalled import Recalled
 from heron.report import Reporter
 from heron.train import threads
@@ -50,7 +51,8 @@ class Parts:
     tokenizer: tokenizer.Tokenizer
     corpus: Corpus
     recalled_val: Recalled | None
-    batches: Batches
+    batches: Batches | Packs
+    val_packs: Packs | None  # in the place of the corpus's validation tokens
     guard: Guard
     stop: Preemption
     reporter: Reporter
@@ -61,7 +63,7 @@ class Gradients(NamedTuple):
     """A forward and backward pass that was started: its loss, on the device, and the samples it is of."""
 
     loss: Tensor
-    samples: list[tuple[Tensor, ...]]
+    samples: list[tuple[Tensor | None, ...]]
     first: int
     begun: float
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from fractions import Fraction
 
 import pytest
 
-from heron.config import MINI_EPOCH, PRESETS, ModelConfig, RosaConfig, TrainConfig, rank_rule, read_yaml, setting_type
+from heron.config import (
+    MINI_EPOCH,
+    PRESETS,
+    FinetuneConfig,
+    ModelConfig,
+    RosaConfig,
+    TrainConfig,
+    rank_rule,
+    read_yaml,
+    setting_type,
+)
 from heron.errors import ConfigError, HeronError, UnknownKeyError
 
 SMALL = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
@@ -251,7 +263,7 @@ def test_a_file_that_is_no_config_is_refused_by_path(tmp_path, content):
 def test_configs_are_frozen_and_every_field_is_documented():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().n_layer = 3
-    for cls in (ModelConfig, RosaConfig, TrainConfig):
+    for cls in (ModelConfig, RosaConfig, FinetuneConfig, TrainConfig):
         for field in dataclasses.fields(cls):
             assert 10 < len(field.metadata["doc"]) < 100
             assert setting_type(cls, field.name)[0]
@@ -260,3 +272,37 @@ def test_configs_are_frozen_and_every_field_is_documented():
 def test_every_error_is_a_heron_error():
     assert issubclass(UnknownKeyError, ConfigError)
     assert issubclass(ConfigError, HeronError)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(method="lora"), "lora is not built yet"),
+        (dict(method="ful"), "Did you mean 'full'"),
+        (dict(loss="answers"), "loss: wanted one of assistant, all"),
+        (dict(pack="yes"), "pack: wanted one of on, off"),
+        (dict(template="chatml"), "wanted rwkv or a FILE.jinja"),
+        (dict(mix="old.txt"), "wanted FILE:SHARE"),
+        (dict(mix="old.txt:1"), "wanted FILE:SHARE"),
+        (dict(mix=":0.1"), "wanted FILE:SHARE"),
+        (dict(epochs=0), "epochs: wanted at least 1"),
+        (dict(show=-1), "show: wanted at least 0"),
+        (dict(metod="full"), "Did you mean 'method'"),
+    ],
+)
+def test_bad_settings_of_fine_tuning_say_what_was_wanted(values, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        TrainConfig(finetune=values)
+
+
+def test_settings_of_fine_tuning_survive_a_file(tmp_path):
+    config = TrainConfig(finetune=FinetuneConfig(mix="a:b.txt:0.1", pack="off", epochs=2))
+    assert (config.finetune.mix_data, config.finetune.mix_share) == ("a:b.txt", Fraction(1, 10))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml") == config
+    (tmp_path / "c.yaml").write_text("finetune: {pack: on}\nmax_steps: 3\n")  # YAML reads a boolean
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").finetune == FinetuneConfig()
+    with pytest.raises(ConfigError, match="keeps the base's vocabulary"):
+        TrainConfig(finetune=FinetuneConfig(), tokenizer="bpe:300")
+    with pytest.raises(ConfigError, match="exactly one of max_steps and max_tokens"):
+        TrainConfig(finetune=FinetuneConfig(), max_steps=1, max_tokens=1)
