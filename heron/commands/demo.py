@@ -15,8 +15,9 @@ PROMPT = "The `with` statement is used to "
 
 def config(out: Path, memory: bool = True) -> TrainConfig:
     """The demo's settings. The text is small (0.4 MB), so it is passed several times under strong weight decay."""
+    rosa = RosaConfig.preset("memory") if memory else None
     return TrainConfig(
-        model=ModelConfig(variant="v8", n_layer=4, n_embd=192, vocab_size=512, rosa=RosaConfig.preset("memory") if memory else None),
+        model=ModelConfig(variant="v8", n_layer=4, n_embd=192, vocab_size=512, rosa=rosa),
         data="builtin:python-docs",
         tokenizer="bpe:512",
         out=str(out),
