@@ -38,7 +38,7 @@ TABLE = Group("table", 1.0, False, "rows by token, most of them gates around 1: 
 # RWKV-PEFT (scripts/demo-state-tuning.sh) go from 1 down to 1e-2, with RWKV-6; ours is the end of that.
 METHOD_LR = {"full": 1e-5, "lora": 1e-4, "state": 1e-2}
 
-_ADAPTERS = (".lora_", ".miss_block.")
+_ADAPTERS = (".lora_", ".miss_block")
 _STATES = re.compile(r"(.*\.)?(wkv|att_shift|ffn_shift)\.\d+$")  # of heron.model.tuned_state.TunedState
 _TABLES = tuple(f".{name}.weight" for name in ("enn", "enn4", "s_emb", "ennk", "emm", "k_emb", "v_emb"))
 
