@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -25,8 +26,21 @@ from heron.model.rwkv import RWKV
 
 PREFIX = "base_model.model."  # that peft puts before the names in its files
 _TRAINED, _START = "default", "start"  # peft's names of the adapter, and of what PiSSA subtracts
+_IN_FILE = re.compile(r"\.(?:lora_|miss_block)")
+_LARGEST_RANK = 1 << 16  # in a file
 _EXACT = 512  # singular vectors of matrices up to this side are computed exactly
 _LORA_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")  # that need no data and can be repeated
+# Of the settings in a file, those that peft is given. Others have it import modules by name, or change the network.
+_CHOOSE = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_READ = {
+    "peft_type", "r", "target_modules", "modules_to_save", "bias", "rank_pattern", "alpha_pattern", "lora_alpha",
+    "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "miss_dropout", "mini_r", "init_weights", *_CHOOSE,
+}  # fmt: skip
+_TELLS_NOTHING = {
+    "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+_PLAIN_NAME = re.compile(r"\^?[\w.]+\$?")
 
 
 class Adapter:
@@ -133,10 +147,20 @@ def put_adapter(
     if method not in ("LORA", "MISS") or start not in _LORA_STARTS:
         what = f"peft_type {method!r}" if method not in ("LORA", "MISS") else f"init_lora_weights {start!r}"
         raise CheckpointError(f"{source}: {what}: heron reads LORA and MISS; merge it with peft itself")
-    for name in ("layer_replication", "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora"):
-        if settings.get(name):
+    for name, value in settings.items():
+        if value and name not in _READ and name not in _TELLS_NOTHING:
             raise CheckpointError(f"{source}: it uses {name}, which heron does not read; merge it with peft itself")
-    settings |= {"inference_mode": False, "base_model_name_or_path": None, "auto_mapping": None}
+    patterns = {**(settings.get("rank_pattern") or {}), **(settings.get("alpha_pattern") or {})}
+    if odd := next((name for name in patterns if not _PLAIN_NAME.fullmatch(name)), None):
+        raise CheckpointError(f"{source}: rank_pattern, alpha_pattern: wanted names of modules, got {odd!r:.80}")
+    for rank in (settings.get("r"), *(settings.get("rank_pattern") or {}).values()):
+        if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+            raise CheckpointError(f"{source}: r: wanted a rank from 1 to {_LARGEST_RANK}, got {rank!r:.80}")
+    given = {name.removeprefix(PREFIX).removeprefix("rwkv."): tensor for name, tensor in tensors.items()}
+    settings = {name: value for name, value in settings.items() if name in _READ}
+    chooses = [settings.pop(name, None) for name in _CHOOSE]
+    if any(chooses) or isinstance(settings.get("target_modules"), str):  # the tensors tell which modules those are
+        settings["target_modules"] = sorted({_IN_FILE.split(name)[0] for name in given if _IN_FILE.search(name)})
     try:
         config = library.LoraConfig if method == "LORA" else library.MissConfig
         config = config.from_peft_type(**settings)
@@ -146,7 +170,6 @@ def put_adapter(
         raise CheckpointError(f"{source}: not an adapter of this model: {_first_line(error)}") from None
     adapter = Adapter(model, kind)
     wanted = {name: tensor.shape for name, tensor in adapter.tensors().items()}
-    given = {name.removeprefix(PREFIX).removeprefix("rwkv."): tensor for name, tensor in tensors.items()}
     for name in sorted(wanted.keys() | given.keys()):
         got = tuple(given[name].shape) if name in given else "nothing"
         if name not in wanted or wanted[name] != (given[name].shape if name in given else None):
