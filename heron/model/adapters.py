@@ -28,8 +28,8 @@ PREFIX = "base_model.model."  # that peft puts before the names in its files
 _TRAINED, _START = "default", "start"  # peft's names of the adapter, and of what PiSSA subtracts
 _IN_FILE = re.compile(r"\.(?:lora_|miss_block)")
 _LARGEST_RANK = 1 << 16  # in a file
-_EXACT = 512  # singular vectors of matrices up to this side are computed exactly
-_LORA_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")  # that need no data and can be repeated
+_EXACT, _MORE = 512, 8  # singular vectors are computed exactly up to this side, else with so many to spare
+_LORA_STARTS = (True, False, "gaussian", "orthogonal")  # others change the weight of the base by themselves
 # Of the settings in a file, those that peft is given. Others have it import modules by name, or change the network.
 _CHOOSE = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _READ = {
@@ -265,13 +265,12 @@ def _start_from_singular_vectors(layer: Any, scale: float) -> None:
     weight = layer.get_base_layer().weight
     rank = layer.r[_TRAINED]
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if min(weight.shape) <= _EXACT:
+    if (side := min(weight.shape)) <= _EXACT:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        left, values, right = left[:, :rank], values[:rank], right[:rank]
     else:
-        left, values, right = torch.svd_lowrank(weight, rank, niter=16)
+        left, values, right = torch.svd_lowrank(weight, min(rank + _MORE, side), niter=16)
         right = right.t()
-    root = values.sqrt() * scale
+    left, right, root = left[:, :rank], right[:rank], values[:rank].sqrt() * scale
     for adapter_name, sign in ((_TRAINED, 1), (_START, -1)):
         layer.lora_A[adapter_name].weight.copy_(root[:, None] * right)
         layer.lora_B[adapter_name].weight.copy_(sign * left * root)
@@ -313,8 +312,6 @@ def kind_of(settings: Mapping[str, Any]) -> str:
         return "miss"
     if settings.get("use_dora"):
         return "dora"
-    if settings.get("init_lora_weights") == "pissa":
-        return "pissa"
     return "rslora" if settings.get("use_rslora") else "lora"
 
 
