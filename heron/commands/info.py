@@ -20,7 +20,7 @@ from heron.model.init import rule
 from heron.model.memory import MEMORY_BYTES
 from heron.model.state import ROSA_BYTES
 from heron.model.tuned_state import TUNED
-from heron.optim import TABLE, group_of
+from heron.optim import METHOD_LR, STATE, TABLE, group_of
 
 _PARTS = {
     "v7": "RWKV-7",
@@ -68,6 +68,8 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
         source = weights_file(Path(model))
         tensors = read_tensors(source)
+        if tensors and all(map(TUNED.match, tensors)):
+            return _describe_state(source, tensors)
         config = config_of(tensors, source, *unsaid(tensors, source, rosa=rosa))
         odd = [*put_right(source), *oddities(tensors, config)]
         model = str(source)
@@ -115,7 +117,24 @@ def describe_adapter(path: str) -> str:
         ("base", file.base or "not recorded"),
         ("parameters", f"{sum(map(Tensor.numel, file.tensors.values())):,}"),
         ("dtype", _dtypes(file.tensors)),
-        *((("group", f"{group.name}: lr {group.lr_scale:g}x, no decay: {group.reason}")) for group in groups),
+        *(
+            ("group", f"{group.name}: lr {METHOD_LR['lora']:g} unless set, no decay: {group.reason}")
+            for group in groups
+        ),
+    ]
+    return "\n".join(f"{name:<12}{value}" for name, value in facts)
+
+
+def _describe_state(source: Path, tensors: Mapping[str, Tensor]) -> str:
+    states = [tensor for name, tensor in tensors.items() if name.endswith(".time_state")]
+    shape = "x".join(map(str, states[0].shape)) if states else "none"
+    shifts = ", and token shifts" if len(states) < len(tensors) else ""
+    facts = [
+        ("what", f"tuned initial state {source}"),
+        ("sizes", f"n_layer {len(states)}, {shape} of each layer (heads, values, keys){shifts}"),
+        ("parameters", f"{sum(map(Tensor.numel, tensors.values())):,}"),
+        ("dtype", _dtypes(tensors)),
+        ("group", f"{STATE.name}: lr {METHOD_LR['state']:g} unless set, no decay: {STATE.reason}"),
     ]
     return "\n".join(f"{name:<12}{value}" for name, value in facts)
 

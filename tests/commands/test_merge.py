@@ -246,7 +246,18 @@ def test_info_describes_an_adapter(heron_, tuned, kind):
     assert facts["base"] == adapters.base_fingerprint(heron.load(base))
     n = sum(part.numel() for part in adapters.read_adapter(run).tensors.values())
     assert facts["parameters"] == f"{n:,}"
-    assert facts["group"].startswith("adapter: lr 1x, no decay: ")
+    assert facts["group"].startswith("adapter: lr 0.0001 unless set, no decay: ")
+
+
+def test_info_describes_a_tuned_state(heron_, random_model, tmp_path):
+    state_file(tmp_path / "state.pth", random_model(variant="v7", n_layer=2).config)
+    code, out, _ = heron_(f"info {tmp_path / 'state.pth'}")
+    assert code == 0
+    facts = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert facts["what"] == f"tuned initial state {tmp_path / 'state.pth'}"
+    assert facts["sizes"] == "n_layer 2, 2x16x16 of each layer (heads, values, keys)"
+    assert facts["parameters"] == "1,024"
+    assert facts["group"].startswith("state: lr 0.01 unless set, no decay: ")
 
 
 def test_bad_adapters_are_one_line(heron_, tuned, tmp_path):
