@@ -85,7 +85,8 @@ def test_a_merged_file_has_the_adapters_logits(heron_, tuned, tmp_path, kind, va
 def test_a_merge_writes_every_format(heron_, tuned, tmp_path, output):
     base, run, logits = tuned(head_size=64, n_embd=128)
     code, _, err = heron_(f"merge {base} {run / 'adapter'} {tmp_path}/{output} --tokenizer bytes")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err == "" or (output == "out.gguf" and "llama.cpp has no tokenizer like bytes" in err)
     assert (heron.load(tmp_path / output.split()[0])(IDS)[0] - logits).abs().max() < 2e-5
 
 
