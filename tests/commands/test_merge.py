@@ -209,6 +209,21 @@ def test_evaluation_starts_from_a_tuned_state_in_both_modes(random_model, tmp_pa
         assert rough == pytest.approx(losses, abs=0.1)
 
 
+def test_evaluation_with_rosa_memory_starts_from_a_tuned_state_in_both_modes(random_model, tmp_path):
+    model = random_model(variant="v8", n_layer=2, vocab_size=256, memory=heron.config.RosaConfig.preset("memory"))
+    start = tuned_state(state_file(tmp_path / "state.pth", model.config), model.config)
+    tokens = IDS[0].repeat(3).numpy().astype(np.uint16)
+    losses = [evaluate.evaluate(model, tokens, 9, mode=mode, start=start).loss for mode in evaluate.MODES]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert abs(losses[0] - evaluate.evaluate(model, tokens, 9).loss) > 0.01
+    engine = heron.Engine(model, load_tokenizer("bytes"), start=start)
+    ids = tokens.tolist()
+    engine.open(ids)
+    [(_, token)] = engine.step()
+    logits = model(torch.tensor([ids]), start)[0][0, -1]
+    assert token.logprob == pytest.approx(float(logits.log_softmax(0)[token.id]), abs=1e-4)
+
+
 def test_a_chat_starts_from_a_tuned_state_and_again_after_reset(random_model, tmp_path):
     model = random_model(variant="v7", n_layer=2, vocab_size=256)
     start = tuned_state(state_file(tmp_path / "state.pth", model.config), model.config)
