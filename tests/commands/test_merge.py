@@ -48,12 +48,13 @@ def tuned(random_model, tmp_path):
     def make(kind="lora", variant="v7", dtype=torch.float32, **settings):
         model = random_model(variant=variant, n_layer=2, vocab_size=256, **settings).to(dtype)
         heron.save(model, tmp_path / "base.pth")
+        torch.manual_seed(0)
         adapter = add_adapter(model, AdapterConfig(kind, rank=4, targets="all,head"))
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
             logits = copy.deepcopy(model).double()(IDS)[0]
         adapters.save_adapter(adapter, tmp_path / "run" / "adapter")
         return tmp_path / "base.pth", tmp_path / "run", logits

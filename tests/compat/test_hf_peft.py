@@ -182,6 +182,7 @@ def test_transformers_own_way_to_add_an_adapter(bases, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", ["v7", "v8", "v8-hybrid"])
 def test_an_adapter_of_heron_is_loaded_by_peft_and_one_of_peft_by_heron(bases, tmp_path, variant, kind):
+    torch.manual_seed(0)
     bare = bases(variant).rwkv
     adapter = add_adapter(bare, AdapterConfig(kind, rank=4, targets="all,head"))
     logits = shake(bare)(IDS)[0]
@@ -204,6 +205,7 @@ def test_an_adapter_of_heron_is_loaded_by_peft_and_one_of_peft_by_heron(bases, t
     "where", ["emb", "every module and table", "norms and embedding of its own", "a head of its own"]
 )
 def test_what_peft_trained_beside_linear_layers_is_merged_too(bases, tmp_path, where):
+    torch.manual_seed(0)
     model = shake(peft.get_peft_model(bases("v8"), lora(**WHERE[where]))).eval()
     logits = model(input_ids=IDS).logits
     model.save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from heron.checkpoint.adapters import base_fingerprint
 from heron.config.finetune_adapter import KINDS, AdapterConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.generation.decoder import is_fusible
-from heron.model.adapters import adapter_parameters, add_adapter
+from heron.model.adapters import Adapter, adapter_parameters, add_adapter
 from heron.model.compiled import compiled
 from heron.model.rwkv import Block
 from heron.optim import group_of
@@ -42,6 +42,7 @@ VARIANTS = {
 @pytest.fixture
 def base(random_model):
     """A function: variant -> a random model of two layers."""
+    torch.manual_seed(0)  # initial values of adapters are drawn
     return lambda variant="v8", **changes: random_model(**{**VARIANTS[variant][0], "n_layer": 2, **changes})
 
 
@@ -51,7 +52,7 @@ def trained(model, seed=5):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
 
 
@@ -91,6 +92,9 @@ def test_an_adapter_starts_as_the_base_trains_alone_and_merges_into_the_same_log
         assert torch.allclose(packed.view(2, 9, V), logits, atol=1e-5)
     assert not is_fusible(model)
 
+    exact = copy.deepcopy(model).double()
+    before_merge = exact(IDS)[0]
+    assert torch.allclose(Adapter(exact, kind).merge()(IDS)[0], before_merge, atol=1e-11)
     merged = adapter.merge()
     assert merged is model
     assert [name for name, _ in merged.named_parameters()] == names
@@ -129,7 +133,7 @@ def test_a_merge_into_half_precision_rounds_once(base, kind, dtype):
     trained(model)
     exact = copy.deepcopy(model).double()
     logits = exact(IDS)[0]
-    weights = heron.model.adapters.Adapter(exact, kind).merge().state_dict()
+    weights = Adapter(exact, kind).merge().state_dict()
     assert torch.allclose(exact(IDS)[0], logits, atol=1e-12)
     for name, weight in adapter.merge().state_dict().items():
         assert weight.dtype == dtype
@@ -148,7 +152,7 @@ def test_a_base_in_bf16_under_an_adapter_in_fp32_runs_and_is_evaluated(base, kin
     wanted = F.cross_entropy(exact[0, :-1], IDS[0, 1:]).item()
     assert scores == pytest.approx([wanted, wanted], abs=0.05)
     merged = adapter.merge()(IDS)[0]
-    assert (logits - exact).abs().max() <= 2 * (merged - exact).abs().max()
+    assert (logits - exact).square().mean() <= 2**2 * (merged - exact).square().mean()
 
 
 @pytest.mark.parametrize(
