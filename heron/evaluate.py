@@ -23,7 +23,7 @@ from heron.data.recalled import PIECE, Recalled, Rules, answers
 from heron.errors import ConfigError, DataError, did_you_mean
 from heron.generation.decoder import Decoder
 from heron.generation.decoders import decoder_of
-from heron.model import RWKV
+from heron.model import RWKV, State
 from heron.model.memory import Documents, Recollection
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
@@ -79,8 +79,9 @@ def evaluate(
     mode: str = "gpt",
     recalled: Recalled | None = None,
     documents: Documents | None = None,
+    start: State | None = None,
 ) -> Evaluation:
-    """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state.
+    """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state, or `start`.
 
     Args:
         model: any RWKV; its mode and gradients are left alone.
@@ -92,6 +93,7 @@ def evaluate(
         recalled: what ROSA memory recalls at each of `tokens`. None: each looks back on all that stand before it, in
             its window and before that, and on `documents`.
         documents: see :class:`heron.model.memory.Documents`.
+        start: such as a tuned state, batch size 1, on the device of the model; None: zeros.
 
     Raises:
         ConfigError: a ctx_len below 1, or an unknown mode.
@@ -116,7 +118,7 @@ def evaluate(
         windows = [(i, tokens[i : i + ctx_len + 1].tolist()) for i in range(0, n_targets, ctx_len)]
         found = [None if recalled is None else recalled.at(np.array([i]), len(ids) - 1) for i, ids in windows]
         texts = [_Text(ids[:1], ids[1:], part) for (_, ids), part in zip(windows, found, strict=True)]
-        total = -sum(score.logprob for score in _likelihoods(model, texts, mode))
+        total = -sum(score.logprob for score in _likelihoods(model, texts, mode, start))
         return _evaluation(total, n_targets, n_bytes)
 
     total = 0.0
@@ -126,7 +128,7 @@ def evaluate(
             places = torch.from_numpy(starts - starts[0]).unsqueeze(1) + torch.arange(n)
             window = torch.from_numpy(rows).to(device)
             found = None if recalled is None else recalled.at(starts, n).to(device)
-            total += _nll(model, window[places], window[places + 1], found)
+            total += _nll(model, window[places], window[places + 1], found, start)
     return _evaluation(total, n_targets, n_bytes)
 
 
@@ -163,6 +165,7 @@ def loglikelihoods(
     pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
     mode: str = "gpt",
     documents: Documents | None = None,
+    start: State | None = None,
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
@@ -170,6 +173,7 @@ def loglikelihoods(
         pairs: (context, continuation) token ids, at least one each.
         mode: "gpt" (sequences of like length share a pass, padded at their ends) or "rnn".
         documents: what a ROSA memory looks into beside the pair, see :class:`heron.model.memory.Documents`.
+        start: as for :func:`evaluate`.
 
     Raises:
         ConfigError: an unknown mode.
@@ -188,7 +192,7 @@ def loglikelihoods(
                 raise DataError(_outside(model, min(ids), max(ids)))
             recalled = Recollection().read(torch.tensor(ids), rosa, documents)[0].unsqueeze(0)
         texts.append(_Text(context, continuation, recalled))
-    return _likelihoods(model, texts, mode)
+    return _likelihoods(model, texts, mode, start)
 
 
 class _Text(NamedTuple):
@@ -203,7 +207,7 @@ class _Text(NamedTuple):
         return (self.context + self.continuation)[:-1]
 
 
-def _likelihoods(model: RWKV, texts: list[_Text], mode: str) -> list[Likelihood]:
+def _likelihoods(model: RWKV, texts: list[_Text], mode: str, start: State | None) -> list[Likelihood]:
     """See :func:`loglikelihoods`."""
     by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i].inputs))
     results: dict[int, Likelihood] = {}
@@ -211,7 +215,10 @@ def _likelihoods(model: RWKV, texts: list[_Text], mode: str) -> list[Likelihood]
         decoder = decoder_of(model, _SEQUENCES) if mode == "rnn" else None
         for numbers in _passes(by_length, texts, mode):
             together = [texts[i] for i in numbers]
-            scores = _in_parallel(model, together) if decoder is None else _one_by_one(model, decoder, together)
+            if decoder is None:
+                scores = _in_parallel(model, together, start)
+            else:
+                scores = _one_by_one(model, decoder, together, start)
             results.update(zip(numbers, scores, strict=True))
     return [results[i] for i in range(len(texts))]
 
@@ -239,6 +246,7 @@ def lambada(
     mode: str = "gpt",
     limit: int | None = None,
     documents: Documents | None = None,
+    start: State | None = None,
 ) -> Lambada:
     """Predict the last word of each text, which begins at its last space.
 
@@ -250,21 +258,22 @@ def lambada(
         path: a jsonl with `{"text": ...}` lines.
         limit: only so many texts; None: all.
         documents: what a ROSA memory looks into beside each text, see :class:`heron.model.memory.Documents`.
+        start: as for :func:`evaluate`.
 
     Raises:
         ConfigError: a tokenizer without end of document; a limit below 1.
         DataError: a bad line, a text without a space before its last word, or no text at all.
     """
-    start, pairs = _start_of(tokenizer), []
+    eod, pairs = _start_of(tokenizer), []
     for where, text in _limited(read_documents(str(path)), limit):
         context, space, word = text.rstrip().rpartition(" ")
         if not context.strip() or not word:
             raise DataError(f"{where}: wanted a text of two words or more, got {text[:60]!r}")
         of_context, of_word = encode_pair(tokenizer, context, space + word)
-        pairs.append(([*start, *of_context], of_word))
+        pairs.append(([*eod, *of_context], of_word))
     if not pairs:
         raise DataError(f"{path}: holds no text")
-    scores = loglikelihoods(model, pairs, mode, documents)
+    scores = loglikelihoods(model, pairs, mode, documents, start)
     mean = sum(score.logprob for score in scores) / len(scores)
     return Lambada(
         math.exp(-mean) if mean > -700 else math.inf, sum(score.greedy for score in scores) / len(scores), len(scores)
@@ -278,6 +287,7 @@ def multiple_choice(
     mode: str = "gpt",
     limit: int | None = None,
     documents: Documents | None = None,
+    start: State | None = None,
 ) -> MultipleChoice:
     """Answer questions by the likelihood of each choice after the question. The first of equals is taken.
 
@@ -287,20 +297,21 @@ def multiple_choice(
             whole; :func:`heron.tokenizer.continuation.encode_pair` says where the choice's ids begin.
         limit: only so many questions; None: all.
         documents: as for :func:`lambada`.
+        start: as for :func:`evaluate`.
 
     Raises:
         ConfigError: a tokenizer without end of document; a limit below 1.
         DataError: a bad line (its number is named), or no question at all.
     """
-    start, pairs, questions = _start_of(tokenizer), [], []
+    eod, pairs, questions = _start_of(tokenizer), [], []
     for _, (question, choices, answer) in _limited(jsonl.read(Path(path), _question), limit):
         for choice in choices:
             context, continuation = encode_pair(tokenizer, question, choice)
-            pairs.append(([*start, *context], continuation))
+            pairs.append(([*eod, *context], continuation))
         questions.append(([len(choice.encode()) for choice in choices], answer))
     if not questions:
         raise DataError(f"{path}: holds no question")
-    scores = iter(loglikelihoods(model, pairs, mode, documents))
+    scores = iter(loglikelihoods(model, pairs, mode, documents, start))
     right = right_per_byte = 0
     for lengths, answer in questions:
         logprobs = [next(scores).logprob for _ in lengths]
@@ -356,7 +367,7 @@ def _passes(by_length: list[int], texts: list[_Text], mode: str) -> Iterator[lis
         by_length = by_length[n:]
 
 
-def _in_parallel(model: RWKV, texts: list[_Text]) -> list[Likelihood]:
+def _in_parallel(model: RWKV, texts: list[_Text], start: State | None) -> list[Likelihood]:
     """One pass. What follows a sequence changes nothing in it, so zeros may fill up the shorter ones."""
     inputs, device = [text.inputs for text in texts], model.emb.weight.device
     longest = max(map(len, inputs))
@@ -365,7 +376,7 @@ def _in_parallel(model: RWKV, texts: list[_Text]) -> list[Likelihood]:
     if any(text.recalled is not None for text in texts):
         parts = [text.recalled[0] for text in texts if text.recalled is not None]
         recalled = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
-    hidden, _ = model.hidden_states(padded, recalled=recalled)
+    hidden, _ = model.hidden_states(padded, _copies(start, len(texts)), recalled=recalled)
     logits = []
     for i, (context, continuation, _) in enumerate(texts):
         part = slice(len(context) - 1, len(context) - 1 + len(continuation))
@@ -373,10 +384,10 @@ def _in_parallel(model: RWKV, texts: list[_Text]) -> list[Likelihood]:
     return [_likelihood(part, text.continuation) for part, text in zip(logits, texts, strict=True)]
 
 
-def _one_by_one(model: RWKV, decoder: Decoder, texts: list[_Text]) -> list[Likelihood]:
+def _one_by_one(model: RWKV, decoder: Decoder, texts: list[_Text], start: State | None) -> list[Likelihood]:
     """Token by token; `texts` are sorted, longest first."""
     for row in range(len(texts)):
-        decoder.write(row, None)
+        decoder.write(row, start)
     inputs = [text.inputs for text in texts]
     outside = [token for ids in inputs for token in ids if not 0 <= token < model.config.vocab_size]
     if outside:
@@ -420,7 +431,12 @@ def _windows(n_targets: int, ctx_len: int) -> Iterator[tuple[np.ndarray, int]]:
         yield np.array([full * ctx_len]), n_targets % ctx_len
 
 
-def _nll(model: RWKV, x: Tensor, y: Tensor, recalled: Tensor | None) -> float:
+def _nll(model: RWKV, x: Tensor, y: Tensor, recalled: Tensor | None, start: State | None) -> float:
     """Summed negative log-likelihood of the targets y (B, T) after the inputs x (B, T)."""
-    hidden, _ = model.hidden_states(x, recalled=recalled)
+    hidden, _ = model.hidden_states(x, _copies(start, len(x)), recalled=recalled)
     return float(model.head_loss(hidden, y, recalled).double() * y.numel())
+
+
+def _copies(start: State | None, n: int) -> State | None:
+    """`start`, of batch size 1, for n sequences."""
+    return None if start is None else start.map(lambda part: part.repeat_interleave(n, dim=0))

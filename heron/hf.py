@@ -36,6 +36,7 @@ class HeronPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _is_stateful = True
+    _checkpoint_conversion_mapping = {r"^(?!rwkv\.)": "rwkv."}  # by which peft reads the adapters of a heron.RWKV
     _supports_context_parallel = False
     _no_split_modules = ["Block"]
     rwkv: RWKV

@@ -39,6 +39,7 @@ VERBS = (
     "chat",
     "eval",
     "convert",
+    "merge",
     "memory",
     "info",
     "doctor",

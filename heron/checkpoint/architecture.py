@@ -16,12 +16,12 @@ from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.model import RWKV
 from heron.model.memory import longest_match
+from heron.model.tuned_state import TUNED
 
 UNUSED = tuple(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))  # in upstream's files, never used by any forward
 LN0 = ("blocks.0.ln0.weight", "blocks.0.ln0.bias")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-TUNED = re.compile(r"blocks\.\d+\.att\.time_state$")  # what state tuning leaves beside the weights, or alone
 _ROSA = re.compile(r"blocks\.\d+\.(rosa|ln3)\.")
 _FLAT = re.compile(r"\.qkv\.x_[qkv]$")  # some files store these as (1, 1, n), as they do the x_* of att and ffn
 

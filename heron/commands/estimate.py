@@ -217,7 +217,7 @@ def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -
     """Note what is held once a forward pass has ended and was not before."""
     forward = network.loss
 
-    def loss(tokens: Tensor, targets: Tensor, **given: Tensor) -> Tensor:
+    def loss(tokens: Tensor, targets: Tensor, **given: Any) -> Tensor:
         before = ledger.held
         value = forward(tokens, targets, **given)
         counts["activations"] = ledger.held - before

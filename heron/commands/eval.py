@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from heron import evaluate
-from heron.checkpoint import load
 from heron.commands.settings import READING, given
-from heron.commands.sources import device_of, tokenizer_of
+from heron.commands.sources import device_of, model_of, start_of, tokenizer_of
 from heron.commands.streams import note
 from heron.config import ModelConfig, TrainConfig
 from heron.data import token_index
@@ -59,11 +58,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed where it is the only one."""
-    with progress(f"reading {path}"):
-        model = load(path, rosa=options.rosa).to(device_of(options.device))
+    model = model_of(path, options).to(device_of(options.device))
+    start = start_of(options, model)
     reading = {name: value for name, value in given(options, TrainConfig, "").items() if name in READING}
     tokenizer = tokenizer_of(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
     result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
+    result |= {name: value for name in ("adapter", "state") if (value := getattr(options, name)) is not None}
     lines = []
     documents = _documents(options, model.config, tokenizer, Reading(**reading))
     if model.config.memory is not None:
@@ -72,7 +72,9 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.data:
         tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), note)
         with progress(f"reading {len(tokens):,} tokens of {options.data} with {path}"):
-            score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode, documents=documents)
+            score = evaluate.evaluate(
+                model, tokens, options.ctx_len, n_bytes, mode=options.mode, documents=documents, start=start
+            )
         result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
         result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
         lines += [
@@ -84,7 +86,9 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
             lines.append(f"bits per byte  {score.bits_per_byte:.4f}")
     if options.lambada:
         with progress(f"reading {options.lambada} with {path}"):
-            last_words = evaluate.lambada(model, tokenizer, options.lambada, options.mode, options.limit, documents)
+            last_words = evaluate.lambada(
+                model, tokenizer, options.lambada, options.mode, options.limit, documents, start
+            )
         result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
         result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
         lines += [
@@ -95,7 +99,7 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.choices:
         with progress(f"reading {options.choices} with {path}"):
             answers = evaluate.multiple_choice(
-                model, tokenizer, options.choices, options.mode, options.limit, documents
+                model, tokenizer, options.choices, options.mode, options.limit, documents, start
             )
         result |= {"choices": options.choices, "questions": answers.n_questions}
         result |= {"accuracy": answers.accuracy, "accuracy_per_byte": answers.accuracy_per_byte}

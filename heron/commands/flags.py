@@ -121,6 +121,7 @@ _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none 
     "chat": lambda: import_module("heron.commands.chat"),
     "eval": lambda: import_module("heron.commands.eval"),
     "convert": lambda: import_module("heron.commands.convert"),
+    "merge": lambda: import_module("heron.commands.merge"),
     "memory": lambda: import_module("heron.commands.memory"),
     "info": lambda: import_module("heron.commands.info"),
     "doctor": lambda: import_module("heron.commands.doctor"),
@@ -271,6 +272,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--memory", metavar="FILE", help=_MEMORY)
     memory_from_help = "text or data, as --data takes it, that ROSA memory looks into beside what is scored"
     evaluate.add_argument("--memory_from", metavar="FILE", help=memory_from_help)
+    _add_tuned(evaluate)
     _add_rosa(evaluate)
 
     convert = verb("convert", "rewrite weights: another format, variant, vocabulary or dtype")
@@ -288,6 +290,15 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of input and output")
+
+    merge = verb("merge", "add an adapter to the weights it was trained on, and write them as a model")
+    merge.add_argument("base", help="the weights that the adapter was trained on; another base is refused")
+    merge.add_argument("adapter", help="a fine-tuning run, or the folder of an adapter")
+    merge.add_argument("output", help="the new .pth, .safetensors or .gguf, or a folder")
+    merge.add_argument("--format", help="pth, safetensors, hf (v7) or gguf (v7); default: by the output's suffix")
+    merge.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the base")
+    merge.add_argument("--tokenizer", help="the model's, which a folder or .gguf keeps; default: the base's own")
+    _add_rosa(merge)
 
     memory = verb("memory", "documents that ROSA looks into while a model runs, in one file")
     actions = memory.add_subparsers(
@@ -313,7 +324,8 @@ def parser() -> argparse.ArgumentParser:
     described.add_argument("--verify", action="store_true", help="read all of it, and compare its sha256")
 
     info = verb("info", "describe a weights file, a run, a preset or a dataset")
-    info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, a preset, or binidx data")
+    info_help = "a weights file, a checkpoint, a run folder, a preset, an adapter's folder, or binidx data"
+    info.add_argument("model", nargs="?", help=info_help)
     info.add_argument("--params", action="store_true", help="every parameter: shape, group, lr, decay, initial value")
     _add_rosa(info)
     info.add_argument("--presets", action="store_true", help="list the presets")
@@ -396,7 +408,16 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
     parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
     parser.add_argument("--memory", metavar="FILE", help=_MEMORY)
+    _add_tuned(parser)
     _add_rosa(parser)
+
+
+def _add_tuned(parser: argparse.ArgumentParser) -> None:
+    """What fine-tuning left beside the model."""
+    adapter_help = "a fine-tuning run, or the folder of an adapter, to add to the weights in memory; default: none"
+    parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
+    state_help = "a tuned initial state, which every sequence starts from, or the run that made it; default: zeros"
+    parser.add_argument("--state", metavar="FILE", help=state_help)
 
 
 def _add_rosa(parser: argparse.ArgumentParser) -> None:

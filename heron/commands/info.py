@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.checkpoint import put_right, read_tensors, unsaid, weights_file
-from heron.checkpoint.architecture import LN0, TUNED, UNUSED, config_of
+from heron.checkpoint import adapters, put_right, read_tensors, unsaid, weights_file
+from heron.checkpoint.architecture import LN0, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
 from heron.data import binidx, recalled
 from heron.errors import CheckpointError
@@ -19,7 +19,8 @@ from heron.model import RWKV, State
 from heron.model.init import rule
 from heron.model.memory import MEMORY_BYTES
 from heron.model.state import ROSA_BYTES
-from heron.optim import TABLE, group_of
+from heron.model.tuned_state import TUNED
+from heron.optim import METHOD_LR, STATE, TABLE, group_of
 
 _PARTS = {
     "v7": "RWKV-7",
@@ -35,7 +36,9 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 def run(options: argparse.Namespace) -> None:
     if options.presets or options.model is None:
         print(presets())
-    if options.model is not None:
+    if options.model is not None and adapters.is_adapter(options.model):
+        print(describe_adapter(options.model))
+    elif options.model is not None:
         is_data = binidx.is_binidx(options.model)
         print(binidx.describe(options.model) if is_data else describe(options.model, options.params, options.rosa))
         if is_data and recalled.path_of(options.model).exists():
@@ -65,6 +68,8 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
         source = weights_file(Path(model))
         tensors = read_tensors(source)
+        if tensors and all(map(TUNED.match, tensors)):
+            return _describe_state(source, tensors)
         config = config_of(tensors, source, *unsaid(tensors, source, rosa=rosa))
         odd = [*put_right(source), *oddities(tensors, config)]
         model = str(source)
@@ -92,6 +97,46 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
     if params:
         lines += ["", *_parameter_table(skeleton, config)]
     return "\n".join(lines)
+
+
+def describe_adapter(path: str) -> str:
+    """An adapter's folder, or a fine-tuning run's, in words."""
+    file = adapters.read_adapter(path)
+    settings = file.settings
+    rank, alpha = settings.get("r", 0), settings.get("lora_alpha")
+    kept = ""
+    if file.kind == "pissa" and settings.get("init_lora_weights") is True:
+        rank, alpha, kept = rank // 2, (alpha or 0) / 2, ", kept as LoRA of twice the rank beside the unchanged base"
+    targets = settings.get("target_modules") or ()
+    groups = {group_of(name, tensor) for name, tensor in file.tensors.items()}
+    facts = [
+        ("what", f"adapter {file.folder}"),
+        ("kind", f"{file.kind}{kept}"),
+        ("rank", f"{rank}" + (f", alpha {alpha:g}" if alpha else "")),
+        ("targets", targets if isinstance(targets, str) else ", ".join(sorted(targets))),
+        ("base", file.base or "not recorded"),
+        ("parameters", f"{sum(map(Tensor.numel, file.tensors.values())):,}"),
+        ("dtype", _dtypes(file.tensors)),
+        *(
+            ("group", f"{group.name}: lr {METHOD_LR['lora']:g} unless set, no decay: {group.reason}")
+            for group in groups
+        ),
+    ]
+    return "\n".join(f"{name:<12}{value}" for name, value in facts)
+
+
+def _describe_state(source: Path, tensors: Mapping[str, Tensor]) -> str:
+    states = [tensor for name, tensor in tensors.items() if name.endswith(".time_state")]
+    shape = "x".join(map(str, states[0].shape)) if states else "none"
+    shifts = ", and token shifts" if len(states) < len(tensors) else ""
+    facts = [
+        ("what", f"tuned initial state {source}"),
+        ("sizes", f"n_layer {len(states)}, {shape} of each layer (heads, values, keys){shifts}"),
+        ("parameters", f"{sum(map(Tensor.numel, tensors.values())):,}"),
+        ("dtype", _dtypes(tensors)),
+        ("group", f"{STATE.name}: lr {METHOD_LR['state']:g} unless set, no decay: {STATE.reason}"),
+    ]
+    return "\n".join(f"{name:<12}{value}" for name, value in facts)
 
 
 def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:

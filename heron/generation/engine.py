@@ -56,10 +56,12 @@ class Engine:
         device: where the rest runs; None: where the model is.
         documents: an index that a ROSA memory looks into beside what each sequence has read, see
             :class:`heron.model.memory.Documents`; None: none.
+        start: what every sequence begins from that goes on from nothing, such as a tuned state, batch size 1; None:
+            zeros.
 
     Raises:
         ConfigError: rows below 1, an unknown `tables`, or one that this model does not have; a tokenizer larger than
-            the model.
+            the model; a `start` of another model.
         CheckpointError: `tables_file` belongs to another model or cannot be written.
         HeronError: tables on the host don't fit into memory that can be pinned.
     """
@@ -73,8 +75,11 @@ class Engine:
         tables_file: str | Path | None = None,
         device: torch.device | str | None = None,
         documents: TokenIndex | None = None,
+        start: State | None = None,
     ):
         _check_kinds(model, tokenizer)
+        if start is not None:
+            start.check(model.config, 1)
         rows = plain(rows)
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
@@ -90,6 +95,7 @@ class Engine:
             )
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
+        self._start = None if start is None else start.to(self._device)
         self._fingerprint: str | None = None
         moved = None
         model = in_one_dtype(model)  # token after token, a cast at each step would cost more than the step
@@ -126,6 +132,7 @@ class Engine:
             DataError: an id outside the vocabulary.
         """
         check_ids(ids, self.vocab_size)
+        state = self._start if state is None else state
         state = state.fork() if ids and isinstance(state, State) else state
         for start in range(0, len(ids), self._reader.size):
             with self._lock:
@@ -254,6 +261,8 @@ class Engine:
     ) -> OpenSequence:
         """Take a place for a sequence that reads `ids`, those pending in `after` first."""
         after = after or Snapshot(None)
+        if after.state is None:
+            after = dataclasses.replace(after, state=self._start)
         with self._lock:
             if not self._free:
                 raise ConfigError(f"the engine is full (rows={len(self._open)}); close a sequence, or give more rows")

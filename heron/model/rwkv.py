@@ -19,7 +19,7 @@ from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import DeepEmbed, Lookup
 from heron.model.init import initialize
 from heron.model.memory import Recollection, RosaMemory, recall
-from heron.model.plain import has_hooks, is_plain
+from heron.model.plain import has_hooks, is_plain, own_parameters
 from heron.model.rosa import RosaQKV
 from heron.model.shift import normed_and_mixed
 from heron.model.state import LayerState, State, States, with_memory
@@ -389,17 +389,22 @@ class RWKV(nn.Module):
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, recalled: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None = None,
+        recalled: Tensor | None = None,
+        state: States | None = None,
     ) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward.
 
-        `cu_seqlens` and `recalled` as for :meth:`forward`.
+        `cu_seqlens`, `recalled` and `state` as for :meth:`forward`.
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled)
+            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state)
         targets = self._integers("targets", targets)
-        recalled, _ = self.recall(tokens, None, cu_seqlens, recalled)
-        hidden, _ = self._hidden_states(tokens, None, cu_seqlens, None, False, recalled)
+        recalled, _ = self.recall(tokens, state, cu_seqlens, recalled)
+        hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled)
         return self.head_loss(hidden, targets, recalled)
 
     def head_loss(self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None) -> Tensor:
@@ -421,9 +426,12 @@ class RWKV(nn.Module):
         return reduce(torch.promote_types, dtypes) if len(dtypes) > 1 else None
 
     def in_products(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that meet each other in sums and products, by name: all but tables, whose rows are cast."""
+        """The parameters that meet each other in sums and products, by name.
+
+        All but tables, whose rows are cast, and those of adapters, which cast what they are given.
+        """
         tables = {id(module.weight) for module in self.modules() if isinstance(module, DeepEmbed)}
-        return ((name, tensor) for name, tensor in self.named_parameters() if id(tensor) not in tables)
+        return ((name, tensor) for name, _, tensor in own_parameters(self) if id(tensor) not in tables)
 
     def _in_dtype(self, dtype: torch.dtype, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""

@@ -116,7 +116,7 @@ class Learner:
         def run(
             tokens: Tensor, targets: Tensor, recalled: Tensor | None = None, cu_seqlens: Tensor | None = None
         ) -> Tensor:
-            given = {"recalled": recalled, "cu_seqlens": cu_seqlens}
+            given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens}
             given = {name: part for name, part in given.items() if part is not None}
             with machine.autocast(self._autocast_dtype, self.device):
                 loss = self.network.loss(tokens, targets, **given) / parts
