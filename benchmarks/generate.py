@@ -3,12 +3,14 @@
 Without that package (pip install rwkv==0.8.32) Heron runs alone. Both run the same random RWKV-7 weights in one process
 and take turns, a few tokens each, so that other work on the machine falls on both. Other work only ever adds time: the
 ratio is that of the fastest turns, the median stands beside it. The package runs RWKV-8 files without their tables, so
-v8 stands beside our own v7. With --constant, instead: time per token far into a text, and memory.
+v8 stands beside our own v7. With --constant, instead: time per token far into a text, and memory. With --memory,
+instead: what ROSA memory costs a token, beside the same model without it, and how that grows with what it has read.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import statistics
@@ -23,15 +25,23 @@ from timing import device_of
 import heron
 from heron import tokenizer
 from heron.generation import Snapshot
+from heron.model import State
+from heron.model.memory import Recollection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def random_model(
-    variant: str, n_layer: int, n_embd: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+    variant: str,
+    n_layer: int,
+    n_embd: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: str | None = None,
 ) -> heron.RWKV:
     """Weights of ordinary size everywhere: the initial values have zeros that no trained model has."""
-    config = heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size)
+    config = heron.ModelConfig(variant, n_layer, n_embd, vocab_size, memory=memory)
     with torch.device("meta"):
         model = heron.RWKV(config).to(dtype)
     model.to_empty(device=device)
@@ -114,6 +124,28 @@ def constant(device: torch.device) -> None:
         print(f"peak memory after {written:>6,} tokens: {peak_memory(device):.1f} MB", flush=True)
 
 
+def with_memory(sizes: tuple, turns: int, tokens: int) -> None:
+    """A token of a v8 with ROSA memory beside one without, behind few tokens and behind many."""
+    *_, vocab_size, _, device = sizes
+    rosa, steps = random_model("v8", *sizes, memory="memory"), {}
+    with torch.device("meta"):
+        twin = heron.RWKV(dataclasses.replace(rosa.config, memory=None))
+    twin.load_state_dict(
+        {key: value for key, value in rosa.state_dict().items() if key in twin.state_dict()}, assign=True
+    )
+    steps["v8"] = decoding(twin, 1, [1] * 9)  # the same weights, where they are
+    for n in (1_000, 200_000):
+        engine = heron.Engine(rosa, tokenizer.load(f"integers:{vocab_size}"))
+        read = Recollection(torch.randint(min(vocab_size, 256), (n,), generator=torch.Generator().manual_seed(0)))
+        state = State.zeros(rosa.config, 1, device, rosa.emb.weight.dtype)  # the network need not read them too
+        engine.open([1], Snapshot(dataclasses.replace(state, memory=(read,))), heron.generation.Sampling(top_p=0.5))
+        steps[f"v8 with memory, behind {n:,}"] = lambda engine=engine: engine.step()
+    seconds = in_turns(steps, turns, tokens, device)
+    report(seconds, dict.fromkeys(seconds, 1))
+    first, *others = (statistics.median(taken) for taken in seconds.values())
+    print("\nmedian over that without:", ", ".join(f"{one / first:.3f}" for one in others))
+
+
 def peak_memory(device: torch.device) -> float:
     """Most memory of the device, or on a CPU of the process, taken so far, in MB."""
     if device.type == "cuda":
@@ -137,6 +169,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8, help="of a turn")
     parser.add_argument("--constant", action="store_true", help="time per token far into a text, and memory")
+    parser.add_argument("--memory", action="store_true", help="a token with ROSA memory beside one without")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = device_of(parser, args.device)
@@ -149,6 +182,9 @@ def main() -> None:
 
     ids = torch.randint(1, args.vocab_size, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     sizes = (args.n_layer, args.n_embd, args.vocab_size, DTYPES[dtype], device)
+    if args.memory:
+        with_memory(sizes, args.turns, args.tokens)
+        return
     v7 = random_model("v7", *sizes)
     writing, reading = {}, {}
     if importlib.util.find_spec("rwkv") is None:

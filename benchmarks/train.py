@@ -34,6 +34,7 @@ class Row(NamedTuple):
     tables: str = "device"
     official: tuple[float, float] | None = None  # thousand tokens/s, GiB
     floor: float | None = None  # thousand tokens/s
+    memory: str | None = None  # "memory": ROSA memory
 
 
 ROWS = {
@@ -42,6 +43,8 @@ ROWS = {
     "long": Row("v7", 12, 768, 8, 4096, official=(185.3, 33.6), floor=654),
     "large": Row("v7", 24, 2048, 8, 2048, official=(42.0, 88.9), floor=78),
     "wide-v8": Row("v8", 12, 768, 64, 512),
+    "wide-memory": Row("v7", 12, 768, 64, 512, memory="memory"),
+    "wide-v8-memory": Row("v8", 12, 768, 64, 512, memory="memory"),
     "wide-v8-host": Row("v8", 12, 768, 64, 512, tables="host"),
 }
 PROFILED_STEPS = 3
@@ -49,7 +52,8 @@ PROFILED_STEPS = 3
 
 def settings(row: Row, options: argparse.Namespace) -> tuple[TrainConfig, ModelConfig]:
     """The run of a row, with all that is left to the machine decided."""
-    model = ModelConfig(variant=row.variant, n_layer=options.layers or row.n_layer, n_embd=row.n_embd)
+    sizes = dict(n_layer=options.layers or row.n_layer, n_embd=row.n_embd)
+    model = ModelConfig(variant=row.variant, rosa=row.memory, **sizes)
     config = TrainConfig(
         model=model, micro_bsz=row.micro_bsz, ctx_len=row.ctx_len, tables=row.tables, max_steps=1, dtype="bf16",
         device="cuda", weights=options.weights, compile=options.compile, grad_checkpoint=options.grad_checkpoint,
@@ -65,7 +69,7 @@ def measured(name: str, options: argparse.Namespace) -> str:
     official = "" if row.official is None else f"{row.official[0]:8.1f}k {row.official[1]:6.1f}"
     share = "" if row.floor is None else f"{speed / row.floor:6.0%} of {row.floor:.0f}k"
     return (
-        f"{name:<13}{row.variant} L{row.n_layer}-D{row.n_embd} B{row.micro_bsz} T{row.ctx_len}".ljust(36)
+        f"{name:<15}{row.variant} L{row.n_layer}-D{row.n_embd} B{row.micro_bsz} T{row.ctx_len}".ljust(38)
         + f"{speed:8.1f}k {1e3 * result.seconds:8.2f} {1e3 * result.gradients_seconds:8.2f} "
         + f"{1e3 * result.update_seconds:7.2f} {result.peak_bytes / 2**30:7.2f}  {official:<16} {share}"
     )
@@ -117,13 +121,13 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, compile {options.compile}")
     if options.rows:
         print(
-            f"{'':<36}{'tokens/s':>9} {'step ms':>8} {'f+b':>8} {'update':>7} {'GiB':>7}  {'official':<16} of the floor"
+            f"{'':<38}{'tokens/s':>9} {'step ms':>8} {'f+b':>8} {'update':>7} {'GiB':>7}  {'official':<16} of the floor"
         )
     for name in options.rows:
         try:
             print(measured(name, options), flush=True)
         except torch.OutOfMemoryError as error:
-            print(f"{name:<13}{str(error).splitlines()[0]}", flush=True)
+            print(f"{name:<15}{str(error).splitlines()[0]}", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
     for name in options.profile:

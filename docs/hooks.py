@@ -89,7 +89,7 @@ def _settings() -> Iterator[str]:
                 yield from (f"### {group.capitalize()}", "")
             yield from ("| setting, type, default | meaning |", "|---|---|")
             for field in dataclasses.fields(kind):
-                if group and GROUP_OF[field.name] != group:
+                if group and GROUP_OF.get(field.name) != group:
                     continue
                 kinds, optional = heron.config.setting_type(kind, field.name)
                 names = " or ".join([kind.__name__ for kind in kinds] + ["none"] * optional)
@@ -121,12 +121,20 @@ def _help(*words: str) -> str:
 
 
 def _commands() -> Iterator[str]:
-    """The help texts of `heron` and of every verb that it lists."""
+    """The help texts of `heron`, of every verb that it lists, and of every action that a verb lists."""
     os.environ["COLUMNS"] = "100"
     overview = _help()
     yield from ("```text", overview, "```", "")
-    for verb in re.findall(r"^    (\w+)  ", overview, re.MULTILINE):
-        yield from (f"## heron {verb}", "", "```text", _help(verb), "```", "")
+    for verb in _listed(overview):
+        text = _help(verb)
+        yield from (f"## heron {verb}", "", "```text", text, "```", "")
+        for action in _listed(text):
+            yield from (f"### heron {verb} {action}", "", "```text", _help(verb, action), "```", "")
+
+
+def _listed(text: str) -> list[str]:
+    """The verbs, or actions, in a help text."""
+    return re.findall(r"^    (\w+)  ", text, re.MULTILINE)
 
 
 def _imported(file: str) -> dict[str, str]:

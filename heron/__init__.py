@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ModelConfig": "heron.config",
     "TrainConfig": "heron.config",
+    "FinetuneConfig": "heron.config",
     "HeronError": "heron.errors",
     "RWKV": "heron.model",
     "State": "heron.model",

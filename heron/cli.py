@@ -51,7 +51,7 @@ def _flushed(code: int) -> int:
 def _run(arguments: list[str], before_work: Callable[[], object]) -> int:
     try:
         options = flags.parser().parse_args(arguments)
-        if options.verb not in ("train", "demo"):  # which answer a signal in a way of their own
+        if options.verb not in ("train", "finetune", "demo"):  # which answer a signal in a way of their own
             import torch  # noqa: F401 - while Ctrl-C ends the process: an exception would leave half of it
         verb = options.module()
         before_work()

@@ -13,15 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heron.checkpoint.architecture import in_one_dtype
+from heron.config import RosaConfig
 from heron.data import jsonl
 from heron.data.corpora import read_documents
+from heron.data.recalled import PIECE, Recalled, Rules, answers
 from heron.errors import ConfigError, DataError, did_you_mean
 from heron.generation.decoder import Decoder
 from heron.generation.decoders import decoder_of
-from heron.model import RWKV
+from heron.model import RWKV, State
+from heron.model.memory import Documents, Recollection
+from heron.progress import progress
 from heron.tokenizer import Tokenizer
 from heron.tokenizer.continuation import encode_pair
 
@@ -73,8 +77,11 @@ def evaluate(
     n_bytes: int | None = None,
     autocast: torch.autocast | None = None,
     mode: str = "gpt",
+    recalled: Recalled | None = None,
+    documents: Documents | None = None,
+    start: State | None = None,
 ) -> Evaluation:
-    """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state.
+    """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state, or `start`.
 
     Args:
         model: any RWKV; its mode and gradients are left alone.
@@ -83,6 +90,10 @@ def evaluate(
         n_bytes: UTF-8 bytes that tokens[1:] stand for.
         autocast: the precision context of the training run, if any.
         mode: "gpt" or "rnn".
+        recalled: what ROSA memory recalls at each of `tokens`. None: each looks back on all that stand before it, in
+            its window and before that, and on `documents`.
+        documents: see :class:`heron.model.memory.Documents`.
+        start: such as a tuned state, batch size 1, on the device of the model; None: zeros.
 
     Raises:
         ConfigError: a ctx_len below 1, or an unknown mode.
@@ -97,59 +108,145 @@ def evaluate(
     model = in_one_dtype(model)
     ctx_len = min(ctx_len, n_targets)
     device = next(model.parameters()).device
+    rosa = model.config.memory
+    if rosa is not None and recalled is None:
+        in_ids = np.asarray(tokens)
+        if len(in_ids) and not 0 <= in_ids.min() <= in_ids.max() < model.config.vocab_size:
+            raise DataError(_outside(model, in_ids.min(), in_ids.max()))
+        recalled = _recalled(in_ids, rosa, documents)
     if mode == "rnn":
-        windows = (tokens[i : i + ctx_len + 1].tolist() for i in range(0, n_targets, ctx_len))
-        total = -sum(score.logprob for score in loglikelihoods(model, ((w[:1], w[1:]) for w in windows), mode))
+        windows = [(i, tokens[i : i + ctx_len + 1].tolist()) for i in range(0, n_targets, ctx_len)]
+        found = [None if recalled is None else recalled.at(np.array([i]), len(ids) - 1) for i, ids in windows]
+        texts = [_Text(ids[:1], ids[1:], part) for (_, ids), part in zip(windows, found, strict=True)]
+        total = -sum(score.logprob for score in _likelihoods(model, texts, mode, start))
         return _evaluation(total, n_targets, n_bytes)
-
-    full = n_targets // ctx_len
-    inputs = np.asarray(tokens[: full * ctx_len], dtype=np.int64).reshape(full, ctx_len)
-    targets = np.asarray(tokens[1 : full * ctx_len + 1], dtype=np.int64).reshape(full, ctx_len)
-    rows = max(1, _TOKENS_PER_PASS // ctx_len)
-    passes = [(inputs[i : i + rows], targets[i : i + rows]) for i in range(0, full, rows)]
-    if n_targets % ctx_len:
-        tail = np.asarray(tokens[full * ctx_len :], dtype=np.int64)[None]
-        passes.append((tail[:, :-1], tail[:, 1:]))
 
     total = 0.0
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
-        for x, y in passes:
-            total += _nll(model, torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+        for starts, n in _windows(n_targets, ctx_len):
+            rows = np.asarray(tokens[starts[0] : starts[-1] + n + 1], dtype=np.int64)
+            places = torch.from_numpy(starts - starts[0]).unsqueeze(1) + torch.arange(n)
+            window = torch.from_numpy(rows).to(device)
+            found = None if recalled is None else recalled.at(starts, n).to(device)
+            total += _nll(model, window[places], window[places + 1], found, start)
     return _evaluation(total, n_targets, n_bytes)
 
 
+def evaluate_batches(
+    model: RWKV, batches: Iterable[tuple[Tensor | None, ...]], autocast: torch.autocast | None = None
+) -> Evaluation:
+    """Score the targets of batches that are not -100.
+
+    Args:
+        batches: tokens, targets, recalled and cu_seqlens, as :meth:`heron.data.packs.Packs.batch` gives them.
+        autocast: the precision context of the training run, if any.
+
+    Raises:
+        DataError: no target.
+    """
+    model = in_one_dtype(model)
+    device = next(model.parameters()).device
+    total, n_targets = 0.0, 0
+    with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
+        for batch in batches:
+            tokens, targets, recalled, cu_seqlens = (None if part is None else part.to(device) for part in batch)
+            if tokens is not None and targets is not None:
+                n = int((targets != -100).sum())
+                hidden, _ = model.hidden_states(tokens, None, cu_seqlens, keep_state=False, recalled=recalled)
+                total += float(model.head_loss(hidden, targets, recalled).double()) * n
+                n_targets += n
+    if not n_targets:
+        raise DataError("evaluate: wanted at least one target, got none")
+    return _evaluation(total, n_targets, None)
+
+
 def loglikelihoods(
-    model: RWKV, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], mode: str = "gpt"
+    model: RWKV,
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
+    mode: str = "gpt",
+    documents: Documents | None = None,
+    start: State | None = None,
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
     Args:
         pairs: (context, continuation) token ids, at least one each.
         mode: "gpt" (sequences of like length share a pass, padded at their ends) or "rnn".
+        documents: what a ROSA memory looks into beside the pair, see :class:`heron.model.memory.Documents`.
+        start: as for :func:`evaluate`.
 
     Raises:
         ConfigError: an unknown mode.
         DataError: an empty context or continuation (its number is named), or an id outside the vocabulary.
     """
     _check_mode(mode)
-    model = in_one_dtype(model)
-    pairs = [(list(context), list(continuation)) for context, continuation in pairs]
-    for number, pair in enumerate(pairs):
-        if not all(pair):
+    model, rosa = in_one_dtype(model), model.config.memory
+    texts = []
+    for number, (context, continuation) in enumerate(pairs):
+        context, continuation, recalled = list(context), list(continuation), None
+        if not context or not continuation:
             raise DataError(f"pair {number}: wanted at least one token of context and of continuation")
-    by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        if rosa is not None:
+            ids = [*context, *continuation[:-1]]
+            if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+                raise DataError(_outside(model, min(ids), max(ids)))
+            recalled = Recollection().read(torch.tensor(ids), rosa, documents)[0].unsqueeze(0)
+        texts.append(_Text(context, continuation, recalled))
+    return _likelihoods(model, texts, mode, start)
+
+
+class _Text(NamedTuple):
+    """A text to be scored."""
+
+    context: list[int]
+    continuation: list[int]
+    recalled: Tensor | None  # (1, n, K, 2), what ROSA memory found for all ids but the last
+
+    @property
+    def inputs(self) -> list[int]:
+        return (self.context + self.continuation)[:-1]
+
+
+def _likelihoods(model: RWKV, texts: list[_Text], mode: str, start: State | None) -> list[Likelihood]:
+    """See :func:`loglikelihoods`."""
+    by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i].inputs))
     results: dict[int, Likelihood] = {}
     with torch.inference_mode():
         decoder = decoder_of(model, _SEQUENCES) if mode == "rnn" else None
-        for numbers in _passes(by_length, pairs, mode):
-            together = [pairs[i] for i in numbers]
-            scores = _in_parallel(model, together) if decoder is None else _one_by_one(model, decoder, together)
+        for numbers in _passes(by_length, texts, mode):
+            together = [texts[i] for i in numbers]
+            if decoder is None:
+                scores = _in_parallel(model, together, start)
+            else:
+                scores = _one_by_one(model, decoder, together, start)
             results.update(zip(numbers, scores, strict=True))
-    return [results[i] for i in range(len(pairs))]
+    return [results[i] for i in range(len(texts))]
+
+
+def _recalled(tokens: np.ndarray, rosa: RosaConfig, documents: Documents | None) -> Recalled:
+    """What memory recalls at each of (n,) tokens, of those before it and the documents."""
+    if documents is None:
+        return answers(tokens, Rules(rosa.max_match or 1, rosa.n_matches, rosa.window, rosa.end))
+    records = np.empty((len(tokens), rosa.n_matches), np.dtype([("id", "<u4"), ("length", "<u2")]))
+    memory = Recollection()
+    with progress("looking the text up in the memory") as advance:
+        for first in range(0, len(tokens), PIECE):
+            advance(f"{first / 1e6:.0f} of {len(tokens) / 1e6:.0f} million")
+            ids = torch.from_numpy(tokens[first : first + PIECE].astype(np.int64))
+            found, _, memory = memory.read(ids, rosa, documents)
+            records["id"][first : first + len(ids)] = found[..., 0].numpy()
+            records["length"][first : first + len(ids)] = found[..., 1].numpy()
+    return Recalled(records)
 
 
 def lambada(
-    model: RWKV, tokenizer: Tokenizer, path: str | Path, mode: str = "gpt", limit: int | None = None
+    model: RWKV,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    mode: str = "gpt",
+    limit: int | None = None,
+    documents: Documents | None = None,
+    start: State | None = None,
 ) -> Lambada:
     """Predict the last word of each text, which begins at its last space.
 
@@ -160,21 +257,23 @@ def lambada(
     Args:
         path: a jsonl with `{"text": ...}` lines.
         limit: only so many texts; None: all.
+        documents: what a ROSA memory looks into beside each text, see :class:`heron.model.memory.Documents`.
+        start: as for :func:`evaluate`.
 
     Raises:
         ConfigError: a tokenizer without end of document; a limit below 1.
         DataError: a bad line, a text without a space before its last word, or no text at all.
     """
-    start, pairs = _start_of(tokenizer), []
+    eod, pairs = _start_of(tokenizer), []
     for where, text in _limited(read_documents(str(path)), limit):
         context, space, word = text.rstrip().rpartition(" ")
         if not context.strip() or not word:
             raise DataError(f"{where}: wanted a text of two words or more, got {text[:60]!r}")
         of_context, of_word = encode_pair(tokenizer, context, space + word)
-        pairs.append(([*start, *of_context], of_word))
+        pairs.append(([*eod, *of_context], of_word))
     if not pairs:
         raise DataError(f"{path}: holds no text")
-    scores = loglikelihoods(model, pairs, mode)
+    scores = loglikelihoods(model, pairs, mode, documents, start)
     mean = sum(score.logprob for score in scores) / len(scores)
     return Lambada(
         math.exp(-mean) if mean > -700 else math.inf, sum(score.greedy for score in scores) / len(scores), len(scores)
@@ -182,7 +281,13 @@ def lambada(
 
 
 def multiple_choice(
-    model: RWKV, tokenizer: Tokenizer, path: str | Path, mode: str = "gpt", limit: int | None = None
+    model: RWKV,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    mode: str = "gpt",
+    limit: int | None = None,
+    documents: Documents | None = None,
+    start: State | None = None,
 ) -> MultipleChoice:
     """Answer questions by the likelihood of each choice after the question. The first of equals is taken.
 
@@ -191,20 +296,22 @@ def multiple_choice(
             Question and choice are joined as they are: give choices their leading space. They are encoded as a
             whole; :func:`heron.tokenizer.continuation.encode_pair` says where the choice's ids begin.
         limit: only so many questions; None: all.
+        documents: as for :func:`lambada`.
+        start: as for :func:`evaluate`.
 
     Raises:
         ConfigError: a tokenizer without end of document; a limit below 1.
         DataError: a bad line (its number is named), or no question at all.
     """
-    start, pairs, questions = _start_of(tokenizer), [], []
+    eod, pairs, questions = _start_of(tokenizer), [], []
     for _, (question, choices, answer) in _limited(jsonl.read(Path(path), _question), limit):
         for choice in choices:
             context, continuation = encode_pair(tokenizer, question, choice)
-            pairs.append(([*start, *context], continuation))
+            pairs.append(([*eod, *context], continuation))
         questions.append(([len(choice.encode()) for choice in choices], answer))
     if not questions:
         raise DataError(f"{path}: holds no question")
-    scores = iter(loglikelihoods(model, pairs, mode))
+    scores = iter(loglikelihoods(model, pairs, mode, documents, start))
     right = right_per_byte = 0
     for lengths, answer in questions:
         logprobs = [next(scores).logprob for _ in lengths]
@@ -251,43 +358,55 @@ def _question(row: dict[str, Any]) -> tuple[str, list[str], int]:
     return jsonl.text(row, "question"), [jsonl.text(texts, name) for name in texts], answer
 
 
-def _passes(by_length: list[int], pairs: list[tuple[list[int], list[int]]], mode: str) -> Iterator[list[int]]:
-    """Numbers of pairs that are computed together, longest first: of some _TOKENS_PER_PASS tokens, or _SEQUENCES."""
+def _passes(by_length: list[int], texts: list[_Text], mode: str) -> Iterator[list[int]]:
+    """Numbers of texts that are computed together, longest first: of some _TOKENS_PER_PASS tokens, or _SEQUENCES."""
     while by_length:
-        context, continuation = pairs[by_length[0]]
-        n = _SEQUENCES if mode == "rnn" else max(1, _TOKENS_PER_PASS // (len(context) + len(continuation)))
+        longest = len(texts[by_length[0]].inputs) + 1
+        n = _SEQUENCES if mode == "rnn" else max(1, _TOKENS_PER_PASS // longest)
         yield by_length[:n]
         by_length = by_length[n:]
 
 
-def _in_parallel(model: RWKV, pairs: list[tuple[list[int], list[int]]]) -> list[Likelihood]:
+def _in_parallel(model: RWKV, texts: list[_Text], start: State | None) -> list[Likelihood]:
     """One pass. What follows a sequence changes nothing in it, so zeros may fill up the shorter ones."""
-    inputs = [(context + continuation)[:-1] for context, continuation in pairs]
+    inputs, device = [text.inputs for text in texts], model.emb.weight.device
     longest = max(map(len, inputs))
-    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=model.emb.weight.device)
-    hidden, _ = model.hidden_states(padded)
-    return [
-        _likelihood(model.head(hidden[i, len(context) - 1 : len(context) - 1 + len(continuation)]), continuation)
-        for i, (context, continuation) in enumerate(pairs)
-    ]
+    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=device)
+    recalled = None
+    if any(text.recalled is not None for text in texts):
+        parts = [text.recalled[0] for text in texts if text.recalled is not None]
+        recalled = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+    hidden, _ = model.hidden_states(padded, _copies(start, len(texts)), recalled=recalled)
+    logits = []
+    for i, (context, continuation, _) in enumerate(texts):
+        part = slice(len(context) - 1, len(context) - 1 + len(continuation))
+        logits.append(model.logits(hidden[i, part], None if recalled is None else recalled[i, part]))
+    return [_likelihood(part, text.continuation) for part, text in zip(logits, texts, strict=True)]
 
 
-def _one_by_one(model: RWKV, decoder: Decoder, pairs: list[tuple[list[int], list[int]]]) -> list[Likelihood]:
-    """Token by token; `pairs` are sorted, longest first."""
-    for row in range(len(pairs)):
-        decoder.write(row, None)
-    inputs = [(context + continuation)[:-1] for context, continuation in pairs]
+def _one_by_one(model: RWKV, decoder: Decoder, texts: list[_Text], start: State | None) -> list[Likelihood]:
+    """Token by token; `texts` are sorted, longest first."""
+    for row in range(len(texts)):
+        decoder.write(row, start)
+    inputs = [text.inputs for text in texts]
     outside = [token for ids in inputs for token in ids if not 0 <= token < model.config.vocab_size]
     if outside:
-        raise DataError(f"tokens: ids must be 0 to {model.config.vocab_size - 1}, got {outside[0]}")
-    wanted: list[list[Tensor]] = [[] for _ in pairs]
+        raise DataError(_outside(model, outside[0], outside[0]))
+    wanted: list[list[Tensor]] = [[] for _ in texts]
     for position in range(len(inputs[0])):
         rows = [row for row, ids in enumerate(inputs) if position < len(ids)]
-        logits = decoder.step(rows, [inputs[row][position] for row in rows])
+        parts = [text.recalled[0, position] for text in texts[: len(rows)] if text.recalled is not None]
+        recalled = torch.stack(parts) if parts else None
+        logits = decoder.step(rows, [inputs[row][position] for row in rows], recalled)
         for row, line in zip(rows, logits, strict=True):
-            if position >= len(pairs[row][0]) - 1:
+            if position >= len(texts[row].context) - 1:
                 wanted[row].append(line.clone())
-    return [_likelihood(torch.stack(lines), pairs[row][1]) for row, lines in enumerate(wanted)]
+    return [_likelihood(torch.stack(lines), text.continuation) for lines, text in zip(wanted, texts, strict=True)]
+
+
+def _outside(model: RWKV, low: int, high: int) -> str:
+    V = model.config.vocab_size
+    return f"tokens: ids must be 0 to {V - 1} (vocab_size {V}), got {low} to {high}"
 
 
 def _likelihood(logits: Tensor, continuation: list[int]) -> Likelihood:
@@ -301,7 +420,23 @@ def _likelihood(logits: Tensor, continuation: list[int]) -> Likelihood:
     return Likelihood(float(picked), bool((logits.argmax(dim=-1) == targets).all()))
 
 
-def _nll(model: RWKV, x: Tensor, y: Tensor) -> float:
+def _windows(n_targets: int, ctx_len: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Where the windows of each pass begin, and how many targets each has: ctx_len, and the last one what is left."""
+    full = n_targets // ctx_len
+    starts = np.arange(full) * ctx_len
+    together = max(1, _TOKENS_PER_PASS // ctx_len)
+    for i in range(0, full, together):
+        yield starts[i : i + together], ctx_len
+    if n_targets % ctx_len:
+        yield np.array([full * ctx_len]), n_targets % ctx_len
+
+
+def _nll(model: RWKV, x: Tensor, y: Tensor, recalled: Tensor | None, start: State | None) -> float:
     """Summed negative log-likelihood of the targets y (B, T) after the inputs x (B, T)."""
-    hidden, _ = model.hidden_states(x)
-    return float(model.head_loss(hidden, y).double() * y.numel())
+    hidden, _ = model.hidden_states(x, _copies(start, len(x)), recalled=recalled)
+    return float(model.head_loss(hidden, y, recalled).double() * y.numel())
+
+
+def _copies(start: State | None, n: int) -> State | None:
+    """`start`, of batch size 1, for n sequences."""
+    return None if start is None else start.map(lambda part: part.repeat_interleave(n, dim=0))

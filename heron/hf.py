@@ -36,6 +36,7 @@ class HeronPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _is_stateful = True
+    _checkpoint_conversion_mapping = {r"^(?!rwkv\.)": "rwkv."}  # by which peft reads the adapters of a heron.RWKV
     _supports_context_parallel = False
     _no_split_modules = ["Block"]
     rwkv: RWKV
@@ -190,8 +191,8 @@ class HeronModel(HeronPreTrainedModel):
             found = sequences.find(shape, mask, positions, documents)
         keep = use_cache if use_cache is not None else self.config.use_cache and not self.rwkv.training
         every = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-        layers, state = sequences.read(self.rwkv, ids, inputs_embeds, state, found, keep, every)
-        output = HeronModelOutput(layers[-1], state, tuple(layers) if every else None)
+        layers, state, recalled = sequences.read(self.rwkv, ids, inputs_embeds, state, found, keep, every)
+        output = HeronModelOutput(layers[-1], state, tuple(layers) if every else None, recalled)
         return output if return_dict or return_dict is None else output.to_tuple()
 
 
@@ -267,11 +268,12 @@ class HeronForCausalLM(HeronPreTrainedModel, GenerationMixin):
         if targets is not None:
             if attention_mask is not None:  # padding predicts nothing
                 targets = targets.masked_fill(attention_mask[:, -targets.shape[1] :] == 0, -100)
-            loss = self.rwkv.head_loss(hidden, targets.to(hidden.device))
+            loss = self.rwkv.head_loss(hidden, targets.to(hidden.device), body.recalled)
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
         if targets is None or not self.training:
-            logits = self.rwkv.head(_kept(hidden, logits_to_keep))
+            recalled = None if body.recalled is None else _kept(body.recalled, logits_to_keep)
+            logits = self.rwkv.logits(_kept(hidden, logits_to_keep), recalled)
         output = HeronOutput(loss, logits, body.state, body.hidden_states)
         return output if return_dict or return_dict is None else output.to_tuple()
 
@@ -335,13 +337,14 @@ def _mask(attention_mask: Tensor | None, shape: torch.Size, has_state: bool) -> 
     return None if mask.all() else mask
 
 
-def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def _kept(x: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Of x (B, T, ...) the places whose logits are wanted."""
     if isinstance(logits_to_keep, int):
-        return hidden[:, -logits_to_keep:]
-    places = logits_to_keep.to(hidden.device)
+        return x[:, -logits_to_keep:]
+    places = logits_to_keep.to(x.device)
     if places.dim() == 1:
-        return hidden[:, places]
-    return hidden[places] if places.dtype == torch.bool else hidden.take_along_dim(places.unsqueeze(-1), dim=1)
+        return x[:, places]
+    return x[places] if places.dtype == torch.bool else x[torch.arange(len(x), device=x.device).unsqueeze(1), places]
 
 
 def _positions(position_ids: Tensor, shape: torch.Size) -> Tensor:

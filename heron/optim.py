@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,8 +28,18 @@ class Group(NamedTuple):
 FAST = Group("2x", 2.0, False, "the decay bias learns at twice the rate")
 DECAY = Group("decay", 1.0, True, "a large matrix: only these take weight decay")
 PLAIN = Group("1x", 1.0, False, "vectors, norms and low-rank matrices do not decay")
+COPY = Group("10x", 10.0, False, "ROSA memory's bonus: logits, which must reach several units within a short run")
+ADAPTER = Group("adapter", 1.0, False, "an adapter: decay would pull it back to the base, and two factors at once")
+STATE = Group("state", 1.0, False, "a trained initial state: decay would pull it back to remembering nothing")
 TABLE = Group("table", 1.0, False, "rows by token, most of them gates around 1: decay would pull them to 0")
 
+# The learning rate that such a method of fine-tuning starts from. Adapters: between the 2e-5 of RWKV-PEFT
+# (scripts/run_lora.sh) and the 2e-4 of QLoRA (arXiv:2305.14314, up to 13 B). States: RWKV-LM's README and RWKV-PEFT
+# (scripts/demo-state-tuning.sh) go from 1 down to 1e-2, with RWKV-6; ours is the end of that.
+METHOD_LR = {"lora": 1e-4, "state": 1e-2}
+
+_ADAPTERS = (".lora_", ".miss_block")
+_STATES = re.compile(r"(.*\.)?(wkv|att_shift|ffn_shift)\.\d+$")  # of heron.model.tuned_state.TunedState
 _TABLES = tuple(f".{name}.weight" for name in ("enn", "enn4", "s_emb", "ennk", "emm", "k_emb", "v_emb"))
 
 
@@ -36,10 +47,17 @@ def group_of(name: str, parameter: torch.Tensor) -> Group:
     """The group of a parameter, by name and shape.
 
     Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, configure_optimizers. TABLE is our own choice, since that
-    rule would let weight decay act on the DeepEmbed gates; the other parameters that v7 lacks go by that rule.
+    rule would let weight decay act on the DeepEmbed gates, and so are COPY, ADAPTER and STATE; what else v7 lacks goes
+    by that rule.
     """
+    if any(part in name for part in _ADAPTERS):
+        return ADAPTER
+    if _STATES.match(name):
+        return STATE
     if name.endswith(_TABLES):
         return TABLE
+    if name == "memory.copy":
+        return COPY
     if "att.w0" in name:
         return FAST
     if parameter.squeeze().dim() >= 2 and name.endswith(".weight"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,8 +68,8 @@ torch.set_num_threads(1)
 from rwkv.model import RWKV
 
 answers = []
-for path, tokens, pieces in torch.load(sys.argv[1]):
-    model, state, logits = RWKV(path, "cpu fp32"), None, []
+for path, tokens, pieces, *state in torch.load(sys.argv[1]):
+    model, state, logits = RWKV(path, "cpu fp32"), state[0] if state else None, []
     for piece in torch.tensor(tokens).split(pieces):
         out, state = model.forward(piece.tolist(), state, full_output=True)
         logits.append(out.reshape(len(piece), -1))
@@ -79,16 +80,18 @@ torch.save(answers, sys.argv[2])
 
 @pytest.fixture
 def rwkv_package(tmp_path) -> Callable[..., list[tuple[Tensor, list[Tensor]]]]:
-    """A function that runs jobs (path without .pth, token ids, lengths of the pieces) in the `rwkv` package.
+    """A function that runs jobs in the `rwkv` package.
+
+    A job is a path without .pth, token ids, the lengths of the pieces, and perhaps the state list to start from.
 
     It gives (logits (T, V), state list) of each. In a process of its own, since the package reads its environment once.
     """
 
     def run(
-        jobs: list[tuple[Path, list[int], list[int]]], jit: bool = False, deep_embed: bool = False
+        jobs: list[tuple[Any, ...]], jit: bool = False, deep_embed: bool = False
     ) -> list[tuple[Tensor, list[Tensor]]]:
         asked, answered = tmp_path / "jobs.pt", tmp_path / "answers.pt"
-        torch.save([(str(path), tokens, pieces) for path, tokens, pieces in jobs], asked)
+        torch.save([(str(path), *rest) for path, *rest in jobs], asked)
         environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0"}
         if deep_embed:
             environment["RWKV_DE_VERSION"] = "1"

@@ -34,10 +34,13 @@ VERBS = (
     "prepare",
     "init",
     "train",
+    "finetune",
     "generate",
     "chat",
     "eval",
     "convert",
+    "merge",
+    "memory",
     "info",
     "doctor",
     "plot",
@@ -227,7 +230,7 @@ def test_every_verb_explains_itself(heron_, verb):
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: heron {verb}")
     assert "None)" not in out
-    if verb not in ("convert", "info", "doctor"):
+    if verb not in ("convert", "memory", "info", "doctor"):
         assert "default: " in out
 
 
@@ -256,7 +259,7 @@ def test_help_names_defaults(heron_):
 
 
 def test_every_setting_has_a_group():
-    settings = [field.name for field in dataclasses.fields(TrainConfig)]
+    settings = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "finetune"]  # a verb's own
     settings += [f"model.{field.name}" for field in dataclasses.fields(ModelConfig)]
     grouped = [name for parts in groups.GROUPS.values() for part in parts for name in part]
     assert sorted(grouped) == sorted(settings)
@@ -305,6 +308,11 @@ def test_help_lists_the_verbs_and_the_version_is_there(heron_):
         ("generate x.pth --seed 99999999999999999999", ["--seed"]),
         ("init --seed x", ["--seed", "x"]),
         ("prepare", ["required"]),
+        ("prepare text.txt", ["required: --out"]),
+        ("prepare text.txt --out x --window 3", ["--window is a flag of --memory"]),
+        ("memory", ["ACTION"]),
+        ("memory build text.txt", ["required: --out"]),
+        ("memory build text.txt --out x --tokeniser y", ["Did you mean '--tokenizer'"]),
         ("convert x.pth", ["required"]),
         ("eval x.pth", ["--data"]),
         ("doctor now", ["now"]),
@@ -620,8 +628,8 @@ def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
     demo = pytest.importorskip("heron.commands.demo")
     settings = demo.config
 
-    def shorter(out):
-        config = settings(out)
+    def shorter(out, memory=True):
+        config = settings(out, memory)
         values = dict(model=config.model.changed(n_layer=1, n_embd=64), ctx_len=32, max_steps=2, threads=1,
                       sample_tokens=4, val_fraction=0.002, device="cpu", dtype="fp32")  # fmt: skip
         return TrainConfig.from_dict({**config.to_dict(), **values})
@@ -630,7 +638,10 @@ def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
     code, out, _ = heron_(f"demo --out {tmp_path}/demo")
     assert code == 0
     assert demo.PROMPT in out
-    assert f"The curve is in {tmp_path}/demo/loss.png" in out
+    assert f"Both curves are in {tmp_path}/demo/memory.png" in out
+    assert re.search(r"[\d.]+ bits per byte with memory, [\d.]+ without", out)
+    configs = [TrainConfig.from_yaml(tmp_path / name / "config.yaml").model for name in ("demo", "demo-without")]
+    assert [config.memory is not None for config in configs] == [True, False]
     commands = re.findall(r"^  (heron .*)$", out, re.MULTILINE)
     assert len(commands) == 3
 

@@ -13,8 +13,12 @@ import torch.nn.functional as F
 import heron
 from heron import cli, machine, tokenizer
 from heron import evaluate as module
+from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError
 from heron.evaluate import evaluate, loglikelihoods
+from heron.model.memory import Documents, Recollection
+from heron.ops import _build
+from heron.ops.rosa import TokenIndex
 from heron.report import scores
 from tests.tokenizer.tokenizer_kinds import load
 
@@ -118,6 +122,71 @@ def test_both_modes_give_the_same_numbers(random_model, monkeypatch, variant):
     assert rnn.loss == pytest.approx(gpt.loss, abs=1e-5)
     assert rnn.bits_per_byte == pytest.approx(gpt.bits_per_byte, abs=1e-5)
     assert rnn.n_targets == gpt.n_targets == 44
+
+
+# -- ROSA memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remembering(random_model):
+    """A function: RosaConfig fields -> a small random model with that memory."""
+    return lambda variant="v8", **rules: random_model(variant=variant, memory=RosaConfig.preset("memory", **rules))
+
+
+def some_text(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 4, n).astype(np.uint16)
+
+
+@pytest.mark.parametrize("rules", [{}, dict(n_matches=3), dict(window=9), dict(end=0)])
+@pytest.mark.parametrize("n_documents", [0, 90])
+@pytest.mark.parametrize("ctx_len", [8, 100])
+def test_memory_looks_back_past_the_window_and_on_documents(remembering, monkeypatch, rules, n_documents, ctx_len):
+    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 24)
+    monkeypatch.setattr(module, "_SEQUENCES", 3)
+    monkeypatch.setattr(module, "PIECE", 25)
+    model, tokens, documents = remembering(**rules), some_text(61), None
+    if n_documents:
+        if _build.find_compiler() is None:
+            pytest.skip("no C++ compiler")
+        index = TokenIndex.of(torch.from_numpy(some_text(n_documents, 1).astype(np.int64)), end=rules.get("end"))
+        documents = Documents(index, model.config)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    recalled, _, _ = Recollection().read(ids, model.config.memory, documents)
+    total = 0.0
+    for start in range(0, 60, ctx_len):
+        window = ids[start : start + ctx_len + 1]
+        with torch.no_grad():
+            logits, _ = model(window[None, :-1], recalled=recalled[None, start : start + len(window) - 1])
+        total += F.cross_entropy(logits[0].double(), window[1:], reduction="sum").item()
+    scores = [evaluate(model, tokens, ctx_len, mode=mode, documents=documents) for mode in module.MODES]
+    assert [score.loss for score in scores] == pytest.approx([total / 60] * 2, abs=2e-6)
+    if ctx_len == 8:
+        assert abs(literal(model, tokens, ctx_len) / 60 - scores[0].loss) > 1e-3  # windows that know themselves alone
+
+
+@pytest.mark.parametrize("variant", ["v8", "v7a", "v8-hybrid"])
+def test_pairs_remember_themselves_and_documents(remembering, monkeypatch, variant):
+    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 40)
+    monkeypatch.setattr(module, "_SEQUENCES", 2)
+    model = remembering(variant)
+    texts = [some_text(n, n).tolist() for n in (4, 9, 30, 17, 30)]
+    pairs = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in texts]
+    for mode in module.MODES:
+        got = loglikelihoods(model, pairs, mode)
+        wanted = [by_hand(model, *pair) for pair in pairs]
+        assert [score.logprob for score in got] == pytest.approx([w[0] for w in wanted], abs=2e-4)
+        if _build.find_compiler() is not None:
+            documents = Documents(TokenIndex.of(torch.tensor(texts[2])), model.config)
+            told = loglikelihoods(model, pairs, mode, documents)
+            assert told[2].logprob != pytest.approx(got[2].logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["gpt", "rnn"])
+def test_ids_outside_the_vocabulary_are_refused_before_memory_reads_them(remembering, mode):
+    with pytest.raises(DataError, match="vocab_size 37.*got 1 to 37"):
+        evaluate(remembering(), np.array([1, 2, 37, 3]), 4, mode=mode)
+    with pytest.raises(DataError, match="0 to 36"):
+        loglikelihoods(remembering(), [([1, -1], [1])], mode)
 
 
 @pytest.mark.parametrize("mode", ["gpt", "rnn"])

@@ -87,3 +87,12 @@ def test_rosa_counting(example):
     numbers = [int(n) for n in "".join(" " if i == 10 else str(i) for i in ids).split()][:-1]
     assert len(ids) == 128
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def test_recall(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, names = example("recall", "--steps", 2, "--distances", 300, 5000, "--strings", 2)
+    assert out.count("tokens later") == 4
+    assert (tmp_path / "recall.png").stat().st_size > 1000
+    sample = names["sample"](names["random"].Random(0))
+    assert sample[-41:] == sample[:41]

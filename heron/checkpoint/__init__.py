@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import warnings
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from heron import machine
 from heron.checkpoint import card, run
-from heron.checkpoint.architecture import TUNED, build, is_finite, leave_unsaid
+from heron.checkpoint.architecture import build, leave_unsaid
 from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
 from heron.checkpoint.vocabulary import GENERATION, WORLD_SIZE, Vocabulary, generation_config
 from heron.config import ModelConfig, RosaConfig, TrainConfig
@@ -22,6 +21,7 @@ from heron.errors import CheckpointError, ConfigError
 from heron.files import as_path, new_file, new_folder, sync
 from heron.model import RWKV, State
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
+from heron.model.tuned_state import TunedState
 from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
 
@@ -33,6 +33,7 @@ __all__ = [
     "put_right",
     "recorded",
     "save",
+    "save_tuned_state",
     "tuned_state",
     "unsaid",
     "weights_file",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 FORMATS = ("pth", "safetensors", "hf", "gguf")
+STATE = "state.pth"  # in a fine-tuning run
 _FILES = {".pth": pth, ".safetensors": safetensors, ".gguf": gguf}
 
 
@@ -59,8 +61,8 @@ def load(
             keep vectors in fp32) stays as it is and computes in the widest of them, which a warning says.
         has_ln0: whether a v8-hybrid applies its ln0, which its tensors cannot say; None: as its run or its config.json
             says, else no.
-        rosa: how the ROSA in it works (1 or 4 bits, the rules), which tensors cannot say either; None: as its run or
-            its config.json says.
+        rosa: how the ROSA in it works (1 or 4 bits, the rules), which tensors cannot say either, or its ROSA memory;
+            None: as its run or its config.json says.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, or not a model of a known variant: the message names the file
@@ -207,38 +209,31 @@ def put_right(path: Path) -> list[str]:
     return pth.put_right(path) if path.suffix == ".pth" else []
 
 
-def tuned_state(path: str | Path, config: ModelConfig) -> State:
+def tuned_state(path: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> State:
     """The initial state that state tuning left in a file as `blocks.i.att.time_state` (H, N_value, N_key), batch of 1.
 
     Args:
-        path: a file with such tensors, alone or beside the weights.
-        config: of the model that is to start from it. Its token shifts start at zero.
+        path: a file with such tensors, alone or beside the weights, or a fine-tuning run with a state.pth.
+        config: of the model that is to start from it. Its token shifts start at zero where the file has none.
+        dtype: of the model's activations.
 
     Raises:
         CheckpointError: no such tensors, or those of another model.
     """
-    path = Path(path)
-    tensors = read_tensors(path)
-    zeros = State.zeros(config, 1, torch.device("cpu"), torch.float32)
-    more = {name for name in tensors if TUNED.match(name)} - {
-        f"blocks.{i}.att.time_state" for i in range(config.n_layer)
-    }
-    if more:
-        raise CheckpointError(f"{path}: {min(more)}: more layers than the {config.n_layer} of this model")
-    layers = []
-    for i, layer in enumerate(zeros.layers):
-        name = f"blocks.{i}.att.time_state"
-        if name not in tensors:
-            raise CheckpointError(f"{path}: tensor {name} is missing: no tuned state of {config.n_layer} layers")
-        if tensors[name].shape != layer.wkv.shape[1:] or not tensors[name].is_floating_point():
-            raise CheckpointError(
-                f"{path}: {name} must be {tuple(layer.wkv.shape[1:])}, floating, got {tuple(tensors[name].shape)} "
-                f"{tensors[name].dtype}"
-            )
-        if not is_finite(tensors[name]):
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity: its tuning diverged, or the file is damaged")
-        layers.append(layer._replace(wkv=tensors[name].float().unsqueeze(0)))
-    return dataclasses.replace(zeros, layers=tuple(layers))
+    path = as_path(path)
+    path = path / STATE if path.is_dir() else path
+    with torch.no_grad():
+        tuned = TunedState.from_tensors(config, read_tensors(path), path)
+        return tuned(torch.empty(1, 1), dtype=dtype)  # pyright: ignore[reportReturnType]
+
+
+def save_tuned_state(tuned: TunedState, path: str | Path) -> None:
+    """Write a tuned state to a .pth or .safetensors file, as upstream's tools read it.
+
+    Raises:
+        CheckpointError: no such format, or the file cannot be written.
+    """
+    write(tuned.tensors(), None, as_path(path))
 
 
 def weights_file(path: Path) -> Path:
@@ -275,14 +270,18 @@ def weights_file(path: Path) -> Path:
 
 def unsaid(
     tensors: Mapping[str, Tensor], source: Path, has_ln0: bool | None = None, rosa: RosaConfig | None = None
-) -> tuple[bool | None, RosaConfig | None]:
-    """What tensors cannot say, `has_ln0` and `rosa`: as given, else as the run or the config.json around them says."""
-    if not leave_unsaid(tensors) or (has_ln0 is not None and rosa is not None):
-        return has_ln0, rosa
-    told = recorded(source)
+) -> tuple[bool | None, RosaConfig | None, RosaConfig | None]:
+    """What tensors cannot say: `has_ln0`, `rosa`, and how ROSA memory works.
+
+    As given (a `rosa` of scope stream is a memory), else as the run or the config.json around them says.
+    """
+    memory = None
+    if rosa is not None and rosa.scope == "stream":
+        rosa, memory = None, rosa
+    told = recorded(source) if leave_unsaid(tensors) else None
     if told is None:
-        return has_ln0, rosa
-    return told.has_ln0 if has_ln0 is None else has_ln0, rosa or told.rosa
+        return has_ln0, rosa, memory
+    return told.has_ln0 if has_ln0 is None else has_ln0, rosa or told.rosa, memory or told.memory
 
 
 def recorded(source: Path) -> ModelConfig | None:

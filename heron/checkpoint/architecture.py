@@ -15,12 +15,13 @@ from torch import Tensor
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.model import RWKV
+from heron.model.memory import longest_match
+from heron.model.tuned_state import TUNED
 
 UNUSED = tuple(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))  # in upstream's files, never used by any forward
 LN0 = ("blocks.0.ln0.weight", "blocks.0.ln0.bias")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-TUNED = re.compile(r"blocks\.\d+\.att\.time_state$")  # what state tuning leaves beside the weights, or alone
 _ROSA = re.compile(r"blocks\.\d+\.(rosa|ln3)\.")
 _FLAT = re.compile(r"\.qkv\.x_[qkv]$")  # some files store these as (1, 1, n), as they do the x_* of att and ffn
 
@@ -45,6 +46,7 @@ def build(
     dtype: torch.dtype | None = None,
     has_ln0: bool | None = None,
     rosa: RosaConfig | None = None,
+    memory: RosaConfig | None = None,
 ) -> RWKV:
     """The model that holds a file's tensors, as they are or converted to `dtype`.
 
@@ -52,7 +54,7 @@ def build(
     block 0; ln0 of a v8-hybrid) is filled in. Warns of a v8-hybrid whose ln0 is not applied though it is not neutral,
     and of a tuned initial state, which is no part of a model.
     """
-    config = config_of(tensors, source, has_ln0, rosa)
+    config = config_of(tensors, source, has_ln0, rosa, memory)
     if any(map(TUNED.match, tensors)):
         warnings.warn(
             f"{source}: it also holds a tuned initial state (att.time_state), which the model does not start from by "
@@ -138,7 +140,11 @@ def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object)
 
 
 def config_of(
-    tensors: dict[str, Tensor], source: object, has_ln0: bool | None = None, rosa: RosaConfig | None = None
+    tensors: dict[str, Tensor],
+    source: object,
+    has_ln0: bool | None = None,
+    rosa: RosaConfig | None = None,
+    memory: RosaConfig | None = None,
 ) -> ModelConfig:
     """Read variant and sizes from a file's tensors and check every key, shape, dtype and number.
 
@@ -147,23 +153,29 @@ def config_of(
         source: the file's path, for messages.
         has_ln0: whether the embedding goes through ln0, which a v8-hybrid file cannot say; None: as the variant does.
         rosa: how the ROSA in it works, which no file can say; None: there must be none.
+        memory: how its ROSA memory works. None: if there is one, with the matches that its tensors have room for, over
+            all tokens of one document.
 
     Raises:
         CheckpointError: an unknown variant; a missing, extra or misshaped tensor; a dtype that is not floating; a
             number that is not finite; ROSA and no `rosa`, or the reverse.
     """
-    config = sizes_of(tensors, source, has_ln0, rosa)
+    config = sizes_of(tensors, source, has_ln0, rosa, memory)
     _check(tensors, config, source)
     return config
 
 
 def leave_unsaid(tensors: Mapping[str, Tensor]) -> bool:
     """Whether names leave open what :class:`ModelConfig` must know: if ln0 is applied (v8-hybrid), how ROSA works."""
-    return any(_ROSA.match(name) or name.endswith(".qkv.kkup.weight") for name in tensors)
+    return any(_ROSA.match(name) or name.endswith((".qkv.kkup.weight", "memory.copy")) for name in tensors)
 
 
 def sizes_of(
-    tensors: Mapping[str, Tensor], source: object, has_ln0: bool | None = None, rosa: RosaConfig | None = None
+    tensors: Mapping[str, Tensor],
+    source: object,
+    has_ln0: bool | None = None,
+    rosa: RosaConfig | None = None,
+    memory: RosaConfig | None = None,
 ) -> ModelConfig:
     """Variant and sizes by the few tensors that tell them; the others are not looked at. As :func:`config_of`."""
     variant = _variant(tensors, source)
@@ -189,14 +201,25 @@ def sizes_of(
             value_rank=shape(f"blocks.{value_block}.att.v1", 2)[1] if has_value_rank else None,
             gate_rank=shape("blocks.0.att.g1", 2)[1],
         )
+    if rosa is not None and rosa.scope == "stream":
+        memory, rosa = rosa, None
     has_rosa = any(map(_ROSA.match, tensors))
     if has_rosa and rosa is None:
         raise CheckpointError(
             f"{source}: no tensor says whether its ROSA has 1 or 4 bits and what no match gives; type --rosa qkv-1bit "
             'or --rosa qkv-4bit (in Python: heron.load(path, rosa=RosaConfig.preset("qkv-1bit")))'
         )
+    if memory is not None and "memory.copy" not in tensors:
+        raise CheckpointError(f"{source}: there is no ROSA memory in it (heron convert --add_rosa memory adds one)")
     if rosa is not None and not has_rosa:
         raise CheckpointError(f"{source}: there is no ROSA in it; drop rosa (heron convert --add_rosa adds a branch)")
+    if "memory.copy" in tensors and memory is None:
+        n_matches, n_rows = shape("memory.copy", 2)
+        try:
+            memory = RosaConfig.preset("memory", n_matches=n_matches, max_match=longest_match(n_rows))
+        except ConfigError as error:
+            told = f"{source}: no ROSA memory has a memory.copy of shape {(n_matches, n_rows)}: {error}"
+            raise CheckpointError(told) from None
     try:
         return ModelConfig(
             variant=variant,
@@ -208,6 +231,7 @@ def sizes_of(
             deep_embed_4x=any(name.endswith(".ffn.enn4.weight") for name in tensors),
             has_ln0=has_ln0,
             rosa=rosa,
+            memory=memory,
         )
     except ConfigError as error:
         raise CheckpointError(

@@ -84,7 +84,7 @@ def _card(
 ) -> str:
     heads = f", {config.n_head} heads of {config.head_size}" if config.has_time_mix else ""
     rows = [
-        ("architecture", f"RWKV, variant {config.variant}" + (", with ROSA" if config.rosa else "")),
+        ("architecture", f"RWKV, variant {config.variant}" + (", with ROSA" if config.rosa or config.memory else "")),
         ("layers, width", f"{config.n_layer}, {config.n_embd}{heads}; ffn_dim {config.ffn_dim}"),
         ("parameters", f"{n_parameters:,}"),
         ("token ids", f"{config.vocab_size:,}"),

@@ -44,26 +44,37 @@ def upcycle(
         model: an RWKV, which is left alone, or its named tensors.
         variant: of the new model.
         deep_embed_4x: give a v8 or v8-hybrid the 4x form.
-        rosa: add such a ROSA branch; None: add none. One that the model has stays.
+        rosa: add such a ROSA branch, or such a ROSA memory (scope stream); None: add none. What the model has stays.
 
     Raises:
         CheckpointError: the variant has no place for something that the model has learned; it names the tensor.
-        ConfigError: no such variant, or one without the 4x form; a second ROSA branch.
+        ConfigError: no such variant, or one without the 4x form; a second ROSA branch or memory.
     """
     if not isinstance(model, RWKV):
         model = build(dict(model), "tensors")
     old = model.config
+    memory = old.memory
+    if rosa is not None and rosa.scope == "stream":
+        if memory is not None:
+            raise ConfigError("rosa: the model has a ROSA memory already; drop rosa")
+        rosa, memory = None, rosa
     if rosa is not None and old.rosa is not None:
         raise ConfigError("rosa: the model has a ROSA branch already, and a block has room for one; drop rosa")
     if variant == "rosa-lm" and old.rosa is None:
         raise CheckpointError(f"{_name(old)} has no ROSA, of which alone a rosa-lm consists")
-    new = old.changed(variant=variant, deep_embed_4x=deep_embed_4x, rosa=rosa or old.rosa)
+    new = old.changed(variant=variant, deep_embed_4x=deep_embed_4x, rosa=rosa or old.rosa, memory=memory)
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if new.has_ln0 and not old.has_ln0:
         raise CheckpointError(
             f"{_name(old)} that does not normalise its embedding cannot become {_name(new)}, which always does"
         )
     if old.has_ln0 and not new.has_ln0:
+        for name in ("memory.scale", "memory.length"):
+            if name in tensors and tensors[name].any():
+                raise CheckpointError(
+                    f"{_name(old)} cannot become {_name(new)}: what {name} adds to the embedding goes through ln0, "
+                    "which a v8-hybrid does not apply"
+                )
         with torch.no_grad():
             tensors["emb.weight"] = model.get_submodule("blocks.0.ln0")(model.emb.weight)
         for name, neutral in zip(LN0, (1.0, 0.0), strict=True):

@@ -29,7 +29,7 @@ WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # of id 0, as the released Hugging
 WORLD_SIZE = 65536
 _END = "<|endoftext|>"  # of bytes
 
-# The turns of heron.generation.chat. llama.cpp knows a template that names rwkv-world by itself, without Jinja.
+# heron.data.template in Jinja. llama.cpp knows a template that names rwkv-world by itself, without Jinja.
 CHAT_TEMPLATE = r"""{#- rwkv-world -#}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}

@@ -107,10 +107,18 @@ def fresh_learner(config: TrainConfig, model: ModelConfig) -> Learner:
     return Learner(network, config, device)
 
 
-def random_batch(config: TrainConfig, model: ModelConfig) -> list[tuple[Tensor, Tensor]]:
-    """The samples of a step, of random tokens: tokens and targets (B, T) int64 of each micro-batch."""
+def random_batch(config: TrainConfig, model: ModelConfig) -> list[tuple[Tensor, ...]]:
+    """The samples of a step, of random tokens: tokens and targets (B, T) int64 of each micro-batch, and what a memory
+    might recall."""
     tokens = torch.randint(0, model.vocab_size, (config.accumulate, config.micro_bsz, config.ctx_len + 1))
-    return [(sample[:, :-1].contiguous(), sample[:, 1:].contiguous()) for sample in tokens]
+    samples = [(sample[:, :-1].contiguous(), sample[:, 1:].contiguous()) for sample in tokens]
+    if (memory := model.memory) is None:
+        return [*samples]
+    shape = (config.accumulate, config.micro_bsz, config.ctx_len, memory.n_matches)
+    recalled = torch.stack(
+        (torch.randint(0, model.vocab_size, shape), torch.randint(0, 1 + (memory.max_match or 0), shape)), dim=-1
+    )
+    return [(*sample, found) for sample, found in zip(samples, recalled, strict=True)]
 
 
 def describe(config: TrainConfig, model: ModelConfig, result: Result) -> str:

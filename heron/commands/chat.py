@@ -12,9 +12,8 @@ from heron.generation import chat
 
 
 def run(options: argparse.Namespace) -> None:
-    talk = chat.Chat(
-        engine_of(options), sampling_of(options), options.max_tokens, options.seed, options.system, options.think
-    )
+    engine, _ = engine_of(options)
+    talk = chat.Chat(engine, sampling_of(options), options.max_tokens, options.seed, options.system, options.think)
     if options.load:
         talk.load(options.load)
     if isinstance(sys.stdin, io.TextIOWrapper):

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from heron import machine
 from heron.checkpoint import assume, card, holds_tokenizer, load, migrate, read_tensors, unsaid, weights_file, write
-from heron.checkpoint.architecture import TUNED, build, converted, in_one_dtype
+from heron.checkpoint.adapters import merged
+from heron.checkpoint.architecture import build, converted, in_one_dtype
 from heron.checkpoint.beside import papers_of, vocabulary_of
 from heron.checkpoint.vocabulary import Vocabulary
 from heron.commands.info import sizes
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV
+from heron.model.tuned_state import TUNED
 from heron.progress import progress
 from heron.tokenizer import load as load_tokenizer
 
@@ -35,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}: {sizes(after.config)}")
     if options.check:
         with progress("comparing the logits"):
-            difference = largest_difference(before, options.output, rosa=after.config.rosa)
+            difference = largest_difference(before, options.output, rosa=after.config.rosa or after.config.memory)
         print(f"largest difference of a logit, before and after, in fp32: {difference:.3g}")
         if difference and options.dtype is None and options.vocab_size is None:
             raise CheckpointError(f"{options.output}: the same numbers were to give the same logits; do not use it")
@@ -54,6 +56,7 @@ def convert(
     rosa: RosaConfig | None = None,
     add_rosa: RosaConfig | None = None,
     tokenizer: str | None = None,
+    adapter: str | Path | None = None,
     say: Callable[[str], None] = warnings.warn,
 ) -> tuple[RWKV, RWKV]:
     """Read a model, change what is asked for, and write it, with its tokenizer where the target has a place for one.
@@ -69,9 +72,10 @@ def convert(
         deep_embed_4x: give the new variant the 4x form.
         seed: of what is random in new parts, whose effect is multiplied by 0 before training.
         rosa: how the ROSA in the source works, where nothing beside it says so.
-        add_rosa: give the model such a ROSA branch.
+        add_rosa: give the model such a ROSA branch, or such a ROSA memory.
         tokenizer: what :func:`heron.tokenizer.load` takes; None: what the source holds or lies in, and for 65,536 ids
             of which nothing tells, World. Warns of one that is assumed.
+        adapter: first merged into the weights (:func:`heron.checkpoint.adapters.merged`).
         say: told of a tokenizer that the target can't hold.
 
     Returns:
@@ -99,6 +103,8 @@ def convert(
     tuned = {name: tensor for name, tensor in tensors.items() if TUNED.match(name)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in tuned}
     before = after = build(rest, source, None, *unsaid(tensors, source, rosa=rosa))
+    if adapter is not None:
+        before = after = merged(after, adapter, None if dtype is None else machine.DTYPES[dtype])
     torch.manual_seed(seed)
     if (deep_embed_4x or add_rosa) and variant is None:
         variant, deep_embed_4x = before.config.variant, deep_embed_4x or before.config.deep_embed_4x
@@ -123,7 +129,7 @@ def convert(
         known = None
     same = (before.config.variant, before.config.vocab_size) == (after.config.variant, after.config.vocab_size)
     papers = papers_of(source)
-    if not same and card.CARD in papers:
+    if (not same or adapter is not None) and card.CARD in papers:
         papers[card.CARD] = card.licence_alone(papers[card.CARD])  # the rest of it speaks of another model
     write({**after.state_dict(), **tuned}, after.config, target, format, known if holds else None, papers)
     if known is not None and not holds:

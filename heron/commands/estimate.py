@@ -134,12 +134,12 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
             learner.tables.distinct = lambda *_: made_up  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(learner.optimizer, CopiedAdamW) and learner.optimizer.copies:
             learner.optimizer.impl = "reference"  # like the kernel, it never has all gradients in fp32
-        tokens, two = (torch.zeros(shape, dtype=torch.int64) for shape in ((config.micro_bsz, config.ctx_len), (1, 2)))
+        sample, two = (_sample(model, *shape) for shape in ((config.micro_bsz, config.ctx_len), (1, 2)))
         counts: dict[str, int] = {}
         _count_activations(learner.network, ledger, counts)
-        learner.update(learner.gradients([(two, two)]), 0.0, math.inf)
+        learner.update(learner.gradients([two]), 0.0, math.inf)
         ledger.peak = ledger.held
-        loss = learner.gradients([(tokens, tokens)] * passes)
+        loss = learner.gradients([sample] * passes)
         on_host = [] if learner.tables is None else learner.tables.weights
         rows = [] if learner.tables is None else learner.tables.rows
         trained = [parameter for parameter in network.parameters() if not _among(on_host, parameter)]
@@ -156,6 +156,13 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
             peak=ledger.peak - tables,
             tables=tables,
         )
+
+
+def _sample(model: ModelConfig, *shape: int) -> tuple[Tensor, ...]:
+    """Tokens and targets, and what a memory recalls."""
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    recalled = [] if model.memory is None else [torch.zeros(*shape, model.memory.n_matches, 2, dtype=torch.int64)]
+    return tokens, tokens, *recalled
 
 
 class _Anywhere(RWKV):
@@ -210,9 +217,9 @@ def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -
     """Note what is held once a forward pass has ended and was not before."""
     forward = network.loss
 
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(tokens: Tensor, targets: Tensor, **given: Any) -> Tensor:
         before = ledger.held
-        value = forward(tokens, targets)
+        value = forward(tokens, targets, **given)
         counts["activations"] = ledger.held - before
         return value
 

@@ -6,17 +6,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from heron import evaluate
-from heron.checkpoint import load
 from heron.commands.settings import READING, given
-from heron.commands.sources import device_of, tokenizer_of
+from heron.commands.sources import device_of, model_of, start_of, tokenizer_of
 from heron.commands.streams import note
-from heron.config import TrainConfig
+from heron.config import ModelConfig, TrainConfig
+from heron.data import token_index
 from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
 from heron.files import refuse_foreign
+from heron.model.memory import Documents
+from heron.ops.rosa import TokenIndex
 from heron.progress import progress
 from heron.report import picture, scores
+from heron.tokenizer import Tokenizer
 
 
 def run(options: argparse.Namespace) -> None:
@@ -26,6 +32,12 @@ def run(options: argparse.Namespace) -> None:
         options.parser.error(
             "--limit counts the texts of --lambada and the questions of --choices; --data is read whole"
         )
+    if options.memory and options.memory_from:
+        options.parser.error("give --memory or --memory_from, not both")
+    if options.memory_from and options.memory_from in (options.data, options.lambada, options.choices):
+        options.parser.error(
+            f"--memory_from {options.memory_from} is what is scored: every token would be known before"
+        )
     if options.plot:
         picture.check_picture(Path(options.plot))
         refuse_foreign(Path(options.plot), picture.is_ours)
@@ -34,6 +46,9 @@ def run(options: argparse.Namespace) -> None:
     results = [_scores(model, options) for model in options.models]
     if len(results) > 1:
         print(scores.table(results))
+        for result in results:
+            if "memory" in result:
+                print(f"{result['model']}: its memory {result['memory']}")
     if options.json:
         scores.write(results, Path(options.json))
         print(f"wrote {options.json}")
@@ -43,16 +58,23 @@ def run(options: argparse.Namespace) -> None:
 
 def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed where it is the only one."""
-    with progress(f"reading {path}"):
-        model = load(path, rosa=options.rosa).to(device_of(options.device))
+    model = model_of(path, options).to(device_of(options.device))
+    start = start_of(options, model)
     reading = {name: value for name, value in given(options, TrainConfig, "").items() if name in READING}
     tokenizer = tokenizer_of(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
     result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
+    result |= {name: value for name in ("adapter", "state") if (value := getattr(options, name)) is not None}
     lines = []
+    documents = _documents(options, model.config, tokenizer, Reading(**reading))
+    if model.config.memory is not None:
+        result["memory"] = _looks_back_on(options, model.config.memory.window)
+        lines.append(f"memory         {result['memory']}")
     if options.data:
         tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), note)
         with progress(f"reading {len(tokens):,} tokens of {options.data} with {path}"):
-            score = evaluate.evaluate(model, tokens, options.ctx_len, n_bytes, mode=options.mode)
+            score = evaluate.evaluate(
+                model, tokens, options.ctx_len, n_bytes, mode=options.mode, documents=documents, start=start
+            )
         result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
         result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
         lines += [
@@ -64,7 +86,9 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
             lines.append(f"bits per byte  {score.bits_per_byte:.4f}")
     if options.lambada:
         with progress(f"reading {options.lambada} with {path}"):
-            last_words = evaluate.lambada(model, tokenizer, options.lambada, options.mode, options.limit)
+            last_words = evaluate.lambada(
+                model, tokenizer, options.lambada, options.mode, options.limit, documents, start
+            )
         result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
         result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
         lines += [
@@ -74,7 +98,9 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
         ]
     if options.choices:
         with progress(f"reading {options.choices} with {path}"):
-            answers = evaluate.multiple_choice(model, tokenizer, options.choices, options.mode, options.limit)
+            answers = evaluate.multiple_choice(
+                model, tokenizer, options.choices, options.mode, options.limit, documents, start
+            )
         result |= {"choices": options.choices, "questions": answers.n_questions}
         result |= {"accuracy": answers.accuracy, "accuracy_per_byte": answers.accuracy_per_byte}
         lines += [
@@ -85,3 +111,27 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     if len(options.models) == 1:
         print("\n".join(lines))
     return result
+
+
+def _documents(
+    options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, reading: Reading
+) -> Documents | None:
+    """What ROSA memory looks into beside the texts that are scored."""
+    if options.memory:
+        return Documents(token_index.read(options.memory, tokenizer).index, config)
+    if not options.memory_from:
+        return None
+    rosa = Documents.rules_of(config)
+    tokens, _ = load_tokens(options.memory_from, tokenizer, config.vocab_size, reading, note)
+    with progress(f"indexing {len(tokens):,} tokens of {options.memory_from}"):
+        index = TokenIndex.of(torch.from_numpy(np.asarray(tokens, dtype=np.int64)), rosa.max_match or 1, rosa.end)
+    return Documents(index, config)
+
+
+def _looks_back_on(options: argparse.Namespace, window: int | None) -> str:
+    """What the memory of a model knows at each token that is scored."""
+    all_of = "all of" if window is None else f"the last {window:,} tokens of"
+    of_data = [f"{all_of} the data before a token, past its window too"] if options.data else []
+    of_texts = [f"{all_of} its text before a token"] if options.lambada or options.choices else []
+    documents = options.memory or options.memory_from
+    return f"looks back on {', or '.join([*of_data, *of_texts])}" + (f", and on {documents}" if documents else "")

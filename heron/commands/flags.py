@@ -15,7 +15,17 @@ from heron import __version__
 from heron.commands import EXIT_USAGE, rwkv_lm_flags
 from heron.commands.help_texts import EVERY_FLAG, Help, HelpInTwoSizes
 from heron.commands.settings import READING
-from heron.config import INIT_DTYPES, LARGEST_SEED, PRESETS, ModelConfig, RosaConfig, TrainConfig, setting_type
+from heron.config import (
+    INIT_DTYPES,
+    LARGEST_SEED,
+    PRESETS,
+    FinetuneConfig,
+    ModelConfig,
+    RosaConfig,
+    TrainConfig,
+    setting_type,
+)
+from heron.config.finetune import DEFAULTS as METHOD_DEFAULTS
 from heron.config.groups import GROUP_OF, GROUPS
 from heron.errors import ConfigError, did_you_mean
 
@@ -93,6 +103,10 @@ def _with_underscores(argument: str) -> str:
     return dashes + flag.replace("-", "_") + equals + value
 
 
+_NOT_OF_FINETUNE = (  # settings of a fresh model, and of data that are no conversations
+    "model", "init_from", "init_dtype", "column", "glob", "split_at", "allow_normalized", "magic_prime", "num_workers",
+)  # fmt: skip
+_MEMORY = "documents that ROSA memory looks into, which heron memory build wrote; default: none"
 _TOKENIZERS = "world, bytes, integers:V[:E] (E ends a document), a tokenizer.json"
 
 _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none is imported before its verb runs
@@ -100,12 +114,15 @@ _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none 
     "prepare": lambda: import_module("heron.commands.prepare"),
     "init": lambda: import_module("heron.commands.init"),
     "train": lambda: import_module("heron.commands.train"),
+    "finetune": lambda: import_module("heron.commands.finetune"),
     "estimate": lambda: import_module("heron.commands.estimate"),
     "bench": lambda: import_module("heron.commands.bench"),
     "generate": lambda: import_module("heron.commands.generate"),
     "chat": lambda: import_module("heron.commands.chat"),
     "eval": lambda: import_module("heron.commands.eval"),
     "convert": lambda: import_module("heron.commands.convert"),
+    "merge": lambda: import_module("heron.commands.merge"),
+    "memory": lambda: import_module("heron.commands.memory"),
     "info": lambda: import_module("heron.commands.info"),
     "doctor": lambda: import_module("heron.commands.doctor"),
     "plot": lambda: import_module("heron.commands.plot"),
@@ -123,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"heron {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
 
-    def verb(name: str, text: str, trains: bool = False) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, trains: bool = False, takes: str = "") -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=text,
@@ -131,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             formatter_class=Help,
             add_help=not trains,
-            usage=f"%(prog)s [--help [{EVERY_FLAG}]] [--SETTING VALUE ...]" if trains else None,
+            usage=f"%(prog)s [--help [{EVERY_FLAG}]] {takes}[--SETTING VALUE ...]" if trains else None,
         )
         if trains:
             help_text = f"show the flags that most runs need and exit; --help {EVERY_FLAG}: every flag"
@@ -145,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     prepare = verb("prepare", "turn texts, JSON rows, tables and folders into a binidx dataset")
     inputs_help = "txt, jsonl ({'text': ...} a line), json, csv, parquet, each also .gz .bz2 .xz; folders, builtin:NAME"
     prepare.add_argument("inputs", nargs="+", help=inputs_help)
-    prepare.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
+    prepare.add_argument("--out", help="prefix of the .bin and .idx files; default: the binidx that --memory reads")
     prepare.add_argument("--tokenizer", default="world", help=_TOKENIZERS)
     _add_settings(prepare, TrainConfig, prefix="", names=READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
@@ -153,6 +170,13 @@ def parser() -> argparse.ArgumentParser:
     bad_line_help = "at a damaged row, or a text that is not UTF-8: stop, or skip, count and log it"
     prepare.add_argument("--on_bad_line", choices=("stop", "skip"), default="stop", help=bad_line_help)
     prepare.add_argument("--hashes", action="store_true", help="keep a sha256 of each 64 MiB, compared at first use")
+    memory_help = "also write what ROSA recalls at each token, as .recalled; without --out: beside the binidx named"
+    prepare.add_argument("--memory", action="store_true", help=memory_help)
+    prepare.add_argument("--n_matches", type=int, help="matches of each token; default: 2")
+    prepare.add_argument("--max_match", type=int, help="tokens of a match that count; default: 64")
+    prepare.add_argument("--window", type=int, help="tokens that a match may lie back; default: any number")
+    across_help = "whether a match may begin in one document and end in the next"
+    prepare.add_argument("--across_documents", choices=("on", "off"), help=f"{across_help}; default: on")
 
     init = verb("init", "write fresh weights with the reference initial values")
     init.add_argument("--out", default="rwkv-init.pth", help="a .pth or .safetensors file")
@@ -167,6 +191,28 @@ def parser() -> argparse.ArgumentParser:
         "--dry_run", "--dry-run", action="store_true", help="check the settings, print them in full, read no data"
     )
     _add_training(train)
+
+    finetune = verb("finetune", "train a base model on conversations", trains=True, takes="BASE ")
+    finetune.add_argument("base", help="what to start from: a weights file, a checkpoint or a run folder")
+    dry_help = "check the settings and all data, print what --show asks for, or else the settings in full; no training"
+    finetune.add_argument("--dry_run", "--dry-run", action="store_true", help=dry_help)
+    _add_settings(finetune, FinetuneConfig, prefix="finetune.")
+    finetune.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
+    groups = {title: finetune.add_argument_group(title) for title in GROUPS if title != "model"}
+    fits = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _NOT_OF_FINETUNE]
+    says = {
+        "data": "jsonl of conversations: messages, prompt and completion, text, alpaca, ShareGPT; must be given",
+        "val_data": "separate validation conversations; default: val_fraction of data",
+        "val_fraction": "share of the conversations kept for validation (the last); default: 0.1",
+        "tokenizer": f"{_TOKENIZERS}; default: the base's own",
+        "max_steps": "stop after this many optimizer steps; default: --epochs decides",
+        "max_tokens": "stop after this many training tokens; default: --epochs decides",
+    }
+    by_name = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name in METHOD_DEFAULTS["full"]:
+        values = ", ".join(f"{values[name]} with {method}" for method, values in METHOD_DEFAULTS.items())
+        says[name] = f"{by_name[name].metadata['doc']} (default: {values})"
+    _add_settings(finetune, TrainConfig, prefix="", names=fits, groups=groups, says=says)
 
     estimate = verb(
         "estimate", "the memory that a training step will take, and what to change if it won't fit", trains=True
@@ -197,12 +243,16 @@ def parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end at this text; may be given several times; default: none"
     )
     generate.add_argument("--stop_ids", type=ids, default=[], metavar="IDS", help="end at these ids, as in 0,261")
+    generate.add_argument(
+        "--show_memory", action="store_true", help="underline what ROSA memory recalled, and say where it comes from"
+    )
     _add_running(generate, max_tokens=200, top_p=0.5, penalty=0.0)
 
     chat = verb("chat", "talk with a model in the terminal")
     chat.add_argument("model", help="a weights file, a checkpoint or a run folder")
     chat.add_argument("--system", default="", help="instructions that the model reads first; default: none")
-    chat.add_argument("--think", choices=("on", "off"), default="", help="open answers with a thought, or an empty one")
+    think_help = "open answers with a thought (on; short, long: of that length), or an empty one (off)"
+    chat.add_argument("--think", choices=("on", "off", "short", "long"), default="", help=think_help)
     chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
     _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
 
@@ -219,6 +269,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
     evaluate.add_argument("--ctx_len", type=int, default=1024, help="window length; each starts from a zero state")
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    evaluate.add_argument("--memory", metavar="FILE", help=_MEMORY)
+    memory_from_help = "text or data, as --data takes it, that ROSA memory looks into beside what is scored"
+    evaluate.add_argument("--memory_from", metavar="FILE", help=memory_from_help)
+    _add_tuned(evaluate)
     _add_rosa(evaluate)
 
     convert = verb("convert", "rewrite weights: another format, variant, vocabulary or dtype")
@@ -231,12 +285,47 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--vocab_size", type=int, help="number of token ids; default: as in the input")
     convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
     convert.add_argument("--tokenizer", help="the model's, which a folder or .gguf keeps; default: the input's own")
-    convert.add_argument("--add_rosa", type=_rosa, help="add a ROSA branch: qkv-1bit or qkv-4bit; default: none")
+    convert.add_argument(
+        "--add_rosa", type=_rosa, help="add a ROSA branch, qkv-1bit or qkv-4bit, or ROSA memory: memory; default: none"
+    )
     _add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of input and output")
 
+    merge = verb("merge", "add an adapter to the weights it was trained on, and write them as a model")
+    merge.add_argument("base", help="the weights that the adapter was trained on; another base is refused")
+    merge.add_argument("adapter", help="a fine-tuning run, or the folder of an adapter")
+    merge.add_argument("output", help="the new .pth, .safetensors or .gguf, or a folder")
+    merge.add_argument("--format", help="pth, safetensors, hf (v7) or gguf (v7); default: by the output's suffix")
+    merge.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the base")
+    merge.add_argument("--tokenizer", help="the model's, which a folder or .gguf keeps; default: the base's own")
+    _add_rosa(merge)
+
+    memory = verb("memory", "documents that ROSA looks into while a model runs, in one file")
+    actions = memory.add_subparsers(
+        title="actions", metavar="ACTION", dest="action", required=True, parser_class=_Parser
+    )
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=Help)
+        sub.set_defaults(parser=sub)
+        return sub
+
+    build = action("build", "write documents and the index of their tokens as one file")
+    build.add_argument("inputs", nargs="+", help=f"{inputs_help}, binidx prefixes")
+    build.add_argument("--out", required=True, help="the file, such as docs.memory; an older one is replaced")
+    build.add_argument("--tokenizer", default="world", help=f"the model's: {_TOKENIZERS}")
+    _add_settings(build, TrainConfig, prefix="", names=READING)
+    build.add_argument("--max_match", type=int, default=64, help="tokens of a match that count")
+    build.add_argument("--across_documents", choices=("on", "off"), default="on", help=across_help)
+
+    described = action("info", "describe such a file")
+    described.add_argument("file", help="what heron memory build wrote")
+    described.add_argument("--tokenizer", help=f"check that it fits: {_TOKENIZERS}; default: no check")
+    described.add_argument("--verify", action="store_true", help="read all of it, and compare its sha256")
+
     info = verb("info", "describe a weights file, a run, a preset or a dataset")
-    info.add_argument("model", nargs="?", help="a weights file, a checkpoint, a run folder, a preset, or binidx data")
+    info_help = "a weights file, a checkpoint, a run folder, a preset, an adapter's folder, or binidx data"
+    info.add_argument("model", nargs="?", help=info_help)
     info.add_argument("--params", action="store_true", help="every parameter: shape, group, lr, decay, initial value")
     _add_rosa(info)
     info.add_argument("--presets", action="store_true", help="list the presets")
@@ -255,17 +344,21 @@ def _add_settings(
     prefix: str,
     names: Sequence[str] | None = None,
     groups: Mapping[str, argparse._ArgumentGroup] | None = None,
+    says: Mapping[str, str] = {},
 ) -> None:
     """One flag per field, or for those of `names`; absent flags stay absent, so that a config file shows through.
 
-    `groups` has the groups of the parser by title, where each flag is to stand in that of its setting.
+    `groups` has the groups of the parser by title, where each flag is to stand in that of its setting. `says` has help
+    texts that stand in for the fields' own.
     """
     for field in dataclasses.fields(config):
-        if names is not None and field.name not in names:
-            continue
+        if field.name == "finetune" or (names is not None and field.name not in names):
+            continue  # of FinetuneConfig, `heron finetune` has flags
         kinds, _ = setting_type(config, field.name)
-        flags = [f"--{prefix}{field.name}", f"--{field.name}"] if prefix else [f"--{field.name}"]
-        help_text = _help_of(field, of_model=bool(groups and prefix)).replace("%", "%%")
+        flags = [f"--{field.name}"] if prefix == "finetune." else [f"--{prefix}{field.name}"]
+        if prefix == "model." and field.metadata["short_flag"]:
+            flags.append(f"--{field.name}")
+        help_text = (says.get(field.name) or _help_of(field, of_model=bool(groups and prefix))).replace("%", "%%")
         place = groups[GROUP_OF[prefix + field.name]] if groups else parser
         common: dict[str, Any] = dict(dest=f"{prefix}{field.name}", default=argparse.SUPPRESS, help=help_text)
         if bool in kinds:
@@ -314,12 +407,22 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
     parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
     parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
+    parser.add_argument("--memory", metavar="FILE", help=_MEMORY)
+    _add_tuned(parser)
     _add_rosa(parser)
+
+
+def _add_tuned(parser: argparse.ArgumentParser) -> None:
+    """What fine-tuning left beside the model."""
+    adapter_help = "a fine-tuning run, or the folder of an adapter, to add to the weights in memory; default: none"
+    parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
+    state_help = "a tuned initial state, which every sequence starts from, or the run that made it; default: zeros"
+    parser.add_argument("--state", metavar="FILE", help=state_help)
 
 
 def _add_rosa(parser: argparse.ArgumentParser) -> None:
     """What a bare file of weights cannot say."""
-    names = "qkv-1bit, qkv-4bit"
+    names = "qkv-1bit, qkv-4bit, memory"
     parser.add_argument("--rosa", type=_rosa, help=f"how the ROSA in a bare file works: {names}; default: as its run")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
 
 from heron.commands import flags, streams
+from heron.commands.citations import Citations
 from heron.commands.sources import engine_of, sampling_of
 from heron.errors import ConfigError, DataError
 from heron.generation import Request, Snapshot
@@ -24,11 +26,17 @@ def run(options: argparse.Namespace) -> None:
     if options.ids and options.stop:
         options.parser.error("--ids prints ids, which a text of --stop may cut; end at ids, with --stop_ids")
     text, sampling = _prompt(options), sampling_of(options)
-    engine = engine_of(options)
+    engine, documents = engine_of(options)
+    if options.show_memory and engine.model.config.memory is None:
+        raise ConfigError(
+            f"show_memory: {options.model} has no ROSA memory; leave --show_memory out, or take a model that was "
+            "trained with --rosa memory"
+        )
     ids = _prompt_ids(text) if options.ids and text.strip() else []
     if options.ids:
         text = " ".join(map(str, ids))
-    shown = printable if sys.stdout.isatty() else str
+    in_terminal = sys.stdout.isatty()
+    shown = printable if in_terminal else str
     request = Request(
         ids if options.ids else text, options.max_tokens, sampling, tuple(options.stop), options.seed,
         stop_ids=options.stop_ids,
@@ -47,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         if options.probs or options.trials > 1:
             print(f"\n--- trial {trial + 1}, seed {options.seed + trial} ---")
         print(shown(text), end="", flush=True)
+        citations = Citations(documents, in_terminal and os.environ.get("TERM") != "dumb")
         n_tokens, start = 0, time.perf_counter()
         for piece in engine.run([dataclasses.replace(request, seed=options.seed + trial)]):
             new = piece.text
@@ -54,8 +63,13 @@ def run(options: argparse.Namespace) -> None:
                 new = "" if piece.token is None or piece.finish in ("end", "stop") else str(piece.token.id)
                 new = f" {new}" if new and (n_tokens or text) else new
             n_tokens += piece.token is not None
-            print(shown(new), end="", flush=True)
+            new = shown(new)
+            if options.show_memory:
+                new = citations.add(None if piece.finish in ("end", "stop") else piece.token, new)
+            print(new, end="", flush=True)
         print()
+        if options.show_memory:
+            print("", *citations.sources(), sep="\n", file=sys.stdout if in_terminal else sys.stderr)
         if options.probs or options.trials > 1:
             seconds = time.perf_counter() - start
             print(f"({n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s)")

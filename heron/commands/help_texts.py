@@ -51,11 +51,12 @@ class HelpInTwoSizes(argparse.Action):
 
 def _shorten(parser: argparse.ArgumentParser) -> None:
     """Hide all but the usual settings and the verb's own flags; the parser can show nothing else after that."""
-    verb_flags = parser._optionals._group_actions
+    verb_flags = [*parser._optionals._group_actions, *parser._positionals._group_actions]
     for group in parser._action_groups:
         group.description = None
         for action in group._group_actions:
             if action not in verb_flags and action.dest not in FIRST:
                 action.help = argparse.SUPPRESS
     parser.formatter_class = _BriefHelp
-    parser.epilog = f"`{parser.prog} --help {EVERY_FLAG}` lists every flag, RWKV-LM's names too"
+    also = ", RWKV-LM's names too" if any(action.dest.startswith("rwkv_lm.") for action in parser._actions) else ""
+    parser.epilog = f"`{parser.prog} --help {EVERY_FLAG}` lists every flag{also}"

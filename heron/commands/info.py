@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heron.checkpoint import put_right, read_tensors, unsaid, weights_file
-from heron.checkpoint.architecture import LN0, TUNED, UNUSED, config_of
+from heron.checkpoint import adapters, put_right, read_tensors, unsaid, weights_file
+from heron.checkpoint.architecture import LN0, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
-from heron.data import binidx
+from heron.data import binidx, recalled
 from heron.errors import CheckpointError
 from heron.model import RWKV, State
 from heron.model.init import rule
+from heron.model.memory import MEMORY_BYTES
 from heron.model.state import ROSA_BYTES
-from heron.optim import TABLE, group_of
+from heron.model.tuned_state import TUNED
+from heron.optim import METHOD_LR, STATE, TABLE, group_of
 
 _PARTS = {
     "v7": "RWKV-7",
@@ -34,9 +36,13 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 def run(options: argparse.Namespace) -> None:
     if options.presets or options.model is None:
         print(presets())
-    if options.model is not None:
+    if options.model is not None and adapters.is_adapter(options.model):
+        print(describe_adapter(options.model))
+    elif options.model is not None:
         is_data = binidx.is_binidx(options.model)
         print(binidx.describe(options.model) if is_data else describe(options.model, options.params, options.rosa))
+        if is_data and recalled.path_of(options.model).exists():
+            print(f"recalled    {recalled.describe(options.model, verify=True)}; its hash is right")
 
 
 def presets() -> str:
@@ -62,6 +68,8 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
         source = weights_file(Path(model))
         tensors = read_tensors(source)
+        if tensors and all(map(TUNED.match, tensors)):
+            return _describe_state(source, tensors)
         config = config_of(tensors, source, *unsaid(tensors, source, rosa=rosa))
         odd = [*put_right(source), *oddities(tensors, config)]
         model = str(source)
@@ -75,6 +83,7 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
         ("variant", config.variant),
         ("", _PARTS[config.variant] + (", in the 4x form" if config.deep_embed_4x else "")),
         ("rosa", _rosa(config.rosa) if config.rosa else ""),
+        ("memory", _memory(config.memory) if config.memory else ""),
         ("sizes", f"n_layer {config.n_layer}, n_embd {config.n_embd}" + head_size),
         ("", f"ffn_dim {config.ffn_dim}, vocab_size {config.vocab_size}"),
         ("ranks", _ranks(config) if config.has_time_mix else ""),
@@ -88,6 +97,46 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
     if params:
         lines += ["", *_parameter_table(skeleton, config)]
     return "\n".join(lines)
+
+
+def describe_adapter(path: str) -> str:
+    """An adapter's folder, or a fine-tuning run's, in words."""
+    file = adapters.read_adapter(path)
+    settings = file.settings
+    rank, alpha = settings.get("r", 0), settings.get("lora_alpha")
+    kept = ""
+    if file.kind == "pissa" and settings.get("init_lora_weights") is True:
+        rank, alpha, kept = rank // 2, (alpha or 0) / 2, ", kept as LoRA of twice the rank beside the unchanged base"
+    targets = settings.get("target_modules") or ()
+    groups = {group_of(name, tensor) for name, tensor in file.tensors.items()}
+    facts = [
+        ("what", f"adapter {file.folder}"),
+        ("kind", f"{file.kind}{kept}"),
+        ("rank", f"{rank}" + (f", alpha {alpha:g}" if alpha else "")),
+        ("targets", targets if isinstance(targets, str) else ", ".join(sorted(targets))),
+        ("base", file.base or "not recorded"),
+        ("parameters", f"{sum(map(Tensor.numel, file.tensors.values())):,}"),
+        ("dtype", _dtypes(file.tensors)),
+        *(
+            ("group", f"{group.name}: lr {METHOD_LR['lora']:g} unless set, no decay: {group.reason}")
+            for group in groups
+        ),
+    ]
+    return "\n".join(f"{name:<12}{value}" for name, value in facts)
+
+
+def _describe_state(source: Path, tensors: Mapping[str, Tensor]) -> str:
+    states = [tensor for name, tensor in tensors.items() if name.endswith(".time_state")]
+    shape = "x".join(map(str, states[0].shape)) if states else "none"
+    shifts = ", and token shifts" if len(states) < len(tensors) else ""
+    facts = [
+        ("what", f"tuned initial state {source}"),
+        ("sizes", f"n_layer {len(states)}, {shape} of each layer (heads, values, keys){shifts}"),
+        ("parameters", f"{sum(map(Tensor.numel, tensors.values())):,}"),
+        ("dtype", _dtypes(tensors)),
+        ("group", f"{STATE.name}: lr {METHOD_LR['state']:g} unless set, no decay: {STATE.reason}"),
+    ]
+    return "\n".join(f"{name:<12}{value}" for name, value in facts)
 
 
 def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
@@ -121,6 +170,8 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
         odd.append("the attention writes nothing: fresh or up-cycled, not trained")
     if all_are("rosa.o.weight", 0) and all_are("rosa.o.bias", 0):
         odd.append("the ROSA branch writes nothing: fresh or up-cycled, not trained")
+    if all_are("memory.copy", 0) and all_are("memory.scale", 0):
+        odd.append("the ROSA memory adds nothing: fresh or up-cycled, not trained")
     if all_are("ffn.s_emb_x.weight", 0) and not all_are("ffn.s2", 0):
         odd.append("ffn.s_emb_x is 0: it has been merged into ffn.s_emb")
     half = torch.finfo(torch.float16).max
@@ -132,11 +183,18 @@ def oddities(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
 def sizes(config: ModelConfig) -> str:
     head_size = f" N{config.head_size}" if config.has_time_mix else ""
     rosa = f", ROSA of {config.rosa.bits} bits" if config.rosa else ""
+    rosa += ", ROSA memory" if config.memory else ""
     return f"{config.variant} L{config.n_layer} C{config.n_embd}{head_size} V{config.vocab_size}{rosa}"
 
 
 def _ranks(config: ModelConfig) -> str:
     return ", ".join(f"{name} {getattr(config, f'{name}_rank')}" for name in ("decay", "iclr", "value", "gate"))
+
+
+def _memory(memory: RosaConfig) -> str:
+    window = "all tokens" if memory.window is None else f"the last {memory.window:,} tokens"
+    end = "" if memory.end is None else f", within documents that end with id {memory.end}"
+    return f"{memory.n_matches} matches of at most {memory.max_match} tokens over {window}{end}"
 
 
 def _rosa(rosa: RosaConfig) -> str:
@@ -159,6 +217,8 @@ def _state_bytes(config: ModelConfig) -> str:
     a_token = config.n_layer * 64 * 4 + 8 if config.has_attention else 0
     if config.rosa is not None:
         a_token += config.n_layer * config.n_embd // config.rosa.bits * ROSA_BYTES
+    if config.memory is not None and config.memory.window is None:
+        a_token += MEMORY_BYTES
     growth = f", and {_bytes(a_token)} more with each token" if a_token else ""
     return f"{_bytes(state.nbytes)} a sequence in fp32{growth}"
 

@@ -12,7 +12,7 @@ from heron.config import PRESETS, ModelConfig, TrainConfig, read_yaml
 from heron.errors import ConfigError
 
 READING = ("column", "glob", "split_at", "allow_normalized", "eod")  # settings of what reads text besides train
-_EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
+EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
 
 
 def given(options: argparse.Namespace, config: type, prefix: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def train_config(options: argparse.Namespace, any_length: bool = False) -> Train
                 )
     out = Path(flags["out"]) if "out" in flags else None
     settings = read_yaml(options.config) if options.config else defaults.of_run(out, flags.get("resume", "auto"))
-    for one, other in _EITHER_OR:  # a flag takes the place of the file's other choice
+    for one, other in EITHER_OR:  # a flag takes the place of the file's other choice
         if (one in flags) != (other in flags):
             settings.pop(other if one in flags else one, None)
     settings |= flags

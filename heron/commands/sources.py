@@ -6,23 +6,28 @@ import argparse
 import warnings
 from pathlib import Path
 
+import torch
+
 from heron import machine
-from heron.checkpoint import beside, load, weights_file
+from heron.checkpoint import beside, load, tuned_state, weights_file
+from heron.checkpoint.adapters import merged
+from heron.data import token_index
+from heron.data.token_index import DocumentIndex
 from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
+from heron.model import RWKV, State
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
 
 
-def engine_of(options: argparse.Namespace) -> Engine:
-    """An engine for one sequence, from the flags that generate and chat have in common."""
+def engine_of(options: argparse.Namespace) -> tuple[Engine, DocumentIndex | None]:
+    """An engine for one sequence, and the documents of its memory, from the flags that generate and chat share."""
     dtypes = {None: None, **machine.DTYPES}
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
     device, file = device_of(options.device), options.tables_file
-    with progress(f"reading {options.model}"):
-        model = load(options.model, dtypes[options.dtype], rosa=options.rosa)
+    model = model_of(options.model, options, dtypes[options.dtype])
     vocab_size = model.config.vocab_size
     numbers = f"integers:{vocab_size}" if getattr(options, "ids", False) else None
     tokenizer = tokenizer_of(options.model, options.tokenizer, vocab_size, options.eod, numbers)
@@ -33,7 +38,26 @@ def engine_of(options: argparse.Namespace) -> Engine:
         file = home.with_name(f"{home.name}.{options.dtype or 'file'}.tables")
     if options.tables == "device":
         model = model.to(device)
-    return Engine(model, tokenizer, tables=options.tables, tables_file=file, device=device)
+    documents = None if options.memory is None else token_index.read(options.memory, tokenizer)
+    index = None if documents is None else documents.index
+    start = start_of(options, model)
+    return Engine(model, tokenizer, 1, options.tables, file, device, index, start), documents
+
+
+def model_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None = None) -> RWKV:
+    """The model at `path`, in `dtype`, with the weights of --adapter merged into its own."""
+    with progress(f"reading {path}"):
+        if options.adapter is None:
+            return load(path, dtype, rosa=options.rosa)
+        return merged(load(path, rosa=options.rosa), options.adapter, dtype)
+
+
+def start_of(options: argparse.Namespace, model: RWKV) -> State | None:
+    """What sequences begin from: the tuned state of --state, on the device of the model's weights."""
+    if options.state is None:
+        return None
+    weight = model.emb.weight
+    return tuned_state(options.state, model.config, model.widest() or weight.dtype).to(weight.device)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

@@ -22,10 +22,10 @@ import torch
 
 from heron import machine
 from heron.checkpoint import load
+from heron.data.template import Message, RwkvTemplate
 from heron.errors import ConfigError, HeronError, did_you_mean
 from heron.evaluate import loglikelihoods
 from heron.generation import Engine, Request, Sampling
-from heron.generation.chat import cleaned
 from heron.model import RWKV
 from heron.tokenizer import Tokenizer
 from heron.tokenizer.continuation import encode_pair
@@ -43,7 +43,7 @@ _ARGUMENTS = ("pretrained", "tokenizer", "dtype", "device", "rosa", "batch_size"
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's order
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "min_p": 0, "use_cache": True}
-_ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+_ROLES = ("system", "user", "assistant")
 
 
 @register_model("heron")
@@ -175,25 +175,27 @@ class HeronLM(LM):
         """
         if isinstance(chat_template, str):
             raise ConfigError(f"apply_chat_template: no template {chat_template!r}; there is one, so give no name")
-        return "".join(f"{name}: {{{role}}}\n\n" for role, name in _ROLES.items()) + "Assistant:"
+        return self.apply_chat_template([{"role": role, "content": f"{{{role}}}"} for role in _ROLES])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as one text, in the template that RWKV models are trained with (see :mod:`heron.generation.chat`).
+        """Messages as one text, in the template that RWKV models are trained with (see :mod:`heron.data.template`).
 
         Args:
             chat_history: of roles system, user and assistant.
             add_generation_prompt: end with ``Assistant:``; else the last message goes on, nothing behind it.
 
         Raises:
-            ConfigError: another role.
+            ConfigError: another role, or an answer with text in it that ends a turn.
         """
-        turns = []
         for message in chat_history:
-            role = message["role"]
-            if role not in _ROLES:
-                raise ConfigError(f"apply_chat_template: wanted a role of {', '.join(_ROLES)}, got {role!r}")
-            turns.append(f"{_ROLES[role]}: {cleaned(message['content'])}")
-        return "\n\n".join([*turns, "Assistant:"] if add_generation_prompt else turns)
+            if message["role"] not in _ROLES:
+                raise ConfigError(f"apply_chat_template: wanted a role of {', '.join(_ROLES)}, got {message['role']!r}")
+        try:
+            spans = RwkvTemplate().spans([Message(one["role"], one["content"]) for one in chat_history])
+        except ValueError as error:
+            raise ConfigError(f"apply_chat_template: {error}") from None
+        text = "".join(span.text for span in spans)
+        return f"{text}Assistant:" if add_generation_prompt else text.removesuffix("\n\n")
 
     def _ids(self, text: str) -> list[int]:
         return [self._eod, *self._tokenizer.encode(text)]
@@ -203,8 +205,8 @@ class HeronLM(LM):
         total, state, device = 0.0, None, next(self._model.parameters()).device
         for start in range(0, len(ids) - 1, _TOKENS_AT_ONCE):
             piece = torch.tensor([ids[start : start + _TOKENS_AT_ONCE + 1]], device=device)
-            hidden, state = self._model.hidden_states(piece[:, :-1], state)
-            mean = self._model.head_loss(hidden, piece[:, 1:])
+            hidden, state, recalled = self._model.read(piece[:, :-1], state)
+            mean = self._model.head_loss(hidden, piece[:, 1:], recalled)
             total -= float(mean.double()) * (piece.shape[1] - 1)
         return total
 

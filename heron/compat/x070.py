@@ -18,7 +18,7 @@ from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.model import RWKV, State
 
-_SIZES = ("variant", "n_layer", "n_embd", "vocab_size", "head_size", "rosa")
+_SIZES = ("variant", "n_layer", "n_embd", "vocab_size", "head_size", "rosa", "memory")
 _DTYPES = {
     "fp64": torch.float64, "float64": torch.float64, "fp32": torch.float32, "float32": torch.float32,
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -31,9 +31,9 @@ class RWKV_x070(RWKV):
     Args:
         args: any object with attributes. `MODEL_NAME`: path of the weights without ".pth" (all sizes come from the
             file, and `args`' own sizes are updated), or None for fresh initial values of `args`' sizes (variant,
-            n_layer, n_embd, vocab_size, head_size, rosa; ModelConfig's defaults where absent). `dtype`: a torch dtype
-            or its name; absent or None: as in the file. `rosa`: "qkv-1bit", "qkv-4bit" or a RosaConfig, of a file that
-            has ROSA (a .pth cannot say).
+            n_layer, n_embd, vocab_size, head_size, rosa, memory; ModelConfig's defaults where absent). `dtype`: a torch
+            dtype or its name; absent or None: as in the file. `rosa`: "qkv-1bit", "qkv-4bit" or a RosaConfig, of a file
+            that has ROSA (a .pth cannot say).
 
     Raises:
         CheckpointError: the named file does not exist or is no RWKV-7 or RWKV-8 model that this version knows.
@@ -43,8 +43,8 @@ class RWKV_x070(RWKV):
     in fp32, ffn shift (C,) of each layer. In v7b and v8-hybrid follow the token ids (t,), then key and value codes
     (t, 32) of each layer, and in v7b the last query (256,) of each layer; with ROSA, last, of each layer the symbols
     (3, G, t), the shift (C,) and after a step the match lengths (G, t). There a step takes time and memory that grow
-    with t. The list handed in is never changed. `hidden_states`, inherited, is the batched form: (B, T) ids ->
-    (B, T, C).
+    with t. ROSA memory adds the ids (t,), int32, which each call reads again. The list handed in is never changed.
+    `hidden_states`, inherited, is the batched form: (B, T) ids -> (B, T, C).
     """
 
     def __init__(self, args: Any):
@@ -110,10 +110,10 @@ class RWKV_x070(RWKV):
         tokens = ids.unsqueeze(0).to(self.emb.weight.device)
         batched = None if state is None else State.from_runtime(state)
         new: Any
-        hidden, new = self.hidden_states(tokens, batched)
+        hidden, new, recalled = self.read(tokens, batched)
         if last is not None:
-            hidden = hidden[:, -last:]
-        return self.head(hidden).squeeze(0), new.to_runtime()
+            hidden, recalled = hidden[:, -last:], None if recalled is None else recalled[:, -last:]
+        return self.logits(hidden, recalled).squeeze(0), new.to_runtime()
 
     def _z(self, name: str) -> Tensor:
         return self.z[name]

@@ -1,4 +1,4 @@
-"""What a model is and how it is trained: two frozen dataclasses, the presets, and their YAML form.
+"""What a model is and how it is trained: frozen dataclasses, the presets, and their YAML form.
 
 Standard library only (PyYAML is imported when YAML is read or written), so that every other module may import it.
 """
@@ -6,18 +6,19 @@ Standard library only (PyYAML is imported when YAML is read or written), so that
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
+from heron.config.finetune import FinetuneConfig
 from heron.config.presets import PRESETS, ROSA_PRESETS
+from heron.config.settings import check_types as _check_types
+from heron.config.settings import from_dict as _from_dict
+from heron.config.settings import setting as _setting
+from heron.config.settings import setting_type as setting_type
 from heron.config.strict_yaml import read as read_yaml
-from heron.errors import ConfigError, UnknownKeyError, did_you_mean
+from heron.errors import ConfigError, did_you_mean
 
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
 _DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
@@ -36,11 +37,6 @@ LARGEST_COUNT = 2**31 - 1  # of tokens, samples and the like at once
 LARGEST_WIDTH = 2**24
 LARGEST_SIZES = {"n_layer": 4096, "vocab_size": LARGEST_COUNT}  # no product of sizes then overflows 64 bits
 _NAMES = ("model", "data", "val_data", "tokenizer", "out", "device", "resume")  # an empty text names nothing
-
-
-def _setting(default: Any, doc: str) -> Any:
-    """A dataclass field whose one line of documentation is also the help text of its command-line flag."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
 
 
 def rank_rule(factor: float, n_embd: int) -> int:
@@ -66,19 +62,42 @@ class RosaConfig:
     proj_bias: bool = _setting(True, "qkv: the projections q, k, v, o have a bias")
     token_shift: bool = _setting(True, "qkv: the projections read x mixed with the x before, by x_q, x_k, x_v")
     grad: str = _setting("soft_suffix", "rule for the gradient of the symbols: none, bitflip or soft_suffix")
+    scope: str = _setting("sample", "token: what is looked into: the sample alone, or the stream of all that was read")
+    n_matches: int = _setting(2, "stream: matches of a position that count; each predicts another token")
+    window: int | None = _setting(None, "stream: how many tokens back a match may end; None: any number")
+    end: int | None = _setting(None, "stream: id that ends a document, across which nothing matches; None: no such id")
 
     def __post_init__(self) -> None:
         _check_types(self)
-        choices = {"source": ("token", "self", "qkv"), "bits": (1, 4), "no_match": ("zero", "bit0"), "grad": ROSA_GRADS}
+        choices = {
+            "source": ("token", "self", "qkv"), "bits": (1, 4), "no_match": ("zero", "bit0"), "grad": ROSA_GRADS,
+            "scope": ("sample", "stream"),
+        }  # fmt: skip
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 wanted = ", ".join(map(str, known))
-                usual = f"; the presets {', '.join(ROSA_PRESETS)} have upstream's" if name == "no_match" else ""
+                of_upstream = ", ".join(preset for preset in ROSA_PRESETS if preset != "memory")
+                usual = f"; the presets {of_upstream} have upstream's" if name == "no_match" else ""
                 raise ConfigError(f"rosa, {name}: wanted one of {wanted}, got {value!r}{usual}")
         if self.source == "token" and self.no_match != "zero":
             raise ConfigError("rosa, no_match: a token has no bit 0; source token gives zero")
         if self.max_match is not None and self.max_match < 1:
             raise ConfigError(f"rosa, max_match: wanted at least 1, or nothing, got {self.max_match}")
+        if self.scope == "stream":
+            self._check_stream()
+        elif self.window is not None or self.end is not None:
+            raise ConfigError(
+                f"rosa, {'end' if self.window is None else 'window'}: only a ROSA of scope stream has one"
+            )
+
+    def _check_stream(self) -> None:
+        if self.source != "token":
+            raise ConfigError(f"rosa, scope: a stream is one of token ids; source is {self.source}")
+        ranges = dict(max_match=(1, 255), n_matches=(1, 8), window=(1, LARGEST_COUNT), end=(0, LARGEST_COUNT))
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if not (value is None and name in ("window", "end")) and not least <= (value or 0) <= most:
+                raise ConfigError(f"rosa, {name}: of a stream wanted {least} to {most}, got {value}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RosaConfig:
@@ -115,13 +134,24 @@ class ModelConfig:
     gate_rank: int | None = _setting(None, "rank of att.g1/g2; None: from n_embd")
     deep_embed_4x: bool = _setting(False, "v8, v8-hybrid: gates on all ffn_dim hidden channels, not on n_embd outputs")
     has_ln0: bool | None = _setting(None, "normalise the embedding; None: yes, except in a v8-hybrid")
-    rosa: RosaConfig | None = _setting(None, "a ROSA branch: qkv-1bit, qkv-4bit; None: none (rosa-lm: qkv-1bit)")
+    rosa: RosaConfig | None = _setting(
+        None, "a ROSA branch: qkv-1bit, qkv-4bit; memory; None: none (rosa-lm: qkv-1bit)"
+    )
+    memory: RosaConfig | None = _setting(None, "ROSA over all token ids read so far: memory; None: none", False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rosa, str):
-            object.__setattr__(self, "rosa", RosaConfig.preset(self.rosa))
-        elif isinstance(self.rosa, Mapping):
-            object.__setattr__(self, "rosa", RosaConfig.from_dict(self.rosa))
+        for name in ("rosa", "memory"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, RosaConfig.preset(value))
+            elif isinstance(value, Mapping):
+                base = ROSA_PRESETS["memory"] if name == "memory" else {}
+                object.__setattr__(self, name, RosaConfig.from_dict({**base, **value}))
+        if isinstance(self.rosa, RosaConfig) and self.rosa.scope == "stream":
+            if self.memory not in (None, self.rosa):
+                raise ConfigError("rosa and memory are both a ROSA memory, and not the same one; give one of them")
+            object.__setattr__(self, "memory", self.rosa)
+            object.__setattr__(self, "rosa", None)
         _check_types(self)
         if self.variant not in VARIANTS:
             raise ConfigError(
@@ -143,6 +173,8 @@ class ModelConfig:
             raise ConfigError(f"has_ln0 False is for v8-hybrid alone; variant {self.variant} always applies ln0")
         if self.rosa is not None and self.rosa.source != "qkv":
             raise ConfigError(f"rosa: a branch has source qkv, got {self.rosa.source}; give qkv-1bit or qkv-4bit")
+        if self.memory is not None and self.memory.scope != "stream":
+            raise ConfigError(f"memory: wanted a ROSA of scope stream, got scope {self.memory.scope}; give memory")
         if self.rosa is not None and self.n_embd % self.rosa.bits:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of {self.rosa.bits}, the bits of a ROSA symbol")
 
@@ -221,6 +253,8 @@ class ModelConfig:
 class TrainConfig:
     """One training run. Every field is a flag of ``heron train`` and a key of the ``config.yaml`` in the run folder.
 
+    The fields of `finetune` are flags of ``heron finetune`` instead.
+
     Raises:
         ConfigError: a value out of range, or two fields that contradict each other.
     """
@@ -282,10 +316,15 @@ class TrainConfig:
     resume: str = _setting("auto", "auto: go on with the run in out; none: refuse a used folder; or a checkpoint")
     tensorboard: bool = _setting(False, "also write TensorBoard events (pip install 'heron-rwkv[tensorboard]')")
     wandb: str = _setting("", "also log to this Weights & Biases project (pip install 'heron-rwkv[wandb]')")
+    finetune: FinetuneConfig | None = _setting(
+        None, "learn from conversations, as heron finetune does; None: from text"
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Mapping):
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
+        if isinstance(self.finetune, Mapping):
+            object.__setattr__(self, "finetune", FinetuneConfig.from_dict(self.finetune))
         if type(self.eod) is int:  # YAML reads an id so
             object.__setattr__(self, "eod", str(self.eod))
         _check_types(self)
@@ -316,7 +355,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: wanted 0 <= {name} < 1, got {value}")
         if not self.adam_eps > 0:
             raise ConfigError(f"adam_eps: wanted more than 0, got {self.adam_eps}")
-        if (self.max_steps is None) == (self.max_tokens is None):
+        by_epochs = self.finetune is not None and self.max_steps is None
+        if (self.max_steps is None) == (self.max_tokens is None) and not by_epochs:
             raise ConfigError(
                 "give exactly one of max_steps and max_tokens, "
                 f"got max_steps={self.max_steps} and max_tokens={self.max_tokens}"
@@ -332,6 +372,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: wanted one of {', '.join(known)}, got {value!r}.{near}")
         if self.init_from and isinstance(self.model, str) and self.model not in PRESETS:
             raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
+        if self.finetune is not None and self.tokenizer.startswith("bpe:"):
+            raise ConfigError(f"tokenizer {self.tokenizer}: fine-tuning keeps the base's vocabulary; name its file")
         if self.weights == "bf16" and self.dtype == "fp32":
             raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
         if self.tables_state != "fp32" and self.tables != "host":
@@ -348,7 +390,7 @@ class TrainConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step."""
+        """Optimizer steps of the whole run; `max_tokens` is rounded up to a whole step. 0: `finetune.epochs` decide."""
         if self.max_steps is not None:
             return self.max_steps
         return -(-(self.max_tokens or 0) // self.tokens_per_step)
@@ -377,59 +419,3 @@ class TrainConfig:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def setting_type(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
-    """The plain types that field `name` of config class `cls` takes, and whether None is one of its values."""
-    hint = _hints(cls)[name]
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
-
-
-def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: wanted a mapping of names to values, got {type(values).__name__}")
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            hint = did_you_mean(str(key), known)
-            raise UnknownKeyError(f"{where}: unknown key {key!r}.{hint} Known: {', '.join(known)}")
-    return cls(**values)
-
-
-def plain(value: Any) -> Any:
-    """A number of NumPy or PyTorch as Python has it, and a path as a string; anything else as it is."""
-    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "shape", None) == ():
-        return value.item()
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _check_types(config: Any) -> None:
-    """Bring each field to its declared type where nothing is lost (8.0 to an int, "6e-4" to a float), else refuse."""
-    for field in dataclasses.fields(config):
-        value = plain(getattr(config, field.name))
-        kinds, optional = setting_type(type(config), field.name)
-        if value is None and optional:
-            continue
-        if isinstance(value, bool) and bool not in kinds:
-            fits = False
-        elif int in kinds and isinstance(value, float) and value.is_integer():
-            value, fits = int(value), True
-        elif float in kinds and isinstance(value, (int, str)):
-            try:
-                value, fits = float(value), True
-            except ValueError:
-                fits = False
-        else:
-            fits = isinstance(value, kinds)
-        if fits and isinstance(value, float) and not math.isfinite(value):
-            fits = False
-        if not fits:
-            wanted = " or ".join(kind.__name__ for kind in kinds) + (" or nothing" if optional else "")
-            raise ConfigError(f"{field.name}: wanted {wanted}, got {value!r}")
-        object.__setattr__(config, field.name, value)

@@ -13,7 +13,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("init_from", "init_dtype", "model.vocab_size", "model.head_size", "model.ffn_dim", "model.decay_rank"),
             *("model.iclr_rank", "model.value_rank", "model.gate_rank", "model.deep_embed_4x", "model.has_ln0"),
-            "model.rosa",
+            *("model.rosa", "model.memory"),
         ),
     ),
     "optimizer and schedule": (

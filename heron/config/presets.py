@@ -6,6 +6,7 @@ from typing import Any
 
 ROSA_PRESETS: dict[str, dict[str, Any]] = {
     "token": {"source": "token", "no_match": "zero", "grad": "none"},
+    "memory": {"source": "token", "scope": "stream", "no_match": "zero", "grad": "none", "max_match": 64},
     "self-1bit": {"source": "self", "bits": 1, "no_match": "zero", "grad": "bitflip"},
     "self-4bit": {"source": "self", "bits": 4, "no_match": "bit0", "grad": "bitflip"},
     "qkv-1bit": {"source": "qkv", "bits": 1, "no_match": "bit0"},

@@ -8,6 +8,7 @@ without that). `.bin` is every token, one document after another.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import struct
@@ -35,6 +36,7 @@ LONGEST_DOCUMENT = 2**31 - 1
 SUFFIXES = (".bin", ".idx")
 _BLOCK = 1 << 20  # documents checked at a time
 _TOKENS = 1 << 24  # ids looked at at a time
+_END_BYTES = 1 << 20  # of a memory map that go into its fingerprint, from each end
 _WORTH_KEEPING = 1 << 26  # bytes of .bin from which on the range of its ids is kept in a file
 
 
@@ -144,6 +146,22 @@ def describe(prefix: str | Path) -> str:
     )
 
 
+def fingerprint(*parts: np.ndarray | None) -> str:
+    """16 hex digits that change when tokens do; of a large memory map they cover the first and last MiB."""
+    digest = hashlib.sha256()
+    for tokens in parts:
+        if tokens is None:
+            digest.update(b"none")
+            continue
+        digest.update(f"{tokens.dtype.str} {len(tokens)} ".encode())
+        raw = np.ascontiguousarray(tokens).view(np.uint8)
+        if isinstance(tokens, np.memmap) and len(raw) > 2 * _END_BYTES:
+            digest.update(raw[:_END_BYTES].data)
+            raw = raw[-_END_BYTES:]
+        digest.update(raw.data)
+    return digest.hexdigest()[:16]
+
+
 class BinidxWriter:
     """Writes a pair of files document by document, as a context manager::
 
@@ -188,6 +206,7 @@ class BinidxWriter:
         self._code = codes[0]
         self._pair = (idx_path(prefix), bin_path(prefix))
         self._checks = checks.path_for(self._pair)
+        self._recalled = self._pair[0].with_suffix(".recalled")
         self._sizes_part = self._pair[0].with_suffix(".sizes.part")
         self._progress = self._pair[0].with_suffix(".progress.part")
         self._overwrite, self._job, self._hashes = overwrite, job, hashes
@@ -212,7 +231,7 @@ class BinidxWriter:
                 file.truncate(kept)
                 file.seek(kept)
             if progress is None:
-                for path in (self._progress, *map(_part, (self._pair[0], self._checks))):
+                for path in (self._progress, *map(_part, (self._pair[0], self._checks, self._recalled))):
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -246,6 +265,17 @@ class BinidxWriter:
         except OSError as error:
             raise self._unwritable(error) from None
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """All that was appended, memory-mapped."""
+        self._bin.flush()
+        return np.memmap(_part(self._pair[1]), dtype=self._dtype, mode="r")
+
+    @property
+    def recalled_part(self) -> Path:
+        """Where what the tokens recall may be written; it gets its name, ``prefix.recalled``, with the pair."""
+        return _part(self._recalled)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
@@ -257,7 +287,7 @@ class BinidxWriter:
                 self._bin.close()
                 self._sizes.close()
             if not self._progress.exists():
-                for path in (*map(_part, (*self._pair, self._checks)), self._sizes_part):
+                for path in (*map(_part, (*self._pair, self._checks, self._recalled)), self._sizes_part):
                     path.unlink(missing_ok=True)
 
     def _finish(self) -> None:
@@ -273,7 +303,8 @@ class BinidxWriter:
         if _part(bin_).exists():  # nothing has its name yet
             idx.unlink(missing_ok=True)
             self._checks.unlink(missing_ok=True)
-        for path in (bin_, self._checks, idx):
+            self._recalled.unlink(missing_ok=True)
+        for path in (bin_, self._checks, self._recalled, idx):
             if _part(path).exists():
                 os.replace(_part(path), path)
         _sync_folder(idx.parent)

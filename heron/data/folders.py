@@ -19,7 +19,7 @@ _OF_A_RUN = {
     "log.jsonl", "train_log.txt", "samples", "checkpoints", "bad", "tensorboard", "wandb", "config.yaml",
     "run_status.json", "run.lock", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
-_OF_PREPARE = (".part", ".bin", ".idx", ".checks.json", ".skipped.log")
+_OF_PREPARE = (".part", ".bin", ".idx", ".checks.json", ".skipped.log", ".recalled")
 
 
 def files_in(root: Path, glob: str | None, fault: Callable[[Path], str | None]) -> tuple[list[Path], str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.data.binidx import check_ids, is_binidx, open_binidx
+from heron.data.binidx import check_ids, fingerprint, is_binidx, open_binidx
 from heron.data.corpora import PLAIN, Reading, read_documents
 from heron.data.prepare import encode_document, warn_of_no_end
+from heron.data.recalled import Recalled
 from heron.data.sampling import SampleOrder, magic_prime
 from heron.errors import DataError
 from heron.tokenizer import Tokenizer
@@ -24,7 +24,6 @@ __all__ = ["Batches", "Corpus", "load_corpus", "load_tokens", "read_documents", 
 
 TEXT_VAL_FRACTION = 0.1
 _BLOCK = 1 << 24  # tokens decoded at a time
-_END_BYTES = 1 << 20  # of a binidx array that go into its fingerprint, from each end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,7 @@ def load_corpus(
             "give more data, or val_fraction 0 to do without"
         )
     name = data if data.startswith("builtin:") else Path(data).name
-    return Corpus(train, val, val_bytes, name, _fingerprint(train, val), kind)
+    return Corpus(train, val, val_bytes, name, fingerprint(train, val), kind)
 
 
 def load_tokens(
@@ -137,6 +136,7 @@ class Batches:
         seed: of the permutation.
         kind: "text" or "binidx", as in :class:`Corpus`.
         prime: of the cubic order, one that :func:`heron.data.sampling.check_prime` passes; None: the largest.
+        recalled: what ROSA memory recalls at each of `tokens`; None: nothing is wanted of it.
 
     Attributes:
         order: the :class:`heron.data.sampling.SampleOrder` that was chosen.
@@ -145,24 +145,40 @@ class Batches:
         DataError: fewer than `ctx_len` + 1 tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, ctx_len: int, seed: int, kind: str, prime: int | None = None) -> None:
-        self._tokens = np.asarray(tokens)
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        ctx_len: int,
+        seed: int,
+        kind: str,
+        prime: int | None = None,
+        recalled: Recalled | None = None,
+    ) -> None:
+        self._tokens, self._recalled = np.asarray(tokens), recalled
         if prime is None and kind == "binidx":
             prime = magic_prime(len(tokens), ctx_len)
         self.order = SampleOrder(len(tokens), ctx_len, seed, prime)
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+    @property
+    def description(self) -> str:
+        """One line about the order, for the console."""
+        return self.order.description
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, ...]:
         """Samples `first` .. `first + count - 1` of the run, counted from 0.
 
         Returns:
-            x, y: (count, T) int64; ``y[i, t]`` is the token that follows ``x[i, t]``.
+            x, y: (count, T) int64; ``y[i, t]`` is the token that follows ``x[i, t]``. With a memory also what it
+            recalls at x, (count, T, K, 2) int64.
         """
         ctx_len = self.order.ctx_len
+        starts = self.order.starts(first, count)
         rows = np.empty((count, ctx_len + 1), dtype=np.int64)
-        for row, start in zip(rows, self.order.starts(first, count), strict=True):
+        for row, start in zip(rows, starts, strict=True):
             row[:] = self._tokens[start : start + ctx_len + 1]
         samples = torch.from_numpy(rows)
-        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        x, y = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        return (x, y) if self._recalled is None else (x, y, self._recalled.at(starts, ctx_len))
 
 
 def _read(
@@ -240,18 +256,3 @@ def _count_bytes(data: str, tokens: np.ndarray, tokenizer: Tokenizer) -> int | N
         return sum(len(tokenizer.decode_bytes(tokens[first : first + _BLOCK])) for first in blocks)
     except DataError as error:
         raise DataError(f"{data}: was it made with another tokenizer? {error}") from None
-
-
-def _fingerprint(*parts: np.ndarray | None) -> str:
-    digest = hashlib.sha256()
-    for tokens in parts:
-        if tokens is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{tokens.dtype.str} {len(tokens)} ".encode())
-        raw = np.ascontiguousarray(tokens).view(np.uint8)
-        if isinstance(tokens, np.memmap) and len(raw) > 2 * _END_BYTES:
-            digest.update(raw[:_END_BYTES].data)
-            raw = raw[-_END_BYTES:]
-        digest.update(raw.data)
-    return digest.hexdigest()[:16]

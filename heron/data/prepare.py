@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -17,7 +18,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,6 +31,9 @@ from heron.data.files import is_packed
 from heron.data.sampling import magic_prime
 from heron.errors import ConfigError, DataError
 from heron.tokenizer import JsonTokenizer, Tokenizer, id_dtype
+
+if TYPE_CHECKING:
+    from heron.data.recalled import Rules
 
 CONTEXT_LENGTHS = (512, 1024, 2048, 4096)
 CHUNK_CHARACTERS = 1 << 20  # text of one job
@@ -55,6 +60,7 @@ class PrepareStats:
         resumed_at: documents that an earlier run, which was stopped, had already read.
         normalized: documents of which the ids stand for another form than was read (`Reading.allow_normalized`).
         end: what ends each document, as a clause; empty: nothing does.
+        recalled: what was written beside the pair, a line; empty: nothing was.
     """
 
     out: Path
@@ -68,6 +74,7 @@ class PrepareStats:
     resumed_at: int = 0
     normalized: int = 0
     end: str = ""
+    recalled: str = ""
 
     @property
     def bytes_per_token(self) -> float:
@@ -84,7 +91,7 @@ class PrepareStats:
             f"{resumed}{self.out}: {self.tokens:,} tokens of {self.documents:,} documents "
             f"({self.empty_documents:,} empty ones left out)\n{skipped}{normalized}{end}"
             f"{self.text_bytes:,} bytes of text, {self.bytes_per_token:.3f} a token; highest id {self.max_id}\n"
-            f"magic primes by ctx_len: {primes}"
+            f"magic primes by ctx_len: {primes}" + (f"\n{self.recalled}" if self.recalled else "")
         )
 
 
@@ -173,6 +180,7 @@ def prepare(
     eod: str | None = None,
     reading: Reading = PLAIN,
     say: Callable[[str], None] | None = None,
+    memory: Rules | None = None,
 ) -> PrepareStats:
     """Write the documents of `inputs`, in order, as ``out.bin`` and ``out.idx``, the same for any number of `workers`.
 
@@ -193,6 +201,7 @@ def prepare(
         eod: of :func:`heron.tokenizer.load`.
         reading: how the sources become documents.
         say: takes lines about files that were passed over.
+        memory: write what these rules recall as ``out.recalled``, too (see :mod:`heron.data.recalled`).
 
     Raises:
         ConfigError: an unknown tokenizer, built-in corpus or `on_bad_line`, or fewer than one worker.
@@ -209,7 +218,7 @@ def prepare(
     if vocab_size is None:
         vocab_size = loaded.vocab_size
     work = _Work(tokenizer, None if loaded.eod is None else str(loaded.eod), vocab_size, on_bad_line == "skip", reading)
-    job = _job(inputs, work, hashes)
+    job = _job(inputs, work, hashes, memory)
     with BinidxWriter(out, id_dtype(vocab_size), overwrite, job, hashes) as writer:
         done = _Progress(**(writer.state or {}))
         resumed_at = done.read
@@ -223,11 +232,22 @@ def prepare(
                 raise DataError(f"{', '.join(inputs)}: no text is in it; empty documents: {empty}, skipped: {skipped}")
             _write_skip_log(bin_path(out), [*done.bad_lines, *done.bad_documents])
             writer.commit(dataclasses.asdict(done))
+            if memory is not None:
+                try:
+                    _recalled().write_to(writer.recalled_part, writer.tokens, memory)
+                except OSError as error:
+                    raise DataError(f"{writer.recalled_part}: cannot be written: {error}") from None
     primes = {ctx_len: magic_prime(done.tokens, ctx_len) for ctx_len in CONTEXT_LENGTHS}
     return PrepareStats(
         bin_path(out), done.documents, done.empty_documents, done.tokens, done.text_bytes, done.max_id, primes,
         len(done.bad_lines) + len(done.bad_documents), resumed_at, done.normalized, _end_of(loaded),
+        "" if memory is None else _recalled().describe(out),
     )  # fmt: skip
+
+
+def _recalled() -> ModuleType:
+    """The module that needs PyTorch, which workers do without."""
+    return importlib.import_module("heron.data.recalled")
 
 
 def _end_of(tokenizer: Tokenizer) -> str:
@@ -319,10 +339,11 @@ def _encode_into(
                 writer.commit(dataclasses.asdict(done))
 
 
-def _job(inputs: list[str], work: _Work, hashes: bool) -> str:
+def _job(inputs: list[str], work: _Work, hashes: bool, memory: Rules | None) -> str:
     """Digest of all that decides what is written, the inputs by size and time of their files."""
     reading = dataclasses.asdict(work.reading)
     parts: list[object] = [__version__, work.spec, work.eod, work.vocab_size, reading, hashes, sys.version]
+    parts += [] if memory is None else [dataclasses.astuple(memory)]
     sources = [work.spec] if Path(work.spec).is_file() else []
     for source in [*sources, *inputs]:
         parts.append(source)

@@ -1,24 +1,17 @@
-"""A conversation with a model in the terminal, in the template that RWKV models are trained with.
-
-Template: BlinkDL/RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt.
-"""
+"""A conversation with a model in the terminal, in the template that RWKV models are trained with."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-import unicodedata
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
+from heron.data.template import STOP, THINKING, Message, RwkvTemplate, cleaned, is_control
 from heron.errors import ConfigError, HeronError, did_you_mean
 from heron.generation import Engine, Request, Sampling, Snapshot
 from heron.generation.requests import check_max_tokens
 from heron.tokenizer.continuation import encode_behind
-
-THINKING = {"": "", "on": " <think", "off": " <think>\n</think"}
-STOP = "\n\nUser:"
 
 HELP = """/reset        forget the conversation
 /save FILE    keep what the model remembers in a file
@@ -48,7 +41,8 @@ class Chat:
         engine: with a free place.
         sampling, max_tokens, seed: of the answers; each answer counts the seed up by one.
         system: what the conversation is about, for the model; empty: nothing.
-        think: "on" opens every answer with a thought, "off" with an empty one, "" leaves it to the model.
+        think: "on" opens every answer with a thought, "short" and "long" also ask for one of that length, "off" opens
+            it with an empty thought, "" leaves it to the model.
 
     Raises:
         ConfigError: an unknown `think`, or a tokenizer of integers.
@@ -69,11 +63,11 @@ class Chat:
                 'use heron generate, as in --prompt "4 325"'
             )
         if think not in THINKING:
-            raise ConfigError(f"think: wanted on, off or nothing, got {think!r}")
+            raise ConfigError(f"think: wanted on, off, short, long or nothing, got {think!r}")
         check_max_tokens(max_tokens)
         self._engine, self._sampling, self._max_tokens, self._seed = engine, sampling, max_tokens, seed
-        self._system = f"System: {cleaned(system)}\n\n" if cleaned(system) else ""
-        self._opening = THINKING[think]
+        self._system = [Message("system", system)] if cleaned(system) else []
+        self._think = think
         self.reset()
 
     def reset(self) -> None:
@@ -95,8 +89,8 @@ class Chat:
         if not cleaned(message):
             raise ConfigError("the message is empty")
         before = self._settled()
-        start = self._system if before.memory.state is None else ""
-        turn = f"{start}User: {cleaned(message)}\n\nAssistant:{self._opening}"
+        start = self._system if before.memory.state is None else []
+        turn = RwkvTemplate().prompt([*start, Message("user", message)], think=self._think)
         pieces = self._answered(before, turn)  # refuses what cannot be read before anything changes
         self._before, self._turn, self._answer = before, turn, ""
         return self._remembered(pieces)
@@ -160,16 +154,9 @@ class Chat:
                 yield piece
 
 
-def cleaned(text: str) -> str:
-    """A message as the template has it: no control characters, no empty lines, no space around it."""
-    text = text.replace("\r\n", "\n")
-    text = "".join(c for c in text if c in "\n\t" or not _is_control(c))
-    return re.sub(r"\n{2,}", "\n", text).strip()
-
-
 def printable(text: str) -> str:
     """`text` with every character that could act on a terminal shown as a picture or U+FFFD; newline and tab stay."""
-    return "".join(c if c in "\n\t" or not _is_control(c) else _picture(c) for c in text)
+    return "".join(c if c in "\n\t" or not is_control(c) else _picture(c) for c in text)
 
 
 def run(chat: Chat, read: Callable[[str], str], write: Callable[[str], None]) -> None:
@@ -228,13 +215,6 @@ def _show(pieces: Generator[str], write: Callable[[str], None]) -> None:
     except KeyboardInterrupt:
         write(" [cut short]")
     write("\n")
-
-
-def _is_control(character: str) -> bool:
-    """Whether a character is one for the terminal, or turns the direction of writing."""
-    return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in (
-        "LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI",
-    )  # fmt: skip
 
 
 def _picture(control: str) -> str:

@@ -8,6 +8,7 @@ place. :class:`ModelDecoder` asks the model itself.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeGuard
@@ -17,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heron.errors import ConfigError
+from heron.generation.memories import SequenceMemories
 from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, norm_of, time_mix
 from heron.model import RWKV, State
 from heron.model.deep_embed import DeepEmbed
+from heron.model.memory import Documents, Match
 from heron.model.plain import is_plain
 from heron.ops.token_step import LayerStates, LayerWeights, Network, TokenStep
 from heron.tables.store import Tables
@@ -27,7 +31,7 @@ from heron.tables.store import Tables
 HEAD_COLUMNS = 4096  # logits that are computed at once on a CPU: this part of the head stays in its cache for all
 
 _KNOWN = re.compile(
-    r"(emb|head)\.weight|ln_out\.(weight|bias)|blocks\.\d+\."
+    r"(emb|head)\.weight|ln_out\.(weight|bias)|memory\.(scale|length|copy)|blocks\.\d+\."
     r"(ln[012]\.(weight|bias)|att\.(x_[rwkvag]|[wav]0|[wavg][12]|k_k|k_a|r_k|ln_x\.(weight|bias)"
     r"|(receptance|key|value|output)\.weight)"
     r"|ffn\.(x_k|(key|value|enn|enn4|s_emb|s_emb_x)\.weight|s[012]))"
@@ -51,38 +55,82 @@ class Decoder(Protocol):
     def read(self, sequence: int) -> State | None:
         """The state of `sequence`, as a copy."""
 
-    def step(self, sequences: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
         """Read `tokens`, one for each of `sequences`; logits (n, V), which the next step may overwrite.
 
         A sequence that is left out may lose its state: write it anew before its next step.
+
+        Args:
+            recalled: (n, K, 2) int64 on the host, what ROSA memory found for the tokens elsewhere; the sequences'
+                memories stay as they are then. None: they read the tokens.
         """
         ...
 
+    @property
+    def longest(self) -> list[Match] | None:
+        """The longest match of each sequence of the last step; None where no memory has looked for any."""
 
-class ModelDecoder:
+
+class Remembering:
+    """What is common to decoders: the memories of n sequences, where the model has a ROSA memory."""
+
+    def __init__(self, model: nn.Module, n: int, documents: Documents | None = None):
+        rosa = getattr(model.config, "memory", None)
+        self._memories = None if rosa is None else SequenceMemories(rosa, n, documents)
+
+    @property
+    def longest(self) -> list[Match] | None:
+        """See :class:`Decoder`."""
+        return None if self._memories is None else self._memories.longest
+
+    def _recalled(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None) -> Tensor | None:
+        """What goes into a step of `tokens`, (n, K, 2) on the host: `recalled`, or what the memories find."""
+        if self._memories is None:
+            if recalled is not None:
+                raise ConfigError("recalled: this model has no ROSA memory; leave it out")
+            return None
+        if recalled is None:
+            return self._memories.step(sequences, tokens)
+        self._memories.longest = None
+        return recalled
+
+    def _with_memory(self, state: State, sequence: int) -> State:
+        return state if self._memories is None else dataclasses.replace(state, memory=self._memories.read(sequence))
+
+
+class ModelDecoder(Remembering):
     """Decodes with the model, one sequence after another: for models of which a step does not know every part."""
 
     look_ahead = None
 
-    def __init__(self, model: nn.Module, n: int):
+    def __init__(self, model: nn.Module, n: int, documents: Documents | None = None):
+        super().__init__(model, n, documents)
         self._model = model
         self._device = next(model.parameters()).device
         self._states: list[State | None] = [None] * n
 
     def write(self, sequence: int, state: State | None) -> None:
         """Let `sequence` go on from `state` (batch size 1; None: zeros)."""
+        if self._memories is not None:
+            self._memories.write(sequence, state)
+            state = None if state is None else dataclasses.replace(state, memory=None)
         self._states[sequence] = state
 
     def read(self, sequence: int) -> State | None:
         """The state of `sequence`."""
-        return self._states[sequence]
+        state = self._states[sequence]
+        return None if state is None else self._with_memory(state, sequence)
 
-    def step(self, sequences: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
         """Read `tokens`, one for each of `sequences`; logits (n, V)."""
-        logits = []
+        recalled, logits = self._recalled(sequences, tokens, recalled), []
         with only_computing(self._model):
-            for i, token in zip(sequences, tokens, strict=True):
-                new, self._states[i] = self._model(torch.tensor([[token]], device=self._device), self._states[i])
+            for number, (i, token) in enumerate(zip(sequences, tokens, strict=True)):
+                of_memory = (
+                    {} if recalled is None else {"recalled": recalled[None, number : number + 1].to(self._device)}
+                )
+                ids = torch.tensor([[token]], device=self._device)
+                new, self._states[i] = self._model(ids, self._states[i], **of_memory)
                 logits.append(new[0, -1:])
             return torch.cat(logits)
 
@@ -127,11 +175,13 @@ class SequenceStates:
         return State.from_list([part.clone() for layer in self.of(sequence) for part in layer])
 
 
-class StateDecoder:
+class StateDecoder(Remembering):
     """What is common to decoders that keep :class:`SequenceStates`."""
 
-    def __init__(self, model: RWKV, n: int):
+    def __init__(self, model: RWKV, n: int, documents: Documents | None = None):
+        super().__init__(model, n, documents)
         self._states = SequenceStates(model, n)
+        self._memory = model.memory
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:
@@ -141,10 +191,16 @@ class StateDecoder:
     def write(self, sequence: int, state: State | None) -> None:
         """Let `sequence` go on from `state` (batch size 1; None: zeros), which is copied."""
         self._states.write(sequence, state)
+        if self._memories is not None:
+            self._memories.write(sequence, state)
 
     def read(self, sequence: int) -> State:
         """The state of `sequence`, as a copy."""
-        return self._states.read(sequence)
+        return self._with_memory(self._states.read(sequence), sequence)
+
+    def _raised(self, logits: Tensor, recalled: Tensor | None) -> Tensor:
+        """`logits` (n, V) with what memory adds to them, in place."""
+        return logits if self._memory is None or recalled is None else self._memory.add_to_(logits, recalled)
 
 
 class TorchDecoder(StateDecoder):
@@ -158,11 +214,12 @@ class TorchDecoder(StateDecoder):
         model: see :func:`is_fusible`.
         n: number of sequences it has room for.
         tables: DeepEmbed tables off the device; None: the model has its own.
+        documents: what a ROSA memory looks into beside each sequence.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RWKV, n: int, tables: Tables | None = None):
-        super().__init__(model, n)
+    def __init__(self, model: RWKV, n: int, tables: Tables | None = None, documents: Documents | None = None):
+        super().__init__(model, n, documents)
         self._of_sequence = [self._states.of(sequence) for sequence in range(n)]
         self._embed = model.embed
         self._layers = [_for_cpu(layer) for layer in layers_of(model)]
@@ -171,13 +228,14 @@ class TorchDecoder(StateDecoder):
         self._table_rows = lookup(model) if tables is None else tables.rows
 
     @torch.inference_mode()
-    def step(self, sequences: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Read `tokens`, one for each of `sequences`; logits (n, V)."""
+    def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
+        """Read `tokens`, one for each of `sequences`; logits (n, V). `recalled` as for :class:`Decoder`."""
+        recalled = self._recalled(sequences, tokens, recalled)
         ids = [torch.tensor([token]) for token in tokens]
         embedded = [self._embed(i) for i in ids]
         rows = [self._table_rows(i) for i in ids]
         states = [self._of_sequence[sequence] for sequence in sequences]
-        x = list(embedded)
+        x = list(embedded) if recalled is None else list(map(self._embed, ids, recalled.split(1)))
         v_first: list[Tensor | None] = [None] * len(ids)
         for number, layer in enumerate(self._layers):
             for i, own in enumerate(states):
@@ -187,7 +245,7 @@ class TorchDecoder(StateDecoder):
         weight, bias, eps = self._norm
         x = [F.layer_norm(part, weight.shape, weight, bias, eps) for part in x]
         columns = [torch.cat([F.linear(part, matrix) for part in x]) for matrix in self._head]
-        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        return self._raised(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1), recalled)
 
 
 class CppDecoder(StateDecoder):
@@ -197,24 +255,29 @@ class CppDecoder(StateDecoder):
         model: see :func:`is_fusible`; no v7a.
         n: number of sequences it has room for.
         tables: DeepEmbed tables off the device; None: the model has its own.
+        documents: what a ROSA memory looks into beside each sequence.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RWKV, n: int, tables: Tables | None = None):
-        super().__init__(model, n)
+    def __init__(self, model: RWKV, n: int, tables: Tables | None = None, documents: Documents | None = None):
+        super().__init__(model, n, documents)
         self._embed = model.embed
         self._step = TokenStep(Network(layers_of(model), self._states.layers, norm_of(model.ln_out), model.head.weight))
         self._table_rows = lookup(model) if tables is None else tables.rows
 
     @torch.inference_mode()
-    def step(self, sequences: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Read `tokens`, one for each of `sequences`; logits (n, V)."""
+    def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
+        """Read `tokens`, one for each of `sequences`; logits (n, V). `recalled` as for :class:`Decoder`."""
+        recalled = self._recalled(sequences, tokens, recalled)
         ids = torch.tensor(tokens)
         rows = self._table_rows(ids)
         if not isinstance(rows, Tensor):
             there = [part for part in rows if part is not None]
             rows = torch.stack(there) if there else None
-        return self._step(sequences, self._embed(ids), rows)
+        if recalled is None:
+            return self._step(sequences, self._embed(ids), rows)
+        x = torch.cat(list(map(self._embed, ids.split(1), recalled.split(1))))  # one by one: sums of more depend on n
+        return self._raised(self._step(sequences, x, rows), recalled)
 
 
 def is_fusible(model: nn.Module) -> TypeGuard[RWKV]:

@@ -6,20 +6,22 @@ from torch import nn
 
 from heron.generation.decoder import CppDecoder, Decoder, ModelDecoder, TorchDecoder, is_fusible
 from heron.generation.graphed import GraphedDecoder
+from heron.model.memory import Documents
 from heron.ops.token_step import token_step_choice
 from heron.tables.store import Tables
 
 
-def decoder_of(model: nn.Module, n: int, tables: Tables | None = None) -> Decoder:
+def decoder_of(model: nn.Module, n: int, tables: Tables | None = None, documents: Documents | None = None) -> Decoder:
     """The fastest decoder that `model` can have where it is, with room for `n` sequences.
 
     Args:
         tables: DeepEmbed tables off the device; None: the model has its own.
+        documents: what a ROSA memory looks into beside each sequence.
     """
     if not is_fusible(model):
-        return ModelDecoder(model, n)
+        return ModelDecoder(model, n, documents)
     weight, config = model.emb.weight, model.config
     if weight.device.type != "cpu":
-        return GraphedDecoder(model, n, tables)
+        return GraphedDecoder(model, n, tables, documents)
     in_cpp = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
-    return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(model, n, tables)
+    return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(model, n, tables, documents)

@@ -144,8 +144,8 @@ class DeviceDraws:
             logits = logits.clone()
             meanwhile(ids)
         drawn = self._receive(n)
-        for i, (token, _) in enumerate(drawn):
-            if token < 0:
+        for i, token in enumerate(drawn):
+            if token.id < 0:
                 check_finite(logits[i])
                 allowed = logits[i] if counts is None else sequences[i][1].penalised(logits[i], counts[i])
                 check_finite(allowed.masked_fill(self._barred, -math.inf))

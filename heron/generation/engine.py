@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from heron.checkpoint.architecture import in_one_dtype
-from heron.config import plain
+from heron.config.settings import plain
 from heron.errors import ConfigError, did_you_mean
 from heron.files import as_path
 from heron.generation.decoder import is_fusible
@@ -27,6 +27,8 @@ from heron.generation.sampling import Sampling, Token
 from heron.generation.snapshot import Snapshot, read_snapshot, write_snapshot
 from heron.generation.text import TextWriter, stand_for_something
 from heron.model import RWKV, State
+from heron.model.memory import Documents
+from heron.ops.rosa import TokenIndex
 from heron.tables.store import PLACES, fingerprint, off_device
 from heron.tokenizer import Tokenizer
 
@@ -38,7 +40,8 @@ class Engine:
     """Runs a model as an RNN, for one sequence or many at a time, at a constant cost per token.
 
     The weights are read from `model` when the engine is built: build a new one after training on. A v7b, v8-hybrid or
-    ROSA model decodes through the model itself, sequence by sequence; its state grows as :class:`heron.State` says.
+    model with ROSA layers decodes through the model itself, sequence by sequence; its state grows as
+    :class:`heron.State` says.
     Threads may share an engine: what they ask of it is done one after another.
 
     Args:
@@ -51,10 +54,14 @@ class Engine:
             no memory). Their rows are the same bit for bit, and fetched once per token for all layers.
         tables_file: of "disk"; written where it is missing.
         device: where the rest runs; None: where the model is.
+        documents: an index that a ROSA memory looks into beside what each sequence has read, see
+            :class:`heron.model.memory.Documents`; None: none.
+        start: what every sequence begins from that goes on from nothing, such as a tuned state, batch size 1; None:
+            zeros.
 
     Raises:
         ConfigError: rows below 1, an unknown `tables`, or one that this model does not have; a tokenizer larger than
-            the model.
+            the model; a `start` of another model.
         CheckpointError: `tables_file` belongs to another model or cannot be written.
         HeronError: tables on the host don't fit into memory that can be pinned.
     """
@@ -67,8 +74,12 @@ class Engine:
         tables: str = "device",
         tables_file: str | Path | None = None,
         device: torch.device | str | None = None,
+        documents: TokenIndex | None = None,
+        start: State | None = None,
     ):
         _check_kinds(model, tokenizer)
+        if start is not None:
+            start.check(model.config, 1)
         rows = plain(rows)
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
@@ -84,6 +95,7 @@ class Engine:
             )
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
+        self._start = None if start is None else start.to(self._device)
         self._fingerprint: str | None = None
         moved = None
         model = in_one_dtype(model)  # token after token, a cast at each step would cost more than the step
@@ -98,9 +110,11 @@ class Engine:
         elif next(model.parameters()).device != self._device:
             raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
         self.model = model
-        self._decoder = decoder_of(model, rows, moved)
+        looked_into = None if documents is None else Documents(documents, model.config)
+        self._decoder = decoder_of(model, rows, moved, looked_into)
         is_cuda = self._device.type == "cuda"
-        self._reader = PromptReader(model, self._device, PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS, moved)
+        n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
+        self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
         self._open: list[OpenSequence] = []  # of those with a prompt to read, the first gets the next piece
         self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one
@@ -118,6 +132,8 @@ class Engine:
             DataError: an id outside the vocabulary.
         """
         check_ids(ids, self.vocab_size)
+        state = self._start if state is None else state
+        state = state.fork() if ids and isinstance(state, State) else state
         for start in range(0, len(ids), self._reader.size):
             with self._lock:
                 state = self._reader.read(ids[start : start + self._reader.size], state)
@@ -245,6 +261,8 @@ class Engine:
     ) -> OpenSequence:
         """Take a place for a sequence that reads `ids`, those pending in `after` first."""
         after = after or Snapshot(None)
+        if after.state is None:
+            after = dataclasses.replace(after, state=self._start)
         with self._lock:
             if not self._free:
                 raise ConfigError(f"the engine is full (rows={len(self._open)}); close a sequence, or give more rows")
@@ -257,9 +275,10 @@ class Engine:
             if sampling.has_penalties:
                 counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts
                 counts = self._draws.keep(place, counts)
-            sequence = OpenSequence(place, ids, after.state, sampling, counts, generator, text)
+            state = after.state.fork() if isinstance(after.state, State) else after.state
+            sequence = OpenSequence(place, ids, state, sampling, counts, generator, text)
             if sequence.is_read:
-                self._decoder.write(place, after.state)
+                self._decoder.write(place, state)
             self._open, self._free = [*self._open, sequence], self._free[1:]
         return sequence
 
@@ -305,6 +324,11 @@ class Engine:
                 for one in writing:
                     self.close(one)
                 raise
+            if (longest := self._decoder.longest) is not None:
+                drawn = [
+                    token._replace(match=match) if match.length > 0 and match.predicted == token.id else token
+                    for token, match in zip(drawn, longest, strict=True)
+                ]
             for one, token in zip(writing, drawn, strict=True):
                 one.go_on([token.id])
             return list(zip(writing, drawn, strict=True))

@@ -7,6 +7,7 @@ by :func:`heron.ops.matvec`, those that need not wait for each other at once.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from heron.generation.step import (
 from heron.model import RWKV, State
 from heron.model import compiled as compilation
 from heron.model.deep_embed import Lookup
+from heron.model.memory import Documents
 from heron.model.rwkv import Block
 from heron.tables.store import Tables
 
@@ -44,11 +46,13 @@ class GraphedDecoder(StateDecoder):
         model: see :func:`heron.generation.decoder.is_fusible`. On a CPU nothing is recorded or compiled (for tests).
         n: number of sequences it has room for.
         tables: DeepEmbed tables off the device; None: the model has its own.
+        documents: what a ROSA memory looks into beside each sequence. With a memory no step looks ahead: the host must
+            see a token first.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RWKV, n: int, tables: Tables | None = None):
-        super().__init__(model, n)
+    def __init__(self, model: RWKV, n: int, tables: Tables | None = None, documents: Documents | None = None):
+        super().__init__(model, n, documents)
         self._model = model
         laid_out, self._pieces_for = (apart, for_one) if n == 1 else (together, for_many)
         self._layers = [laid_out(layer) for layer in layers_of(model)]
@@ -64,7 +68,14 @@ class GraphedDecoder(StateDecoder):
             self._picked = self._tables.staging(n, pinned=device.type == "cuda")
             self._there = there = self._picked.to(device)  # (n, L, width)
             self._lookup = lambda _: there.unbind(1)
-        self._before = SequenceStates(model, n) if n == 1 and self._tables is None else None  # the last step
+        self._found: Tensor | None = None  # by memory, (n, K, 2), and a buffer of the host for it
+        if (rosa := model.config.memory) is not None and model.memory is not None:
+            self._found_on_host = torch.zeros(n, rosa.n_matches, 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._found = self._found_on_host.to(device)
+            self._bonus: Callable[[Tensor], tuple[Tensor, Tensor]] = model.memory.bonus
+        self._embed: Callable[..., Tensor] = model.embed
+        looks_ahead = n == 1 and self._tables is None and self._found is None
+        self._before = SequenceStates(model, n) if looks_ahead else None  # the last step
         self._is_ahead = False
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
@@ -83,7 +94,8 @@ class GraphedDecoder(StateDecoder):
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """See heron.generation.decoder.Decoder. None: several sequences, or tables whose rows the host picks."""
+        """See heron.generation.decoder.Decoder. None: several sequences, a ROSA memory, or tables whose rows the host
+        picks."""
         return None if self._before is None else self._look_ahead
 
     @torch.inference_mode()
@@ -93,14 +105,16 @@ class GraphedDecoder(StateDecoder):
         self._is_ahead = True
 
     @torch.inference_mode()
-    def step(self, sequences: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
         """Read `tokens`, one for each of `sequences`; logits (n, V), which the next step overwrites.
 
-        A sequence that is left out loses its state: write it anew before its next step.
+        A sequence that is left out loses its state: write it anew before its next step. `recalled` as for
+        :class:`heron.generation.decoder.Decoder`.
         """
         if self._is_ahead:
             self._is_ahead = False
             return self._logits
+        recalled = self._recalled(sequences, tokens, recalled)
         if self._copied is not None:
             self._copied.synchronize()
         self._on_host.numpy()[list(sequences)] = tokens
@@ -108,6 +122,9 @@ class GraphedDecoder(StateDecoder):
         if self._tables is not None:
             self._tables.pick(self._on_host.numpy(), self._picked)
             self._there.copy_(self._picked, non_blocking=True)
+        if self._found is not None and recalled is not None:
+            self._found_on_host[list(sequences)] = recalled
+            self._found.copy_(self._found_on_host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         self._run()
@@ -123,17 +140,25 @@ class GraphedDecoder(StateDecoder):
         """One step of every sequence, from `_ids` and what the host picked; changes the states in place."""
         if self._before is not None:
             self._before.copy_(self._states)
-        embedded = x = self._model.embed(self._ids)
+        embedded = x = self._embed(self._ids) if self._found is None else self._embed(self._ids, self._found)
+        if self._found is not None and self._model.config.deep_embed == "low-rank":
+            embedded = self._model.embed(self._ids)  # the gate reads the token alone
         tables, v_first = self._lookup(self._ids), None
         for layer, states, rows in zip(self._layers, self._states.layers, tables, strict=True):
             x, v_first = time_mix(self._pieces, layer, x, states, v_first)
             x = channel_mix(self._pieces, layer, x, states, rows, embedded)
-        return self._model.head(self._model.ln_out(x))
+        logits = self._model.head(self._model.ln_out(x))
+        if self._found is not None:
+            ids, values = self._bonus(self._found)
+            logits.scatter_add_(1, ids, values.to(logits.dtype))
+        return logits
 
     def _record(self) -> None:
         if importlib.util.find_spec("triton") is not None:
-            plain = self._pieces
+            plain, embed, bonus = self._pieces, self._embed, self._memory and self._memory.bonus
             self._pieces = self._pieces_for(self._layers[0], compilation.compiled)
+            if bonus is not None:  # otherwise the embedding is two kernels as it is
+                self._embed, self._bonus = compilation.compiled(embed), compilation.compiled(bonus)
             try:
                 self._compute()
             except RuntimeError as error:
@@ -141,7 +166,9 @@ class GraphedDecoder(StateDecoder):
                     raise
                 reason = compilation.first_line(error)
                 print(f"heron: decoding is not compiled, so it takes longer: {reason}", file=sys.stderr)
-                self._pieces = plain
+                self._pieces, self._embed = plain, embed
+                if bonus is not None:
+                    self._bonus = bonus
         self._graph = recorded(self._compute_into_place)
         for sequence in range(len(self._ids)):
             self.write(sequence, None)
@@ -164,6 +191,10 @@ class GraphedReader:
         self._blocks = blocks_of(model)
         self._ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         self._state = State.zeros(model.config, 1, device, model.emb.weight.dtype).clone()
+        rosa = model.config.memory
+        self._recalled: Tensor | None = None
+        if rosa is not None:
+            self._recalled = torch.zeros(1, tokens, rosa.n_matches, 2, dtype=torch.int64, device=device)
         self._mix: Callable = Block.mix
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
@@ -172,20 +203,28 @@ class GraphedReader:
             self._graph = recorded(self._read)
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[int], state: State | None) -> State:
-        """The state behind `ids`, which are `tokens` many, read from `state` (batch size 1; None: zeros) on."""
+    def read(self, ids: Sequence[int], state: State | None, recalled: Tensor | None = None) -> State:
+        """The state behind `ids`, which are `tokens` many, read from `state` (batch size 1; None: zeros) on.
+
+        `recalled` (1, tokens, K, 2) is what ROSA memory found for them. The state comes without a memory.
+        """
         self._ids.copy_(torch.tensor([list(ids)]))
+        if self._recalled is not None and recalled is not None:
+            self._recalled.copy_(recalled)
         if state is None:
             self._state.map(Tensor.zero_)
         else:
-            for mine, new in zip(self._state.to_list(), state.to_list(), strict=True):
+            new_layers = dataclasses.replace(state, memory=None).to_list()
+            for mine, new in zip(self._state.to_list(), new_layers, strict=True):
                 mine.copy_(new)
         self._read() if self._graph is None else self._graph.replay()
         return self._state.clone()
 
     def _read(self) -> None:
-        embedded = self._model.embed(self._ids)
-        x, branch, v_first, tokens = embedded, None, None, Lookup(self._ids, embedded)
+        embedded = x = self._model.embed(self._ids)
+        if self._recalled is not None:
+            x = self._model.embed(self._ids, self._recalled)
+        branch, v_first, tokens = None, None, Lookup(self._ids, embedded)
         for block, mine in zip(self._blocks, self._state.layers, strict=True):
             rows = block.ffn.table_rows(tokens)
             x, branch, new, v_first = self._mix(block, x, branch, mine, v_first, rows, None, None, None, True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.config import LARGEST_SEED, plain
+from heron.config import LARGEST_SEED
+from heron.config.settings import plain
 from heron.errors import ConfigError, DataError
 from heron.generation.sampling import Sampling, Token
 from heron.generation.snapshot import Snapshot

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.config import plain
+from heron.config.settings import plain
 from heron.errors import ConfigError, DataError, HeronError
+from heron.model.memory import Match
 from heron.tokenizer import Tokenizer
 
 _UNCOUNTED = " \t0123456789"
@@ -78,6 +79,7 @@ class Token(NamedTuple):
 
     id: int
     logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
+    match: Match | None = None  # the longest match of ROSA memory, where this is the token that it predicted
 
 
 def increments(tokenizer: Tokenizer) -> Tensor:

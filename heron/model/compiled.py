@@ -27,13 +27,19 @@ _GRAPHS = 64  # a process may train with several shapes and precisions, two grap
 
 
 def choose(
-    wanted: str, device: torch.device, model: ModelConfig, tables: str = "device", adds_up: bool = False
+    wanted: str,
+    device: torch.device,
+    model: ModelConfig,
+    tables: str = "device",
+    adds_up: bool = False,
+    uneven: bool = False,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
     Args:
         wanted, tables: TrainConfig's.
         adds_up: whether each pass adds its gradients to those of the passes before, in place.
+        uneven: whether passes differ in how much of the step's loss is theirs.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -41,7 +47,7 @@ def choose(
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model)
-    no_graph = _why_no_graph(model, tables, adds_up)
+    no_graph = _why_no_graph(model, tables, adds_up, uneven)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
@@ -65,8 +71,10 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
     return _why_no_triton()
 
 
-def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool) -> str | None:
+def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool, uneven: bool) -> str | None:
     """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
+    if uneven:
+        return "each pass learns another number of tokens"
     if adds_up:  # a replay overwrites its gradients
         return "gradients of several passes are added up in place"
     if model.deep_embed is None or (model.deep_embed == "output" and tables == "device"):
@@ -119,28 +127,26 @@ class PassGraph:
     It keeps the memory of the pass, gradients too, for as long as it lives.
 
     Args:
-        run: makes the pass over tokens and targets (B, T) and returns its loss. It was run before, so nothing is
-            compiled, tuned or loaded any more.
+        run: makes the pass over a sample and returns its loss. It was run before, so nothing is compiled, tuned or
+            loaded any more.
         leaves: get a gradient by it, and have none now.
-        tokens, targets: a batch of that shape, on the GPU.
+        sample: the tensors of a batch of that shape (tokens, targets, what memory recalls), on the GPU.
     """
 
-    def __init__(
-        self, run: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor], tokens: Tensor, targets: Tensor
-    ):
-        self._tokens, self._targets = tokens.clone(), targets.clone()
+    def __init__(self, run: Callable[..., Tensor], leaves: Sequence[Tensor], sample: Sequence[Tensor]):
+        self._sample = [part.clone() for part in sample]
         torch.cuda.empty_cache()  # what earlier passes left can't be used by this one
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._loss = run(self._tokens, self._targets)
+            self._loss = run(*self._sample)
         self._gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         for leaf, _ in self._gradients:
             leaf.grad = None
 
-    def replay(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def replay(self, sample: Sequence[Tensor]) -> Tensor:
         """The loss of a batch; the leaves have its gradients until the next replay."""
-        self._tokens.copy_(tokens, non_blocking=True)
-        self._targets.copy_(targets, non_blocking=True)
+        for mine, part in zip(self._sample, sample, strict=True):
+            mine.copy_(part, non_blocking=True)
         self._graph.replay()
         for leaf, gradient in self._gradients:
             leaf.grad = gradient

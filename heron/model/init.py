@@ -27,14 +27,14 @@ class Rule(NamedTuple):
 
 def initialize(model: nn.Module, config: ModelConfig) -> None:
     """Fill every parameter by its rule; draws from torch's global generator in parameter order, v7's parameters first,
-    those of a ROSA branch last.
+    those of a ROSA branch and of ROSA memory last.
 
     So one seed gives every variant the same v7 weights, and a model with ROSA those of its twin without.
     """
 
     def turn(item: tuple[str, nn.Parameter]) -> int:
         tail = _tail(item[0])
-        return 2 if tail.startswith("rosa.") else int(tail in _OURS)
+        return 2 if tail.startswith(("rosa.", "memory.")) else int(tail in _OURS)
 
     parameters = sorted(model.named_parameters(), key=turn)
     with torch.no_grad():
@@ -71,6 +71,8 @@ def rule(name: str, config: ModelConfig) -> Rule:
         return Rule(f"layer norm of {uniform.text}", lambda shape: F.layer_norm(uniform.make(shape), (C,)), ours=True)
     if name == "head.weight":
         return _orthogonal(0.5 * math.sqrt(V / C) if V > C else 0.5)
+    if name.startswith("memory."):
+        return _constant(0.0)._replace(ours=True)
     if not name.startswith("blocks."):  # ln_out
         return _constant(1.0 if name.endswith(".weight") else 0.0)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
 Kind = TypeVar("Kind", bound=nn.Module)
+_INSIDE = ("base_layer", "original_module")  # where peft keeps the module that it stands around
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -28,3 +30,26 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     if kind is nn.Linear and module.bias is not None:
         return False
     return all(type(p) in (nn.Parameter, torch.Tensor) for p in module._parameters.values() if p is not None)
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """The names of the modules that peft stands around."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = names and name.startswith(f"{names[-1]}.")
+        if not inside and any(isinstance(getattr(module, part, None), nn.Module) for part in _INSIDE):
+            names.append(name)
+    return names
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Each parameter that is no adapter's: its name, its name without adapters, and itself."""
+    around = [f"{name}." for name in adapted(model)]
+    for name, parameter in model.named_parameters():
+        outer = next((outer for outer in around if name.startswith(outer)), None)
+        if outer is None:
+            yield name, name, parameter
+            continue
+        part, _, rest = name.removeprefix(outer).partition(".")
+        if part in _INSIDE:
+            yield name, outer + rest, parameter

@@ -18,10 +18,11 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import DeepEmbed, Lookup
 from heron.model.init import initialize
-from heron.model.plain import has_hooks, is_plain
+from heron.model.memory import Recollection, RosaMemory, recall
+from heron.model.plain import has_hooks, is_plain, own_parameters
 from heron.model.rosa import RosaQKV
 from heron.model.shift import normed_and_mixed
-from heron.model.state import LayerState, State, States
+from heron.model.state import LayerState, State, States, with_memory
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
 
@@ -175,13 +176,18 @@ class RWKV(nn.Module):
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_out = nn.LayerNorm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.memory = RosaMemory(config) if config.memory else None
         device = torch.get_default_device()
         if device.type != "meta":
             self.to_empty(device=device)
             initialize(self, config)
 
     def forward(
-        self, tokens: Tensor, state: States | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: States | None = None,
+        cu_seqlens: Tensor | None = None,
+        recalled: Tensor | None = None,
     ) -> tuple[Tensor, States]:
         """Next-token logits of a batch of sequences.
 
@@ -190,6 +196,9 @@ class RWKV(nn.Module):
             state: what the sequences left off with; None: zeros. Never changed in place; gradients flow into it.
             cu_seqlens: (n_seq + 1,) int32 or int64 on the device of `tokens`, or a list: sequences packed along T with
                 B = 1, as in :func:`heron.ops.wkv7`. Each is as if it were alone, with a state of its own.
+            recalled: (B, T, K, 2) int64, what ROSA memory found for the tokens elsewhere (:mod:`heron.model.memory`);
+                what the state remembers stays as it is then. None: it is found in the tokens that the state has read
+                and in these.
 
         Returns:
             logits (B, T, V) and the state after the last token. With `cu_seqlens` that is a state of n_seq sequences;
@@ -201,9 +210,69 @@ class RWKV(nn.Module):
                 `cu_seqlens` that do not go from 0 to T.
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.forward, tokens, state, cu_seqlens)
-        hidden, state = self.hidden_states(tokens, state, cu_seqlens)
-        return self.head(hidden), state  # pyright: ignore[reportReturnType]
+            return self._in_dtype(widest, RWKV.forward, tokens, state, cu_seqlens, recalled)
+        recalled, memory = self.recall(tokens, state, cu_seqlens, recalled)
+        hidden, state = self._hidden_states(tokens, state, cu_seqlens, None, True, recalled)
+        return self.logits(hidden, recalled), with_memory(state, memory)
+
+    def logits(self, hidden: Tensor, recalled: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of what :meth:`hidden_states` gave, with the bonus of what memory `recalled`."""
+        logits = self.head(hidden)
+        return logits if self.memory is None or recalled is None else self.memory.add_to(logits, recalled)
+
+    def recall(
+        self, tokens: Tensor, state: States | None, cu_seqlens: Tensor | None = None, recalled: Tensor | None = None
+    ) -> tuple[Tensor | None, tuple[Recollection, ...] | None]:
+        """What ROSA memory finds for (B, T) ids behind `state`: `recalled` (B, T, K, 2), and the memories after them.
+
+        Where `recalled` is given it is looked at and handed on; memories are as they were. A model without memory: None
+        and None.
+
+        Raises:
+            ConfigError: `recalled` of another shape or dtype, with an id or a length that can't be, or for a model
+                without memory; tokens inside a graph; the memories of another number of sequences.
+        """
+        rosa = self.config.memory
+        if rosa is None:
+            if recalled is not None:
+                raise ConfigError("recalled: this model has no ROSA memory; leave it out")
+            return None, None
+        tokens = self._checked_tokens(tokens)
+        if recalled is not None:
+            wanted = (*tokens.shape, rosa.n_matches, 2)
+            if tuple(recalled.shape) != wanted or recalled.dtype != torch.int64:
+                got = f"{tuple(recalled.shape)} {recalled.dtype}"
+                raise ConfigError(f"recalled: wanted {wanted} int64, got {got}")
+            if recalled.device.type == "cpu" and not in_graph():
+                most = torch.tensor((self.config.vocab_size - 1, rosa.max_match))
+                if ((recalled < 0) | (recalled > most)).any():
+                    raise ConfigError(f"recalled: wanted ids to {most[0]} and lengths to {most[1]}, got others")
+            return recalled, None
+        if in_graph():
+            raise ConfigError("recalled: inside a graph what memory found must be given; model.recall finds it before")
+        if cu_seqlens is not None:
+            cu_seqlens = _checked_offsets(cu_seqlens, tokens)
+        n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        before: list[Recollection] = []
+        for one in state if isinstance(state, tuple) else (state,):
+            if isinstance(one, State):
+                before += one.memory or (Recollection(),) * one.batch_size
+        before = before or [Recollection()] * n_seq
+        if len(before) != n_seq:
+            raise ConfigError(f"state: wanted the memories of {n_seq} sequences, got {len(before)}")
+        return recall(tokens, before, rosa, cu_seqlens)
+
+    def read(
+        self,
+        tokens: Tensor,
+        state: States | None = None,
+        cu_seqlens: Tensor | None = None,
+        embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, States, Tensor | None]:
+        """:meth:`hidden_states`, and as the third what memory recalled, for :meth:`logits` and :meth:`head_loss`."""
+        recalled, memory = self.recall(tokens, state, cu_seqlens)
+        hidden, state = self.hidden_states(tokens, state, cu_seqlens, embeddings, recalled=recalled)
+        return hidden, with_memory(state, memory), recalled
 
     def hidden_states(
         self,
@@ -212,6 +281,7 @@ class RWKV(nn.Module):
         cu_seqlens: Tensor | None = None,
         embeddings: Tensor | None = None,
         keep_state: bool = True,
+        recalled: Tensor | None = None,
     ) -> tuple[Tensor, States | None]:
         """As :meth:`forward`, without the head: (B, T) ids -> (B, T, C) outputs of ln_out, and the new state.
 
@@ -219,7 +289,23 @@ class RWKV(nn.Module):
         no state is returned.
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.hidden_states, tokens, state, cu_seqlens, embeddings, keep_state)
+            return self._in_dtype(
+                widest, RWKV.hidden_states, tokens, state, cu_seqlens, embeddings, keep_state, recalled
+            )
+        recalled, memory = self.recall(tokens, state, cu_seqlens, recalled)
+        hidden, state = self._hidden_states(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
+        return hidden, None if state is None else with_memory(state, memory)
+
+    def _hidden_states(
+        self,
+        tokens: Tensor,
+        state: States | None,
+        cu_seqlens: Tensor | None,
+        embeddings: Tensor | None,
+        keep_state: bool,
+        recalled: Tensor | None,
+    ) -> tuple[Tensor, States | None]:
+        """:meth:`hidden_states`, where memory has been asked. The new state remembers what the old one did."""
         tokens = self._checked_tokens(tokens)
         window = self.attention_window
         if window is not None and window < 1:
@@ -228,7 +314,7 @@ class RWKV(nn.Module):
             cu_seqlens = _checked_offsets(cu_seqlens, tokens)
         n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None and self.config.state_grows:
-            return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state)
+            return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
         rows = self.emb(tokens) if embeddings is None else embeddings
         if state is None:
             zeros = State.zeros(self.config, n_seq, tokens.device, rows.dtype) if self.config.state_grows else None
@@ -240,9 +326,12 @@ class RWKV(nn.Module):
             old, past = state.layers, state.tokens  # the ids of the context, where attention needs them
 
         ids = tokens if past is None else torch.cat((past, tokens), dim=1)
-        rows = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
-        context = Lookup(ids, self._first_norm(rows))
-        x = context.last(tokens.shape[1]).embedded  # (B, T, C)
+        in_context = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
+        context = Lookup(ids, self._first_norm(in_context))
+        if self.memory is None or recalled is None:
+            x = context.last(tokens.shape[1]).embedded  # (B, T, C)
+        else:  # tables and attention look tokens up, not what memory adds to them
+            x = self._first_norm(rows + self.memory(recalled, self.emb).to(rows.dtype))
         branch: Any = None
         v_first, new = None, []
         for block, layer_state in zip(self.blocks, old, strict=True):
@@ -256,11 +345,17 @@ class RWKV(nn.Module):
         hidden = self.ln_out(x + branch)
         if not keep_state:
             return hidden, None
-        state = State(tuple(new), None if past is None else ids)
+        state = State(tuple(new), None if past is None else ids, None if state is None else state.memory)
         return hidden, state if window is None else state.latest(window)
 
     def _one_after_another(
-        self, tokens: Tensor, states: States | None, cu_seqlens: Tensor, embeddings: Tensor | None, keep_state: bool
+        self,
+        tokens: Tensor,
+        states: States | None,
+        cu_seqlens: Tensor,
+        embeddings: Tensor | None,
+        keep_state: bool,
+        recalled: Tensor | None,
     ) -> tuple[Tensor, tuple[State, ...] | None]:
         """:meth:`hidden_states` of packed sequences whose states have different lengths: each in a pass of its own."""
         offsets = cu_seqlens.tolist()
@@ -272,36 +367,52 @@ class RWKV(nn.Module):
             state = None if states is None else states[i]
             if begin < end:
                 part = None if embeddings is None else embeddings[:, begin:end]
-                hidden, state = self.hidden_states(tokens[:, begin:end], state, None, part, keep_state)
+                found = None if recalled is None else recalled[:, begin:end]
+                hidden, state = self._hidden_states(tokens[:, begin:end], state, None, part, keep_state, found)
                 outputs.append(hidden)
             elif state is None:
                 state = State.zeros(self.config, 1, tokens.device, self.emb.weight.dtype)
             new.append(state)
         return torch.cat(outputs, dim=1), tuple(new) if keep_state else None
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it."""
-        return self._first_norm(self.emb(tokens))
+    def embed(self, tokens: Tensor, recalled: Tensor | None = None) -> Tensor:
+        """The first activations (..., C) of token ids (...): their rows of emb, through ln0 where the model has it.
+
+        With what memory `recalled` (..., K, 2) it is added to the rows, which tables and attention do without.
+        """
+        rows = self.emb(tokens)
+        if self.memory is not None and recalled is not None:
+            rows = rows + self.memory(recalled, self.emb).to(rows.dtype)
+        return self._first_norm(rows)
 
     def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
 
-    def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None = None,
+        recalled: Tensor | None = None,
+        state: States | None = None,
+    ) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward.
 
-        `cu_seqlens` as for :meth:`forward`.
+        `cu_seqlens`, `recalled` and `state` as for :meth:`forward`.
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens)
+            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state)
         targets = self._integers("targets", targets)
-        hidden, _ = self.hidden_states(tokens, None, cu_seqlens, keep_state=False)
-        return self.head_loss(hidden, targets)
+        recalled, _ = self.recall(tokens, state, cu_seqlens, recalled)
+        hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled)
+        return self.head_loss(hidden, targets, recalled)
 
-    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def head_loss(self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None) -> Tensor:
         """:meth:`loss` of what :meth:`hidden_states` gave. A head that is not plain (an adapter) is called."""
+        bonus = None if self.memory is None or recalled is None else self.memory.bonus(recalled)
         if is_plain(self.head, nn.Linear):
-            return ops.linear_cross_entropy(hidden, self.head.weight, targets)
-        return ops.cross_entropy(self.head(hidden), targets)
+            return ops.linear_cross_entropy(hidden, self.head.weight, targets, bonus=bonus)
+        return ops.cross_entropy(self.logits(hidden, recalled), targets)
 
     def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
         """As everywhere in PyTorch; dtypes that were assigned may differ from tensor to tensor."""
@@ -315,9 +426,12 @@ class RWKV(nn.Module):
         return reduce(torch.promote_types, dtypes) if len(dtypes) > 1 else None
 
     def in_products(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that meet each other in sums and products, by name: all but tables, whose rows are cast."""
+        """The parameters that meet each other in sums and products, by name.
+
+        All but tables, whose rows are cast, and those of adapters, which cast what they are given.
+        """
         tables = {id(module.weight) for module in self.modules() if isinstance(module, DeepEmbed)}
-        return ((name, tensor) for name, tensor in self.named_parameters() if id(tensor) not in tables)
+        return ((name, tensor) for name, _, tensor in own_parameters(self) if id(tensor) not in tables)
 
     def _in_dtype(self, dtype: torch.dtype, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""

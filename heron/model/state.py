@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree
 
 from heron.config import ModelConfig
 from heron.errors import ConfigError
+from heron.model.memory import Recollection
 from heron.ops._graph import in_graph
 
 DEA_WIDTH, DEA_RANK = 256, 32  # of DeepEmbedAttention's queries and keys, and of its codes
@@ -57,11 +59,13 @@ class State:
 
     Its size is the same after one token and after a million, with two exceptions. DeepEmbedAttention adds 64 values per
     layer and one int64 id with each token, up to `model.attention_window` tokens where that is set. ROSA adds 5 bytes
-    per stream, layer and token (7 beyond 32768 tokens), without a bound.
+    per stream, layer and token (7 beyond 32768 tokens), without a bound. ROSA memory adds 12 to 24 bytes a token, up to
+    its window where it has one.
     """
 
     layers: tuple[LayerState, ...]
     tokens: Tensor | None = None  # (B, t) int64, the ids of the context; v7b and v8-hybrid alone
+    memory: tuple[Recollection, ...] | None = None  # of ROSA memory, one a sequence; None: nothing read
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -92,12 +96,36 @@ class State:
     def nbytes(self) -> int:
         """Bytes that the whole state takes."""
         ids = 0 if self.tokens is None else self.tokens.nbytes
+        ids += sum(memory.nbytes for memory in self.memory or ())
         return ids + sum(part.nbytes for layer in self.layers for _, part in _parts(layer))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
-        """A new state with `function` applied to every tensor, token ids too."""
+        """A new state with `function` applied to every tensor, token ids too; memories stay as they are."""
         tokens = None if self.tokens is None else function(self.tokens)
-        return State(tuple(_mapped(layer, function) for layer in self.layers), tokens)
+        return State(tuple(_mapped(layer, function) for layer in self.layers), tokens, self.memory)
+
+    def of(self, sequences: Sequence[int]) -> State:
+        """The state of these of its sequences, of each as often as it is named."""
+        kept = torch.tensor(sequences, dtype=torch.int64)
+        state = self.map(lambda part: part.index_select(0, kept.to(part.device)))
+        if self.memory is None:
+            return state
+        memory = []
+        for i, sequence in enumerate(
+            sequences
+        ):  # of one that comes again a copy, which shares no stream with the first
+            is_first = sequences.index(sequence) == i
+            memory.append(self.memory[sequence] if is_first else self.memory[sequence].clone())
+        return dataclasses.replace(state, memory=tuple(memory))
+
+    @classmethod
+    def joined(cls, states: Sequence[State]) -> State:
+        """One state of the sequences of several, whose contexts under attention and ROSA layers have one length."""
+        parts = [dataclasses.replace(state, memory=None).to_list() for state in states]
+        memories = [state.memory or (Recollection(),) * state.batch_size for state in states]
+        has_memory = any(state.memory for state in states)
+        joined = cls.from_list([torch.cat(part) for part in zip(*parts, strict=True)])
+        return dataclasses.replace(joined, memory=tuple(chain(*memories))) if has_memory else joined
 
     def detach(self) -> State:
         """The same numbers, cut off from the graph: what truncated backpropagation through time hands on."""
@@ -105,7 +133,12 @@ class State:
 
     def clone(self) -> State:
         """A copy that shares no memory."""
-        return self.map(Tensor.clone)
+        return self.fork().map(Tensor.clone)
+
+    def fork(self) -> State:
+        """The same state to go on from, without a trace in this one: tensors are shared, memories are copies."""
+        memory = None if self.memory is None else tuple(one.clone() for one in self.memory)
+        return dataclasses.replace(self, memory=memory)
 
     def to(self, device: torch.device | str) -> State:
         """The state on another device, dtypes kept."""
@@ -121,27 +154,35 @@ class State:
                 attention = AttentionState(old.k_codes[:, -n:].clone(), old.v_codes[:, -n:].clone(), old.last_query)
                 layer = layer._replace(attention=attention)
             layers.append(layer)
-        return State(tuple(layers), self.tokens[:, -n:].clone())
+        return State(tuple(layers), self.tokens[:, -n:].clone(), self.memory)
 
     def to_list(self) -> list[Tensor]:
         """Upstream's flat list: att shift, wkv, ffn shift of block 0, then of block 1, ...
 
         Under DeepEmbedAttention the token ids follow, then key and value codes of block 0, of block 1, ..., and in v7b
-        the last query of each block. What ROSA remembers comes last: of each block the symbols, and where they are
-        there, the shift and the lengths.
+        the last query of each block. What ROSA remembers follows: of each block the symbols, and where they are
+        there, the shift and the lengths. ROSA memory comes last: of each sequence the ids that later matches depend on,
+        int32.
         """
+        of_memory = [memory.tokens().to(torch.int32).unsqueeze(0) for memory in self.memory or ()]
         parts = [part for layer in self.layers for part in (layer.att_shift, layer.wkv, layer.ffn_shift)]
         rosa = [part for layer in self.layers for part in layer.rosa or () if part is not None]
         if self.tokens is None:
-            return [*parts, *rosa]
+            return [*parts, *rosa, *of_memory]
         attention = [layer.attention for layer in self.layers if layer.attention is not None]
         codes = [part for memory in attention for part in (memory.k_codes, memory.v_codes)]
         queries = [memory.last_query for memory in attention if memory.last_query is not None]
-        return [*parts, self.tokens, *codes, *queries, *rosa]
+        return [*parts, self.tokens, *codes, *queries, *rosa, *of_memory]
 
     @classmethod
     def from_list(cls, parts: Sequence[Tensor]) -> State:
-        """The inverse of :meth:`to_list`. Where a section begins shows in the dtype: of ids int64, of symbols uint8."""
+        """The inverse of :meth:`to_list`. Where a section begins shows in the dtype: of ids int64, of symbols uint8, of
+        the ids of ROSA memory int32, (1, t)."""
+        memory_at = next(
+            (i for i, part in enumerate(parts) if part.dtype == torch.int32 and part.dim() == 2), len(parts)
+        )
+        memory = tuple(Recollection(part[0].long()) for part in parts[memory_at:]) or None
+        parts = parts[:memory_at]
         rosa_at = next((i for i, part in enumerate(parts) if part.dtype == torch.uint8), len(parts))
         parts, rosa = parts[:rosa_at], _rosa_states(parts[rosa_at:])
         n = next((i for i, part in enumerate(parts) if not part.is_floating_point()), len(parts))
@@ -156,11 +197,11 @@ class State:
         if rosa:
             layers = [layer._replace(rosa=memory) for layer, memory in zip(layers, rosa, strict=True)]
         if n == len(parts):
-            return cls(tuple(layers))
+            return cls(tuple(layers), None, memory)
         queries = attention[2 * n_layer :] or [None] * n_layer
         memories = map(AttentionState, attention[0 : 2 * n_layer : 2], attention[1 : 2 * n_layer : 2], queries)
         layers = (layer._replace(attention=memory) for layer, memory in zip(layers, memories, strict=True))
-        return cls(tuple(layers), parts[n])
+        return cls(tuple(layers), parts[n], memory)
 
     def to_runtime(self) -> list[Tensor]:
         """The list that upstream's runtimes (the `rwkv` package, the demos) keep: :meth:`to_list` of one sequence.
@@ -183,6 +224,11 @@ class State:
         if (self.tokens is not None) != config.has_attention:
             has = "without" if self.tokens is None else "with"
             raise ConfigError(f"state: wanted one of a {config.variant} model, got one {has} a context of token ids")
+        if self.memory is not None and (config.memory is None or len(self.memory) != batch_size):
+            wanted = "none" if config.memory is None else str(batch_size)
+            raise ConfigError(f"state: wanted the ROSA memories of {wanted} sequences, got {len(self.memory)}")
+        for memory in () if in_graph() else self.memory or ():
+            memory.check(config.vocab_size)
         n_past = 0
         if self.tokens is not None:
             n_past = self.tokens.shape[-1]
@@ -208,7 +254,8 @@ class State:
 def _taken_apart(state: State) -> tuple[list[Tensor], str]:
     """All tensors of `state`, and which of those that can be absent are there: for torch.export and torch.func.
 
-    The parts are named as ``tokens layer layer ...``, a layer as ``attention:rosa``, with a digit for each tensor.
+    The parts are named as ``tokens:memories layer layer ...``, a layer as ``attention:rosa``, with a digit for each
+    tensor.
     """
     parts, layers = [], []
     for layer in state.layers:
@@ -216,7 +263,8 @@ def _taken_apart(state: State) -> tuple[list[Tensor], str]:
         parts += [*layer[:3], *(part for memory in memories for part in memory if part is not None)]
         layers.append(":".join("".join(str(int(part is not None)) for part in memory) for memory in memories))
     parts += [] if state.tokens is None else [state.tokens]
-    return parts, " ".join([str(int(state.tokens is not None)), *layers])
+    parts += [memory.tokens() for memory in state.memory or ()]
+    return parts, " ".join([f"{int(state.tokens is not None)}:{len(state.memory or ())}", *layers])
 
 
 def _put_together(parts: Iterable[Tensor], there: str) -> State:
@@ -226,13 +274,16 @@ def _put_together(parts: Iterable[Tensor], there: str) -> State:
     def memory(kind: Callable[..., Any], digits: str) -> Any:
         return kind(*(next(parts) if digit == "1" else None for digit in digits)) if digits else None
 
-    has_tokens, *forms = there.split(" ")
+    first, *forms = there.split(" ")
+    has_tokens, _, n_memories = first.partition(":")
     layers = []
     for form in forms:
         attention, _, rosa = form.partition(":")
         always = next(parts), next(parts), next(parts)
         layers.append(LayerState(*always, memory(AttentionState, attention), memory(RosaState, rosa)))
-    return State(tuple(layers), next(parts) if has_tokens == "1" else None)
+    tokens = next(parts) if has_tokens == "1" else None
+    memories = tuple(Recollection(next(parts)) for _ in range(int(n_memories or 0)))
+    return State(tuple(layers), tokens, memories or None)
 
 
 def _taken_apart_by_name(state: State) -> tuple[list[tuple[Any, Tensor]], str]:
@@ -247,6 +298,15 @@ _pytree.register_pytree_node(
 
 
 States = State | tuple[State, ...]  # a tuple: of sequences whose states have different lengths, one each
+
+
+def with_memory(state: Any, memory: tuple[Recollection, ...] | None) -> Any:
+    """`state`, a State or one a sequence, with the memories of its sequences; None: as they are."""
+    if memory is None:
+        return state
+    if isinstance(state, State):
+        return dataclasses.replace(state, memory=memory)
+    return tuple(dataclasses.replace(one, memory=(of_one,)) for one, of_one in zip(state, memory, strict=True))
 
 
 def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:

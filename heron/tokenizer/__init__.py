@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -91,6 +93,16 @@ def load(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
     if spec.startswith(LEARNED):
         raise ConfigError(f"tokenizer {spec}: only heron train learns it; name the tokenizer.json of the run instead")
     raise ConfigError(f"no tokenizer {spec!r}; there are {', '.join(SPECS)}.{did_you_mean(spec, (*SPECS, 'integers'))}")
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """16 hex digits that two tokenizers share if each id stands for the same in both, wherever their files lie."""
+    if isinstance(tokenizer, JsonTokenizer):
+        meanings: object = [tokenizer.byte_level, sorted(tokenizer.vocabulary.items())]
+    else:
+        name = "integers" if isinstance(tokenizer, IntegerTokenizer) else tokenizer.spec
+        meanings = [name, tokenizer.vocab_size]
+    return hashlib.sha256(json.dumps(meanings).encode()).hexdigest()[:16]
 
 
 def learn_bpe(texts: Sequence[str], vocab_size: int) -> str:

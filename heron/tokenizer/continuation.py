@@ -64,6 +64,40 @@ def encode_behind(tokenizer: Tokenizer, before: Sequence[int], text: str) -> lis
     return ids
 
 
+def encode_marked(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+    """The ids of a text in parts, of which some are marked, and for each id whether it is of a marked part.
+
+    The ids are those of the whole text. One that lies across a border is marked if either side is, as in
+    :func:`encode_pair`, where it belongs to what a model is asked about.
+
+    Raises:
+        DataError: a text that cannot be encoded.
+    """
+    text = "".join(part for part, _ in parts)
+    ids = tokenizer.encode(text)
+    ends: list[int] = []  # of the ids; counted like `borders`
+    if tokenizer.byte_level:
+        n_bytes = {token: len(tokenizer.decode_bytes([token])) for token in set(ids)}
+        ends = list(itertools.accumulate(n_bytes[token] for token in ids))
+    if ends and ends[-1] == len(text.encode()):
+        borders = list(itertools.accumulate(len(part.encode()) for part, _ in parts))
+    else:  # ids that stand for another number of bytes: count ids, border by border
+        ends = list(range(1, len(ids) + 1))
+        at = itertools.accumulate(len(part) for part, _ in parts)
+        cuts = [_cut(tokenizer, text[:border], text[border:]) if border < len(text) else None for border in at]
+        borders = [len(ids) if cut is None else cut[1] + (0 if cut[2] else 0.5) for cut in cuts]
+    marks, number, begin = [], 0, 0
+    for end in ends:
+        while number < len(borders) - 1 and borders[number] <= begin:
+            number += 1
+        last = number
+        while last < len(borders) - 1 and borders[last] < end:
+            last += 1
+        marks.append(any(marked for _, marked in parts[number : last + 1]))
+        begin = end
+    return ids, marks
+
+
 def _cut(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int, bool]:
     """The ids of the whole, how many of them are the context's, and whether the context ends where an id ends."""
     alone, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,11 @@ class JsonTokenizer:
             return self.decode(ids).encode("utf-8")
         table = self._bytes_of
         return b"".join([table[i] for i in self._known(ids)])
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Every token, as the file spells it, and its id."""
+        return self._id_of
 
     def normalized(self, text: str) -> str:
         """The form of `text`, NFC or lower case for instance, that the file's normalizer makes before it is encoded."""

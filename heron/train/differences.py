@@ -44,7 +44,7 @@ def differing_settings(folder: Path, config: TrainConfig, asked: TrainConfig, da
         data: fingerprint of the data now; None: they are not there.
     """
     before = run.trainer_of(folder)["exact"]
-    now = {name: getattr(config, name) for name in EXACT} | {"dtype": config.dtype}
+    now = {name: getattr(config, name) for name in EXACT} | {"dtype": config.dtype} | _of_finetuning(config)
     if data is not None:
         now["data"] = data
     for name in ("weights", "dtype"):
@@ -108,6 +108,7 @@ def exact(config: TrainConfig, device: torch.device, corpus: Corpus, learner: Le
         "compile": learner.compiled.value,
         "magic_prime": run_data.prime(config, corpus),
         **{name: getattr(config, name) for name in EXACT},
+        **_of_finetuning(config),
     }
 
 
@@ -124,6 +125,11 @@ def not_exact(
         for name, value in now.items()
         if name in before and before[name] != value
     ]
+
+
+def _of_finetuning(config: TrainConfig) -> dict[str, Any]:
+    """The settings of fine-tuning that later steps depend on; what the data say already is in their fingerprint."""
+    return {} if config.finetune is None else {"pack": config.finetune.pack, "mix": config.finetune.mix}
 
 
 def _config(folder: Path) -> TrainConfig | None:

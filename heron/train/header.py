@@ -11,9 +11,11 @@ import torch
 from heron import files, machine
 from heron.config import TrainConfig
 from heron.data.loader import Batches, Corpus
+from heron.data.packs import Packs
 from heron.errors import CheckpointError
 from heron.ops.rosa import rosa_choice
 from heron.ops.wkv7 import wkv7_choice
+from heron.train import run_data
 from heron.train.parts import Progress
 from heron.train.step import Learner
 
@@ -24,7 +26,7 @@ def header(
     dtype: machine.Choice,
     learner: Learner,
     corpus: Corpus,
-    batches: Batches,
+    batches: Batches | Packs,
     resume_from: Path | None,
     beginning: str | None,
 ) -> list[tuple[str, str]]:
@@ -47,7 +49,7 @@ def header(
         *([("start", beginning)] if beginning else []),
         ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
                  + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
-        ("order", batches.order.description),
+        ("order", batches.description),
         ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} = "
                  f"{config.tokens_per_step:,} tokens; {config.total_steps:,} steps"),
         ("device", f"{device}, {config.threads} threads"),
@@ -55,6 +57,7 @@ def header(
         ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),
         ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
         *([("rosa", f"{rosa.impl}: {rosa.reason}")] if rosa else []),
+        *([("memory", run_data.looks_back_on(config, corpus))] if model_config.memory else []),
         ("out", f"{Path(config.out)}" + (f", going on from {resume_from.name}" if resume_from else "")),
     ]  # fmt: skip
 

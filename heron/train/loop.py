@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from heron import files, machine
+from heron import files, machine, tokenizer
 from heron.checkpoint import ownership, run, save
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
-from heron.data.loader import Batches
+from heron.data.conversations import Conversations
+from heron.data.loader import Corpus
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
-from heron.evaluate import evaluate
+from heron.evaluate import evaluate, evaluate_batches
 from heron.generation import generate
 from heron.model import RWKV
 from heron.optim import lr_at
 from heron.report import Reporter, plot
-from heron.tokenizer import TextStream
+from heron.report.samples import show as show_samples
+from heron.tokenizer import TextStream, Tokenizer
 from heron.train import base_model, differences, first_weights, memory, resume, run_data, threads
 from heron.train import guard as guards
 from heron.train.guard import Guard
@@ -96,6 +98,20 @@ class Trainer:
                 raise
             raise HeronError(f"out of memory: {short}. {memory.remedy(self.config, self._sizes)}") from error
 
+    def preview(self) -> None:
+        """Read the conversations that a run would learn from, and print as many samples as `finetune.show` says.
+
+        Raises:
+            HeronError: data on which the run would fail.
+        """
+        text_tokenizer = tokenizer.load(self.config.tokenizer, self.config.eod)
+        self._show(run_data.corpus(self.config, text_tokenizer, self.say), text_tokenizer)
+
+    def _show(self, corpus: Corpus, text_tokenizer: Tokenizer) -> None:
+        if isinstance(corpus, Conversations) and self.config.finetune is not None:
+            say = None if self.say is print else self.say
+            show_samples(corpus.samples, text_tokenizer, self.config.finetune.show, say)
+
     def _fit(self, stop: Preemption, progress: Progress) -> str:
         config = self.config
         resume_from = resume.point(config, self.say)
@@ -113,7 +129,7 @@ class Trainer:
             progress.step = progress.kept = earlier["step"]
             before = earlier.get("exact", {})
             resume.check_tables(resume_from, before, config)
-            if earlier["step"] >= config.total_steps and not earlier["owed"]:
+            if config.total_steps and earlier["step"] >= config.total_steps and not earlier["owed"]:
                 return resume.nothing_to_do(resume_from, earlier["step"], config, self._asked, stop, self.say)
         n_threads = threads.begin(config.threads, self._asked.threads, self.device, before, self.say)
         config = self.config = dataclasses.replace(config, threads=n_threads)
@@ -131,7 +147,12 @@ class Trainer:
             except DataError as error:  # now, not at the first sample
                 raise ConfigError(f"sample_prompt: {error}") from None
         corpus = stop.interruptible(lambda: run_data.corpus(config, text_tokenizer, self.say))
-        batches = Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, run_data.prime(config, corpus))
+        if resume_from is None:
+            self._show(corpus, text_tokenizer)
+        recalled = stop.interruptible(lambda: run_data.recollections(config, model_config.memory, corpus))
+        of_train, of_val = (None, None) if recalled is None else recalled
+        batches = run_data.batches(config, corpus, model_config.memory, of_train)
+        config = self.config = run_data.with_length(config, batches, progress.step)
 
         # [3] the model, [6] its optimizer
         random.seed(config.seed)
@@ -164,7 +185,9 @@ class Trainer:
             owed=progress.owed,
             say=None if self.say is print else self.say,
         )
-        parts = Parts(learner, text_tokenizer, corpus, batches, guard, stop, reporter, threads.Pace())
+        val_packs = run_data.val_packs(config, corpus, of_val)
+        pace = threads.Pace()
+        parts = Parts(learner, text_tokenizer, corpus, of_val, batches, val_packs, guard, stop, reporter, pace)
         stop.at_stake = lambda: at_stake(progress)
         write_status(self.out, "running", progress, self.say)
         status = "failed"
@@ -305,7 +328,14 @@ class Trainer:
         if (val := parts.corpus.val) is None:
             return  # it was owed by a run that had validation data before it was stopped
         precision = machine.autocast(self.config.dtype, self.device)
-        score = evaluate(parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision)
+        if parts.val_packs is not None:
+            packs = parts.val_packs.each_once(self.config.micro_bsz)
+            score = evaluate_batches(parts.learner.model, packs, precision)
+        else:
+            score = evaluate(
+                parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision,
+                recalled=parts.recalled_val,
+            )  # fmt: skip
         seconds = time.perf_counter() - progress.begun
         parts.reporter.validation(
             {"step": progress.step, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}
@@ -316,6 +346,8 @@ class Trainer:
         config = self.config
         if config.sample_prompt:
             prompt = parts.tokenizer.encode(config.sample_prompt)
+        elif isinstance(parts.corpus, Conversations):
+            prompt = parts.corpus.prompt.tolist()
         else:
             prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
         before = TextStream(parts.tokenizer)
@@ -339,7 +371,8 @@ class Trainer:
         """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
         config, first, step = self.config, update.gradients.first, progress.step + 1
         action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.learner.model.parameters()))
-        tokens, targets = (torch.cat(half) for half in zip(*update.gradients.samples, strict=True))
+        halves = list(zip(*update.gradients.samples, strict=True))[:2]
+        tokens, targets = (torch.cat(half) for half in halves)  # pyright: ignore[reportArgumentType]
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
         with files.new_file(kept) as temporary:
             safetensors.write({"tokens": tokens, "targets": targets}, temporary)
@@ -371,7 +404,7 @@ class Trainer:
                 "action": verb,
                 "bad_loss": str(loss),
                 "bad_grad_norm": str(grad_norm),
-                "samples": [first, len(tokens)],
+                "samples": [first, config.micro_bsz * config.accumulate],
             }
         )
         parts.reporter.note(f"{what}: {verb} ({reason}); its samples are in {kept}")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from heron import tokenizer
 from heron.data.loader import Batches, Corpus
+from heron.data.packs import Packs
+from heron.data.recalled import Recalled
 from heron.report import Reporter
 from heron.train import threads
 from heron.train.guard import Guard
@@ -48,7 +50,9 @@ class Parts:
     learner: Learner
     tokenizer: tokenizer.Tokenizer
     corpus: Corpus
-    batches: Batches
+    recalled_val: Recalled | None
+    batches: Batches | Packs
+    val_packs: Packs | None  # in the place of the corpus's validation tokens
     guard: Guard
     stop: Preemption
     reporter: Reporter
@@ -59,7 +63,7 @@ class Gradients(NamedTuple):
     """A forward and backward pass that was started: its loss, on the device, and the samples it is of."""
 
     loss: Tensor
-    samples: list[tuple[Tensor, Tensor]]
+    samples: list[tuple[Tensor | None, ...]]
     first: int
     begun: float
 

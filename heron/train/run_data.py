@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from heron import files, tokenizer
-from heron.config import TrainConfig
+from heron.config import RosaConfig, TrainConfig
+from heron.data import conversations, recalled, template
+from heron.data.binidx import open_binidx
+from heron.data.conversations import Conversations, Samples
 from heron.data.corpora import Reading
-from heron.data.loader import Corpus, load_corpus, training_text
+from heron.data.loader import Batches, Corpus, load_corpus, training_text
+from heron.data.packs import Packs
+from heron.data.recalled import Recalled
 from heron.data.sampling import check_prime, magic_prime
 from heron.errors import CheckpointError, ConfigError
 from heron.tokenizer import document_end
@@ -73,11 +81,105 @@ def text_tokenizer(
 
 
 def corpus(config: TrainConfig, text_tokenizer: tokenizer.Tokenizer, say: Callable[[str], None]) -> Corpus:
-    """The tokens of the run."""
+    """The tokens of the run; of one that learns from conversations, these, and the corpus that they are mixed with."""
+    if (finetune := config.finetune) is not None:
+        mix = None
+        if finetune.mix:
+            mix = load_corpus(
+                finetune.mix_data, text_tokenizer, None, 0.0, text_tokenizer.vocab_size, Reading.of(config), say
+            )
+        return conversations.load(
+            config.data, text_tokenizer, config.ctx_len, template.load(finetune.template), finetune.loss,
+            config.val_data, config.val_fraction, say, mix,
+        )  # fmt: skip
     return load_corpus(
         config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
         Reading.of(config), say,
     )  # fmt: skip
+
+
+def batches(config: TrainConfig, corpus: Corpus, rosa: RosaConfig | None, recalled: Recalled | None) -> Batches | Packs:
+    """The samples of the run.
+
+    Args:
+        rosa: of the model's memory; None: it has none.
+        recalled: what it recalls at each training token.
+    """
+    if not isinstance(corpus, Conversations) or config.finetune is None:
+        return Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, prime(config, corpus), recalled)
+    mix = None
+    if corpus.mix is not None:
+        of_mix = recollections(dataclasses.replace(config, data=config.finetune.mix_data), rosa, corpus.mix)
+        mix = Batches(corpus.mix.train, config.ctx_len, config.seed, corpus.mix.kind, None, of_mix and of_mix[0])
+    packed = config.finetune.pack == "on"
+    return Packs(corpus.samples, config.ctx_len, config.seed, packed, recalled, mix, config.finetune.mix_share)
+
+
+def val_packs(config: TrainConfig, corpus: Corpus, recalled: Recalled | None) -> Packs | None:
+    """The validation conversations; None where there are none."""
+    if not isinstance(corpus, Conversations) or corpus.val_samples is None or config.finetune is None:
+        return None
+    return Packs(corpus.val_samples, config.ctx_len, 0, config.finetune.pack == "on", recalled)
+
+
+def with_length(config: TrainConfig, batches: Batches | Packs, done: int) -> TrainConfig:
+    """The settings with as many steps as `finetune.epochs` take, where nothing else says how long the run is.
+
+    Raises:
+        ConfigError: `done` steps are more than that.
+    """
+    if config.total_steps or config.finetune is None or not isinstance(batches, Packs):
+        return config
+    epochs = config.finetune.epochs
+    steps = -(-epochs * batches.samples_per_epoch // (config.micro_bsz * config.accumulate))
+    if done > steps:
+        raise ConfigError(f"epochs {epochs}: are {steps:,} steps, and {config.out} is at step {done:,}; give more")
+    return dataclasses.replace(config, max_steps=steps)
+
+
+def recollections(
+    config: TrainConfig, rosa: RosaConfig | None, corpus: Corpus
+) -> tuple[recalled.Recalled, recalled.Recalled | None] | None:
+    """What ROSA memory recalls at each token of training and of validation; None without a memory.
+
+    Training looks back on the training tokens before it, validation on all of them and on its own before it; on its own
+    alone where training is a binidx and validation is not its end. Texts are read now; a binidx has it beside it. A
+    conversation looks back on itself alone.
+
+    Raises:
+        DataError: a binidx without its `.recalled`, or with one of other tokens or rules.
+    """
+    if rosa is None:
+        return None
+    rules = recalled.Rules(rosa.max_match or 1, rosa.n_matches, rosa.window, rosa.end)
+    n_train = len(corpus.train)
+    if isinstance(corpus, Conversations):
+        val = None if corpus.val_samples is None else _each_alone(corpus.val_samples, rules)
+        return _each_alone(corpus.samples, rules), val
+    if corpus.kind == "binidx":
+        found = recalled.read(config.data, open_binidx(config.data).tokens, rules)
+        if config.val_data is not None and corpus.val is not None:
+            return found, recalled.answers(corpus.val, rules)
+    else:
+        parts = [corpus.train] if corpus.val is None else [corpus.train, corpus.val]
+        found = recalled.answers(np.concatenate(parts), rules)
+    return found[:n_train], None if corpus.val is None else found[n_train:]
+
+
+def _each_alone(samples: Samples, rules: recalled.Rules) -> Recalled:
+    found = [recalled.answers(samples[number].ids, rules).records for number in range(len(samples))]
+    return Recalled(np.concatenate(found))
+
+
+def looks_back_on(config: TrainConfig, corpus: Corpus) -> str:
+    """What ROSA memory may look back on in training and in validation, in words."""
+    if isinstance(corpus, Conversations):
+        return "a token looks back on its own conversation"
+    validation = "all of these and its own before it"
+    if corpus.kind == "binidx" and config.val_data is not None:
+        validation = "its own before it alone"
+    in_validation = f"; validation, on {validation}" if corpus.val is not None else ""
+    return f"a token looks back on the training tokens before it{in_validation}"
 
 
 def prime(config: TrainConfig, corpus: Corpus) -> int | None:
@@ -88,6 +190,8 @@ def prime(config: TrainConfig, corpus: Corpus) -> int | None:
     """
     if corpus.kind != "binidx":
         if config.magic_prime is not None:
+            if corpus.kind == "conversations":
+                raise ConfigError(f"magic_prime {config.magic_prime}: orders the samples of a binidx; drop it")
             raise ConfigError(
                 f"magic_prime {config.magic_prime}: it orders the samples of a binidx, and {corpus.name} is text; "
                 f"drop it, or type heron prepare {config.data} --out PREFIX, and train with --data PREFIX"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ class Learner:
         self._autocast_dtype = "fp32" if in_half else config.dtype
         in_place = any(copy is master for copy, master in self._leaves())  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
-        self.compiled = compilation.choose(config.compile, device, model.config, config.tables, adds_up)
+        uneven = config.finetune is not None
+        self.compiled = compilation.choose(config.compile, device, model.config, config.tables, adds_up, uneven)
         self._passes, self._graphs = Counter(), {}  # by shape of batch
         if self.tables is not None:
             self.tables.before_moving = self._graphs.clear
@@ -69,11 +71,12 @@ class Learner:
             self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
         )  # fmt: skip
 
-    def gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
         """Start the forward and backward passes of a step.
 
         Args:
-            samples: tokens and targets (B, T) int64 of each micro-batch, on the host.
+            samples: tokens and targets (B, T) int64 of each micro-batch, and with a memory what it recalls at the
+                tokens, (B, T, K, 2) int64, or None; then cu_seqlens of packed conversations, or None. On the host.
 
         Returns:
             The mean loss, an fp32 scalar on the device.
@@ -89,36 +92,47 @@ class Learner:
             self._do_without_compiler(error)
         return self._gradients(samples)
 
-    def _gradients(self, samples: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
         if self.tables is not None:
-            ids = torch.cat([tokens for tokens, _ in samples])
+            ids = torch.cat([sample[0] for sample in samples if sample[0] is not None])
             self.tables.bring(ids, len(samples), self._recorded(len(samples)))
         loss = torch.zeros((), device=self.device)
-        for tokens, targets in samples:
-            loss += self._pass(_onto(self.device, tokens), _onto(self.device, targets), len(samples))
+        for sample, parts in zip(samples, self._parts(samples), strict=True):
+            loss += self._pass([_onto(self.device, part) for part in sample], len(samples), parts)
             if len(samples) > 1:
                 self._hand_over()
         return loss
 
-    def _pass(self, tokens: Tensor, targets: Tensor, passes: int) -> Tensor:
+    def _parts(self, samples: Sequence[tuple[Tensor | None, ...]]) -> list[float]:
+        """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
+        if self.config.finetune is None:
+            return [len(samples)] * len(samples)
+        counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
+        return [sum(counts) / max(count, 1) for count in counts]
+
+    def _pass(self, sample: list[Any], passes: int, parts: float) -> Tensor:
         """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
 
-        def run(tokens: Tensor, targets: Tensor) -> Tensor:
+        def run(
+            tokens: Tensor, targets: Tensor, recalled: Tensor | None = None, cu_seqlens: Tensor | None = None
+        ) -> Tensor:
+            given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens}
+            given = {name: part for name, part in given.items() if part is not None}
             with machine.autocast(self._autocast_dtype, self.device):
-                loss = self.network.loss(tokens, targets) / passes
+                loss = self.network.loss(tokens, targets, **given) / parts
             loss.backward()
             return loss.detach()
 
-        shape = (*tokens.shape, passes)
+        shape = (*sample[0].shape, passes)
         self._passes[shape] += 1
         if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
-            return run(tokens, targets)
+            return run(*sample)
         if shape not in self._graphs:
             leaves = [leaf for leaf, _ in self._leaves()]
             if self.tables is not None:
                 leaves += self.tables.rows
-            self._graphs[shape] = compilation.PassGraph(run, leaves, tokens, targets)
-        return self._graphs[shape].replay(tokens, targets)
+            self._graphs[shape] = compilation.PassGraph(run, leaves, sample)
+        return self._graphs[shape].replay(sample)
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
@@ -208,8 +222,10 @@ def in_bf16(model: RWKV) -> RWKV:
     return network
 
 
-def _onto(device: torch.device, tensor: Tensor) -> Tensor:
+def _onto(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     """Copy to a device without waiting for it."""
+    if tensor is None:
+        return None
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

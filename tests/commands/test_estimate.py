@@ -27,7 +27,9 @@ def training(**changes):
 def step(learner):
     config, V = learner.config, learner.model.config.vocab_size
     tokens = torch.arange(config.micro_bsz * config.ctx_len).view(config.micro_bsz, -1) % V
-    learner.update(learner.gradients([(tokens, tokens.roll(1))] * config.accumulate), 0.0, math.inf)
+    recalled, _ = learner.model.recall(tokens, None)
+    sample = (tokens, tokens.roll(1), *([] if recalled is None else [recalled]))
+    learner.update(learner.gradients([sample] * config.accumulate), 0.0, math.inf)
 
 
 def allocated_in_a_step(learner, tmp_path):
@@ -68,6 +70,14 @@ def test_the_most_at_once_is_what_the_allocator_gives(tmp_path, changes, toleran
     assert found.parameters == sum(parameter.nbytes for parameter in networks)
     assert found.tables == sum(weight.nbytes + moments[weight] for weight in on_host)
     assert found.optimizer == sum(n for weight, n in moments.items() if not any(weight is other for other in on_host))
+
+
+def test_a_memory_counts_with_what_it_adds_to_a_step(tmp_path):
+    config, model = training(), MODEL.changed(memory="memory")
+    measured = allocated_in_a_step(Learner(heron.RWKV(model), config, CPU), tmp_path)
+    found, without = estimate.estimate(config, model), estimate.estimate(config, MODEL)
+    assert found.peak - found.parameters - found.optimizer == pytest.approx(measured, rel=0.01)
+    assert found.parameters - without.parameters == 4 * (2 * 64 + 2 * 18 * 64 + 2 * 18)
 
 
 def test_layers_that_are_not_run_are_extrapolated():

@@ -95,6 +95,24 @@ def test_a_sequence_is_its_tokens_one_by_one(file, dtype, tolerance):
             assert max_error([rest, *end], [logits[split:], *state]) < tolerance
 
 
+@pytest.mark.parametrize("variant", ["v8", "v7b"])
+def test_what_a_text_has_said_before_is_in_the_logits_and_in_the_list(random_model, tmp_path, variant):
+    heron.save(random_model(variant=variant, memory="memory"), tmp_path / "x.pth")
+    args, ids = args_for(tmp_path / "x.pth", dtype="fp64"), [token % 5 for token in IDS]
+    model, other = RWKV_x070(args), heron.load(tmp_path / "x.pth", dtype=torch.float64)
+    want, after = other(torch.tensor([ids]))
+    logits, state = model.forward_seq(ids, None, full_output=True)
+    single, end = one_by_one(model, ids)
+    assert max_error((logits, single, model.forward_seq(ids)[0]), (want[0], want[0], want[0, -1])) < 1e-9
+    for got in (state, end):
+        assert max_error(got, after.to_runtime()) < 1e-9
+        assert got[-1].tolist() == ids
+    assert max_error([model.forward(ids, end)[0]], [other(torch.tensor([ids]), after)[0][0, -1]]) < 1e-9
+    fresh = args_for(variant=variant, n_layer=1, n_embd=32, vocab_size=37, head_size=16, memory=args.memory)
+    assert RWKV_x070(fresh).config.memory == model.config.memory
+    assert model.z["memory.copy"].data_ptr() == model.memory.copy.data_ptr()
+
+
 def test_forward_dispatches_as_upstream(model):
     with torch.no_grad():
         one, seq = model.forward_one(5), model.forward_seq(IDS)

@@ -16,7 +16,7 @@ from heron.errors import CheckpointError, ConfigError, DataError
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
 from heron.hf import HeronConfig, HeronForCausalLM, HeronModel  # noqa: E402
 
-VARIANTS = ["v7", "v8", "v8-hybrid"]
+VARIANTS = ["v7", "v7 with ROSA memory", "v8", "v8-hybrid"]
 ALL = [*VARIANTS, "v7a", "v7b", "rosa-lm"]  # with every kind of state, of table and of gate
 V, PAD, LENGTHS = 37, 1, [9, 5, 7, 5]
 IDS = torch.randint(3, V, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -30,7 +30,8 @@ def models(random_model):
 
     def make(variant):
         if variant not in made:
-            made[variant] = wrapped(random_model(variant=variant, n_layer=2, vocab_size=V))
+            name, _, memory = variant.partition(" with ROSA ")
+            made[variant] = wrapped(random_model(variant=name, n_layer=2, vocab_size=V, memory=memory or None))
         return made[variant]
 
     return make
@@ -70,9 +71,11 @@ def test_outputs_have_their_forms(models, variant):
     assert [type(part) for part in as_tuple] == [type(part) for part in out.to_tuple()]
     assert all(torch.equal(a, b) for a, b in zip(as_tuple[:2], out.to_tuple()[:2], strict=True))
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
-    assert torch.equal(out.hidden_states[0], model.rwkv.embed(IDS))
+    if model.rwkv.memory is None:  # which adds to the embedding and to the logits
+        assert torch.equal(out.hidden_states[0], model.rwkv.embed(IDS))
+        assert torch.equal(model.get_output_embeddings()(body.last_hidden_state), out.logits)
     assert torch.equal(out.hidden_states[-1], body.last_hidden_state)
-    assert torch.equal(model.get_output_embeddings()(body.last_hidden_state), out.logits)
+    assert torch.equal(model.rwkv.logits(body.last_hidden_state, body.recalled), out.logits)
     assert near(last, out.logits[:, -2:])
     assert near(some, out.logits[:, [0, 4]])
     assert near(each[:, 0], out.logits[range(4), range(4)])
@@ -194,6 +197,21 @@ def test_prompts_of_unequal_length_are_continued_as_each_alone(models, variant):
     for settings in ({}, {"use_cache": False}, {"inputs_embeds": model.get_input_embeddings()(right)}):
         found = greedy(model, right, attention_mask=LEFT.flip(1), **settings)
         assert torch.equal(found[:, 9:], expected)
+
+
+@pytest.mark.parametrize("variant", ["v7 with ROSA memory", "v7b with ROSA memory"])
+def test_what_a_text_has_said_before_reaches_logits_loss_and_state(models, variant):
+    model, ids = models(variant), IDS.remainder(3) + 3
+    with torch.no_grad():
+        out = model(ids, labels=ids, use_cache=True)
+        want, state = model.rwkv(ids)
+        assert near(out.logits, want)
+        assert near(out.loss, F.cross_entropy(want[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+        assert not near(model.rwkv.head(model.base_model(ids).last_hidden_state), want, 1e-3)
+        assert near(model(ids[:, :4], state=out.state).logits, model.rwkv(ids[:, :4], state)[0])
+        for rows in ([2, 0, 1, 3], [1, 1, 2, 1]):
+            found = model(ids[rows], state=model._reorder_cache(out.state, torch.tensor(rows))).logits
+            assert near(found, model.rwkv(ids, state)[0][rows])
 
 
 def test_a_mask_is_made_of_the_pads_or_not_at_all(models):

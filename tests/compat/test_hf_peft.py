@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import heron
+from heron.checkpoint import adapters
+from heron.config.finetune_adapter import KINDS, AdapterConfig
 from heron.errors import CheckpointError, ConfigError, DataError
+from heron.model.adapters import add_adapter
 
 pytest.importorskip("transformers", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
@@ -42,6 +46,19 @@ def bases(random_model):
         return copy.deepcopy(made[variant])
 
     return make
+
+
+@pytest.mark.parametrize("where", ["emb", "head", "every module and table", "a head of its own"])
+def test_an_adapter_acts_on_what_memory_recalls(random_model, where):
+    rwkv, ids = random_model(variant="v8", n_layer=2, vocab_size=V, memory="memory"), IDS.remainder(3)
+    base = HeronForCausalLM(HeronConfig(**rwkv.config.to_dict())).eval()
+    base.rwkv.load_state_dict(rwkv.state_dict())
+    model = shake(peft.get_peft_model(base, lora(**WHERE[where]))).eval()
+    loss, logits = (model(input_ids=ids, labels=ids)[name] for name in ("loss", "logits"))
+    assert torch.allclose(loss, nll(logits, ids), atol=1e-5)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(ids).logits, logits, atol=1e-4)
+    assert torch.allclose(merged.rwkv(ids)[0], logits, atol=1e-4)
 
 
 def lora(task="CAUSAL_LM", **settings):
@@ -160,6 +177,44 @@ def test_transformers_own_way_to_add_an_adapter(bases, tmp_path):
     again = bases("v8")
     again.load_adapter(str(tmp_path))
     assert torch.allclose(again(IDS).logits, out.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", ["v7", "v8", "v8-hybrid"])
+def test_an_adapter_of_heron_is_loaded_by_peft_and_one_of_peft_by_heron(bases, tmp_path, variant, kind):
+    torch.manual_seed(0)
+    bare = bases(variant).rwkv
+    adapter = add_adapter(bare, AdapterConfig(kind, rank=4, targets="all,head"))
+    logits = shake(bare)(IDS)[0]
+    adapters.save_adapter(adapter, tmp_path / "heron")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?i).*(missing|unexpected) adapter keys")
+        model = peft.PeftModel.from_pretrained(bases(variant), tmp_path / "heron").eval()
+    assert torch.allclose(model(input_ids=IDS).logits, logits, atol=1e-5)
+    assert (model(input_ids=IDS).logits - bases(variant)(IDS).logits).abs().max() > 0.05
+
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.warns(UserWarning, match="does not say which base it is for; only shapes are compared"):
+        again = adapters.load_adapter(bases(variant).rwkv, tmp_path / "peft")
+    assert torch.allclose(again.model(IDS)[0], logits, atol=1e-5)
+    assert torch.allclose(again.merge()(IDS)[0], logits, atol=1e-5)
+    assert torch.allclose(model.merge_and_unload()(IDS).logits, logits, atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    "where", ["emb", "every module and table", "norms and embedding of its own", "a head of its own"]
+)
+def test_what_peft_trained_beside_linear_layers_is_merged_too(bases, tmp_path, where):
+    torch.manual_seed(0)
+    model = shake(peft.get_peft_model(bases("v8"), lora(**WHERE[where]))).eval()
+    logits = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="only shapes are compared"):
+        adapter = adapters.load_adapter(bases("v8").rwkv, tmp_path)
+    assert torch.allclose(adapter.model(IDS)[0], logits, atol=1e-5)
+    merged = adapter.merge()
+    assert merged.state_dict().keys() == bases("v8").rwkv.state_dict().keys()
+    assert torch.allclose(merged(IDS)[0], logits, atol=1e-4)
 
 
 def test_soft_prompts_need_a_model_without_tables(bases):

@@ -120,6 +120,18 @@ def test_a_continuation_has_the_ids_of_the_text(asked, kind):
     assert text == pytest.approx(logprob(model, [], tokens.encode("the heron"), tokens.eod), abs=1e-4)
 
 
+def test_a_long_text_is_read_with_all_that_memory_found_in_it(harness, random_model):
+    from lm_eval.api.instance import Instance
+
+    from heron.compat.lm_eval import HeronLM
+
+    model, text = random_model(vocab_size=256, n_layer=1, memory="memory"), b"herons and hero " * 80
+    [whole] = HeronLM(model, LETTERS).loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (text.decode(),), 0)]
+    )
+    assert whole == pytest.approx(logprob(model, b"", text), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "same"),
     [

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from fractions import Fraction
 
 import pytest
 
-from heron.config import MINI_EPOCH, PRESETS, ModelConfig, RosaConfig, TrainConfig, rank_rule, read_yaml, setting_type
+from heron.config import (
+    MINI_EPOCH,
+    PRESETS,
+    FinetuneConfig,
+    ModelConfig,
+    RosaConfig,
+    TrainConfig,
+    rank_rule,
+    read_yaml,
+    setting_type,
+)
 from heron.errors import ConfigError, HeronError, UnknownKeyError
 
 SMALL = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
@@ -174,6 +186,59 @@ def test_yaml_gives_an_equal_config(tmp_path):
     assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
 
 
+def test_a_memory_may_be_given_as_a_rosa_and_comes_back_from_yaml(tmp_path):
+    preset = RosaConfig.preset("memory")
+    wide = dataclasses.replace(preset, window=1000, end=0)
+    for given, memory in (
+        (dict(memory="memory"), preset),
+        (dict(rosa="memory"), preset),
+        (dict(rosa="memory", memory="memory"), preset),
+        (dict(memory=dict(window=1000, end=0)), wide),  # what is not said is as in the preset
+        (dict(rosa=wide), wide),
+        (dict(rosa=dict(source="token", scope="stream", no_match="zero", grad="none", max_match=64)), preset),
+    ):
+        config = ModelConfig(**SMALL, **given)
+        assert (config.memory, config.rosa) == (memory, None)
+        assert ModelConfig.from_dict(config.to_dict()) == config
+        assert config.changed(n_embd=64).memory == memory
+        training = TrainConfig(model=config, max_steps=1)
+        (tmp_path / "c.yaml").write_text(training.to_yaml())
+        assert TrainConfig.from_yaml(tmp_path / "c.yaml") == training
+    (tmp_path / "c.yaml").write_text("max_steps: 1\nmodel: {variant: v8, memory: {window: 1000, end: 0}}\n")
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").model.memory == wide
+    lm = ModelConfig(**SMALL, variant="rosa-lm", rosa="memory")
+    assert (lm.rosa, lm.memory) == (RosaConfig.preset("qkv-1bit"), preset)
+    both = ModelConfig(**SMALL, rosa="qkv-4bit", memory="memory")
+    assert (both.rosa, both.memory) == (RosaConfig.preset("qkv-4bit"), preset)
+    assert ModelConfig(**SMALL).memory is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(rosa="memory", memory=dict(window=5)), "rosa and memory are both a ROSA memory, and not the same one"),
+        (dict(memory="qkv-1bit"), "memory: wanted a ROSA of scope stream, got scope sample; give memory"),
+        (dict(memory="memori"), "no ROSA preset 'memori'.*Did you mean 'memory'"),
+        (dict(memory=5), "memory: wanted RosaConfig or nothing, got 5"),
+        (dict(memory=dict(windows=5)), "rosa: unknown key 'windows'.*window"),
+        (dict(memory=dict(source="qkv")), "rosa, scope: a stream is one of token ids; source is qkv"),
+        (dict(memory=dict(scope="documents")), "rosa, scope: wanted one of sample, stream, got 'documents'"),
+        (dict(memory=dict(max_match=None)), "rosa, max_match: of a stream wanted 1 to 255, got None"),
+        (dict(memory=dict(max_match=256)), "rosa, max_match: of a stream wanted 1 to 255, got 256"),
+        (dict(memory=dict(n_matches=0)), "rosa, n_matches: of a stream wanted 1 to 8, got 0"),
+        (dict(memory=dict(n_matches=9)), "rosa, n_matches: of a stream wanted 1 to 8, got 9"),
+        (dict(memory=dict(n_matches=True)), "n_matches: wanted int, got True"),
+        (dict(memory=dict(window=0)), "rosa, window: of a stream wanted 1 to 2147483647, got 0"),
+        (dict(memory=dict(end=-1)), "rosa, end: of a stream wanted 0 to 2147483647, got -1"),
+        (dict(rosa=dict(no_match="zero", window=5)), "rosa, window: only a ROSA of scope stream has one"),
+        (dict(rosa=dict(no_match="zero", end=5)), "rosa, end: only a ROSA of scope stream has one"),
+    ],
+)
+def test_a_memory_that_cannot_be_is_refused_by_field(values, words):
+    with pytest.raises(ConfigError, match=f"^[^\n]*{words}[^\n]*$"):
+        ModelConfig(**SMALL, **values)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -198,7 +263,7 @@ def test_a_file_that_is_no_config_is_refused_by_path(tmp_path, content):
 def test_configs_are_frozen_and_every_field_is_documented():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().n_layer = 3
-    for cls in (ModelConfig, RosaConfig, TrainConfig):
+    for cls in (ModelConfig, RosaConfig, FinetuneConfig, TrainConfig):
         for field in dataclasses.fields(cls):
             assert 10 < len(field.metadata["doc"]) < 100
             assert setting_type(cls, field.name)[0]
@@ -207,3 +272,37 @@ def test_configs_are_frozen_and_every_field_is_documented():
 def test_every_error_is_a_heron_error():
     assert issubclass(UnknownKeyError, ConfigError)
     assert issubclass(ConfigError, HeronError)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(method="lora"), "lora is not built yet"),
+        (dict(method="ful"), "Did you mean 'full'"),
+        (dict(loss="answers"), "loss: wanted one of assistant, all"),
+        (dict(pack="yes"), "pack: wanted one of on, off"),
+        (dict(template="chatml"), "wanted rwkv or a FILE.jinja"),
+        (dict(mix="old.txt"), "wanted FILE:SHARE"),
+        (dict(mix="old.txt:1"), "wanted FILE:SHARE"),
+        (dict(mix=":0.1"), "wanted FILE:SHARE"),
+        (dict(epochs=0), "epochs: wanted at least 1"),
+        (dict(show=-1), "show: wanted at least 0"),
+        (dict(metod="full"), "Did you mean 'method'"),
+    ],
+)
+def test_bad_settings_of_fine_tuning_say_what_was_wanted(values, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        TrainConfig(finetune=values)
+
+
+def test_settings_of_fine_tuning_survive_a_file(tmp_path):
+    config = TrainConfig(finetune=FinetuneConfig(mix="a:b.txt:0.1", pack="off", epochs=2))
+    assert (config.finetune.mix_data, config.finetune.mix_share) == ("a:b.txt", Fraction(1, 10))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml") == config
+    (tmp_path / "c.yaml").write_text("finetune: {pack: on}\nmax_steps: 3\n")  # YAML reads a boolean
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").finetune == FinetuneConfig()
+    with pytest.raises(ConfigError, match="keeps the base's vocabulary"):
+        TrainConfig(finetune=FinetuneConfig(), tokenizer="bpe:300")
+    with pytest.raises(ConfigError, match="exactly one of max_steps and max_tokens"):
+        TrainConfig(finetune=FinetuneConfig(), max_steps=1, max_tokens=1)

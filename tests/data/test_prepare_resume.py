@@ -13,9 +13,11 @@ from heron.data import prepare as preparing
 from heron.data.binidx import BinidxWriter, open_binidx
 from heron.data.corpora import PLAIN, Reading
 from heron.data.prepare import prepare
+from heron.data.recalled import Rules
 from heron.errors import ConfigError, DataError
 
-SUFFIXES = (".bin", ".idx")
+SUFFIXES = (".bin", ".idx", ".recalled")
+MEMORY = Rules(8)
 TEXTS = [f"document {i} " + "é🦩 words " * (i % 7) for i in range(150)]
 
 
@@ -37,7 +39,7 @@ def source(tmp_path):
 
 
 def start(source, out, **options):
-    return prepare([source], str(out), "bytes", 1, on_bad_line="skip", hashes=True, **options)
+    return prepare([source], str(out), "bytes", 1, on_bad_line="skip", hashes=True, memory=MEMORY, **options)
 
 
 def written(out):
@@ -169,7 +171,7 @@ def test_after_a_bad_line_skip_goes_on_from_there_and_stop_stops_again(source, t
     out = tmp_path / "out"
     for _ in range(2):
         with pytest.raises(DataError, match="a.jsonl, line 102: not JSON"):
-            prepare([source], str(out), "bytes", 1, hashes=True)
+            prepare([source], str(out), "bytes", 1, hashes=True, memory=MEMORY)
     stats = start(source, out)
     assert 0 < stats.resumed_at <= 100
     equal(whole, out, stats)
@@ -182,7 +184,7 @@ def test_skipped_documents_of_a_run_to_be_continued_stop_one_that_may_not_skip(t
     with pytest.raises(DataError, match="2 lines or documents of the first .* cannot be used"):
         start(str(tmp_path / "a.jsonl"), tmp_path / "out")
     with pytest.raises(DataError, match="a.jsonl, line 1: .*NUL"):
-        prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), "bytes", 1, hashes=True)
+        prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), "bytes", 1, hashes=True, memory=MEMORY)
 
 
 @pytest.mark.parametrize("change", ["input", "vocab_size", "time"])

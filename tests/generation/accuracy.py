@@ -45,5 +45,6 @@ def check(decoder: Decoder, sequence: int, model: heron.RWKV, tokens: Sequence[i
 
 
 def distance(got: Tensor, true: Tensor) -> float:
-    """|got - true| / |true|."""
+    """|got - true| / |true|; of ids too."""
+    true = true.double()
     return float((got.double().cpu() - true).norm() / true.norm())

@@ -21,6 +21,8 @@ VARIANTS = {
     "v8": dict(variant="v8"),
     "4x": dict(variant="v8", deep_embed_4x=True),
     "v7a": dict(variant="v7a"),
+    "v8 memory": dict(variant="v8", memory="memory"),
+    "v7a memory": dict(variant="v7a", memory="memory"),
 }
 SIZES = dict(n_layer=3, n_embd=192, head_size=64, vocab_size=100)
 ODD = dict(n_layer=3, n_embd=48, head_size=16, ffn_dim=90, vocab_size=100)  # 90: matvec has no kernel for it
@@ -32,13 +34,15 @@ ODD = dict(n_layer=3, n_embd=48, head_size=16, ffn_dim=90, vocab_size=100)  # 90
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_recorded_step_is_at_most_twice_as_far_from_fp64_as_the_model(random_model, form, dtype, sizes, n):
     model = random_model(**VARIANTS[form], **sizes).to("cuda", dtype)
-    tokens = torch.randint(100, (16,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = 4 if "memory" in form else 100  # few, which match
+    tokens = torch.randint(ids, (16,), generator=torch.Generator().manual_seed(1)).tolist()
     accuracy.check(GraphedDecoder(model, n), n // 2, model, tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_text_is_its_own_whatever_runs_beside_it(random_model, dtype):
-    model = random_model(variant="v8", **SIZES).to("cuda", dtype)
+@pytest.mark.parametrize("memory", [None, "memory"])
+def test_a_text_is_its_own_whatever_runs_beside_it(random_model, dtype, memory):
+    model = random_model(variant="v8", memory=memory, **SIZES).to("cuda", dtype)
     ids = tokenizer.load("integers:100")
     chance = random.Random(0)
     requests = [
@@ -116,7 +120,7 @@ def test_logits_that_are_not_finite_are_refused_again_and_again(random_model):
 def test_a_long_prompt_is_read_by_pieces(random_model, form, monkeypatch):
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS_CUDA", 64)
     model = random_model(**VARIANTS[form], **SIZES).to("cuda")
-    ids = torch.randint(100, (150,), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(4 if "memory" in form else 100, (150,), generator=torch.Generator().manual_seed(1))
     engine = heron.Engine(model, tokenizer.load("integers:100"))
     state = engine.prefill(ids.tolist())
     with torch.inference_mode():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from heron import tokenizer
+from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError, HeronError
 from heron.generation import Engine, Request, Sampling, Snapshot, engine
 from heron.generation.drawing import DeviceDraws, HostDraws
@@ -65,11 +66,20 @@ def some_request(chance):
 
 
 @pytest.mark.parametrize(
-    ("draws", "form"), [("host", "v7"), ("host", "v8"), ("host", "v7a"), ("host", "v7b"), ("device", "v8")]
+    ("draws", "form", "memory"),
+    [
+        *(("host", form, None) for form in ("v7", "v8", "v7a", "v7b")),
+        ("device", "v8", None),
+        *(("host", form, "memory") for form in ("v7", "v8", "v7a", "v7b")),
+        ("host", "v8", RosaConfig.preset("memory", window=6, max_match=4, n_matches=3)),
+        ("device", "v8", "memory"),
+    ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_sequence_says_what_it_says_alone_whatever_joins_and_leaves(random_model, monkeypatch, draws, form, seed):
-    model, chance = random_model(variant=form), random.Random(f"{seed} {form}")
+def test_a_sequence_says_what_it_says_alone_whatever_joins_and_leaves(
+    random_model, monkeypatch, draws, form, memory, seed
+):
+    model, chance = random_model(variant=form, memory=memory), random.Random(f"{seed} {form}")
     many = Engine(model, INTEGERS, rows=3)
     if draws == "device":
         monkeypatch.setattr(many, "_draws", DeviceDraws(INTEGERS, 3, torch.device("cpu")))

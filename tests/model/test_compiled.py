@@ -75,6 +75,7 @@ def distance(got, want):
         (dict(variant="v7"), {}),
         (dict(variant="v8"), dict(grad_checkpoint=True, accumulate=2, tables="host")),
         (dict(variant="v7a"), dict(dtype="bf16", weights="bf16")),
+        (dict(variant="v8", memory="memory"), {}),
     ],
     ids=str,
 )
@@ -89,6 +90,39 @@ def test_compiled_steps_are_the_written_ones_in_two_graphs(compiles, random_mode
     assert distance(numbers, plain_numbers) < tolerance
     for name, weight in plain_weights.items():
         assert distance(weights[name], weight) < tolerance, name
+
+
+def packed_batch(seed, T=48):
+    """Conversations of changing number and length in one row, some of their tokens learned, as Packs gives them."""
+    draw = torch.Generator().manual_seed(seed)
+    starts = torch.randperm(T - 1, generator=draw)[: 2 + seed % 3].sort().values + 1
+    tokens, targets = torch.randint(0, 37, (2, 1, T), generator=draw)
+    targets[torch.rand(1, T, generator=draw) < 0.6] = -100
+    return tokens, targets, None, torch.tensor([0, *starts.tolist(), *[T] * (6 - len(starts))])
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)])
+@pytest.mark.parametrize("model", [dict(variant="v7"), dict(variant="v8")], ids=str)
+def test_compiled_steps_over_packs_are_the_written_ones(request, random_model, device, model):
+    if device is CPU:
+        request.getfixturevalue("compiles")
+    model = random_model(n_layer=3, n_embd=64, head_size=64, **model)
+    changes = dict(accumulate=2, finetune=heron.FinetuneConfig())
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    learner = learner_of(model, device, **changes)
+    numbers, weights = trained(learner, 3, 2, packed_batch)
+    assert learner.compiled.value == "on"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    plain_numbers, plain_weights = trained(learner_of(model, device, **changes, compile="off"), 3, 2, packed_batch)
+    assert distance(numbers, plain_numbers) < 1e-5
+    for name, weight in plain_weights.items():
+        assert distance(weights[name], weight) < 1e-5, name
+
+
+def test_packs_are_never_replayed(random_model, monkeypatch):
+    monkeypatch.setattr(compilation, "why_not", lambda *_: None)
+    with pytest.raises(ConfigError, match="each pass learns another number of tokens"):
+        learner_of(random_model(), compile="graph", finetune=heron.FinetuneConfig())
 
 
 def test_validation_runs_as_written_and_leaves_the_graphs_alone(compiles, random_model):

@@ -500,7 +500,8 @@ def test_settings_survive_yaml(tmp_path):
     assert model.rosa == RosaConfig(no_match="zero", max_match=64, grad="bitflip")
     assert heron.ModelConfig(variant="rosa-lm").rosa == RosaConfig.preset("qkv-1bit")
     assert {name: RosaConfig.preset(name).no_match for name in ROSA_PRESETS} == {
-        "token": "zero", "self-1bit": "zero", "self-4bit": "bit0", "qkv-1bit": "bit0", "qkv-4bit": "zero",
+        "token": "zero", "memory": "zero",
+        "self-1bit": "zero", "self-4bit": "bit0", "qkv-1bit": "bit0", "qkv-4bit": "zero",
     }  # fmt: skip
 
 

@@ -210,7 +210,7 @@ X = torch.zeros(2, 4, dtype=torch.int64)
         ((X + 2**31, X), r"symbols of q must be in \[0, 2147483648\), got 2147483648 at position \[0, 0\]"),
         ((X, X, 0), "max_match must be None or an int of at least 1, got 0"),
         ((X, X, 2.0), "max_match must be None or an int of at least 1, got 2.0"),
-        ((X, X, None, "gpu"), "impl must be auto, reference, dp, cpu"),
+        ((X, X, None, "gpu"), "impl must be auto, reference, dp, stream, cpu"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, message):

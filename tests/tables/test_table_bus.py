@@ -147,12 +147,12 @@ def test_rows_of_a_recorded_pass_stay_where_they_are_until_they_lack_room(random
 class Replayed:
     """As PassGraph, but it makes the pass anew, of tensors that must be where they were."""
 
-    def __init__(self, run, leaves, tokens, targets):
+    def __init__(self, run, leaves, sample):
         assert all(leaf.grad is None for leaf in leaves)
-        self.run, self.leaves, self.inputs = run, leaves, (tokens.clone(), targets.clone())
+        self.run, self.leaves, self.inputs = run, leaves, [part.clone() for part in sample]
 
-    def replay(self, *inputs):
-        for mine, new in zip(self.inputs, inputs, strict=True):
+    def replay(self, sample):
+        for mine, new in zip(self.inputs, sample, strict=True):
             mine.copy_(new)
         for leaf in self.leaves:
             leaf.grad = None

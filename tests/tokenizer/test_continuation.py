@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from heron import tokenizer
 from heron.errors import DataError
-from heron.tokenizer.continuation import encode_behind, encode_pair
+from heron.tokenizer.continuation import encode_behind, encode_marked, encode_pair
 from tests.tokenizer.tokenizer_kinds import KEEP_ALL, KINDS, SENTENCES, load
 
 TEXTS = st.text(alphabet="ab the\n.12é世", max_size=12)
@@ -118,3 +118,24 @@ def test_only_what_begins_a_text_has_a_space_in_front(kind):
 
 def test_ids_that_stand_for_nothing_may_lie_before():
     assert encode_behind(load("world"), [65531], " river") == load("world").encode(" river")
+
+
+@pytest.mark.parametrize("kind", KEEP_ALL)
+def test_an_id_is_marked_where_it_holds_a_character_of_a_marked_part(kind):
+    chosen = load(kind)
+    text, n_across = SENTENCES[2], 0
+    whole = chosen.encode(text)
+    for border in range(1, len(text)):
+        head, tail = text[:border], text[border:]
+        context, continuation = encode_pair(chosen, head, tail)
+        assert encode_marked(chosen, [(head, False), (tail, True)]) == (
+            whole, [False] * len(context) + [True] * len(continuation),
+        )  # fmt: skip
+        ids, marks = encode_marked(chosen, [(head, True), (tail, False)])
+        assert ids == whole
+        across = chosen.decode(context) != head  # an id of both sides
+        n_across += across
+        assert marks == [True] * (len(context) + across) + [False] * (len(continuation) - across)
+        middle = encode_marked(chosen, [(head[:-1], False), (head[-1:], True), ("", False), (tail, False)])[1]
+        assert 1 <= sum(middle) <= 3
+    assert n_across > 0 or kind == "bytes"

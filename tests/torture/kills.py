@@ -26,14 +26,14 @@ AFTER_FIRST = 5 / 6  # of the kills must come after the first checkpoint
 CONTROLS = 10  # one control for so many trials
 
 
-def run(trials: int, seed: int) -> Result:
-    """`trials` kills, each of a run of its own."""
+def run(trials: int, seed: int, **changes: object) -> Result:
+    """`trials` kills, each of a run of its own, with `changes` of the settings of :mod:`tests.torture.minute`."""
     draw, life, failures, checkpoints = random.Random(seed), _Life(), [], []
     with tempfile.TemporaryDirectory(prefix="heron-kills-") as name:
         folder = Path(name)
-        reference = minute.reference(folder)
+        reference = minute.reference(folder, **changes)
         for trial in range(trials):
-            settings = minute.config(folder, out=str(folder / f"run-{trial}"))
+            settings = minute.config(folder, **changes, out=str(folder / f"run-{trial}"))
             checkpoints.append(_killed(settings, folder, draw, life))
             problem = _goes_on(settings, reference, folder)
             if problem:
@@ -45,7 +45,7 @@ def run(trials: int, seed: int) -> Result:
         controls = max(2, trials // CONTROLS)
         caught = 0
         for number, forget in zip(range(controls), itertools.cycle((_forget_a_moment, _forget_the_cursor))):
-            settings = minute.config(folder, out=str(folder / f"control-{number}"))
+            settings = minute.config(folder, **changes, out=str(folder / f"control-{number}"))
             last = Path(settings.out, "checkpoints", f"step-{settings.max_steps:08d}")
             while not _killed(settings, folder, draw, life) or last.exists():  # something must be left to do
                 shutil.rmtree(settings.out, ignore_errors=True)

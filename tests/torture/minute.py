@@ -112,7 +112,7 @@ def curve(settings: heron.TrainConfig) -> tuple[list, list]:
     steps, validations = report.read_log(Path(settings.out))
     return (
         [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in steps],
-        [(r["step"], r["val_loss"], r["val_bpb"]) for r in validations],
+        [(r["step"], r["val_loss"], r.get("val_bpb")) for r in validations],
     )
 
 

@@ -48,13 +48,13 @@ def install(model: heron.RWKV, fault: Fault) -> None:
     """Make one forward pass of `model.loss` wrong; all others are as they were."""
     healthy, count = model.loss, 0
 
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(tokens: Tensor, targets: Tensor, **given: Tensor) -> Tensor:
         nonlocal count
         count += 1
         if count != fault.forward:
-            return healthy(tokens, targets)
+            return healthy(tokens, targets, **given)
         with _around(model, fault):
-            value = healthy(tokens, targets)
+            value = healthy(tokens, targets, **given)
         return value + fault.value if fault.place == "loss" else value
 
     model.loss = loss

@@ -86,8 +86,8 @@ def write(
     Raises:
         CheckpointError: the model is more than RWKV-7, or the `gguf` package is not installed.
     """
-    if config.variant != "v7" or config.rosa is not None:
-        what = config.variant if config.rosa is None else f"{config.variant} with ROSA"
+    if config.variant != "v7" or config.rosa is not None or config.memory is not None:
+        what = config.variant if config.rosa is None and config.memory is None else f"{config.variant} with ROSA"
         raise CheckpointError(
             f"GGUF has no tensors for what a {what} adds to a v7; convert --variant v7 if those parts are "
             "neutral, or keep .pth or .safetensors"

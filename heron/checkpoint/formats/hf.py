@@ -114,7 +114,7 @@ def read(folder: Path) -> dict[str, Tensor]:
         config = told
     else:
         told = _told(folder, config)
-        wanted = sizes_of(tensors, folder, told.has_ln0, told.rosa).to_dict()
+        wanted = sizes_of(tensors, folder, told.has_ln0, told.rosa, told.memory).to_dict()
         if config.get("tie_word_embeddings"):  # transformers writes one of two that are the same
             tensors.setdefault("head.weight", tensors["emb.weight"].clone())
     confirm(config, wanted, folder / CONFIG)
@@ -205,8 +205,8 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path, e
     Raises:
         CheckpointError: the model is more than RWKV-7, or its heads are not of size 64.
     """
-    if config.variant != "v7" or config.rosa is not None:
-        what = config.variant if config.rosa is None else f"{config.variant} with ROSA"
+    if config.variant != "v7" or config.rosa is not None or config.memory is not None:
+        what = config.variant if config.rosa is None and config.memory is None else f"{config.variant} with ROSA"
         raise CheckpointError(
             f"the Hugging Face layout of RWKV-7 has no place for what a {what} adds to a v7; "
             "take --format safetensors, which heron.hf loads, or convert --variant v7 if those parts are neutral"

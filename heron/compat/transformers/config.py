@@ -19,7 +19,7 @@ class HeronConfig(PretrainedConfig):
     """The fields of a :class:`heron.ModelConfig`, and those that transformers adds."""
 
     model_type = "heron"
-    keys_to_ignore_at_inference = ["state", "hidden_states"]
+    keys_to_ignore_at_inference = ["state", "hidden_states", "recalled"]
     attribute_map = {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -61,11 +61,13 @@ class HeronModelOutput(ModelOutput):
         state: after the last token. One for the batch, or where contexts grow (v7b, v8-hybrid, ROSA) and differ in
             length, a tuple of one a row.
         hidden_states: n_layer + 1 of (B, T, C), the input of each block and last_hidden_state; where asked for.
+        recalled: (B, T, K, 2) int64, what ROSA memory recalled, which the logits need, too; 0 at padding.
     """
 
     last_hidden_state: Tensor | None = None
     state: States | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    recalled: Tensor | None = None
 
 
 @dataclasses.dataclass

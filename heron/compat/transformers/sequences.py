@@ -7,7 +7,7 @@ state: the tokens of each sequence are gathered and run without the others, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class Read(NamedTuple):
 
     layers: list[Tensor]  # (B, T, C) each, 0 at padding: where wanted the input of each block; the outputs of ln_out
     state: States | None
+    recalled: Tensor | None  # (B, T, K, 2), what ROSA memory recalled; 0 at padding; None without
 
 
 def find(
@@ -91,11 +92,11 @@ def read(
     B, T = ids.shape
     if sequences is None:
         if not isinstance(state, tuple):
-            layers, state = _run(model, ids, embeddings, state, every_layer)
-            return Read(layers, state if keep_state else None)
+            layers, state, recalled = _run(model, ids, embeddings, state, every_layer)
+            return Read(layers, state if keep_state else None, recalled)
         sequences = [Sequence(row, row * T + torch.arange(T), True, True) for row in range(B)]
 
-    places_read, outputs = [], []
+    places_read, outputs, found = [], [], []
     new: list[State | None] = [None] * B
     for group in _groups(sequences, keep_state, state):
         lengths = torch.tensor([len(sequence.places) for sequence in group])
@@ -105,27 +106,32 @@ def read(
         some = None if embeddings is None else embeddings.flatten(0, 1)[places]
         before = None
         if state is not None and group[0].is_first:
-            before = _joined([_of_row(state, sequence.row) for sequence in group])
-        layers, after = _run(model, ids.flatten()[places], some, before, every_layer)
+            before = State.joined([_of_row(state, sequence.row) for sequence in group])
+        layers, after, recalled = _run(model, ids.flatten()[places], some, before, every_layer)
         places_read.append(places[is_token])
         outputs.append([layer[is_token] for layer in layers])
+        found += [] if recalled is None else [recalled[is_token]]
         for i, sequence in enumerate(group):
             if keep_state and sequence.is_last:
                 new[sequence.row] = after if len(group) == 1 else _of_row(after, i)
 
     at = torch.cat(places_read)
-    layers = []
-    for parts in zip(*outputs, strict=True):
-        values = torch.cat(parts)
-        layers.append(values.new_zeros(B * T, values.shape[-1]).index_copy(0, at, values).view(B, T, -1))
-    return Read(layers, _of_rows(model, new, state, ids, layers[0].dtype) if keep_state else None)
+
+    def placed(parts: Iterable[Tensor]) -> Tensor:
+        values = torch.cat(tuple(parts))
+        return values.new_zeros(B * T, *values.shape[1:]).index_copy(0, at, values).unflatten(0, (B, T))
+
+    layers = [placed(parts) for parts in zip(*outputs, strict=True)]
+    new_state = _of_rows(model, new, state, ids, layers[0].dtype) if keep_state else None
+    return Read(layers, new_state, placed(found) if found else None)
 
 
 def map_rows(state: States, rows: Tensor) -> States:
     """The states of `rows` (n,) int64, each as often as it stands there."""
     if isinstance(state, tuple):
-        return tuple(state[row] for row in rows.tolist())
-    return state.map(lambda part: part.index_select(0, rows.to(part.device)))
+        which = rows.tolist()  # as in State.of
+        return tuple(state[row] if which.index(row) == i else state[row].clone() for i, row in enumerate(which))
+    return state.of(rows.tolist())
 
 
 def _groups(sequences: list[Sequence], keep_state: bool, state: States | None) -> Iterator[list[Sequence]]:
@@ -154,10 +160,10 @@ def _groups(sequences: list[Sequence], keep_state: bool, state: States | None) -
 
 def _run(
     model: RWKV, ids: Tensor, embeddings: Tensor | None, state: State | None, every_layer: bool
-) -> tuple[list[Tensor], State]:
+) -> tuple[list[Tensor], State, Tensor | None]:
     with _inputs(model.blocks if every_layer else ()) as inputs:
-        hidden, after = model.hidden_states(ids, state, embeddings=embeddings)
-    return [*inputs, hidden], after  # pyright: ignore[reportReturnType]
+        hidden, after, recalled = model.read(ids, state, embeddings=embeddings)
+    return [*inputs, hidden], after, recalled  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
@@ -179,12 +185,7 @@ def _inputs(blocks: nn.ModuleList | tuple[()]) -> Iterator[list[Tensor]]:
 
 
 def _of_row(state: States, row: int) -> State:
-    return state[row] if isinstance(state, tuple) else state.map(lambda part: part[row : row + 1])
-
-
-def _joined(states: list[State]) -> State:
-    """One state of several of batch size 1, whose contexts have one length."""
-    return State.from_list([torch.cat(parts) for parts in zip(*(state.to_list() for state in states), strict=True)])
+    return state[row] if isinstance(state, tuple) else state.of([row])
 
 
 def _of_rows(model: RWKV, new: list[State | None], old: States | None, ids: Tensor, dtype: torch.dtype) -> States:
@@ -194,4 +195,4 @@ def _of_rows(model: RWKV, new: list[State | None], old: States | None, ids: Tens
         if state is None:
             state = State.zeros(model.config, 1, ids.device, dtype) if old is None else _of_row(old, row)
         states.append(state)
-    return tuple(states) if model.config.state_grows else _joined(states)
+    return tuple(states) if model.config.state_grows else State.joined(states)

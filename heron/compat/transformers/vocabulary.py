@@ -48,14 +48,14 @@ def resize(model: RWKV, n_old: int, n: int, by_mean: bool) -> None:
 def ids_of(model: RWKV, embeddings: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """(B, T) ids for `embeddings` (B, T, C): those that were given, else those whose rows they are, bit for bit.
 
-    Zeros where no table is looked up by them, and at padding. A v7b computes with the rows of ids that it remembers, so
+    Zeros where nothing is looked up by them, and at padding. A v7b computes with the rows of ids that it remembers, so
     there both must agree.
 
     Raises:
         DataError: an embedding that is the row of no token, or of several.
     """
     config = model.config
-    if config.deep_embed is None and not config.has_attention:
+    if config.deep_embed is None and not config.has_attention and config.memory is None:
         return embeddings.new_zeros(embeddings.shape[:2], dtype=torch.int64)
     if ids is not None and config.variant != "v7b":
         return ids
@@ -71,7 +71,8 @@ def ids_of(model: RWKV, embeddings: Tensor, ids: Tensor | None, mask: Tensor | N
     if not is_told or (ids is not None and not torch.equal(found[is_token], ids[is_token])):
         what = "the embeddings of one token each" if ids is None else "the embeddings of these input_ids"
         cure = "give input_ids instead" if config.variant == "v7b" else "give input_ids, too"
-        raise DataError(f"inputs_embeds: a {config.variant} looks up by token id, and they are not {what}; {cure}")
+        name = config.variant if config.memory is None else f"{config.variant} with ROSA memory"
+        raise DataError(f"inputs_embeds: a {name} looks up by token id, and they are not {what}; {cure}")
     return found
 
 

@@ -13,7 +13,12 @@ from heron.ops.linear_cross_entropy.chunked import (
     linear_cross_entropy_chunked,
     linear_cross_entropy_cuda,
 )
-from heron.ops.linear_cross_entropy.reference import cross_entropy, linear_cross_entropy_reference
+from heron.ops.linear_cross_entropy.reference import (
+    Bonus,
+    bonus_in_rows,
+    cross_entropy,
+    linear_cross_entropy_reference,
+)
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
@@ -31,10 +36,16 @@ def linear_cross_entropy_choice(device: torch.device, dtype: torch.dtype = torch
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float = 1e-4, impl: str = "auto"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    l2wrap: float = 1e-4,
+    impl: str = "auto",
+    bonus: Bonus | None = None,
 ) -> Tensor:
     """Mean cross entropy of ``hidden @ weight.T`` against `targets`, with L2Wrap in the backward::
 
+        logits = hidden @ weight.T,   then  logits[row, ids[row, k]] += values[row, k]  for each k of the bonus
         loss   = mean over the counted targets of  logsumexp(logits) - logits[target]
         d_loss = gradient of  loss + (c / 2) * sum over the counted rows of  max(logits)^2,   c = l2wrap / count
 
@@ -49,19 +60,25 @@ def linear_cross_entropy(
         impl: "reference" (all logits at once), "chunked" (a bounded number of rows at a time, gradients computed
             along with the loss), "cuda" (the same with a kernel for the rows, built at first use), or "auto": "cuda"
             where it runs, else "chunked".
+        bonus: (ids, values), what is added to single logits: ids (..., K) int64 in [0, V), which may repeat (then each
+            value is added), values (..., K) in the dtype of `hidden` or fp32. They are added in the dtype of the
+            logits. Gradients flow into values; L2Wrap acts on the logits with the bonus.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs).
 
     Raises:
         KernelError: shapes, dtypes or devices that do not fit together, an `impl` that does not exist, or a target
-            that is neither in [0, V) nor -100 (on the CPU; other devices report it in their own way, unsynchronised).
+            that is neither in [0, V) nor -100, or an id of `bonus` that is not in [0, V) (on the CPU; other devices
+            report these two in their own way, unsynchronised).
     """
     _check(hidden, weight, targets)
+    if bonus is not None:
+        bonus = bonus_in_rows("linear_cross_entropy", bonus, targets, weight.shape[0], hidden)
     if impl == "auto":
         impl = linear_cross_entropy_choice(hidden.device, hidden.dtype).impl
     form = _choice.form_of("linear_cross_entropy", impl, _FORMS)
-    return form(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), l2wrap)
+    return form(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), l2wrap, bonus=bonus)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

@@ -13,7 +13,7 @@ from heron.errors import KernelError
 from heron.ops.rosa.inputs import check_max_match, check_pair
 
 
-def rosa_dp(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor, Tensor]:
+def rosa_dp(q: Tensor, k: Tensor, max_match: int | None = None, window: int | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.rosa`. q, k: (S, T) integers; returns src and length, (S, T) int64.
 
     It holds S x T lengths of :func:`length_dtype` and a copy of k beside its results.
@@ -26,7 +26,7 @@ def rosa_dp(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor,
     for i in range(1, n_tokens):
         so_far = lengths[:, :i]
         advance(so_far, latest_first[:, n_tokens - i :], q[:, i], max_match)
-        src[:, i], length[:, i] = longest_then_latest(so_far)
+        src[:, i], length[:, i] = longest_then_latest(so_far, window)
     return src, length
 
 
@@ -84,9 +84,9 @@ def advance(lengths: Tensor, latest_first: Tensor, symbol: Tensor, max_match: in
         lengths.clamp_(max=max_match)
 
 
-def longest_then_latest(lengths: Tensor) -> tuple[Tensor, Tensor]:
+def longest_then_latest(lengths: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
     """src and length at i, (S,) int64 each, from the lengths by distance (S, i) with i >= 1."""
-    best, column = lengths.max(1)  # of equal lengths the first column, which is the nearest and so the latest end
+    best, column = lengths[:, :window].max(1)  # of equal lengths the first column, the nearest and so the latest end
     src = torch.where(best > 0, lengths.shape[1] - 1 - column, -1)
     return src, best.long()
 

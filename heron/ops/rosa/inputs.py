@@ -41,3 +41,9 @@ def check_max_match(max_match: int | None) -> None:
     """Raise KernelError unless `max_match` is None or an int of at least 1."""
     if max_match is not None and (type(max_match) is not int or max_match < 1):
         raise KernelError(f"rosa: max_match must be None or an int of at least 1, got {max_match!r}")
+
+
+def check_window(window: int | None) -> None:
+    """Raise KernelError unless `window` is None or an int of at least 1."""
+    if window is not None and (type(window) is not int or window < 1):
+        raise KernelError(f"rosa: window must be None or an int of at least 1, got {window!r}")

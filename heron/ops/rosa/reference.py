@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 
-def rosa_reference(q: Tensor, k: Tensor, max_match: int | None = None) -> tuple[Tensor, Tensor]:
+def rosa_reference(
+    q: Tensor, k: Tensor, max_match: int | None = None, window: int | None = None
+) -> tuple[Tensor, Tensor]:
     """As :func:`heron.ops.rosa`, on any device."""
     src, length = torch.full_like(q, -1, dtype=torch.int64), torch.zeros_like(q, dtype=torch.int64)
     for i in range(q.shape[1]):
-        for j in range(i):  # a match may end here in k
+        for j in range(0 if window is None else max(0, i - window), i):  # a match may end here in k
             # (S, j + 1): q[i] == k[j], q[i-1] == k[j-1], ...
             backwards = (q[:, i - j : i + 1] == k[:, : j + 1]).flip(1)
             common = backwards.cumprod(dim=1).sum(dim=1)

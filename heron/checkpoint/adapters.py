@@ -1,0 +1,147 @@
+"""Adapters in files: peft's folder, with the fingerprint of the base that it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from heron import strict_json
+from heron.checkpoint.architecture import LN0, UNUSED, in_one_dtype, is_finite
+from heron.checkpoint.formats import safetensors
+from heron.errors import CheckpointError
+from heron.files import as_path, new_folder, sync
+from heron.model import RWKV
+from heron.model.adapters import PREFIX, Adapter, kind_of, put_adapter
+from heron.model.plain import own_parameters
+
+FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+_BASE, _KIND = "heron_base", "heron_kind"  # in the metadata of WEIGHTS
+_PROBES = 1 << 16  # numbers of each tensor that enter a fingerprint
+
+
+class AdapterFile(NamedTuple):
+    """What an adapter's folder holds."""
+
+    folder: Path
+    settings: dict[str, Any]  # of peft
+    tensors: dict[str, Tensor]  # by peft's names
+    base: str | None  # the fingerprint of its base; None: peft wrote the folder, which records none
+    kind: str
+
+
+def base_fingerprint(model: RWKV) -> str:
+    """16 hex digits of a model's weights, whatever file and format they came from; adapters on it don't count.
+
+    Up to 65,536 evenly spaced numbers of each tensor enter it, rounded to bf16: a base that was rounded to bf16 is the
+    same base. Weights that were trained on or merged are another one. Of a base whose weights are quantized, take it
+    before.
+    """
+    digest = hashlib.sha256()
+    unused = UNUSED if model.config.has_ln0 else UNUSED + LN0
+    for name, tensor in sorted((name, tensor) for _, name, tensor in own_parameters(model) if name not in unused):
+        flat = tensor.detach().reshape(-1)
+        probes = flat[:: max(1, flat.numel() // _PROBES)].to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(probes.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, base: str | None = None) -> None:
+    """Write an adapter as peft's folder, which appears whole or not at all.
+
+    Args:
+        folder: that does not exist yet.
+        base: what :func:`base_fingerprint` gave for the base; None: it is taken of the model now.
+
+    Raises:
+        CheckpointError: the folder exists or cannot be written; a number that is not finite.
+    """
+    folder = as_path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; name another folder")
+    tensors = {f"{PREFIX}{name}": part.cpu().contiguous() for name, part in adapter.tensors().items()}
+    _refuse_nonfinite(tensors, folder)
+    about = {_BASE: base or base_fingerprint(adapter.model), _KIND: adapter.kind}
+    with new_folder(folder) as temporary:
+        safetensors.write(tensors, temporary / WEIGHTS, about)
+        settings = json.dumps(adapter.settings(), indent=2, sort_keys=True)
+        (temporary / CONFIG).write_text(settings, encoding="utf-8")
+        for name in (CONFIG, WEIGHTS):
+            sync(temporary / name)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is an adapter's folder, or a fine-tuning run that has one."""
+    return any((folder / CONFIG).is_file() for folder in _places(as_path(path)))
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """The adapter in a folder, or in a fine-tuning run's.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = as_path(path)
+    folder = next((folder for folder in _places(path) if (folder / CONFIG).is_file()), None)
+    if folder is None:
+        raise CheckpointError(f"{path}: no adapter here; wanted a folder with {CONFIG}, or a run with {FOLDER}/")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: no such file; only adapters in safetensors are read")
+    try:
+        settings = strict_json.loads((folder / CONFIG).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG}: damaged: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise CheckpointError(f"{folder / CONFIG}: wanted peft's settings with a peft_type")
+    tensors, about = safetensors.read(weights), safetensors.metadata(weights)
+    _refuse_nonfinite(tensors, weights)
+    return AdapterFile(folder, settings, tensors, about.get(_BASE), about.get(_KIND) or kind_of(settings))
+
+
+def load_adapter(model: RWKV, path: str | Path) -> Adapter:
+    """Put the adapter in a folder, or in a fine-tuning run's, on `model`: ready to run, to train on, to merge.
+
+    Raises:
+        CheckpointError: no adapter, a damaged one, one of another kind, or one of another base; see
+            :func:`base_fingerprint`. Of an adapter that records no base only the shapes are compared, which a warning
+            says.
+        ConfigError: peft is missing.
+    """
+    file = read_adapter(path)
+    if file.base is None:
+        warnings.warn(f"{file.folder}: it does not say which base it is for; only shapes are compared", stacklevel=2)
+    elif (own := base_fingerprint(model)) != file.base:
+        raise CheckpointError(
+            f"{file.folder}: it was trained on a base with fingerprint {file.base}, and this model has {own}; give the "
+            "weights it was trained on. Weights that it was merged into already are others"
+        )
+    return put_adapter(model, file.settings, file.tensors, file.kind, file.folder)
+
+
+def merged(model: RWKV, path: str | Path, dtype: torch.dtype | None = None) -> RWKV:
+    """A model with the adapter in a folder, or in a fine-tuning run's, in its weights; `model` is used up.
+
+    The sums are rounded once: to `dtype`, or to the dtypes of the weights. Errors as in :func:`load_adapter`, and as
+    :meth:`heron.model.adapters.Adapter.merge` and :func:`heron.checkpoint.architecture.in_one_dtype` say.
+    """
+    if dtype is not None:  # widened first, so that what is merged is not rounded to the old dtype on its way
+        model = in_one_dtype(model, torch.promote_types(dtype, torch.float32), path)
+    model = load_adapter(model, path).merge()
+    return model if dtype is None else in_one_dtype(model, dtype, path)
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    return path, path / FOLDER
+
+
+def _refuse_nonfinite(tensors: dict[str, Tensor], source: Path) -> None:
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"{source}: {name} holds NaN or infinity: its training diverged, or it is damaged")

@@ -1,0 +1,59 @@
+"""Which adapter fine-tuning puts on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from heron.errors import ConfigError, did_you_mean
+
+KINDS = ("lora", "rslora", "dora", "pissa", "miss")
+
+
+def _setting(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "short_flag": False})
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter: what is trained beside the frozen weights of linear layers.
+
+    Raises:
+        ConfigError: an unknown kind, a rank below 1, and other numbers out of range.
+    """
+
+    kind: str = _setting("lora", f"{', '.join(KINDS)}")
+    rank: int = _setting(32, "width of the adapter's factors; more of it learns more and takes more memory")
+    alpha: float | None = _setting(
+        None, "the update is scaled by alpha / rank, in rslora by alpha / sqrt(rank); miss has none; None: the rank"
+    )
+    targets: str = _setting(
+        "all", "linear layers by name, as in key,value,att.output,head; all: every one but the head"
+    )
+    dropout: float = _setting(0.0, "share of an adapter's inputs that is set to 0 while training")
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            hint = did_you_mean(str(self.kind), KINDS)
+            raise ConfigError(f"adapter.kind: wanted {', '.join(KINDS)}, got {self.kind!r}.{hint}")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"adapter.rank: wanted a whole number from 1 on, got {self.rank!r}")
+        if self.alpha is not None:
+            if self.kind == "miss":
+                raise ConfigError(f"adapter.alpha: miss is not scaled, got {self.alpha!r}; leave it out")
+            if not _is_number(self.alpha) or self.alpha <= 0:
+                raise ConfigError(f"adapter.alpha: wanted a number above 0, got {self.alpha!r}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout: wanted 0 or more and less than 1, got {self.dropout!r}")
+        if not isinstance(self.targets, str) or not self.names:
+            raise ConfigError(f"adapter.targets: wanted names with commas between, or all, got {self.targets!r}")
+
+    @property
+    def names(self) -> list[str]:
+        """The targets one by one."""
+        return [name.strip() for name in self.targets.split(",") if name.strip()]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

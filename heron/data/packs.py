@@ -1,0 +1,138 @@
+"""Batches of conversations: which share a sample, in which order samples come, and what is learned of them."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heron.data.conversations import Samples
+from heron.data.loader import Batches
+from heron.data.recalled import Recalled
+from heron.data.sampling import SampleOrder, permuted_starts
+
+_IGNORED = -100
+
+
+class Packs:
+    """Samples of `ctx_len` tokens that hold one conversation or several, by their number.
+
+    Conversations are laid into samples once; the samples come in a seeded order that is new in each epoch, as those of
+    small data do (:mod:`heron.data.sampling`). What shares a sample does not matter: each conversation is computed as
+    if it were alone, and what follows the last one of a sample is never learned.
+
+    Args:
+        samples: each at most `ctx_len` + 1 ids.
+        seed: of the order.
+        packed: whether conversations may share a sample.
+        recalled: what ROSA memory recalls at each of ``samples.ids``; None: nothing is wanted of it.
+        mix: the second corpus; None: none.
+        share: of the samples, the part that comes from `mix`.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        ctx_len: int,
+        seed: int,
+        packed: bool = True,
+        recalled: Recalled | None = None,
+        mix: Batches | None = None,
+        share: Fraction = Fraction(0),
+    ) -> None:
+        self._samples, self._recalled, self._mix, self._share = samples, recalled, mix, share
+        self._ctx_len = ctx_len
+        lengths = np.diff(samples.offsets) - 1  # as inputs
+        order = permuted_starts(len(samples) + 1, 1, seed, 0)
+        self._packs = _laid_out(lengths, order, ctx_len) if packed else [[number] for number in order.tolist()]
+        self._most = max(map(len, self._packs))
+        self._order = SampleOrder(len(self._packs) + 1, 1, seed, None)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples until every conversation was seen once, those of the second corpus included."""
+        return math.ceil(len(self._packs) / (1 - self._share))
+
+    @property
+    def description(self) -> str:
+        """One line for the console."""
+        mixed = f", {float(self._share):.3g} of them from the second corpus" if self._share else ""
+        return (
+            f"{len(self._samples):,} conversations in {len(self._packs):,} samples, permuted anew in each epoch{mixed}"
+        )
+
+    def batch(self, first: int, count: int) -> tuple[Tensor | None, ...]:
+        """Samples `first` .. `first + count - 1` of the run, counted from 0.
+
+        Returns:
+            tokens, targets: (count, T) int64, targets -100 where nothing is learned; what ROSA memory recalls at the
+            tokens, (count, T, K, 2) int64, or None; and None. Where conversations share samples all are packed into
+            one row, (1, count * T), and the last is cu_seqlens, int64, of a length that `count` alone decides: behind
+            the last conversation come empty ones.
+        """
+        return self._joined([self._sample(number) for number in range(first, first + count)])
+
+    def each_once(self, count: int) -> Iterator[tuple[Tensor | None, ...]]:
+        """Batches of `count` samples with every conversation once, as :meth:`batch` gives them; the last is smaller."""
+        for first in range(0, len(self._packs), count):
+            yield self._joined([self._pack(pack) for pack in self._packs[first : first + count]])
+
+    def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+        """Tokens, targets (T,), recalled (T, K, 2) or None, and where conversations begin, of one sample."""
+        before, after = (math.floor(n * self._share) for n in (number, number + 1))
+        if self._mix is not None and after > before:
+            x, y, *found = self._mix.batch(before, 1)
+            return x[0], y[0], found[0][0] if found else None, [0]
+        place = int(self._order.starts(number - before, 1)[0])
+        return self._pack(self._packs[place])
+
+    def _pack(self, pack: list[int]) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+        T, at, starts = self._ctx_len, 0, []
+        tokens, targets = torch.zeros(T, dtype=torch.int64), torch.full((T,), _IGNORED)
+        n_matches = 0 if self._recalled is None else self._recalled.records.shape[1]
+        recalled = torch.zeros(T, n_matches, 2, dtype=torch.int64) if n_matches else None
+        for number in pack:
+            ids, learned, _ = self._samples[number]
+            n = len(ids) - 1
+            tokens[at : at + n] = torch.from_numpy(ids[:-1])
+            targets[at : at + n] = torch.from_numpy(np.where(learned[1:], ids[1:], _IGNORED))
+            if recalled is not None and self._recalled is not None:
+                recalled[at : at + n] = self._recalled.at(self._samples.offsets[number : number + 1], n)[0]
+            starts.append(at)
+            at += n
+        return tokens, targets, recalled, starts
+
+    def _joined(self, parts: list[tuple[Tensor, Tensor, Tensor | None, list[int]]]) -> tuple[Tensor | None, ...]:
+        tokens, targets = (torch.stack([part[i] for part in parts]) for i in (0, 1))  # pyright: ignore[reportArgumentType]
+        found = [part[2] for part in parts if part[2] is not None]
+        recalled = torch.stack(found) if found else None
+        if self._most == 1:
+            return tokens, targets, recalled, None
+        T = self._ctx_len
+        starts = [row * T + start for row, part in enumerate(parts) for start in part[3]]
+        empty = [len(parts) * T] * (1 + len(parts) * self._most - len(starts))
+        in_one_row = (None if part is None else part.flatten(0, 1).unsqueeze(0) for part in (tokens, targets, recalled))
+        return *in_one_row, torch.tensor([*starts, *empty])
+
+
+def _laid_out(lengths: np.ndarray, order: np.ndarray, room: int) -> list[list[int]]:
+    """Numbers laid into packs of at most `room` in all: each, in that order, into the fullest in which it fits."""
+    packs: list[list[int]] = []
+    left: list[tuple[int, int]] = []  # room left and number of each pack, sorted
+    for number in order.tolist():
+        length = int(lengths[number])
+        at = bisect.bisect_left(left, (length, 0))
+        if at == len(left):
+            packs.append([])
+            rest, pack = room, len(packs) - 1
+        else:
+            rest, pack = left.pop(at)
+        packs[pack].append(number)
+        if rest > length:
+            bisect.insort(left, (rest - length, pack))
+    return packs
