@@ -8,7 +8,6 @@ without that). `.bin` is every token, one document after another.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import struct
@@ -36,7 +35,6 @@ LONGEST_DOCUMENT = 2**31 - 1
 SUFFIXES = (".bin", ".idx")
 _BLOCK = 1 << 20  # documents checked at a time
 _TOKENS = 1 << 24  # ids looked at at a time
-_END_BYTES = 1 << 20  # of a memory map that go into its fingerprint, from each end
 _WORTH_KEEPING = 1 << 26  # bytes of .bin from which on the range of its ids is kept in a file
 
 
@@ -144,22 +142,6 @@ def describe(prefix: str | Path) -> str:
         f"documents   {data.doc_count:,}, the longest of {longest:,} tokens\n"
         f"hashes      {hashes}"
     )
-
-
-def fingerprint(*parts: np.ndarray | None) -> str:
-    """16 hex digits that change when tokens do; of a large memory map they cover the first and last MiB."""
-    digest = hashlib.sha256()
-    for tokens in parts:
-        if tokens is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{tokens.dtype.str} {len(tokens)} ".encode())
-        raw = np.ascontiguousarray(tokens).view(np.uint8)
-        if isinstance(tokens, np.memmap) and len(raw) > 2 * _END_BYTES:
-            digest.update(raw[:_END_BYTES].data)
-            raw = raw[-_END_BYTES:]
-        digest.update(raw.data)
-    return digest.hexdigest()[:16]
 
 
 class BinidxWriter:

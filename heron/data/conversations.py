@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from heron.data import jsonl
-from heron.data.binidx import fingerprint
+from heron.data.fingerprint import fingerprint
 from heron.data.loader import TEXT_VAL_FRACTION, Corpus
 from heron.data.template import Message, Template
 from heron.errors import ConfigError, DataError

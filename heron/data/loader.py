@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.data.binidx import check_ids, fingerprint, is_binidx, open_binidx
+from heron.data.binidx import check_ids, is_binidx, open_binidx
 from heron.data.corpora import PLAIN, Reading, read_documents
-from heron.data.prepare import encode_document, warn_of_no_end
+from heron.data.encode import encode_document, warn_of_no_end
+from heron.data.fingerprint import fingerprint
 from heron.data.recalled import Recalled
 from heron.data.sampling import SampleOrder, magic_prime
 from heron.errors import DataError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from heron.data import mapped
-from heron.data.binidx import bin_path, fingerprint, idx_path, open_binidx
+from heron.data.binidx import bin_path, idx_path, open_binidx
+from heron.data.fingerprint import fingerprint
 from heron.errors import ConfigError, DataError
 from heron.files import new_file
 from heron.ops.rosa.memory import LONGEST_MATCH, MOST_TOKENS, TokenStream

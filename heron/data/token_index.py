@@ -12,7 +12,7 @@ import torch
 from heron.data import mapped
 from heron.data.binidx import check_ids, is_binidx, open_binidx
 from heron.data.corpora import PLAIN, Reading, read_documents
-from heron.data.prepare import encode_document, warn_of_no_end
+from heron.data.encode import encode_document, warn_of_no_end
 from heron.data.recalled import PIECE, Rules, end_of
 from heron.errors import DataError
 from heron.files import new_file
@@ -81,7 +81,7 @@ def build(
     Raises:
         ConfigError: an unknown built-in corpus; no end of a document, and `across_documents` off; a `max_match` out of
             its range.
-        DataError: as :func:`heron.data.corpora.read_documents` and :func:`heron.data.prepare.encode_document`; no
+        DataError: as :func:`heron.data.corpora.read_documents` and :func:`heron.data.encode.encode_document`; no
             token at all, or more than 2^31.
         CheckpointError: `path` is there and is no such file, or cannot be written.
         KernelError: no C++ compiler, memory that ran out.

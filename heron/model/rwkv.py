@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, reduce
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from heron import ops
 from heron.config import ModelConfig
-from heron.errors import ConfigError, DataError
+from heron.errors import ConfigError
 from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import DeepEmbed, Lookup
 from heron.model.init import initialize
+from heron.model.inputs import checked_offsets, checked_tokens, integers
 from heron.model.memory import Recollection, RosaMemory, recall
 from heron.model.plain import has_hooks, is_plain, own_parameters
 from heron.model.rosa import RosaQKV
@@ -27,7 +28,7 @@ from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 _ZEROS: tuple[Any, ...] = (None,) * 5  # what a LayerState holds before the first token
@@ -237,7 +238,7 @@ class RWKV(nn.Module):
             if recalled is not None:
                 raise ConfigError("recalled: this model has no ROSA memory; leave it out")
             return None, None
-        tokens = self._checked_tokens(tokens)
+        tokens = checked_tokens(tokens, self.config.vocab_size, self.emb)
         if recalled is not None:
             wanted = (*tokens.shape, rosa.n_matches, 2)
             if tuple(recalled.shape) != wanted or recalled.dtype != torch.int64:
@@ -251,7 +252,7 @@ class RWKV(nn.Module):
         if in_graph():
             raise ConfigError("recalled: inside a graph what memory found must be given; model.recall finds it before")
         if cu_seqlens is not None:
-            cu_seqlens = _checked_offsets(cu_seqlens, tokens)
+            cu_seqlens = checked_offsets(cu_seqlens, tokens)
         n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         before: list[Recollection] = []
         for one in state if isinstance(state, tuple) else (state,):
@@ -306,12 +307,12 @@ class RWKV(nn.Module):
         recalled: Tensor | None,
     ) -> tuple[Tensor, States | None]:
         """:meth:`hidden_states`, where memory has been asked. The new state remembers what the old one did."""
-        tokens = self._checked_tokens(tokens)
+        tokens = checked_tokens(tokens, self.config.vocab_size, self.emb)
         window = self.attention_window
         if window is not None and window < 1:
             raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
         if cu_seqlens is not None:
-            cu_seqlens = _checked_offsets(cu_seqlens, tokens)
+            cu_seqlens = checked_offsets(cu_seqlens, tokens)
         n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None and self.config.state_grows:
             return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
@@ -402,7 +403,7 @@ class RWKV(nn.Module):
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
             return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state)
-        targets = self._integers("targets", targets)
+        targets = integers("targets", targets, self.emb)
         recalled, _ = self.recall(tokens, state, cu_seqlens, recalled)
         hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled)
         return self.head_loss(hidden, targets, recalled)
@@ -437,58 +438,6 @@ class RWKV(nn.Module):
         """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""
         cast = {f"model.{name}": tensor.to(dtype) for name, tensor in self.in_products()}
         return torch.func.functional_call(_Call(self, method), cast, arguments)
-
-    def _integers(self, name: str, ids: Tensor | Sequence | np.ndarray) -> Tensor:
-        """(B, T) int64 ids, from a tensor as from a list or an array; DataError for what is none."""
-        if not isinstance(ids, Tensor):
-            try:
-                ids = torch.as_tensor(ids, device=self.emb.weight.device)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise DataError(f"{name}: wanted (B, T) integer ids, got {type(ids).__name__}: {error}") from None
-        if not ids.numel():
-            return ids  # and its shape will be refused
-        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-            raise DataError(f"{name}: wanted int64 ids, got {ids.dtype}")
-        return ids.long()
-
-    def _checked_tokens(self, tokens: Tensor | Sequence | np.ndarray) -> Tensor:
-        tokens = self._integers("tokens", tokens)
-        if tokens.dim() != 2 or tokens.numel() == 0:
-            one = "; of one sequence, give [tokens] or tokens.unsqueeze(0)" if tokens.dim() == 1 else ""
-            raise DataError(f"tokens: wanted (B, T) with B, T >= 1, got {tuple(tokens.shape)}{one}")
-        # On a GPU this would wait for the device; the data loader has checked every id by then.
-        if tokens.device.type == "cpu" and not in_graph():
-            low, high = torch.aminmax(tokens)
-            if low < 0 or high >= self.config.vocab_size:
-                raise DataError(
-                    f"tokens: ids must be 0 to {self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}), "
-                    f"got {int(low)} to {int(high)}"
-                )
-        return tokens
-
-
-def _checked_offsets(cu_seqlens: Tensor | Sequence[int] | np.ndarray, tokens: Tensor) -> Tensor:
-    """Where packed sequences begin, as a tensor; the host does not wait for a GPU to look at the numbers."""
-    if not isinstance(cu_seqlens, Tensor):
-        try:
-            cu_seqlens = torch.as_tensor(cu_seqlens, device=tokens.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            kind = type(cu_seqlens).__name__
-            raise ConfigError(f"cu_seqlens: wanted n_seq + 1 whole numbers, got {kind}: {error}") from None
-    fits = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
-    if not fits or tokens.shape[0] != 1 or cu_seqlens.device != tokens.device:
-        raise ConfigError(
-            f"cu_seqlens: wanted (n_seq + 1,) int32 or int64 on {tokens.device}, and tokens (1, T); got "
-            f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}, tokens {tuple(tokens.shape)}"
-        )
-    if cu_seqlens.device.type == "cpu" and not in_graph():
-        ends_right = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens.shape[1]
-        if not ends_right or bool((cu_seqlens.diff() < 0).any()):
-            raise ConfigError(
-                f"cu_seqlens: wanted numbers from 0 to T = {tokens.shape[1]} that never decrease, "
-                f"got {cu_seqlens.tolist()}"
-            )
-    return cu_seqlens
 
 
 def _kind(states: object) -> str:

@@ -187,7 +187,7 @@ def test_fingerprint_follows_the_tokens(tmp_path, pair):
 
 @pytest.mark.parametrize("position", [0, 40_000, -1])
 def test_fingerprint_of_a_large_binidx(tmp_path, monkeypatch, position):
-    monkeypatch.setattr("heron.data.binidx._END_BYTES", 1000)
+    monkeypatch.setattr("heron.data.fingerprint._END_BYTES", 1000)
     tokens = np.zeros(80_000, np.uint16)
     write(tmp_path / "a", [tokens], 256)
     tokens[position] = 1

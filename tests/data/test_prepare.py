@@ -10,7 +10,8 @@ import tokenizers
 from heron import tokenizer
 from heron.data import prepare as preparing
 from heron.data.binidx import open_binidx
-from heron.data.prepare import encode_document, prepare
+from heron.data.encode import encode_document
+from heron.data.prepare import prepare
 from heron.errors import ConfigError, DataError
 
 

@@ -14,8 +14,9 @@ from heron.commands.sources import tokenizer_of
 from heron.config import TrainConfig
 from heron.data.binidx import open_binidx
 from heron.data.corpora import Reading
+from heron.data.encode import encode_document
 from heron.data.loader import load_corpus
-from heron.data.prepare import encode_document, prepare
+from heron.data.prepare import prepare
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.train import Trainer
 from heron.train import loop as train
