@@ -6,8 +6,9 @@ BIN := .venv/bin
 demo: .venv/installed            ## train a small RWKV-8 on real text and generate from it
 	$(BIN)/heron demo
 
-lint: .venv/installed-dev        ## ruff over all files, pyright over heron/
+lint: .venv/installed-dev        ## ruff over all files, their format too, pyright over heron/
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint                       ## the whole suite
