@@ -226,7 +226,7 @@ def _likelihoods(model: RWKV, texts: list[_Text], mode: str, start: State | None
 def _recalled(tokens: np.ndarray, rosa: RosaConfig, documents: Documents | None) -> Recalled:
     """What memory recalls at each of (n,) tokens, of those before it and the documents."""
     if documents is None:
-        return answers(tokens, Rules(rosa.max_match or 1, rosa.n_matches, rosa.window, rosa.end))
+        return answers(tokens, Rules.of(rosa))
     records = np.empty((len(tokens), rosa.n_matches), np.dtype([("id", "<u4"), ("length", "<u2")]))
     memory = Recollection()
     with progress("looking the text up in the memory") as advance:

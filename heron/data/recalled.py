@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from heron.config import RosaConfig
 from heron.data import mapped
 from heron.data.binidx import bin_path, idx_path, open_binidx
 from heron.data.fingerprint import fingerprint
@@ -49,6 +50,15 @@ class Rules:
             value = getattr(self, name)
             if not (value is None and name == "window") and (type(value) is not int or not 1 <= value <= most):
                 raise ConfigError(f"{name}: wanted a whole number from 1 to {most}, got {value!r}")
+
+    @classmethod
+    def of(cls, rosa: RosaConfig) -> Rules:
+        """Those of a model's memory."""
+        return cls(rosa.max_match or 1, rosa.n_matches, rosa.window, rosa.end)
+
+    def stream(self) -> TokenStream:
+        """A stream by these rules, of no token yet."""
+        return TokenStream(self.max_match, self.window, self.end)
 
     def __str__(self) -> str:
         """As flags of `heron prepare`."""
@@ -106,6 +116,13 @@ def answers(tokens: np.ndarray, rules: Rules) -> Recalled:
         records[first : first + len(piece)] = piece
         first += len(piece)
     return Recalled(records)
+
+
+def answers_each(streams: Iterable[np.ndarray], rules: Rules) -> Recalled:
+    """:func:`answers` of several streams that know nothing of each other, one behind the other."""
+    with progress("reading tokens into the memory"):
+        found = [_records(rules.stream(), tokens, 0, len(tokens), rules) for tokens in streams]
+    return Recalled(np.concatenate(found))
 
 
 def path_of(prefix: str | Path) -> Path:
@@ -178,14 +195,19 @@ def _dtype(tokens: np.ndarray, rules: Rules) -> np.dtype:
 
 def _found(tokens: np.ndarray, rules: Rules) -> Iterator[np.ndarray]:
     """The records of `tokens`, (n, K), in pieces."""
-    stream = TokenStream(rules.max_match, rules.window, rules.end)
+    stream = rules.stream()
     step = PIECE if stream.impl == "cpu" else max(len(tokens), 1)  # the other form begins anew with each piece
     with progress("reading tokens into the memory") as advance:
         for first in range(0, len(tokens), step):
             advance(f"{first / 1e6:.0f} of {len(tokens) / 1e6:.0f} million")
-            piece = torch.from_numpy(tokens[first : first + step].astype(np.int64))
-            src, length = (part.numpy() for part in stream.read(piece, rules.n_matches))
-            records = np.zeros(src.shape, _dtype(tokens, rules))
-            records["id"] = np.where(src < 0, 0, tokens[src + 1])
-            records["length"] = length
-            yield records
+            yield _records(stream, tokens, first, first + step, rules)
+
+
+def _records(stream: TokenStream, tokens: np.ndarray, first: int, end: int, rules: Rules) -> np.ndarray:
+    """The records of ``tokens[first:end]``, (n, K), which `stream` reads now; it has read those before them."""
+    piece = torch.from_numpy(tokens[first:end].astype(np.int64))
+    src, length = (part.numpy() for part in stream.read(piece, rules.n_matches))
+    records = np.zeros(src.shape, _dtype(tokens, rules))
+    records["id"] = np.where(src < 0, 0, tokens[src + 1])
+    records["length"] = length
+    return records

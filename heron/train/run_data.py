@@ -151,7 +151,7 @@ def recollections(
     """
     if rosa is None:
         return None
-    rules = recalled.Rules(rosa.max_match or 1, rosa.n_matches, rosa.window, rosa.end)
+    rules = recalled.Rules.of(rosa)
     n_train = len(corpus.train)
     if isinstance(corpus, Conversations):
         val = None if corpus.val_samples is None else _each_alone(corpus.val_samples, rules)
@@ -167,8 +167,7 @@ def recollections(
 
 
 def _each_alone(samples: Samples, rules: recalled.Rules) -> Recalled:
-    found = [recalled.answers(samples[number].ids, rules).records for number in range(len(samples))]
-    return Recalled(np.concatenate(found))
+    return recalled.answers_each((samples[number].ids for number in range(len(samples))), rules)
 
 
 def looks_back_on(config: TrainConfig, corpus: Corpus) -> str:
