@@ -52,8 +52,8 @@ class Run:
         steps: the records of its steps, at least one.
         validations: those of its validations.
 
-    Each record has `tokens`, those trained on so far, and `seconds`, from the end of the first step on: what is
-    compiled or loaded once is not in them.
+    Each record has `tokens`, those trained on so far, and `seconds`, those that the steps behind the first took: what
+    the first one compiles and loads is not in them, nor are validations, samples and checkpoints.
     """
 
     folder: Path
@@ -74,16 +74,19 @@ class Run:
         if not steps:
             raise DataError(f"{path}: holds no step yet; wait for the first one")
         for record in steps:
-            if missing := {"tokens", "time", "tokens_per_s"} - record.keys():
+            if missing := {"tokens", "tokens_per_s"} - record.keys():
                 raise DataError(f"{path}, step {record['step']}: wanted {', '.join(sorted(missing))} in its record")
         try:
             config = TrainConfig.from_yaml(path.parent / "config.yaml")
         except ConfigError as error:
             raise DataError(f"{path.parent}: wanted the folder of a run, with its settings: {error}") from None
-        numbers, tokens = ([record[key] for record in steps] for key in ("step", "tokens"))
+        numbers, tokens, speeds = (
+            np.array([step[key] for step in steps]) for key in ("step", "tokens", "tokens_per_s")
+        )
+        seconds = np.concatenate(([0.0], np.cumsum(np.diff(tokens) / speeds[1:])))
         for record in (*steps, *validations):
-            record["seconds"] = record["time"] - steps[0]["time"]
-            record.setdefault("tokens", float(np.interp(record["step"], numbers, tokens)))
+            record["tokens"] = float(np.interp(record["step"], numbers, tokens))
+            record["seconds"] = float(np.interp(record["step"], numbers, seconds))
         return cls(path.parent, settings_of(config), config.seed, steps, validations)
 
     def end(self, at: str) -> float:
@@ -246,8 +249,8 @@ def _explained(at: str, limit: float, several: bool) -> str:
     where = {
         "end": "Each run at its end.",
         "tokens": f"Each run after {thousands(limit)} training tokens, as many as all have.",
-        "time": f"Each run {limit:.1f} s after its first step, as long as all have; those that went on had not yet "
+        "time": f"Each run after {limit:.1f} s of training, as long as all have; those that went on had not yet "
         "lowered their learning rate to the end, which favours the fastest.",
     }
-    what = "best: the lowest validation; seconds: from the end of the first step; tokens/s: of the median step."
+    what = "best: the lowest validation; seconds: of all steps but the first; tokens/s: of the median step."
     return f"{where[at]} {what}" + (" Mean ± sample standard deviation over the seeds." if several else "")
