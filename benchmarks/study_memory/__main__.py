@@ -16,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 from benchmarks.study_memory import jobs, report, runs, texts
+from heron.commands import EXIT_FAILED, EXIT_PREEMPTED
 from heron.errors import ConfigError, DataError, HeronError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,8 +58,12 @@ def run(options: argparse.Namespace) -> int:
 
     work = [_job(case, known[case.text], sizes, options.results) for case in waiting]
     failed = jobs.run(work, options.jobs, 60 * options.minutes, expected, lambda line: print(line, flush=True))
-    print(report.write([options.results], options.results))
-    return 1 if failed else 0
+    if any((options.results / case.name).exists() for case in wanted):
+        shutil.copyfile(options.texts / texts.DESCRIBED, options.results / texts.DESCRIBED)
+        print(report.write([options.results], options.results))
+    if failed:
+        return EXIT_FAILED
+    return 0 if all((options.results / case.name).exists() for case in wanted) else EXIT_PREEMPTED
 
 
 def _job(case: runs.Case, text: texts.Text, sizes: runs.Sizes, results: Path) -> jobs.Job:
@@ -138,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.action(options)
     except HeronError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study_memory.runs import MODELS, WITH_MEMORY, Case
+from benchmarks.study_memory.texts import DESCRIBED
 from heron.errors import DataError
 from heron.files import new_file, write_text
 from heron.report import compare
@@ -27,9 +28,9 @@ def write(folders: Sequence[Path], out: Path) -> str:
     """
     found = gather(folders)
     texts = list(dict.fromkeys(case.text for case in found))
-    page = "\n\n".join(
-        _section(text, {case: run for case, run in found.items() if case.text == text}) for text in texts
-    )
+    parts = [path.read_text(encoding="utf-8").strip() for path in _described(folders)]
+    parts += [_section(text, {case: run for case, run in found.items() if case.text == text}) for text in texts]
+    page = "\n\n".join(parts)
     rows = [
         {**case._asdict(), **_job(run), **compare.figures(run), "steps": run.steps[-1]["step"]}
         for case, run in found.items()
@@ -109,6 +110,11 @@ def _section(text: str, found: dict[Case, compare.Run]) -> str:
         head = "| model | equal tokens | equal time |\n|---|---:|---:|"
         parts.append("\n".join(["What memory changes in the bits per byte, seed by seed:", "", head, *rows]))
     return "\n\n".join(parts)
+
+
+def _described(folders: Sequence[Path]) -> list[Path]:
+    """The first description of the texts; they were the same everywhere, but for the collected one."""
+    return [folder / DESCRIBED for folder in folders if (folder / DESCRIBED).exists()][:1]
 
 
 def _job(run: compare.Run) -> dict[str, Any]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from heron import tokenizer
 from heron.data.corpora import read_documents
 from heron.data.files import opened, suffix_of
-from heron.data.loader import training_text
+from heron.data.loader import load_corpus, training_text
 from heron.data.prepare import prepare as write_binidx
-from heron.data.recalled import Rules
+from heron.data.recalled import Rules, answers
 from heron.errors import DataError
 from heron.files import new_file, write_text
 from heron.tokenizer import learned
@@ -22,6 +25,8 @@ LEARNED_IDS = 512  # as the demo's vocabulary
 PROSE_BYTES = 450_000  # as much as the Python manual has
 SOURCES = {"python-docs": "builtin:python-docs", "python-stdlib": "builtin:python-stdlib"}
 VAL_FRACTION = {"python-docs": 0.1, "python-stdlib": 0.05, "prose": 0.1, "collected": 0.02}
+
+DESCRIBED = "texts.md"
 
 _SUFFIXES = {  # of sources and documentation
     ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".md", ".pl", ".pm", ".py", ".pyi", ".rst", ".sh", ".tex", ".txt",
@@ -66,6 +71,10 @@ def prepare(
         say(collect(collected, folder / "collected.jsonl", n_bytes))
         source = str(folder / "collected.jsonl")
         say(str(write_binidx([source], str(folder / "collected"), "world", overwrite=True, memory=Rules())))
+    if not (folder / DESCRIBED).exists():
+        table = described(prepared(folder))
+        write_text(folder / DESCRIBED, f"{table}\n")
+        say(table)
 
 
 def prepared(folder: Path) -> dict[str, Text]:
@@ -78,6 +87,24 @@ def prepared(folder: Path) -> dict[str, Text]:
     if (folder / "collected.idx").exists():
         found["collected"] = Text(str(folder / "collected"), "world", VAL_FRACTION["collected"])
     return found
+
+
+def described(texts: Mapping[str, Text]) -> str:
+    """A table in Markdown: how large each text is, and how often what is validated on repeats what stands before it."""
+    rows = [
+        "| text | tokens | validated on | in a match of 8 or more | predicted by the longest |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, text in texts.items():
+        known = tokenizer.load(text.tokenizer)
+        corpus = load_corpus(text.data, known, None, text.val_fraction, known.vocab_size)
+        assert corpus.val is not None
+        ids = np.concatenate([corpus.train, corpus.val])
+        longest = answers(ids, Rules(n_matches=1)).records[len(corpus.train) : -1, 0]
+        repeated = float((longest["length"] >= 8).mean())
+        right = float(((longest["length"] > 0) & (longest["id"] == corpus.val[1:])).mean())
+        rows.append(f"| {name} | {len(ids):,} | {len(corpus.val):,} | {repeated:.1%} | {right:.1%} |")
+    return "\n".join(rows)
 
 
 def collect(folders: Sequence[Path], out: Path, n_bytes: int) -> str:
