@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 from pathlib import Path
@@ -144,7 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
     except HeronError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_PREEMPTED))  # the runs are ended on the way out
     sys.exit(main())

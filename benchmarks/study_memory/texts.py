@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from heron import tokenizer
+from heron.data.binidx import open_binidx
 from heron.data.corpora import read_documents
 from heron.data.files import opened, suffix_of
 from heron.data.loader import load_corpus, training_text
 from heron.data.prepare import prepare as write_binidx
 from heron.data.recalled import Rules, answers
+from heron.data.recalled import read as read_recalled
 from heron.errors import DataError
 from heron.files import new_file, write_text
 from heron.tokenizer import learned
@@ -99,11 +101,15 @@ def described(texts: Mapping[str, Text]) -> str:
         known = tokenizer.load(text.tokenizer)
         corpus = load_corpus(text.data, known, None, text.val_fraction, known.vocab_size)
         assert corpus.val is not None
-        ids = np.concatenate([corpus.train, corpus.val])
-        longest = answers(ids, Rules(n_matches=1)).records[len(corpus.train) : -1, 0]
+        n_tokens = len(corpus.train) + len(corpus.val)
+        if corpus.kind == "binidx":
+            found = read_recalled(text.data, open_binidx(text.data).tokens, Rules())
+        else:
+            found = answers(np.concatenate([corpus.train, corpus.val]), Rules())
+        longest = found.records[len(corpus.train) : -1, 0]
         repeated = float((longest["length"] >= 8).mean())
         right = float(((longest["length"] > 0) & (longest["id"] == corpus.val[1:])).mean())
-        rows.append(f"| {name} | {len(ids):,} | {len(corpus.val):,} | {repeated:.1%} | {right:.1%} |")
+        rows.append(f"| {name} | {n_tokens:,} | {len(corpus.val):,} | {repeated:.1%} | {right:.1%} |")
     return "\n".join(rows)
 
 

@@ -21,7 +21,7 @@ MEAN_OF = 20  # the training loss is the mean of this many log records
 _MARK = "<!-- heron compare -->"  # at the head of a file of ours
 _NOT_LEARNED_FROM = {  # settings that change nothing in what a run learns
     "seed", "out", "resume", "threads", "num_workers", "save_every", "keep", "eval_every", "log_every", "max_hours",
-    "sample_every", "sample_prompt", "sample_tokens", "tensorboard", "wandb",
+    "sample_every", "sample_prompt", "sample_tokens", "tensorboard", "wandb", "finetune.show",
 }  # fmt: skip
 
 
@@ -217,11 +217,12 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     else:
         found["model"] = config.model
     for field in dataclasses.fields(config):
-        if field.name not in {*_NOT_LEARNED_FROM, "model", "finetune"}:
+        if field.name not in ("model", "finetune"):
             found[field.name] = getattr(config, field.name)
     if config.finetune is not None:
-        found |= {f"finetune.{name}": str(value) for name, value in dataclasses.asdict(config.finetune).items()}
-    return found
+        found |= {f"finetune.{name}": value for name, value in dataclasses.asdict(config.finetune).items()}
+    shaping = {name: value for name, value in found.items() if name not in _NOT_LEARNED_FROM}
+    return {name: str(value) if isinstance(value, (dict, list)) else value for name, value in shaping.items()}
 
 
 def _axis(at: str) -> str:

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from heron.config import ModelConfig, RosaConfig, TrainConfig
+from heron.config import FinetuneConfig, ModelConfig, RosaConfig, TrainConfig
 from heron.errors import ConfigError, DataError
 from heron.report import compare, plot
 
@@ -63,6 +63,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(made):
         (dict(model=dict(rosa=RosaConfig.preset("qkv-4bit", max_match=8))), dict(model=dict(rosa="qkv-1bit")),
          ["rosa qkv-4bit (max_match 8)", "rosa qkv-1bit"]),
         (dict(model=dict(rosa="qkv-1bit", memory="memory")), {}, ["rosa qkv-1bit and memory", "no rosa"]),
+        (dict(finetune=FinetuneConfig(epochs=2, show=3)), dict(finetune=FinetuneConfig(epochs=1)),
+         ["finetune.epochs 2", "finetune.epochs 1"]),
         (dict(weight_decay=0.0), {}, ["weight_decay 0.0", "weight_decay 0.1"]),
     ],
 )  # fmt: skip
