@@ -13,11 +13,11 @@ import numpy as np
 
 from heron.config import ROSA_PRESETS, ModelConfig, RosaConfig, TrainConfig
 from heron.errors import ConfigError, DataError
+from heron.report.console import MEAN_OF
 from heron.report.figures import mean, thousands
 from heron.report.log import log_path, read_log
 
 AT = ("end", "tokens", "time")
-MEAN_OF = 20  # the training loss is the mean of this many log records
 _MARK = "<!-- heron compare -->"  # at the head of a file of ours
 _NOT_LEARNED_FROM = {  # settings that change nothing in what a run learns
     "seed", "out", "resume", "threads", "num_workers", "save_every", "keep", "eval_every", "log_every", "max_hours",
@@ -146,7 +146,8 @@ def figures(run: Run, at: str = "end", limit: float = math.inf) -> dict[str, flo
     """The figures of a run when it was `limit` tokens or seconds old; NaN for what it has not.
 
     Between two validations, a figure is on the straight line from one to the other. `best` is the lowest up to there,
-    in bits per byte where the run has them. `tokens/s` is the median of the steps that were logged.
+    in bits per byte where the run has them. `loss` is a mean, as on the console; `tokens/s` is the median of the steps
+    that were logged.
     """
     axis = _axis(at)
     place = min(limit, run.end(at))
