@@ -37,12 +37,10 @@ def prepare(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     known = texts.prepared(options.texts)
     chosen = options.on or [name for name in known if name != runs.LARGE]
-    if missing := [name for name in chosen if name not in known]:
-        raise DataError(
-            f"{options.texts}: {', '.join(missing) or 'no text'} is not there; prepare makes it, or says why not"
-        )
     if not chosen:
         raise DataError(f"{options.texts}: holds no text of the study; type: prepare {options.texts}")
+    if missing := [name for name in chosen if name not in known]:
+        raise DataError(f"{options.texts}: {', '.join(missing)} is not there; prepare makes it, or says why not")
     if unknown := [name for name in options.models or [] if name not in runs.MODELS]:
         raise ConfigError(f"models: {', '.join(unknown)} unknown; there are {', '.join(runs.MODELS)}")
     sizes = runs.Sizes(**{field.name: vars(options)[field.name] for field in dataclasses.fields(runs.Sizes)})
@@ -51,11 +49,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them done before")
 
     def expected(job: jobs.Job) -> float:
-        text = job.name.partition("/")[0]
-        known = [
-            json.loads(path.read_text())["process_seconds"] for path in (options.results / text).glob("*/*/job.json")
-        ]
-        return MARGIN * max(known, default=options.expect)
+        ended = (options.results / job.name.partition("/")[0]).glob("*/*/job.json")
+        seconds = [json.loads(path.read_text(encoding="utf-8"))["process_seconds"] for path in ended]
+        return MARGIN * max(seconds, default=options.expect)
 
     work = [_job(case, known[case.text], sizes, options.results) for case in waiting]
     failed = jobs.run(work, options.jobs, 60 * options.minutes, expected, lambda line: print(line, flush=True))

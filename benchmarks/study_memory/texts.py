@@ -27,7 +27,6 @@ LEARNED_IDS = 512  # as the demo's vocabulary
 PROSE_BYTES = 450_000  # as much as the Python manual has
 SOURCES = {"python-docs": "builtin:python-docs", "python-stdlib": "builtin:python-stdlib"}
 VAL_FRACTION = {"python-docs": 0.1, "python-stdlib": 0.05, "prose": 0.1, "collected": 0.02}
-
 DESCRIBED = "texts.md"
 
 _SUFFIXES = {  # of sources and documentation
@@ -73,10 +72,9 @@ def prepare(
         say(collect(collected, folder / "collected.jsonl", n_bytes))
         source = str(folder / "collected.jsonl")
         say(str(write_binidx([source], str(folder / "collected"), "world", overwrite=True, memory=Rules())))
-    if not (folder / DESCRIBED).exists():
-        table = described(prepared(folder))
-        write_text(folder / DESCRIBED, f"{table}\n")
-        say(table)
+    table = described(prepared(folder))
+    write_text(folder / DESCRIBED, f"{table}\n")
+    say(table)
 
 
 def prepared(folder: Path) -> dict[str, Text]:
