@@ -141,8 +141,8 @@ class GraphedDecoder(StateDecoder):
         if self._before is not None:
             self._before.copy_(self._states)
         embedded = x = self._embed(self._ids) if self._found is None else self._embed(self._ids, self._found)
-        if self._found is not None and self._model.config.deep_embed == "low-rank":
-            embedded = self._model.embed(self._ids)  # the gate reads the token alone
+        if self._found is not None and self._model.config.reads_embedded:
+            embedded = self._model.embed(self._ids)  # the token alone
         tables, v_first = self._lookup(self._ids), None
         for layer, states, rows in zip(self._layers, self._states.layers, tables, strict=True):
             x, v_first = time_mix(self._pieces, layer, x, states, v_first)

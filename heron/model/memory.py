@@ -8,7 +8,7 @@ token that followed it and its length; 0 and 0 where there is none. docs/rosa.md
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,12 @@ _EXACT = 16  # lengths that have a row of their own; longer ones share one up to
 
 
 class RosaMemory(nn.Module):
-    """The parameters of ROSA memory. All start at 0, where the network computes what it does without."""
+    """The parameters of ROSA memory. All start at 0, where the network computes what it does without.
+
+    `compiled` stands in for what is written here where gradients are wanted; :mod:`heron.model.compiled` sets it.
+    """
+
+    compiled: Entries | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -35,21 +40,21 @@ class RosaMemory(nn.Module):
         self.length = nn.Parameter(torch.empty(K, n_rows, C))
         self.copy = nn.Parameter(torch.empty(K, n_rows))
 
-    def forward(self, recalled: Tensor, emb: nn.Module) -> Tensor:
-        """What is added to the tokens' rows of emb, (B, T, C)::
+    def forward(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """What the network begins with, (B, T, C)::
 
-        sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
+            emb(token)  +  sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
+
+        Args:
+            rows: (1 + K, B, T, C), rows of emb: of the tokens, then of what the k-th match predicted.
+            lengths: (B, T, K).
         """
-        ids, lengths = recalled.unbind(dim=-1)  # (B, T, K)
-        rows = emb(ids)
-        rows = (rows * (self.scale * (lengths > 0).unsqueeze(-1)).to(rows.dtype)).sum(dim=-2)
-        # A product, whose gradient is one: adding up rows by index would put all of a batch into a few sums.
-        return rows + self._chosen(lengths).flatten(-2) @ self.length.flatten(0, 1).to(rows.dtype)
+        return self._entries.begun(self, rows, lengths)
 
     def bonus(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
         """The ids (B, T, K) whose logits are raised, and by how much: ``copy[k, row of the length]``, else 0."""
         ids, lengths = recalled.unbind(dim=-1)
-        return ids, (self._chosen(lengths) * self.copy).sum(dim=-1)
+        return ids, self._entries.values(self, lengths)
 
     def add_to(self, logits: Tensor, recalled: Tensor) -> Tensor:
         """logits (B, T, V) with the bonus."""
@@ -61,12 +66,44 @@ class RosaMemory(nn.Module):
         ids, values = self.bonus(recalled)
         return logits.scatter_add_(-1, ids, values.to(logits.dtype))
 
+    @property
+    def _entries(self) -> Entries:
+        return WRITTEN if self.compiled is None or not torch.is_grad_enabled() else self.compiled
+
+    def _begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        tokens, predicted = rows.split([1, len(rows) - 1])
+        scale = self.scale.view(len(predicted), *(1,) * (predicted.dim() - 2), -1)
+        scale = scale * (lengths.movedim(-1, 0) > 0).unsqueeze(-1)
+        added = (predicted * scale.to(rows.dtype)).sum(dim=0)
+        # A product, whose gradient is one: adding up rows by index would put all of a batch into a few sums.
+        added = added + self._chosen(lengths).flatten(-2) @ self.length.flatten(0, 1).to(rows.dtype)
+        return tokens.squeeze(0) + added.to(rows.dtype)
+
+    def _values(self, lengths: Tensor) -> Tensor:
+        return (self._chosen(lengths) * self.copy).sum(dim=-1)
+
     def _chosen(self, lengths: Tensor) -> Tensor:
         """(..., K, rows): 1 at the row that each of lengths (..., K) has in the tables, none for no match, else 0."""
-        powers = (lengths.clamp(min=_EXACT) / _EXACT).log2().ceil().long()
-        rows = lengths.clamp(max=_EXACT) + powers
-        numbers = torch.arange(1, self.copy.shape[1] + 1, device=lengths.device)
-        return (rows.unsqueeze(-1) == numbers).to(self.copy.dtype)
+        numbers = torch.arange(self.copy.shape[1] + 1, device=lengths.device)
+        largest = torch.where(numbers <= _EXACT, numbers, _EXACT << (numbers - _EXACT).clamp(min=0))
+        lengths = lengths.unsqueeze(-1)
+        return ((lengths > largest[:-1]) & (lengths <= largest[1:])).to(self.copy.dtype)
+
+
+class Entries(NamedTuple):
+    """What a memory computes at the input and at the output of the network, as written or compiled."""
+
+    begun: Callable[[RosaMemory, Tensor, Tensor], Tensor]
+    """As :meth:`RosaMemory.forward`."""
+    values: Callable[[RosaMemory, Tensor], Tensor]
+    """Lengths (..., K) -> what is added to the logits, (..., K)."""
+
+    def compiled(self, by: Callable[[Callable], Callable]) -> Entries:
+        """Both, each compiled by a function."""
+        return Entries(by(self.begun), by(self.values))
+
+
+WRITTEN = Entries(RosaMemory._begun, RosaMemory._values)
 
 
 def n_length_rows(max_match: int) -> int:
