@@ -40,15 +40,24 @@ class RosaMemory(nn.Module):
         self.length = nn.Parameter(torch.empty(K, n_rows, C))
         self.copy = nn.Parameter(torch.empty(K, n_rows))
 
-    def forward(self, rows: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, predicted: Tensor, lengths: Tensor) -> Tensor:
         """What the network begins with, (B, T, C)::
 
             emb(token)  +  sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
 
         Args:
-            rows: (1 + K, B, T, C), rows of emb: of the tokens, then of what the k-th match predicted.
+            tokens: (B, T, C), the rows of emb of the tokens.
+            predicted: (K, B, T, C), those of what the matches predicted.
             lengths: (B, T, K).
         """
+        scale = self.scale.view(len(predicted), *(1,) * (predicted.dim() - 2), -1)
+        scale = scale * (lengths.movedim(-1, 0) > 0).unsqueeze(-1)
+        added = (predicted * scale.to(predicted.dtype)).sum(dim=0)
+        added = added + _RowsOf.apply(self._numbers(lengths), self.length.to(predicted.dtype))
+        return tokens + added.to(tokens.dtype)
+
+    def begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """:meth:`forward` of (1 + K, B, T, C) rows, those of the tokens first."""
         return self._entries.begun(self, rows, lengths)
 
     def bonus(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,29 +81,56 @@ class RosaMemory(nn.Module):
 
     def _begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
         tokens, predicted = rows.split([1, len(rows) - 1])
-        scale = self.scale.view(len(predicted), *(1,) * (predicted.dim() - 2), -1)
-        scale = scale * (lengths.movedim(-1, 0) > 0).unsqueeze(-1)
-        added = (predicted * scale.to(rows.dtype)).sum(dim=0)
-        # A product, whose gradient is one: adding up rows by index would put all of a batch into a few sums.
-        added = added + self._chosen(lengths).flatten(-2) @ self.length.flatten(0, 1).to(rows.dtype)
-        return tokens.squeeze(0) + added.to(rows.dtype)
+        return self(tokens.squeeze(0), predicted, lengths)
 
     def _values(self, lengths: Tensor) -> Tensor:
-        return (self._chosen(lengths) * self.copy).sum(dim=-1)
+        return (_chosen(self._numbers(lengths), self.copy) * self.copy).sum(dim=-1)
 
-    def _chosen(self, lengths: Tensor) -> Tensor:
-        """(..., K, rows): 1 at the row that each of lengths (..., K) has in the tables, none for no match, else 0."""
-        numbers = torch.arange(self.copy.shape[1] + 1, device=lengths.device)
-        largest = torch.where(numbers <= _EXACT, numbers, _EXACT << (numbers - _EXACT).clamp(min=0))
-        lengths = lengths.unsqueeze(-1)
-        return ((lengths > largest[:-1]) & (lengths <= largest[1:])).to(self.copy.dtype)
+    def _numbers(self, lengths: Tensor) -> Tensor:
+        """The row that each of lengths (..., K) has in the tables, from 1 on; 0 for no match."""
+        n_rows = self.copy.shape[1]
+        numbers = lengths.clamp(max=min(n_rows, _EXACT))
+        for shared in range(n_rows - _EXACT):
+            numbers = numbers + (lengths > _EXACT << shared)
+        return numbers
+
+
+class _RowsOf(torch.autograd.Function):
+    """Rows (..., C) of tables (K, rows, C) by their numbers (..., K), from 1 on, summed over K; 0 takes none.
+
+    The gradient is a product: adding up rows by index would put all of a batch into a few sums.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(numbers: Tensor, tables: Tensor) -> Tensor:
+        K, n_rows, _ = tables.shape
+        place = (numbers - 1).clamp(min=0) + n_rows * torch.arange(K, device=numbers.device)
+        return (tables.flatten(0, 1)[place] * (numbers > 0).unsqueeze(-1)).sum(dim=-2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        numbers, tables = ctx.saved_tensors
+        d_tables = _chosen(numbers, tables).flatten(-2).flatten(0, -2).mT @ d.flatten(0, -2)
+        return None, d_tables.view(tables.shape)
+
+
+def _chosen(numbers: Tensor, tables: Tensor) -> Tensor:
+    """(..., K, rows): 1 at the row of tables (K, rows, ...) that each of numbers (..., K) has, else 0; 0 has none."""
+    of_rows = torch.arange(1, tables.shape[1] + 1, device=numbers.device)
+    return (numbers.unsqueeze(-1) == of_rows).to(tables.dtype)
 
 
 class Entries(NamedTuple):
     """What a memory computes at the input and at the output of the network, as written or compiled."""
 
     begun: Callable[[RosaMemory, Tensor, Tensor], Tensor]
-    """As :meth:`RosaMemory.forward`."""
+    """As :meth:`RosaMemory.begun`."""
     values: Callable[[RosaMemory, Tensor], Tensor]
     """Lengths (..., K) -> what is added to the logits, (..., K)."""
 

@@ -382,7 +382,11 @@ class RWKV(nn.Module):
 
         With what memory `recalled` (..., K, 2) it is added to the rows, which tables and attention do without.
         """
-        return self._first_norm(self._rows(tokens, recalled)[1])
+        rows = self.emb(tokens)
+        if self.memory is not None and recalled is not None:
+            predicted, lengths = recalled.unbind(dim=-1)
+            rows = self.memory(rows, self.emb(predicted.movedim(-1, 0)), lengths)
+        return self._first_norm(rows)
 
     def _rows(
         self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None
@@ -397,7 +401,7 @@ class RWKV(nn.Module):
             rows = self.emb(torch.cat((tokens.unsqueeze(0), predicted)))
         else:
             rows = torch.cat((embeddings.unsqueeze(0), self.emb(predicted).to(embeddings.dtype)))
-        return rows[0], self.memory(rows, lengths)
+        return rows[0], self.memory.begun(rows, lengths)
 
     def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
