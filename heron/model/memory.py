@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import ConfigError, DataError
 from heron.ops.rosa import TokenIndex, TokenStream
+from heron.ops.rosa.device_stream import DeviceStream
 
 MEMORY_BYTES = 12  # a token that is read; up to twice as much while the arrays have room to grow
 _EXACT = 16  # lengths that have a row of their own; longer ones share one up to each power of two
@@ -177,8 +178,6 @@ class Documents:
         if not len(tokens):
             raise ConfigError("documents: this index holds no tokens")
         self._index = TokenIndex(tokens, nodes, roots, max_match, index.end)
-        signed, self._mask = (torch.int16, 2**16 - 1) if tokens.itemsize == 2 else (torch.int32, 2**32 - 1)
-        self._tokens = tokens.view(signed)  # which PyTorch can index
         self._vocab_size = config.vocab_size
         self.n_before = max_match - 1  # tokens before those in question that are of use
 
@@ -198,8 +197,7 @@ class Documents:
         Raises:
             DataError: an id that the model does not know.
         """
-        src, length = self._index.find(tokens, n_last, n_found)
-        followers = torch.where(length > 0, self._tokens[src + 1].long() & self._mask, 0)
+        followers, length, src = self._index.recall(tokens, n_last, n_found)
         if (followers >= self._vocab_size).any():
             raise DataError(
                 f"documents: id {int(followers.max())} is in them, the model knows 0 to {self._vocab_size - 1}; build "
@@ -305,6 +303,11 @@ class Recollection:
             for predicted, length, src, is_theirs in zip(*found, origin, strict=True)
         ]  # fmt: skip
         return matches, Recollection._at_end_of(stream)
+
+    def on_device(self, rosa: RosaConfig, device: torch.device) -> DeviceStream:
+        """A copy of its stream on a CUDA device, which reads on there; KernelError as :class:`DeviceStream`."""
+        with self._going_on(rosa) as stream:
+            return DeviceStream(stream, device)
 
     @contextlib.contextmanager
     def _going_on(self, rosa: RosaConfig) -> Iterator[TokenStream]:

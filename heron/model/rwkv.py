@@ -388,9 +388,7 @@ class RWKV(nn.Module):
             rows = self.memory(rows, self.emb(predicted.movedim(-1, 0)), lengths)
         return self._first_norm(rows)
 
-    def _rows(
-        self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _rows(self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows (..., C) of emb for token ids (...), or `embeddings`; and these with what memory `recalled` adds."""
         if self.memory is None or recalled is None:
             rows = self.emb(tokens) if embeddings is None else embeddings
