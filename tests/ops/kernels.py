@@ -35,7 +35,7 @@ def check_that_none_spills(
 
     Args:
         folder: for temporary files.
-        kernels: their instances, as they are declared: ``copy<float>(float*, int)``; where one is no template, its name.
+        kernels: their instances, as they are declared: ``copy<float>(float*, int)``; of no template its name.
         includes: headers, beside those of bf16 and fp16.
         begin, end: the part of the source from the one up to the other is compiled.
         before: what that part needs, behind the headers.
