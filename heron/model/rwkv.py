@@ -394,7 +394,8 @@ class RWKV(nn.Module):
             rows = self.emb(tokens) if embeddings is None else embeddings
             return rows, rows
         predicted, lengths = recalled.unbind(dim=-1)
-        predicted = predicted.movedim(-1, 0)
+        # Where there is no match, the token's own row: a batch of gradients of one row would be added up one by one.
+        predicted = torch.where(lengths > 0, predicted, tokens.unsqueeze(-1)).movedim(-1, 0)
         if embeddings is None:  # one look-up: the gradients of all rows are then put together once
             rows = self.emb(torch.cat((tokens.unsqueeze(0), predicted)))
         else:
