@@ -31,15 +31,12 @@ class DeviceStream:
         self._is_ring = stream.window is not None
         ids, nodes, roots = (part.view(torch.int32) for part in stream.arrays())  # uint32 knows few operations
         self._n = stream.n_placed
-        self._ids, self._nodes = (self._with_room(part).to(device) for part in (ids, nodes))
+        n_places = len(ids) if self._is_ring else max(_LEAST_ROOM, 2 * len(ids))
+        self._ids = torch.empty(n_places, dtype=torch.int32, device=device)
+        self._nodes = torch.empty(n_places, 2, dtype=torch.int32, device=device)
         self._roots = roots.to(device)
-
-    def _with_room(self, part: Tensor) -> Tensor:
-        if self._is_ring:
-            return part
-        room = part.new_empty(max(_LEAST_ROOM, 2 * len(part)), *part.shape[1:])
-        room[: len(part)] = part
-        return room
+        self._ids[: len(ids)].copy_(ids)
+        self._nodes[: len(nodes)].copy_(nodes)
 
     @property
     def is_full(self) -> bool:
