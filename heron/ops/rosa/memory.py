@@ -390,7 +390,7 @@ def library() -> ctypes.CDLL:
     Raises:
         KernelError: it can't be built here, or what was built gives wrong answers.
     """
-    built = _build.load_c_library("rosa_memory", [CSRC / "memory.cpp"], depends=[TREES])
+    built = _build.load_c_library("rosa_memory", [CSRC / "memory.cpp"], (), [TREES])
     pointer, small, large, whole = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
     for name, result, *arguments in (
         ("stream_new", pointer, small, large, large, whole),
