@@ -206,6 +206,11 @@ class ModelConfig:
         return self.variant in ("v7b", "v8-hybrid")
 
     @property
+    def reads_embedded(self) -> bool:
+        """Whether something in a block reads the tokens as they came into the network, beside the residual stream."""
+        return self.has_attention or self.deep_embed == "low-rank"
+
+    @property
     def state_grows(self) -> bool:
         """Whether a model remembers more with each token (attention, ROSA), not only a state of one size."""
         return self.has_attention or self.rosa is not None

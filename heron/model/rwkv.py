@@ -316,7 +316,7 @@ class RWKV(nn.Module):
         n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None and self.config.state_grows:
             return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
-        rows = self.emb(tokens) if embeddings is None else embeddings
+        rows, begun = self._rows(tokens, recalled, embeddings)
         if state is None:
             zeros = State.zeros(self.config, n_seq, tokens.device, rows.dtype) if self.config.state_grows else None
             old, past = (None,) * len(self.blocks) if zeros is None else zeros.layers, zeros and zeros.tokens
@@ -328,11 +328,12 @@ class RWKV(nn.Module):
 
         ids = tokens if past is None else torch.cat((past, tokens), dim=1)
         in_context = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
-        context = Lookup(ids, self._first_norm(in_context))
-        if self.memory is None or recalled is None:
+        if begun is rows:
+            context = Lookup(ids, self._first_norm(in_context))
             x = context.last(tokens.shape[1]).embedded  # (B, T, C)
         else:  # tables and attention look tokens up, not what memory adds to them
-            x = self._first_norm(rows + self.memory(recalled, self.emb).to(rows.dtype))
+            x = self._first_norm(begun)
+            context = Lookup(ids, self._first_norm(in_context) if self.config.reads_embedded else x)
         branch: Any = None
         v_first, new = None, []
         for block, layer_state in zip(self.blocks, old, strict=True):
@@ -383,8 +384,23 @@ class RWKV(nn.Module):
         """
         rows = self.emb(tokens)
         if self.memory is not None and recalled is not None:
-            rows = rows + self.memory(recalled, self.emb).to(rows.dtype)
+            predicted, lengths = recalled.unbind(dim=-1)
+            rows = self.memory(rows, self.emb(predicted.movedim(-1, 0)), lengths)
         return self._first_norm(rows)
+
+    def _rows(self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows (..., C) of emb for token ids (...), or `embeddings`; and these with what memory `recalled` adds."""
+        if self.memory is None or recalled is None:
+            rows = self.emb(tokens) if embeddings is None else embeddings
+            return rows, rows
+        predicted, lengths = recalled.unbind(dim=-1)
+        # Where there is no match, the token's own row: a batch of gradients of one row would be added up one by one.
+        predicted = torch.where(lengths > 0, predicted, tokens.unsqueeze(-1)).movedim(-1, 0)
+        if embeddings is None:  # one look-up: the gradients of all rows are then put together once
+            rows = self.emb(torch.cat((tokens.unsqueeze(0), predicted)))
+        else:
+            rows = torch.cat((embeddings.unsqueeze(0), self.emb(predicted).to(embeddings.dtype)))
+        return rows[0], self.memory.begun(rows, lengths)
 
     def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]

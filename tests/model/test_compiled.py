@@ -51,9 +51,16 @@ def learner_of(model, device=CPU, **changes):
     return Learner(copy.deepcopy(model), heron.TrainConfig(**{**settings, **changes}), device)
 
 
-def batch(vocab_size=37, rows=2, tokens=T, seed=0):
-    ids = torch.randint(0, vocab_size, (rows, tokens + 1), generator=torch.Generator().manual_seed(seed))
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+def batch(vocab_size=37, rows=2, tokens=T, seed=0, n_matches=0):
+    """Tokens and targets, and where matches are wanted what might be recalled, nothing in a third of the places."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab_size, (rows, tokens + 1), generator=draw)
+    both = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    if not n_matches:
+        return both
+    lengths = torch.randint(-32, 65, (rows, tokens, n_matches), generator=draw).clamp(min=0)
+    predicted = torch.randint(0, vocab_size, lengths.shape, generator=draw) * (lengths > 0)
+    return *both, torch.stack((predicted, lengths), dim=-1)
 
 
 def trained(learner, n_steps, accumulate=1, batch_of=lambda n: batch(seed=n)):
@@ -85,7 +92,7 @@ def test_compiled_steps_are_the_written_ones_in_two_graphs(compiles, random_mode
     numbers, weights = trained(learner_of(model, **changes), 3, accumulate)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     plain_numbers, plain_weights = trained(learner_of(model, **changes, compile="off"), 3, accumulate)
-    assert graphs == 2  # layer 0, and all others
+    assert graphs == (4 if model.memory else 2)  # layer 0, and all others; where memory enters, and where it leaves
     tolerance = 1e-6 if changes.get("dtype") is None else 2e-2
     assert distance(numbers, plain_numbers) < tolerance
     for name, weight in plain_weights.items():
@@ -254,9 +261,10 @@ def test_gradients_that_are_added_up_in_place_are_not_recorded(compiles, random_
 # -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def model_of(variant, n_layer, n_embd, vocab_size=256):
+def model_of(variant, n_layer, n_embd, vocab_size=256, memory=None):
     torch.manual_seed(1)
-    return heron.RWKV(heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size))
+    sizes = dict(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size)
+    return heron.RWKV(heron.ModelConfig(variant=variant, memory=memory, **sizes))
 
 
 def text_of_this_repository():
@@ -284,10 +292,11 @@ def test_300_steps_on_a_gpu_end_where_plain_fp32_ends(variant):
     assert abs(ends[0] - ends[1]) < 0.01, ends
 
 
+@pytest.mark.parametrize("memory", [None, "memory"])
 @pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
-def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant):
+def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant, memory):
     """On an average over batches: of one, rounding may hit the compiled form twice as hard, or the other."""
-    model = model_of(variant, 3, 128)
+    model = model_of(variant, 3, 128, memory=memory)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -299,7 +308,7 @@ def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant
         gradients = {}
         for name, learner in learners.items():
             learner.optimizer.zero_grad()
-            learner.gradients([batch(256, rows=4, tokens=96, seed=seed)])
+            learner.gradients([batch(256, rows=4, tokens=96, seed=seed, n_matches=2 if memory else 0)])
             named = learner.network.named_parameters()
             gradients[name] = {leaf: p.grad.clone() for leaf, p in named if p.grad is not None}
         for name, of_leaf in errors.items():
@@ -317,13 +326,16 @@ def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant
         pytest.param("v7", dict(weights="fp32", dtype="fp32"), marks=needs_gpu),
         pytest.param("v8", {}, marks=needs_gpu),
         pytest.param("v8", dict(grad_checkpoint=True), marks=needs_gpu),
+        pytest.param("v8 memory", {}, marks=needs_gpu),
     ],
 )
 def test_a_replayed_pass_on_a_gpu_gives_the_same_bits(variant, changes):
-    def few_ids_then_many(n):  # rows of tables get more room
-        return batch(8 if n < 6 else 256, rows=4, tokens=96, seed=n)
+    variant, _, memory = variant.partition(" ")
 
-    model, changes = model_of(variant, 2, 128), dict(dtype="bf16") | changes
+    def few_ids_then_many(n):  # rows of tables get more room
+        return batch(8 if n < 6 else 256, rows=4, tokens=96, seed=n, n_matches=2 if memory else 0)
+
+    model, changes = model_of(variant, 2, 128, memory=memory or None), dict(dtype="bf16") | changes
     results = []
     for compiled in ("on", "graph"):
         learner = learner_of(model, GPU, compile=compiled, **changes)
