@@ -44,14 +44,21 @@ _library.define(
     f"wkv7_kernels_backward({_INPUTS}, Tensor? dy, Tensor? d_final, Tensor saved, Tensor transfer, Tensor? cu_seqlens, "
     "int n_states, bool tensor_cores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "wkv7s_span(Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, int segments, int segment_tokens, "
+    "Tensor(a!) transfer, Tensor(b!) local) -> ()"
+)
+_library.define(
+    "wkv7s_span_backward(Tensor r, Tensor w, Tensor a, Tensor b, Tensor dy, int segments, int segment_tokens, "
+    "Tensor(a!) local) -> ()"
+)
 _library.define(f"wkv7s_step({_INPUTS}, Tensor state, Tensor? cu_seqlens, Tensor(a!) y, Tensor(b!) final_state) -> ()")
 
 
 def wkv7_cuda(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`heron.ops.wkv7` by the kernels in csrc; KernelError as :meth:`FORM.require`."""
-    FORM.require(r.device, r.dtype, r.shape[-1])
+    """:func:`heron.ops.wkv7` by the kernels in csrc, which must have been built (:meth:`FORM.require`)."""
     return wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens)
 
 
@@ -334,3 +341,42 @@ def _step(
 @_step.register_fake
 def _(r, w, k, v, a, b, state, cu_seqlens):
     return r.new_empty(r.shape), state.new_empty(state.shape)
+
+
+def span_kernels(w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`heron.ops.wkv7_span` of each segment that a long sequence is cut into: (segments, B, H, N, N) each."""
+    _build_for(w)
+    B, _, H, N = w.shape
+    if not on_tensor_cores(w.dtype, N):
+        identity = torch.eye(N, device=w.device).repeat(B, H, 1, 1)
+        transfer = _forward(k, w, k, torch.zeros_like(v), a, b, identity, None, False, False)[1]
+        return transfer[None], _forward(k, w, k, v, a, b, torch.zeros_like(identity), None, False, False)[1][None]
+    plan = _plan(w, None, True)
+    transfer, local = w.new_empty(2, B * plan.segments, H, N, N, dtype=torch.float32)
+    inputs = [_aligned(x) for x in (w, k, v, a, b)]
+    torch.ops.heron.wkv7s_span(*inputs, plan.segments, plan.segment_tokens, transfer, local)
+    return _by_segment(transfer, B), _by_segment(local, B)
+
+
+def span_gradient_kernels(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
+    """:func:`heron.ops.wkv7_span_gradient` of each segment: (segments, B, H, N, N)."""
+    _build_for(w)
+    B, _, H, N = w.shape
+    if not on_tensor_cores(w.dtype, N):
+        zeros, state = torch.zeros_like(w), w.new_zeros(B, H, N, N, dtype=torch.float32)
+        _, _, saved, transfer = _forward(r, w, zeros, zeros, a, b, state, None, True, False)
+        return _backward(r, w, zeros, zeros, a, b, dy, None, saved, transfer, None, B, False)[-1][None]
+    plan = _plan(w, None, True)
+    local = w.new_empty(B * plan.segments, H, N, N, dtype=torch.float32)
+    inputs = [_aligned(x) for x in (r, w, a, b, dy)]
+    torch.ops.heron.wkv7s_span_backward(*inputs, plan.segments, plan.segment_tokens, local)
+    return _by_segment(local, B)
+
+
+def span_runs(w: Tensor) -> int:
+    """Into how many segments :func:`span_kernels` cuts."""
+    return _plan(w, None, True).segments if on_tensor_cores(w.dtype, w.shape[-1]) else 1
+
+
+def _by_segment(states: Tensor, n_rows: int) -> Tensor:
+    return states.unflatten(0, (n_rows, -1)).transpose(0, 1)

@@ -90,11 +90,24 @@ def _backward(*arguments: Tensor | int | None) -> None:
     _run("wkv7s_backward", problem(*inputs, cu_seqlens, **plan, **buffers))
 
 
+def _span(*arguments: Tensor | int) -> None:
+    w, k, v, a, b, segments, segment_tokens, transfer, local = arguments
+    plan = dict(tensor_cores=1, segments=segments, segment_tokens=segment_tokens)
+    _run("wkv7s_forward", problem(k, w, k, v, a, b, None, transfer=transfer, local=local, **plan))
+
+
+def _span_backward(*arguments: Tensor | int) -> None:
+    r, w, a, b, dy, segments, segment_tokens, local = arguments
+    plan = dict(tensor_cores=1, segments=segments, segment_tokens=segment_tokens)
+    _run("wkv7s_backward", problem(r, w, b, b, a, b, None, dy=dy, local=local, **plan))
+
+
 def _step(*arguments: Tensor | None) -> None:
     *inputs, state, cu_seqlens, y, final_state = arguments
     _run("wkv7s_step", problem(*inputs, cu_seqlens, state=state, y=y, final_state=final_state))
 
 
 _library = torch.library.Library("heron", "FRAGMENT")
-for _name, _kernel in (("forward", _forward), ("backward", _backward), ("step", _step)):
+_KERNELS = dict(forward=_forward, backward=_backward, span=_span, span_backward=_span_backward, step=_step)
+for _name, _kernel in _KERNELS.items():
     _library.impl(f"wkv7s_{_name}", _kernel, "CPU")

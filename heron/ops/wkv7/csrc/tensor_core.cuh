@@ -800,6 +800,7 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
 const char* run_forward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
   const char* error = nullptr;
+  if (p.y == nullptr) return launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
   if (p.segments > 1) {
     error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
     if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
@@ -810,6 +811,7 @@ const char* run_forward(const Wkv7sProblem& p, void* stream) {
 const char* run_backward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
   const char* error = nullptr;
+  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
   if (p.segments > 1) {
     error = launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
     if (!error) error = launch(pass_states<true>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);

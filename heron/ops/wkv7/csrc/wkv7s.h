@@ -21,12 +21,12 @@ struct Wkv7sProblem {
   const void* cu_seqlens;  // (sequences + 1,) or null
   const float* state;      // (sequences, H, N, N)
   const float* d_final;    // (sequences, H, N, N) or null
-  void* y;                 // (B, T, H, N)
+  void* y;                 // (B, T, H, N), or null: the forward gives transfer and local alone
   float* final_state;      // (sequences, H, N, N)
   void* saved;             // the state before each chunk (slots, H, N, N), or null: no backward will come
-  void *dr, *dw, *dk, *dv, *da, *db;  // (B, T, H, N)
+  void *dr, *dw, *dk, *dv, *da, *db;  // (B, T, H, N), or null: the backward gives local alone
   float* d_state;                     // (sequences, H, N, N)
-  // With segments > 1, each (B * segments, H, N, N). Over a segment, S_out = S_in P + C.
+  // With segments > 1, or where nothing else is wanted: (B * segments, H, N, N). Over a segment, S_out = S_in P + C.
   float* transfer;  // P: written by the forward, read by the backward
   float* local;     // C, or the gradient of S_in as far as it comes from the segment's own y
   float* edges;     // S_in, or the gradient of S_out

@@ -72,6 +72,23 @@ void backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v
   run(wkv7s_backward, p);
 }
 
+void span(const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b, int64_t segments,
+          int64_t segment_tokens, const Tensor& transfer, const Tensor& local) {
+  const c10::cuda::CUDAGuard guard(w.device());
+  Wkv7sProblem p = problem(k, w, k, v, a, b, std::nullopt, true, segments, segment_tokens);
+  p.transfer = pointer<float>(transfer), p.local = pointer<float>(local);
+  run(wkv7s_forward, p);
+}
+
+void span_backward(const Tensor& r, const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& dy, int64_t segments,
+                   int64_t segment_tokens, const Tensor& local) {
+  const c10::cuda::CUDAGuard guard(r.device());
+  Wkv7sProblem p = problem(r, w, b, b, a, b, std::nullopt, true, segments, segment_tokens);
+  p.inputs[kDy] = input(dy);
+  p.local = pointer<float>(local);
+  run(wkv7s_backward, p);
+}
+
 void step(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
           const Tensor& state, const Optional& cu_seqlens, const Tensor& y, const Tensor& final_state) {
   const c10::cuda::CUDAGuard guard(r.device());
@@ -85,5 +102,7 @@ void step(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, co
 TORCH_LIBRARY_IMPL(heron, CUDA, library) {
   library.impl("wkv7s_forward", &forward);
   library.impl("wkv7s_backward", &backward);
+  library.impl("wkv7s_span", &span);
+  library.impl("wkv7s_span_backward", &span_backward);
   library.impl("wkv7s_step", &step);
 }

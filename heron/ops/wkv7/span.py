@@ -1,0 +1,165 @@
+"""WKV7 over a span of a text that several processes share (:mod:`heron.ops.spans`). README.md has the algebra.
+
+Over a span S_out = S_in P + C: `transfer` is P, `local` is C. Backward, dS_in = dS_out P^T + D: `local` is then D. Each span
+runs the recurrence as ever, from its true first state and with the true gradient of its last one; what is here finds
+these two, each with one gather.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heron.ops import spans
+from heron.ops.wkv7 import cuda
+from heron.ops.wkv7.chunked import span_chunked, span_gradient_chunked
+from heron.ops.wkv7.reference import span_gradient_reference, span_reference
+
+# Both give a map for each of several runs of tokens, one after another: (n, B, H, N, N).
+MAPS = {
+    "reference": lambda *inputs: [x[None] for x in span_reference(*inputs)],
+    "chunked": lambda *inputs: [x[None] for x in span_chunked(*inputs)],
+    "cuda": cuda.span_kernels,
+}
+GRADIENTS = {
+    "reference": lambda *inputs: span_gradient_reference(*inputs)[None],
+    "chunked": lambda *inputs: span_gradient_chunked(*inputs)[None],
+    "cuda": cuda.span_gradient_kernels,
+}
+
+
+def composed(transfer: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """The maps S -> S transfer + local, (n, ..., N, N) each, one after another as one (..., N, N)."""
+    while len(transfer) > 1:
+        even = len(transfer) // 2 * 2
+        first, second = (slice(i, even, 2) for i in (0, 1))
+        together = transfer[first] @ transfer[second]
+        moved = local[first] @ transfer[second] + local[second]
+        transfer, local = torch.cat((together, transfer[even:])), torch.cat((moved, local[even:]))
+    return transfer[0], local[0]
+
+
+def composed_backwards(transfer: Tensor, local: Tensor) -> Tensor:
+    """The gradient before several runs of tokens that have `local` of their own, (n, ..., N, N), and none after them."""
+    return composed(transfer.mT.flip(0), local.flip(0))[1]
+
+
+class _Enter(torch.autograd.Function):
+    """The state before a span. Neither `transfer` nor `local` needs a gradient: the span's own backward has it all."""
+
+    @staticmethod
+    def forward(ctx, impl, span, w, k, v, a, b, state):
+        ctx.span, ctx.shape = span, w.shape
+        initial, *kept = torch.ops.heron.wkv7_enter(w, k, v, a, b, state, impl, *span)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        return initial, *kept
+
+    @staticmethod
+    def backward(ctx, d_initial, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (*(None,) * 7, None if d_initial is None else of_given(d_initial, ctx.span, ctx.shape))
+
+
+class _Leave(torch.autograd.Function):
+    """Hands on y and the final state of a span, whose gradient is that of the spans behind it, too."""
+
+    @staticmethod
+    def forward(ctx, impl, span, y, final, own, transfers, *inputs):
+        ctx.impl, ctx.span = impl, span
+        ctx.save_for_backward(own, transfers, final, *inputs)
+        ctx.set_materialize_grads(False)
+        return y.view_as(y), final.view_as(final)
+
+    @staticmethod
+    def backward(ctx, dy, d_final):  # pyright: ignore[reportIncompatibleMethodOverride]
+        own, transfers, final, *inputs = ctx.saved_tensors
+        d_y = torch.zeros_like(inputs[0]) if dy is None else dy
+        d_final = torch.zeros_like(final) if d_final is None else d_final
+        d_final = torch.ops.heron.wkv7_leave(*inputs, d_y, d_final, own, transfers, ctx.impl, *ctx.span)
+        return (None, None, dy, d_final, *(None,) * 9)
+
+
+enter, leave = _Enter.apply, _Leave.apply
+
+
+def of_given(d_initial: Tensor, span: spans.Span, shape: torch.Size) -> Tensor:
+    """Of the gradient of a span's first states that of those it was given: none for those that came from another."""
+    if not spans.ends(spans.CHAINS[span.chain], span.edges, shape[1]).continues:
+        return d_initial
+    d_initial = d_initial.clone()
+    d_initial[: shape[0]] = 0
+    return d_initial
+
+
+@torch.library.custom_op("heron::wkv7_enter", mutates_args=())
+def _enter(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    impl: str,
+    chain: str,
+    edges: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before the span's sequences, and for the backward the transfers: of its own runs, of all spans."""
+    (B, T), mine = w.shape[:2], spans.CHAINS[chain]
+    ends = spans.ends(mine, edges, T)
+    own, locals_ = MAPS[impl](*(x[:, ends.last_begin :] for x in (w, k, v, a, b)))
+    transfer, local = composed(own, locals_)
+    if not (ends.continues and ends.whole):  # the last sequence begins here, with a state that is known
+        local = local + state[-B:] @ transfer
+        transfer = torch.zeros_like(transfer)
+    transfers, locals_ = mine.gather(torch.stack((transfer, local))).unbind(1)
+    initial = state.clone()
+    if ends.continues:
+        initial[:B] = composed(transfers[: mine.index], locals_[: mine.index])[1]
+    return initial, own.clone() if edges is None else own.new_empty(0), transfers.clone()
+
+
+@_enter.register_fake
+def _(w, k, v, a, b, state, impl, chain, edges):
+    runs = cuda.span_runs(w) if impl == "cuda" else 1
+    square = (w.shape[0], *state.shape[1:])
+    own = state.new_empty(runs, *square) if edges is None else state.new_empty(0)
+    return state.new_empty(state.shape), own, state.new_empty(spans.CHAINS[chain].size, *square)
+
+
+@torch.library.custom_op("heron::wkv7_leave", mutates_args=())
+def _leave(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dy: Tensor,
+    d_final: Tensor,
+    own: Tensor,
+    transfers: Tensor,
+    impl: str,
+    chain: str,
+    edges: Tensor | None,
+) -> Tensor:
+    """The gradient of the last states, that of the spans behind included."""
+    (B, T), mine = w.shape[:2], spans.CHAINS[chain]
+    ends = spans.ends(mine, edges, T)
+    handed_back = torch.zeros_like(d_final[:B])
+    if ends.continues:
+        first = [x[:, : ends.first_end] for x in (r, w, k, v, a, b, dy)]
+        if edges is not None:
+            own, _ = MAPS[impl](*first[1:6])
+        r_, w_, _, _, a_, b_, dy_ = first
+        local = GRADIENTS[impl](r_, w_, a_, b_, dy_)
+        handed_back = composed_backwards(own, torch.cat((local[:-1], local[-1:] + d_final[:B] @ own[-1].mT)))
+    everyone = mine.gather(handed_back)
+    d_final = d_final.clone()
+    if mine.index + 1 < mine.size:
+        d_final[-B:] += composed_backwards(transfers[mine.index + 1 :], everyone[mine.index + 1 :])
+    return d_final
+
+
+@_leave.register_fake
+def _(r, w, k, v, a, b, dy, d_final, own, transfers, impl, chain, edges):
+    return d_final.new_empty(d_final.shape)
