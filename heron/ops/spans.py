@@ -27,8 +27,9 @@ class Span(NamedTuple):
     """The tokens of a call as a span of a longer text. Every holder of a span makes the same calls in the same order.
 
     Without `edges` each of the B rows of a call is a part of a text of its own, which goes on in the spans after it.
-    With `edges`, (3,) int64 on the CPU, B is 1 and the tokens are packed sequences. The numbers say whether the first
-    one began in a span before (1, else 0), the token at which it ends, and the token at which the last one begins.
+    With `edges`, (4,) int64 on the CPU, B is 1 and the tokens are packed sequences. The numbers say whether the first
+    one began in a span before (1, else 0), the token at which it ends, the token at which the last one begins, and
+    which one that is, from 0. Empty sequences may come after it.
     """
 
     chain: str  # its name among CHAINS: operators of PyTorch take strings
@@ -44,6 +45,7 @@ class Ends(NamedTuple):
     continues: bool  # whether its first sequence began before it
     first_end: int  # the token at which that one ends, T where it goes on
     last_begin: int  # the token at which the last sequence begins
+    last: int = 0  # the number of that one
 
     @property
     def whole(self) -> bool:
@@ -55,8 +57,8 @@ def ends(chain: Chain, edges: Tensor | None, n_tokens: int) -> Ends:
     """The ends of the chain's own span."""
     if edges is None:
         return Ends(chain.index > 0, n_tokens, 0)
-    continues, first_end, last_begin = edges.tolist()
-    return Ends(bool(continues), first_end, last_begin)
+    continues, *others = edges.tolist()
+    return Ends(bool(continues), *others)
 
 
 def last_before(span: Span, latest: Tensor, last: Tensor | None, n_seq: int) -> Tensor:

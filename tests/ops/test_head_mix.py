@@ -338,7 +338,7 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
     model.zero_grad()
     monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "emulated"))
     calls = []
-    monkeypatch.setitem(_FORMS, "cuda", lambda *a: (calls.append(a), cuda.head_mix_cuda(*a))[1])
+    monkeypatch.setitem(_FORMS, "cuda", lambda *a, **b: (calls.append(a), cuda.head_mix_cuda(*a, **b))[1])
     model.loss(tokens, targets).backward()
     assert len(calls) == 3  # layers
     got = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}

@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 import torch
 
-from heron.ops import spans, wkv7, wkv7_span, wkv7_span_gradient
-from heron.ops.spans import Chain, Span
+from heron.ops import wkv7, wkv7_span, wkv7_span_gradient
+from heron.ops.spans import Span
 from heron.ops.wkv7.span import composed
+from tests.ops.spans_on_threads import on_threads
 from tests.ops.test_wkv7 import NAMES, errors, problem, run
 
 CUTS = [(0, 20, 40), (0, 1, 40), (0, 39, 40), (0, 7, 24, 25, 40)]
-
-
-class Threads:
-    """Chains whose holders are threads of this process."""
-
-    def __init__(self, size: int):
-        self.size, self._barrier, self._shared = size, threading.Barrier(size, timeout=60), [None] * size
-
-    def chain(self, index: int) -> Chain:
-        def gather(x: torch.Tensor) -> torch.Tensor:
-            self._shared[index] = x.detach().clone()
-            self._barrier.wait()
-            everyone = torch.stack(self._shared)
-            self._barrier.wait()
-            return everyone
-
-        return Chain(index, self.size, gather)
-
-    def run(self, job) -> list:
-        """What `job` gives for each index and the name of its chain."""
-        names = [f"thread {i}" for i in range(self.size)]
-        spans.CHAINS.update({name: self.chain(i) for i, name in enumerate(names)})
-        try:
-            with ThreadPoolExecutor(self.size) as pool:
-                return list(pool.map(job, range(self.size), names))
-        finally:
-            for name in names:
-                del spans.CHAINS[name]
 
 
 def edges_of(offsets: list[int], begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Span.edges and cu_seqlens of tokens `begin` to `end` of packed sequences, cut by hand."""
     inside = [offset - begin for offset in offsets if begin < offset < end]
     local = [0, *inside, end - begin]
-    return torch.tensor([begin not in offsets, local[1], local[-2]]), torch.tensor(local)
+    return torch.tensor([begin not in offsets, local[1], local[-2], len(inside)]), torch.tensor(local)
 
 
 def in_spans(inputs, gradients, cuts, impl, dtype=torch.float64, offsets=None):
@@ -74,7 +45,7 @@ def in_spans(inputs, gradients, cuts, impl, dtype=torch.float64, offsets=None):
         grads = torch.autograd.grad((y, final), (*mine, before), (dy[:, begin:end], of_final))
         return y.detach(), final.detach(), (first, last), grads
 
-    done = Threads(len(stretches)).run(job)
+    done = on_threads(len(stretches), job)
     final, d_state = torch.zeros_like(state), torch.zeros_like(state)
     for _, of_span, (first, last), grads in done:
         final[first:last] = of_span  # the span in which a sequence ends comes last

@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from heron.ops import _build, _choice
 from heron.ops.head_step.reference import HeadInputs, HeadWeights
+from heron.ops.spans import Span
 from heron.ops.wkv7 import cuda as wkv7_cuda
 from heron.ops.wkv7 import initial_state
+from heron.ops.wkv7.span import of_given
 
 SOURCE = Path(__file__).parent / "csrc" / "head_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,15 +35,19 @@ for _schema in (
     "head_mix_before_backward(Tensor[] inputs, Tensor[] weights, Tensor of_heads, int head_size)",
     "head_mix_kernels(Tensor r, Tensor w, Tensor k, Tensor v, Tensor iclr, Tensor gate, Tensor? value, Tensor? v_first,"
     " Tensor w0, Tensor a0, Tensor k_k, Tensor k_a, Tensor r_k, Tensor norm_weight, Tensor norm_bias, float eps,"
-    " Tensor? v0, Tensor state, Tensor? cu_seqlens, bool save)",
+    " Tensor? v0, Tensor state, Tensor? cu_seqlens, str? chain, Tensor? edges, bool save)",
     "head_mix_kernels_backward(Tensor d_y, Tensor? d_final, Tensor[] inputs, Tensor[] weights, Tensor[] kept,"
-    " Tensor? cu_seqlens, int n_states, float eps)",
+    " Tensor? cu_seqlens, str? chain, Tensor? edges, int n_states, float eps)",
 ):
     _library.define(f"{_schema} -> Tensor[]")
 
 
 def head_mix_cuda(
-    inputs: HeadInputs, weights: HeadWeights, state: Tensor | None, cu_seqlens: Tensor | None
+    inputs: HeadInputs,
+    weights: HeadWeights,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    span: Span | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.head_mix`; the kernels must have been built (:meth:`FORM.require`)."""
     B, T, _ = inputs.r.shape
@@ -52,7 +58,9 @@ def head_mix_cuda(
     of_channels[HeadWeights._fields.index("r_k")] = weights.r_k.contiguous()
     given = [x for x in (*tensors, *of_channels, state) if isinstance(x, Tensor)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    y, final, *_ = torch.ops.heron.head_mix_kernels(*tensors, *of_channels, state, cu_seqlens, save)
+    y, final, *_ = torch.ops.heron.head_mix_kernels(
+        *tensors, *of_channels, state, cu_seqlens, *(span or (None, None)), save
+    )  # fmt: skip
     return y, final
 
 
@@ -91,9 +99,14 @@ def _forward(
     v0: Tensor | None,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    chain: str | None,
+    edges: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
-    """y, the final state, and to `save` what WKV7 gave, its inputs but r (v last, where it is not v) and its states."""
+    """y, the final state, and to `save` what WKV7 gave, its inputs but r, and its states.
+
+    Then, where it is not v, the v that WKV7 took, and of a span what :func:`heron.ops.wkv7.span.enter` keeps.
+    """
     B, T, _ = r.shape
     head_size = r_k.shape[1]
     of_first = [[], []] if v_first is None else [[v, value, v_first], [v0]]
@@ -102,6 +115,9 @@ def _forward(
     )
     v = mixed[0] if mixed else v
     recurrent = [x.view(B, T, *r_k.shape) for x in (r, decay_logits, k, v, a, b)]
+    of_span = []
+    if chain is not None:
+        state, *of_span = torch.ops.heron.wkv7_enter(*recurrent[1:], state, "cuda", chain, edges)
     if T <= wkv7_cuda.STEP_TOKENS and not save:
         wkv, final = torch.ops.heron.wkv7_kernels_step(*recurrent, state, cu_seqlens)
         kept = []
@@ -111,7 +127,7 @@ def _forward(
         )
     after = [wkv, r, k, v, gate], [r_k, norm_weight, norm_bias]
     (y,) = torch.ops.heron.head_mix_after(*after, head_size, eps)
-    return [y, final, *([wkv, decay_logits, k, a, b, *kept, *mixed] if save else [])]
+    return [y, final, *([wkv, decay_logits, k, a, b, *kept, *mixed, *of_span] if save else [])]
 
 
 def _backward(
@@ -121,23 +137,33 @@ def _backward(
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
     cu_seqlens: Tensor | None,
+    chain: str | None,
+    edges: Tensor | None,
     n_states: int,
     eps: float,
 ) -> list[Tensor]:
     """The gradients of _forward's tensors in its order, but those of value, v_first and v0 last, if at all."""
     r, k, v, iclr, gate, *of_first = inputs
     a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
-    wkv, decay_logits, wkv_k, a, b, saved, transfer, *mixed = kept
-    wkv_v = mixed[0] if mixed else v
+    wkv, decay_logits, wkv_k, a, b, saved, transfer, *others = kept
+    wkv_v = others.pop(0) if of_first else v
     head_size = r_k.shape[1]
     d_wkv, d_gate, d_r_k, d_norm_weight, d_norm_bias, of_heads = torch.ops.heron.head_mix_after_backward(
         [wkv, r, wkv_k, wkv_v, gate, d_y], [r_k, norm_weight, norm_bias], head_size, eps
     )
+    recurrent = [x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)]
+    d_wkv = d_wkv.view(wkv.shape)
+    if chain is not None:
+        if d_final is None:
+            H, N = r_k.shape
+            d_final = wkv.new_zeros(n_states, H, N, N, dtype=torch.float32)
+        d_final = torch.ops.heron.wkv7_leave(*recurrent, d_wkv, d_final, *others, "cuda", chain, edges)
     *d_recurrent, d_state = torch.ops.heron.wkv7_kernels_backward(
-        *(x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)),
-        *(d_wkv.view(wkv.shape), d_final, saved, transfer, cu_seqlens),
+        *(*recurrent, d_wkv, d_final, saved, transfer, cu_seqlens),
         *(n_states, wkv7_cuda.on_tensor_cores(r.dtype, head_size)),
     )
+    if chain is not None:
+        d_state = of_given(d_state, *r.shape[:2], chain, edges)
     d_r, d_w, d_k, d_v, d_a, d_b = (x.view(r.shape) for x in d_recurrent)
     of_values = [v, *of_first] if of_first else []
     d_r, d_k, d_iclr, d_v, *rest = torch.ops.heron.head_mix_before_backward(
@@ -155,10 +181,10 @@ class _Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         r, _, *inputs = arguments[:8]
-        _, *weights, ctx.eps, v0, state, cu_seqlens, _ = arguments[8:]
+        _, *weights, ctx.eps, v0, state, cu_seqlens, ctx.chain, edges, _ = arguments[8:]
         y, final, *kept = _below_autograd(*arguments)
         ctx.mixes, ctx.n_states = v0 is not None, state.shape[0]
-        ctx.save_for_backward(r, *inputs, *weights, v0, cu_seqlens, *kept)
+        ctx.save_for_backward(r, *inputs, *weights, v0, cu_seqlens, edges, *kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
         return y, final, *kept
@@ -167,16 +193,16 @@ class _Kernels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y, d_final, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         tensors = ctx.saved_tensors  # which checkpointing gives only once
-        inputs, weights, cu_seqlens, kept = tensors[:7], tensors[7:14], tensors[14], tensors[15:]
+        inputs, weights, (cu_seqlens, edges), kept = tensors[:7], tensors[7:14], tensors[14:16], tensors[16:]
         if not ctx.mixes:
             inputs, weights = inputs[:5], weights[:6]
         d_y = torch.zeros_like(inputs[0]) if d_y is None else d_y.contiguous()
         gradients = torch.ops.heron.head_mix_kernels_backward(
-            d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.n_states, ctx.eps
+            d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.chain, edges, ctx.n_states, ctx.eps
         )
         of_inputs, of_weights, d_state = gradients[:6], gradients[6:13], gradients[13]
         *of_first, d_v0 = gradients[14:] if ctx.mixes else (None, None, None)
-        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None, None)
+        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None, None, None, None)
 
 
 def _below_autograd(*arguments):

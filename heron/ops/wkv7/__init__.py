@@ -79,6 +79,8 @@ def wkv7(
     initial = initial_state(r, n_seq, state)
     form = _FORMS[impl]
     if span is not None:
+        if impl == "cuda":
+            cuda.FORM.require(r.device, r.dtype, r.shape[-1])
         initial, own, transfers = spanned.enter(impl, span, w, k, v, a, b, initial)
         y, final = _run(form, impl, (r, w, k, v, a, b), initial, cu_seqlens)
         return spanned.leave(impl, span, y, final, own, transfers, r, w, k, v, a, b)
@@ -102,6 +104,8 @@ def wkv7_span(w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, impl: str =
         KernelError: as :func:`wkv7`.
     """
     impl = _checked("wkv7_span", dict(w=w, k=k, v=v, a=a, b=b), impl)
+    if impl == "cuda":
+        cuda.FORM.require(w.device, w.dtype, w.shape[-1])
     with torch.no_grad():
         return spanned.composed(*spanned.MAPS[impl](w, k, v, a, b))
 
@@ -121,6 +125,8 @@ def wkv7_span_gradient(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor, i
         KernelError: as :func:`wkv7`.
     """
     impl = _checked("wkv7_span_gradient", dict(r=r, w=w, a=a, b=b, dy=dy), impl)
+    if impl == "cuda":
+        cuda.FORM.require(r.device, r.dtype, r.shape[-1])
     with torch.no_grad():
         local = spanned.GRADIENTS[impl](r, w, a, b, dy)
         if len(local) == 1:
@@ -157,7 +163,7 @@ def _sequence_by_sequence(
 
 
 def _checked(op: str, inputs: dict[str, Tensor], impl: str) -> str:
-    """The form that `impl` names for these inputs; KernelError where they do not fit together or it can't run."""
+    """The form that `impl` names for these inputs; KernelError where they do not fit together or it is none."""
     (first, x), *others = inputs.items()
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise KernelError(f"{op}: {first} must be (B, T, H, N) with T >= 1, got {tuple(x.shape)}")
@@ -172,8 +178,6 @@ def _checked(op: str, inputs: dict[str, Tensor], impl: str) -> str:
     if impl == "auto":
         impl = wkv7_choice(x.device, x.shape[1], x.dtype, x.shape[-1]).impl
     _choice.form_of(op, impl, _FORMS)
-    if impl == "cuda":
-        cuda.FORM.require(x.device, x.dtype, x.shape[-1])
     return impl
 
 

@@ -58,7 +58,8 @@ _library.define(f"wkv7s_step({_INPUTS}, Tensor state, Tensor? cu_seqlens, Tensor
 def wkv7_cuda(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`heron.ops.wkv7` by the kernels in csrc, which must have been built (:meth:`FORM.require`)."""
+    """:func:`heron.ops.wkv7` by the kernels in csrc; KernelError as :meth:`FORM.require`."""
+    FORM.require(r.device, r.dtype, r.shape[-1])
     return wkv7_kernels(r, w, k, v, a, b, state, cu_seqlens)
 
 

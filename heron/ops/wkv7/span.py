@@ -57,7 +57,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_initial, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (*(None,) * 7, None if d_initial is None else of_given(d_initial, ctx.span, ctx.shape))
+        return (*(None,) * 7, None if d_initial is None else of_given(d_initial, *ctx.shape[:2], *ctx.span))
 
 
 class _Leave(torch.autograd.Function):
@@ -82,15 +82,6 @@ class _Leave(torch.autograd.Function):
 enter, leave = _Enter.apply, _Leave.apply
 
 
-def of_given(d_initial: Tensor, span: spans.Span, shape: torch.Size) -> Tensor:
-    """Of the gradient of a span's first states that of those it was given: none for those that came from another."""
-    if not spans.ends(spans.CHAINS[span.chain], span.edges, shape[1]).continues:
-        return d_initial
-    d_initial = d_initial.clone()
-    d_initial[: shape[0]] = 0
-    return d_initial
-
-
 @torch.library.custom_op("heron::wkv7_enter", mutates_args=())
 def _enter(
     w: Tensor,
@@ -109,7 +100,7 @@ def _enter(
     own, locals_ = MAPS[impl](*(x[:, ends.last_begin :] for x in (w, k, v, a, b)))
     transfer, local = composed(own, locals_)
     if not (ends.continues and ends.whole):  # the last sequence begins here, with a state that is known
-        local = local + state[-B:] @ transfer
+        local = local + state[ends.last : ends.last + B] @ transfer
         transfer = torch.zeros_like(transfer)
     transfers, locals_ = mine.gather(torch.stack((transfer, local))).unbind(1)
     initial = state.clone()
@@ -156,10 +147,24 @@ def _leave(
     everyone = mine.gather(handed_back)
     d_final = d_final.clone()
     if mine.index + 1 < mine.size:
-        d_final[-B:] += composed_backwards(transfers[mine.index + 1 :], everyone[mine.index + 1 :])
+        d_final[ends.last : ends.last + B] += composed_backwards(transfers[mine.index + 1 :], everyone[mine.index + 1 :])
     return d_final
 
 
 @_leave.register_fake
 def _(r, w, k, v, a, b, dy, d_final, own, transfers, impl, chain, edges):
     return d_final.new_empty(d_final.shape)
+
+
+@torch.library.custom_op("heron::wkv7_of_given", mutates_args=())
+def of_given(d_initial: Tensor, n_rows: int, n_tokens: int, chain: str, edges: Tensor | None) -> Tensor:
+    """Of the gradient of a span's first states that of those it was given: none for those that came from another."""
+    d_initial = d_initial.clone()
+    if spans.ends(spans.CHAINS[chain], edges, n_tokens).continues:
+        d_initial[:n_rows] = 0
+    return d_initial
+
+
+@of_given.register_fake
+def _(d_initial, n_rows, n_tokens, chain, edges):
+    return d_initial.new_empty(d_initial.shape)
