@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import heron
 from heron.errors import KernelError
-from heron.ops import _build, _choice, wkv7
+from heron.ops import _build, _choice, wkv7, wkv7_span, wkv7_span_gradient
 from heron.ops.rosa import rosa_choice
-from heron.ops.wkv7 import cuda, wkv7_choice
+from heron.ops.wkv7 import cuda, span, wkv7_choice
 from heron.ops.wkv7.reference import wkv7_reference
 from heron.optim import set_lr
 from tests.ops import emulator
@@ -210,6 +210,23 @@ def test_a_split_over_time_changes_little(device, segments, monkeypatch):
     with torch.no_grad():
         y, _ = cuda.wkv7_kernels(*typed(device, inputs, torch.bfloat16))
     assert torch.equal(y.cpu(), split["y"])
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@FORMS
+def test_a_span_maps_states_and_their_gradients(device, segments, dtype, size, monkeypatch):
+    inputs, gradients = rounded(*problem(batch=2, tokens=83, heads=1, size=size, kind="slow"), dtype)
+    r, w, k, v, a, b, _ = inputs
+    transfer, local = wkv7_span(w, k, v, a, b, "reference")
+    want = {"P": transfer, "C": local, "D": wkv7_span_gradient(r, w, a, b, gradients[0], "reference")}
+    monkeypatch.setattr(cuda, "_segments", lambda heads, tokens: segments)
+    r, w, k, v, a, b, dy = typed(device, [*inputs[:6], gradients[0]], dtype)
+    maps = cuda.span_kernels(w, k, v, a, b)
+    back = span.composed_backwards(maps[0], cuda.span_gradient_kernels(r, w, a, b, dy.to(dtype)))
+    got = dict(zip("PCD", (*span.composed(*maps), back), strict=True))
+    assert len(maps[0]) == cuda.span_runs(w) == (segments if size == 64 else 1)
+    found = errors({name: x.cpu() for name, x in got.items()}, want)
+    assert max(found.values()) < (2e-6 if size == 16 else 5e-3), found
 
 
 def test_only_few_long_sequences_are_split():
