@@ -83,9 +83,8 @@ class Block(nn.Module):
             v_first: (B, T, C), layer 0's values; None in layer 0.
             context: every token that attention can see, the T of x last; without attention it is those T.
             window: how many tokens attention sees; None: all.
-            cu_seqlens: where packed sequences begin (:func:`heron.ops.wkv7`), for blocks of time mixing alone.
+            cu_seqlens, span: as for :func:`heron.ops.wkv7`, for blocks of time mixing alone.
             keep_state: whether the new state is wanted. Where it is not, its gradient need not be computed either.
-            span: the tokens are a span of a longer text, for blocks of time mixing alone.
 
         Returns:
             x, what this block has to add to it, the new state or None, and layer 0's values for the blocks above.
@@ -93,10 +92,10 @@ class Block(nn.Module):
         tokens = context.last(x.shape[1])
         mix = self.compiled if self.compiled is not None and self._may_run_compiled() else Block.mix
         # Tables are looked up out here: compiled code would sum the gradients of their rows in an order that changes.
-        of_table = self.ffn.table_rows(tokens)
+        rows = self.ffn.table_rows(tokens)
         seen = None if self.qkv is None else context
         x, branch, state, v_first = mix(
-            self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state, span
+            self, x, branch, state, v_first, rows, seen, window, cu_seqlens, keep_state, span
         )
         return x, self.ffn.gate(branch, tokens.ids), state, v_first
 
@@ -131,9 +130,8 @@ class Block(nn.Module):
         if self.rosa is not None:
             recalled, rosa = self.rosa(self.ln3(x), rosa)
             branch = recalled if branch is None else branch + recalled
-        begin = partial(normed_and_mixed, self.ln2, span)
-        x, out, ffn_shift = self.ffn(begin, x, branch, ffn_shift, of_table, cu_seqlens)
-        return x, out, LayerState(att_shift, wkv, ffn_shift, attention, rosa) if keep_state else None, v_first
+        x, out, shift = self.ffn(partial(normed_and_mixed, self.ln2, span), x, branch, ffn_shift, of_table, cu_seqlens)
+        return x, out, LayerState(att_shift, wkv, shift, attention, rosa) if keep_state else None, v_first
 
 
 class _Call(nn.Module):

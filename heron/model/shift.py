@@ -19,7 +19,10 @@ def normed_and_mixed(
     last: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """:func:`heron.ops.shift_mix` with a norm, which is called where it is not plain. Of a `span` it reads the token before, too."""
+    """:func:`heron.ops.shift_mix` with a norm, which is called where it is not plain.
+
+    A `span` gets the token before it from its neighbour.
+    """
     if span is not None:
         latest = x[:, -1] if branch is None else x[:, -1] + branch[:, -1]
         n_seq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -85,9 +85,7 @@ def _run(latest: Tensor, last: Tensor | None, n_seq: int, chain: str, edges: Ten
     return out
 
 
-def _run_backward(
-    d_out: Tensor, n_rows: int, of_last: bool, chain: str, edges: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _run_backward(d_out: Tensor, n_rows: int, of_last: bool, chain: str, edges: Tensor | None) -> tuple[Tensor, Tensor]:
     mine = CHAINS[chain]
     d_last, handed_back = d_out.clone(), torch.zeros_like(d_out[:n_rows])
     if ends(mine, edges, 1).continues:

@@ -40,7 +40,7 @@ def in_spans(inputs, gradients, cuts, impl, dtype=torch.float64, offsets=None):
             last = first + len(cu_seqlens) - 1
         before = state[first:last].clone().requires_grad_()
         y, final = wkv7(*mine, before, impl, cu_seqlens=cu_seqlens, span=Span(name, edges))
-        ends_here = [i + 1 == len(stretches)] if offsets is None else [offsets[n + 1] <= end for n in range(first, last)]
+        ends_here = [end == cuts[-1] if offsets is None else offsets[n + 1] <= end for n in range(first, last)]
         of_final = d_final[first:last] * torch.tensor(ends_here).view(-1, 1, 1, 1)
         grads = torch.autograd.grad((y, final), (*mine, before), (dy[:, begin:end], of_final))
         return y.detach(), final.detach(), (first, last), grads

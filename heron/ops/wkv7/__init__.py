@@ -10,7 +10,8 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _choice, _packed
 from heron.ops.spans import Span
-from heron.ops.wkv7 import cuda, span as spanned
+from heron.ops.wkv7 import cuda
+from heron.ops.wkv7 import span as spanned
 from heron.ops.wkv7.chunked import wkv7_chunked
 from heron.ops.wkv7.reference import wkv7_reference
 

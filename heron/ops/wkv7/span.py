@@ -1,8 +1,8 @@
 """WKV7 over a span of a text that several processes share (:mod:`heron.ops.spans`). README.md has the algebra.
 
-Over a span S_out = S_in P + C: `transfer` is P, `local` is C. Backward, dS_in = dS_out P^T + D: `local` is then D. Each span
-runs the recurrence as ever, from its true first state and with the true gradient of its last one; what is here finds
-these two, each with one gather.
+Over a span S_out = S_in P + C: `transfer` is P, `local` is C. Backward, dS_in = dS_out P^T + D: `local` is then D.
+Each span runs the recurrence as ever, from its true first state and with the true gradient of its last one; what is
+here finds these two, each with one gather.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def composed(transfer: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def composed_backwards(transfer: Tensor, local: Tensor) -> Tensor:
-    """The gradient before several runs of tokens that have `local` of their own, (n, ..., N, N), and none after them."""
+    """The gradient before some runs of tokens that have `local` of their own, (n, ..., N, N), and none after them."""
     return composed(transfer.mT.flip(0), local.flip(0))[1]
 
 
@@ -135,7 +135,7 @@ def _leave(
 ) -> Tensor:
     """The gradient of the last states, that of the spans behind included."""
     (B, T), mine = w.shape[:2], spans.CHAINS[chain]
-    ends = spans.ends(mine, edges, T)
+    ends, behind = spans.ends(mine, edges, T), slice(mine.index + 1, None)
     handed_back = torch.zeros_like(d_final[:B])
     if ends.continues:
         first = [x[:, : ends.first_end] for x in (r, w, k, v, a, b, dy)]
@@ -147,7 +147,7 @@ def _leave(
     everyone = mine.gather(handed_back)
     d_final = d_final.clone()
     if mine.index + 1 < mine.size:
-        d_final[ends.last : ends.last + B] += composed_backwards(transfers[mine.index + 1 :], everyone[mine.index + 1 :])
+        d_final[ends.last : ends.last + B] += composed_backwards(transfers[behind], everyone[behind])
     return d_final
 
 
