@@ -2,8 +2,8 @@
 
 ``torchrun --nproc-per-node 2 benchmarks/context.py [--tokens 131072]`` trains a fresh model on random tokens, bf16,
 warm, and prints the median step: first of one GPU (rank 0, the others wait; not with ``--together``), then of all.
-``--grad_checkpoint --together --tokens 1048576`` is for a text that one GPU has no room for. `loss` and `norm` are of the
-first step; between one GPU and several they differ by rounding alone.
+``--grad_checkpoint --together --tokens 1048576`` is for a text that one GPU has no room for. `loss` and `norm` are of
+the first step; between one GPU and several they differ by rounding alone.
 """
 
 from __future__ import annotations

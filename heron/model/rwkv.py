@@ -92,10 +92,10 @@ class Block(nn.Module):
         tokens = context.last(x.shape[1])
         mix = self.compiled if self.compiled is not None and self._may_run_compiled() else Block.mix
         # Tables are looked up out here: compiled code would sum the gradients of their rows in an order that changes.
-        rows = self.ffn.table_rows(tokens)
+        of_table = self.ffn.table_rows(tokens)
         seen = None if self.qkv is None else context
         x, branch, state, v_first = mix(
-            self, x, branch, state, v_first, rows, seen, window, cu_seqlens, keep_state, span
+            self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state, span
         )
         return x, self.ffn.gate(branch, tokens.ids), state, v_first
 
@@ -405,8 +405,7 @@ class RWKV(nn.Module):
     ) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward.
 
-        `cu_seqlens`, `recalled` and `state` as for :meth:`forward`. `span`: the tokens are a span of a longer text
-        (:mod:`heron.context`), and the mean is over the span's own targets.
+        `cu_seqlens`, `recalled`, `state` as for :meth:`forward`. `span`: tokens of a longer text (:mod:`heron.context`).
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
             return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state, span)
