@@ -405,7 +405,7 @@ class RWKV(nn.Module):
     ) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward.
 
-        `cu_seqlens`, `recalled`, `state` as for :meth:`forward`. `span`: tokens of a longer text (:mod:`heron.context`).
+        `cu_seqlens`, `recalled`, `state` as for :meth:`forward`. `span`: part of a longer text (:mod:`heron.context`).
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
             return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state, span)
