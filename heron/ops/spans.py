@@ -79,7 +79,7 @@ def last_before(span: Span, latest: Tensor, last: Tensor | None, n_seq: int) -> 
 def _run(latest: Tensor, last: Tensor | None, n_seq: int, chain: str, edges: Tensor | None) -> Tensor:
     mine, B = CHAINS[chain], latest.shape[0]
     everyone = mine.gather(latest.contiguous())
-    out = latest.new_zeros(n_seq, latest.shape[1]) if last is None else last.to(latest.dtype, copy=True)
+    out = latest.new_zeros(n_seq, latest.shape[1]) if last is None else last.to(latest.dtype, copy=True).contiguous()
     if ends(mine, edges, 1).continues:
         out[:B] = everyone[mine.index - 1]
     return out
@@ -87,9 +87,10 @@ def _run(latest: Tensor, last: Tensor | None, n_seq: int, chain: str, edges: Ten
 
 def _run_backward(d_out: Tensor, n_rows: int, of_last: bool, chain: str, edges: Tensor | None) -> tuple[Tensor, Tensor]:
     mine = CHAINS[chain]
-    d_last, handed_back = d_out.clone(), torch.zeros_like(d_out[:n_rows])
+    d_last = d_out.clone(memory_format=torch.contiguous_format)
+    handed_back = torch.zeros_like(d_last[:n_rows])
     if ends(mine, edges, 1).continues:
-        handed_back = d_out[:n_rows].contiguous()
+        handed_back = d_last[:n_rows].clone()
         d_last[:n_rows] = 0
     everyone = mine.gather(handed_back)
     is_last = mine.index + 1 == mine.size

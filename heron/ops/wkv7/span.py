@@ -30,18 +30,24 @@ GRADIENTS = {
 
 def composed(transfer: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
     """The maps S -> S transfer + local, (n, ..., N, N) each, one after another as one (..., N, N)."""
-    while len(transfer) > 1:
-        even = len(transfer) // 2 * 2
-        first, second = (slice(i, even, 2) for i in (0, 1))
-        together = transfer[first] @ transfer[second]
-        moved = local[first] @ transfer[second] + local[second]
-        transfer, local = torch.cat((together, transfer[even:])), torch.cat((moved, local[even:]))
-    return transfer[0], local[0]
+    N = transfer.shape[-1]
+    maps = torch.cat((transfer, local), dim=-2)
+    while len(maps) > 1:
+        even = len(maps) // 2 * 2
+        first, second = maps[0:even:2], maps[1:even:2]
+        both = first @ second[..., :N, :]
+        both[..., N:, :] += second[..., N:, :]
+        maps = torch.cat((both, maps[even:]))
+    return maps[0, ..., :N, :], maps[0, ..., N:, :]
 
 
 def composed_backwards(transfer: Tensor, local: Tensor) -> Tensor:
     """The gradient before some runs of tokens that have `local` of their own, (n, ..., N, N), and none after them."""
     return composed(transfer.mT.flip(0), local.flip(0))[1]
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class _Enter(torch.autograd.Function):
@@ -103,10 +109,10 @@ def _enter(
         local = local + state[ends.last : ends.last + B] @ transfer
         transfer = torch.zeros_like(transfer)
     transfers, locals_ = mine.gather(torch.stack((transfer, local))).unbind(1)
-    initial = state.clone()
+    initial = _copied(state)
     if ends.continues:
         initial[:B] = composed(transfers[: mine.index], locals_[: mine.index])[1]
-    return initial, own.clone() if edges is None else own.new_empty(0), transfers.clone()
+    return initial, _copied(own) if edges is None else own.new_empty(0), _copied(transfers)
 
 
 @_enter.register_fake
@@ -145,7 +151,7 @@ def _leave(
         local = GRADIENTS[impl](r_, w_, a_, b_, dy_)
         handed_back = composed_backwards(own, torch.cat((local[:-1], local[-1:] + d_final[:B] @ own[-1].mT)))
     everyone = mine.gather(handed_back)
-    d_final = d_final.clone()
+    d_final = _copied(d_final)
     if mine.index + 1 < mine.size:
         d_final[ends.last : ends.last + B] += composed_backwards(transfers[behind], everyone[behind])
     return d_final
@@ -159,7 +165,7 @@ def _(r, w, k, v, a, b, dy, d_final, own, transfers, impl, chain, edges):
 @torch.library.custom_op("heron::wkv7_of_given", mutates_args=())
 def of_given(d_initial: Tensor, n_rows: int, n_tokens: int, chain: str, edges: Tensor | None) -> Tensor:
     """Of the gradient of a span's first states that of those it was given: none for those that came from another."""
-    d_initial = d_initial.clone()
+    d_initial = _copied(d_initial)
     if spans.ends(spans.CHAINS[chain], edges, n_tokens).continues:
         d_initial[:n_rows] = 0
     return d_initial
