@@ -1,6 +1,6 @@
 """One text over several GPUs: training steps in spans against one GPU with all of it.
 
-``torchrun --nproc-per-node 2 benchmarks/context.py [--tokens 131072]`` trains a fresh model on random tokens, bf16,
+``torchrun --nproc-per-node 2 benchmarks/context.py [--tokens 131072]`` trains a fresh v7 on random tokens, bf16,
 warm, and prints the median step: first of one GPU (rank 0, the others wait; not with ``--together``), then of all.
 ``--grad_checkpoint --together --tokens 1048576`` is for a text that one GPU has no room for. `loss` and `norm` are of
 the first step; between one GPU and several they differ by rounding alone.
@@ -88,7 +88,6 @@ def measure(config: TrainConfig, model: ModelConfig, steps: int, context: Contex
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--variant", default="v7", choices=("v7", "v7a", "v8"))
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
@@ -101,7 +100,7 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if size > 1:
         dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    model = ModelConfig(variant=options.variant, n_layer=options.n_layer, n_embd=options.n_embd)
+    model = ModelConfig(variant="v7", n_layer=options.n_layer, n_embd=options.n_embd)
     config = TrainConfig(
         model=model, micro_bsz=1, ctx_len=options.tokens, max_steps=1, dtype="bf16", device="cuda",
         compile=options.compile, grad_checkpoint=options.grad_checkpoint,
@@ -109,7 +108,7 @@ def main() -> None:
     config = Trainer(config).config
     if rank == 0:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, compile {options.compile}")
-        print(f"{options.variant} L{options.n_layer}-D{options.n_embd}, one text of {options.tokens:,} tokens")
+        print(f"v7 L{options.n_layer}-D{options.n_embd}, one text of {options.tokens:,} tokens")
         print(f"{'GPUs':>4} {'step ms':>9} {'f+b ms':>9} {'tokens/s':>10} {'GiB':>7} {'loss':>9} {'norm':>9}")
     alone = None
     for n in (1, size) if size > 1 else (1,):

@@ -23,7 +23,7 @@ def edges_of(offsets: list[int], begin: int, end: int) -> tuple[torch.Tensor, to
     return torch.tensor([begin not in offsets, local[1], local[-2], len(inside)]), torch.tensor(local)
 
 
-def in_spans(inputs, gradients, cuts, impl, dtype=torch.float64, offsets=None):
+def in_spans(inputs, gradients, cuts, impl, dtype=torch.float64, offsets=None, autocast=False):
     """As `run` of test_wkv7: the results of all spans, put together."""
     *tokens, state = (x.to(dtype) for x in inputs)
     dy, d_final = (x.to(dtype) for x in gradients)
@@ -39,7 +39,8 @@ def in_spans(inputs, gradients, cuts, impl, dtype=torch.float64, offsets=None):
             first = max(n for n, offset in enumerate(offsets) if offset <= begin)
             last = first + len(cu_seqlens) - 1
         before = state[first:last].clone().requires_grad_()
-        y, final = wkv7(*mine, before, impl, cu_seqlens=cu_seqlens, span=Span(name, edges))
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            y, final = wkv7(*mine, before, impl, cu_seqlens=cu_seqlens, span=Span(name, edges))
         ends_here = [end == cuts[-1] if offsets is None else offsets[n + 1] <= end for n in range(first, last)]
         of_final = d_final[first:last] * torch.tensor(ends_here).view(-1, 1, 1, 1)
         grads = torch.autograd.grad((y, final), (*mine, before), (dy[:, begin:end], of_final))
@@ -63,6 +64,19 @@ def test_spans_are_the_text(impl, cuts):
     assert max(errors(in_spans(inputs, gradients, cuts, impl), want).values()) < 1e-12
     found = errors(in_spans(inputs, gradients, cuts, impl, torch.float32), want)
     assert max(found.values()) < 1e-6, found
+
+
+def test_autocast_rounds_no_state_on_its_way():
+    inputs, gradients = problem()
+    want, got = (
+        in_spans(inputs, gradients, (0, 7, 24, 40), "chunked", torch.float32, autocast=autocast)
+        for autocast in (False, True)
+    )
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    tensors = [x.float() for x in inputs[1:6]]
+    want = wkv7_span(*tensors, "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, wkv7_span(*tensors, "reference"), want))
 
 
 OFFSETS = [[0, 40], [0, 20, 40], [0, 7, 40], [0, 26, 40], [0, 3, 9, 22, 23, 24, 31, 40]]

@@ -107,7 +107,7 @@ def wkv7_span(w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, impl: str =
     impl = _checked("wkv7_span", dict(w=w, k=k, v=v, a=a, b=b), impl)
     if impl == "cuda":
         cuda.FORM.require(w.device, w.dtype, w.shape[-1])
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
         return spanned.composed(*spanned.MAPS[impl](w, k, v, a, b))
 
 
@@ -128,7 +128,7 @@ def wkv7_span_gradient(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor, i
     impl = _checked("wkv7_span_gradient", dict(r=r, w=w, a=a, b=b, dy=dy), impl)
     if impl == "cuda":
         cuda.FORM.require(r.device, r.dtype, r.shape[-1])
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
         local = spanned.GRADIENTS[impl](r, w, a, b, dy)
         if len(local) == 1:
             return local[0]

@@ -29,7 +29,10 @@ GRADIENTS = {
 
 
 def composed(transfer: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-    """The maps S -> S transfer + local, (n, ..., N, N) each, one after another as one (..., N, N)."""
+    """The maps S -> S transfer + local, (n, ..., N, N) each, one after another as one (..., N, N).
+
+    Not to be called under autocast: rounded to bf16 a chain of maps is of no use.
+    """
     N = transfer.shape[-1]
     maps = torch.cat((transfer, local), dim=-2)
     while len(maps) > 1:
@@ -101,6 +104,13 @@ def _enter(
     edges: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states before the span's sequences, and for the backward the transfers: of its own runs, of all spans."""
+    with torch.autocast(w.device.type, enabled=False):
+        return _entered(w, k, v, a, b, state, impl, chain, edges)
+
+
+def _entered(
+    w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, impl: str, chain: str, edges: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     (B, T), mine = w.shape[:2], spans.CHAINS[chain]
     ends = spans.ends(mine, edges, T)
     own, locals_ = MAPS[impl](*(x[:, ends.last_begin :] for x in (w, k, v, a, b)))
@@ -140,15 +150,27 @@ def _leave(
     edges: Tensor | None,
 ) -> Tensor:
     """The gradient of the last states, that of the spans behind included."""
-    (B, T), mine = w.shape[:2], spans.CHAINS[chain]
+    with torch.autocast(w.device.type, enabled=False):
+        return _left((r, w, k, v, a, b, dy), d_final, own, transfers, impl, chain, edges)
+
+
+def _left(
+    inputs: tuple[Tensor, ...],
+    d_final: Tensor,
+    own: Tensor,
+    transfers: Tensor,
+    impl: str,
+    chain: str,
+    edges: Tensor | None,
+) -> Tensor:
+    (B, T), mine = inputs[0].shape[:2], spans.CHAINS[chain]
     ends, behind = spans.ends(mine, edges, T), slice(mine.index + 1, None)
     handed_back = torch.zeros_like(d_final[:B])
     if ends.continues:
-        first = [x[:, : ends.first_end] for x in (r, w, k, v, a, b, dy)]
+        r, w, k, v, a, b, dy = (x[:, : ends.first_end] for x in inputs)
         if edges is not None:
-            own, _ = MAPS[impl](*first[1:6])
-        r_, w_, _, _, a_, b_, dy_ = first
-        local = GRADIENTS[impl](r_, w_, a_, b_, dy_)
+            own, _ = MAPS[impl](w, k, v, a, b)
+        local = GRADIENTS[impl](r, w, a, b, dy)
         handed_back = composed_backwards(own, torch.cat((local[:-1], local[-1:] + d_final[:B] @ own[-1].mT)))
     everyone = mine.gather(handed_back)
     d_final = _copied(d_final)
