@@ -224,7 +224,7 @@ def test_a_span_maps_states_and_their_gradients(device, segments, dtype, size, m
     maps = cuda.span_kernels(w, k, v, a, b)
     back = span.composed_backwards(maps[0], cuda.span_gradient_kernels(r, w, a, b, dy.to(dtype)))
     got = dict(zip("PCD", (*span.composed(*maps), back), strict=True))
-    assert len(maps[0]) == cuda.span_runs(w) == (segments if size == 64 else 1)
+    assert len(maps[0]) == cuda.n_segments(w) == (segments if size == 64 else 1)
     found = errors({name: x.cpu() for name, x in got.items()}, want)
     assert max(found.values()) < (2e-6 if size == 16 else 5e-3), found
 
@@ -301,7 +301,7 @@ def test_all_outputs_are_written_and_nothing_beside_them(device, segments, dtype
     y, final = guarded("y", *tensors[0].shape, dtype=dtype), guarded("final", 1, *square)
     saved = guarded("saved", -(-67 // chunk), *square, dtype=torch.bfloat16 if size == 64 else torch.float32)
     work = [guarded(name, segments, *square) if segments > 1 else None for name in ("transfer", "local", "edges")]
-    plan = (None, size == 64, segments, segment_tokens)
+    plan = (None, size == 64, segments, segment_tokens, False)
     torch.ops.heron.wkv7s_forward(*tensors, state, *plan, y, final, saved, *work)
     grads = [guarded(f"d{name}", *tensors[0].shape, dtype=dtype) for name in "rwkvab"] + [
         guarded("d_state", 1, *square)

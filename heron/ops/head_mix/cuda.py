@@ -20,7 +20,6 @@ from heron.ops.head_step.reference import HeadInputs, HeadWeights
 from heron.ops.spans import Span
 from heron.ops.wkv7 import cuda as wkv7_cuda
 from heron.ops.wkv7 import initial_state
-from heron.ops.wkv7.span import of_given
 
 SOURCE = Path(__file__).parent / "csrc" / "head_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -103,10 +102,7 @@ def _forward(
     edges: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
-    """y, the final state, and to `save` what WKV7 gave, its inputs but r, and its states.
-
-    Then, where it is not v, the v that WKV7 took, and of a span what :func:`heron.ops.wkv7.span.enter` keeps.
-    """
+    """y, the final state, and to `save` what WKV7 gave, its inputs but r (v where it is not v), and what it keeps."""
     B, T, _ = r.shape
     head_size = r_k.shape[1]
     of_first = [[], []] if v_first is None else [[v, value, v_first], [v0]]
@@ -115,19 +111,19 @@ def _forward(
     )
     v = mixed[0] if mixed else v
     recurrent = [x.view(B, T, *r_k.shape) for x in (r, decay_logits, k, v, a, b)]
-    of_span = []
+    tensor_cores = wkv7_cuda.on_tensor_cores(r.dtype, head_size)
     if chain is not None:
-        state, *of_span = torch.ops.heron.wkv7_enter(*recurrent[1:], state, "cuda", chain, edges)
-    if T <= wkv7_cuda.STEP_TOKENS and not save:
+        wkv, final, *kept = torch.ops.heron.wkv7_span_kernels(
+            *recurrent, state, cu_seqlens, chain, edges, save, tensor_cores
+        )
+    elif T <= wkv7_cuda.STEP_TOKENS and not save:
         wkv, final = torch.ops.heron.wkv7_kernels_step(*recurrent, state, cu_seqlens)
         kept = []
     else:
-        wkv, final, *kept = torch.ops.heron.wkv7_kernels(
-            *recurrent, state, cu_seqlens, save, wkv7_cuda.on_tensor_cores(r.dtype, head_size)
-        )
+        wkv, final, *kept = torch.ops.heron.wkv7_kernels(*recurrent, state, cu_seqlens, save, tensor_cores)
     after = [wkv, r, k, v, gate], [r_k, norm_weight, norm_bias]
     (y,) = torch.ops.heron.head_mix_after(*after, head_size, eps)
-    return [y, final, *([wkv, decay_logits, k, a, b, *kept, *mixed, *of_span] if save else [])]
+    return [y, final, *([wkv, decay_logits, k, a, b, *mixed, *kept] if save else [])]
 
 
 def _backward(
@@ -145,25 +141,20 @@ def _backward(
     """The gradients of _forward's tensors in its order, but those of value, v_first and v0 last, if at all."""
     r, k, v, iclr, gate, *of_first = inputs
     a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
-    wkv, decay_logits, wkv_k, a, b, saved, transfer, *others = kept
-    wkv_v = others.pop(0) if of_first else v
+    wkv, decay_logits, wkv_k, a, b, *kept = kept
+    wkv_v = kept.pop(0) if of_first else v
     head_size = r_k.shape[1]
     d_wkv, d_gate, d_r_k, d_norm_weight, d_norm_bias, of_heads = torch.ops.heron.head_mix_after_backward(
         [wkv, r, wkv_k, wkv_v, gate, d_y], [r_k, norm_weight, norm_bias], head_size, eps
     )
     recurrent = [x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)]
-    d_wkv = d_wkv.view(wkv.shape)
+    backward, of_span = torch.ops.heron.wkv7_kernels_backward, ()
     if chain is not None:
-        if d_final is None:
-            H, N = r_k.shape
-            d_final = wkv.new_zeros(n_states, H, N, N, dtype=torch.float32)
-        d_final = torch.ops.heron.wkv7_leave(*recurrent, d_wkv, d_final, *others, "cuda", chain, edges)
-    *d_recurrent, d_state = torch.ops.heron.wkv7_kernels_backward(
-        *(*recurrent, d_wkv, d_final, saved, transfer, cu_seqlens),
+        backward, of_span = torch.ops.heron.wkv7_span_kernels_backward, (chain, edges)
+    *d_recurrent, d_state = backward(
+        *(*recurrent, d_wkv.view(wkv.shape), d_final, *kept, cu_seqlens, *of_span),
         *(n_states, wkv7_cuda.on_tensor_cores(r.dtype, head_size)),
     )
-    if chain is not None:
-        d_state = of_given(d_state, *r.shape[:2], chain, edges)
     d_r, d_w, d_k, d_v, d_a, d_b = (x.view(r.shape) for x in d_recurrent)
     of_values = [v, *of_first] if of_first else []
     d_r, d_k, d_iclr, d_v, *rest = torch.ops.heron.head_mix_before_backward(

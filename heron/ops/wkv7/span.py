@@ -105,16 +105,18 @@ def _enter(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states before the span's sequences, and for the backward the transfers: of its own runs, of all spans."""
     with torch.autocast(w.device.type, enabled=False):
-        return _entered(w, k, v, a, b, state, impl, chain, edges)
+        initial, own, _, transfers = _entered(w, k, v, a, b, state, impl, chain, edges)
+    return initial, _copied(own) if edges is None else own.new_empty(0), transfers
 
 
 def _entered(
     w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, impl: str, chain: str, edges: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The states before the span's sequences; of the last one's runs transfer and local; the transfers of all spans."""
     (B, T), mine = w.shape[:2], spans.CHAINS[chain]
     ends = spans.ends(mine, edges, T)
-    own, locals_ = MAPS[impl](*(x[:, ends.last_begin :] for x in (w, k, v, a, b)))
-    transfer, local = composed(own, locals_)
+    own, own_local = MAPS[impl](*(x[:, ends.last_begin :] for x in (w, k, v, a, b)))
+    transfer, local = composed(own, own_local)
     if not (ends.continues and ends.whole):  # the last sequence begins here, with a state that is known
         local = local + state[ends.last : ends.last + B] @ transfer
         transfer = torch.zeros_like(transfer)
@@ -122,12 +124,12 @@ def _entered(
     initial = _copied(state)
     if ends.continues:
         initial[:B] = composed(transfers[: mine.index], locals_[: mine.index])[1]
-    return initial, _copied(own) if edges is None else own.new_empty(0), _copied(transfers)
+    return initial, own, own_local, _copied(transfers)
 
 
 @_enter.register_fake
 def _(w, k, v, a, b, state, impl, chain, edges):
-    runs = cuda.span_runs(w) if impl == "cuda" else 1
+    runs = cuda.n_segments(w) if impl == "cuda" else 1
     square = (w.shape[0], *state.shape[1:])
     own = state.new_empty(runs, *square) if edges is None else state.new_empty(0)
     return state.new_empty(state.shape), own, state.new_empty(spans.CHAINS[chain].size, *square)
@@ -151,7 +153,7 @@ def _leave(
 ) -> Tensor:
     """The gradient of the last states, that of the spans behind included."""
     with torch.autocast(w.device.type, enabled=False):
-        return _left((r, w, k, v, a, b, dy), d_final, own, transfers, impl, chain, edges)
+        return _left((r, w, k, v, a, b, dy), d_final, own, transfers, impl, chain, edges)[0]
 
 
 def _left(
@@ -162,10 +164,11 @@ def _left(
     impl: str,
     chain: str,
     edges: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the last states; of the first sequence's runs their part of it, where it came from before."""
     (B, T), mine = inputs[0].shape[:2], spans.CHAINS[chain]
     ends, behind = spans.ends(mine, edges, T), slice(mine.index + 1, None)
-    handed_back = torch.zeros_like(d_final[:B])
+    local, handed_back = None, torch.zeros_like(d_final[:B])
     if ends.continues:
         r, w, k, v, a, b, dy = (x[:, : ends.first_end] for x in inputs)
         if edges is not None:
@@ -176,7 +179,7 @@ def _left(
     d_final = _copied(d_final)
     if mine.index + 1 < mine.size:
         d_final[ends.last : ends.last + B] += composed_backwards(transfers[behind], everyone[behind])
-    return d_final
+    return d_final, local
 
 
 @_leave.register_fake
@@ -196,3 +199,76 @@ def of_given(d_initial: Tensor, n_rows: int, n_tokens: int, chain: str, edges: T
 @of_given.register_fake
 def _(d_initial, n_rows, n_tokens, chain, edges):
     return d_initial.new_empty(d_initial.shape)
+
+
+@torch.library.custom_op("heron::wkv7_span_kernels", mutates_args=())
+def _kernels(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    chain: str,
+    edges: Tensor | None,
+    save: bool,
+    tensor_cores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``heron::wkv7_kernels`` gives, of a span, and the transfers of all spans.
+
+    Maps of the segments that a long sequence is cut into are found once: for the chain, and for the kernels.
+    """
+    with torch.autocast(w.device.type, enabled=False):
+        initial, own, local, transfers = _entered(w, k, v, a, b, state, "cuda", chain, edges)
+    maps = None if edges is not None else (cuda.by_row(own), cuda.by_row(local))
+    y, final, saved, _ = cuda.run_forward(r, w, k, v, a, b, initial, cu_seqlens, save, tensor_cores, maps)
+    return y, final, saved, own.new_empty(0) if maps is None else maps[0], transfers
+
+
+@_kernels.register_fake
+def _(r, w, k, v, a, b, state, cu_seqlens, chain, edges, save, tensor_cores):
+    y, final, saved, _ = cuda.empty_results(r, state, cuda.plan_of(r, cu_seqlens, tensor_cores), save, tensor_cores)
+    square, n_own = state.shape[1:], w.shape[0] * cuda.n_segments(w)
+    own = state.new_empty(n_own, *square) if edges is None else state.new_empty(0)
+    return y, final, saved, own, state.new_empty(spans.CHAINS[chain].size, w.shape[0], *square)
+
+
+@torch.library.custom_op("heron::wkv7_span_kernels_backward", mutates_args=())
+def _kernels_backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dy: Tensor,
+    d_final: Tensor | None,
+    saved: Tensor,
+    own: Tensor,
+    transfers: Tensor,
+    cu_seqlens: Tensor | None,
+    chain: str,
+    edges: Tensor | None,
+    n_states: int,
+    tensor_cores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``heron::wkv7_kernels_backward`` gives, of a span."""
+    inputs = (r, w, k, v, a, b)
+    if d_final is None:
+        d_final = transfers.new_zeros(n_states, *transfers.shape[2:])
+    runs = own if edges is not None else cuda.by_segment(own, w.shape[0])
+    with torch.autocast(w.device.type, enabled=False):
+        d_final, local = _left((*inputs, dy), d_final, runs, transfers, "cuda", chain, edges)
+    local = None if local is None or edges is not None else cuda.by_row(local)
+    *grads, d_initial = cuda.run_backward(
+        *inputs, dy, d_final, saved, own, cu_seqlens, n_states, tensor_cores, local
+    )  # fmt: skip
+    dr, dw, dk, dv, da, db = grads
+    return dr, dw, dk, dv, da, db, of_given(d_initial, *w.shape[:2], chain, edges)
+
+
+@_kernels_backward.register_fake
+def _(r, w, k, v, a, b, dy, d_final, saved, own, transfers, cu_seqlens, chain, edges, n_states, tensor_cores):
+    return cuda.empty_gradients(r, n_states)

@@ -32,7 +32,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("transfer", "local", "edges")),
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "size", "dtype", "sequences", "cu_seqlens_is_int64")),
-        *((name, ctypes.c_int32) for name in ("tensor_cores", "segments", "segment_tokens")),
+        *((name, ctypes.c_int32) for name in ("tensor_cores", "segments", "segment_tokens", "mapped")),
     ]
 
 
@@ -79,18 +79,18 @@ def _run(name: str, made: Problem) -> None:
 
 
 def _forward(*arguments: Tensor | int | None) -> None:
-    *inputs, state, cu_seqlens, tensor_cores, segments, segment_tokens = arguments[:11]
+    *inputs, state, cu_seqlens, tensor_cores, segments, segment_tokens, mapped = arguments[:12]
     names = ("y", "final_state", "saved", "transfer", "local", "edges")
-    buffers = dict(zip(names, arguments[11:], strict=True))
-    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens)
+    buffers = dict(zip(names, arguments[12:], strict=True))
+    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens, mapped=int(mapped))
     _run("wkv7s_forward", problem(*inputs, cu_seqlens, state=state, **plan, **buffers))
 
 
 def _backward(*arguments: Tensor | int | None) -> None:
-    *inputs, dy, d_final, saved, transfer, cu_seqlens, tensor_cores, segments, segment_tokens = arguments[:14]
+    *inputs, dy, d_final, saved, transfer, cu_seqlens, tensor_cores, segments, segment_tokens, mapped = arguments[:15]
     names = ("dr", "dw", "dk", "dv", "da", "db", "d_state", "local", "edges")
-    buffers = dict(zip(names, arguments[14:], strict=True), dy=dy, d_final=d_final, saved=saved, transfer=transfer)
-    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens)
+    buffers = dict(zip(names, arguments[15:], strict=True), dy=dy, d_final=d_final, saved=saved, transfer=transfer)
+    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens, mapped=int(mapped))
     _run("wkv7s_backward", problem(*inputs, cu_seqlens, **plan, **buffers))
 
 

@@ -37,6 +37,7 @@ struct Wkv7sProblem {
   int32_t tensor_cores;     // 1: chunks of 32 and a bf16 `saved`; 0: chunks of 16 and an fp32 one
   int32_t segments;         // of each row, run side by side; 1 with cu_seqlens
   int32_t segment_tokens;   // a multiple of 32
+  int32_t mapped;           // 1: transfer and local of every segment are there already
 };
 
 // Each queues its kernels on `stream` of the current device and returns null, or what went wrong in words.
