@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heron.ops import wkv7, wkv7_span, wkv7_span_gradient
-from heron.ops.spans import Span
+from heron.ops.spans import Span, last_before
 from heron.ops.wkv7.span import composed
 from tests.ops.spans_on_threads import on_threads
 from tests.ops.test_wkv7 import NAMES, errors, problem, run
@@ -116,3 +116,26 @@ def test_maps_compose_in_order(n):
         want = want @ one + more
     together, added = composed(transfer, local)
     torch.testing.assert_close(state @ together + added, want)
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 4, 12], [0, 6, 12]], ids=str)
+def test_the_token_before_comes_from_the_span_before_or_from_the_state(offsets):
+    x, last = torch.randn(1, 12, 3), torch.randn(1 if offsets is None else 2, 3)
+    d_out = torch.randn(2, 2, 3)
+
+    def job(i, name):
+        edges, cu_seqlens = (None, None) if offsets is None else edges_of(offsets, 6 * i, 6 * i + 6)
+        n_seq = 1 if offsets is None else len(cu_seqlens) - 1
+        latest = x[:, 6 * i + 5].clone().requires_grad_()
+        given = last[-n_seq:].clone().requires_grad_()
+        out = last_before(Span(name, edges), latest, given, n_seq)
+        return out.detach(), *torch.autograd.grad(out, (latest, given), d_out[i, :n_seq])
+
+    (first, d_latest, d_first), (second, d_second_latest, d_second) = on_threads(2, job)
+    continues = offsets is None or 6 not in offsets
+    torch.testing.assert_close(first, last[-len(first) :])
+    torch.testing.assert_close(d_first, d_out[0, : len(first)])
+    torch.testing.assert_close(second[0], x[0, 5] if continues else last[-1])
+    torch.testing.assert_close(d_latest[0], d_out[1, 0] * continues)
+    torch.testing.assert_close(d_second[0], d_out[1, 0] * (not continues))
+    assert not d_second_latest.any()

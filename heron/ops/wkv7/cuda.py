@@ -224,8 +224,9 @@ def run_forward(
     y, final, saved, kept = empty_results(r, state, plan, save, tensor_cores)
     if y.numel():
         transfer, local, edges = _between_segments(state, plan, 3)
-        if mapped := maps is not None and plan.segments > 1:
-            kept, local = maps
+        mapped = False
+        if maps is not None and plan.segments > 1:
+            (kept, local), mapped = maps, True
         cut = (_contiguous(cu_seqlens), tensor_cores, plan.segments, plan.segment_tokens, mapped)
         torch.ops.heron.wkv7s_forward(
             *inputs, state, *cut, y, final, saved if save else None, kept if kept.numel() else transfer, local, edges
@@ -270,8 +271,9 @@ def run_backward(
     if r.numel():
         plan = plan_of(r, cu_seqlens, tensor_cores)
         local, edges = _between_segments(grads[-1], plan, 2)
-        if mapped := d_local is not None and plan.segments > 1:
-            local = d_local
+        mapped = False
+        if d_local is not None and plan.segments > 1:
+            local, mapped = d_local, True
         torch.ops.heron.wkv7s_backward(
             *inputs,
             None if dy is None else _aligned(dy),
