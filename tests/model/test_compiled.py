@@ -16,12 +16,14 @@ import torch
 import torch._dynamo
 
 import heron
+from heron import context
 from heron.errors import ConfigError, HeronError
 from heron.model import compiled as compilation
 from heron.ops import _build, _choice
 from heron.ops.wkv7 import cuda
 from heron.train.step import Learner
 from tests.ops import emulator
+from tests.ops.spans_on_threads import on_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_gpu = [
@@ -97,6 +99,30 @@ def test_compiled_steps_are_the_written_ones_in_two_graphs(compiles, random_mode
     assert distance(numbers, plain_numbers) < tolerance
     for name, weight in plain_weights.items():
         assert distance(weights[name], weight) < tolerance, name
+
+
+@pytest.mark.parametrize("rows", [2, 1])
+def test_compiled_blocks_read_a_span_as_the_written_ones(compiles, monkeypatch, random_model, rows):
+    monkeypatch.setattr(cuda.FORM, "require", lambda *_: None)
+    model = random_model(n_layer=3, variant="v8")
+    tokens, targets = batch(rows=rows)
+    offsets = torch.tensor([0, 5, 9, T]) if rows == 1 else None
+
+    def gradients_in_a_span(_, name):
+        part = context.part_of(name, tokens, targets, offsets)
+        model.loss(part.tokens, part.targets, part.cu_seqlens, span=part.span).backward()
+        gradients = {name: leaf.grad for name, leaf in model.named_parameters() if leaf.grad is not None}
+        model.zero_grad()
+        return gradients
+
+    want = on_threads(1, gradients_in_a_span)[0]
+    compilation.compile_blocks(model)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    got = on_threads(1, gradients_in_a_span)[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert distance(got[name], gradient) < 1e-6, name
 
 
 def packed_batch(seed, T=48):
