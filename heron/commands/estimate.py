@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
 class Memory(NamedTuple):
     """Bytes of a training step. Tables are apart from the other parameters, their moments from the other moments."""
 
-    parameters: int  # on the device, with a bf16 copy if there is one
+    parameters: int  # on the device, with what is frozen, and a bf16 copy if there is one
     optimizer: int  # on the device
     gradients: int  # on the device, all there at the end of the backward pass
     activations: int  # on the device, held when the forward pass of a micro-batch ends
@@ -142,15 +142,15 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
         loss = learner.gradients([sample] * passes)
         on_host = [] if learner.tables is None else learner.tables.weights
         rows = [] if learner.tables is None else learner.tables.rows
-        trained = [parameter for parameter in network.parameters() if not _among(on_host, parameter)]
-        copies = [copy for copy in learner.network.parameters() if not _among([*trained, *on_host], copy)]
-        gradients = _bytes(tensor.grad for tensor in (*trained, *copies, *rows) if tensor.grad is not None)
+        trained = [parameter for parameter in learner.trained.parameters() if not _among(on_host, parameter)]
+        others = [other for other in learner.network.parameters() if not _among([*trained, *on_host], other)]
+        gradients = _bytes(tensor.grad for tensor in (*trained, *others, *rows) if tensor.grad is not None)
         learner.update(loss, 0.0, math.inf)
         state = learner.optimizer.state
-        tables = _bytes(on_host) + _bytes(part for weight in on_host for part in state[weight].values())
+        tables = _bytes(on_host) + _bytes(part for weight in on_host for part in state.get(weight, {}).values())
         return Memory(
-            parameters=_bytes(trained) + _bytes(copies),
-            optimizer=_bytes(part for parameter in trained for part in state[parameter].values()),
+            parameters=_bytes(trained) + _bytes(others),
+            optimizer=_bytes(part for parameter in trained for part in state.get(parameter, {}).values()),
             gradients=gradients,
             activations=counts["activations"],
             peak=ledger.peak - tables,

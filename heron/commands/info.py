@@ -13,14 +13,15 @@ from torch import Tensor
 from heron.checkpoint import adapters, put_right, read_tensors, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
+from heron.config.finetune import DEFAULTS
 from heron.data import binidx, recalled
 from heron.errors import CheckpointError
 from heron.model import RWKV, State
 from heron.model.init import rule
 from heron.model.memory import MEMORY_BYTES
 from heron.model.state import ROSA_BYTES
-from heron.model.tuned_state import TUNED
-from heron.optim import METHOD_LR, STATE, TABLE, group_of
+from heron.model.tuned_state import BASE, TUNED
+from heron.optim import STATE, TABLE, group_of
 
 _PARTS = {
     "v7": "RWKV-7",
@@ -118,7 +119,7 @@ def describe_adapter(path: str) -> str:
         ("parameters", f"{sum(map(Tensor.numel, file.tensors.values())):,}"),
         ("dtype", _dtypes(file.tensors)),
         *(
-            ("group", f"{group.name}: lr {METHOD_LR['lora']:g} unless set, no decay: {group.reason}")
+            ("group", f"{group.name}: lr {DEFAULTS['lora']['lr_init']:g} unless set, no decay: {group.reason}")
             for group in groups
         ),
     ]
@@ -126,15 +127,18 @@ def describe_adapter(path: str) -> str:
 
 
 def _describe_state(source: Path, tensors: Mapping[str, Tensor]) -> str:
+    base = bytes(tensors[BASE].tolist()).hex() if BASE in tensors else "not recorded"
+    tensors = {name: tensor for name, tensor in tensors.items() if name != BASE}
     states = [tensor for name, tensor in tensors.items() if name.endswith(".time_state")]
     shape = "x".join(map(str, states[0].shape)) if states else "none"
     shifts = ", and token shifts" if len(states) < len(tensors) else ""
     facts = [
         ("what", f"tuned initial state {source}"),
         ("sizes", f"n_layer {len(states)}, {shape} of each layer (heads, values, keys){shifts}"),
+        ("base", base),
         ("parameters", f"{sum(map(Tensor.numel, tensors.values())):,}"),
         ("dtype", _dtypes(tensors)),
-        ("group", f"{STATE.name}: lr {METHOD_LR['state']:g} unless set, no decay: {STATE.reason}"),
+        ("group", f"{STATE.name}: lr {DEFAULTS['state']['lr_init']:g} unless set, no decay: {STATE.reason}"),
     ]
     return "\n".join(f"{name:<12}{value}" for name, value in facts)
 
