@@ -13,9 +13,8 @@ from heron.errors import CheckpointError, ConfigError
 from heron.model.state import State, States
 
 BASE = "heron_base"  # in a file, the fingerprint of the model that the state was tuned for: (8,) uint8
-TUNED = re.compile(
-    rf"(blocks\.\d+\.(att\.time_state|(att|ffn)\.shift_state)|{BASE})$"
-)  # in a file; the shifts are ours
+# Names in a file; the shifts are ours.
+TUNED = re.compile(rf"(blocks\.\d+\.(att\.time_state|(att|ffn)\.shift_state)|{BASE})$")
 
 
 class TunedState(nn.Module):
