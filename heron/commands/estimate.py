@@ -7,11 +7,12 @@ in a ledger. What the model, the loss or the optimizer come to hold tomorrow is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +123,8 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
     passes = min(config.accumulate, 2)  # any more take no more
     distinct = min(config.accumulate * config.micro_bsz * config.ctx_len, model.vocab_size)
     with torch.device("meta"):
-        network = _Anywhere(model)
-    with FakeTensorMode(), _Ledger() as ledger:
+        network = RWKV(model)
+    with FakeTensorMode(), _nothing_moves(), _Ledger() as ledger:
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
@@ -165,11 +166,15 @@ def _sample(model: ModelConfig, *shape: int) -> tuple[Tensor, ...]:
     return tokens, tokens, *recalled
 
 
-class _Anywhere(RWKV):
-    """A model without contents, which is on every device."""
-
-    def to(self, *_: Any, **__: Any) -> _Anywhere:
-        return self
+@contextlib.contextmanager
+def _nothing_moves() -> Iterator[None]:
+    """Modules are on every device while inside: tensors without contents can't be moved, and need not be."""
+    usual = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        nn.Module.to = usual
 
 
 class _Ledger(TorchDispatchMode):

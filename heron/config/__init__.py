@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heron.config.finetune import FinetuneConfig
+from heron.config.finetune_adapter import AdapterConfig as AdapterConfig
 from heron.config.presets import PRESETS, ROSA_PRESETS
 from heron.config.settings import check_types as _check_types
 from heron.config.settings import from_dict as _from_dict

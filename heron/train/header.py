@@ -69,9 +69,7 @@ def _beside(learner: Learner) -> str:
     """What trains beside frozen weights, in words."""
     finetune = learner.config.finetune
     if finetune is not None and (adapter := finetune.adapter) is not None:
-        alpha = (
-            "" if adapter.kind == "miss" else f", alpha {adapter.rank if adapter.alpha is None else adapter.alpha:g}"
-        )
+        alpha = "" if adapter.kind == "miss" else f", alpha {adapter.alpha or adapter.rank:g}"
         return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}"
     shifts = " and the token shifts" if finetune is not None and finetune.token_shifts else ""
     return f"the state that sequences start from{shifts}"

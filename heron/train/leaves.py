@@ -14,7 +14,7 @@ from heron.config.finetune_adapter import AdapterConfig
 from heron.model import RWKV
 from heron.model.adapters import Adapter, adapter_parameters, add_adapter
 from heron.model.deep_embed import DeepEmbed
-from heron.model.state import States
+from heron.model.state import State, States
 from heron.model.tuned_state import TunedState
 
 Pair = tuple[nn.Parameter, nn.Parameter]
@@ -53,6 +53,12 @@ class Leaves:
     def start(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> States | None:
         """The state that these sequences start from, as :meth:`TunedState.forward` gives it; None: zeros."""
         return None if self.state is None else self.state(tokens, cu_seqlens, self.network.emb.weight.dtype)
+
+    @torch.no_grad()
+    def start_of_one(self) -> State | None:
+        """The state that a sequence alone starts from; None: zeros."""
+        start = self.start(torch.empty(1, 1))
+        return start if isinstance(start, State) else None
 
 
 def prepare_base(model: RWKV, in_half: bool, tables_stay: bool) -> None:

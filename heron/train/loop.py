@@ -356,10 +356,10 @@ class Trainer:
             prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
         before = TextStream(parts.tokenizer)
         shown = "".join(map(before.push, prompt))  # but for half a character at its end, which the model may complete
-        model, tokens = parts.learner.model, config.sample_tokens
-        with torch.no_grad():
-            start = parts.learner.leaves.start(torch.empty(1, 1))
-        continuation = generate(model, parts.tokenizer, prompt, tokens, seed=config.seed, state=start)
+        start = parts.learner.leaves.start_of_one()
+        continuation = generate(
+            parts.learner.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed, state=start
+        )
         parts.reporter.sample(progress.step, continuation, shown)
 
     def _save(self, parts: Parts, progress: Progress) -> None:

@@ -79,7 +79,8 @@ class Learner:
             compilation.compile_blocks(self.network)
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
-            None if config.freezes else self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
+            None if config.freezes else self.tables, machine.DTYPES[config.tables_state],
+            {master: copy for copy, master in self._copies},
         )  # fmt: skip
 
     def gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
