@@ -51,6 +51,7 @@ ROWS = {
     "speed-miss": Row("lora", kind="miss"),
     "speed-dora": Row("lora", kind="dora"),
 }
+HEADER = ("trained", "ms", "k tok/s", "of full", "of v7", "GiB", "reserved", "compile")
 USUAL = [name for name in ROWS if name.startswith(("memory", "speed-full", "speed-lora"))]
 
 
@@ -135,9 +136,7 @@ def main() -> None:
     need_gpu(parser)
     size = f"L{options.layers}-D{options.channels}"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, ctx {TOKENS}, rank {options.rank}")
-    print(
-        f"{'':<16}{'trained':>14} {'ms':>9} {'k tok/s':>9} {'of full':>8} {'of v7':>6} {'GiB':>7} {'reserved':>9}  compile"
-    )
+    print("{:<16}{:>14} {:>9} {:>9} {:>8} {:>6} {:>7} {:>9}  {}".format("", *HEADER))
     times: dict[str, float] = {}
     for name in options.rows:
         with multiprocessing.get_context("spawn").Pool(1) as alone:  # so that nothing of one row is left in the next

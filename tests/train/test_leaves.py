@@ -1,4 +1,4 @@
-"""Training beside frozen weights: what learns, what stays bit for bit, what it leaves, and that kills leave no trace."""
+"""Training beside frozen weights: what learns, what stays bit for bit, what it leaves; kills leave no trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from heron import cli, report
 from heron.checkpoint import tuned_state
 from heron.checkpoint.adapters import base_fingerprint, load_adapter, merged
 from heron.commands import estimate
-from heron.config import AdapterConfig
 from heron.config.finetune import DEFAULTS
 from heron.config.finetune_adapter import KINDS
 from heron.data import conversations, template
@@ -113,23 +112,22 @@ def test_steps_of_an_adapter_are_those_of_a_loop_made_by_hand(settings, random_m
     torch.manual_seed(3)
     add_adapter(by_hand, config.finetune.adapter)
     leaves = {name: leaf for name, leaf in adapter_parameters(by_hand).items() if leaf.requires_grad}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, weight_decay=0.0, fused=True)
     torch.manual_seed(3)
     learner = Learner(model, config, CPU)
     for step in range(3):
         batches = [packs.batch(4 * step + 2 * i, 2) for i in range(2)]
         n_learned = sum(int((targets != -100).sum()) for _, targets, *_ in batches)
         for tokens, targets, _, cu_seqlens in batches:
-            share = int((targets != -100).sum()) / n_learned
-            (by_hand.loss(tokens, targets, cu_seqlens) * share).backward()
+            (by_hand.loss(tokens, targets, cu_seqlens) / (n_learned / int((targets != -100).sum()))).backward()
         loss = learner.gradients(batches)
         for name, leaf in leaves.items():
-            torch.testing.assert_close(learner.trained.get_parameter(name).grad, leaf.grad, rtol=1e-6, atol=1e-7)
+            assert torch.equal(learner.trained.get_parameter(name).grad, leaf.grad), name
         optimizer.step()
         optimizer.zero_grad()
         learner.update(loss, 1e-3, math.inf)
     for name, leaf in leaves.items():
-        torch.testing.assert_close(learner.trained.get_parameter(name), leaf, rtol=1e-4, atol=1e-6)
+        assert torch.equal(learner.trained.get_parameter(name), leaf), name
 
 
 @pytest.mark.parametrize("model", [{}, dict(variant="v7b"), dict(memory="memory")], ids=str)
@@ -221,8 +219,7 @@ def test_copies_in_bf16_follow_their_leaves(settings, random_model, kind):
 # -- runs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "fp32") for kind in KINDS), ("lora", "bf16"), ("pissa", "bf16")])
 def test_a_run_leaves_an_adapter_that_merges_into_its_own_logits(settings, heron_, tmp_path, kind, dtype):
     config = settings(finetune=dict(adapter=dict(rank=4, kind=kind), base=dtype), dtype=dtype)
     found = []
@@ -238,7 +235,7 @@ def test_a_run_leaves_an_adapter_that_merges_into_its_own_logits(settings, heron
         torch.testing.assert_close(heron.load(tmp_path / "merged.pth")(ids)[0], beside, rtol=1e-5, atol=1e-5)
         assert (beside - heron.load(config.model)(ids)[0]).abs().max() > 1e-3
         own = found[0].model(ids)[0].float()
-        torch.testing.assert_close(own, beside, rtol=0, atol=1e-5 if dtype == "fp32" else 0.2)
+        assert (own - beside).norm() < (1e-6 if dtype == "fp32" else 3e-2) * beside.norm()
     code, out, err = heron_("generate", config.model, "--adapter", config.out, "--prompt", "a", "--max_tokens", 2)
     assert (code, err) == (0, "")
     code, _, err = heron_("merge", tmp_path / "merged.pth", config.out, tmp_path / "twice.pth")
@@ -257,7 +254,7 @@ def test_a_run_by_the_command_learns_and_says_what_it_trains(heron_, base, chat,
     n_all = sum(map(torch.numel, heron.load(tmp_path / "base.pth").parameters()))
     assert f"trains      {n_trained:,} of {n_all:,} parameters: " in out
     steps, validations = report.read_log(tmp_path / "ft")
-    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     assert not (tmp_path / "ft" / "rwkv-init.pth").exists()
     (checkpoint,) = (tmp_path / "ft" / "checkpoints").glob("step-*")
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
@@ -316,9 +313,9 @@ def test_a_bad_step_is_gone_back_from(settings, method):
     assert len({record["step"] for record in report.read_log(Path(config.out))[0]}) == 5
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_kills_leave_no_trace(tmp_path, method):
-    result = kills.run(2, seed=1, **kills_of_finetuning.settings(tmp_path, method))
+@pytest.mark.parametrize(("method", "trials"), [("lora", 2), ("state", 1)])
+def test_kills_leave_no_trace(tmp_path, method, trials):
+    result = kills.run(trials, seed=1, **kills_of_finetuning.settings(tmp_path, method))
     assert result.failures == []
     assert result.caught == result.control_trials > 0
 
@@ -358,12 +355,12 @@ def test_settings_of_another_method_are_refused():
         heron.TrainConfig(init_from="base.pth", max_steps=1, finetune=heron.FinetuneConfig(method="state"))
 
 
-def test_a_model_without_weights_or_without_a_place_is_refused(settings, base):
+def test_a_model_without_weights_or_without_a_place_is_refused(settings, random_model):
     config = settings()
     with pytest.raises(ConfigError, match="method lora: trains beside weights, and the model names none"):
         fit(heron.TrainConfig.from_dict({**config.to_dict(), "model": heron.load(config.model).config.to_dict()}))
     with pytest.raises(ConfigError, match="state: a rosa-lm has no WKV state to tune"):
-        fit(settings("state", base(variant="rosa-lm", rosa="qkv-1bit"), out=config.out + "-2"))
+        Learner(random_model(variant="rosa-lm", rosa="qkv-1bit"), settings("state"), CPU)
 
 
 def test_a_run_goes_on_beside_its_own_base_alone(settings, base, heron_):
@@ -383,11 +380,14 @@ def test_a_run_goes_on_beside_its_own_base_alone(settings, base, heron_):
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dtype="bf16", weights="bf16"), dict(tables="host")], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("lora", {}), ("lora", dict(dtype="bf16", weights="bf16")), ("state", dict(tables="host"))],
+    ids=str,
+)
 def test_an_estimate_knows_what_is_frozen(settings, random_model, method, changes):
-    config = settings(method, **changes)
-    model = random_model(n_layer=2, vocab_size=256)
+    config = settings(method, **changes, ctx_len=48)
+    model = random_model(n_layer=1, vocab_size=256)
     learner = Learner(copy.deepcopy(model), config, CPU)
     learner.update(learner.gradients([packs_of(config).batch(0, 2)]), 0.0, math.inf)
     found = estimate.estimate(config, model.config)
@@ -397,12 +397,10 @@ def test_an_estimate_knows_what_is_frozen(settings, random_model, method, change
     assert found.parameters == sum(weight.nbytes for weight in all_of_it)
     assert found.tables == sum(weight.nbytes for weight in on_host)
     assert found.optimizer == sum(part.nbytes for parts in learner.optimizer.state.values() for part in parts.values())
-    full = heron.TrainConfig.from_dict({**config.to_dict(), "finetune": dict(method="full")})
-    assert found.peak < estimate.estimate(full, model.config).peak
+    assert found.gradients == sum(leaf.nbytes for leaf, _ in learner.leaves.pairs)
 
 
-def test_an_adapter_of_every_kind_is_estimated(settings, random_model):
-    for kind in KINDS:
-        config = settings(finetune=dict(adapter=dict(rank=4, kind=kind)), model="unused.pth")
-        assert AdapterConfig(rank=4, kind=kind) == config.finetune.adapter
-        assert estimate.estimate(config, random_model(n_layer=2, vocab_size=256).config).optimizer > 0
+@pytest.mark.parametrize("kind", ["dora", "pissa"])  # which look at the weights
+def test_an_adapter_that_looks_at_weights_is_estimated(settings, random_model, kind):
+    config = settings(finetune=dict(adapter=dict(rank=4, kind=kind)), model="unused.pth", ctx_len=8)
+    assert estimate.estimate(config, random_model(n_layer=1, vocab_size=256).config).optimizer > 0
