@@ -21,7 +21,7 @@ from heron.model.init import rule
 from heron.model.memory import MEMORY_BYTES
 from heron.model.state import ROSA_BYTES
 from heron.model.tuned_state import BASE, TUNED
-from heron.optim import STATE, TABLE, group_of
+from heron.optim import ADAPTER, STATE, TABLE, group_of
 
 _PARTS = {
     "v7": "RWKV-7",
@@ -245,6 +245,10 @@ def _parameter_table(skeleton: RWKV, config: ModelConfig) -> list[str]:
         source = "ours" if start.ours else "RWKV-LM"
         rows.append((name, shape, group.name, f"{group.lr_scale:g}x", decay, start.text, source))
     legend = [f"{name:<12}{reason}" for name, reason in groups.items()]
+    for method, group in (("full", None), ("lora", ADAPTER), ("state", STATE)):
+        lrs = f"lr {DEFAULTS[method]['lr_init']:g} to {DEFAULTS[method]['lr_final']:g}, no decay"
+        beside = "as above" if group is None else f"weights are frozen; group {group.reason}"
+        legend.append(f"{f'finetune':<12}--method {method}: {lrs}; {beside}")
     if any(row[-1] == "ours" for row in rows):
         legend.append(f"{'ours':<12}our own choice: nothing is public about how this starts and how it is trained")
     return [_table(rows), "", *legend]
