@@ -1,7 +1,7 @@
 """Teach a tiny model a persona with an adapter, from 40 conversations; it answers before and after. Two minutes.
 
-It needs pip install 'heron-rwkv[finetune]'. First a base learns plain answers; then an adapter beside its frozen weights
-learns to give them as a pirate does, also about things that no pirate spoke of.
+It needs pip install 'heron-rwkv[finetune]'. First a base learns plain answers; then an adapter beside its frozen
+weights learns to give them as a pirate does, also about things that no pirate spoke of.
 """
 
 import argparse
@@ -13,9 +13,7 @@ from heron.checkpoint.adapters import merged
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", type=Path, default=Path("runs/persona"), help="folder of the two runs")
-parser.add_argument(
-    "--steps", type=int, default=300, help="optimizer steps of the base; the adapter makes half of them"
-)
+parser.add_argument("--steps", type=int, default=300, help="steps of the base; the adapter makes half as many")
 args = parser.parse_args()
 
 COLOURS = dict(

@@ -248,7 +248,7 @@ def _parameter_table(skeleton: RWKV, config: ModelConfig) -> list[str]:
     for method, group in (("full", None), ("lora", ADAPTER), ("state", STATE)):
         lrs = f"lr {DEFAULTS[method]['lr_init']:g} to {DEFAULTS[method]['lr_final']:g}, no decay"
         beside = "as above" if group is None else f"weights are frozen; group {group.reason}"
-        legend.append(f"{f'finetune':<12}--method {method}: {lrs}; {beside}")
+        legend.append(f"{'finetune':<12}--method {method}: {lrs}; {beside}")
     if any(row[-1] == "ours" for row in rows):
         legend.append(f"{'ours':<12}our own choice: nothing is public about how this starts and how it is trained")
     return [_table(rows), "", *legend]
