@@ -1,7 +1,7 @@
 """Teach a tiny model a persona with an adapter, from 40 conversations; it answers before and after. Two minutes.
 
 It needs pip install 'heron-rwkv[finetune]'. First a base learns plain answers; then an adapter beside its frozen
-weights learns to give them as a pirate does, also about things that no pirate spoke of.
+weights learns to speak as a pirate does. He speaks so of things that he never heard of, too, if not always truly.
 """
 
 import argparse

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import heron
 from heron import cli, report
@@ -311,6 +314,22 @@ def test_a_bad_step_is_gone_back_from(settings, method):
     trainer = heron.Trainer(config, say=lambda line: None)
     assert faulty(trainer, Fault(float("nan"), "loss", forward=4)).fit() == "finished"
     assert len({record["step"] for record in report.read_log(Path(config.out))[0]}) == 5
+
+
+def test_a_run_with_copies_in_bf16_goes_on_bit_for_bit(settings, tmp_path):
+    adapter = dict(rank=4, kind="pissa", dropout=0.1)
+    config = settings(finetune=dict(adapter=adapter, base="bf16"), dtype="bf16", accumulate=2, save_every=2, keep=3)
+    fit(config)
+    shutil.copytree(config.out, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "again" / "adapter")
+    said = []
+    fit(dataclasses.replace(config, out=str(tmp_path / "again")), said)
+    assert not any("not bit-exact" in line for line in said)
+    ends = [load_file(Path(out) / "adapter" / "adapter_model.safetensors") for out in (config.out, tmp_path / "again")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    steps = [report.read_log(Path(out))[0] for out in (config.out, tmp_path / "again")]
+    assert [record["loss"] for record in steps[0]] == [record["loss"] for record in steps[1]]
 
 
 @pytest.mark.parametrize(("method", "trials"), [("lora", 2), ("state", 1)])
