@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heron.checkpoint import STATE as STATE_FILE
 from heron.checkpoint import adapters, put_right, read_tensors, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
@@ -67,7 +68,8 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
     else:
         if not Path(model).exists():
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
-        source = weights_file(Path(model))
+        tuned = Path(model) / STATE_FILE
+        source = tuned if tuned.is_file() else weights_file(Path(model))
         tensors = read_tensors(source)
         if tensors and all(map(TUNED.match, tensors)):
             return _describe_state(source, tensors)
