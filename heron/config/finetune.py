@@ -49,7 +49,7 @@ class FinetuneConfig:
     """
 
     method: str = setting(
-        "full", "what is trained: full (all weights), lora (an adapter) or state (the state that sequences start from)"
+        "full", "what is trained: full (all weights), lora (an adapter) or state (what sequences start from)"
     )
     adapter: AdapterConfig | None = setting(None, "lora: the adapter; None: AdapterConfig()")
     token_shifts: bool = setting(False, "state: the token shifts of each layer train too; upstream's files have none")
