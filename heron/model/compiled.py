@@ -25,6 +25,7 @@ from heron.model.rwkv import RWKV, Block
 from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
+_DORA = "the length of a weight's rows, by which dora divides, is computed in a way that can't be compiled"
 _GRAPHS = 64  # a process may train with several shapes and precisions, two graphs each; PyTorch would stop at 8
 
 
@@ -35,6 +36,7 @@ def choose(
     tables: str = "device",
     adds_up: bool = False,
     uneven: bool = False,
+    adapter: str | None = None,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -42,13 +44,14 @@ def choose(
         wanted, tables: TrainConfig's.
         adds_up: whether each pass adds its gradients to those of the passes before, in place.
         uneven: whether passes differ in how much of the step's loss is theirs.
+        adapter: the kind of the adapter that is on the model, if there is one.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
     """
     if wanted == "off":
         return machine.Choice("off", "as asked")
-    reason = why_not(device, model)
+    reason = why_not(device, model) or (_DORA if adapter == "dora" else None)
     no_graph = _why_no_graph(model, tables, adds_up, uneven)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):

@@ -152,6 +152,46 @@ def test_compiled_steps_over_packs_are_the_written_ones(request, random_model, d
         assert distance(weights[name], weight) < 1e-5, name
 
 
+BESIDE = {
+    **{kind: dict(method="lora", adapter=dict(kind=kind, rank=4)) for kind in ("lora", "pissa", "miss")},
+    "state": dict(method="state", token_shifts=True),
+}
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)])
+@pytest.mark.parametrize("name", BESIDE)
+def test_compiled_steps_beside_frozen_weights_are_the_written_ones(request, random_model, device, name):
+    if device is CPU:
+        request.getfixturevalue("compiles")
+    if name != "state":
+        pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+    model = random_model(n_layer=3, n_embd=64, head_size=64)
+    half = dict(dtype="bf16", weights="bf16") if device is GPU or name == "lora" else {}
+    changes = dict(**half, accumulate=2, grad_checkpoint=name == "lora", finetune=heron.FinetuneConfig(**BESIDE[name]))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    results = []
+    for how in ("on", "off"):
+        torch.manual_seed(0)
+        learner = learner_of(model, device, **changes, compile=how)
+        numbers, _ = trained(learner, 3, 2, packed_batch)
+        results.append((numbers, learner.trained.state_dict()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    (numbers, leaves), (plain_numbers, plain_leaves) = results
+    assert distance(numbers, plain_numbers) < (2e-2 if half else 1e-5)
+    for leaf, plain in plain_leaves.items():
+        assert distance(leaves[leaf], plain) < (5e-2 if half else 1e-4), leaf
+
+
+def test_dora_is_not_compiled_and_says_why(compiles, random_model):
+    pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+    dora = heron.FinetuneConfig(method="lora", adapter=dict(kind="dora", rank=4))
+    learner = learner_of(random_model(), compile="auto", finetune=dora)
+    assert learner.compiled.value == "off"
+    assert "dora divides" in learner.compiled.reason
+    with pytest.raises(ConfigError, match="compile on: .*dora divides.*--compile auto"):
+        learner_of(random_model(), finetune=dora)
+
+
 def test_packs_are_never_replayed(random_model, monkeypatch):
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
     with pytest.raises(ConfigError, match="each pass learns another number of tokens"):
