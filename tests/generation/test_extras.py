@@ -136,12 +136,11 @@ def test_a_bias_moves_what_is_drawn_and_not_its_logprob(random_model, make):
 
 def test_a_bias_is_added_in_full_precision(random_model, make):
     """In bf16 both logits would be 100, and the lower id would always win."""
-    model = random_model().to(torch.bfloat16)
+    model = random_model(variant="v7a").to(torch.bfloat16)
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.weight[9] = 0.001 * torch.sign(model.ln_out.bias)
-    logprobs = logprobs_behind(model, [1])
-    model.head.weight.data[9] *= torch.sign(logprobs[9] - logprobs[5])
+        model.head.weight[9] *= torch.sign(model(torch.tensor([[1]]))[0][0, -1, 9])
     (token,) = said(make(model), Request([1], 1, GREEDY, logit_bias={5: 100, 9: 100}))
     assert token.id == 9
 
@@ -196,6 +195,9 @@ def test_of_a_constraint_that_is_over_stop_ids_end_the_text(random_model, make):
         def allowed(self):
             return torch.zeros(37, dtype=torch.bool)
 
+        def accept(self, token):
+            raise HeronError(f"{token} is no part of the text")
+
     assert [t.id for t in said(make(random_model()), Request([1], 9, ALL, constraint=Over(1), stop_ids=[7]))] == [7]
 
 
@@ -245,6 +247,17 @@ def test_logits_that_are_not_finite_end_their_sequence_alone(random_model, make)
         assert "wanted finite numbers, got nan" in str(error)
         assert (bad.is_open, many.n_free) == (False, 2)
         assert [token, *(many.step()[0][1] for _ in range(5))] == want
+
+
+def test_logits_that_are_not_finite_are_seen_where_a_constraint_bars_them(random_model, make):
+    model = random_model()
+    with torch.no_grad():
+        model.head.weight[5] = math.nan
+    one = make(model)
+    sequence = one.add(Request([1], constraint=Turns(2)))
+    ((_, error),) = one.step()
+    assert "wanted finite numbers, got nan at token id 5" in str(error)
+    assert not sequence.is_open
 
 
 @pytest.mark.parametrize(
