@@ -1,0 +1,1 @@
+"""A model behind an interface of the network, many texts at a time."""
