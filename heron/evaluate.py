@@ -7,7 +7,8 @@ the decoder, what generation runs); the numbers are the same but for rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,7 @@ def evaluate(
     recalled: Recalled | None = None,
     documents: Documents | None = None,
     start: State | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state, or `start`.
 
@@ -94,6 +96,7 @@ def evaluate(
             its window and before that, and on `documents`.
         documents: see :class:`heron.model.memory.Documents`.
         start: such as a tuned state, batch size 1, on the device of the model; None: zeros.
+        share: i, n: score a share of them, that of number i among n processes (:func:`together`). In gpt mode alone.
 
     Raises:
         ConfigError: a ctx_len below 1, or an unknown mode.
@@ -121,25 +124,30 @@ def evaluate(
         total = -sum(score.logprob for score in _likelihoods(model, texts, mode, start))
         return _evaluation(total, n_targets, n_bytes)
 
-    total = 0.0
+    total, n_targets = 0.0, 0
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
-        for starts, n in _windows(n_targets, ctx_len):
+        for starts, n in islice(_windows(len(tokens) - 1, ctx_len), share[0], None, share[1]):
             rows = np.asarray(tokens[starts[0] : starts[-1] + n + 1], dtype=np.int64)
             places = torch.from_numpy(starts - starts[0]).unsqueeze(1) + torch.arange(n)
             window = torch.from_numpy(rows).to(device)
             found = None if recalled is None else recalled.at(starts, n).to(device)
             total += _nll(model, window[places], window[places + 1], found, start)
+            n_targets += places.numel()
     return _evaluation(total, n_targets, n_bytes)
 
 
 def evaluate_batches(
-    model: RWKV, batches: Iterable[tuple[Tensor | None, ...]], autocast: torch.autocast | None = None
+    model: RWKV,
+    batches: Iterable[tuple[Tensor | None, ...]],
+    autocast: torch.autocast | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Score the targets of batches that are not -100.
 
     Args:
         batches: tokens, targets, recalled and cu_seqlens, as :meth:`heron.data.packs.Packs.batch` gives them.
         autocast: the precision context of the training run, if any.
+        share: i, n: every n-th batch from number i on, see :func:`together`.
 
     Raises:
         DataError: no target.
@@ -148,16 +156,26 @@ def evaluate_batches(
     device = next(model.parameters()).device
     total, n_targets = 0.0, 0
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
-        for batch in batches:
+        for batch in islice(batches, share[0], None, share[1]):
             tokens, targets, recalled, cu_seqlens = (None if part is None else part.to(device) for part in batch)
             if tokens is not None and targets is not None:
                 n = int((targets != -100).sum())
                 hidden, _ = model.hidden_states(tokens, None, cu_seqlens, keep_state=False, recalled=recalled)
                 total += float(model.head_loss(hidden, targets, recalled).double()) * n
                 n_targets += n
-    if not n_targets:
+    if not n_targets and share == (0, 1):
         raise DataError("evaluate: wanted at least one target, got none")
     return _evaluation(total, n_targets, None)
+
+
+def together(score: Evaluation, add: Callable[[list[float]], list[float]], n_bytes: int | None = None) -> Evaluation:
+    """The score of all from the share of each, with what adds numbers up over the processes.
+
+    Args:
+        n_bytes: UTF-8 bytes that all targets stand for.
+    """
+    total, n_targets = add([score.loss * score.n_targets, score.n_targets])
+    return _evaluation(total, int(n_targets), n_bytes)
 
 
 def loglikelihoods(
@@ -322,7 +340,8 @@ def multiple_choice(
 
 
 def _evaluation(total: float, n_targets: int, n_bytes: int | None) -> Evaluation:
-    return Evaluation(total / n_targets, n_targets, total / math.log(2) / n_bytes if n_bytes else None)
+    loss = total / n_targets if n_targets else 0.0  # of a share without any
+    return Evaluation(loss, n_targets, total / math.log(2) / n_bytes if n_bytes else None)
 
 
 def _check_mode(mode: str) -> None:

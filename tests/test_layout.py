@@ -19,7 +19,7 @@ LINES = [
     ["machine", "strict_json", "files"],
     ["tokenizer", "ops"],
     ["model", "data"],
-    ["tables"],
+    ["tables", "dist"],
     ["optim", "checkpoint"],
     ["generation"],
     ["evaluate", "report"],
