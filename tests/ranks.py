@@ -50,7 +50,7 @@ def launch(arguments: list[str], processes: int) -> list[subprocess.Popen]:
     """Start so many processes, as torchrun does."""
     ports = free_ports(_MOST_RUNS)
     common = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
-    common |= dict(OMP_NUM_THREADS="1", HERON_TEST_PORTS=",".join(map(str, ports)))
+    common |= dict(OMP_NUM_THREADS="1", MASTER_PORT=str(ports[0]), HERON_TEST_PORTS=",".join(map(str, ports)))
     return [
         subprocess.Popen(
             [sys.executable, *arguments], env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
