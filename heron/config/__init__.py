@@ -308,8 +308,7 @@ class TrainConfig:
     tables_state: str = _setting("fp32", "AdamW's moments for tables on the host: fp32 or bf16")
     threads: int = _setting(0, "CPU threads; 0: those the run began with, chosen by trial. Others change last bits")
     parallel: str = _setting(
-        "auto",
-        "many GPUs: ddp (each has all weights), fsdp (a part), hsdp (a part; machines are alike), or auto: by size",
+        "auto", "on many GPUs each has all weights: ddp; a part: fsdp, hsdp (machines are alike); auto: by size"
     )
     processes: int = _setting(0, "processes that share each step, one a GPU; 0: as many as torchrun started")
     dist_timeout: float = _setting(600.0, "seconds for which one process waits for another before the run fails")
