@@ -201,9 +201,7 @@ async def whole(asked: Asked, with_logprobs: bool) -> dict[str, Any]:
         if answer.calls:
             message["tool_calls"] = [call_on_wire(call) for call in answer.calls]
         scored = {"content": wire.scored(answer.tokens, asked.served.engine.tokenizer)} if with_logprobs else None
-        choices.append(
-            {"index": answer.number, "message": message, "logprobs": scored, "finish_reason": answer.finish}
-        )
+        choices.append({"index": answer.number, "message": message, "logprobs": scored, "finish_reason": answer.finish})
     return {
         "id": asked.id,
         "object": "chat.completion",

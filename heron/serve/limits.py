@@ -11,6 +11,7 @@ from typing import Any
 
 from heron import strict_json
 from heron.config.serve import ServeConfig
+from heron.serve.metrics import Metrics
 from heron.serve.refusals import Refusal
 
 SECONDS_FOR_BODY = 10.0
@@ -33,8 +34,8 @@ class Guard:
     browser of the one who sits here would carry such questions.
     """
 
-    def __init__(self, app: Any, config: ServeConfig, api_key: str | None):
-        self._app, self._key, self._origins = app, api_key, config.origins
+    def __init__(self, app: Any, config: ServeConfig, metrics: Metrics):
+        self._app, self._key, self._origins, self._metrics = app, config.api_key, config.origins, metrics
         self._most_bytes = config.max_body
         self._hosts = {"localhost", "127.0.0.1", "::1", config.host} if config.is_local else None
 
@@ -50,6 +51,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 given = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in given)]
+                self._metrics.count(getattr(scope.get("route"), "path", "none"), message["status"])
             await send(message)
 
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}

@@ -22,14 +22,18 @@ class Metrics:
     def __init__(self, models: Models):
         self._registry = registry = CollectorRegistry()
         registry.register(_Now(models))
-        self.answers = Counter("heron_http_responses", "answers by route and status", ["route", "status"], registry=registry)
+        self._answers = Counter("heron_http_responses", "answers", ["route", "status"], registry=registry)
         self.prompt_tokens = Counter("heron_prompt_tokens", "tokens of prompts", registry=registry)
         self.cached_tokens = Counter("heron_cached_prompt_tokens", "of them those read before", registry=registry)
         self.drawn_tokens = Counter("heron_drawn_tokens", "tokens written", registry=registry)
         self.first_token = Histogram(
             "heron_first_token_seconds", "from a request to its first token", buckets=_SECONDS, registry=registry
         )
-        self.whole = Histogram("heron_request_seconds", "from a request to its end", buckets=_SECONDS, registry=registry)
+        self.whole = Histogram("heron_request_seconds", "from it to its end", buckets=_SECONDS, registry=registry)
+
+    def count(self, route: str, status: int) -> None:
+        """Count an answer."""
+        self._answers.labels(route, str(status)).inc()
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from heron.config import LARGEST_SEED
-from heron.data.template import THINKING, Message
+from heron.data.template import Message
 from heron.serve.refusals import Refusal
 
 MOST_ANSWERS = 16  # to one prompt
@@ -23,7 +23,7 @@ STATE_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
 _EFFORTS = {"none": "off", "minimal": "off", "low": "short", "medium": "on", "high": "long"}
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Think = Literal[tuple(THINKING)]  # pyright: ignore[reportInvalidTypeForm]  (its keys)
+Think = Literal["", "on", "off", "short", "long"]  # keys of heron.data.template.THINKING
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 StateName = Annotated[str, Field(pattern=STATE_NAME)]

@@ -114,7 +114,9 @@ class Parts:
         n = next((n for n in range(min(len(held), len(marker) - 1), 0, -1) if held.endswith(marker[:n])), 0)
         certain = held[: len(held) - n].rstrip()
         self._held = held[len(certain) :]
-        return Part(**{kind: certain}) if certain else None
+        if not certain:
+            return None
+        return Part(reasoning=certain) if kind == "reasoning" else Part(content=certain)
 
 
 _NOTHING = Part()

@@ -18,11 +18,12 @@ _TOO_LARGE = (
 def guarded_protocol() -> type[asyncio.Protocol]:
     """uvicorn's protocol, the fast one where httptools is installed, with timers of ours."""
     if importlib.util.find_spec("httptools") is not None:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Found
     else:
-        from uvicorn.protocols.http.h11_impl import H11Protocol as Base
+        from uvicorn.protocols.http.h11_impl import H11Protocol as Found
+    base: Any = Found
 
-    class Guarded(Base):
+    class Guarded(base):
         """A connection whose headers must come in time, and whose client must read."""
 
         _header_timer: asyncio.TimerHandle | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -43,7 +42,7 @@ async def ask(service: Service, body: ResponsesRequest) -> Asked:
     forced = body.tool_choice.name if isinstance(body.tool_choice, NamedFlatTool) else None
     return await chat.answer(
         service, served, start, messages, tools,
-        settings=Sampled(temperature=body.temperature, top_p=body.top_p, seed=body.seed),
+        settings=Sampled.model_validate({name: getattr(body, name) for name in ("temperature", "top_p", "seed")}),
         max_tokens=body.max_output_tokens,
         think=think_of(body.reasoning.effort if body.reasoning else None, None),
         logprobs=None,

@@ -1,7 +1,7 @@
 """One thread runs an engine: requests join in order of arrival, leave when they end, and their texts go to the loop.
 
-The thread and the event loop of the server share Python's lock, so what is drawn is handed over for many streams at
-once, and less often the more there are: see `SECONDS_A_STREAM`.
+The thread and the event loop of the server share Python's lock. So that one does not hold up the other, a stream gets
+several tokens at once where there are many streams: see `SECONDS_A_STREAM`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 
 from heron.errors import HeronError
-from heron.generation import Engine, OpenSequence, Request, Snapshot, Token
+from heron.generation import Constraint, Engine, OpenSequence, Request, Snapshot, Token
+from heron.serve.grammar import Grammar
 from heron.serve.refusals import Refusal, stopping, too_busy
 from heron.serve.sessions import PrefixCache
 
-SECONDS_A_STREAM = 2e-4  # between two handovers, times the number of streams; a tenth of that is what one costs
-_LONGEST_BETWEEN = 0.05
+_log = logging.getLogger("heron.serve")
+SECONDS_A_STREAM = 2e-4  # a handover to one stream at most in each; the event loop needs a tenth of it for one
 _SECONDS_BETWEEN_LOOKS = 0.25  # at the clock, for requests whose time is over
 
 
@@ -98,21 +100,14 @@ class Scheduler:
         engine: that nobody else opens sequences in.
         queue: jobs that may wait for a place in it.
         cache: where states of read prompts are kept; None: nowhere.
-        on_step: called in the thread with the number of tokens drawn, after each step.
 
     Attributes:
         failure: what made the engine unable to go on; None: nothing yet.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        queue: int,
-        cache: PrefixCache | None = None,
-        on_step: Callable[[int], None] = lambda n: None,
-    ):
-        self.engine, self.failure = engine, None
-        self._most_waiting, self._cache, self._on_step = queue, cache, on_step
+    def __init__(self, engine: Engine, queue: int, cache: PrefixCache | None = None):
+        self.engine, self._most_waiting, self._cache = engine, queue, cache
+        self.failure: Exception | None = None
         self._waiting: collections.deque[Job] = collections.deque()
         self._writing: dict[OpenSequence, Job] = {}
         self._pending: dict[Job, Drawn] = {}
@@ -180,9 +175,8 @@ class Scheduler:
             try:
                 self._drop()
                 self._admit()
-                self._draw()
-            except HeronError as error:
-                self._fail_broken(error)
+                if self._writing:
+                    self._draw()
             except Exception as error:  # a fault of the device or of ours: no later step can be trusted
                 self._fail_all(error)
             self._hand_over()
@@ -246,21 +240,23 @@ class Scheduler:
 
     def _draw(self) -> None:
         """Let the engine make a step, and note what it has drawn."""
-        drawn = self.engine.step()
-        self._on_step(len(drawn))
-        for sequence, token in drawn:
+        for sequence, token in self.engine.step():
             job = self._writing[sequence]
+            if isinstance(token, HeronError):
+                self._leave(sequence, job)
+                self._fail(job, Refusal(500, str(token)))
+                continue
             piece = self._pending.get(job)
             if piece is None:
                 piece = self._pending[job] = Drawn()
             job.ids.append(token.id)
             piece.text += sequence.text.push(token.id)
             piece.tokens.append(token)
-            constraint = job.request.constraint
-            finish = sequence.text.finish or ("stop" if constraint is not None and constraint.is_complete else None)
-            if finish is not None:
-                piece.text += "" if sequence.text.finish else sequence.text.flush()
-                piece.finish = finish
+            piece.finish = sequence.text.finish
+            if piece.finish is None and _is_complete(job.request.constraint):
+                piece.text += sequence.text.flush()
+                piece.finish = "stop"
+            if piece.finish is not None:
                 self._leave(sequence, job)
 
     def _leave(self, sequence: OpenSequence, job: Job) -> None:
@@ -280,15 +276,8 @@ class Scheduler:
     def _fail(self, job: Job, error: Exception) -> None:
         self._pending.setdefault(job, Drawn()).error = error
 
-    def _fail_broken(self, error: HeronError) -> None:
-        """Fail the jobs whose sequences the engine has closed; where it closed none, all."""
-        broken = [one for one in self._writing if not one.is_open] or list(self._writing)
-        for sequence in broken:
-            job = self._writing[sequence]
-            self._leave(sequence, job)
-            self._fail(job, Refusal(500, str(error)))
-
     def _fail_all(self, error: Exception) -> None:
+        _log.critical("the engine has failed", exc_info=error)
         self.failure = error
         with self._changed:
             jobs = [*self._writing.values(), *self._waiting]
@@ -298,23 +287,24 @@ class Scheduler:
             self._fail(job, Refusal(500, "the engine has failed; the server's log says why"))
 
     def _hand_over(self) -> None:
-        """Give the loop what was drawn: the first and the last piece of a job now, others once it is their time."""
+        """Give the loop what was drawn: the first and the last piece of a job now, of the others those that wait most,
+        as many as it is time for."""
         now = time.monotonic()
-        wait = min(_LONGEST_BETWEEN, SECONDS_A_STREAM * len(self._writing))
-        if now - self._last_handover >= wait:
-            self._last_handover = now
-            pieces = self._pending
-            self._pending = {}
-        else:
-            urgent = [
-                job
-                for job, piece in self._pending.items()
-                if piece.finish or piece.error or job.n_drawn == len(piece.tokens)
-            ]
-            pieces = {job: self._pending.pop(job) for job in urgent}
-        if pieces and self._loop is not None:
+        n_due = max(1, int((now - self._last_handover) / SECONDS_A_STREAM))
+        self._last_handover = now
+        due = [
+            job
+            for number, (job, piece) in enumerate(self._pending.items())
+            if number < n_due or piece.finish or piece.error or job.n_drawn == len(piece.tokens)
+        ]
+        if due and self._loop is not None:
+            pieces = {job: self._pending.pop(job) for job in due}
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(_give, pieces)
+
+
+def _is_complete(constraint: Constraint | None) -> bool:
+    return isinstance(constraint, Grammar) and constraint.is_complete
 
 
 def _give(pieces: dict[Job, Drawn]) -> None:

@@ -10,6 +10,8 @@ import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from heron.config import LARGEST_SEED
 from heron.config.serve import ServeConfig
 from heron.data.template import Message, Template
@@ -21,7 +23,7 @@ from heron.serve.openai import Sampled
 from heron.serve.prompts import Prompt
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Drawn, Job
-from heron.serve.sessions import StateStore
+from heron.serve.sessions import PrefixCache, StateStore
 
 MOST_CONVERSATIONS = 10_000  # whose messages are kept for previous_response_id and session_id
 MOST_CONVERSATION_CHARACTERS = 1 << 28
@@ -82,10 +84,19 @@ class Service:
         config, models, template, metrics: as their classes say.
         conversations: by the id of a session or of a response.
         states: saved under names.
+        cache: of states of prompts; None: none.
     """
 
-    def __init__(self, config: ServeConfig, models: Models, template: Template, states: StateStore):
-        self.config, self.models, self.template, self.states = config, models, template, states
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Models,
+        template: Template,
+        states: StateStore,
+        cache: PrefixCache | None,
+    ):
+        self.config, self.models, self.template, self.states, self.cache = config, models, template, states, cache
+        self._embeds = asyncio.Semaphore(1)  # one more would only wait for the engine, in a thread
         self.metrics = Metrics(models)
         self.conversations = Conversations()
 
@@ -98,7 +109,9 @@ class Service:
             Refusal: there is no such state, or it is another model's.
         """
         if state is not None:
-            return Start(self.states.load(state, served.engine), f"{served.name}\n{state}\n{self.states.version(state)}")
+            return Start(
+                self.states.load(state, served.engine), f"{served.name}\n{state}\n{self.states.version(state)}"
+            )
         kept = None if session is None else self.conversations.find(session)
         if kept is not None and kept.model == served.name and kept.start.snapshot is not None:
             return kept.start
@@ -124,9 +137,7 @@ class Service:
             Refusal: too long, too many, or out of range.
             HeronError: what the engine refuses.
         """
-        if len(prompt.ids) > self.config.max_prompt:
-            wanted = f"wanted a prompt of at most {self.config.max_prompt} tokens, got {len(prompt.ids)}"
-            raise Refusal(400, wanted, code="context_length_exceeded")
+        self.check_length(prompt.ids)
         if max_tokens > self.config.max_answer:
             wanted = f"wanted at most {self.config.max_answer} tokens of an answer, got {max_tokens}"
             raise Refusal(400, f"max_tokens: {wanted}", "max_tokens")
@@ -148,6 +159,17 @@ class Service:
             jobs.append(Job(one, self.config.timeout, start.key, keeps))
         served.scheduler.submit(*jobs)
         return jobs
+
+    def check_length(self, ids: Sequence[int]) -> None:
+        """Refusal for a prompt that is too long."""
+        if len(ids) > self.config.max_prompt:
+            wanted = f"wanted a prompt of at most {self.config.max_prompt} tokens, got {len(ids)}"
+            raise Refusal(400, wanted, code="context_length_exceeded")
+
+    async def embedded(self, served: Served, ids: Sequence[int]) -> Tensor:
+        """(C,) fp32 of length 1: the mean of the model's last hidden states."""
+        async with self._embeds:
+            return await asyncio.to_thread(served.engine.embed, ids)
 
     async def drawn(self, served: Served, job: Job) -> AsyncGenerator[Drawn]:
         """What is drawn for a job; it is cancelled where nobody takes it any more, and counted at its end."""
@@ -175,5 +197,3 @@ def sampling_of(settings: Sampled, usual: Sampling) -> Sampling:
         if (value := getattr(settings, field.name, None)) is not None
     }
     return dataclasses.replace(usual, **given)
-
-

@@ -39,7 +39,7 @@ def usage(n_prompt: int, n_drawn: int, n_cached: int = 0) -> dict[str, Any]:
 
 
 def scored(tokens: Iterable[Token], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Drawn tokens with their log-probabilities, as chat completions list them. Those that end the text are left out."""
+    """Drawn tokens with their log-probabilities, as chat completions list them; without those that end the text."""
     found = []
     for token in tokens:
         if token.id != tokenizer.eod:
