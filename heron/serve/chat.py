@@ -75,7 +75,7 @@ class Asked:
     answers: list[Answer]
     id: str
     created: int
-    keep_as: tuple[str, ...]  # ids under which the conversation is kept
+    keep_as: str | None  # the id under which the conversation is kept
 
     async def drawn(self, answer: Answer) -> AsyncGenerator[Drawn]:
         """What is drawn for one answer, taken note of; at its end the conversation is kept."""
@@ -84,9 +84,10 @@ class Asked:
                 async for piece in drawn:
                     yield piece
         finally:
-            for key in self.keep_as if answer.number == 0 else ():
+            if self.keep_as is not None and answer.number == 0:
                 said = (*self.messages, answer.message)
-                self.service.conversations.keep(key, Kept(self.served.name, self.start, said, self.tools))
+                kept = Kept(self.served.name, self.start.state, said, self.tools)
+                self.service.conversations.keep(self.keep_as, kept)
 
     def cancel(self) -> None:
         for answer in self.answers:
@@ -110,7 +111,7 @@ async def ask(service: Service, body: ChatRequest) -> Asked:
         raise Refusal(400, "response_format: json_schema is missing", "response_format")
     schema = None if wanted is None else wanted.json_schema
     return await answer(
-        service, served, service.start_of(served, body.state, body.session_id), messages, tools,
+        service, served, await service.start_of(served, body.state, body.session_id), messages, tools,
         settings=body,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         think=think_of(body.reasoning_effort, body.think),
@@ -118,7 +119,7 @@ async def ask(service: Service, body: ChatRequest) -> Asked:
         form=None if wanted is None or wanted.type == "text" else (wanted.type, schema),
         forced=body.forced,
         n=body.n or 1,
-        keep_as=(body.session_id,) if body.session_id is not None else (),
+        keep_as=body.session_id,
         prefix="chatcmpl-",
     )  # fmt: skip
 
@@ -136,7 +137,7 @@ async def answer(
     form: tuple[str, JsonSchema | None] | None,
     forced: str | None,
     n: int,
-    keep_as: tuple[str, ...],
+    keep_as: str | None,
     prefix: str,
 ) -> Asked:
     """Have `n` answers to `messages` written.
@@ -145,7 +146,7 @@ async def answer(
         settings: the request, with the fields of :class:`heron.serve.openai.Sampled`.
         form: "json_object", or "json_schema" and the schema, that the answer must have; None: any.
         forced: a function that must be called; empty: one of `tools`; None: none must be.
-        keep_as: ids under which the conversation is kept.
+        keep_as: the id under which the conversation is kept; empty: the answer's; None: it is not.
         prefix: of the answer's id.
     """
     read = prompt_of, service.template, served.engine.tokenizer, messages, tools, think, start.snapshot
@@ -153,10 +154,11 @@ async def answer(
     made = await asyncio.to_thread(lambda: [_grammar(served, tools, form, forced, prompt.opened) for _ in range(n)])
     constraints = [one for one in made if one is not None]
     most = min(USUAL_TOKENS, service.config.max_answer) if max_tokens is None else max_tokens
-    jobs = await service.jobs(served, prompt, start, settings, most, USUAL, n, logprobs, constraints)
+    caches = service.cache is not None
+    jobs = await service.jobs(served, prompt, start, settings, most, USUAL, n, logprobs, constraints, keeps=caches)
     answers = [Answer(number, job, Parts(prompt.opened, bool(tools))) for number, job in enumerate(jobs)]
     asked_id = wire.new_id(prefix)
-    keep_as = (*keep_as, asked_id) if prefix == "resp_" else keep_as
+    keep_as = asked_id if keep_as == "" else keep_as
     return Asked(
         service, served, start, messages, tools, prompt, answers, asked_id, int(time.time()), keep_as
     )  # fmt: skip

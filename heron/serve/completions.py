@@ -61,8 +61,8 @@ class Asked:
                     yield piece
         finally:
             if self.session is not None and text.number == 0 and text.job.behind is not None:
-                kept = Kept(self.served.name, self.start, behind=text.job.behind)
-                self.service.conversations.keep(self.session, kept)
+                self.service.states.keep(self.session, text.job.behind)
+                self.service.conversations.keep(self.session, Kept(self.served.name, self.start.state))
 
     def cancel(self) -> None:
         for text in self.texts:
@@ -87,7 +87,7 @@ async def ask(service: Service, body: CompletionRequest) -> Asked:
         raise Refusal(400, f"best_of: wanted the number of texts, n = {n}, got {body.best_of}", "best_of")
     if body.max_tokens == 0:
         raise Refusal(400, "max_tokens: wanted at least 1, got 0", "max_tokens")
-    start = service.start_of(served, body.state, body.session_id)
+    start = await service.start_of(served, body.state, body.session_id)
     texts, n_prompt, prompts = [], 0, body.prompts
     if len(prompts) * n > chat.MOST_AT_ONCE:
         raise Refusal(400, f"prompt: wanted at most {chat.MOST_AT_ONCE} texts of a request, got {len(prompts) * n}")

@@ -21,7 +21,7 @@ PREFIX = "resp_"
 async def ask(service: Service, body: ResponsesRequest) -> Asked:
     """Have the answer written. Refusal, or another HeronError, for what cannot be."""
     served = service.models.get(body.model)
-    start, before = service.start_of(served, body.state), ()
+    state, before = body.state, ()
     if body.previous_response_id is not None:
         kept = service.conversations.find(body.previous_response_id)
         if kept is None:
@@ -29,7 +29,7 @@ async def ask(service: Service, body: ResponsesRequest) -> Asked:
             raise Refusal(404, there_is_none, "previous_response_id", "previous_response_not_found")
         if kept.model != served.name:
             raise Refusal(400, f"previous_response_id: that was written by {kept.model}", "previous_response_id")
-        start, before = kept.start, kept.messages
+        state, before = kept.state, kept.messages
     instructions = (Message("system", body.instructions),) if body.instructions else ()
     asked_now = [Message("user", body.input)] if isinstance(body.input, str) else _messages(body.input)
     # Instructions are for this answer alone; those of the response before are not carried over.
@@ -41,7 +41,7 @@ async def ask(service: Service, body: ResponsesRequest) -> Asked:
     wanted = body.text.format if body.text else None
     forced = body.tool_choice.name if isinstance(body.tool_choice, NamedFlatTool) else None
     return await chat.answer(
-        service, served, start, messages, tools,
+        service, served, await service.start_of(served, state), messages, tools,
         settings=Sampled.model_validate({name: getattr(body, name) for name in ("temperature", "top_p", "seed")}),
         max_tokens=body.max_output_tokens,
         think=think_of(body.reasoning.effort if body.reasoning else None, None),
@@ -49,7 +49,7 @@ async def ask(service: Service, body: ResponsesRequest) -> Asked:
         form=None if wanted is None or wanted.type == "text" else (wanted.type, wanted),
         forced="" if body.tool_choice == "required" else forced,
         n=1,
-        keep_as=(),
+        keep_as=None if body.store is False else "",
         prefix=PREFIX,
     )  # fmt: skip
 

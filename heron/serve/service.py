@@ -26,7 +26,7 @@ from heron.serve.scheduler import Drawn, Job
 from heron.serve.sessions import PrefixCache, StateStore
 
 MOST_CONVERSATIONS = 10_000  # whose messages are kept for previous_response_id and session_id
-MOST_CONVERSATION_CHARACTERS = 1 << 28
+MOST_CONVERSATION_CHARACTERS = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +35,21 @@ class Start:
 
     snapshot: Snapshot | None = None
     key: str = ""  # in the prefix cache
+    state: str | None = None  # the saved one's name
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Where a conversation is, for the requests that go on from it or save it."""
+    """Where a conversation is, for the requests that go on from it or save it.
+
+    What the model has read of it is in the prefix cache, or is read again. Of a plain text, which has no messages, the
+    states of the service have what was read, under the same id.
+    """
 
     model: str
-    start: Start
+    state: str | None  # the saved state that it began from
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
-    behind: Snapshot | None = None  # a plain text instead: the state behind it
 
     @property
     def n_characters(self) -> int:
@@ -102,20 +106,19 @@ class Service:
 
     # -- from a request to jobs -----------------------------------------------------------------------------------
 
-    def start_of(self, served: Served, state: str | None, session: str | None = None) -> Start:
+    async def start_of(self, served: Served, state: str | None, session: str | None = None) -> Start:
         """What a text begins from: the saved state `state`, else where the session began, else the model's start.
 
         Raises:
-            Refusal: there is no such state, or it is another model's.
+            HeronError: there is no such state, or it is another model's.
         """
-        if state is not None:
-            return Start(
-                self.states.load(state, served.engine), f"{served.name}\n{state}\n{self.states.version(state)}"
-            )
-        kept = None if session is None else self.conversations.find(session)
-        if kept is not None and kept.model == served.name and kept.start.snapshot is not None:
-            return kept.start
-        return Start(served.start, served.name)
+        if state is None and session is not None:
+            kept = self.conversations.find(session)
+            state = kept.state if kept is not None and kept.model == served.name else None
+        if state is None:
+            return Start(served.start, served.name)
+        key = f"{served.name}\n{state}\n{self.states.version(state)}"
+        return Start(await asyncio.to_thread(self.states.load, state, served.engine), key, state)
 
     async def jobs(
         self,
@@ -129,9 +132,13 @@ class Service:
         logprobs: int | None = None,
         constraints: Sequence[Grammar] = (),
         stop_ids: Sequence[int] = (),
-        keeps: bool = True,
+        keeps: bool = False,
     ) -> list[Job]:
         """Hand `n` jobs with the same prompt to the model's scheduler.
+
+        Args:
+            usual: how tokens are drawn where the request does not say it.
+            keeps: whether the state behind each text is wanted.
 
         Raises:
             Refusal: too long, too many, or out of range.

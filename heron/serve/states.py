@@ -10,7 +10,7 @@ from heron.serve.models import Served
 from heron.serve.openai import LoadRequest, StateRequest
 from heron.serve.prompts import conversation_ids
 from heron.serve.refusals import Refusal
-from heron.serve.service import Kept, Service
+from heron.serve.service import Kept, Service, Start
 
 
 async def save(service: Service, body: StateRequest) -> dict[str, Any]:
@@ -25,17 +25,22 @@ async def save(service: Service, body: StateRequest) -> dict[str, Any]:
         if kept is None:
             raise Refusal(404, f"{wanted[0]}: nothing is kept of it (any more)", wanted[0], "not_found")
         served = service.models.get(kept.model)
-        snapshot = kept.behind or await asyncio.to_thread(_settled, service, served, kept)
+        if kept.messages:
+            start = await service.start_of(served, kept.state)
+            snapshot = await asyncio.to_thread(_settled, service, served, kept, start)
+        else:
+            snapshot = await asyncio.to_thread(service.states.find, body.session_id or "")
+        if snapshot is None:
+            raise Refusal(404, f"{wanted[0]}: nothing was read in it, or it was forgotten", wanted[0], "not_found")
         await asyncio.to_thread(service.states.save, body.name, snapshot, served.engine)
     return on_wire(body.name)
 
 
-def _settled(service: Service, served: Served, kept: Kept) -> Snapshot:
+def _settled(service: Service, served: Served, kept: Kept, start: Start) -> Snapshot:
     """The state behind a conversation as it stands in the template."""
-    start = kept.start.snapshot
-    ids = conversation_ids(service.template, served.engine.tokenizer, kept.messages, kept.tools, start)
-    found = None if service.cache is None else service.cache.find(ids, kept.start.key)
-    before, n = (start, 0) if found is None else found
+    ids = conversation_ids(service.template, served.engine.tokenizer, kept.messages, kept.tools, start.snapshot)
+    found = None if service.cache is None else service.cache.find(ids, start.key)
+    before, n = (start.snapshot, 0) if found is None else found
     state = served.engine.prefill(ids[n:], None if before is None else before.state)
     return Snapshot(state)
 
@@ -43,8 +48,10 @@ def _settled(service: Service, served: Served, kept: Kept) -> Snapshot:
 async def load(service: Service, name: str, body: LoadRequest) -> dict[str, Any]:
     """Let a session begin from a state."""
     served = service.models.get(body.model)
-    start = await asyncio.to_thread(service.start_of, served, name)
-    service.conversations.keep(body.session_id, Kept(served.name, start, behind=start.snapshot))
+    start = await service.start_of(served, name)  # refuses another model's
+    service.conversations.keep(body.session_id, Kept(served.name, name))
+    if start.snapshot is not None:
+        await asyncio.to_thread(service.states.keep, body.session_id, start.snapshot)
     return on_wire(name)
 
 

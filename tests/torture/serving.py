@@ -88,7 +88,7 @@ def _without_checks() -> int:
     limits.strict_json = _Nothing
     try:
         with running(engine_of(1), max_answer=64) as address:
-            return int(failure(address, "a key twice", random.Random(3)) is not None)
+            return int(any(failure(address, "a key twice", random.Random(seed)) for seed in range(20)))
     finally:
         limits.strict_json = before
 
