@@ -54,11 +54,10 @@ def server_of(app: Any, config: ServeConfig) -> Server:
     for name in ("uvicorn.error", "heron.serve"):
         logging.getLogger(name).handlers = [handler]
         logging.getLogger(name).setLevel(logging.ERROR)
-    grace = math.ceil(config.grace) + 1  # the scheduler's own comes first
     return Server(
         uvicorn.Config(
             app, config.host, config.port,
             http=guarded_protocol(), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            timeout_graceful_shutdown=grace, timeout_keep_alive=75,
+            timeout_graceful_shutdown=math.ceil(config.grace), timeout_keep_alive=75,
         )
     )  # fmt: skip

@@ -31,7 +31,12 @@ def test_it_says_where_it_listens_and_ends_in_order_at_a_signal(model, tmp_path)
         assert [one["id"] for one in models] == ["small"]
         body = {"prompt": "a", "max_tokens": 3}
         assert httpx.post(f"{address}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
-        process.send_signal(signal.SIGTERM)
+        body = {"prompt": "a", "max_tokens": 300, "stream": True, "logit_bias": {"0": -100}}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"  # what runs is finished
         out, errors = process.communicate(timeout=30)
         assert process.returncode == 0, errors
         assert "Traceback" not in out + errors
@@ -55,6 +60,12 @@ def test_what_it_cannot_start_with_is_one_line(model, words, line, capsys):
     errors = [one for one in capsys.readouterr().err.splitlines() if "reading" not in one]
     assert len(errors) == 1
     assert line in errors[0]
+
+
+def test_without_its_extra_it_says_what_to_type(model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "heron.serve.app", None)
+    assert cli.main(["serve", str(model), "--port", "0"]) == 1
+    assert "pip install 'heron-rwkv[serve]'" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_one_line(model, capsys):
