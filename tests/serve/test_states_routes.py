@@ -107,6 +107,10 @@ def test_a_plain_text_is_a_session_too(serve, engine_of):
     on = httpx.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
     whole = httpx.post(f"{address}/v1/completions", json={"prompt": f"abc{first}def", **FIXED}).json()
     assert on == whole["choices"][0]["text"]
+    usual = {"top_p": 0.3, "presence_penalty": 0.3, "frequency_penalty": 0.3}
+    prompt = f"abc{first}User: well?\n\nAssistant:"
+    whole = httpx.post(f"{address}/v1/completions", json={"prompt": prompt, **FIXED, **usual}).json()
+    assert said(chat(address, [user("well?")], state="there")) == whole["choices"][0]["text"]
 
 
 def test_states_in_a_folder_outlive_the_server(engine_of, tmp_path):
