@@ -7,7 +7,7 @@ the decoder, what generation runs); the numbers are the same but for rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from heron.generation.decoder import Decoder
 from heron.generation.decoders import decoder_of
 from heron.model import RWKV, State
 from heron.model.memory import Documents, Recollection
+from heron.model.state import States
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
 from heron.tokenizer.continuation import encode_pair
@@ -133,13 +134,17 @@ def evaluate(
 
 
 def evaluate_batches(
-    model: RWKV, batches: Iterable[tuple[Tensor | None, ...]], autocast: torch.autocast | None = None
+    model: RWKV,
+    batches: Iterable[tuple[Tensor | None, ...]],
+    autocast: torch.autocast | None = None,
+    start: Callable[[Tensor, Tensor | None], States | None] = lambda *_: None,
 ) -> Evaluation:
     """Score the targets of batches that are not -100.
 
     Args:
         batches: tokens, targets, recalled and cu_seqlens, as :meth:`heron.data.packs.Packs.batch` gives them.
         autocast: the precision context of the training run, if any.
+        start: gives the state that the sequences of tokens and cu_seqlens start from; None: zeros.
 
     Raises:
         DataError: no target.
@@ -152,7 +157,8 @@ def evaluate_batches(
             tokens, targets, recalled, cu_seqlens = (None if part is None else part.to(device) for part in batch)
             if tokens is not None and targets is not None:
                 n = int((targets != -100).sum())
-                hidden, _ = model.hidden_states(tokens, None, cu_seqlens, keep_state=False, recalled=recalled)
+                state = start(tokens, cu_seqlens)
+                hidden, _ = model.hidden_states(tokens, state, cu_seqlens, keep_state=False, recalled=recalled)
                 total += float(model.head_loss(hidden, targets, recalled).double()) * n
                 n_targets += n
     if not n_targets:

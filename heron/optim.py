@@ -33,11 +33,6 @@ ADAPTER = Group("adapter", 1.0, False, "an adapter: decay would pull it back to 
 STATE = Group("state", 1.0, False, "a trained initial state: decay would pull it back to remembering nothing")
 TABLE = Group("table", 1.0, False, "rows by token, most of them gates around 1: decay would pull them to 0")
 
-# The learning rate that such a method of fine-tuning starts from. Adapters: between the 2e-5 of RWKV-PEFT
-# (scripts/run_lora.sh) and the 2e-4 of QLoRA (arXiv:2305.14314, up to 13 B). States: RWKV-LM's README and RWKV-PEFT
-# (scripts/demo-state-tuning.sh) go from 1 down to 1e-2, with RWKV-6; ours is the end of that.
-METHOD_LR = {"lora": 1e-4, "state": 1e-2}
-
 _ADAPTERS = (".lora_", ".miss_block")
 _STATES = re.compile(r"(.*\.)?(wkv|att_shift|ffn_shift)\.\d+$")  # of heron.model.tuned_state.TunedState
 _TABLES = tuple(f".{name}.weight" for name in ("enn", "enn4", "s_emb", "ennk", "emm", "k_emb", "v_emb"))

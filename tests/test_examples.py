@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import heron
 
@@ -39,6 +40,14 @@ def test_train_your_text(example, tmp_path):
     assert out.count("One ") >= 2
     assert heron.load(tmp_path / "run").config == names["config"].model
     assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_finetune_chat(example, tmp_path):
+    pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+    out, names = example("finetune_chat", "--out", tmp_path, "--steps", 2)
+    assert "pirate.jsonl: 40 rows" in out
+    assert len(re.findall(r"^(\w+) +before:.* after:", out, re.MULTILINE)) == 5
+    assert not torch.equal(names["before"].blocks[0].ffn.key.weight, names["after"].blocks[0].ffn.key.weight)
 
 
 def test_music_tokens(example):

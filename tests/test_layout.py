@@ -19,7 +19,7 @@ LINES = [
     ["machine", "strict_json", "files"],
     ["tokenizer", "ops"],
     ["model", "data"],
-    ["tables"],
+    ["tables", "context"],
     ["optim", "checkpoint"],
     ["generation"],
     ["evaluate", "report", "serve"],

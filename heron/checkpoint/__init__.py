@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from heron import machine
 from heron.checkpoint import card, run
+from heron.checkpoint.adapters import base_fingerprint
 from heron.checkpoint.architecture import build, leave_unsaid
 from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
 from heron.checkpoint.vocabulary import GENERATION, WORLD_SIZE, Vocabulary, generation_config
@@ -21,7 +22,7 @@ from heron.errors import CheckpointError, ConfigError
 from heron.files import as_path, new_file, new_folder, sync
 from heron.model import RWKV, State
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
-from heron.model.tuned_state import TunedState
+from heron.model.tuned_state import BASE, TunedState
 from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
 
@@ -209,31 +210,47 @@ def put_right(path: Path) -> list[str]:
     return pth.put_right(path) if path.suffix == ".pth" else []
 
 
-def tuned_state(path: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> State:
+def tuned_state(
+    path: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32, model: RWKV | None = None
+) -> State:
     """The initial state that state tuning left in a file as `blocks.i.att.time_state` (H, N_value, N_key), batch of 1.
 
     Args:
         path: a file with such tensors, alone or beside the weights, or a fine-tuning run with a state.pth.
         config: of the model that is to start from it. Its token shifts start at zero where the file has none.
         dtype: of the model's activations.
+        model: that is to start from it; None: whether the file was tuned for other weights is not looked at.
 
     Raises:
-        CheckpointError: no such tensors, or those of another model.
+        CheckpointError: no such tensors, or those of another model. Of a file that records no base, and of a model in
+            fp16, whose weights are rounded differently, only the sizes are compared.
     """
     path = as_path(path)
     path = path / STATE if path.is_dir() else path
+    tensors = read_tensors(path)
+    if model is not None and BASE in tensors and model.emb.weight.dtype != torch.float16:
+        wanted, own = bytes(tensors[BASE].tolist()).hex(), base_fingerprint(model)
+        if wanted != own:
+            raise CheckpointError(
+                f"{path}: it was tuned on a base with fingerprint {wanted}, and this model has {own}; give the weights "
+                "it was tuned on"
+            )
     with torch.no_grad():
-        tuned = TunedState.from_tensors(config, read_tensors(path), path)
+        tuned = TunedState.from_tensors(config, tensors, path)
         return tuned(torch.empty(1, 1), dtype=dtype)  # pyright: ignore[reportReturnType]
 
 
-def save_tuned_state(tuned: TunedState, path: str | Path) -> None:
+def save_tuned_state(tuned: TunedState, path: str | Path, base: str | None = None) -> None:
     """Write a tuned state to a .pth or .safetensors file, as upstream's tools read it.
+
+    Args:
+        base: the fingerprint of the model that it was tuned for; None: the file does not say.
 
     Raises:
         CheckpointError: no such format, or the file cannot be written.
     """
-    write(tuned.tensors(), None, as_path(path))
+    of_base = {} if base is None else {BASE: torch.frombuffer(bytearray.fromhex(base), dtype=torch.uint8)}
+    write({**tuned.tensors(), **of_base}, None, as_path(path))
 
 
 def weights_file(path: Path) -> Path:
@@ -249,7 +266,7 @@ def weights_file(path: Path) -> Path:
         return path
     if run.is_checkpoint(path):
         run.verify(path)
-        return path / run.MODEL
+        return _with_weights(path)
     final = path / "rwkv-final.pth"
     try:
         newest = run.newest(path, say=lambda text: warnings.warn(text, stacklevel=5))
@@ -259,13 +276,26 @@ def weights_file(path: Path) -> Path:
         newest = None
         warnings.warn(f"{path}: no checkpoint is whole; taking {final.name}", stacklevel=4)
     if newest is not None:
-        return newest / run.MODEL
+        return _with_weights(newest)
     if final.exists():
         return final
     raise CheckpointError(
         f"{path}: no weights here; wanted a run folder (checkpoints/step-*, rwkv-final.pth), a checkpoint folder, or "
         f"{hf.CONFIG} with safetensors"
     )
+
+
+def _with_weights(checkpoint: Path) -> Path:
+    """The weights in a verified checkpoint; CheckpointError where it holds only what trains beside frozen ones."""
+    record = run.trainer_of(checkpoint)
+    if "base" in record:
+        base, home = record["base"]["path"], checkpoint.parents[1]
+        flag = "--state" if record["exact"]["method"] == "state" else "--adapter"
+        raise CheckpointError(
+            f"{checkpoint}: holds what was trained beside the weights in {base}, and not these; type {base} {flag} "
+            f"{home} once the run has finished"
+        )
+    return checkpoint / run.MODEL
 
 
 def unsaid(

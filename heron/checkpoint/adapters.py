@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +53,15 @@ def base_fingerprint(model: RWKV) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, base: str | None = None) -> None:
+def save_adapter(
+    adapter: Adapter, folder: str | Path, base: str | None = None, values: Mapping[str, Tensor] | None = None
+) -> None:
     """Write an adapter as peft's folder, which appears whole or not at all.
 
     Args:
         folder: that does not exist yet.
         base: what :func:`base_fingerprint` gave for the base; None: it is taken of the model now.
+        values: of the adapter's parameters by name, where the model computes with copies of them; None: its own.
 
     Raises:
         CheckpointError: the folder exists or cannot be written; a number that is not finite.
@@ -65,7 +69,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: str | None = None) 
     folder = as_path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; name another folder")
-    tensors = {f"{PREFIX}{name}": part.cpu().contiguous() for name, part in adapter.tensors().items()}
+    tensors = {f"{PREFIX}{name}": part.cpu().contiguous() for name, part in adapter.tensors(values).items()}
     _refuse_nonfinite(tensors, folder)
     about = {_BASE: base or base_fingerprint(adapter.model), _KIND: adapter.kind}
     with new_folder(folder) as temporary:

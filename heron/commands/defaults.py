@@ -41,7 +41,8 @@ def of_run(out: Path | None, resume: str) -> dict[str, Any]:
     for decided in ("resume", "threads"):  # anew at each start; threads: by the checkpoint
         settings.pop(decided, None)
     if newest is not None:  # weights that it began with need not be there any more
-        settings["model"] = run.trainer_of(newest)["model"]
+        record = run.trainer_of(newest)
+        settings["model"] = record["base"]["path"] if "base" in record else record["model"]
     return settings
 
 

@@ -7,11 +7,12 @@ in a ledger. What the model, the loss or the optimizer come to hold tomorrow is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
 class Memory(NamedTuple):
     """Bytes of a training step. Tables are apart from the other parameters, their moments from the other moments."""
 
-    parameters: int  # on the device, with a bf16 copy if there is one
+    parameters: int  # on the device, with what is frozen, and a bf16 copy if there is one
     optimizer: int  # on the device
     gradients: int  # on the device, all there at the end of the backward pass
     activations: int  # on the device, held when the forward pass of a micro-batch ends
@@ -122,8 +123,8 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
     passes = min(config.accumulate, 2)  # any more take no more
     distinct = min(config.accumulate * config.micro_bsz * config.ctx_len, model.vocab_size)
     with torch.device("meta"):
-        network = _Anywhere(model)
-    with FakeTensorMode(), _Ledger() as ledger:
+        network = RWKV(model)
+    with FakeTensorMode(), _nothing_moves(), _Ledger() as ledger:
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
@@ -142,15 +143,15 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
         loss = learner.gradients([sample] * passes)
         on_host = [] if learner.tables is None else learner.tables.weights
         rows = [] if learner.tables is None else learner.tables.rows
-        trained = [parameter for parameter in network.parameters() if not _among(on_host, parameter)]
-        copies = [copy for copy in learner.network.parameters() if not _among([*trained, *on_host], copy)]
-        gradients = _bytes(tensor.grad for tensor in (*trained, *copies, *rows) if tensor.grad is not None)
+        trained = [parameter for parameter in learner.trained.parameters() if not _among(on_host, parameter)]
+        others = [other for other in learner.network.parameters() if not _among([*trained, *on_host], other)]
+        gradients = _bytes(tensor.grad for tensor in (*trained, *others, *rows) if tensor.grad is not None)
         learner.update(loss, 0.0, math.inf)
         state = learner.optimizer.state
-        tables = _bytes(on_host) + _bytes(part for weight in on_host for part in state[weight].values())
+        tables = _bytes(on_host) + _bytes(part for weight in on_host for part in state.get(weight, {}).values())
         return Memory(
-            parameters=_bytes(trained) + _bytes(copies),
-            optimizer=_bytes(part for parameter in trained for part in state[parameter].values()),
+            parameters=_bytes(trained) + _bytes(others),
+            optimizer=_bytes(part for parameter in trained for part in state.get(parameter, {}).values()),
             gradients=gradients,
             activations=counts["activations"],
             peak=ledger.peak - tables,
@@ -165,11 +166,15 @@ def _sample(model: ModelConfig, *shape: int) -> tuple[Tensor, ...]:
     return tokens, tokens, *recalled
 
 
-class _Anywhere(RWKV):
-    """A model without contents, which is on every device."""
-
-    def to(self, *_: Any, **__: Any) -> _Anywhere:
-        return self
+@contextlib.contextmanager
+def _nothing_moves() -> Iterator[None]:
+    """Modules are on every device while inside: tensors without contents can't be moved, and need not be."""
+    usual = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        nn.Module.to = usual
 
 
 class _Ledger(TorchDispatchMode):

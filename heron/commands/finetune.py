@@ -10,6 +10,7 @@ from heron.commands import EXIT_PREEMPTED, defaults
 from heron.commands.settings import EITHER_OR, given
 from heron.config import PRESETS, FinetuneConfig, TrainConfig, read_yaml
 from heron.config.finetune import DEFAULTS
+from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import ConfigError
 from heron.train.stop import Preemption
 
@@ -41,6 +42,8 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     if before and not options.config and not before.get("finetune"):
         raise ConfigError(f"{out}: holds a run that does not learn from conversations; name another --out")
     finetune = {**(before.get("finetune") or {}), **of_method}
+    if of_adapter := given(options, AdapterConfig, "finetune.adapter."):
+        finetune["adapter"] = {**(finetune.get("adapter") or {}), **of_adapter}
     method = str(finetune.get("method", FinetuneConfig.method))
     settings: dict[str, Any] = {**DEFAULTS.get(method, {}), **before}
     for one, other in EITHER_OR:  # a flag takes the place of the file's other choice

@@ -23,6 +23,7 @@ from heron.config import (
     setting_type,
 )
 from heron.config.finetune import DEFAULTS as METHOD_DEFAULTS
+from heron.config.finetune_adapter import AdapterConfig
 from heron.config.groups import GROUP_OF, GROUPS
 from heron.errors import did_you_mean
 
@@ -196,6 +197,7 @@ def parser() -> argparse.ArgumentParser:
     dry_help = "check the settings and all data, print what --show asks for, or else the settings in full; no training"
     finetune.add_argument("--dry_run", "--dry-run", action="store_true", help=dry_help)
     _add_settings(finetune, FinetuneConfig, prefix="finetune.")
+    _add_settings(finetune, AdapterConfig, prefix="finetune.adapter.")
     finetune.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
     groups = {title: finetune.add_argument_group(title) for title in GROUPS if title != "model"}
     fits = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _NOT_OF_FINETUNE]
@@ -365,10 +367,10 @@ def _add_settings(
     texts that stand in for the fields' own.
     """
     for field in dataclasses.fields(config):
-        if field.name == "finetune" or (names is not None and field.name not in names):
-            continue  # of FinetuneConfig, `heron finetune` has flags
+        if field.name in ("finetune", "adapter") or (names is not None and field.name not in names):
+            continue  # of what these hold, `heron finetune` has flags
         kinds, _ = setting_type(config, field.name)
-        flags = [f"--{field.name}"] if prefix == "finetune." else [f"--{prefix}{field.name}"]
+        flags = [f"--{prefix.removeprefix('finetune.')}{field.name}"]
         if prefix == "model." and field.metadata["short_flag"]:
             flags.append(f"--{field.name}")
         help_text = (says.get(field.name) or _help_of(field, of_model=bool(groups and prefix))).replace("%", "%%")

@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heron.checkpoint import STATE as STATE_FILE
 from heron.checkpoint import adapters, put_right, read_tensors, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
+from heron.config.finetune import DEFAULTS
 from heron.data import binidx, recalled
 from heron.errors import CheckpointError
 from heron.model import RWKV, State
 from heron.model.init import rule
 from heron.model.memory import MEMORY_BYTES
 from heron.model.state import ROSA_BYTES
-from heron.model.tuned_state import TUNED
-from heron.optim import METHOD_LR, STATE, TABLE, group_of
+from heron.model.tuned_state import BASE, TUNED
+from heron.optim import ADAPTER, STATE, TABLE, group_of
 
 _PARTS = {
     "v7": "RWKV-7",
@@ -66,7 +68,8 @@ def describe(model: str, params: bool, rosa: RosaConfig | None = None) -> str:
     else:
         if not Path(model).exists():
             raise CheckpointError(f"{model}: no such file, folder or preset; presets: {', '.join(PRESETS)}")
-        source = weights_file(Path(model))
+        tuned = Path(model) / STATE_FILE
+        source = tuned if tuned.is_file() else weights_file(Path(model))
         tensors = read_tensors(source)
         if tensors and all(map(TUNED.match, tensors)):
             return _describe_state(source, tensors)
@@ -118,7 +121,7 @@ def describe_adapter(path: str) -> str:
         ("parameters", f"{sum(map(Tensor.numel, file.tensors.values())):,}"),
         ("dtype", _dtypes(file.tensors)),
         *(
-            ("group", f"{group.name}: lr {METHOD_LR['lora']:g} unless set, no decay: {group.reason}")
+            ("group", f"{group.name}: lr {DEFAULTS['lora']['lr_init']:g} unless set, no decay: {group.reason}")
             for group in groups
         ),
     ]
@@ -126,15 +129,18 @@ def describe_adapter(path: str) -> str:
 
 
 def _describe_state(source: Path, tensors: Mapping[str, Tensor]) -> str:
+    base = bytes(tensors[BASE].tolist()).hex() if BASE in tensors else "not recorded"
+    tensors = {name: tensor for name, tensor in tensors.items() if name != BASE}
     states = [tensor for name, tensor in tensors.items() if name.endswith(".time_state")]
     shape = "x".join(map(str, states[0].shape)) if states else "none"
     shifts = ", and token shifts" if len(states) < len(tensors) else ""
     facts = [
         ("what", f"tuned initial state {source}"),
         ("sizes", f"n_layer {len(states)}, {shape} of each layer (heads, values, keys){shifts}"),
+        ("base", base),
         ("parameters", f"{sum(map(Tensor.numel, tensors.values())):,}"),
         ("dtype", _dtypes(tensors)),
-        ("group", f"{STATE.name}: lr {METHOD_LR['state']:g} unless set, no decay: {STATE.reason}"),
+        ("group", f"{STATE.name}: lr {DEFAULTS['state']['lr_init']:g} unless set, no decay: {STATE.reason}"),
     ]
     return "\n".join(f"{name:<12}{value}" for name, value in facts)
 
@@ -241,6 +247,10 @@ def _parameter_table(skeleton: RWKV, config: ModelConfig) -> list[str]:
         source = "ours" if start.ours else "RWKV-LM"
         rows.append((name, shape, group.name, f"{group.lr_scale:g}x", decay, start.text, source))
     legend = [f"{name:<12}{reason}" for name, reason in groups.items()]
+    for method, group in (("full", None), ("lora", ADAPTER), ("state", STATE)):
+        lrs = f"lr {DEFAULTS[method]['lr_init']:g} to {DEFAULTS[method]['lr_final']:g}, no decay"
+        beside = "as above" if group is None else f"weights are frozen; group {group.reason}"
+        legend.append(f"{'finetune':<12}--method {method}: {lrs}; {beside}")
     if any(row[-1] == "ours" for row in rows):
         legend.append(f"{'ours':<12}our own choice: nothing is public about how this starts and how it is trained")
     return [_table(rows), "", *legend]

@@ -57,7 +57,7 @@ def start_of(options: argparse.Namespace, model: RWKV) -> State | None:
     if options.state is None:
         return None
     weight = model.emb.weight
-    return tuned_state(options.state, model.config, model.widest() or weight.dtype).to(weight.device)
+    return tuned_state(options.state, model.config, model.widest() or weight.dtype, model).to(weight.device)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heron.config.finetune import FinetuneConfig
+from heron.config.finetune_adapter import AdapterConfig as AdapterConfig
 from heron.config.presets import PRESETS, ROSA_PRESETS
 from heron.config.settings import check_types as _check_types
 from heron.config.settings import from_dict as _from_dict
@@ -206,6 +207,11 @@ class ModelConfig:
         return self.variant in ("v7b", "v8-hybrid")
 
     @property
+    def reads_embedded(self) -> bool:
+        """Whether something in a block reads the tokens as they came into the network, beside the residual stream."""
+        return self.has_attention or self.deep_embed == "low-rank"
+
+    @property
     def state_grows(self) -> bool:
         """Whether a model remembers more with each token (attention, ROSA), not only a state of one size."""
         return self.has_attention or self.rosa is not None
@@ -374,6 +380,12 @@ class TrainConfig:
             raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
         if self.finetune is not None and self.tokenizer.startswith("bpe:"):
             raise ConfigError(f"tokenizer {self.tokenizer}: fine-tuning keeps the base's vocabulary; name its file")
+        if self.finetune is not None and (base := self.finetune.base) != "auto":
+            if self.weights not in ("auto", base):
+                raise ConfigError(f"weights {self.weights} and base {base} contradict each other; drop one")
+            object.__setattr__(self, "weights", base)
+        if self.freezes and self.init_from:
+            raise ConfigError(f"init_from {self.init_from}: beside a frozen base nothing else can train; name a model")
         if self.weights == "bf16" and self.dtype == "fp32":
             raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
         if self.tables_state != "fp32" and self.tables != "host":
@@ -382,6 +394,11 @@ class TrainConfig:
             raise ConfigError(
                 f"val_data {self.val_data!r} and val_fraction {self.val_fraction} exclude each other; drop one"
             )
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the weights of the model stay as they are, and something beside them trains."""
+        return self.finetune is not None and self.finetune.freezes
 
     @property
     def tokens_per_step(self) -> int:

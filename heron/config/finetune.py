@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from heron.config.finetune_adapter import AdapterConfig
 from heron.config.settings import check_types, from_dict, setting
 from heron.errors import ConfigError, did_you_mean
 
 METHODS = ("full", "lora", "state")
 LOSSES = ("assistant", "all")
+BASES = ("auto", "fp32", "bf16")
 RWKV_TEMPLATE = "rwkv"
 
 # What `heron finetune` sets where neither a flag nor a file does.
@@ -21,7 +23,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lr_final": 2e-6,
         "weight_decay": 0.0,  # decay pulls weights towards 0, which is away from the base
         "ctx_len": 1024,  # most conversations are shorter; the rest of a sample is packed with others
-    }
+    },
+    "lora": {
+        "lr_init": 1e-4,  # between the 2e-5 of RWKV-PEFT (scripts/run_lora.sh) and the 2e-4 of QLoRA (arXiv:2305.14314)
+        "lr_final": 1e-5,
+        "weight_decay": 0.0,  # an adapter starts as no change, and decay would pull it back there
+        "ctx_len": 1024,
+    },
+    "state": {
+        # RWKV-LM's README and RWKV-PEFT (scripts/demo-state-tuning.sh) go from 1 down to 1e-2, with RWKV-6
+        "lr_init": 1e-2,
+        "lr_final": 1e-3,
+        "weight_decay": 0.0,  # decay would pull a state back to remembering nothing
+        "ctx_len": 1024,
+    },
 }
 
 
@@ -33,7 +48,12 @@ class FinetuneConfig:
         ConfigError: a value that does not exist or is out of range.
     """
 
-    method: str = setting("full", "what is trained: full (all weights)")
+    method: str = setting(
+        "full", "what is trained: full (all weights), lora (an adapter) or state (what sequences start from)"
+    )
+    adapter: AdapterConfig | None = setting(None, "lora: the adapter; None: AdapterConfig()")
+    token_shifts: bool = setting(False, "state: the token shifts of each layer train too; upstream's files have none")
+    base: str = setting("auto", "lora, state: the frozen weights are kept in bf16, fp32, or auto: as weights says")
     template: str = setting(RWKV_TEMPLATE, "how messages become text: rwkv (upstream's), or a FILE.jinja")
     loss: str = setting("assistant", "what is learned: assistant (answers and their ends), or all")
     pack: str = setting("on", "on: several conversations share a sample, each as if alone; off: one a sample")
@@ -44,21 +64,34 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if isinstance(self.pack, bool):  # YAML 1.1 reads on and off so
             object.__setattr__(self, "pack", "on" if self.pack else "off")
+        if isinstance(self.adapter, Mapping):
+            object.__setattr__(self, "adapter", AdapterConfig.from_dict(self.adapter))
         check_types(self)
-        for name, known in (("method", METHODS), ("loss", LOSSES), ("pack", ("on", "off"))):
+        for name, known in (("method", METHODS), ("loss", LOSSES), ("pack", ("on", "off")), ("base", BASES)):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(
                     f"finetune, {name}: wanted one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}"
                 )
-        if self.method != "full":
-            raise ConfigError(f"finetune, method: {self.method} is not built yet; full is")
+        if self.method == "lora" and self.adapter is None:
+            object.__setattr__(self, "adapter", AdapterConfig())
+        of_others = {"adapter": ("lora", self.adapter), "token_shifts": ("state", self.token_shifts)}
+        for name, (method, value) in of_others.items():
+            if value and self.method != method:
+                raise ConfigError(f"finetune, {name}: belongs to method {method}, got method {self.method}; drop one")
+        if self.base != "auto" and not self.freezes:
+            raise ConfigError(f"finetune, base {self.base}: method full freezes no weights; set weights instead")
         if self.template != RWKV_TEMPLATE and not self.template.endswith(".jinja"):
             raise ConfigError(f"finetune, template: wanted {RWKV_TEMPLATE} or a FILE.jinja, got {self.template!r}")
         for name, least in (("epochs", 1), ("show", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"finetune, {name}: wanted at least {least}, got {getattr(self, name)}")
         _ = self.mix_share
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the weights of the base stay as they are, and something beside them trains."""
+        return self.method != "full"
 
     @property
     def mix_data(self) -> str:

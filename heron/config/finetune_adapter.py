@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from heron.config.settings import from_dict
 from heron.errors import ConfigError, did_you_mean
 
 KINDS = ("lora", "rslora", "dora", "pissa", "miss")
@@ -48,6 +50,11 @@ class AdapterConfig:
             raise ConfigError(f"adapter.dropout: wanted 0 or more and less than 1, got {self.dropout!r}")
         if not isinstance(self.targets, str) or not self.names:
             raise ConfigError(f"adapter.targets: wanted names with commas between, or all, got {self.targets!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
+        return from_dict(cls, values, where="finetune, adapter")
 
     @property
     def names(self) -> list[str]:

@@ -206,8 +206,7 @@ def _found(tokens: np.ndarray, rules: Rules) -> Iterator[np.ndarray]:
 def _records(stream: TokenStream, tokens: np.ndarray, first: int, end: int, rules: Rules) -> np.ndarray:
     """The records of ``tokens[first:end]``, (n, K), which `stream` reads now; it has read those before them."""
     piece = torch.from_numpy(tokens[first:end].astype(np.int64))
-    src, length = (part.numpy() for part in stream.read(piece, rules.n_matches))
-    records = np.zeros(src.shape, _dtype(tokens, rules))
-    records["id"] = np.where(src < 0, 0, tokens[src + 1])
-    records["length"] = length
+    followers, length, _ = (part.numpy() for part in stream.recall(piece, rules.n_matches))
+    records = np.empty(length.shape, _dtype(tokens, rules))
+    records["id"], records["length"] = followers, length
     return records

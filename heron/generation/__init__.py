@@ -69,7 +69,8 @@ def generate(
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     count_digits: bool = False,
+    state: State | None = None,
 ) -> str:
     """The text that the model puts after `prompt`. The settings are those of :class:`Sampling` and :func:`stream`."""
     sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay, count_digits)
-    return "".join(stream(model, tokenizer, prompt, max_tokens, sampling, stop, seed, stop_ids=stop_ids))
+    return "".join(stream(model, tokenizer, prompt, max_tokens, sampling, stop, seed, state, stop_ids))

@@ -72,7 +72,7 @@ class HostDraws:
         sampling, generator = sequence.sampling, sequence.generator
         counts = self._counts[sequence.place] if sampling.has_penalties else None
         try:
-            if allowed is not logits:
+            if sequence.extras is not None:  # which may bar what is not finite
                 check_finite(logits)
             token = sample(allowed, sampling, counts, generator)
             while not stand_for_something(self._tokenizer, [token]):

@@ -32,6 +32,7 @@ from heron.model import compiled as compilation
 from heron.model.deep_embed import Lookup
 from heron.model.memory import Documents
 from heron.model.rwkv import Block
+from heron.ops.rosa.device_stream import DeviceStream, device_stream_choice
 from heron.tables.store import Tables
 
 
@@ -46,8 +47,8 @@ class GraphedDecoder(StateDecoder):
         model: see :func:`heron.generation.decoder.is_fusible`. On a CPU nothing is recorded or compiled (for tests).
         n: number of sequences it has room for.
         tables: DeepEmbed tables off the device; None: the model has its own.
-        documents: what a ROSA memory looks into beside each sequence. With a memory no step looks ahead: the host must
-            see a token first.
+        documents: what a ROSA memory looks into beside each sequence. With them no step looks ahead: they are on the
+            host, which must see a token first.
     """
 
     @torch.inference_mode()
@@ -74,7 +75,9 @@ class GraphedDecoder(StateDecoder):
             self._found = self._found_on_host.to(device)
             self._bonus: Callable[[Tensor], tuple[Tensor, Tensor]] = model.memory.bonus
         self._embed: Callable[..., Tensor] = model.embed
-        looks_ahead = n == 1 and self._tables is None and self._found is None
+        self._read_there: DeviceStream | None = None  # what the memory has read, on the device; None: a copy is due
+        has_matches = self._found is None or (documents is None and device_stream_choice(device).impl == "cuda")
+        looks_ahead = n == 1 and self._tables is None and has_matches
         self._before = SequenceStates(model, n) if looks_ahead else None  # the last step
         self._is_ahead = False
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -84,23 +87,28 @@ class GraphedDecoder(StateDecoder):
     def write(self, sequence: int, state: State | None) -> None:
         """Let `sequence` go on from `state` (batch size 1; None: zeros), which is copied."""
         super().write(sequence, state)
-        self._is_ahead = False
+        self._is_ahead, self._read_there = False, None
 
     def read(self, sequence: int) -> State:
         """The state of `sequence`, as a copy."""
         if self._is_ahead and self._before is not None:
-            return self._before.read(sequence)
+            return self._with_memory(self._before.read(sequence), sequence)
         return super().read(sequence)
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """See heron.generation.decoder.Decoder. None: several sequences, a ROSA memory, or tables whose rows the host
-        picks."""
+        """See heron.generation.decoder.Decoder. None: several sequences, or tables or documents that the host must look
+        into."""
         return None if self._before is None else self._look_ahead
 
     @torch.inference_mode()
     def _look_ahead(self, ids: Tensor) -> None:
-        torch.clamp(ids, min=0, out=self._ids)  # -1: none could be drawn
+        if self._memories is None or self._found is None:
+            torch.clamp(ids, min=0, out=self._ids)  # -1: none could be drawn
+        else:
+            if self._read_there is None or self._read_there.is_full:
+                self._read_there = self._memories.on_device(0, ids.device)
+            self._read_there.read_one_(ids, self._ids, self._found[0])
         self._run()
         self._is_ahead = True
 
@@ -113,7 +121,9 @@ class GraphedDecoder(StateDecoder):
         """
         if self._is_ahead:
             self._is_ahead = False
+            self._recalled(sequences, tokens, recalled)  # what the device has found by itself
             return self._logits
+        self._read_there = None
         recalled = self._recalled(sequences, tokens, recalled)
         if self._copied is not None:
             self._copied.synchronize()
@@ -141,8 +151,8 @@ class GraphedDecoder(StateDecoder):
         if self._before is not None:
             self._before.copy_(self._states)
         embedded = x = self._embed(self._ids) if self._found is None else self._embed(self._ids, self._found)
-        if self._found is not None and self._model.config.deep_embed == "low-rank":
-            embedded = self._model.embed(self._ids)  # the gate reads the token alone
+        if self._found is not None and self._model.config.reads_embedded:
+            embedded = self._model.embed(self._ids)  # the token alone
         tables, v_first = self._lookup(self._ids), None
         for layer, states, rows in zip(self._layers, self._states.layers, tables, strict=True):
             x, v_first = time_mix(self._pieces, layer, x, states, v_first)

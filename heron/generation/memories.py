@@ -10,6 +10,7 @@ from torch import Tensor
 from heron.config import RosaConfig
 from heron.model import State
 from heron.model.memory import Documents, Match, Recollection
+from heron.ops.rosa.device_stream import DeviceStream
 
 
 class SequenceMemories:
@@ -37,6 +38,10 @@ class SequenceMemories:
         """The memory of `sequence`, which stays right when that goes on."""
         memory = self._of[sequence]
         return (memory if self._rosa.window is None else memory.clone(),)  # a window overwrites old tokens
+
+    def on_device(self, sequence: int, device: torch.device) -> DeviceStream:
+        """What `sequence` has read, as a copy on a CUDA device that reads on by itself, in the sequence alone."""
+        return self._of[sequence].on_device(self._rosa, device)
 
     def step(self, sequences: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Read `tokens`, one for each of `sequences`; recalled (n, K, 2), on the host."""

@@ -54,12 +54,15 @@ class Adapter:
     def __init__(self, model: RWKV, kind: str):
         self.model, self.kind = model, kind
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a file holds, by the names of peft without their prefix. PiSSA's two parts are one LoRA in it."""
-        trained, start = self._part(_TRAINED), {}
+    def tensors(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What a file holds, by the names of peft without their prefix. PiSSA's two parts are one LoRA in it.
+
+        `values`: of :func:`adapter_parameters`, by name; None: those that the model has.
+        """
+        trained = self._part(_TRAINED, values)
         if _START not in self._configs:
             return trained
-        start = self._part(_START)
+        start = self._part(_START, values)
         return {name: torch.cat((part, start[name]), 0 if ".lora_A." in name else 1) for name, part in trained.items()}
 
     def settings(self) -> dict[str, Any]:
@@ -88,10 +91,11 @@ class Adapter:
     def _configs(self) -> dict[str, Any]:
         return self.model.peft_config  # pyright: ignore[reportReturnType]
 
-    def _part(self, adapter_name: str) -> dict[str, Tensor]:
+    def _part(self, adapter_name: str, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        values = None if values is None else dict(values)
         with _quiet():
             found = peft_library().get_peft_model_state_dict(
-                self.model, adapter_name=adapter_name, save_embedding_layers=False
+                self.model, values, adapter_name=adapter_name, save_embedding_layers=False
             )
         return {name: tensor.detach() for name, tensor in found.items()}
 
@@ -232,7 +236,7 @@ def _check_layer(name: str, layer: nn.Linear, config: AdapterConfig) -> None:
             f"adapter.rank: {config.rank} is more than the {largest} that {name} ({layer.out_features} x "
             f"{layer.in_features}) has room for"
         )
-    if config.kind == "dora" and not bool(layer.weight.detach().any(dim=1).all()):
+    if config.kind == "dora" and bool((layer.weight.detach() == 0).all(dim=1).any()):
         raise ConfigError(
             f"adapter.kind: dora divides by the length of each row of a weight, and {name} has rows of zeros, as fresh "
             "weights have; take lora, or other targets"

@@ -2,7 +2,8 @@
 
 One block is compiled, not the network: what takes half a minute is then the same at 12 layers and at 60. Layer 0, which
 has no values of an earlier layer to mix in, is a second graph. Embedding, tables, head and loss stay as they are
-written: the gradients of looked-up rows are then summed in one order, so a step gives the same bits each time.
+written: the gradients of looked-up rows are then summed in one order, so a step gives the same bits each time. What a
+ROSA memory makes of looked-up rows and of lengths is compiled too.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor
 from heron import machine
 from heron.config import ModelConfig
 from heron.errors import ConfigError
+from heron.model.memory import WRITTEN
 from heron.model.rwkv import RWKV, Block
 from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
+_DORA = "the length of a weight's rows, by which dora divides, is computed in a way that can't be compiled"
 _GRAPHS = 64  # a process may train with several shapes and precisions, two graphs each; PyTorch would stop at 8
 
 
@@ -33,6 +36,7 @@ def choose(
     tables: str = "device",
     adds_up: bool = False,
     uneven: bool = False,
+    adapter: str | None = None,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -40,13 +44,14 @@ def choose(
         wanted, tables: TrainConfig's.
         adds_up: whether each pass adds its gradients to those of the passes before, in place.
         uneven: whether passes differ in how much of the step's loss is theirs.
+        adapter: the kind of the adapter that is on the model, if there is one.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
     """
     if wanted == "off":
         return machine.Choice("off", "as asked")
-    reason = why_not(device, model)
+    reason = why_not(device, model) or (_DORA if adapter == "dora" else None)
     no_graph = _why_no_graph(model, tables, adds_up, uneven)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
@@ -85,16 +90,20 @@ def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool, uneven: bool) 
 
 
 def compile_blocks(network: RWKV) -> None:
-    """Have every block of `network` compute by one function, compiled at its first call of a shape."""
+    """Have every block of `network` compute by one function, compiled at its first call of a shape; its memory, too."""
     mix = compiled(Block.mix, _compile)
     for block in network.blocks:
         block.compiled = mix  # pyright: ignore[reportArgumentType]
+    if network.memory is not None:
+        network.memory.compiled = WRITTEN.compiled(compiled)
 
 
 def undo(network: RWKV) -> None:
-    """Have each block compute as it is written again."""
+    """Have each block, and the memory, compute as it is written again."""
     for block in network.blocks:
         block.compiled = None  # pyright: ignore[reportArgumentType]
+    if network.memory is not None:
+        network.memory.compiled = None
 
 
 def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:

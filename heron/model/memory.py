@@ -8,7 +8,7 @@ token that followed it and its length; 0 and 0 where there is none. docs/rosa.md
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import ConfigError, DataError
 from heron.ops.rosa import TokenIndex, TokenStream
+from heron.ops.rosa.device_stream import DeviceStream
 
 MEMORY_BYTES = 12  # a token that is read; up to twice as much while the arrays have room to grow
 _EXACT = 16  # lengths that have a row of their own; longer ones share one up to each power of two
 
 
 class RosaMemory(nn.Module):
-    """The parameters of ROSA memory. All start at 0, where the network computes what it does without."""
+    """The parameters of ROSA memory. All start at 0, where the network computes what it does without.
+
+    `compiled` stands in for what is written here where gradients are wanted; :mod:`heron.model.compiled` sets it.
+    """
+
+    compiled: Entries | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -35,21 +41,30 @@ class RosaMemory(nn.Module):
         self.length = nn.Parameter(torch.empty(K, n_rows, C))
         self.copy = nn.Parameter(torch.empty(K, n_rows))
 
-    def forward(self, recalled: Tensor, emb: nn.Module) -> Tensor:
-        """What is added to the tokens' rows of emb, (B, T, C)::
+    def forward(self, tokens: Tensor, predicted: Tensor, lengths: Tensor) -> Tensor:
+        """What the network begins with, (B, T, C)::
 
-        sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
+            emb(token)  +  sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
+
+        Args:
+            tokens: (B, T, C), the rows of emb of the tokens.
+            predicted: (K, B, T, C), those of what the matches predicted.
+            lengths: (B, T, K).
         """
-        ids, lengths = recalled.unbind(dim=-1)  # (B, T, K)
-        rows = emb(ids)
-        rows = (rows * (self.scale * (lengths > 0).unsqueeze(-1)).to(rows.dtype)).sum(dim=-2)
-        # A product, whose gradient is one: adding up rows by index would put all of a batch into a few sums.
-        return rows + self._chosen(lengths).flatten(-2) @ self.length.flatten(0, 1).to(rows.dtype)
+        scale = self.scale.view(len(predicted), *(1,) * (predicted.dim() - 2), -1)
+        scale = scale * (lengths.movedim(-1, 0) > 0).unsqueeze(-1)
+        added = (predicted * scale.to(predicted.dtype)).sum(dim=0)
+        added = added + _RowsOf.apply(self._numbers(lengths), self.length.to(predicted.dtype))
+        return tokens + added.to(tokens.dtype)
+
+    def begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """:meth:`forward` of (1 + K, B, T, C) rows, those of the tokens first."""
+        return self._entries.begun(self, rows, lengths)
 
     def bonus(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
         """The ids (B, T, K) whose logits are raised, and by how much: ``copy[k, row of the length]``, else 0."""
         ids, lengths = recalled.unbind(dim=-1)
-        return ids, (self._chosen(lengths) * self.copy).sum(dim=-1)
+        return ids, self._entries.values(self, lengths)
 
     def add_to(self, logits: Tensor, recalled: Tensor) -> Tensor:
         """logits (B, T, V) with the bonus."""
@@ -61,12 +76,71 @@ class RosaMemory(nn.Module):
         ids, values = self.bonus(recalled)
         return logits.scatter_add_(-1, ids, values.to(logits.dtype))
 
-    def _chosen(self, lengths: Tensor) -> Tensor:
-        """(..., K, rows): 1 at the row that each of lengths (..., K) has in the tables, none for no match, else 0."""
-        powers = (lengths.clamp(min=_EXACT) / _EXACT).log2().ceil().long()
-        rows = lengths.clamp(max=_EXACT) + powers
-        numbers = torch.arange(1, self.copy.shape[1] + 1, device=lengths.device)
-        return (rows.unsqueeze(-1) == numbers).to(self.copy.dtype)
+    @property
+    def _entries(self) -> Entries:
+        return WRITTEN if self.compiled is None or not torch.is_grad_enabled() else self.compiled
+
+    def _begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        tokens, predicted = rows.split([1, len(rows) - 1])
+        return self(tokens.squeeze(0), predicted, lengths)
+
+    def _values(self, lengths: Tensor) -> Tensor:
+        return (_chosen(self._numbers(lengths), self.copy) * self.copy).sum(dim=-1)
+
+    def _numbers(self, lengths: Tensor) -> Tensor:
+        """The row that each of lengths (..., K) has in the tables, from 1 on; 0 for no match."""
+        n_rows = self.copy.shape[1]
+        numbers = lengths.clamp(max=min(n_rows, _EXACT))
+        for shared in range(n_rows - _EXACT):
+            numbers = numbers + (lengths > _EXACT << shared)
+        return numbers
+
+
+class _RowsOf(torch.autograd.Function):
+    """Rows (..., C) of tables (K, rows, C) by their numbers (..., K), from 1 on, summed over K; 0 takes none.
+
+    The gradient is a product: adding up rows by index would put all of a batch into a few sums.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(numbers: Tensor, tables: Tensor) -> Tensor:
+        K, n_rows, _ = tables.shape
+        place = (numbers - 1).clamp(min=0) + n_rows * torch.arange(K, device=numbers.device)
+        return (tables.flatten(0, 1)[place] * (numbers > 0).unsqueeze(-1)).sum(dim=-2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        numbers, tables = ctx.saved_tensors
+        d_tables = _chosen(numbers, tables).flatten(-2).flatten(0, -2).mT @ d.flatten(0, -2)
+        return None, d_tables.view(tables.shape)
+
+
+def _chosen(numbers: Tensor, tables: Tensor) -> Tensor:
+    """(..., K, rows): 1 at the row of tables (K, rows, ...) that each of numbers (..., K) has, else 0; 0 has none."""
+    of_rows = torch.arange(1, tables.shape[1] + 1, device=numbers.device)
+    return (numbers.unsqueeze(-1) == of_rows).to(tables.dtype)
+
+
+class Entries(NamedTuple):
+    """What a memory computes at the input and at the output of the network, as written or compiled."""
+
+    begun: Callable[[RosaMemory, Tensor, Tensor], Tensor]
+    """As :meth:`RosaMemory.begun`."""
+    values: Callable[[RosaMemory, Tensor], Tensor]
+    """Lengths (..., K) -> what is added to the logits, (..., K)."""
+
+    def compiled(self, by: Callable[[Callable], Callable]) -> Entries:
+        """Both, each compiled by a function."""
+        return Entries(by(self.begun), by(self.values))
+
+
+WRITTEN = Entries(RosaMemory._begun, RosaMemory._values)
 
 
 def n_length_rows(max_match: int) -> int:
@@ -104,8 +178,6 @@ class Documents:
         if not len(tokens):
             raise ConfigError("documents: this index holds no tokens")
         self._index = TokenIndex(tokens, nodes, roots, max_match, index.end)
-        signed, self._mask = (torch.int16, 2**16 - 1) if tokens.itemsize == 2 else (torch.int32, 2**32 - 1)
-        self._tokens = tokens.view(signed)  # which PyTorch can index
         self._vocab_size = config.vocab_size
         self.n_before = max_match - 1  # tokens before those in question that are of use
 
@@ -125,8 +197,7 @@ class Documents:
         Raises:
             DataError: an id that the model does not know.
         """
-        src, length = self._index.find(tokens, n_last, n_found)
-        followers = torch.where(length > 0, self._tokens[src + 1].long() & self._mask, 0)
+        followers, length, src = self._index.recall(tokens, n_last, n_found)
         if (followers >= self._vocab_size).any():
             raise DataError(
                 f"documents: id {int(followers.max())} is in them, the model knows 0 to {self._vocab_size - 1}; build "
@@ -232,6 +303,11 @@ class Recollection:
             for predicted, length, src, is_theirs in zip(*found, origin, strict=True)
         ]  # fmt: skip
         return matches, Recollection._at_end_of(stream)
+
+    def on_device(self, rosa: RosaConfig, device: torch.device) -> DeviceStream:
+        """A copy of its stream on a CUDA device, which reads on there; KernelError as :class:`DeviceStream`."""
+        with self._going_on(rosa) as stream:
+            return DeviceStream(stream, device)
 
     @contextlib.contextmanager
     def _going_on(self, rosa: RosaConfig) -> Iterator[TokenStream]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, reduce
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,7 @@ from heron.model.shift import normed_and_mixed
 from heron.model.state import LayerState, State, States, with_memory
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
-
-if TYPE_CHECKING:
-    pass
+from heron.ops.spans import Span
 
 _ATTENTION = {"v8-hybrid": FirstAttention, "v7b": SecondAttention}
 _ZEROS: tuple[Any, ...] = (None,) * 5  # what a LayerState holds before the first token
@@ -74,6 +72,7 @@ class Block(nn.Module):
         window: int | None = None,
         cu_seqlens: Tensor | None = None,
         keep_state: bool = True,
+        span: Span | None = None,
     ) -> tuple[Tensor, Tensor, LayerState | None, Tensor | None]:
         """One block. The residual stream goes from block to block in two parts: their sum belongs to the next norm.
 
@@ -84,7 +83,7 @@ class Block(nn.Module):
             v_first: (B, T, C), layer 0's values; None in layer 0.
             context: every token that attention can see, the T of x last; without attention it is those T.
             window: how many tokens attention sees; None: all.
-            cu_seqlens: where packed sequences begin (:func:`heron.ops.wkv7`), for blocks of time mixing alone.
+            cu_seqlens, span: as for :func:`heron.ops.wkv7`, for blocks of time mixing alone.
             keep_state: whether the new state is wanted. Where it is not, its gradient need not be computed either.
 
         Returns:
@@ -95,7 +94,9 @@ class Block(nn.Module):
         # Tables are looked up out here: compiled code would sum the gradients of their rows in an order that changes.
         of_table = self.ffn.table_rows(tokens)
         seen = None if self.qkv is None else context
-        x, branch, state, v_first = mix(self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state)
+        x, branch, state, v_first = mix(
+            self, x, branch, state, v_first, of_table, seen, window, cu_seqlens, keep_state, span
+        )
         return x, self.ffn.gate(branch, tokens.ids), state, v_first
 
     def _may_run_compiled(self) -> bool:
@@ -113,12 +114,13 @@ class Block(nn.Module):
         window: int | None,
         cu_seqlens: Tensor | None,
         keep_state: bool,
+        span: Span | None = None,
     ) -> tuple[Tensor, Tensor, LayerState | None, Tensor | None]:
         """:meth:`forward` between the tables: `of_table` (B, T, width) are the channel mix's rows, if it has any."""
         att_shift, wkv, ffn_shift, attention, rosa = _ZEROS if state is None else state
         if self.att is not None:
             x, branch, att_shift, wkv, v_first = self.att(
-                partial(normed_and_mixed, self.ln1), x, branch, att_shift, wkv, v_first, cu_seqlens
+                partial(normed_and_mixed, self.ln1, span), x, branch, att_shift, wkv, v_first, cu_seqlens, span
             )
         elif branch is not None:
             x, branch = x + branch, None
@@ -128,8 +130,8 @@ class Block(nn.Module):
         if self.rosa is not None:
             recalled, rosa = self.rosa(self.ln3(x), rosa)
             branch = recalled if branch is None else branch + recalled
-        x, out, ffn_shift = self.ffn(partial(normed_and_mixed, self.ln2), x, branch, ffn_shift, of_table, cu_seqlens)
-        return x, out, LayerState(att_shift, wkv, ffn_shift, attention, rosa) if keep_state else None, v_first
+        x, out, shift = self.ffn(partial(normed_and_mixed, self.ln2, span), x, branch, ffn_shift, of_table, cu_seqlens)
+        return x, out, LayerState(att_shift, wkv, shift, attention, rosa) if keep_state else None, v_first
 
 
 class _Call(nn.Module):
@@ -305,8 +307,11 @@ class RWKV(nn.Module):
         embeddings: Tensor | None,
         keep_state: bool,
         recalled: Tensor | None,
+        span: Span | None = None,
     ) -> tuple[Tensor, States | None]:
         """:meth:`hidden_states`, where memory has been asked. The new state remembers what the old one did."""
+        if span is not None and (self.config.state_grows or self.memory is not None):
+            raise ConfigError(f"span: {self.config.variant} with attention or ROSA needs the whole text in one place")
         tokens = checked_tokens(tokens, self.config.vocab_size, self.emb)
         window = self.attention_window
         if window is not None and window < 1:
@@ -316,7 +321,7 @@ class RWKV(nn.Module):
         n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None and self.config.state_grows:
             return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
-        rows = self.emb(tokens) if embeddings is None else embeddings
+        rows, begun = self._rows(tokens, recalled, embeddings)
         if state is None:
             zeros = State.zeros(self.config, n_seq, tokens.device, rows.dtype) if self.config.state_grows else None
             old, past = (None,) * len(self.blocks) if zeros is None else zeros.layers, zeros and zeros.tokens
@@ -328,15 +333,16 @@ class RWKV(nn.Module):
 
         ids = tokens if past is None else torch.cat((past, tokens), dim=1)
         in_context = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
-        context = Lookup(ids, self._first_norm(in_context))
-        if self.memory is None or recalled is None:
+        if begun is rows:
+            context = Lookup(ids, self._first_norm(in_context))
             x = context.last(tokens.shape[1]).embedded  # (B, T, C)
         else:  # tables and attention look tokens up, not what memory adds to them
-            x = self._first_norm(rows + self.memory(recalled, self.emb).to(rows.dtype))
+            x = self._first_norm(begun)
+            context = Lookup(ids, self._first_norm(in_context) if self.config.reads_embedded else x)
         branch: Any = None
         v_first, new = None, []
         for block, layer_state in zip(self.blocks, old, strict=True):
-            arguments = (x, branch, layer_state, v_first, context, window, cu_seqlens, keep_state)
+            arguments = (x, branch, layer_state, v_first, context, window, cu_seqlens, keep_state, span)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 # With its random state: an adapter may drop activations, and must drop the same ones again.
                 x, branch, layer_state, v_first = checkpoint(block, *arguments, use_reentrant=False)
@@ -383,8 +389,23 @@ class RWKV(nn.Module):
         """
         rows = self.emb(tokens)
         if self.memory is not None and recalled is not None:
-            rows = rows + self.memory(recalled, self.emb).to(rows.dtype)
+            predicted, lengths = recalled.unbind(dim=-1)
+            rows = self.memory(rows, self.emb(predicted.movedim(-1, 0)), lengths)
         return self._first_norm(rows)
+
+    def _rows(self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows (..., C) of emb for token ids (...), or `embeddings`; and these with what memory `recalled` adds."""
+        if self.memory is None or recalled is None:
+            rows = self.emb(tokens) if embeddings is None else embeddings
+            return rows, rows
+        predicted, lengths = recalled.unbind(dim=-1)
+        # Where there is no match, the token's own row: a batch of gradients of one row would be added up one by one.
+        predicted = torch.where(lengths > 0, predicted, tokens.unsqueeze(-1)).movedim(-1, 0)
+        if embeddings is None:  # one look-up: the gradients of all rows are then put together once
+            rows = self.emb(torch.cat((tokens.unsqueeze(0), predicted)))
+        else:
+            rows = torch.cat((embeddings.unsqueeze(0), self.emb(predicted).to(embeddings.dtype)))
+        return rows[0], self.memory.begun(rows, lengths)
 
     def _first_norm(self, x: Tensor) -> Tensor:
         return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
@@ -396,16 +417,17 @@ class RWKV(nn.Module):
         cu_seqlens: Tensor | None = None,
         recalled: Tensor | None = None,
         state: States | None = None,
+        span: Span | None = None,
     ) -> Tensor:
         """Mean cross entropy in nats over the targets (B, T) that are not -100; L2Wrap acts in its backward.
 
-        `cu_seqlens`, `recalled` and `state` as for :meth:`forward`.
+        `cu_seqlens`, `recalled`, `state` as for :meth:`forward`. `span`: part of a longer text (:mod:`heron.context`).
         """
         if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state)
+            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state, span)
         targets = integers("targets", targets, self.emb)
         recalled, _ = self.recall(tokens, state, cu_seqlens, recalled)
-        hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled)
+        hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled, span)
         return self.head_loss(hidden, targets, recalled)
 
     def head_loss(self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from heron import ops
 from heron.config import ModelConfig
 from heron.model.plain import is_plain
 from heron.ops.head_mix import HeadInputs, HeadWeights, head_mix_reference
+from heron.ops.spans import Span
 
 GROUP_NORM_EPS = 64e-5  # upstream keeps 64e-5 at every head size
 
@@ -61,6 +62,7 @@ class TimeMix(nn.Module):
         wkv_state: Tensor | None,
         v_first: Tensor | None,
         cu_seqlens: Tensor | None = None,
+        span: Span | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Mix along time.
 
@@ -72,6 +74,7 @@ class TimeMix(nn.Module):
             wkv_state: (n_seq, H, N, N) fp32; None: zeros.
             v_first: (B, T, C), layer 0's values; None in layer 0.
             cu_seqlens: where packed sequences begin; see :func:`heron.ops.wkv7`. None: n_seq is B.
+            span: the tokens are a span of a longer text (:mod:`heron.ops.spans`); `begin` knows it, too.
 
         Returns:
             The residual stream x + branch, what time mixing has to add to it (B, T, C), the new last, the new
@@ -92,9 +95,9 @@ class TimeMix(nn.Module):
         )
         weights = self.head_weights(v_first is not None)
         if is_plain(self.ln_x, nn.GroupNorm):
-            y, wkv_state = ops.head_mix(inputs, weights, wkv_state, cu_seqlens)
+            y, wkv_state = ops.head_mix(inputs, weights, wkv_state, cu_seqlens, span=span)
         else:  # a kernel would not call it
-            y, wkv_state = head_mix_reference(inputs, weights, wkv_state, cu_seqlens, self.ln_x)
+            y, wkv_state = head_mix_reference(inputs, weights, wkv_state, cu_seqlens, self.ln_x, span)
         return x, self.output(y), last, wkv_state, v if v_first is None else v_first
 
     def head_weights(self, mixes_v_first: bool) -> HeadWeights:

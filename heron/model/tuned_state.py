@@ -12,7 +12,9 @@ from heron.config import ModelConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model.state import State, States
 
-TUNED = re.compile(r"blocks\.\d+\.(att\.time_state|(att|ffn)\.shift_state)$")  # names in a file; the shifts are ours
+BASE = "heron_base"  # in a file, the fingerprint of the model that the state was tuned for: (8,) uint8
+# Names in a file; the shifts are ours.
+TUNED = re.compile(rf"(blocks\.\d+\.(att\.time_state|(att|ffn)\.shift_state)|{BASE})$")
 
 
 class TunedState(nn.Module):
@@ -43,7 +45,7 @@ class TunedState(nn.Module):
         Raises:
             CheckpointError: a tensor is missing, one too many, misshaped, or holds NaN or infinity.
         """
-        tensors = {name: tensor for name, tensor in tensors.items() if TUNED.match(name)}
+        tensors = {name: tensor for name, tensor in tensors.items() if TUNED.match(name) and name != BASE}
         tuned = cls(config, any(name.endswith(".shift_state") for name in tensors))
         own = tuned.tensors()
         n_layer = config.n_layer

@@ -8,7 +8,7 @@ from heron.ops.norm_mix import norm_mix
 from heron.ops.rosa import rosa
 from heron.ops.sample_rows import sample_rows
 from heron.ops.shift_mix import shift_mix
-from heron.ops.wkv7 import wkv7
+from heron.ops.wkv7 import wkv7, wkv7_span, wkv7_span_gradient
 
 __all__ = [
     "cross_entropy",
@@ -21,4 +21,6 @@ __all__ = [
     "sample_rows",
     "shift_mix",
     "wkv7",
+    "wkv7_span",
+    "wkv7_span_gradient",
 ]

@@ -51,6 +51,7 @@ class RowTables:
         model: with one DeepEmbed table a layer or more, of any variant.
         device: where the rest of it goes.
         storage: "host", or "device" on a GPU that :func:`heron.ops.rows.row_adamw_choice` has kernels for.
+        trains: whether the rows get gradients and are stepped; else they are frozen, and only brought.
 
     Raises:
         ConfigError: a model without tables; tables on a device that can't step them by rows.
@@ -59,13 +60,13 @@ class RowTables:
     impl = "auto"  # of heron.ops.rows.row_adamw_, where it is not a GPU that makes the step
     distinct = staticmethod(distinct_ids)
 
-    def __init__(self, model: RWKV, device: torch.device, storage: str = "host"):
+    def __init__(self, model: RWKV, device: torch.device, storage: str = "host", trains: bool = True):
         modules = [module for module in model.modules() if isinstance(module, DeepEmbed)]
         if not modules:
             raise ConfigError(
                 f"tables {storage}: variant {model.config.variant} has no DeepEmbed tables; drop the setting"
             )
-        self._modules, self._device, self._pins = modules, device, device.type == "cuda"
+        self._modules, self._device, self._pins, self._trains = modules, device, device.type == "cuda", trains
         self._by_kernel = self._pins and row_adamw_choice(device, modules[0].weight.dtype).impl == "cuda"
         if storage == "device" and not self._by_kernel:
             raise ConfigError(f'tables device: {device} has no kernels that step them by rows; use storage "host"')
@@ -83,7 +84,7 @@ class RowTables:
                 del module.weight
             model.to(device)
             for module, table in zip(modules, tables, strict=True):
-                module.weight = nn.Parameter(table)
+                module.weight = nn.Parameter(table, requires_grad=trains)
         self.weights = [module.weight for module in modules]
         self._bus = _Bus(self.weights, device) if self._by_kernel and storage == "host" else None
         for module in modules if self._bus else ():
@@ -120,8 +121,8 @@ class RowTables:
             self._position = torch.empty(V, dtype=torch.int64, device=self._device)
         self._position.fill_(-1)
         self._position[self._there] = torch.arange(n, device=self._device)
-        self.rows = brought if recorded else [part.detach().requires_grad_() for part in brought]
-        if self._bus is not None and self.rows:
+        self.rows = brought if recorded else [part.detach().requires_grad_(self._trains) for part in brought]
+        if self._bus is not None and self.rows and self._trains:
             self._bus.prefetch_with(self.rows[len(self.rows) // 2], passes)
         gates_by_kernel = self._by_kernel and self.weights[0].shape[1] <= rows.LARGEST_WIDTH
         where = Where(self._position, gates_by_kernel, arrive)
@@ -164,7 +165,12 @@ class RowTables:
                 )
 
     def gradients(self) -> list[Tensor]:
-        """The gradient (n, width) of each table's rows, where the network runs: zeros where nothing used them."""
+        """The gradient (n, width) of each table's rows, where the network runs: zeros where nothing used them.
+
+        None at all of rows that are frozen.
+        """
+        if not self._trains:
+            return []
         n = len(self.ids)
         return [torch.zeros_like(part[:n]) if part.grad is None else part.grad[:n] for part in self.rows]
 
@@ -364,17 +370,18 @@ class _Bus:
         return _parts(block, shapes)
 
 
-def row_tables(model: RWKV, device: torch.device, storage: str) -> RowTables | None:
+def row_tables(model: RWKV, device: torch.device, storage: str, trains: bool = True) -> RowTables | None:
     """The tables of a model that trains on `device`; None where they are plain parameters, which dense AdamW steps.
 
-    That is what they are on a device that has no kernels for rows, and in a model without tables.
+    That is what they are on a device that has no kernels for rows, in a model without tables, and on any device where
+    they are frozen (not `trains`).
 
     Raises:
         ConfigError: `storage` is "host" and there are no tables.
     """
     if storage == "host":
-        return RowTables(model, device, storage)
-    by_rows = device.type == "cuda" and any(isinstance(module, DeepEmbed) for module in model.modules())
+        return RowTables(model, device, storage, trains)
+    by_rows = trains and device.type == "cuda" and any(isinstance(module, DeepEmbed) for module in model.modules())
     if by_rows and row_adamw_choice(device, next(model.parameters()).dtype).impl == "cuda":
         return RowTables(model, device, storage)
     return None

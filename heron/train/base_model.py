@@ -9,13 +9,49 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from heron.checkpoint import ownership
-from heron.config import ModelConfig
-from heron.errors import CheckpointError
+from heron.checkpoint.adapters import base_fingerprint
+from heron.config import ModelConfig, TrainConfig
+from heron.errors import CheckpointError, ConfigError
+from heron.model import RWKV
 
 _NUMBERED = re.compile(r"rwkv-([0-9]+)\.pth")
 _WEIGHTS = (".pth", ".safetensors", ".gguf")
+
+
+class Base(NamedTuple):
+    """The frozen weights that something is trained beside. A run's record holds the two fields."""
+
+    path: str
+    fingerprint: str  # see heron.checkpoint.adapters.base_fingerprint
+
+
+def frozen(config: TrainConfig, start: Path | None, model: RWKV | None, record: dict[str, Any] | None) -> Base | None:
+    """The base of a run that freezes it; None: all weights train.
+
+    Args:
+        start, model: the weights, and where they were read.
+        record: of the checkpoint that the run goes on from; None: it begins.
+
+    Raises:
+        ConfigError: there are no weights.
+        CheckpointError: the run began beside others.
+    """
+    if not config.freezes or config.finetune is None:
+        return None
+    if start is None or model is None:
+        raise ConfigError(
+            f"finetune, method {config.finetune.method}: trains beside weights, and the model names none; name a file"
+        )
+    base = Base(str(start), base_fingerprint(model))
+    if record is not None and record["base"]["fingerprint"] != base.fingerprint:
+        raise CheckpointError(
+            f"{start}: has the fingerprint {base.fingerprint}, and this run began beside {record['base']['path']} with "
+            f"{record['base']['fingerprint']}; give these weights as they were, or name another --out"
+        )
+    return base
 
 
 def candidates(out: Path) -> list[Path]:

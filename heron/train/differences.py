@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
@@ -129,7 +130,14 @@ def not_exact(
 
 def _of_finetuning(config: TrainConfig) -> dict[str, Any]:
     """The settings of fine-tuning that later steps depend on; what the data say already is in their fingerprint."""
-    return {} if config.finetune is None else {"pack": config.finetune.pack, "mix": config.finetune.mix}
+    if (finetune := config.finetune) is None:
+        return {}
+    found: dict[str, Any] = {"pack": finetune.pack, "mix": finetune.mix}
+    if finetune.freezes:
+        found |= {"method": finetune.method, "token_shifts": finetune.token_shifts}
+    if finetune.adapter is not None:
+        found |= {f"adapter.{name}": value for name, value in dataclasses.asdict(finetune.adapter).items()}
+    return found
 
 
 def _config(folder: Path) -> TrainConfig | None:

@@ -13,6 +13,7 @@ from heron.config import TrainConfig
 from heron.data.loader import Batches, Corpus
 from heron.data.packs import Packs
 from heron.errors import CheckpointError
+from heron.model.plain import own_parameters
 from heron.ops.rosa import rosa_choice
 from heron.ops.wkv7 import wkv7_choice
 from heron.train import run_data
@@ -42,10 +43,12 @@ def header(
     wkv7 = wkv7_choice(device, config.ctx_len)
     rosa = rosa_choice(device) if model_config.rosa else None
     head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
-    n_parameters = sum(parameter.numel() for parameter in learner.model.parameters())
+    n_parameters = sum(parameter.numel() for _, _, parameter in own_parameters(learner.model))
+    n_trained = sum(parameter.numel() for parameter in learner.trained.parameters() if parameter.requires_grad)
     return [
         ("model", f"{model_config.variant}  L{model_config.n_layer} C{model_config.n_embd} "
                   f"{head_size}V{model_config.vocab_size}  {n_parameters / 1e6:.2f} M parameters"),
+        *([("trains", f"{n_trained:,} of {n_parameters:,} parameters: {_beside(learner)}")] if config.freezes else []),
         *([("start", beginning)] if beginning else []),
         ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
                  + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
@@ -60,6 +63,16 @@ def header(
         *([("memory", run_data.looks_back_on(config, corpus))] if model_config.memory else []),
         ("out", f"{Path(config.out)}" + (f", going on from {resume_from.name}" if resume_from else "")),
     ]  # fmt: skip
+
+
+def _beside(learner: Learner) -> str:
+    """What trains beside frozen weights, in words."""
+    finetune = learner.config.finetune
+    if finetune is not None and (adapter := finetune.adapter) is not None:
+        alpha = "" if adapter.kind == "miss" else f", alpha {adapter.alpha or adapter.rank:g}"
+        return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}"
+    shifts = " and the token shifts" if finetune is not None and finetune.token_shifts else ""
+    return f"the state that sequences start from{shifts}"
 
 
 def write_status(out: Path, status: str, progress: Progress, say: Callable[[str], None]) -> None:

@@ -27,7 +27,7 @@ from heron.optim import lr_at
 from heron.report import Reporter, plot
 from heron.report.samples import show as show_samples
 from heron.tokenizer import TextStream, Tokenizer
-from heron.train import base_model, differences, first_weights, memory, resume, run_data, threads
+from heron.train import base_model, differences, first_weights, memory, result, resume, run_data, threads
 from heron.train import guard as guards
 from heron.train.guard import Guard
 from heron.train.header import at_stake, header, write_status
@@ -116,14 +116,17 @@ class Trainer:
         config = self.config
         resume_from = resume.point(config, self.say)
         laid_over = bool(config.init_from) and isinstance(config.model, ModelConfig)
-        start = None if resume_from is not None or laid_over else base_model.find(self.out, config.model)
+        if resume_from is not None:
+            start = resume.frozen_weights(config, resume_from)
+        else:
+            start = None if laid_over else base_model.find(self.out, config.model)
         loaded = None
         if start is not None:
             loaded = first_weights.read(start, config.model)
-            if isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
+            if resume_from is None and isinstance(config.model, ModelConfig) and self._asked.model != TrainConfig.model:
                 base_model.check_sizes(start, loaded.config, config.model)
         model_config = self._sizes = resume.model_sizes(config, resume_from) if loaded is None else loaded.config
-        before = None
+        before = earlier = None
         if resume_from is not None:
             earlier = run.trainer_of(resume_from)
             progress.step = progress.kept = earlier["step"]
@@ -131,6 +134,7 @@ class Trainer:
             resume.check_tables(resume_from, before, config)
             if config.total_steps and earlier["step"] >= config.total_steps and not earlier["owed"]:
                 return resume.nothing_to_do(resume_from, earlier["step"], config, self._asked, stop, self.say)
+        base = base_model.frozen(config, start, loaded, earlier)
         n_threads = threads.begin(config.threads, self._asked.threads, self.device, before, self.say)
         config = self.config = dataclasses.replace(config, threads=n_threads)
 
@@ -168,7 +172,7 @@ class Trainer:
                 self.say(f"resuming, but not bit-exact because {reason}")
             if jump := differences.learning_rate_jump(resume_from, progress.step, config):
                 self.say(jump)
-        elif not base_model.candidates(self.out):  # else it is there, and stays as it is
+        elif base is None and not base_model.candidates(self.out):  # else it is there, and stays as it is
             with ownership.writing(self.out / ownership.INIT):
                 save(model, self.out / ownership.INIT)
         files.write_text(self.out / "config.yaml", config.to_yaml())
@@ -187,7 +191,7 @@ class Trainer:
         )
         val_packs = run_data.val_packs(config, corpus, of_val)
         pace = threads.Pace()
-        parts = Parts(learner, text_tokenizer, corpus, of_val, batches, val_packs, guard, stop, reporter, pace)
+        parts = Parts(learner, text_tokenizer, corpus, of_val, batches, val_packs, guard, stop, reporter, pace, base)
         stop.at_stake = lambda: at_stake(progress)
         write_status(self.out, "running", progress, self.say)
         status = "failed"
@@ -311,16 +315,16 @@ class Trainer:
     def _close_step(self, parts: Parts, progress: Progress) -> None:
         """Validate, sample and save, where that is due. What a stop prevents stays owed."""
         work = {"validation": self._validate, "sample": self._sample}
+        parts.learner.model.eval()  # an adapter drops nothing then
         for name in list(progress.owed):
             with until_stopped(parts.stop, parts.learner.model):
                 work[name](parts, progress)
                 progress.owed.remove(name)
                 progress.saved = False
+        parts.learner.model.train()
         finished = progress.step == self.config.total_steps and not progress.owed
         if finished:  # before the last checkpoint: with that one in place, the run counts as finished
-            with ownership.writing(self.out / ownership.FINAL):
-                save(parts.learner.model, self.out / ownership.FINAL)
-            parts.reporter.note(f"wrote {self.out / ownership.FINAL}")
+            parts.reporter.note(f"wrote {result.write(self.out, parts.learner.leaves, parts.base)}")
         if finished or _every(self.config.save_every, progress.step):
             self._save(parts, progress)
 
@@ -330,7 +334,7 @@ class Trainer:
         precision = machine.autocast(self.config.dtype, self.device)
         if parts.val_packs is not None:
             packs = parts.val_packs.each_once(self.config.micro_bsz)
-            score = evaluate_batches(parts.learner.model, packs, precision)
+            score = evaluate_batches(parts.learner.model, packs, precision, parts.learner.leaves.start)
         else:
             score = evaluate(
                 parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision,
@@ -352,17 +356,20 @@ class Trainer:
             prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
         before = TextStream(parts.tokenizer)
         shown = "".join(map(before.push, prompt))  # but for half a character at its end, which the model may complete
-        continuation = generate(parts.learner.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed)
+        start = parts.learner.leaves.start_of_one()
+        continuation = generate(
+            parts.learner.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed, state=start
+        )
         parts.reporter.sample(progress.step, continuation, shown)
 
     def _save(self, parts: Parts, progress: Progress) -> None:
         progress.seconds = time.perf_counter() - progress.begun
         exact = differences.exact(self.config, self.device, parts.corpus, parts.learner)
-        state = resume.state(progress, parts.guard, parts.learner.model.config, exact)
+        state = resume.state(progress, parts.guard, parts.learner.model.config, exact, parts.base)
         parts.reporter.sync()  # a checkpoint whose steps are not in the log would leave a gap there
         yaml = self.config.to_yaml()
         folder = run.save(
-            self.out, progress.step, parts.learner.model, parts.learner.optimizer, state, yaml, self.config.keep
+            self.out, progress.step, parts.learner.trained, parts.learner.optimizer, state, yaml, self.config.keep
         )
         progress.saved, progress.kept = True, progress.step
         parts.reporter.note(f"saved {folder}")
@@ -370,7 +377,7 @@ class Trainer:
     def _refuse(self, parts: Parts, progress: Progress, update: Update, loss: float, grad_norm: float) -> str:
         """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
         config, first, step = self.config, update.gradients.first, progress.step + 1
-        action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.learner.model.parameters()))
+        action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.learner.trained.parameters()))
         halves = list(zip(*update.gradients.samples, strict=True))[:2]
         tokens, targets = (torch.cat(half) for half in halves)  # pyright: ignore[reportArgumentType]
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"

@@ -96,11 +96,11 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
         found.append(dict(micro_bsz=config.micro_bsz // 2, accumulate=config.accumulate * 2))
     if model.deep_embed is not None and config.tables == "device":
         found.append(dict(tables="host"))
-    if config.tables == "host" and config.tables_state == "fp32":
+    if config.tables == "host" and config.tables_state == "fp32" and not config.freezes:  # else there are no moments
         found.append(dict(tables_state="bf16"))
     if config.dtype == "fp32":
         found.append(dict(dtype="bf16"))
-    elif config.weights != "bf16":
+    elif config.weights != "bf16" and not (config.finetune is not None and config.finetune.base == "fp32"):
         found.append(dict(weights="bf16"))
     if config.ctx_len > 1:
         found.append(dict(ctx_len=config.ctx_len // 2))

@@ -14,6 +14,7 @@ from heron.data.packs import Packs
 from heron.data.recalled import Recalled
 from heron.report import Reporter
 from heron.train import threads
+from heron.train.base_model import Base
 from heron.train.guard import Guard
 from heron.train.step import Learner
 from heron.train.stop import Preemption
@@ -57,6 +58,7 @@ class Parts:
     stop: Preemption
     reporter: Reporter
     pace: threads.Pace
+    base: Base | None  # the frozen weights that something trains beside
 
 
 class Gradients(NamedTuple):

@@ -11,12 +11,14 @@ from heron.checkpoint import run
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import CheckpointError, DataError
 from heron.train import differences, run_data
+from heron.train.base_model import Base
 from heron.train.guard import Guard
 from heron.train.parts import Progress
 from heron.train.step import Learner
 from heron.train.stop import Preemption
 
-_STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")  # of a checkpoint's trainer.json
+# Of a checkpoint's trainer.json. "base" is where what else the checkpoint holds was trained beside frozen weights.
+_STATE = ("step", "tokens", "cursor", "seconds", "owed", "guard", "model", "exact")
 
 
 def point(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
@@ -35,6 +37,21 @@ def point(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
     if used and folder.resolve() != (run.newest(out) or out).resolve():
         raise CheckpointError(f"{out}: holds another run, or newer steps than {folder}; name another --out")
     return folder
+
+
+def frozen_weights(config: TrainConfig, resume_from: Path) -> Path | None:
+    """The weights that a run freezes, which its checkpoints lack; None where these hold all.
+
+    Raises:
+        CheckpointError: the run trains by another method.
+    """
+    record = run.trainer_of(resume_from)
+    method = "full" if config.finetune is None else config.finetune.method
+    if (earlier := record.get("exact", {}).get("method", "full")) != method:
+        raise CheckpointError(f"{resume_from}: this run trains by method {earlier}, not {method}; name another --out")
+    if "base" not in record:
+        return None
+    return Path(record["base"]["path"] if isinstance(config.model, ModelConfig) else config.model)
 
 
 def model_sizes(config: TrainConfig, resume_from: Path | None) -> ModelConfig:
@@ -88,7 +105,9 @@ def nothing_to_do(
     return "finished"
 
 
-def state(progress: Progress, guard: Guard, model: ModelConfig, exact: dict[str, Any]) -> dict[str, Any]:
+def state(
+    progress: Progress, guard: Guard, model: ModelConfig, exact: dict[str, Any], base: Base | None
+) -> dict[str, Any]:
     """What a checkpoint says of a run besides weights and moments; :func:`restore` takes it up."""
     return {
         "step": progress.step,
@@ -99,14 +118,15 @@ def state(progress: Progress, guard: Guard, model: ModelConfig, exact: dict[str,
         "guard": guard.state(),
         "model": model.to_dict(),
         "exact": exact,
+        **({} if base is None else {"base": base._asdict()}),
     }
 
 
 def restore(folder: Path, learner: Learner, guard: Guard, progress: Progress) -> dict[str, Any]:
     """Take up the state in a verified checkpoint; gives the trainer's record."""
-    record = run.restore(folder, learner.model, learner.optimizer)
+    record = run.restore(folder, learner.trained, learner.optimizer)
     learner.refresh()
-    run.check_names(folder / run.TRAINER, record, _STATE)
+    run.check_names(folder / run.TRAINER, record, (*_STATE, *(("base",) if learner.leaves.freezes else ())))
     run.check_names(folder / run.TRAINER, record["guard"], guard.state())
     guard.restore(record["guard"])
     for name in ("step", "tokens", "cursor", "seconds", "owed"):

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heron import machine
 from heron.config import TrainConfig
 from heron.errors import HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
-from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import has_hooks
 from heron.optim import build_optimizer, set_lr
 from heron.tables.rows import row_tables
+from heron.train import leaves
 from heron.train.guard import is_bad
 
 _PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
@@ -28,47 +28,59 @@ class Learner:
     """A model and all that changes when it learns.
 
     Args:
-        model: with fp32 weights, on the CPU; it is moved.
+        model: with fp32 weights, on the CPU; it is moved. Weights that `config.finetune` freezes are cast.
         config: its `dtype` is fp32 or bf16.
         device: where steps run.
         say: takes a line for the user; None: standard error.
 
     Attributes:
-        model: the weights that are trained, saved and evaluated.
+        model: what is evaluated and sampled from.
         network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, which each step changes too.
-        tables: those that train by rows, None where they are plain parameters of the model.
-        optimizer: of `model`'s parameters.
+        leaves: what is trained, and how the network has it (:mod:`heron.train.leaves`).
+        trained: the fp32 leaves alone: what the optimizer steps and a checkpoint holds. Without an adapter or a state
+            that is `model`.
+        tables: those of which each step is brought the rows that it needs, None where they are plain parameters.
+        optimizer: of `trained`.
         compiled: whether steps are compiled, and why.
 
     Raises:
-        ConfigError: tables on the host for a model that has none; `compile` on or graph where nothing can be compiled.
+        ConfigError: tables on the host for a model that has none; `compile` on or graph where nothing can be compiled;
+            an adapter or a state that the model has no place for.
     """
 
     def __init__(
         self, model: RWKV, config: TrainConfig, device: torch.device, say: Callable[[str], None] | None = None
     ):
         self._say = say or (lambda line: print(f"heron: {line}", file=sys.stderr))
-        self.config, self.device, self.model = config, device, model
-        self.tables = row_tables(model, device, config.tables)
+        self.config, self.device = config, device
+        in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
+        if config.freezes:
+            leaves.prepare_base(model, in_half, tables_stay=config.tables == "host")
+        self.tables = row_tables(model, device, config.tables, trains=not config.freezes)
         if self.tables is None:
             model.to(device)
-        in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
-        self.network = in_bf16(model) if in_half else model
+        if config.freezes and config.finetune is not None:
+            self.leaves = leaves.of_method(model, config.finetune, in_half)
+        else:
+            self.leaves = leaves.all_weights(model, in_half)
+        self.model, self.network, self.trained = self.leaves.model, self.leaves.network, self.leaves.trained
         self.network.grad_checkpoint = config.grad_checkpoint
-        self._copies = [(copy, master) for copy, master in self._leaves() if copy is not master]
+        self._copies = self.leaves.copies
         self._autocast_dtype = "fp32" if in_half else config.dtype
-        in_place = any(copy is master for copy, master in self._leaves())  # its gradients are those of the pass
+        in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
         uneven = config.finetune is not None
-        self.compiled = compilation.choose(config.compile, device, model.config, config.tables, adds_up, uneven)
+        kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
+        self.compiled = compilation.choose(config.compile, device, model.config, config.tables, adds_up, uneven, kind)
         self._passes, self._graphs = Counter(), {}  # by shape of batch
         if self.tables is not None:
             self.tables.before_moving = self._graphs.clear
         if self.compiled.value != "off":
             compilation.compile_blocks(self.network)
         self.optimizer = build_optimizer(
-            model, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
-            self.tables, machine.DTYPES[config.tables_state], {master: copy for copy, master in self._copies},
+            self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
+            None if config.freezes else self.tables, machine.DTYPES[config.tables_state],
+            {master: copy for copy, master in self._copies},
         )  # fmt: skip
 
     def gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
@@ -116,7 +128,8 @@ class Learner:
         def run(
             tokens: Tensor, targets: Tensor, recalled: Tensor | None = None, cu_seqlens: Tensor | None = None
         ) -> Tensor:
-            given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens}
+            state = self.leaves.start(tokens, cu_seqlens)
+            given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens, "state": state}
             given = {name: part for name, part in given.items() if part is not None}
             with machine.autocast(self._autocast_dtype, self.device):
                 loss = self.network.loss(tokens, targets, **given) / parts
@@ -128,10 +141,10 @@ class Learner:
         if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
             return run(*sample)
         if shape not in self._graphs:
-            leaves = [leaf for leaf, _ in self._leaves()]
+            learning = [leaf for leaf, _ in self.leaves.pairs]
             if self.tables is not None:
-                leaves += self.tables.rows
-            self._graphs[shape] = compilation.PassGraph(run, leaves, sample)
+                learning += self.tables.rows
+            self._graphs[shape] = compilation.PassGraph(run, learning, sample)
         return self._graphs[shape].replay(sample)
 
     def _recorded(self, passes: int) -> bool:
@@ -142,17 +155,13 @@ class Learner:
             return False  # a replay would not call them
         return self.tables is None or self.tables.recordable
 
-    def _leaves(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
-        """The network's parameters, each with the one of `model` that it is, or is a copy of."""
-        return zip(self.network.parameters(), self.model.parameters(), strict=True)
-
     def update(self, loss: Tensor, lr: float, limit: float) -> Tensor:
         """Start the optimizer's step, which changes nothing if loss or gradients are bad, or the loss is above `limit`.
 
         Returns:
             Loss, gradient norm before clipping, and 1.0 if they are bad: (3,) fp32 on the device.
         """
-        trained = (*self.model.parameters(), *(copy for copy, _ in self._copies))
+        trained = (*self.trained.parameters(), *(copy for copy, _ in self._copies))
         of_rows = [] if self.tables is None else self.tables.gradients()
         grad_norm = norm_of([*(leaf.grad for leaf in trained if leaf.grad is not None), *of_rows])
         bad = is_bad(loss, grad_norm, limit)
@@ -164,11 +173,13 @@ class Learner:
         self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.tables is not None:
+            self.tables.release()
         return torch.stack((loss, grad_norm, bad))
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Give the network the model's weights; of use where the two are not one, after the weights were changed."""
+        """Give the network what it has copies of; of use after others have changed the leaves."""
         if self._copies:
             copies, masters = zip(*self._copies, strict=True)
             torch._foreach_copy_(copies, masters)  # pyright: ignore[reportPrivateImportUsage]
@@ -200,26 +211,9 @@ class Learner:
         self._say(f"training steps are not compiled, so they take longer: {told}")
         self.compiled = machine.Choice("off", told)
         compilation.undo(self.network)
-        for leaf in (*self.network.parameters(), *self.model.parameters()):
-            leaf.grad = None
-
-
-def in_bf16(model: RWKV) -> RWKV:
-    """A network that computes as `model` in bf16, tables apart: these are `model`'s own.
-
-    Its gradients are the optimizer's as they are; those of several micro-batches are added up in fp32 as `model`'s.
-    """
-    with torch.device("meta"):
-        network = RWKV(model.config)
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, DeepEmbed)}
-    for name, table in tables.items():
-        network.set_submodule(name, table)
-    masters = dict(model.named_parameters())
-    for name, module in network.named_modules():
-        for leaf in () if name in tables else list(dict(module.named_parameters(recurse=False))):
-            master = masters[f"{name}.{leaf}" if name else leaf]
-            setattr(module, leaf, nn.Parameter(master.detach().to(torch.bfloat16)))
-    return network
+        for pair in self.leaves.pairs:
+            for leaf in pair:
+                leaf.grad = None
 
 
 def _onto(device: torch.device, tensor: Tensor | None) -> Tensor | None:

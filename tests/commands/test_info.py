@@ -113,6 +113,7 @@ def test_the_table_of_parameters_says_what_the_code_does(variant, monkeypatch):
         assert start == rule(name, config).text
         assert source == ("ours" if rule(name, config).ours else "RWKV-LM")
         assert f"{group}  " in legend
+    assert "--method lora: lr 0.0001 to 1e-05, no decay; weights are frozen; group an adapter: decay would" in legend
     assert ("ours  " in legend) == (variant != "v7")
 
 

@@ -277,7 +277,7 @@ def test_every_error_is_a_heron_error():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (dict(method="lora"), "lora is not built yet"),
+        (dict(method="state", adapter=dict(rank=4)), "adapter: belongs to method lora, got method state"),
         (dict(method="ful"), "Did you mean 'full'"),
         (dict(loss="answers"), "loss: wanted one of assistant, all"),
         (dict(pack="yes"), "pack: wanted one of on, off"),

@@ -137,18 +137,17 @@ def leaks(tokens, rules):
 def test_answers_depend_on_their_token_and_those_before_and_planted_leaks_are_seen(monkeypatch, rules):
     tokens = np.random.default_rng(0).integers(0, 3, 120).astype(np.uint16)
     assert not leaks(tokens, rules)
-    read_honestly = TokenStream.read
+    recall_honestly = TokenStream.recall
 
     def one_token_ahead(stream, piece, n_found):
-        src, length = read_honestly(stream, torch.cat((piece[1:], piece[:1])), n_found)
-        return src.clamp(max=len(piece) - 2), length
+        return recall_honestly(stream, torch.cat((piece[1:], piece[:1])), n_found)
 
     def follower_of_the_follower(stream, piece, n_found):
-        src, length = read_honestly(stream, piece, n_found)
-        return torch.where(src < 0, src, (src + 1).clamp(max=len(piece) - 2)), length
+        followers, length, src = recall_honestly(stream, piece, n_found)
+        return torch.where(src < 0, followers, piece[(src + 2).clamp(max=len(piece) - 1)]), length, src
 
     for planted in (one_token_ahead, follower_of_the_follower):
-        monkeypatch.setattr(TokenStream, "read", planted)
+        monkeypatch.setattr(TokenStream, "recall", planted)
         assert leaks(tokens, rules), planted
 
 
@@ -287,15 +286,15 @@ def test_prepare_writes_it_beside_the_pair_and_without_it_takes_an_old_one_away(
 @pytest.mark.parametrize("pieces", [0, 3])
 def test_prepare_goes_on_where_finding_was_interrupted(tmp_path, text, monkeypatch, pieces):
     start(text, tmp_path / "whole", memory=RULES)
-    left, read_honestly = [pieces], TokenStream.read
+    left, recall_honestly = [pieces], TokenStream.recall
 
     def interrupted(*arguments):
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        return read_honestly(*arguments)
+        return recall_honestly(*arguments)
 
-    monkeypatch.setattr(TokenStream, "read", interrupted)
+    monkeypatch.setattr(TokenStream, "recall", interrupted)
     monkeypatch.setattr(recalled, "PIECE", 100)
     with pytest.raises(KeyboardInterrupt):
         start(text, tmp_path / "data", memory=RULES)
@@ -319,7 +318,7 @@ def test_a_full_disk_is_a_data_error_and_the_next_call_goes_on(tmp_path, text, m
 
 
 def test_an_interrupted_run_with_other_rules_starts_over(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(TokenStream, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(TokenStream, "recall", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         start(text, tmp_path / "data", memory=RULES)
     monkeypatch.undo()

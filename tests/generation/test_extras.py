@@ -288,6 +288,33 @@ def test_what_cannot_be_asked_for_is_refused(random_model, settings, words):
     assert one.n_free == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, 4])  # of one, a step begins before its token is known on the host
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_what_is_asked_for_to_those_that_ask(random_model, rows, dtype):
+    model = random_model(n_embd=192, head_size=64, vocab_size=100).to("cuda", dtype)
+    running = Engine(model, tokenizer.load("integers:100"), rows)
+    asks = Request([3, 4], 12, ALL, seed=1, logit_bias={7: 100.0, 9: 100.0}, logprobs=5, constraint=Turns(2, 100))
+    first = running.add(asks)
+    others = [running.add(Request([n], 12, ALL, seed=n)) for n in range(rows - 1)]
+    found = {one: [] for one in (first, *others)}
+    for _ in range(12):
+        for one, token in running.step():
+            found[one].append(token)
+    assert [token.id % 2 for token in found[first]] == [0, 1] * 6
+    assert {token.id for token in found[first][1::2]} == {7, 9}
+    ids = [3, 4]
+    for token in found[first]:
+        with torch.inference_mode():
+            want = model(torch.tensor([ids], device="cuda"))[0][0, -1].float().log_softmax(0)
+        least = 1e-4 if dtype == torch.float32 else 0.1
+        assert token.logprob == pytest.approx(float(want[token.id]), abs=least)
+        assert [p for _, p in token.top] == pytest.approx(want.topk(5).values.tolist(), abs=least)
+        ids.append(token.id)
+    assert all(len(found[one]) == 12 and not any(token.top for token in found[one]) for one in others)
+
+
 # -- marks ------------------------------------------------------------------------------------------------------------
 
 

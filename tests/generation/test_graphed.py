@@ -9,6 +9,7 @@ import torch
 
 import heron
 from heron import tokenizer
+from heron.config import RosaConfig
 from heron.errors import HeronError
 from heron.generation import Request, Sampling
 from heron.generation import engine as engine_module
@@ -78,9 +79,13 @@ def test_tables_off_the_device_give_the_same_text(random_model, tmp_path, tables
     assert "".join(heron.Engine(model.cpu(), ids, **place).stream(request)) == want
 
 
+@pytest.mark.parametrize("memory", [None, "memory", RosaConfig.preset("memory", window=9, n_matches=3, end=5)], ids=str)
 @pytest.mark.parametrize("tables", ["device", "host"])
-def test_looking_ahead_changes_nothing(random_model, tables, monkeypatch):
-    model, ids = random_model(variant="v8", **SIZES).to("cuda"), tokenizer.load("integers:100")
+def test_looking_ahead_changes_nothing(random_model, tables, memory, monkeypatch):
+    model, ids = random_model(variant="v8", memory=memory, **SIZES).to("cuda"), tokenizer.load("integers:100")
+    if memory:
+        with torch.no_grad():
+            model.memory.copy += 3  # or hardly any token would be what a match predicts
     place = {} if tables == "device" else dict(tables="host", device="cuda")
     engines = [heron.Engine(model if tables == "device" else model.cpu(), ids, **place) for _ in range(2)]
     assert engines[0]._decoder.look_ahead is not None

@@ -21,8 +21,9 @@ from heron.generation.graphed import GraphedDecoder, GraphedReader
 from heron.generation.prefill import PromptReader
 from heron.model.memory import Documents, Recollection
 from heron.ops import _build
-from heron.ops.rosa import TokenIndex
+from heron.ops.rosa import TokenIndex, device_stream
 from tests.generation import accuracy
+from tests.ops.emulated_stream import emulate
 
 INTEGERS = tokenizer.load("integers:37")
 GREEDY = Sampling(temperature=0)
@@ -169,8 +170,40 @@ def test_a_reader_of_fixed_pieces_gives_the_models_state(remembering):
             assert equal(state, dataclasses.replace(want, memory=None))
 
 
-def test_a_step_is_never_begun_before_its_token_is_known(remembering):
-    assert GraphedDecoder(remembering(), 1).look_ahead is None
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_looking_ahead_changes_nothing(remembering, monkeypatch, memory):
+    """The device reads a token before the host does; some steps are dropped, and some begin without it."""
+    emulate(monkeypatch)
+    monkeypatch.setattr(device_stream, "_LEAST_ROOM", 1)
+    model, chance = remembering(memory), random.Random(0)
+    ahead, plain = GraphedDecoder(model, 1), GraphedDecoder(model, 1)
+    ids, kept = text_of(60), []
+    for i, token in enumerate(ids):
+        kind = chance.choice(["ahead", "ahead", "ahead", "step", "dropped"]) if i else "step"
+        if kind != "step":
+            ahead.look_ahead(torch.tensor([token if kind == "ahead" else 3]))
+            assert equal(ahead.read(0), plain.read(0))
+        if kind == "dropped":
+            ahead.write(0, plain.read(0))
+        assert torch.equal(ahead.step([0], [token]), plain.step([0], [token]))
+        assert ahead.longest == plain.longest
+        kept.append((i + 1, ahead.read(0)))
+    for i, state in chance.sample(kept, 5):
+        for decoder in (ahead, plain):
+            decoder.write(0, state)
+        for number, token in enumerate(ids[i : i + 20]):
+            if number:
+                ahead.look_ahead(torch.tensor([token]))
+            assert torch.equal(ahead.step([0], [token]), plain.step([0], [token]))
+
+
+def test_no_step_is_begun_before_its_token_is_known_where_the_host_must_see_it(remembering, monkeypatch):
+    model = remembering()
+    assert GraphedDecoder(model, 1).look_ahead is None
+    emulate(monkeypatch)
+    assert GraphedDecoder(model, 1).look_ahead is not None
+    assert GraphedDecoder(model, 2).look_ahead is None
+    assert GraphedDecoder(model, 1, documents=Documents(index_of(), model.config)).look_ahead is None
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ import torch
 import torch._dynamo
 
 import heron
+from heron import context
 from heron.errors import ConfigError, HeronError
 from heron.model import compiled as compilation
 from heron.ops import _build, _choice
 from heron.ops.wkv7 import cuda
 from heron.train.step import Learner
 from tests.ops import emulator
+from tests.ops.spans_on_threads import on_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_gpu = [
@@ -51,9 +53,16 @@ def learner_of(model, device=CPU, **changes):
     return Learner(copy.deepcopy(model), heron.TrainConfig(**{**settings, **changes}), device)
 
 
-def batch(vocab_size=37, rows=2, tokens=T, seed=0):
-    ids = torch.randint(0, vocab_size, (rows, tokens + 1), generator=torch.Generator().manual_seed(seed))
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+def batch(vocab_size=37, rows=2, tokens=T, seed=0, n_matches=0):
+    """Tokens and targets, and where matches are wanted what might be recalled, nothing in a third of the places."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab_size, (rows, tokens + 1), generator=draw)
+    both = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    if not n_matches:
+        return both
+    lengths = torch.randint(-32, 65, (rows, tokens, n_matches), generator=draw).clamp(min=0)
+    predicted = torch.randint(0, vocab_size, lengths.shape, generator=draw) * (lengths > 0)
+    return *both, torch.stack((predicted, lengths), dim=-1)
 
 
 def trained(learner, n_steps, accumulate=1, batch_of=lambda n: batch(seed=n)):
@@ -85,11 +94,35 @@ def test_compiled_steps_are_the_written_ones_in_two_graphs(compiles, random_mode
     numbers, weights = trained(learner_of(model, **changes), 3, accumulate)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     plain_numbers, plain_weights = trained(learner_of(model, **changes, compile="off"), 3, accumulate)
-    assert graphs == 2  # layer 0, and all others
+    assert graphs == (4 if model.memory else 2)  # layer 0, and all others; where memory enters, and where it leaves
     tolerance = 1e-6 if changes.get("dtype") is None else 2e-2
     assert distance(numbers, plain_numbers) < tolerance
     for name, weight in plain_weights.items():
         assert distance(weights[name], weight) < tolerance, name
+
+
+@pytest.mark.parametrize("rows", [2, 1])
+def test_compiled_blocks_read_a_span_as_the_written_ones(compiles, monkeypatch, random_model, rows):
+    monkeypatch.setattr(cuda.FORM, "require", lambda *_: None)
+    model = random_model(n_layer=3, variant="v8")
+    tokens, targets = batch(rows=rows)
+    offsets = torch.tensor([0, 5, 9, T]) if rows == 1 else None
+
+    def gradients_in_a_span(_, name):
+        part = context.part_of(name, tokens, targets, offsets)
+        model.loss(part.tokens, part.targets, part.cu_seqlens, span=part.span).backward()
+        gradients = {name: leaf.grad for name, leaf in model.named_parameters() if leaf.grad is not None}
+        model.zero_grad()
+        return gradients
+
+    want = on_threads(1, gradients_in_a_span)[0]
+    compilation.compile_blocks(model)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    got = on_threads(1, gradients_in_a_span)[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert distance(got[name], gradient) < 1e-6, name
 
 
 def packed_batch(seed, T=48):
@@ -117,6 +150,46 @@ def test_compiled_steps_over_packs_are_the_written_ones(request, random_model, d
     assert distance(numbers, plain_numbers) < 1e-5
     for name, weight in plain_weights.items():
         assert distance(weights[name], weight) < 1e-5, name
+
+
+BESIDE = {
+    **{kind: dict(method="lora", adapter=dict(kind=kind, rank=4)) for kind in ("lora", "pissa", "miss")},
+    "state": dict(method="state", token_shifts=True),
+}
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)])
+@pytest.mark.parametrize("name", BESIDE)
+def test_compiled_steps_beside_frozen_weights_are_the_written_ones(request, random_model, device, name):
+    if device is CPU:
+        request.getfixturevalue("compiles")
+    if name != "state":
+        pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+    model = random_model(n_layer=3, n_embd=64, head_size=64)
+    half = dict(dtype="bf16", weights="bf16") if device is GPU or name == "lora" else {}
+    changes = dict(**half, accumulate=2, grad_checkpoint=name == "lora", finetune=heron.FinetuneConfig(**BESIDE[name]))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    results = []
+    for how in ("on", "off"):
+        torch.manual_seed(0)
+        learner = learner_of(model, device, **changes, compile=how)
+        numbers, _ = trained(learner, 3, 2, packed_batch)
+        results.append((numbers, learner.trained.state_dict()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    (numbers, leaves), (plain_numbers, plain_leaves) = results
+    assert distance(numbers, plain_numbers) < (2e-2 if half else 1e-5)
+    for leaf, plain in plain_leaves.items():
+        assert distance(leaves[leaf], plain) < (5e-2 if half else 1e-4), leaf
+
+
+def test_dora_is_not_compiled_and_says_why(compiles, random_model):
+    pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+    dora = heron.FinetuneConfig(method="lora", adapter=dict(kind="dora", rank=4))
+    learner = learner_of(random_model(), compile="auto", finetune=dora)
+    assert learner.compiled.value == "off"
+    assert "dora divides" in learner.compiled.reason
+    with pytest.raises(ConfigError, match="compile on: .*dora divides.*--compile auto"):
+        learner_of(random_model(), finetune=dora)
 
 
 def test_packs_are_never_replayed(random_model, monkeypatch):
@@ -254,9 +327,10 @@ def test_gradients_that_are_added_up_in_place_are_not_recorded(compiles, random_
 # -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def model_of(variant, n_layer, n_embd, vocab_size=256):
+def model_of(variant, n_layer, n_embd, vocab_size=256, memory=None):
     torch.manual_seed(1)
-    return heron.RWKV(heron.ModelConfig(variant=variant, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size))
+    sizes = dict(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size)
+    return heron.RWKV(heron.ModelConfig(variant=variant, memory=memory, **sizes))
 
 
 def text_of_this_repository():
@@ -284,10 +358,11 @@ def test_300_steps_on_a_gpu_end_where_plain_fp32_ends(variant):
     assert abs(ends[0] - ends[1]) < 0.01, ends
 
 
+@pytest.mark.parametrize("memory", [None, "memory"])
 @pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
-def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant):
+def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant, memory):
     """On an average over batches: of one, rounding may hit the compiled form twice as hard, or the other."""
-    model = model_of(variant, 3, 128)
+    model = model_of(variant, 3, 128, memory=memory)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -299,7 +374,7 @@ def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant
         gradients = {}
         for name, learner in learners.items():
             learner.optimizer.zero_grad()
-            learner.gradients([batch(256, rows=4, tokens=96, seed=seed)])
+            learner.gradients([batch(256, rows=4, tokens=96, seed=seed, n_matches=2 if memory else 0)])
             named = learner.network.named_parameters()
             gradients[name] = {leaf: p.grad.clone() for leaf, p in named if p.grad is not None}
         for name, of_leaf in errors.items():
@@ -317,13 +392,16 @@ def test_gradients_on_a_gpu_are_near_fp32_and_no_further_than_as_written(variant
         pytest.param("v7", dict(weights="fp32", dtype="fp32"), marks=needs_gpu),
         pytest.param("v8", {}, marks=needs_gpu),
         pytest.param("v8", dict(grad_checkpoint=True), marks=needs_gpu),
+        pytest.param("v8 memory", {}, marks=needs_gpu),
     ],
 )
 def test_a_replayed_pass_on_a_gpu_gives_the_same_bits(variant, changes):
-    def few_ids_then_many(n):  # rows of tables get more room
-        return batch(8 if n < 6 else 256, rows=4, tokens=96, seed=n)
+    variant, _, memory = variant.partition(" ")
 
-    model, changes = model_of(variant, 2, 128), dict(dtype="bf16") | changes
+    def few_ids_then_many(n):  # rows of tables get more room
+        return batch(8 if n < 6 else 256, rows=4, tokens=96, seed=n, n_matches=2 if memory else 0)
+
+    model, changes = model_of(variant, 2, 128, memory=memory or None), dict(dtype="bf16") | changes
     results = []
     for compiled in ("on", "graph"):
         learner = learner_of(model, GPU, compile=compiled, **changes)

@@ -21,7 +21,7 @@ from heron.config import RosaConfig
 from heron.errors import CheckpointError, ConfigError, KernelError
 from heron.model.memory import Recollection, longest_match, n_length_rows
 from heron.model.state import State
-from heron.train.step import in_bf16
+from heron.train.leaves import in_bf16
 
 VARIANTS = {
     "v7": {},

@@ -35,7 +35,7 @@ def check_that_none_spills(
 
     Args:
         folder: for temporary files.
-        kernels: their instances, as they are declared: ``copy<float>(float*, int)``.
+        kernels: their instances, as they are declared: ``copy<float>(float*, int)``; of no template its name.
         includes: headers, beside those of bf16 and fp16.
         begin, end: the part of the source from the one up to the other is compiled.
         before: what that part needs, behind the headers.
@@ -43,7 +43,10 @@ def check_that_none_spills(
     text = source.read_text()
     part = text[text.index(begin) : text.index(end, text.index(begin))]
     headers = "\n".join(f"#include <{name}>" for name in ("cstdint", "cuda_bf16.h", "cuda_fp16.h", *includes))
-    made = "\n".join(f"template __global__ void {kernel};" for kernel in kernels)
+    made = "\n".join(
+        f"template __global__ void {kernel};" if "<" in kernel else f"auto* kept_{kernel} = &{kernel};"
+        for kernel in kernels
+    )
     closing = "}" if begin == _NAMESPACE else ""
     file = folder / "kernels.cu"
     file.write_text(f"{headers}\n{before}\n{part}\n{made}\n{closing}\n")

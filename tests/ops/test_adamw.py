@@ -196,7 +196,7 @@ def test_a_learners_step_is_clipped_adamw_on_its_masters(random_model, variant, 
         loss = learner.gradients([(tokens, (tokens + step) % 37)])
         by_rows = learner.tables is not None
         brought = dict(zip(learner.tables.weights, learner.tables.rows, strict=True)) if by_rows else {}
-        for (copy, master), other in zip(learner._leaves(), model.parameters(), strict=True):
+        for (copy, master), other in zip(learner.leaves.pairs, model.parameters(), strict=True):
             assert copy is master or master.grad is None
             other.grad = None if copy.grad is None else copy.grad.to(torch.float32, copy=True)
             if master in brought:

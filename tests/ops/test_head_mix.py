@@ -15,8 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from heron.errors import KernelError
 from heron.ops import _build, _choice, head_mix
 from heron.ops.head_mix import _FORMS, HeadInputs, HeadWeights, cuda, head_mix_choice
+from heron.ops.spans import Span
 from tests.ops import emulator
 from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
+from tests.ops.spans_on_threads import on_threads
+from tests.ops.test_wkv7_span import edges_of
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 EMULATOR = Path(emulator.__file__).parent
@@ -175,12 +178,13 @@ def kernels_on_cpu():
         out = [torch.full(shape, torch.nan, dtype=like.dtype) for _ in range(outputs)]
         out += [torch.full((channels,), torch.nan, dtype=like.dtype) for _ in range(sums)]
         of_strip = torch.full((-(-rows // strip), max(sums, 1), channels), torch.nan)
-        error = emulated.head_mix_emulated(
-            name.encode(), int(like.dtype == BF16), int(mixes), pointers(inputs), pointers(weights), len(weights),
-            pointers(out), ctypes.c_void_p(None if of_heads is None else of_heads.data_ptr()),
-            ctypes.c_void_p(of_strip.data_ptr()), (ctypes.c_int * 4)(rows, channels, head_size, strip),
-            ctypes.c_float(eps),
-        )  # fmt: skip
+        with emulator.ONE_AT_A_TIME:
+            error = emulated.head_mix_emulated(
+                name.encode(), int(like.dtype == BF16), int(mixes), pointers(inputs), pointers(weights), len(weights),
+                pointers(out), ctypes.c_void_p(None if of_heads is None else of_heads.data_ptr()),
+                ctypes.c_void_p(of_strip.data_ptr()), (ctypes.c_int * 4)(rows, channels, head_size, strip),
+                ctypes.c_float(eps),
+            )  # fmt: skip
         assert error is None, error.decode()
         return out
 
@@ -284,6 +288,74 @@ def test_packed_sequences_by_the_kernels_source_are_near_fp64(emulated, dtype, f
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 if dtype == BF16 else 1e-5)
 
 
+def in_spans(given, cuts, offsets=None, call=head_mix):
+    """As `results`, of spans whose holders are threads."""
+    inputs, weights, state, (d_y, d_final) = given
+    stretches = list(itertools.pairwise(cuts))
+
+    def job(i, name):
+        begin, end = stretches[i]
+        edges, cu_seqlens, own = None, None, slice(0, len(state))
+        if offsets is not None:
+            edges, cu_seqlens = edges_of(offsets, begin, end)
+            first = max(n for n, offset in enumerate(offsets) if offset <= begin)
+            own = slice(first, first + len(cu_seqlens) - 1)
+        mine = HeadInputs(*(None if x is None else x[:, begin:end].detach().requires_grad_() for x in inputs))
+        shared = HeadWeights(*(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in weights))
+        leaves = leaves_of(mine, shared, state[own].detach().requires_grad_())
+        y, final = call(mine, shared, leaves["initial state"], cu_seqlens, "cuda", span=Span(name, edges))
+        of_final = d_final[own].clone()
+        if end < cuts[-1] and (offsets is None or end not in offsets):
+            of_final[-1 if offsets else slice(None)] = 0  # it goes on
+        return y, final, own, gradients_of((y, final), leaves, (d_y[:, begin:end], of_final))
+
+    done = on_threads(len(stretches), job)
+    found = {"y": torch.cat([y for y, *_ in done], dim=1), "state": torch.zeros_like(d_final)}
+    for name in done[0][-1]:
+        parts = [gradients[name] for *_, gradients in done]
+        if name == "initial state":
+            found[name] = torch.zeros_like(d_final)
+        else:
+            found[name] = torch.cat(parts, dim=1) if name in HeadInputs._fields else torch.stack(parts).sum(dim=0)
+    for _, final, own, gradients in done:
+        found["state"][own] = final
+        found["initial state"][own] += gradients["initial state"]
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("dtype", "size"), [(FP32, 16), (BF16, 64)], ids=["general", "tensor"])
+@pytest.mark.parametrize("cuts", [(0, 33, 80), (0, 1, 32, 79, 80)], ids=str)
+def test_spans_by_the_kernels_source_are_near_fp64(emulated, monkeypatch, cuts, dtype, size, first):
+    given = problem(2, 80, 1, size, dtype, first)
+    compare_with_fp64(in_spans(given, cuts), given, dtype)
+    monkeypatch.setattr(cuda.wkv7_cuda, "_segments", lambda heads, tokens: -(-tokens // 32))
+    compare_with_fp64(in_spans(given, cuts), given, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "size"), [(FP32, 16), (BF16, 64)], ids=["general", "tensor"])
+@pytest.mark.parametrize("cuts", [(0, 33, 80), (0, 1, 32, 79, 80)], ids=str)
+@pytest.mark.parametrize("lengths", [[80], [33, 47], [3, 40, 1, 20, 16]], ids=str)
+def test_spans_of_packed_sequences_by_the_kernels_source_are_near_fp64(
+    emulated, monkeypatch, lengths, cuts, dtype, size
+):
+    given, offsets = packed(lengths, 1, size, dtype)
+    monkeypatch.setattr(cuda.wkv7_cuda, "_segments", lambda heads, tokens: -(-tokens // 32))
+    compare_with_fp64(in_spans(given, cuts, offsets.tolist()), given, dtype, offsets)
+
+
+@needs_compiler
+def test_spans_are_traced_with_their_gradients(emulated):
+    given = problem(1, 30, 1, 16, FP32)
+    want = in_spans(given, (0, 30))
+    torch._dynamo.reset()
+    run = torch.compile(head_mix, backend="aot_eager", fullgraph=True, dynamic=False)
+    got = in_spans(given, (0, 30), call=run)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 @needs_compiler
 def test_only_some_leaves_may_want_a_gradient(emulated):
     inputs, weights, state, gradients = problem(1, 3, 2, 16, FP32)
@@ -338,7 +410,7 @@ def test_a_model_learns_the_same_through_it(emulated, monkeypatch, random_model)
     model.zero_grad()
     monkeypatch.setattr(cuda.FORM, "choice", lambda *_: _choice.Choice("cuda", "emulated"))
     calls = []
-    monkeypatch.setitem(_FORMS, "cuda", lambda *a: (calls.append(a), cuda.head_mix_cuda(*a))[1])
+    monkeypatch.setitem(_FORMS, "cuda", lambda *a, **b: (calls.append(a), cuda.head_mix_cuda(*a, **b))[1])
     model.loss(tokens, targets).backward()
     assert len(calls) == 3  # layers
     got = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}

@@ -196,6 +196,8 @@ def test_products_with_rows_and_their_gradients_are_near_fp64(kernels, n, tokens
         assert torch.equal(got, again)
         size = 1e-6 if got.dtype == torch.float32 else 2**-8
         assert float((got.double() - truth).norm() / truth.norm().clamp_min(1e-9)) < size
+    (of_frozen,) = torch.autograd.grad(gate_rows(x, gates.detach(), places), x, d)
+    assert torch.equal(of_frozen, results()[1])
 
 
 def test_places_hold_every_token_in_the_order_of_its_row():

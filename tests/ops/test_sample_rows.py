@@ -68,7 +68,7 @@ def problem(n, vocab, dtype=torch.float32, seed=0):
 def emulated():
     """sample_rows, computed by the kernel's source on a CPU."""
     flags = ("-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
-    depends = [cuda.SOURCE, EMULATOR / "hardware.h"]
+    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "warp.h"]
     library = _build.load_c_library("sample_rows_emulated", [EMULATOR / "sample_rows.cpp"], flags, depends)
     library.sample_rows_emulated.restype = ctypes.c_char_p
 

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import heron
 from heron.errors import KernelError
-from heron.ops import _build, _choice, wkv7
+from heron.ops import _build, _choice, wkv7, wkv7_span, wkv7_span_gradient
 from heron.ops.rosa import rosa_choice
-from heron.ops.wkv7 import cuda, wkv7_choice
+from heron.ops.wkv7 import cuda, span, wkv7_choice
 from heron.ops.wkv7.reference import wkv7_reference
 from heron.optim import set_lr
 from tests.ops import emulator
@@ -212,6 +212,23 @@ def test_a_split_over_time_changes_little(device, segments, monkeypatch):
     assert torch.equal(y.cpu(), split["y"])
 
 
+@pytest.mark.parametrize("segments", [1, 3])
+@FORMS
+def test_a_span_maps_states_and_their_gradients(device, segments, dtype, size, monkeypatch):
+    inputs, gradients = rounded(*problem(batch=2, tokens=83, heads=1, size=size, kind="slow"), dtype)
+    r, w, k, v, a, b, _ = inputs
+    transfer, local = wkv7_span(w, k, v, a, b, "reference")
+    want = {"P": transfer, "C": local, "D": wkv7_span_gradient(r, w, a, b, gradients[0], "reference")}
+    monkeypatch.setattr(cuda, "_segments", lambda heads, tokens: segments)
+    r, w, k, v, a, b, dy = typed(device, [*inputs[:6], gradients[0]], dtype)
+    maps = cuda.span_kernels(w, k, v, a, b)
+    back = span.composed_backwards(maps[0], cuda.span_gradient_kernels(r, w, a, b, dy.to(dtype)))
+    got = dict(zip("PCD", (*span.composed(*maps), back), strict=True))
+    assert len(maps[0]) == cuda.n_segments(w) == (segments if size == 64 else 1)
+    found = errors({name: x.cpu() for name, x in got.items()}, want)
+    assert max(found.values()) < (2e-6 if size == 16 else 5e-3), found
+
+
 def test_only_few_long_sequences_are_split():
     assert [cuda._segments(*x) for x in ((512, 4096), (192, 512), (768, 512), (32, 65536))] == [1, 1, 1, 16]
     assert cuda._segments(1, 2047) == 1
@@ -284,7 +301,7 @@ def test_all_outputs_are_written_and_nothing_beside_them(device, segments, dtype
     y, final = guarded("y", *tensors[0].shape, dtype=dtype), guarded("final", 1, *square)
     saved = guarded("saved", -(-67 // chunk), *square, dtype=torch.bfloat16 if size == 64 else torch.float32)
     work = [guarded(name, segments, *square) if segments > 1 else None for name in ("transfer", "local", "edges")]
-    plan = (None, size == 64, segments, segment_tokens)
+    plan = (None, size == 64, segments, segment_tokens, False)
     torch.ops.heron.wkv7s_forward(*tensors, state, *plan, y, final, saved, *work)
     grads = [guarded(f"d{name}", *tensors[0].shape, dtype=dtype) for name in "rwkvab"] + [
         guarded("d_state", 1, *square)

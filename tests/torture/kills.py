@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from heron.checkpoint import run as checkpoints_of
 from heron.config import TrainConfig
 from tests.torture import minute
@@ -110,7 +112,8 @@ def _forget_a_moment() -> None:
 
     def forgetful(folder, model, optimizer):
         record = restore(folder, model, optimizer)
-        optimizer.state[model.head.weight]["exp_avg"].zero_()
+        largest = max(optimizer.state, key=torch.numel)
+        optimizer.state[largest]["exp_avg"].zero_()
         return record
 
     checkpoints_of.restore = forgetful

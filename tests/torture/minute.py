@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import heron
 from heron import cli, report
@@ -117,8 +118,12 @@ def curve(settings: heron.TrainConfig) -> tuple[list, list]:
 
 
 def final_weights(settings: heron.TrainConfig) -> dict[str, torch.Tensor]:
-    """The weights that a finished run left."""
-    return torch.load(Path(settings.out, "rwkv-final.pth"), weights_only=True)
+    """What a finished run left: its weights, its adapter or its state."""
+    method = "full" if settings.finetune is None else settings.finetune.method
+    if method == "lora":
+        return load_file(Path(settings.out, "adapter", "adapter_model.safetensors"))
+    file = "state.pth" if method == "state" else "rwkv-final.pth"
+    return torch.load(Path(settings.out, file), weights_only=True)
 
 
 def same(one: heron.TrainConfig, other: heron.TrainConfig) -> bool:

@@ -290,7 +290,7 @@ def test_dry_run_prints_a_config_file_and_finds_bad_data(heron_, base, chat, tmp
 def test_what_can_not_be_is_one_line(heron_, base, chat, settings, tmp_path):
     for words, part in (
         (("--out", tmp_path / "ft"), "wanted --data FILE"),
-        (("--data", chat, "--method", "lora"), "lora is not built yet"),
+        (("--data", chat, "--method", "lara"), "wanted one of full, lora, state, got 'lara'. Did you mean 'lora'?"),
         (("--data", tmp_path / "no.jsonl", "--out", tmp_path / "ft"), "no such file"),
         (("--data", chat, "--tokenizer", "integers:9", "--out", tmp_path / "ft2"), "has numbers only"),
     ):

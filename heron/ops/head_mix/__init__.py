@@ -10,6 +10,7 @@ from heron.ops import _choice
 from heron.ops.head_mix import cuda
 from heron.ops.head_mix.reference import head_mix_reference
 from heron.ops.head_step.reference import HeadInputs, HeadWeights
+from heron.ops.spans import Span
 
 __all__ = ["HeadInputs", "HeadWeights", "head_mix", "head_mix_choice", "head_mix_reference"]
 _FORMS = {"reference": head_mix_reference, "cuda": cuda.head_mix_cuda}
@@ -28,6 +29,7 @@ def head_mix(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
+    span: Span | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the output matrix of a time mix is multiplied with: gates, WKV7, norm and bonus of every head::
 
@@ -49,6 +51,7 @@ def head_mix(
             `state` and S are then (n_seq, H, N_value, N_key).
         impl: "reference" (PyTorch around :func:`heron.ops.wkv7`, with its "auto"), "cuda" (a kernel before that of WKV7
             and one after it, built at first use; all tensors in one dtype), or "auto": "cuda" where it runs.
+        span: as in :func:`heron.ops.wkv7`: the tokens are a span of a longer text.
 
     Returns:
         y: (B, T, C).
@@ -71,7 +74,7 @@ def head_mix(
                 'use impl="auto"'
             )
         cuda.FORM.require(r.device, r.dtype, head_size)
-    return _choice.form_of("head_mix", impl, _FORMS)(inputs, weights, state, cu_seqlens)
+    return _choice.form_of("head_mix", impl, _FORMS)(inputs, weights, state, cu_seqlens, span=span)
 
 
 def _check(inputs: HeadInputs, weights: HeadWeights) -> None:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from heron.ops import _build, _choice
 from heron.ops.head_step.reference import HeadInputs, HeadWeights
+from heron.ops.spans import Span
 from heron.ops.wkv7 import cuda as wkv7_cuda
 from heron.ops.wkv7 import initial_state
 
@@ -33,15 +34,19 @@ for _schema in (
     "head_mix_before_backward(Tensor[] inputs, Tensor[] weights, Tensor of_heads, int head_size)",
     "head_mix_kernels(Tensor r, Tensor w, Tensor k, Tensor v, Tensor iclr, Tensor gate, Tensor? value, Tensor? v_first,"
     " Tensor w0, Tensor a0, Tensor k_k, Tensor k_a, Tensor r_k, Tensor norm_weight, Tensor norm_bias, float eps,"
-    " Tensor? v0, Tensor state, Tensor? cu_seqlens, bool save)",
+    " Tensor? v0, Tensor state, Tensor? cu_seqlens, str? chain, Tensor? edges, bool save)",
     "head_mix_kernels_backward(Tensor d_y, Tensor? d_final, Tensor[] inputs, Tensor[] weights, Tensor[] kept,"
-    " Tensor? cu_seqlens, int n_states, float eps)",
+    " Tensor? cu_seqlens, str? chain, Tensor? edges, int n_states, float eps)",
 ):
     _library.define(f"{_schema} -> Tensor[]")
 
 
 def head_mix_cuda(
-    inputs: HeadInputs, weights: HeadWeights, state: Tensor | None, cu_seqlens: Tensor | None
+    inputs: HeadInputs,
+    weights: HeadWeights,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    span: Span | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.head_mix`; the kernels must have been built (:meth:`FORM.require`)."""
     B, T, _ = inputs.r.shape
@@ -52,7 +57,9 @@ def head_mix_cuda(
     of_channels[HeadWeights._fields.index("r_k")] = weights.r_k.contiguous()
     given = [x for x in (*tensors, *of_channels, state) if isinstance(x, Tensor)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    y, final, *_ = torch.ops.heron.head_mix_kernels(*tensors, *of_channels, state, cu_seqlens, save)
+    y, final, *_ = torch.ops.heron.head_mix_kernels(
+        *tensors, *of_channels, state, cu_seqlens, *(span or (None, None)), save
+    )  # fmt: skip
     return y, final
 
 
@@ -91,9 +98,11 @@ def _forward(
     v0: Tensor | None,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    chain: str | None,
+    edges: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
-    """y, the final state, and to `save` what WKV7 gave, its inputs but r (v last, where it is not v) and its states."""
+    """y, the final state, and to `save` what WKV7 gave, its inputs but r (v where it is not v), and what it keeps."""
     B, T, _ = r.shape
     head_size = r_k.shape[1]
     of_first = [[], []] if v_first is None else [[v, value, v_first], [v0]]
@@ -102,16 +111,19 @@ def _forward(
     )
     v = mixed[0] if mixed else v
     recurrent = [x.view(B, T, *r_k.shape) for x in (r, decay_logits, k, v, a, b)]
-    if T <= wkv7_cuda.STEP_TOKENS and not save:
+    tensor_cores = wkv7_cuda.on_tensor_cores(r.dtype, head_size)
+    if chain is not None:
+        wkv, final, *kept = torch.ops.heron.wkv7_span_kernels(
+            *recurrent, state, cu_seqlens, chain, edges, save, tensor_cores
+        )
+    elif T <= wkv7_cuda.STEP_TOKENS and not save:
         wkv, final = torch.ops.heron.wkv7_kernels_step(*recurrent, state, cu_seqlens)
         kept = []
     else:
-        wkv, final, *kept = torch.ops.heron.wkv7_kernels(
-            *recurrent, state, cu_seqlens, save, wkv7_cuda.on_tensor_cores(r.dtype, head_size)
-        )
+        wkv, final, *kept = torch.ops.heron.wkv7_kernels(*recurrent, state, cu_seqlens, save, tensor_cores)
     after = [wkv, r, k, v, gate], [r_k, norm_weight, norm_bias]
     (y,) = torch.ops.heron.head_mix_after(*after, head_size, eps)
-    return [y, final, *([wkv, decay_logits, k, a, b, *kept, *mixed] if save else [])]
+    return [y, final, *([wkv, decay_logits, k, a, b, *mixed, *kept] if save else [])]
 
 
 def _backward(
@@ -121,21 +133,26 @@ def _backward(
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
     cu_seqlens: Tensor | None,
+    chain: str | None,
+    edges: Tensor | None,
     n_states: int,
     eps: float,
 ) -> list[Tensor]:
     """The gradients of _forward's tensors in its order, but those of value, v_first and v0 last, if at all."""
     r, k, v, iclr, gate, *of_first = inputs
     a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
-    wkv, decay_logits, wkv_k, a, b, saved, transfer, *mixed = kept
-    wkv_v = mixed[0] if mixed else v
+    wkv, decay_logits, wkv_k, a, b, *kept = kept
+    wkv_v = kept.pop(0) if of_first else v
     head_size = r_k.shape[1]
     d_wkv, d_gate, d_r_k, d_norm_weight, d_norm_bias, of_heads = torch.ops.heron.head_mix_after_backward(
         [wkv, r, wkv_k, wkv_v, gate, d_y], [r_k, norm_weight, norm_bias], head_size, eps
     )
-    *d_recurrent, d_state = torch.ops.heron.wkv7_kernels_backward(
-        *(x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)),
-        *(d_wkv.view(wkv.shape), d_final, saved, transfer, cu_seqlens),
+    recurrent = [x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)]
+    backward, of_span = torch.ops.heron.wkv7_kernels_backward, ()
+    if chain is not None:
+        backward, of_span = torch.ops.heron.wkv7_span_kernels_backward, (chain, edges)
+    *d_recurrent, d_state = backward(
+        *(*recurrent, d_wkv.view(wkv.shape), d_final, *kept, cu_seqlens, *of_span),
         *(n_states, wkv7_cuda.on_tensor_cores(r.dtype, head_size)),
     )
     d_r, d_w, d_k, d_v, d_a, d_b = (x.view(r.shape) for x in d_recurrent)
@@ -155,10 +172,10 @@ class _Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         r, _, *inputs = arguments[:8]
-        _, *weights, ctx.eps, v0, state, cu_seqlens, _ = arguments[8:]
+        _, *weights, ctx.eps, v0, state, cu_seqlens, ctx.chain, edges, _ = arguments[8:]
         y, final, *kept = _below_autograd(*arguments)
         ctx.mixes, ctx.n_states = v0 is not None, state.shape[0]
-        ctx.save_for_backward(r, *inputs, *weights, v0, cu_seqlens, *kept)
+        ctx.save_for_backward(r, *inputs, *weights, v0, cu_seqlens, edges, *kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
         return y, final, *kept
@@ -167,16 +184,16 @@ class _Kernels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y, d_final, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         tensors = ctx.saved_tensors  # which checkpointing gives only once
-        inputs, weights, cu_seqlens, kept = tensors[:7], tensors[7:14], tensors[14], tensors[15:]
+        inputs, weights, (cu_seqlens, edges), kept = tensors[:7], tensors[7:14], tensors[14:16], tensors[16:]
         if not ctx.mixes:
             inputs, weights = inputs[:5], weights[:6]
         d_y = torch.zeros_like(inputs[0]) if d_y is None else d_y.contiguous()
         gradients = torch.ops.heron.head_mix_kernels_backward(
-            d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.n_states, ctx.eps
+            d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.chain, edges, ctx.n_states, ctx.eps
         )
         of_inputs, of_weights, d_state = gradients[:6], gradients[6:13], gradients[13]
         *of_first, d_v0 = gradients[14:] if ctx.mixes else (None, None, None)
-        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None, None)
+        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None, None, None, None)
 
 
 def _below_autograd(*arguments):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heron.ops.head_step.reference import LEAST_NORM, HeadInputs, HeadWeights
+from heron.ops.spans import Span
 from heron.ops.wkv7 import wkv7
 
 
@@ -18,6 +19,7 @@ def head_mix_reference(
     state: Tensor | None,
     cu_seqlens: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
+    span: Span | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`heron.ops.head_mix`. `norm`, on (B * T, C), stands in for the group norm of the weights."""
     r, w, k, v, iclr, gate, value, v_first = inputs
@@ -32,7 +34,7 @@ def head_mix_reference(
     k = k * (1 + (iclr - 1) * weights.k_a)
 
     r, w, k, v, iclr, removal_key = (x.to(r.dtype).view(per_head) for x in (r, w, k, v, iclr, removal_key))
-    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state, cu_seqlens=cu_seqlens)
+    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state, cu_seqlens=cu_seqlens, span=span)
 
     y = y.reshape(B * T, C)
     y = F.group_norm(y, H, weights.norm_weight, weights.norm_bias, weights.eps) if norm is None else norm(y)

@@ -20,7 +20,8 @@ from heron.ops.rosa.levels import find_last, found_in
 MOST_TOKENS = 2**31
 LONGEST_MATCH = 65535
 N_ROOTS = 4096  # of a stream; each tree of an index has its own
-_SOURCE = Path(__file__).parent / "csrc" / "memory.cpp"
+CSRC = Path(__file__).parent / "csrc"
+TREES = CSRC / "trees.h"
 _FEW = 16  # tokens that plain PyTorch reads one by one
 
 
@@ -151,9 +152,26 @@ class TokenStream:
         Raises:
             KernelError: a stream with a window, or not in C++.
         """
-        if self.window is not None or not isinstance(self._parts, _Native):
-            raise KernelError('rosa: only a stream without a window, of impl "cpu", has trees of all its tokens')
-        return self._parts.trees()
+        if self.window is not None:
+            raise KernelError("rosa: a stream with a window has no trees of all its tokens")
+        return self.arrays()[1:]
+
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A copy of what the stream consists of: ids (P,), nodes (P, 2) and roots (R,), uint32.
+
+        P is the number of tokens read; with a window that of the places of a ring, of which not all may be in use.
+
+        Raises:
+            KernelError: a stream that is not in C++.
+        """
+        if not isinstance(self._parts, _Native):
+            raise KernelError('rosa: only a stream of impl "cpu" consists of trees')
+        return self._parts.arrays()
+
+    @property
+    def n_placed(self) -> int:
+        """How many tokens were read into :meth:`arrays`; the place of the next is behind them, modulo P."""
+        return self._parts.n_tokens
 
     @property
     def nbytes(self) -> int:
@@ -233,9 +251,11 @@ class _Native:
         copy.n_tokens = self.n_tokens
         return copy
 
-    def trees(self) -> tuple[Tensor, Tensor]:
-        nodes = _copied(library().heron_stream_nodes(self._stream), 2 * self.n_tokens)
-        return nodes.view(-1, 2), _copied(library().heron_stream_roots(self._stream), N_ROOTS)
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        n = library().heron_stream_n_places(self._stream)
+        ids = _copied(library().heron_stream_ids(self._stream), n)
+        nodes = _copied(library().heron_stream_nodes(self._stream), 2 * n)
+        return ids, nodes.view(-1, 2), _copied(library().heron_stream_roots(self._stream), N_ROOTS)
 
     @property
     def nbytes(self) -> int:
@@ -344,18 +364,23 @@ class TokenIndex:
         Raises:
             KernelError: an index that is damaged.
         """
+        _, length, src = self.recall(tokens, n_last, n_found)
+        return src, length
+
+    def recall(self, tokens: Tensor, n_last: int, n_found: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`find`: what followed in the index, (n_last, n_found) int64, 0 for none, then length and src."""
         before = max(0, len(tokens) - n_last - self.max_match + 1)
         tokens = tokens[before:].to(torch.int32).contiguous()
-        src = torch.empty(n_last, n_found, dtype=torch.int64)
+        followers, src = torch.empty(2, n_last, n_found, dtype=torch.int64)
         length = torch.empty(n_last, n_found, dtype=torch.int32)
         ids, nodes, roots = self.parts
         if library().heron_index_find(
             ids.data_ptr(), ids.itemsize, nodes.data_ptr(), roots.data_ptr(), len(nodes), len(roots), self.max_match,
             -1 if self.end is None else self.end, tokens.data_ptr(), len(tokens) - n_last, n_last, n_found,
-            src.data_ptr(), length.data_ptr(),
+            src.data_ptr(), length.data_ptr(), followers.data_ptr(),
         ):  # fmt: skip
             raise KernelError("rosa: this index of tokens is damaged; build it anew")
-        return src, length.long()
+        return followers, length.long(), src
 
 
 @functools.cache
@@ -365,7 +390,7 @@ def library() -> ctypes.CDLL:
     Raises:
         KernelError: it can't be built here, or what was built gives wrong answers.
     """
-    built = _build.load_c_library("rosa_memory", [_SOURCE])
+    built = _build.load_c_library("rosa_memory", [CSRC / "memory.cpp"], (), [TREES])
     pointer, small, large, whole = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
     for name, result, *arguments in (
         ("stream_new", pointer, small, large, large, whole),
@@ -375,10 +400,12 @@ def library() -> ctypes.CDLL:
         ("stream_read", small, pointer, pointer, large, small, pointer, pointer, pointer),
         ("stream_first_kept", large, pointer),
         ("stream_tokens", None, pointer, large, large, pointer),
+        ("stream_n_places", large, pointer),
+        ("stream_ids", pointer, pointer),
         ("stream_nodes", pointer, pointer),
         ("stream_roots", pointer, pointer),
         ("index_find", small, pointer, small, pointer, pointer, large, whole, small, large, pointer, large, large,
-         small, pointer, pointer),
+         small, pointer, pointer, pointer),
     ):  # fmt: skip
         function = getattr(built, f"heron_{name}")
         function.restype, function.argtypes = result, arguments

@@ -47,15 +47,20 @@ def gate_rows_reference(x: Tensor, rows: Tensor, row: Tensor) -> Tensor:
 
 
 class _GateRows(torch.autograd.Function):
-    """It keeps x and the rows, not what the rows are for each token."""
+    """It keeps x and the rows, not what the rows are for each token; of rows that are frozen, not x either."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, row: Tensor, order: Tensor, row_in_order: Tensor) -> Tensor:
         x = x.contiguous()
-        ctx.save_for_backward(x, rows, order, row_in_order)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x, rows, order, row_in_order)
+        else:
+            ctx.save_for_backward(rows, row)
         return torch.ops.heron.gate_rows(x, rows, row)
 
     @staticmethod
     def backward(ctx, d: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not ctx.needs_input_grad[1]:  # frozen rows
+            return torch.ops.heron.gate_rows(d.contiguous(), *ctx.saved_tensors), None, None, None, None
         d_x, d_rows = torch.ops.heron.gate_rows_backward(d.contiguous(), *ctx.saved_tensors)
         return d_x, d_rows, None, None, None

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _choice, _packed
+from heron.ops.spans import Span
 from heron.ops.wkv7 import cuda
+from heron.ops.wkv7 import span as spanned
 from heron.ops.wkv7.chunked import wkv7_chunked
 from heron.ops.wkv7.reference import wkv7_reference
 
@@ -39,6 +41,7 @@ def wkv7(
     impl: str = "auto",
     *,
     cu_seqlens: Tensor | None = None,
+    span: Span | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the RWKV-7 recurrence over a sequence, per head and token (columns of S are keys, rows are values)::
 
@@ -58,6 +61,9 @@ def wkv7(
             is tokens ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]`` and has a state of its own; it may be empty, and
             its state is then passed through. First 0, last T, never decreasing; "cuda" takes that on trust, since to
             look would make the host wait for the device.
+        span: the tokens are a span of a longer text, whose other spans are computed elsewhere at the same time
+            (:mod:`heron.ops.spans`). A sequence that began in a span before has its state and its gradients from there:
+            its `state` is not read. S is that after this span's last token.
 
     Returns:
         y: (B, T, H, N) in the dtype of the inputs.
@@ -69,17 +75,79 @@ def wkv7(
         KernelError: shapes, dtypes or devices that do not fit together, or an `impl` that does not exist or can't run
             here.
     """
-    _check_inputs(r, (w, k, v, a, b))
+    impl = _checked("wkv7", dict(r=r, w=w, k=k, v=v, a=a, b=b), impl)
     n_seq = r.shape[0] if cu_seqlens is None else _packed.count("wkv7", r, cu_seqlens)
     initial = initial_state(r, n_seq, state)
-    if impl == "auto":
-        impl = wkv7_choice(r.device, r.shape[1], r.dtype, r.shape[-1]).impl
-    form = _choice.form_of("wkv7", impl, _FORMS)
+    form = _FORMS[impl]
+    if span is not None:
+        if impl == "cuda":
+            cuda.FORM.require(r.device, r.dtype, r.shape[-1])
+        initial, own, transfers = spanned.enter(impl, span, w, k, v, a, b, initial)
+        y, final = _run(form, impl, (r, w, k, v, a, b), initial, cu_seqlens)
+        return spanned.leave(impl, span, y, final, own, transfers, r, w, k, v, a, b)
+    return _run(form, impl, (r, w, k, v, a, b), initial, cu_seqlens)
+
+
+def wkv7_span(w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """What the recurrence of :func:`wkv7` does to a state over a span of tokens: ``S_out = S_in P + C``.
+
+    P is the product of ``diag(decay) + a b^T`` over the tokens, in their order; C is the state that the span leaves
+    behind from zero. Spans one after another compose, so each can be computed alone. No gradient flows.
+
+    Args:
+        w, k, v, a, b: (B, T, H, N) as for :func:`wkv7`.
+        impl: as there; "auto" chooses as there.
+
+    Returns:
+        P (B, H, N_key, N_key) and C (B, H, N_value, N_key), fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        KernelError: as :func:`wkv7`.
+    """
+    impl = _checked("wkv7_span", dict(w=w, k=k, v=v, a=a, b=b), impl)
     if impl == "cuda":
-        return form(r, w, k, v, a, b, initial, cu_seqlens)
+        cuda.FORM.require(w.device, w.dtype, w.shape[-1])
+    with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
+        return spanned.composed(*spanned.MAPS[impl](w, k, v, a, b))
+
+
+def wkv7_span_gradient(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor, impl: str = "auto") -> Tensor:
+    """The part D of ``dS_in = dS_out P^T + D`` over a span of tokens (:func:`wkv7_span`): what comes of its own y.
+
+    Args:
+        r, w, a, b: (B, T, H, N) as for :func:`wkv7`; D depends on nothing else.
+        dy: (B, T, H, N), the gradient of y.
+        impl: as for :func:`wkv7_span`.
+
+    Returns:
+        (B, H, N_value, N_key), fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        KernelError: as :func:`wkv7`.
+    """
+    impl = _checked("wkv7_span_gradient", dict(r=r, w=w, a=a, b=b, dy=dy), impl)
+    if impl == "cuda":
+        cuda.FORM.require(r.device, r.dtype, r.shape[-1])
+    with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
+        local = spanned.GRADIENTS[impl](r, w, a, b, dy)
+        if len(local) == 1:
+            return local[0]
+        transfer, _ = spanned.MAPS[impl](w, b, torch.zeros_like(b), a, b)
+        return spanned.composed_backwards(transfer, local)
+
+
+def _run(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    impl: str,
+    inputs: tuple[Tensor, ...],
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if impl == "cuda":
+        return form(*inputs, initial, cu_seqlens)
     if cu_seqlens is None:
-        return form(r, w, k, v, a, b, initial)
-    return _sequence_by_sequence(form, (r, w, k, v, a, b), initial, cu_seqlens)
+        return form(*inputs, initial)
+    return _sequence_by_sequence(form, inputs, initial, cu_seqlens)
 
 
 def _sequence_by_sequence(
@@ -95,17 +163,23 @@ def _sequence_by_sequence(
     return torch.cat(ys, dim=1), torch.cat(states)
 
 
-def _check_inputs(r: Tensor, others: tuple[Tensor, ...]) -> None:
-    if r.dim() != 4 or 0 in r.shape[1:]:
-        raise KernelError(f"wkv7: r must be (B, T, H, N) with T >= 1, got {tuple(r.shape)}")
-    if not r.is_floating_point():
-        raise KernelError(f"wkv7: r must be of a floating dtype, got {r.dtype}")
-    for name, x in zip("wkvab", others, strict=True):
-        if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
+def _checked(op: str, inputs: dict[str, Tensor], impl: str) -> str:
+    """The form that `impl` names for these inputs; KernelError where they do not fit together or it is none."""
+    (first, x), *others = inputs.items()
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise KernelError(f"{op}: {first} must be (B, T, H, N) with T >= 1, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise KernelError(f"{op}: {first} must be of a floating dtype, got {x.dtype}")
+    for name, other in others:
+        if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
             raise KernelError(
-                f"wkv7: {name} must match r, {tuple(r.shape)} {r.dtype} on {r.device}; "
-                f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+                f"{op}: {name} must match {first}, {tuple(x.shape)} {x.dtype} on {x.device}; "
+                f"got {tuple(other.shape)} {other.dtype} on {other.device}"
             )
+    if impl == "auto":
+        impl = wkv7_choice(x.device, x.shape[1], x.dtype, x.shape[-1]).impl
+    _choice.form_of(op, impl, _FORMS)
+    return impl
 
 
 def initial_state(r: Tensor, n_seq: int, state: Tensor | None) -> Tensor:

@@ -33,6 +33,26 @@ def wkv7_chunked(
     return y, state
 
 
+def span_chunked(w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`heron.ops.wkv7_span` in chunks: the recurrence from the identity without v, and from zero."""
+    B, _, H, N = w.shape
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    identity = torch.eye(N, dtype=dtype, device=w.device).repeat(B, H, 1, 1)
+    transfer = _forward(k, w, k, torch.zeros_like(v), a, b, identity)[1]
+    return transfer, _forward(k, w, k, v, a, b, torch.zeros_like(identity))[1]
+
+
+def span_gradient_chunked(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
+    """:func:`heron.ops.wkv7_span_gradient` in chunks. It depends on neither keys nor values, nor on the state."""
+    B, T, H, N = w.shape
+    state = w.new_zeros(B, H, N, N, dtype=torch.promote_types(w.dtype, torch.float32))
+    zeros = torch.zeros_like(w)
+    saved = _forward(r, w, zeros, zeros, a, b, state)[2]
+    d_initial = _backward(dy, None, saved, T, w.dtype, (False,) * 7)[-1]
+    assert d_initial is not None
+    return d_initial
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs: Tensor) -> tuple[Tensor, Tensor]:

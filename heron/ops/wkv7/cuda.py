@@ -26,7 +26,7 @@ _CSRC = Path(__file__).with_name("csrc")
 
 _library = torch.library.Library("heron", "FRAGMENT")
 _INPUTS = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b"
-_PLAN = "Tensor? cu_seqlens, bool tensor_cores, int segments, int segment_tokens"
+_PLAN = "Tensor? cu_seqlens, bool tensor_cores, int segments, int segment_tokens, bool mapped"
 _library.define(
     f"wkv7s_forward({_INPUTS}, Tensor state, {_PLAN}, Tensor(a!) y, Tensor(b!) final_state, Tensor(c!)? saved, "
     "Tensor(d!)? transfer, Tensor(e!)? local, Tensor(f!)? edges) -> ()"
@@ -43,6 +43,14 @@ _library.define(
 _library.define(
     f"wkv7_kernels_backward({_INPUTS}, Tensor? dy, Tensor? d_final, Tensor saved, Tensor transfer, Tensor? cu_seqlens, "
     "int n_states, bool tensor_cores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "wkv7s_span(Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, int segments, int segment_tokens, "
+    "Tensor(a!) transfer, Tensor(b!) local) -> ()"
+)
+_library.define(
+    "wkv7s_span_backward(Tensor r, Tensor w, Tensor a, Tensor b, Tensor dy, int segments, int segment_tokens, "
+    "Tensor(a!) local) -> ()"
 )
 _library.define(f"wkv7s_step({_INPUTS}, Tensor state, Tensor? cu_seqlens, Tensor(a!) y, Tensor(b!) final_state) -> ()")
 
@@ -142,7 +150,7 @@ class _Plan(NamedTuple):
     segment_tokens: int
 
 
-def _plan(r: Tensor, cu_seqlens: Tensor | None, tensor_cores: bool) -> _Plan:
+def plan_of(r: Tensor, cu_seqlens: Tensor | None, tensor_cores: bool) -> _Plan:
     B, T, H, _ = r.shape
     chunk = 32 if tensor_cores else 16
     if cu_seqlens is not None:
@@ -195,7 +203,7 @@ def _build_for(x: Tensor) -> None:
         build()
 
 
-def _forward(
+def run_forward(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -206,15 +214,20 @@ def _forward(
     cu_seqlens: Tensor | None,
     save: bool,
     tensor_cores: bool,
+    maps: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`maps`: the segments' transfers and what each leaves, where :func:`span_kernels` has found them."""
     _build_for(r)
     inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
     state = _dense(state)
-    plan = _plan(r, cu_seqlens, tensor_cores)
-    y, final, saved, kept = _empty_results(r, state, plan, save, tensor_cores)
+    plan = plan_of(r, cu_seqlens, tensor_cores)
+    y, final, saved, kept = empty_results(r, state, plan, save, tensor_cores)
     if y.numel():
         transfer, local, edges = _between_segments(state, plan, 3)
-        cut = (_contiguous(cu_seqlens), tensor_cores, plan.segments, plan.segment_tokens)
+        mapped = False
+        if maps is not None and plan.segments > 1:
+            (kept, local), mapped = maps, True
+        cut = (_contiguous(cu_seqlens), tensor_cores, plan.segments, plan.segment_tokens, mapped)
         torch.ops.heron.wkv7s_forward(
             *inputs, state, *cut, y, final, saved if save else None, kept if kept.numel() else transfer, local, edges
         )
@@ -223,10 +236,10 @@ def _forward(
 
 @torch.library.register_fake("heron::wkv7_kernels")
 def _(r, w, k, v, a, b, state, cu_seqlens, save, tensor_cores):
-    return _empty_results(r, state, _plan(r, cu_seqlens, tensor_cores), save, tensor_cores)
+    return empty_results(r, state, plan_of(r, cu_seqlens, tensor_cores), save, tensor_cores)
 
 
-def _empty_results(
+def empty_results(
     r: Tensor, state: Tensor, plan: _Plan, save: bool, tensor_cores: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the final state, and for the backward the state before each chunk and the segments' transfer matrices."""
@@ -236,7 +249,7 @@ def _empty_results(
     return r.new_empty(r.shape), state.new_empty(state.shape), saved, kept
 
 
-def _backward(
+def run_backward(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -250,19 +263,24 @@ def _backward(
     cu_seqlens: Tensor | None,
     n_states: int,
     tensor_cores: bool,
+    d_local: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    """`d_local`: what :func:`span_gradient_kernels` found of the segments."""
     inputs = [_aligned(x) for x in (r, w, k, v, a, b)]
-    grads = _empty_gradients(r, n_states)
+    grads = empty_gradients(r, n_states)
     if r.numel():
-        plan = _plan(r, cu_seqlens, tensor_cores)
+        plan = plan_of(r, cu_seqlens, tensor_cores)
         local, edges = _between_segments(grads[-1], plan, 2)
+        mapped = False
+        if d_local is not None and plan.segments > 1:
+            local, mapped = d_local, True
         torch.ops.heron.wkv7s_backward(
             *inputs,
             None if dy is None else _aligned(dy),
             None if d_final is None else _dense(d_final),
             saved,
             transfer if plan.segments > 1 else None,
-            *(_contiguous(cu_seqlens), tensor_cores, plan.segments, plan.segment_tokens),
+            *(_contiguous(cu_seqlens), tensor_cores, plan.segments, plan.segment_tokens, mapped),
             *grads,
             local,
             edges,
@@ -272,10 +290,10 @@ def _backward(
 
 @torch.library.register_fake("heron::wkv7_kernels_backward")
 def _(r, w, k, v, a, b, dy, d_final, saved, transfer, cu_seqlens, n_states, tensor_cores):
-    return _empty_gradients(r, n_states)
+    return empty_gradients(r, n_states)
 
 
-def _empty_gradients(r: Tensor, n_states: int) -> tuple[Tensor, ...]:
+def empty_gradients(r: Tensor, n_states: int) -> tuple[Tensor, ...]:
     H, N = r.shape[2:]
     return (*(r.new_empty(r.shape) for _ in range(6)), r.new_empty(n_states, H, N, N, dtype=torch.float32))
 
@@ -314,8 +332,8 @@ def _with_gradient(*arguments):
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("wkv7_kernels", _forward, _device)
-    _library.impl("wkv7_kernels_backward", _backward, _device)
+    _library.impl("wkv7_kernels", run_forward, _device)
+    _library.impl("wkv7_kernels_backward", run_backward, _device)
 _library.impl("wkv7_kernels", _with_gradient, "Autograd")
 
 
@@ -334,3 +352,48 @@ def _step(
 @_step.register_fake
 def _(r, w, k, v, a, b, state, cu_seqlens):
     return r.new_empty(r.shape), state.new_empty(state.shape)
+
+
+def span_kernels(w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`heron.ops.wkv7_span` of each segment that a long sequence is cut into: (segments, B, H, N, N) each."""
+    _build_for(w)
+    B, _, H, N = w.shape
+    if not on_tensor_cores(w.dtype, N):
+        identity = torch.eye(N, device=w.device).repeat(B, H, 1, 1)
+        transfer = run_forward(k, w, k, torch.zeros_like(v), a, b, identity, None, False, False)[1]
+        return transfer[None], run_forward(k, w, k, v, a, b, torch.zeros_like(identity), None, False, False)[1][None]
+    plan = plan_of(w, None, True)
+    transfer, local = w.new_empty(2, B * plan.segments, H, N, N, dtype=torch.float32)
+    inputs = [_aligned(x) for x in (w, k, v, a, b)]
+    torch.ops.heron.wkv7s_span(*inputs, plan.segments, plan.segment_tokens, transfer, local)
+    return by_segment(transfer, B), by_segment(local, B)
+
+
+def span_gradient_kernels(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
+    """:func:`heron.ops.wkv7_span_gradient` of each segment: (segments, B, H, N, N)."""
+    _build_for(w)
+    B, _, H, N = w.shape
+    if not on_tensor_cores(w.dtype, N):
+        zeros, state = torch.zeros_like(w), w.new_zeros(B, H, N, N, dtype=torch.float32)
+        _, _, saved, transfer = run_forward(r, w, zeros, zeros, a, b, state, None, True, False)
+        return run_backward(r, w, zeros, zeros, a, b, dy, None, saved, transfer, None, B, False)[-1][None]
+    plan = plan_of(w, None, True)
+    local = w.new_empty(B * plan.segments, H, N, N, dtype=torch.float32)
+    inputs = [_aligned(x) for x in (r, w, a, b, dy)]
+    torch.ops.heron.wkv7s_span_backward(*inputs, plan.segments, plan.segment_tokens, local)
+    return by_segment(local, B)
+
+
+def n_segments(w: Tensor) -> int:
+    """Into how many segments :func:`span_kernels` cuts."""
+    return plan_of(w, None, True).segments if on_tensor_cores(w.dtype, w.shape[-1]) else 1
+
+
+def by_segment(states: Tensor, n_rows: int) -> Tensor:
+    """(B * segments, H, N, N), as the kernels have them, as (segments, B, H, N, N)."""
+    return states.unflatten(0, (n_rows, -1)).transpose(0, 1)
+
+
+def by_row(states: Tensor) -> Tensor:
+    """The inverse of :func:`by_segment`."""
+    return states.transpose(0, 1).flatten(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from heron.ops.wkv7 import cuda
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-O1", "-U_FORTIFY_SOURCE")  # the second: fibers jump between stacks, which the checked longjmp refuses
+ONE_AT_A_TIME = threading.Lock()  # an emulated GPU runs one block
 
 
 class Input(ctypes.Structure):
@@ -30,7 +32,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("transfer", "local", "edges")),
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "size", "dtype", "sequences", "cu_seqlens_is_int64")),
-        *((name, ctypes.c_int32) for name in ("tensor_cores", "segments", "segment_tokens")),
+        *((name, ctypes.c_int32) for name in ("tensor_cores", "segments", "segment_tokens", "mapped")),
     ]
 
 
@@ -70,24 +72,38 @@ def problem(
 
 
 def _run(name: str, made: Problem) -> None:
-    if error := getattr(load(), name)(ctypes.byref(made), None):
+    with ONE_AT_A_TIME:
+        error = getattr(load(), name)(ctypes.byref(made), None)
+    if error:
         raise RuntimeError(error.decode())
 
 
 def _forward(*arguments: Tensor | int | None) -> None:
-    *inputs, state, cu_seqlens, tensor_cores, segments, segment_tokens = arguments[:11]
+    *inputs, state, cu_seqlens, tensor_cores, segments, segment_tokens, mapped = arguments[:12]
     names = ("y", "final_state", "saved", "transfer", "local", "edges")
-    buffers = dict(zip(names, arguments[11:], strict=True))
-    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens)
+    buffers = dict(zip(names, arguments[12:], strict=True))
+    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens, mapped=int(mapped))
     _run("wkv7s_forward", problem(*inputs, cu_seqlens, state=state, **plan, **buffers))
 
 
 def _backward(*arguments: Tensor | int | None) -> None:
-    *inputs, dy, d_final, saved, transfer, cu_seqlens, tensor_cores, segments, segment_tokens = arguments[:14]
+    *inputs, dy, d_final, saved, transfer, cu_seqlens, tensor_cores, segments, segment_tokens, mapped = arguments[:15]
     names = ("dr", "dw", "dk", "dv", "da", "db", "d_state", "local", "edges")
-    buffers = dict(zip(names, arguments[14:], strict=True), dy=dy, d_final=d_final, saved=saved, transfer=transfer)
-    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens)
+    buffers = dict(zip(names, arguments[15:], strict=True), dy=dy, d_final=d_final, saved=saved, transfer=transfer)
+    plan = dict(tensor_cores=int(tensor_cores), segments=segments, segment_tokens=segment_tokens, mapped=int(mapped))
     _run("wkv7s_backward", problem(*inputs, cu_seqlens, **plan, **buffers))
+
+
+def _span(*arguments: Tensor | int) -> None:
+    w, k, v, a, b, segments, segment_tokens, transfer, local = arguments
+    plan = dict(tensor_cores=1, segments=segments, segment_tokens=segment_tokens)
+    _run("wkv7s_forward", problem(k, w, k, v, a, b, None, transfer=transfer, local=local, **plan))
+
+
+def _span_backward(*arguments: Tensor | int) -> None:
+    r, w, a, b, dy, segments, segment_tokens, local = arguments
+    plan = dict(tensor_cores=1, segments=segments, segment_tokens=segment_tokens)
+    _run("wkv7s_backward", problem(r, w, b, b, a, b, None, dy=dy, local=local, **plan))
 
 
 def _step(*arguments: Tensor | None) -> None:
@@ -96,5 +112,6 @@ def _step(*arguments: Tensor | None) -> None:
 
 
 _library = torch.library.Library("heron", "FRAGMENT")
-for _name, _kernel in (("forward", _forward), ("backward", _backward), ("step", _step)):
+_KERNELS = dict(forward=_forward, backward=_backward, span=_span, span_backward=_span_backward, step=_step)
+for _name, _kernel in _KERNELS.items():
     _library.impl(f"wkv7s_{_name}", _kernel, "CPU")

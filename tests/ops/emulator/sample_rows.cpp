@@ -1,5 +1,5 @@
 // The kernel of sample_rows as a library for a CPU.
-#include "hardware.h"
+#include "warp.h"
 
 #include <algorithm>
 
@@ -18,28 +18,6 @@ inline float __fsub_rn(float x, float y) { return x - y; }
 inline uint32_t __float_as_uint(float x) { return float_bits(x); }
 inline float __uint_as_float(uint32_t bits) { return bits_float(bits); }
 
-// `from`: the lane whose value a lane takes.
-template <typename T, typename From> T shuffle(T value, From from) {
-  using namespace emulator;
-  memcpy(my_warp().in[my_lane()], &value, sizeof value);
-  collective([from](Warp& warp) {
-    for (int lane = 0; lane < 32; lane++) memcpy(warp.out[lane], warp.in[from(lane)], sizeof value);
-  });
-  memcpy(&value, my_warp().out[my_lane()], sizeof value);
-  return value;
-}
-template <typename T> T __shfl_sync(unsigned, T x, int lane) { return shuffle(x, [=](int) { return lane; }); }
-template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return shuffle(x, [=](int i) { return i ^ mask; }); }
-template <typename T> T __shfl_up_sync(unsigned, T x, int n) { return shuffle(x, [=](int i) { return i < n ? i : i - n; }); }
-
-template <typename Merge> unsigned reduce(unsigned value, Merge merge) {
-  for (int mask = 16; mask; mask /= 2) value = merge(value, __shfl_xor_sync(0xffffffffu, value, mask));
-  return value;
-}
-
-inline unsigned __ballot_sync(unsigned, bool x) {
-  return reduce(unsigned(x) << emulator::my_lane(), [](unsigned a, unsigned b) { return a | b; });
-}
 inline bool __any_sync(unsigned, bool x) { return __ballot_sync(0xffffffffu, x) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 

@@ -800,8 +800,9 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
 const char* run_forward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
   const char* error = nullptr;
+  if (p.y == nullptr) return launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
   if (p.segments > 1) {
-    error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
+    if (!p.mapped) error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
     if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
   return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p);
@@ -810,8 +811,9 @@ const char* run_forward(const Wkv7sProblem& p, void* stream) {
 const char* run_backward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
   const char* error = nullptr;
+  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
   if (p.segments > 1) {
-    error = launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
+    if (!p.mapped) error = launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
     if (!error) error = launch(pass_states<true>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
   return error ? error : launch(backward<false>, dim3(blocks), kThreads, kBackwardShared, stream, p);

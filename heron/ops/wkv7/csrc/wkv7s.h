@@ -21,12 +21,12 @@ struct Wkv7sProblem {
   const void* cu_seqlens;  // (sequences + 1,) or null
   const float* state;      // (sequences, H, N, N)
   const float* d_final;    // (sequences, H, N, N) or null
-  void* y;                 // (B, T, H, N)
+  void* y;                 // (B, T, H, N), or null: the forward gives transfer and local alone
   float* final_state;      // (sequences, H, N, N)
   void* saved;             // the state before each chunk (slots, H, N, N), or null: no backward will come
-  void *dr, *dw, *dk, *dv, *da, *db;  // (B, T, H, N)
+  void *dr, *dw, *dk, *dv, *da, *db;  // (B, T, H, N), or null: the backward gives local alone
   float* d_state;                     // (sequences, H, N, N)
-  // With segments > 1, each (B * segments, H, N, N). Over a segment, S_out = S_in P + C.
+  // With segments > 1, or where nothing else is wanted: (B * segments, H, N, N). Over a segment, S_out = S_in P + C.
   float* transfer;  // P: written by the forward, read by the backward
   float* local;     // C, or the gradient of S_in as far as it comes from the segment's own y
   float* edges;     // S_in, or the gradient of S_out
@@ -37,6 +37,7 @@ struct Wkv7sProblem {
   int32_t tensor_cores;     // 1: chunks of 32 and a bf16 `saved`; 0: chunks of 16 and an fp32 one
   int32_t segments;         // of each row, run side by side; 1 with cu_seqlens
   int32_t segment_tokens;   // a multiple of 32
+  int32_t mapped;           // 1: transfer and local of every segment are there already
 };
 
 // Each queues its kernels on `stream` of the current device and returns null, or what went wrong in words.

@@ -47,20 +47,20 @@ void run(const char* (*launch)(const Wkv7sProblem*, void*), const Wkv7sProblem& 
 
 void forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
              const Tensor& state, const Optional& cu_seqlens, bool tensor_cores, int64_t segments, int64_t segment_tokens,
-             const Tensor& y, const Tensor& final_state, const Optional& saved, const Optional& transfer,
+             bool mapped, const Tensor& y, const Tensor& final_state, const Optional& saved, const Optional& transfer,
              const Optional& local, const Optional& edges) {
   const c10::cuda::CUDAGuard guard(r.device());
   Wkv7sProblem p = problem(r, w, k, v, a, b, cu_seqlens, tensor_cores, segments, segment_tokens);
   p.state = pointer<float>(state), p.y = pointer<void>(y), p.final_state = pointer<float>(final_state);
-  p.saved = pointer<void>(saved);
+  p.saved = pointer<void>(saved), p.mapped = mapped;
   p.transfer = pointer<float>(transfer), p.local = pointer<float>(local), p.edges = pointer<float>(edges);
   run(wkv7s_forward, p);
 }
 
 void backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
               const Optional& dy, const Optional& d_final, const Tensor& saved, const Optional& transfer,
-              const Optional& cu_seqlens, bool tensor_cores, int64_t segments, int64_t segment_tokens, const Tensor& dr,
-              const Tensor& dw, const Tensor& dk, const Tensor& dv, const Tensor& da, const Tensor& db,
+              const Optional& cu_seqlens, bool tensor_cores, int64_t segments, int64_t segment_tokens, bool mapped,
+              const Tensor& dr, const Tensor& dw, const Tensor& dk, const Tensor& dv, const Tensor& da, const Tensor& db,
               const Tensor& d_state, const Optional& local, const Optional& edges) {
   const c10::cuda::CUDAGuard guard(r.device());
   Wkv7sProblem p = problem(r, w, k, v, a, b, cu_seqlens, tensor_cores, segments, segment_tokens);
@@ -69,6 +69,24 @@ void backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v
   p.dr = pointer<void>(dr), p.dw = pointer<void>(dw), p.dk = pointer<void>(dk);
   p.dv = pointer<void>(dv), p.da = pointer<void>(da), p.db = pointer<void>(db);
   p.d_state = pointer<float>(d_state), p.local = pointer<float>(local), p.edges = pointer<float>(edges);
+  p.mapped = mapped;
+  run(wkv7s_backward, p);
+}
+
+void span(const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b, int64_t segments,
+          int64_t segment_tokens, const Tensor& transfer, const Tensor& local) {
+  const c10::cuda::CUDAGuard guard(w.device());
+  Wkv7sProblem p = problem(k, w, k, v, a, b, std::nullopt, true, segments, segment_tokens);
+  p.transfer = pointer<float>(transfer), p.local = pointer<float>(local);
+  run(wkv7s_forward, p);
+}
+
+void span_backward(const Tensor& r, const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& dy, int64_t segments,
+                   int64_t segment_tokens, const Tensor& local) {
+  const c10::cuda::CUDAGuard guard(r.device());
+  Wkv7sProblem p = problem(r, w, b, b, a, b, std::nullopt, true, segments, segment_tokens);
+  p.inputs[kDy] = input(dy);
+  p.local = pointer<float>(local);
   run(wkv7s_backward, p);
 }
 
@@ -85,5 +103,7 @@ void step(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, co
 TORCH_LIBRARY_IMPL(heron, CUDA, library) {
   library.impl("wkv7s_forward", &forward);
   library.impl("wkv7s_backward", &backward);
+  library.impl("wkv7s_span", &span);
+  library.impl("wkv7s_span_backward", &span_backward);
   library.impl("wkv7s_step", &step);
 }

@@ -1,0 +1,138 @@
+"""What a run trains: every weight of a model; or an adapter, or an initial state, beside weights that are frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heron.config.finetune import FinetuneConfig
+from heron.config.finetune_adapter import AdapterConfig
+from heron.model import RWKV
+from heron.model.adapters import Adapter, adapter_parameters, add_adapter
+from heron.model.deep_embed import DeepEmbed
+from heron.model.state import State, States
+from heron.model.tuned_state import TunedState
+
+Pair = tuple[nn.Parameter, nn.Parameter]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """What a run trains, and the network that learns it.
+
+    Attributes:
+        model: what is evaluated and sampled from.
+        network: what computes the loss: `model`, or a copy of it in bf16.
+        trained: the fp32 leaves, by name: what the optimizer steps and a checkpoint holds. `model` itself where every
+            weight trains.
+        pairs: each leaf as the network has it, with the one of `trained` that it is, or is a copy of.
+        adapter, state: what trains beside a frozen `model`.
+    """
+
+    model: RWKV
+    network: RWKV
+    trained: nn.Module
+    pairs: list[Pair]
+    adapter: Adapter | None = None
+    state: TunedState | None = None
+
+    @property
+    def copies(self) -> list[Pair]:
+        """The pairs of two different leaves."""
+        return [(copy, master) for copy, master in self.pairs if copy is not master]
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the weights of `model` stay as they are."""
+        return self.trained is not self.model
+
+    def start(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> States | None:
+        """The state that these sequences start from, as :meth:`TunedState.forward` gives it; None: zeros."""
+        return None if self.state is None else self.state(tokens, cu_seqlens, self.network.emb.weight.dtype)
+
+    @torch.no_grad()
+    def start_of_one(self) -> State | None:
+        """The state that a sequence alone starts from; None: zeros."""
+        start = self.start(torch.empty(1, 1))
+        return start if isinstance(start, State) else None
+
+
+def prepare_base(model: RWKV, in_half: bool, tables_stay: bool) -> None:
+    """Freeze the weights of `model`, and cast them to what the network computes with, where they lie.
+
+    Args:
+        in_half: whether that is bf16.
+        tables_stay: whether DeepEmbed tables keep their dtype: rows are brought from the host as they lie there.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, DeepEmbed)}
+    model.requires_grad_(False)
+    for weight in model.parameters() if in_half else ():
+        if not (tables_stay and id(weight) in tables):
+            weight.data = weight.data.to(torch.bfloat16)
+
+
+def of_method(model: RWKV, settings: FinetuneConfig, in_half: bool) -> Leaves:
+    """The leaves that train beside `model`, which :func:`prepare_base` has frozen, on its device.
+
+    Raises:
+        ConfigError: settings that this model does not fit; see :func:`heron.model.adapters.add_adapter` and
+            :class:`heron.model.tuned_state.TunedState`.
+    """
+    if settings.adapter is not None:
+        return _with_adapter(model, settings.adapter, in_half)
+    state = TunedState(model.config, settings.token_shifts).to(model.emb.weight.device)
+    return Leaves(model, model, state, [(leaf, leaf) for leaf in state.parameters()], state=state)
+
+
+def all_weights(model: RWKV, in_half: bool) -> Leaves:
+    """Every weight of `model`; `in_half`: the network computes with a copy of them in bf16."""
+    network = in_bf16(model) if in_half else model
+    return Leaves(model, network, model, list(zip(network.parameters(), model.parameters(), strict=True)))
+
+
+def in_bf16(model: RWKV) -> RWKV:
+    """A network that computes as `model` in bf16, tables apart: these are `model`'s own.
+
+    Its gradients are the optimizer's as they are; those of several micro-batches are added up in fp32 as `model`'s.
+    """
+    with torch.device("meta"):
+        network = RWKV(model.config)
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, DeepEmbed)}
+    for name, table in tables.items():
+        network.set_submodule(name, table)
+    masters = dict(model.named_parameters())
+    for name, module in network.named_modules():
+        for leaf in () if name in tables else list(dict(module.named_parameters(recurse=False))):
+            master = masters[f"{name}.{leaf}" if name else leaf]
+            setattr(module, leaf, nn.Parameter(master.detach().to(torch.bfloat16)))
+    return network
+
+
+def _with_adapter(model: RWKV, config: AdapterConfig, in_half: bool) -> Leaves:
+    """A fresh adapter on `model`, of which the network computes with bf16 copies where it computes in bf16."""
+    adapter = add_adapter(model, config)
+    leaves = masters = adapter_parameters(model)
+    if in_half:
+        masters = {name: nn.Parameter(leaf.detach().clone(), leaf.requires_grad) for name, leaf in leaves.items()}
+        for leaf in leaves.values():
+            leaf.data = leaf.data.to(torch.bfloat16)
+    pairs = list(zip(leaves.values(), masters.values(), strict=True))
+    return Leaves(model, model, _module_of(masters), pairs, adapter=adapter)
+
+
+def _module_of(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """A module of these parameters alone, under these names."""
+    root = nn.Module()
+    for name, parameter in parameters.items():
+        *path, leaf = name.split(".")
+        parent: Any = root
+        for part in path:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.register_parameter(leaf, parameter)
+    return root

@@ -1,0 +1,41 @@
+"""What a finished run leaves beside its checkpoints: a model, or what was trained beside a frozen one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from heron.checkpoint import STATE, ownership, save, save_tuned_state
+from heron.checkpoint.adapters import FOLDER, save_adapter
+from heron.train.base_model import Base
+from heron.train.leaves import Leaves
+
+
+def write(out: Path, leaves: Leaves, base: Base | None) -> Path:
+    """Write `adapter/`, `state.pth` or `rwkv-final.pth` into a run folder, over one that the run wrote earlier.
+
+    Args:
+        base: the frozen weights; None: all of them were trained.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: it cannot be written; a number in it is not finite.
+    """
+    fingerprint = None if base is None else base.fingerprint
+    if leaves.adapter is not None:
+        if (folder := out / FOLDER).exists():
+            older = folder.with_name(f".trash-{FOLDER}")
+            shutil.rmtree(older, ignore_errors=True)
+            folder.rename(older)
+        save_adapter(leaves.adapter, folder, fingerprint, leaves.trained.state_dict())
+        shutil.rmtree(out / f".trash-{FOLDER}", ignore_errors=True)
+        return folder
+    path = out / (ownership.FINAL if leaves.state is None else STATE)
+    with ownership.writing(path):
+        if leaves.state is None:
+            save(leaves.model, path)
+        else:
+            save_tuned_state(leaves.state, path, fingerprint)
+    return path
