@@ -110,7 +110,7 @@ def measured(port: int, n: int, options: argparse.Namespace, **changes: float) -
     errors = [one.error for one in answers if one.error]
     good = [one for one in answers if not one.error] or [Asked(0, 1, 0, 0, "")]
     begun, ended = min(one.began for one in good), max(one.began + one.seconds for one in good)
-    firsts = sorted(one.first for one in good)
+    firsts, wholes = sorted(one.first for one in good), sorted(one.seconds for one in good)
     decode = [(one.tokens - 1) / (one.seconds - one.first) for one in good if one.seconds > one.first]
     if errors:
         print(f"  {len(errors)} errors, such as: {errors[0][:200]}")
@@ -120,6 +120,8 @@ def measured(port: int, n: int, options: argparse.Namespace, **changes: float) -
         "tokens/s": sum(one.tokens for one in good) / (ended - begun),
         "p50 first": statistics.median(firsts),
         "p95 first": firsts[int(0.95 * (len(firsts) - 1))],
+        "p50 whole": statistics.median(wholes),
+        "p95 whole": wholes[int(0.95 * (len(wholes) - 1))],
         "one": statistics.median(decode or [0.0]),
     }
 
@@ -148,6 +150,7 @@ def shown(name: str, figures: dict[str, float], engine: float) -> None:
     print(
         f"{name:<34}{figures['tokens/s']:>10.1f} tokens/s{figures['tokens/s'] / engine:>7.2f}x engine   "
         f"first token p50 {1e3 * figures['p50 first']:.0f} ms, p95 {1e3 * figures['p95 first']:.0f} ms   "
+        f"whole p50 {figures['p50 whole']:.2f} s, p95 {figures['p95 whole']:.2f} s   "
         f"a client {figures['one']:.1f} tokens/s   "
         f"{figures['requests']:.0f} requests, {figures['errors']:.0f} errors",
         flush=True,

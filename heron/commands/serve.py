@@ -14,7 +14,7 @@ from heron.commands.sources import engine_of
 from heron.config.serve import NAME, ServeConfig, check_key
 from heron.data import template, token_index
 from heron.errors import ConfigError
-from heron.generation import Engine
+from heron.generation import Engine, Request
 from heron.model import State
 from heron.serve import create_app
 
@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> None:
     engine = engine_of(options, config.rows)[0]
     engines = {name: _adapted(options, path, config.rows) for name, path in options.with_adapter}
     engines |= {name: _remembering(options, engine, path, config.rows) for name, path in options.with_memory}
+    for one in (engine, *engines.values()):  # kernels are built and graphs recorded before anyone waits for them
+        list(one.run([Request((0,), max_tokens=2)]))
     app = create_app(engine, config, engines, _states(options, engine), chat_template)
     sys.setswitchinterval(_SWITCH_S)
     from heron.serve.server import server_of  # once create_app has seen that uvicorn is there
