@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rows", type=int, default=0, help="places of the engine; default: as many as clients")
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt")
+    parser.add_argument("--prompt", type=int, default=1, help="tokens of each prompt; 1: nothing is read")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--arrive", type=float, default=0.0, help="seconds over which the clients come")
     parser.add_argument("--last", type=float, default=0.0, help="seconds for which they ask again and again")

@@ -21,6 +21,7 @@ from heron.serve.prompts import Prompt, prompt_of
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Drawn, Job
 from heron.serve.service import Kept, Service, Start
+from heron.serve.threads import worked
 
 USUAL = Sampling(top_p=0.3, presence_penalty=0.3, frequency_penalty=0.3)  # as heron chat
 USUAL_TOKENS = 4096
@@ -149,10 +150,13 @@ async def answer(
         keep_as: the id under which the conversation is kept; empty: the answer's; None: it is not.
         prefix: of the answer's id.
     """
-    read = prompt_of, service.template, served.engine.tokenizer, messages, tools, think, start.snapshot
-    prompt = await asyncio.to_thread(*read)
-    made = await asyncio.to_thread(lambda: [_grammar(served, tools, form, forced, prompt.opened) for _ in range(n)])
-    constraints = [one for one in made if one is not None]
+    size = sum(len(message.content) for message in messages)
+    read = service.template, served.engine.tokenizer, messages, tools, think, start.snapshot
+    prompt = await worked(size, prompt_of, *read)
+    constraints = []
+    if form is not None or forced is not None:
+        of_one = served, tools, form, forced, prompt.opened
+        constraints = await asyncio.to_thread(lambda: [_grammar(*of_one) for _ in range(n)])
     most = min(USUAL_TOKENS, service.config.max_answer) if max_tokens is None else max_tokens
     caches = service.cache is not None
     jobs = await service.jobs(served, prompt, start, settings, most, USUAL, n, logprobs, constraints, keeps=caches)
@@ -170,16 +174,14 @@ def _grammar(
     form: tuple[str, JsonSchema | None] | None,
     forced: str | None,
     opened: str,
-) -> Grammar | None:
-    """The grammar that the answer must follow; None: any text will do."""
+) -> Grammar:
+    """The grammar that the answer must follow: that of a call, or of a form."""
     if forced is not None:
         wanted = [tool for tool in tools if forced in ("", tool["name"])]
         if not wanted:
             raise Refusal(400, f"tool_choice: there is no tool {forced!r}" if forced else "tools: none given", "tools")
         return served.grammars.of_call(wanted, opened)
-    if form is None:
-        return None
-    kind, schema = form
+    kind, schema = form or ("json_object", None)
     of_schema = None if kind == "json_object" or schema is None else (schema.schema_ or {})
     return served.grammars.of_json(of_schema, "response_format", opened)
 

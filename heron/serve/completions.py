@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import time
@@ -17,6 +16,7 @@ from heron.serve.prompts import Prompt
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Drawn, Job
 from heron.serve.service import Kept, Service, Start
+from heron.serve.threads import worked
 from heron.tokenizer.continuation import encode_behind
 
 USUAL = Sampling()  # as heron generate
@@ -93,7 +93,7 @@ async def ask(service: Service, body: CompletionRequest) -> Asked:
         raise Refusal(400, f"prompt: wanted at most {chat.MOST_AT_ONCE} texts of a request, got {len(prompts) * n}")
     try:
         for prompt in prompts:
-            ids = await asyncio.to_thread(_ids, served, prompt, start)
+            ids = await worked(len(prompt), _ids, served, prompt, start)
             shown = prompt if isinstance(prompt, str) else served.engine.tokenizer.decode(prompt)
             most = USUAL_TOKENS if body.max_tokens is None else body.max_tokens
             jobs = await service.jobs(

@@ -24,6 +24,7 @@ from heron.serve.prompts import Prompt
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Drawn, Job
 from heron.serve.sessions import PrefixCache, StateStore
+from heron.serve.threads import worked
 
 MOST_CONVERSATIONS = 10_000  # whose messages are kept for previous_response_id and session_id
 MOST_CONVERSATION_CHARACTERS = 1 << 26
@@ -155,7 +156,7 @@ class Service:
             prompt.ids, max_tokens, sampling, (*prompt.stop, *settings.stops), seed, after, stop_ids,
             logit_bias=settings.biases, logprobs=logprobs, marks=(prompt.mark,) if prompt.mark else (),
         )  # fmt: skip
-        await asyncio.to_thread(served.engine.check, request)
+        await worked(len(prompt.ids), served.engine.check, request)
         jobs = []
         for number in range(n):
             one = dataclasses.replace(
