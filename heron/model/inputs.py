@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError
 from heron.ops._graph import in_graph
 
@@ -67,3 +68,14 @@ def checked_offsets(cu_seqlens: Tensor | Sequence[int] | np.ndarray, tokens: Ten
                 f"got {cu_seqlens.tolist()}"
             )
     return cu_seqlens
+
+
+def check_recalled(recalled: Tensor, tokens: Tensor, vocab_size: int, memory: RosaConfig) -> None:
+    """ConfigError unless `recalled` is what a ROSA memory of this kind may have found for (B, T) ids."""
+    wanted = (*tokens.shape, memory.n_matches, 2)
+    if tuple(recalled.shape) != wanted or recalled.dtype != torch.int64:
+        raise ConfigError(f"recalled: wanted {wanted} int64, got {tuple(recalled.shape)} {recalled.dtype}")
+    if recalled.device.type == "cpu" and not in_graph():
+        most = torch.tensor((vocab_size - 1, memory.max_match))
+        if ((recalled < 0) | (recalled > most)).any():
+            raise ConfigError(f"recalled: wanted ids to {most[0]} and lengths to {most[1]}, got others")

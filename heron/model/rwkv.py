@@ -18,12 +18,12 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import DeepEmbed, Lookup
 from heron.model.init import initialize
-from heron.model.inputs import checked_offsets, checked_tokens, integers
+from heron.model.inputs import check_recalled, checked_offsets, checked_tokens, integers
 from heron.model.memory import Recollection, RosaMemory, recall
 from heron.model.plain import has_hooks, is_plain, own_parameters
 from heron.model.rosa import RosaQKV
 from heron.model.shift import normed_and_mixed
-from heron.model.state import LayerState, State, States, with_memory
+from heron.model.state import LayerState, State, States, memories_of, with_memory
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
 from heron.ops.spans import Span
@@ -100,7 +100,8 @@ class Block(nn.Module):
         return x, self.ffn.gate(branch, tokens.ids), state, v_first
 
     def _may_run_compiled(self) -> bool:
-        inside = (module for module in self.modules() if module is not self)
+        outside = (self, getattr(self, "ln0", None))  # ln0 is called before the block is
+        inside = (module for module in self.modules() if all(module is not other for other in outside))
         return torch.is_grad_enabled() and not any(map(has_hooks, inside))
 
     def mix(
@@ -153,8 +154,7 @@ class RWKV(nn.Module):
     attributes say how it runs: `grad_checkpoint`, and `attention_window`, which bounds what DeepEmbedAttention (v7b,
     v8-hybrid) reads and remembers (upstream has no such bound).
 
-    A linear layer, an embedding or a norm may be replaced or hooked (adapters, quantized layers): what is not plain is
-    called.
+    A layer may be replaced or hooked (adapters, quantized layers): what is not plain is called.
     """
 
     def __init__(self, config: ModelConfig | str | Mapping[str, Any]):
@@ -242,28 +242,14 @@ class RWKV(nn.Module):
             return None, None
         tokens = checked_tokens(tokens, self.config.vocab_size, self.emb)
         if recalled is not None:
-            wanted = (*tokens.shape, rosa.n_matches, 2)
-            if tuple(recalled.shape) != wanted or recalled.dtype != torch.int64:
-                got = f"{tuple(recalled.shape)} {recalled.dtype}"
-                raise ConfigError(f"recalled: wanted {wanted} int64, got {got}")
-            if recalled.device.type == "cpu" and not in_graph():
-                most = torch.tensor((self.config.vocab_size - 1, rosa.max_match))
-                if ((recalled < 0) | (recalled > most)).any():
-                    raise ConfigError(f"recalled: wanted ids to {most[0]} and lengths to {most[1]}, got others")
+            check_recalled(recalled, tokens, self.config.vocab_size, rosa)
             return recalled, None
         if in_graph():
             raise ConfigError("recalled: inside a graph what memory found must be given; model.recall finds it before")
         if cu_seqlens is not None:
             cu_seqlens = checked_offsets(cu_seqlens, tokens)
         n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        before: list[Recollection] = []
-        for one in state if isinstance(state, tuple) else (state,):
-            if isinstance(one, State):
-                before += one.memory or (Recollection(),) * one.batch_size
-        before = before or [Recollection()] * n_seq
-        if len(before) != n_seq:
-            raise ConfigError(f"state: wanted the memories of {n_seq} sequences, got {len(before)}")
-        return recall(tokens, before, rosa, cu_seqlens)
+        return recall(tokens, memories_of(state, n_seq), rosa, cu_seqlens)
 
     def read(
         self,
@@ -368,7 +354,8 @@ class RWKV(nn.Module):
         offsets = cu_seqlens.tolist()
         n_seq = len(offsets) - 1
         if states is not None and (not isinstance(states, tuple) or len(states) != n_seq):
-            raise ConfigError(f"state: wanted a tuple of {n_seq} states, one a packed sequence, got {_kind(states)}")
+            got = len(states) if isinstance(states, tuple) else type(states).__name__
+            raise ConfigError(f"state: wanted a tuple of {n_seq} states, one a packed sequence, got {got}")
         outputs, new = [], []
         for i, (begin, end) in enumerate(pairwise(offsets)):
             state = None if states is None else states[i]
@@ -460,7 +447,3 @@ class RWKV(nn.Module):
         """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""
         cast = {f"model.{name}": tensor.to(dtype) for name, tensor in self.in_products()}
         return torch.func.functional_call(_Call(self, method), cast, arguments)
-
-
-def _kind(states: object) -> str:
-    return f"{len(states)}" if isinstance(states, tuple) else type(states).__name__

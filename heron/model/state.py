@@ -309,6 +309,18 @@ def with_memory(state: Any, memory: tuple[Recollection, ...] | None) -> Any:
     return tuple(dataclasses.replace(one, memory=(of_one,)) for one, of_one in zip(state, memory, strict=True))
 
 
+def memories_of(state: States | None, n: int) -> list[Recollection]:
+    """The memories of the `n` sequences of `state`, fresh ones where it has none; ConfigError if it has another n."""
+    memories: list[Recollection] = []
+    for one in state if isinstance(state, tuple) else (state,):
+        if isinstance(one, State):
+            memories += one.memory or (Recollection(),) * one.batch_size
+    memories = memories or [Recollection() for _ in range(n)]
+    if len(memories) != n:
+        raise ConfigError(f"state: wanted the memories of {n} sequences, got {len(memories)}")
+    return memories
+
+
 def _rosa_states(parts: Sequence[Tensor]) -> list[RosaState]:
     """ROSA's section of a state list, in which each layer begins with its symbols."""
     states: list[RosaState] = []
