@@ -239,7 +239,8 @@ def test_a_wrong_key_is_refused(serve, engine_of):
 def test_one_request_too_many_is_told_to_wait(serve, engine_of):
     address = serve(engine_of(1), queue=0)
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        stream = client.completions.create(model="tiny", prompt="a", max_tokens=20_000, stream=True)
+        asked = dict(model="tiny", prompt="a", max_tokens=20_000, logit_bias={"0": -100})
+        stream = client.completions.create(**asked, stream=True)
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="tiny", prompt="a", max_tokens=1)
