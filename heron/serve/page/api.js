@@ -31,11 +31,6 @@ export class Server {
     await this.#json("POST", "/v1/states", { name, session_id: session });
   }
 
-  /** Have a session begin behind a kept state. */
-  async loadState(name, session) {
-    await this.#json("POST", `/v1/states/${encodeURIComponent(name)}/load`, { session_id: session });
-  }
-
   async deleteState(name) {
     await this.#json("DELETE", `/v1/states/${encodeURIComponent(name)}`);
   }

@@ -66,6 +66,8 @@ class MessageView {
     }
     for (const update of this.bodies) update();
     this.figures.textContent = figures(message, this.showTokens);
+    const { prompt, cached } = message.figures;
+    if (prompt) this.figures.title = `Prompt: ${prompt} tokens, ${cached ?? 0} of them read before`;
   }
 
   #answer(likeliest) {
@@ -165,7 +167,9 @@ function figures(message, showTokens) {
   const { finish, figures: { firstMs, tokens, perSecond } } = message;
   if (finish === "writing" || message.role === "user") return "";
   const parts = [];
-  if (ENDS[finish]) parts.push(ENDS[finish]);
+  const isEmpty = !message.content && !message.thought;
+  if (finish === "failed" && isEmpty) parts.push("no answer");
+  else if (Object.hasOwn(ENDS, finish)) parts.push(ENDS[finish]);
   if (tokens) parts.push(`${tokens} tokens`);
   if (perSecond) parts.push(`${perSecond < 10 ? perSecond.toFixed(1) : Math.round(perSecond)} tokens/s`);
   if (firstMs !== undefined) parts.push(`first after ${firstMs < 1000 ? `${firstMs} ms` : `${(firstMs / 1000).toFixed(1)} s`}`);

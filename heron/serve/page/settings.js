@@ -13,9 +13,10 @@ const SLIDERS = [
   ["frequency_penalty", "Frequency penalty", 0, 2, 0.05, "taken off once for each time it was there"],
   ["penalty_decay", "Penalty decay", 0.9, 1, 0.001, "how well the two penalties remember"],
 ];
+// Those of `heron chat`; what is empty here is left to the server.
 const DEFAULTS = {
-  think: "", max_completion_tokens: 1000, seed: "", temperature: 1, top_p: 0.5,
-  presence_penalty: 0, frequency_penalty: 0, penalty_decay: 0.996,
+  think: "", max_completion_tokens: "", seed: "", temperature: 1, top_p: 0.3,
+  presence_penalty: 0.3, frequency_penalty: 0.3, penalty_decay: 0.996,
 };
 
 export class Settings {
@@ -35,9 +36,8 @@ export class Settings {
 
   /** The fields of a request. `version`: which answer in the same place this is, from 0. */
   request(version, withTokens) {
-    const { think, seed, ...fields } = this.#values();
-    if (think) fields.think = think;
-    if (seed !== "") fields.seed = seed + version;
+    const fields = Object.fromEntries(Object.entries(this.#values()).filter(([, value]) => value !== ""));
+    if ("seed" in fields) fields.seed += version;
     if (withTokens) Object.assign(fields, { logprobs: true, top_logprobs: LIKELIEST });
     return fields;
   }
@@ -47,7 +47,6 @@ export class Settings {
     for (const name of Object.keys(DEFAULTS)) {
       const control = this.form.elements[name];
       if (name === "think") values[name] = control.value;
-      else if (name === "seed" && control.value === "") values[name] = "";
       else values[name] = control.value !== "" && control.checkValidity() ? Number(control.value) : DEFAULTS[name];
     }
     return values;

@@ -13,16 +13,16 @@ export const LIKELIEST = 10; // tokens that the token view can show in the place
  */
 export async function write(server, conversation, answer, settings, signal, changed) {
   const clock = new Clock();
+  const waiting = []; // tokens whose text is still to come
   answer.finish = "writing";
   try {
-    // A session of its own for each answer: it begins with all of the text, or behind the state that was chosen, and
-    // what the server keeps of it is the state behind this answer, whichever branch that is on.
-    if (conversation.data.state) await server.loadState(conversation.data.state, answer.id);
+    // A session of its own for each answer, so that its state can be saved, whichever branch it is on.
     const request = { ...settings, messages: conversation.before(answer), session_id: answer.id };
+    if (conversation.data.state) request.state = conversation.data.state;
     for await (const chunk of server.chat(request, signal)) {
-      if (chunk.usage) clock.counted = chunk.usage.completion_tokens;
+      if (chunk.usage) clock.usage = chunk.usage;
       for (const choice of chunk.choices) {
-        take(answer, choice);
+        take(answer, choice, waiting);
         if (choice.delta.content || choice.delta.reasoning_content) clock.tick();
       }
       changed(answer);
@@ -34,21 +34,22 @@ export async function write(server, conversation, answer, settings, signal, chan
       throw error instanceof ServerError ? error : new ServerError(`The server's answer can't be read: ${error.message}`);
     }
   } finally {
+    answer.tokens.push(...waiting);
     answer.figures = clock.figures(answer);
     conversation.data.changed = Date.now();
     changed(answer);
   }
 }
 
-function take(answer, { delta, logprobs, finish_reason }) {
+function take(answer, { delta, logprobs, finish_reason }, waiting) {
   answer.thought += delta.reasoning_content ?? "";
   answer.content += delta.content ?? "";
-  const isThought = delta.reasoning_content && !delta.content;
-  const tokens = (logprobs?.content ?? []).map((token) => [
-    tokenText(token), rounded(token.logprob),
-    token.top_logprobs.map((other) => [tokenText(other), rounded(other.logprob)]),
-  ]);
-  (isThought ? answer.thoughtTokens : answer.tokens).push(...tokens);
+  for (const token of logprobs?.content ?? []) {
+    const likeliest = token.top_logprobs.map((other) => [tokenText(other), rounded(other.logprob)]);
+    waiting.push([tokenText(token), rounded(token.logprob), likeliest]);
+  }
+  if (delta.reasoning_content) answer.thoughtTokens.push(...waiting.splice(0));
+  else if (delta.content) answer.tokens.push(...waiting.splice(0));
   if (finish_reason) answer.finish = finish_reason;
 }
 
@@ -68,19 +69,23 @@ class Clock {
   #began = performance.now();
   #first = null;
   #last = null;
-  counted = null; // tokens, as the server counts them at the end
+  usage = {}; // tokens, as the server counts them at the end
 
   tick() {
     this.#last = performance.now();
     this.#first ??= this.#last;
   }
 
-  /** Milliseconds to the first token, tokens, and tokens a second behind the first; what is not known is left out. */
+  /**
+   * Milliseconds to the first token; tokens, and how many a second came behind the first; tokens of the prompt, and how
+   * many of those the server had read before. What is not known is left out.
+   */
   figures(answer) {
     if (this.#first === null) return {};
-    const tokens = this.counted ?? (answer.tokens.length + answer.thoughtTokens.length || null);
-    const figures = { firstMs: Math.round(this.#first - this.#began) };
-    if (tokens) figures.tokens = tokens;
+    const { completion_tokens, prompt_tokens: prompt, prompt_tokens_details } = this.usage;
+    const tokens = completion_tokens ?? (answer.tokens.length + answer.thoughtTokens.length || undefined);
+    const cached = prompt_tokens_details?.cached_tokens;
+    const figures = { firstMs: Math.round(this.#first - this.#began), tokens, prompt, cached };
     if (tokens > 1 && this.#last > this.#first) figures.perSecond = ((tokens - 1) * 1000) / (this.#last - this.#first);
     return figures;
   }

@@ -28,7 +28,6 @@ class ScriptedServer(ThreadingHTTPServer):
         left: is set when a client has left an answer before its end.
         key: the API key that is wanted; "": none.
         states: names of the kept states, each with its session.
-        loaded: sessions that begin behind a state, each with its name.
         refusal: status and headers of the answer to every chat request; None: they are answered.
     """
 
@@ -45,7 +44,6 @@ class ScriptedServer(ThreadingHTTPServer):
         self.left = threading.Event()
         self.key = ""
         self.states: dict[str, str] = {}
-        self.loaded: dict[str, str] = {}
         self.refusal: tuple[int, dict[str, str]] | None = None
 
     def answer(self, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -86,9 +84,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/states":
             self.server.states[body["name"]] = body["session_id"]
             self._json(200, {"id": body["name"]})
-        elif state := re.fullmatch(r"/v1/states/([^/]+)/load", self.path):
-            self.server.loaded[body["session_id"]] = state[1]
-            self._json(200, {"id": body["session_id"]})
         elif self.server.refusal:
             status, headers = self.server.refusal
             self._json(status, {"error": {"message": "refused as the test says"}}, headers)
@@ -123,7 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._event({"choices": [choice]})
             count += 1
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        self._event({"choices": [], "usage": {"completion_tokens": count}})
+        prompt = sum(len(one["content"].split()) for one in body["messages"])
+        details = {"cached_tokens": prompt - len(body["messages"][-1]["content"].split())}
+        usage = {"completion_tokens": count, "prompt_tokens": prompt, "prompt_tokens_details": details}
+        self._event({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, data: dict[str, Any]) -> None:
