@@ -2,6 +2,7 @@
 
 import { ServerError } from "./api.js";
 
+const SHORTEST_MS = 50; // that tells a speed: what comes faster has come in one piece
 export const LIKELIEST = 10; // tokens that the token view can show in the place of each
 
 /**
@@ -53,14 +54,14 @@ function take(answer, { delta, logprobs, finish_reason }, waiting) {
   if (finish_reason) answer.finish = finish_reason;
 }
 
-/** What a token says; of one that is part of a character only, its bytes, as in ⟨e2 82⟩. */
+// Control characters but for line ends and tabs, parts of a character, and tokens of nothing that can be seen.
+const UNSEEN = /[^\P{Cc}\n\t]|\ufffd|^[\p{Cf}\p{Zl}\p{Zp}]+$/u;
+
+/** What a token says; where that can't be seen, its bytes, as in ⟨e2 82⟩. */
 export function tokenText({ token, bytes }) {
   if (!bytes) return token;
-  try {
-    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(bytes));
-  } catch {
-    return `⟨${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}⟩`;
-  }
+  const text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(Uint8Array.from(bytes));
+  return UNSEEN.test(text) ? `⟨${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}⟩` : text;
 }
 
 const rounded = (number) => Math.round(number * 1000) / 1000; // so that what is kept stays short
@@ -86,7 +87,7 @@ class Clock {
     const tokens = completion_tokens ?? (answer.tokens.length + answer.thoughtTokens.length || undefined);
     const cached = prompt_tokens_details?.cached_tokens;
     const figures = { firstMs: Math.round(this.#first - this.#began), tokens, prompt, cached };
-    if (tokens > 1 && this.#last > this.#first) figures.perSecond = ((tokens - 1) * 1000) / (this.#last - this.#first);
+    if (tokens > 1 && this.#last - this.#first > SHORTEST_MS) figures.perSecond = ((tokens - 1) * 1000) / (this.#last - this.#first);
     return figures;
   }
 }

@@ -38,6 +38,7 @@ def open_settings(tab):
 
 def test_a_conversation(tab, server):
     server.script["hello"] = "Good **day**."
+    server.pause = 0.06
     say(tab, "hello")
     assert shown(tab) == ["hello", "Good day."]
     assert tab.inner_text("article.assistant strong") == "day"

@@ -99,10 +99,11 @@ def test_a_token_that_is_part_of_a_character_shows_its_bytes(tab):
         {"token": " a", "bytes": [32, 97]},
         {"token": "\ufffd", "bytes": [0xE2, 0x82]},
         {"token": "€", "bytes": [0xE2, 0x82, 0xAC]},
+        {"token": "\x07", "bytes": [7]},
         {"token": "x", "bytes": None},
     ]
     texts = tab.evaluate("async (all) => all.map((await import('/page/writer.js')).tokenText)", tokens)
-    assert texts == [" a", "⟨e2 82⟩", "€", "x"]
+    assert texts == [" a", "⟨e2 82⟩", "€", "⟨07⟩", "x"]
 
 
 def test_where_the_browsers_space_is_used_up_old_probabilities_make_room(tab):
