@@ -56,7 +56,10 @@ export class Server {
   async #fetch(method, path, body, signal) {
     for (;;) {
       const key = sessionStorage.getItem(KEY);
-      const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
+      const headers = {
+        ...(body && { "Content-Type": "application/json" }),
+        ...(key && { Authorization: `Bearer ${key}` }),
+      };
       let response;
       try {
         response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });

@@ -30,17 +30,18 @@ export class Conversation {
     for (const name of ["created", "changed"]) if (Number.isFinite(data[name])) made[name] = data[name];
     const known = new Set([""]);
     for (const message of data.messages) {
-      const fields = ["id", "parent", "role", "content", "thought", "finish"].map((name) => [name, text(message, name)]);
       const { id, parent, role } = message;
+      const names = ["id", "parent", "role", "content", "thought", "finish"];
+      const fields = Object.fromEntries(names.map((name) => [name, text(message, name)]));
       if (!ROLES.includes(role)) throw new Error(`role: wanted one of ${ROLES.join(", ")}, got ${role}`);
       if (!known.has(parent)) throw new Error(`parent: wanted a message that stands before, got ${parent}`);
       if (known.has(id)) throw new Error(`id: ${id} is there twice`);
       known.add(id);
       const { figures, tokens, thoughtTokens } = message;
       made.messages.push({
-        ...Object.fromEntries(fields),
+        ...fields,
         finish: message.finish === "writing" ? "stopped" : message.finish, // the page was closed meanwhile
-        figures: figures && typeof figures === "object" ? figures : {},
+        figures: Object.fromEntries(Object.entries(figures ?? {}).filter(([, value]) => Number.isFinite(value))),
         tokens: Array.isArray(tokens) ? tokens.filter(isToken) : [],
         thoughtTokens: Array.isArray(thoughtTokens) ? thoughtTokens.filter(isToken) : [],
       });

@@ -172,7 +172,8 @@ function figures(message, showTokens) {
   else if (Object.hasOwn(ENDS, finish)) parts.push(ENDS[finish]);
   if (tokens) parts.push(`${tokens} tokens`);
   if (perSecond) parts.push(`${perSecond < 10 ? perSecond.toFixed(1) : Math.round(perSecond)} tokens/s`);
-  if (firstMs !== undefined) parts.push(`first after ${firstMs < 1000 ? `${firstMs} ms` : `${(firstMs / 1000).toFixed(1)} s`}`);
+  if (firstMs < 1000) parts.push(`first after ${firstMs} ms`);
+  else if (firstMs) parts.push(`first after ${(firstMs / 1000).toFixed(1)} s`);
   if (showTokens) parts.push(surprise([...message.thoughtTokens, ...message.tokens]));
   return parts.join(" · ");
 }

@@ -18,7 +18,8 @@ export class TokenView {
   update(tokens) {
     this.tokens = tokens;
     const added = tokens.slice(this.#shown).map(([text, logprob], place) => {
-      const token = element("span", { class: "token", role: "button", tabindex: this.#shown + place ? "-1" : "0" }, text);
+      const tabindex = this.#shown + place ? "-1" : "0"; // the arrow keys lead from the first to the others
+      const token = element("span", { class: "token", role: "button", tabindex }, text);
       token.title = percent(logprob);
       token.style.setProperty("--surprise", Math.min(-logprob / NATS, 1));
       if (!text.trim()) token.setAttribute("aria-label", JSON.stringify(text));

@@ -31,9 +31,8 @@ export async function write(server, conversation, answer, settings, signal, chan
     if (answer.finish === "writing") answer.finish = "stop";
   } catch (error) {
     answer.finish = error.name === "AbortError" ? "stopped" : "failed";
-    if (answer.finish === "failed") {
-      throw error instanceof ServerError ? error : new ServerError(`The server's answer can't be read: ${error.message}`);
-    }
+    if (error instanceof ServerError) throw error;
+    if (answer.finish === "failed") throw new ServerError(`The server's answer can't be read: ${error.message}`);
   } finally {
     answer.tokens.push(...waiting);
     answer.figures = clock.figures(answer);
@@ -87,7 +86,8 @@ class Clock {
     const tokens = completion_tokens ?? (answer.tokens.length + answer.thoughtTokens.length || undefined);
     const cached = prompt_tokens_details?.cached_tokens;
     const figures = { firstMs: Math.round(this.#first - this.#began), tokens, prompt, cached };
-    if (tokens > 1 && this.#last - this.#first > SHORTEST_MS) figures.perSecond = ((tokens - 1) * 1000) / (this.#last - this.#first);
+    const took = this.#last - this.#first;
+    if (tokens > 1 && took > SHORTEST_MS) figures.perSecond = ((tokens - 1) * 1000) / took;
     return figures;
   }
 }
