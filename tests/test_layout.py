@@ -22,7 +22,7 @@ LINES = [
     ["tables"],
     ["optim", "checkpoint"],
     ["generation"],
-    ["evaluate", "report"],
+    ["evaluate", "report", "serve"],
     ["train"],
     ["commands"],
     ["cli", "__main__", "hf", "compat"],

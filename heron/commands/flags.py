@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -12,22 +11,20 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from heron import __version__
-from heron.commands import EXIT_USAGE, rwkv_lm_flags
+from heron.commands import EXIT_USAGE, flag_values, rwkv_lm_flags, serve_flags
 from heron.commands.help_texts import EVERY_FLAG, Help, HelpInTwoSizes
 from heron.commands.settings import READING
 from heron.config import (
     INIT_DTYPES,
-    LARGEST_SEED,
     PRESETS,
     FinetuneConfig,
     ModelConfig,
-    RosaConfig,
     TrainConfig,
     setting_type,
 )
 from heron.config.finetune import DEFAULTS as METHOD_DEFAULTS
 from heron.config.groups import GROUP_OF, GROUPS
-from heron.errors import ConfigError, did_you_mean
+from heron.errors import did_you_mean
 
 _MAY_BE_EMPTY = {"prompt", "sample_prompt", "system", "think", "stop", "wandb", "rwkv_lm.load_model", "rwkv_lm.kernel"}
 
@@ -119,6 +116,7 @@ _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none 
     "bench": lambda: import_module("heron.commands.bench"),
     "generate": lambda: import_module("heron.commands.generate"),
     "chat": lambda: import_module("heron.commands.chat"),
+    "serve": lambda: import_module("heron.commands.serve"),
     "eval": lambda: import_module("heron.commands.eval"),
     "convert": lambda: import_module("heron.commands.convert"),
     "merge": lambda: import_module("heron.commands.merge"),
@@ -180,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
 
     init = verb("init", "write fresh weights with the reference initial values")
     init.add_argument("--out", default="rwkv-init.pth", help="a .pth or .safetensors file")
-    init.add_argument("--seed", type=_seed, default=0, help="seed of the initial values")
+    init.add_argument("--seed", type=flag_values.seed, default=0, help="seed of the initial values")
     init_help = "of the file; bf16 rounds the initial values, as the official trainer's --precision bf16 does"
     init.add_argument("--dtype", "--init_dtype", dest="dtype", choices=INIT_DTYPES, default="fp32", help=init_help)
     init.add_argument("--model", help=f"a preset: {', '.join(PRESETS)}; default: the sizes below")
@@ -242,7 +240,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], help="end at this text; may be given several times; default: none"
     )
-    generate.add_argument("--stop_ids", type=ids, default=[], metavar="IDS", help="end at these ids, as in 0,261")
+    generate.add_argument(
+        "--stop_ids", type=flag_values.ids, default=[], metavar="IDS", help="end at these ids, as in 0,261"
+    )
     generate.add_argument(
         "--show_memory", action="store_true", help="underline what ROSA memory recalled, and say where it comes from"
     )
@@ -255,6 +255,9 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--think", choices=("on", "off", "short", "long"), default="", help=think_help)
     chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
     _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
+
+    serve = verb("serve", "answer requests as OpenAI's interface has them, many at a time, and show a page to chat")
+    serve_flags.add(serve, _add_settings, _add_source)
 
     evaluate = verb("eval", "how well one or more models predict: a text, LAMBADA, multiple choice")
     evaluate.add_argument("models", nargs="+", metavar="model", help="weights files, checkpoints or run folders")
@@ -286,7 +289,9 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--new_rows", default="mean", help="rows of new ids: mean (of the old ones) or initial")
     convert.add_argument("--tokenizer", help="the model's, which a folder or .gguf keeps; default: the input's own")
     convert.add_argument(
-        "--add_rosa", type=_rosa, help="add a ROSA branch, qkv-1bit or qkv-4bit, or ROSA memory: memory; default: none"
+        "--add_rosa",
+        type=flag_values.rosa,
+        help="add a ROSA branch, qkv-1bit or qkv-4bit, or ROSA memory: memory; default: none",
     )
     _add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of input and output")
@@ -339,7 +344,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     config: type,
     prefix: str,
     names: Sequence[str] | None = None,
@@ -389,8 +394,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
     """What generate and chat have in common, with the defaults that differ."""
-    parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
-    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
+    _add_source(parser)
     parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="randomness; 0: always the likeliest token")
     parser.add_argument(
@@ -402,7 +406,13 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     parser.add_argument("--penalty_decay", type=float, default=0.996, help="both fade by this factor with each token")
     digits_help = "let the frequency penalty count space, tab and digits, which it leaves out otherwise"
     parser.add_argument("--count_digits", action="store_true", help=digits_help)
-    parser.add_argument("--seed", type=_seed, default=0, help="same seed, same text")
+    parser.add_argument("--seed", type=flag_values.seed, default=0, help="same seed, same text")
+
+
+def _add_source(parser: argparse._ActionsContainer) -> None:
+    """What generate, chat and serve have in common: the model and where it runs."""
+    parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
+    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
     parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
@@ -412,7 +422,7 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     _add_rosa(parser)
 
 
-def _add_tuned(parser: argparse.ArgumentParser) -> None:
+def _add_tuned(parser: argparse._ActionsContainer) -> None:
     """What fine-tuning left beside the model."""
     adapter_help = "a fine-tuning run, or the folder of an adapter, to add to the weights in memory; default: none"
     parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
@@ -420,28 +430,9 @@ def _add_tuned(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="FILE", help=state_help)
 
 
-def _add_rosa(parser: argparse.ArgumentParser) -> None:
+def _add_rosa(parser: argparse._ActionsContainer) -> None:
     """What a bare file of weights cannot say."""
     names = "qkv-1bit, qkv-4bit, memory"
-    parser.add_argument("--rosa", type=_rosa, help=f"how the ROSA in a bare file works: {names}; default: as its run")
-
-
-def _rosa(name: str) -> RosaConfig:
-    try:
-        return RosaConfig.preset(name)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def ids(text: str) -> list[int]:
-    """The ids in ``"4 325"``, ``"4,325"`` or, as Python prints a list, ``"[4, 325]"``; at least one."""
-    words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
-    if not words or not all(word.isascii() and word.isdigit() and len(word) <= 20 for word in words):
-        raise argparse.ArgumentTypeError(f"wanted token ids, as in 0,261, got {text!r:.80}")
-    return [int(word) for word in words]
-
-
-def _seed(text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text) or not 0 <= int(text) <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 0 to {LARGEST_SEED}, got {text!r:.80}")
-    return int(text)
+    parser.add_argument(
+        "--rosa", type=flag_values.rosa, help=f"how the ROSA in a bare file works: {names}; default: as its run"
+    )

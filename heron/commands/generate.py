@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from heron.commands import flags, streams
+from heron.commands import flag_values, streams
 from heron.commands.citations import Citations
 from heron.commands.sources import engine_of, sampling_of
 from heron.errors import ConfigError, DataError
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _prompt_ids(text: str) -> list[int]:
     try:
-        return flags.ids(text)
+        return flag_values.ids(text)
     except argparse.ArgumentTypeError as error:
         raise DataError(f"prompt: --ids: {error}") from None
 

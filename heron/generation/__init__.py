@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from heron.generation.constraint import Constraint
 from heron.generation.engine import Engine, OpenSequence
 from heron.generation.requests import Piece, Request
 from heron.generation.sampling import Sampling, Token, sample
@@ -13,8 +14,8 @@ from heron.model import RWKV, State
 from heron.tokenizer import Tokenizer
 
 __all__ = [
-    "Engine", "OpenSequence", "Piece", "Request", "Sampling", "Snapshot", "TextWriter", "Token", "generate", "sample",
-    "stream",
+    "Constraint", "Engine", "OpenSequence", "Piece", "Request", "Sampling", "Snapshot", "TextWriter", "Token", "generate",
+    "sample", "stream",
 ]  # fmt: skip
 
 

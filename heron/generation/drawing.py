@@ -10,7 +10,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heron.generation.sampling import Sampling, Token, check_finite, fade, increments, log_softmax, sample
+from heron.errors import HeronError
+from heron.generation.extras import Extras, StepExtras, likeliest
+from heron.generation.requests import OpenSequence
+from heron.generation.sampling import (
+    Sampling,
+    Token,
+    check_finite,
+    fade,
+    increments,
+    log_softmax,
+    not_finite,
+    sample,
+)
 from heron.generation.text import stand_for_something
 from heron.ops import sample_rows
 from heron.tokenizer import Tokenizer
@@ -31,6 +43,10 @@ class HostDraws:
     def _increments(self) -> Tensor:
         return increments(self._tokenizer)
 
+    @functools.cached_property
+    def _barred(self) -> Tensor:
+        return barred_ids(self._tokenizer)
+
     def keep(self, place: int, counts: Tensor) -> Tensor:
         """The occurrences (V,) of the sequence at `place`, with these values to begin with; draws update them."""
         self._counts[place] = counts.clone()
@@ -38,40 +54,53 @@ class HostDraws:
 
     def draw(
         self,
-        sequences: Sequence[tuple[int, Sampling]],
-        generators: Sequence[torch.Generator],
+        sequences: Sequence[OpenSequence],
         logits: Tensor,
         meanwhile: Callable[[Tensor], None] | None = None,
-    ) -> list[Token]:
+    ) -> list[Token | HeronError]:
         """As :meth:`DeviceDraws.draw`; `meanwhile` is not called."""
         logits = logits.cpu()
-        return [
-            self._draw(*sequence, generator, logits[i])
-            for i, (sequence, generator) in enumerate(zip(sequences, generators, strict=True))
-        ]
+        asking = [(row, one.extras) for row, one in enumerate(sequences) if one.extras is not None]
+        if not asking:
+            return [self._draw(one, row, row) for one, row in zip(sequences, logits, strict=True)]
+        extras = StepExtras(asking, self._barred)
+        shaped = extras.shaped(logits)
+        return extras.settled([self._draw(*of_one) for of_one in zip(sequences, logits, shaped, strict=True)])
 
-    def _draw(self, place: int, sampling: Sampling, generator: torch.Generator, logits: Tensor) -> Token:
-        allowed, counts = logits, self._counts[place] if sampling.has_penalties else None
-        token = sample(allowed, sampling, counts, generator)
-        while not stand_for_something(self._tokenizer, [token]):
-            allowed = allowed.clone()
-            allowed[token] = -math.inf
+    def _draw(self, sequence: OpenSequence, logits: Tensor, allowed: Tensor) -> Token | HeronError:
+        """A token of `allowed` (V,), which are `logits` (V,) less what the sequence's extras take away."""
+        sampling, generator = sequence.sampling, sequence.generator
+        counts = self._counts[sequence.place] if sampling.has_penalties else None
+        try:
+            if allowed is not logits:
+                check_finite(logits)
             token = sample(allowed, sampling, counts, generator)
+            while not stand_for_something(self._tokenizer, [token]):
+                allowed = allowed.clone()
+                allowed[token] = -math.inf
+                token = sample(allowed, sampling, counts, generator)
+        except HeronError as error:
+            return error
         if counts is not None:
             fade(counts, sampling.penalty_decay)
             counts[token] += self._increments[int(sampling.count_digits), token]
-        return Token(token, float(log_softmax(logits)[token]))
+        logprobs = log_softmax(logits)
+        drawn = Token(token, float(logprobs[token]))
+        if sequence.extras is None or not sequence.extras.n_likeliest:
+            return drawn
+        return drawn._replace(top=likeliest(logprobs, self._barred.numpy(), sequence.extras.n_likeliest))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What stays the same from step to step while the same n sequences are open; tensors on the device."""
 
-    sequences: list[tuple[int, Sampling]]
+    sequences: list[tuple[int, Sampling, Extras | None]]
     places: Tensor  # (n,) int64
     settings: Tensor  # (n, 5) fp64
     decay: Tensor | None  # (size, 1) fp32, of every place that the engine has; None: no sequence has penalties
     rules: Tensor  # (n,) int64, the row of `increments` that each counts by
+    extras: StepExtras | None  # None: no sequence asks for any
 
 
 class DeviceDraws:
@@ -109,50 +138,58 @@ class DeviceDraws:
     @torch.inference_mode()
     def draw(
         self,
-        sequences: Sequence[tuple[int, Sampling]],
-        generators: Sequence[torch.Generator],
+        sequences: Sequence[OpenSequence],
         logits: Tensor,
         meanwhile: Callable[[Tensor], None] | None = None,
-    ) -> list[Token]:
-        """A token for each of `sequences` (its place and its settings).
+    ) -> list[Token | HeronError]:
+        """A token for each of `sequences`, or the error that ends it: its largest logit is NaN or infinite, or its
+        constraint fails. The generator of a greedy one is not advanced.
 
         Args:
-            generators: of the CPU, one a sequence; not advanced where it is greedy.
             logits: (n, V) of the tokenizer's ids, on the device. They may still be being computed: the host waits once,
                 for the tokens.
             meanwhile: called with the ids (n,) on the device, -1 where none could be drawn, before the host waits for
                 them. It may overwrite the logits.
-
-        Raises:
-            HeronError: the largest logit of a sequence is NaN or infinite.
         """
-        plan = self._plan_of(list(sequences))
+        plan = self._plan_of([(one.place, one.sampling, one.extras) for one in sequences])
         uniforms = [
-            0.0 if sampling.greedy else torch.rand((), generator=generator, dtype=torch.float64).item()
-            for (_, sampling), generator in zip(sequences, generators, strict=True)
+            0.0 if one.sampling.greedy else torch.rand((), generator=one.generator, dtype=torch.float64).item()
+            for one in sequences
         ]
         counts = None
         if plan.decay is not None:
-            in_order = [place for place, _ in sequences] == list(range(self._size))
+            in_order = [one.place for one in sequences] == list(range(self._size))
             counts = self._counts if in_order else self._counts[plan.places]
         n = len(sequences)
         self._uniforms.numpy()[:n] = uniforms
         self._uniforms_there.copy_(self._uniforms, non_blocking=True)
-        ids, logprobs = sample_rows(logits, counts, self._barred, plan.settings, self._uniforms_there[:n])
+        allowed = logits if plan.extras is None else plan.extras.shaped(logits)
+        ids, logprobs = sample_rows(allowed, counts, self._barred, plan.settings, self._uniforms_there[:n])
+        if plan.extras is not None:
+            plan.extras.rank(logits, ids, logprobs)
         self._send(ids, logprobs)
         if meanwhile is not None:
+            is_shaped = allowed is not logits
             logits = logits.clone()
+            allowed = allowed if is_shaped else logits
             meanwhile(ids)
-        drawn = self._receive(n)
-        for i, token in enumerate(drawn):
-            if token.id < 0:
-                check_finite(logits[i])
-                allowed = logits[i] if counts is None else sequences[i][1].penalised(logits[i], counts[i])
-                check_finite(allowed.masked_fill(self._barred, -math.inf))
+        drawn: list[Token | HeronError] = [
+            self._refusal(logits[row], allowed[row], sequences[row].sampling, None if counts is None else counts[row])
+            if token.id < 0 or math.isnan(token.logprob)
+            else token
+            for row, token in enumerate(self._receive(n))
+        ]
         if plan.decay is not None:
             fade(self._counts, plan.decay)
             self._counts[plan.places, ids] += self._increments[plan.rules, ids]
-        return drawn
+        return drawn if plan.extras is None else plan.extras.settled(drawn)
+
+    def _refusal(self, logits: Tensor, allowed: Tensor, sampling: Sampling, counts: Tensor | None) -> HeronError:
+        """Why no token of `allowed` (V,) was drawn."""
+        if counts is not None:
+            allowed = sampling.penalised(allowed, counts)
+        error = not_finite(logits) or not_finite(allowed.masked_fill(self._barred, -math.inf))
+        return error or HeronError("logits: no token could be drawn from them")
 
     def _send(self, ids: Tensor, logprobs: Tensor) -> None:
         """Start the copy of ids (n,) and logprobs (n,) to the host."""
@@ -167,23 +204,23 @@ class DeviceDraws:
             self._arrived.synchronize()
         return list(map(Token, self._ids[:n].tolist(), self._logprobs[:n].tolist()))
 
-    def _plan_of(self, sequences: list[tuple[int, Sampling]]) -> _Plan:
+    def _plan_of(self, sequences: list[tuple[int, Sampling, Extras | None]]) -> _Plan:
         if self._plan is None or self._plan.sequences != sequences:
-            places = [place for place, _ in sequences]
-            settings = [
-                (s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for _, s in sequences
-            ]
+            places, samplings, extras = zip(*sequences, strict=True)
+            settings = [(s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for s in samplings]
             decay = None
-            if any(sampling.has_penalties for _, sampling in sequences):
+            if any(sampling.has_penalties for sampling in samplings):
                 decay = torch.ones(self._size, 1)
-                decay[places, 0] = torch.tensor([sampling.penalty_decay for _, sampling in sequences])
+                decay[list(places), 0] = torch.tensor([sampling.penalty_decay for sampling in samplings])
                 decay = decay.to(self._device)
+            asking = [(row, one) for row, one in enumerate(extras) if one is not None]
             self._plan = _Plan(
                 sequences,
                 torch.tensor(places, device=self._device),
                 torch.tensor(settings, dtype=torch.float64, device=self._device),
                 decay,
-                torch.tensor([int(sampling.count_digits) for _, sampling in sequences], device=self._device),
+                torch.tensor([int(sampling.count_digits) for sampling in samplings], device=self._device),
+                StepExtras(asking, self._barred) if asking else None,
             )
         return self._plan
 

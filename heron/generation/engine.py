@@ -11,25 +11,26 @@ from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from heron.checkpoint.architecture import in_one_dtype
-from heron.config.settings import plain
-from heron.errors import ConfigError, did_you_mean
+from heron.errors import ConfigError, HeronError
 from heron.files import as_path
+from heron.generation.checks import check_parts, check_tables, checked_rows
 from heron.generation.decoder import is_fusible
 from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws, HostDraws
 from heron.generation.incoming import Incoming
 from heron.generation.prefill import PromptReader
-from heron.generation.requests import OpenSequence, Piece, Request, check_ids, check_seed, prompt_ids
-from heron.generation.sampling import Sampling, Token
+from heron.generation.requests import OpenSequence, Piece, Request, check_ids, check_marks, check_seed, prompt_ids
+from heron.generation.sampling import Sampling, Token, check_finite
 from heron.generation.snapshot import Snapshot, read_snapshot, write_snapshot
 from heron.generation.text import TextWriter, stand_for_something
 from heron.model import RWKV, State
 from heron.model.memory import Documents
 from heron.ops.rosa import TokenIndex
-from heron.tables.store import PLACES, fingerprint, off_device
+from heron.tables.store import fingerprint, off_device
 from heron.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
@@ -77,23 +78,12 @@ class Engine:
         documents: TokenIndex | None = None,
         start: State | None = None,
     ):
-        _check_kinds(model, tokenizer)
+        check_parts(model, tokenizer)
+        check_tables(tables, tables_file)
+        rows = checked_rows(rows)
         if start is not None:
             start.check(model.config, 1)
-        rows = plain(rows)
-        if type(rows) is not int or rows < 1:
-            raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
-        if tables not in PLACES:
-            raise ConfigError(f"tables: wanted {', '.join(PLACES)}, got {tables!r}.{did_you_mean(tables, PLACES)}")
-        if (tables == "disk") != (tables_file is not None):
-            raise ConfigError("tables: 'disk' needs a tables_file, and nothing else takes one")
-        vocab_size = model.config.vocab_size
-        if tokenizer.vocab_size > vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} token ids, the model only {vocab_size} (its vocab_size); "
-                "give the tokenizer that the model was trained with"
-            )
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.tokenizer, self.vocab_size = tokenizer, model.config.vocab_size
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
         self._start = None if start is None else start.to(self._device)
         self._fingerprint: str | None = None
@@ -139,6 +129,22 @@ class Engine:
                 state = self._reader.read(ids[start : start + self._reader.size], state)
         return state.clone() if isinstance(state, State) else state  # clones are no inference tensors
 
+    def embed(self, prompt: str | Sequence[int]) -> Tensor:
+        """The mean of the last hidden states (behind ln_out) of the prompt's ids, of length 1: (C,) fp32 on the host.
+
+        Raises:
+            ConfigError, DataError: as :meth:`prompt_ids`.
+            HeronError: it is not finite.
+        """
+        ids, state, total = self.prompt_ids(prompt), self._start, torch.zeros(())
+        for start in range(0, len(ids), self._reader.size):
+            with self._lock:
+                hidden, state = self._reader.hidden(ids[start : start + self._reader.size], state)
+            total = total + hidden.float().sum(dim=0).cpu()
+        mean = total / len(ids)
+        check_finite(mean)
+        return F.normalize(mean, dim=0)
+
     def likeliest(self, after: Snapshot, n: int) -> list[tuple[int, float]]:
         """The `n` likeliest next tokens with their probabilities, the likeliest first.
 
@@ -174,7 +180,9 @@ class Engine:
         if not isinstance(request, Request):
             raise ConfigError(f"request: wanted a Request, such as Request(text), got {type(request).__name__}")
         request.check(self.tokenizer, self.vocab_size)
-        return self.prompt_ids(request.prompt, request.after)
+        ids = self.prompt_ids(request.prompt, request.after)
+        check_marks(request.marks, len(ids) - (0 if request.after is None else len(request.after.pending)))
+        return ids
 
     def save(self, snapshot: Snapshot, path: str | Path) -> None:
         """Write a snapshot as safetensors, every bit of it, with the model's fingerprint; another one is replaced.
@@ -222,10 +230,11 @@ class Engine:
             DataError: an id outside the vocabulary.
         """
         check_seed(seed)
+        request = Request(sampling=sampling, seed=seed, after=after)
         ids = self.prompt_ids(ids, after)
         with self._lock:
             self._refuse_while_running()
-            sequence = self._join(ids, after, sampling, seed, TextWriter(self.tokenizer, ids))
+            sequence = self._join(ids, request, TextWriter(self.tokenizer, ids))
             try:
                 while not sequence.is_read:
                     self._read_piece(sequence)
@@ -254,29 +263,27 @@ class Engine:
         if request.max_tokens == 0:
             raise ConfigError("max_tokens: wanted at least 1 of a request that takes a place, got 0")
         text = TextWriter(self.tokenizer, ids, request.stop, request.stop_ids, request.max_tokens)
-        return self._join(ids, request.after, request.sampling, request.seed, text)
+        return self._join(ids, request, text)
 
-    def _join(
-        self, ids: list[int], after: Snapshot | None, sampling: Sampling, seed: int, text: TextWriter
-    ) -> OpenSequence:
-        """Take a place for a sequence that reads `ids`, those pending in `after` first."""
-        after = after or Snapshot(None)
-        if after.state is None:
-            after = dataclasses.replace(after, state=self._start)
+    def _join(self, ids: list[int], request: Request, text: TextWriter) -> OpenSequence:
+        """Take a place for a sequence that reads `ids`, those pending in `request.after` first."""
+        after, state, extras = request.after or Snapshot(None), self._start, request.extras(self.tokenizer)
         with self._lock:
             if not self._free:
                 raise ConfigError(f"the engine is full (rows={len(self._open)}); close a sequence, or give more rows")
-            if after.state is not None and self._is_fusible:
-                after.state.check(self.model.config, 1)
-            generator = torch.Generator().manual_seed(int(seed))
+            if after.state is not None:
+                state = after.state
+                if self._is_fusible:
+                    state.check(self.model.config, 1)
+            generator = torch.Generator().manual_seed(int(request.seed))
             if after.generator is not None:
                 generator.set_state(after.generator)
             place, counts = self._free[0], None
-            if sampling.has_penalties:
+            if request.sampling.has_penalties:
                 counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts
                 counts = self._draws.keep(place, counts)
-            state = after.state.fork() if isinstance(after.state, State) else after.state
-            sequence = OpenSequence(place, ids, state, sampling, counts, generator, text)
+            state = state.fork() if isinstance(state, State) else state
+            sequence = OpenSequence(place, ids, state, request, extras, counts, generator, text)
             if sequence.is_read:
                 self._decoder.write(place, state)
             self._open, self._free = [*self._open, sequence], self._free[1:]
@@ -285,27 +292,26 @@ class Engine:
     def _read_piece(self, sequence: OpenSequence) -> None:
         """Read the next piece of a sequence's prompt; behind the last one the decoder goes on."""
         ids = sequence.unread
-        n = min(self._reader.size, len(ids) - 1)
+        n = min(self._reader.size, sequence.n_readable)
         state = self._reader.read(ids[:n], sequence.state)
         if n == len(ids) - 1:
             self._decoder.write(sequence.place, state)
-            state = None
-        sequence.go_on(ids[n:], state)
+        sequence.has_read(n, state)
 
-    def step(self) -> list[tuple[OpenSequence, Token]]:
+    def step(self) -> list[tuple[OpenSequence, Token | HeronError]]:
         """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
 
-        Gives them in order of place. Where drawing fails or is interrupted, the sequences drawn for are closed.
+        Gives them in order of place. A sequence that cannot go on is closed, and gets an error in place of a token: its
+        logits are not finite, or its constraint fails. Where drawing is interrupted, all that are drawn for are closed.
 
         Raises:
             ConfigError: :meth:`run` is going on.
-            HeronError: the logits are not finite.
         """
         with self._lock:
             self._refuse_while_running()
             return self._step()
 
-    def _step(self) -> list[tuple[OpenSequence, Token]]:
+    def _step(self) -> list[tuple[OpenSequence, Token | HeronError]]:
         with self._lock:
             if waiting := [one for one in self._open if len(one.unread) > 1]:
                 self._read_piece(waiting[0])
@@ -317,20 +323,19 @@ class Engine:
             try:
                 logits = self._decoder.step([one.place for one in writing], [one.unread[0] for one in writing])
                 logits = logits[:, : self.tokenizer.vocab_size]
-                settings = [(one.place, one.sampling) for one in writing]
-                generators = [one.generator for one in writing]
-                drawn = self._draws.draw(settings, generators, logits, self._decoder.look_ahead)
+                drawn = self._draws.draw(writing, logits, self._decoder.look_ahead)
             except BaseException:  # an interrupt, too: their tokens may have been read, and would be read again
                 for one in writing:
                     self.close(one)
                 raise
-            if (longest := self._decoder.longest) is not None:
-                drawn = [
-                    token._replace(match=match) if match.length > 0 and match.predicted == token.id else token
-                    for token, match in zip(drawn, longest, strict=True)
-                ]
-            for one, token in zip(writing, drawn, strict=True):
-                one.go_on([token.id])
+            matches = self._decoder.longest or [None] * len(drawn)
+            for i, (one, token, match) in enumerate(zip(writing, drawn, matches, strict=True)):
+                if isinstance(token, HeronError):
+                    self.close(one)
+                    continue
+                one.go_on(token.id)
+                if match is not None and match.length > 0 and match.predicted == token.id:
+                    drawn[i] = token._replace(match=match)
             return list(zip(writing, drawn, strict=True))
 
     def snapshot(self, sequence: OpenSequence) -> Snapshot:
@@ -377,6 +382,7 @@ class Engine:
             ConfigError: sequences are open already, those of another `run` among them; negative `max_tokens`, an empty
                 stop text, an empty prompt under a tokenizer without end of document.
             DataError: a prompt that cannot be encoded, or an id outside the vocabulary.
+            HeronError: the logits of one are not finite, or its constraint fails.
         """
         if isinstance(requests, Request) or not isinstance(requests, Iterable):
             raise ConfigError(f"requests: wanted several, as in run([request]), got {type(requests).__name__}")
@@ -406,6 +412,8 @@ class Engine:
                 n_taken += 1
             pieces = []
             for sequence, token in self._step():
+                if isinstance(token, HeronError):
+                    raise token
                 text = sequence.text.push(token.id)
                 pieces.append(Piece(numbers[sequence], text, token, sequence.text.finish))
                 if sequence.text.finish:
@@ -422,13 +430,3 @@ class Engine:
         but at the call."""
         request = dataclasses.replace(request, prompt=self.check(request))
         return (piece.text for piece in self.run([request]) if piece.text)
-
-
-def _check_kinds(model: object, tokenizer: object) -> None:
-    """ConfigError for what is no model or no tokenizer."""
-    if not hasattr(model, "config") or not isinstance(model, nn.Module):
-        raise ConfigError(f"model: wanted an RWKV, such as heron.load gives, got {type(model).__name__}")
-    if not hasattr(tokenizer, "vocab_size") or isinstance(tokenizer, nn.Module):
-        raise ConfigError(
-            f"tokenizer: wanted a tokenizer, such as heron.tokenizer.load gives, got {type(tokenizer).__name__}"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from heron.generation.decoder import is_fusible, only_computing
 from heron.generation.graphed import GraphedReader
 from heron.model import RWKV, State
 from heron.model.memory import Documents, Recollection, recall
+from heron.model.state import with_memory
 from heron.tables.store import Tables
 
 
@@ -43,18 +43,20 @@ class PromptReader:
 
     def read(self, piece: Sequence[int], state: State | None) -> State | None:
         """The state behind a piece, in inference mode; `state` (batch size 1; None: zeros) is kept."""
-        recalled, memory = self._recall(piece, state)
         if self._has_graph and len(piece) == self.size:
+            recalled, memory = self._recall(piece, state)
             if self._graphed is None:
                 self._graphed = GraphedReader(self._model, self.size)
-            behind = self._graphed.read(piece, state, recalled)
-        else:
-            of_memory: dict[str, Any] = {} if recalled is None else {"recalled": recalled}
-            with only_computing(self._model):
-                _, behind = self._model.hidden_states(self._tokens(piece), state, **of_memory)
-        if memory is None or not isinstance(behind, State):
-            return behind  # pyright: ignore[reportReturnType]  (of one sequence it is no tuple)
-        return dataclasses.replace(behind, memory=memory)
+            return with_memory(self._graphed.read(piece, state, recalled), memory)
+        return self.hidden(piece, state)[1]
+
+    def hidden(self, piece: Sequence[int], state: State | None) -> tuple[Tensor, State | None]:
+        """The last hidden states (T, C) of a piece, behind ln_out, and the state as :meth:`read` gives it."""
+        recalled, memory = self._recall(piece, state)
+        of_memory: dict[str, Any] = {} if recalled is None else {"recalled": recalled}
+        with only_computing(self._model):
+            hidden, behind = self._model.hidden_states(self._tokens(piece), state, **of_memory)
+        return hidden[0], with_memory(behind, memory)
 
     def logits(self, token: int, state: State | None) -> Tensor:
         """Those (V,) behind one token more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +14,17 @@ from torch import Tensor
 from heron.config import LARGEST_SEED
 from heron.config.settings import plain
 from heron.errors import ConfigError, DataError
+from heron.generation.constraint import Constraint
+from heron.generation.extras import Extras
 from heron.generation.sampling import Sampling, Token
 from heron.generation.snapshot import Snapshot
 from heron.generation.text import TextWriter, UntilStop
 from heron.model import State
 from heron.tokenizer import Tokenizer
 from heron.tokenizer.continuation import encode_behind
+
+LARGEST_BIAS = 100.0
+MOST_LIKELIEST = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,18 @@ class Request:
     """What comes before the prompt; a text goes on there by :func:`heron.tokenizer.continuation.encode_behind`."""
     stop_ids: Sequence[int] = ()
     """Ids that end it and are not given out, as the end of a document does."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    """Numbers from -100 to 100 that are added to the logits of ids before anything else; -100 all but bars an id."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens :attr:`Token.top` gives with each token, 0 to 20; None: none. Their logprobs, as
+    :attr:`Token.logprob`, are the model's own: before biases, the constraint, penalties and sampling settings."""
+    constraint: Constraint | None = None
+    """What may come next, token by token; the request can be served once, since it is moved on. Ids that end the text
+    are drawn where it is over."""
+    marks: Sequence[int] = ()
+    """Numbers of prompt ids, from 1 on and those pending in `after` not counted, behind which a snapshot is kept while
+    the prompt is read: :attr:`OpenSequence.snapshots`. A piece ends at each, so a prompt that goes on from one of them,
+    with the same marks behind it, is read by the same pieces, hence to the same bits."""
 
     def check(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """ConfigError for a setting that no engine with this tokenizer and so many ids could serve."""
@@ -56,6 +73,22 @@ class Request:
         whole = np.iterable(ids) and all(type(i) is int or isinstance(i, np.integer) for i in ids)
         if not whole or not all(0 <= i < vocab_size for i in ids):
             raise ConfigError(f"stop_ids: wanted ids from 0 to {vocab_size - 1}, got {ids!r:.80}")
+        check_bias(self.logit_bias, tokenizer.vocab_size)
+        wanted = plain(self.logprobs)
+        if wanted is not None and (type(wanted) is not int or not 0 <= wanted <= MOST_LIKELIEST):
+            raise ConfigError(f"logprobs: wanted a whole number from 0 to {MOST_LIKELIEST}, or None, got {wanted!r}")
+        parts = ("allowed", "accept", "is_over")
+        if self.constraint is not None and not all(hasattr(self.constraint, part) for part in parts):
+            got = type(self.constraint).__name__
+            raise ConfigError(f"constraint: wanted one with {', '.join(parts)}, got {got}")
+
+    def extras(self, tokenizer: Tokenizer) -> Extras | None:
+        """What drawing must do for it beyond its sampling; None: nothing."""
+        if not self.logit_bias and self.constraint is None and not self.logprobs:
+            return None
+        ends = {*self.stop_ids, *(() if tokenizer.eod is None else (tokenizer.eod,))}
+        ends = [token for token in sorted(ends) if token < tokenizer.vocab_size]
+        return Extras(dict(self.logit_bias), self.constraint, ends, self.logprobs or 0)
 
 
 class Piece(NamedTuple):
@@ -76,7 +109,9 @@ class OpenSequence:
         place: its number among the engine's places.
         unread: the ids that are still to be read, the last of them by the step that draws the next token.
         state: behind what was read of a prompt; None at the start, and once the prompt was read.
-        sampling, counts, generator: how its tokens are drawn, the occurrences of tokens (V,), the random numbers.
+        snapshots: by mark of its request, those that reading has come to; they stay when it is closed.
+        sampling, extras, counts, generator: how its tokens are drawn, what is asked for beside, the occurrences of
+            tokens (V,), the random numbers.
     """
 
     def __init__(
@@ -84,23 +119,42 @@ class OpenSequence:
         place: int,
         unread: list[int],
         state: State | None,
-        sampling: Sampling,
+        request: Request,
+        extras: Extras | None,
         counts: Tensor | None,
         generator: torch.Generator,
         text: TextWriter,
     ):
         self.text, self.is_open, self.place = text, True, place
+        self.sampling, self.extras, self.counts, self.generator = request.sampling, extras, counts, generator
+        self.snapshots: dict[int, Snapshot] = {}
+        self._marks = frozenset(request.marks)
+        self._n_read = -len(request.after.pending) if request.after is not None else 0  # ids of the prompt
         self.unread, self.state = unread, state
-        self.sampling, self.counts, self.generator = sampling, counts, generator
+        self.has_read(0, state)
 
     @property
     def is_read(self) -> bool:
         """Whether its prompt was read, so that every step draws a token for it."""
         return len(self.unread) == 1
 
-    def go_on(self, unread: list[int], state: State | None = None) -> None:
-        """Note what the engine has read, or drawn."""
-        self.unread, self.state = unread, state
+    @property
+    def n_readable(self) -> int:
+        """How many ids of its prompt may be read at once: those before the last one, up to the next mark."""
+        return min([len(self.unread) - 1, *(mark - self._n_read for mark in self._marks if mark > self._n_read)])
+
+    def has_read(self, n: int, state: State | None) -> None:
+        """Note that the engine has read the next `n` ids of the prompt, and is at `state`."""
+        n_read, unread = self._n_read + n, self.unread[n:]
+        is_read = len(unread) == 1  # the last id is then pending in a snapshot behind it
+        for pending in ((), tuple(unread)) if is_read else ((),):
+            if (mark := n_read + len(pending)) in self._marks:
+                self.snapshots[mark] = Snapshot(state and state.clone(), pending)
+        self._n_read, self.unread, self.state = n_read, unread, None if is_read else state
+
+    def go_on(self, token: int) -> None:
+        """Note the token that was drawn."""
+        self.unread = [token]
 
     def end(self) -> None:
         """Note that the engine has closed it."""
@@ -148,6 +202,26 @@ def check_max_tokens(max_tokens: int) -> None:
     """ConfigError unless it is a whole number from 0 on."""
     if type(plain(max_tokens)) is not int or max_tokens < 0:
         raise ConfigError(f"max_tokens: wanted a whole number from 0 on, got {max_tokens!r}")
+
+
+def check_bias(bias: Mapping[int, float], n_ids: int) -> None:
+    """ConfigError unless it gives ids below `n_ids` numbers from -LARGEST_BIAS to LARGEST_BIAS."""
+    if not isinstance(bias, Mapping):
+        raise ConfigError(f"logit_bias: wanted a mapping of ids to numbers, got {type(bias).__name__}")
+    for token, value in bias.items():
+        if type(token) is not int or not 0 <= token < n_ids:
+            raise ConfigError(f"logit_bias: wanted ids from 0 to {n_ids - 1}, got {token!r}")
+        if type(value) not in (int, float) or not abs(value) <= LARGEST_BIAS:  # NaN is not
+            raise ConfigError(
+                f"logit_bias: wanted numbers from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g}, got {value!r} for id {token}"
+            )
+
+
+def check_marks(marks: Sequence[int], n_ids: int) -> None:
+    """ConfigError unless they are whole numbers from 1 to `n_ids`, that of the prompt's ids."""
+    for mark in marks:
+        if type(mark) is not int or not 1 <= mark <= n_ids:
+            raise ConfigError(f"marks: wanted whole numbers from 1 to {n_ids}, the prompt's ids, got {mark!r}")
 
 
 def check_seed(seed: int) -> None:

@@ -80,6 +80,7 @@ class Token(NamedTuple):
     id: int
     logprob: float  # natural logarithm of its probability under the model, before penalties and sampling settings
     match: Match | None = None  # the longest match of ROSA memory, where this is the token that it predicted
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest ids with such logprobs, where they are asked for
 
 
 def increments(tokenizer: Tokenizer) -> Tensor:
@@ -154,12 +155,19 @@ def log_softmax(logits: Tensor) -> np.ndarray:
 
 def check_finite(logits: Tensor) -> None:
     """HeronError if the largest of the logits (V,) is NaN or infinite."""
+    if (error := not_finite(logits)) is not None:
+        raise error
+
+
+def not_finite(logits: Tensor) -> HeronError | None:
+    """The error of logits (V,) whose largest is NaN or infinite."""
     values = logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32)).numpy()
-    if not math.isfinite(values.max()):
-        raise HeronError(
-            f"logits: wanted finite numbers, got {float(values.max())} at token id {int(values.argmax())}. "
-            "The weights are damaged or their training has diverged; load an earlier checkpoint"
-        )
+    if math.isfinite(values.max()):
+        return None
+    return HeronError(
+        f"logits: wanted finite numbers, got {float(values.max())} at token id {int(values.argmax())}. "
+        "The weights are damaged or their training has diverged; load an earlier checkpoint"
+    )
 
 
 def _kept(log_probs: np.ndarray, sampling: Sampling) -> np.ndarray:

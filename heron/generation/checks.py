@@ -1,0 +1,44 @@
+"""What an engine is built from, checked before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from heron.config.settings import plain
+from heron.errors import ConfigError, did_you_mean
+from heron.tables.store import PLACES
+
+
+def check_parts(model: Any, tokenizer: Any) -> None:
+    """ConfigError for what is no model or no tokenizer, or for two that don't fit together."""
+    if not hasattr(model, "config") or not isinstance(model, nn.Module):
+        raise ConfigError(f"model: wanted an RWKV, such as heron.load gives, got {type(model).__name__}")
+    if not hasattr(tokenizer, "vocab_size") or isinstance(tokenizer, nn.Module):
+        raise ConfigError(
+            f"tokenizer: wanted a tokenizer, such as heron.tokenizer.load gives, got {type(tokenizer).__name__}"
+        )
+    n_ids, vocab_size = tokenizer.vocab_size, model.config.vocab_size
+    if n_ids > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {n_ids} token ids, the model only {vocab_size} (its vocab_size); "
+            "give the tokenizer that the model was trained with"
+        )
+
+
+def checked_rows(rows: int) -> int:
+    """The number of places; ConfigError unless it is a whole number from 1 on."""
+    rows = plain(rows)
+    if type(rows) is not int or rows < 1:
+        raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
+    return rows
+
+
+def check_tables(tables: str, tables_file: str | Path | None) -> None:
+    """ConfigError for a place that tables cannot have, or one that does not go with `tables_file`."""
+    if tables not in PLACES:
+        raise ConfigError(f"tables: wanted {', '.join(PLACES)}, got {tables!r}.{did_you_mean(tables, PLACES)}")
+    if (tables == "disk") != (tables_file is not None):
+        raise ConfigError("tables: 'disk' needs a tables_file, and nothing else takes one")
