@@ -62,11 +62,15 @@ class Page {
       const chosen = localStorage.getItem("heron.model");
       byId("model").replaceChildren(...models.map((name) => element("option", { selected: name === chosen }, name)));
       byId("model").disabled = models.length < 2;
-      byId("welcome-model").textContent = `${byId("model").value} is listening.`;
+      this.#greet();
       await this.states.refresh();
     } catch (error) {
       this.report(error);
     }
+  }
+
+  #greet() {
+    byId("welcome-model").textContent = `You are talking to ${byId("model").value}.`;
   }
 
   open(conversation) {
@@ -223,7 +227,7 @@ class Page {
     });
     byId("model").addEventListener("change", ({ target }) => {
       localStorage.setItem("heron.model", target.value);
-      byId("welcome-model").textContent = `${target.value} is listening.`;
+      this.#greet();
     });
     byId("theme").value = document.documentElement.dataset.theme ?? "";
     byId("theme").addEventListener("change", ({ target }) => {

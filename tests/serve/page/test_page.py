@@ -222,10 +222,10 @@ def test_keyboard_alone(tab, server):
     def focus(selector, key="Tab"):
         for _ in range(80):
             if tab.evaluate("selector => document.activeElement.matches(selector)", selector):
-                outline = tab.evaluate(
-                    "getComputedStyle(document.activeElement.closest('.field') ?? document.activeElement)"
+                ring = (
+                    "getComputedStyle(document.activeElement.closest('.field') ?? document.activeElement).outlineStyle"
                 )
-                assert outline
+                assert tab.evaluate(ring) != "none", f"{selector} does not show that it has the focus"
                 return
             tab.keyboard.press(key)
         raise AssertionError(f"{key} does not reach {selector}")
