@@ -94,6 +94,7 @@ export class Conversation {
     const messages = this.data.system.trim() ? [{ role: "system", content: this.data.system }] : [];
     for (const { id, role, content } of this.path()) {
       if (id === answer.id) break;
+      if (role === "assistant" && !content) continue; // it failed, or was stopped before its first word
       messages.push({ role, content });
     }
     return messages;

@@ -326,7 +326,9 @@ def test_a_refusal_is_said_and_retry_asks_again(tab, server, refusal, notice):
     assert tab.inner_text("#notice") == notice
     assert tab.inner_text(".assistant .figures") == "no answer"
     server.refusal = None
-    act(tab, "Retry")
+    say(tab, "still there?")
+    assert sent(server) == [("user", "hello"), ("user", "still there?")]
+    act(tab, "Retry", 0)
     tab.wait_for_selector("#send:visible")
     assert shown(tab) == ["hello", "You said: hello"]
     assert not tab.is_visible("#notice")
