@@ -1,4 +1,4 @@
-"""Tokens per second over HTTP, beside the engine's own: `heron serve` and N clients that stream, in processes of their own.
+"""Tokens per second over HTTP, beside the engine's own: a server, and N clients that stream in another process.
 
     python benchmarks/serve.py --clients 256                       a v7 of random weights, --n_layer, --n_embd
     python benchmarks/serve.py --model x.pth --clients 64 --arrive 2 --prompt 512
@@ -186,9 +186,8 @@ def main() -> None:
         options.vocab_size = model.config.vocab_size
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} threads"
     config = model.config
-    print(
-        f"torch {torch.__version__}, {where}, {config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}\n"
-    )
+    sizes = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}"
+    print(f"torch {torch.__version__}, {where}, {sizes}\n")
 
     alone = {}
     for rows in (options.rows, 1):

@@ -14,8 +14,8 @@ from heron.model import RWKV, State
 from heron.tokenizer import Tokenizer
 
 __all__ = [
-    "Constraint", "Engine", "OpenSequence", "Piece", "Request", "Sampling", "Snapshot", "TextWriter", "Token", "generate",
-    "sample", "stream",
+    "Constraint", "Engine", "OpenSequence", "Piece", "Request", "Sampling", "Snapshot", "TextWriter", "Token",
+    "generate", "sample", "stream",
 ]  # fmt: skip
 
 

@@ -20,7 +20,8 @@ def check_parts(model: Any, tokenizer: Any) -> None:
         raise ConfigError(
             f"tokenizer: wanted a tokenizer, such as heron.tokenizer.load gives, got {type(tokenizer).__name__}"
         )
-    n_ids, vocab_size = tokenizer.vocab_size, model.config.vocab_size
+    config: Any = model.config
+    n_ids, vocab_size = tokenizer.vocab_size, config.vocab_size
     if n_ids > vocab_size:
         raise ConfigError(
             f"the tokenizer has {n_ids} token ids, the model only {vocab_size} (its vocab_size); "

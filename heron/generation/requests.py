@@ -54,9 +54,9 @@ class Request:
     """What may come next, token by token; the request can be served once, since it is moved on. Ids that end the text
     are drawn where it is over."""
     marks: Sequence[int] = ()
-    """Numbers of prompt ids, from 1 on and those pending in `after` not counted, behind which a snapshot is kept while
-    the prompt is read: :attr:`OpenSequence.snapshots`. A piece ends at each, so a prompt that goes on from one of them,
-    with the same marks behind it, is read by the same pieces, hence to the same bits."""
+    """Numbers of prompt ids, those pending in `after` not counted, behind which a snapshot is kept while the prompt is
+    read: :attr:`OpenSequence.snapshots`. From 1 on, before the last id. A piece ends at each, so a prompt that goes on
+    from one of them, with the same marks behind it, is read by the same pieces, hence to the same bits."""
 
     def check(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """ConfigError for a setting that no engine with this tokenizer and so many ids could serve."""
@@ -131,7 +131,6 @@ class OpenSequence:
         self._marks = frozenset(request.marks)
         self._n_read = -len(request.after.pending) if request.after is not None else 0  # ids of the prompt
         self.unread, self.state = unread, state
-        self.has_read(0, state)
 
     @property
     def is_read(self) -> bool:
@@ -146,15 +145,13 @@ class OpenSequence:
     def has_read(self, n: int, state: State | None) -> None:
         """Note that the engine has read the next `n` ids of the prompt, and is at `state`."""
         n_read, unread = self._n_read + n, self.unread[n:]
-        is_read = len(unread) == 1  # the last id is then pending in a snapshot behind it
-        for pending in ((), tuple(unread)) if is_read else ((),):
-            if (mark := n_read + len(pending)) in self._marks:
-                self.snapshots[mark] = Snapshot(state and state.clone(), pending)
-        self._n_read, self.unread, self.state = n_read, unread, None if is_read else state
+        if n_read in self._marks:
+            self.snapshots[n_read] = Snapshot(state and state.clone())
+        self._n_read, self.unread, self.state = n_read, unread, state if len(unread) > 1 else None
 
     def go_on(self, token: int) -> None:
         """Note the token that was drawn."""
-        self.unread = [token]
+        self.unread, self.state = [token], None
 
     def end(self) -> None:
         """Note that the engine has closed it."""
@@ -218,10 +215,10 @@ def check_bias(bias: Mapping[int, float], n_ids: int) -> None:
 
 
 def check_marks(marks: Sequence[int], n_ids: int) -> None:
-    """ConfigError unless they are whole numbers from 1 to `n_ids`, that of the prompt's ids."""
+    """ConfigError unless they are whole numbers from 1 on, before the last of a prompt's `n_ids` ids."""
     for mark in marks:
-        if type(mark) is not int or not 1 <= mark <= n_ids:
-            raise ConfigError(f"marks: wanted whole numbers from 1 to {n_ids}, the prompt's ids, got {mark!r}")
+        if type(mark) is not int or not 1 <= mark < n_ids:
+            raise ConfigError(f"marks: wanted whole numbers from 1 on, before the last of {n_ids} ids, got {mark!r}")
 
 
 def check_seed(seed: int) -> None:
