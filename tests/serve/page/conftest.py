@@ -7,12 +7,13 @@ import shutil
 import threading
 
 import pytest
-from scripted_server import ScriptedServer
+
+from page.scripted_server import ScriptedServer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="module")  # Playwright runs an event loop in this thread, which other modules want for themselves
+@pytest.fixture(scope="package")  # Playwright runs an event loop in this thread, which other tests want for themselves
 def context():
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
@@ -25,7 +26,7 @@ def context():
         context.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def window(context):
     page = context.new_page()
     page.errors = []
