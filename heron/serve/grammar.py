@@ -93,7 +93,10 @@ class Grammars:
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0].partition(": ")[2]
             raise Refusal(400, f"{param}: {reason[:300] or 'no grammar can be made of it'}", param)
-        return Grammar(matcher, self._tokenizer.vocab_size)
+        grammar = Grammar(matcher, self._tokenizer.vocab_size)
+        if not grammar.allowed().any() or matcher.is_error():  # such as a schema that refers to itself alone
+            raise Refusal(400, f"{param}: no text follows it", param)
+        return grammar
 
     @functools.cached_property
     def _ids(self) -> llguidance.LLTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from heron.errors import HeronError
+from heron.serve.sessions import NoSuchState
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -55,4 +56,8 @@ def stopping() -> Refusal:
 
 def of_error(error: HeronError) -> Refusal:
     """An error of ours that a request has caused. Its message names no file: no request does."""
-    return error if isinstance(error, Refusal) else Refusal(400, str(error))
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, NoSuchState):
+        return Refusal(404, str(error), "state", "state_not_found")
+    return Refusal(400, str(error))

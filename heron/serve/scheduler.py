@@ -244,7 +244,8 @@ class Scheduler:
             job = self._writing[sequence]
             if isinstance(token, HeronError):
                 self._leave(sequence, job)
-                self._fail(job, Refusal(500, str(token)))
+                is_ours = job.request.constraint is None  # else the grammar that was asked for leads nowhere
+                self._fail(job, Refusal(500 if is_ours else 400, str(token)))
                 continue
             piece = self._pending.get(job)
             if piece is None:

@@ -153,7 +153,7 @@ def test_a_job_that_fails_ends_alone(engine_of):
         scheduler.submit(bad, good)
         with pytest.raises(Refusal, match="enough") as caught:
             await ids_of(bad)
-        assert caught.value.status == 500
+        assert caught.value.status == 400
         return await ids_of(good)
 
     assert len(running(engine_of(2), work)) == 20

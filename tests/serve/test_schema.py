@@ -20,15 +20,13 @@ def bounded(engine_of):
 
 
 def test_no_request_that_the_schema_allows_is_answered_5xx(bounded):
-    n_made, found = server_errors(bounded, 20)
-    assert not found
-    assert n_made > 200
+    assert server_errors(bounded, 160) == []
 
 
 def test_a_server_that_fails_is_found(engine_of, monkeypatch):
     monkeypatch.setattr(Engine, "check", lambda engine, request: 1 / 0)
     with running(engine_of(1), max_answer=8) as address:
-        assert server_errors(address, 10)[1]
+        assert server_errors(address, 32)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
