@@ -84,6 +84,14 @@ export class Conversation {
     return message;
   }
 
+  /** Take away the answers to a message that came to nothing: another one takes their place. */
+  dropEmptyAnswers(parent) {
+    const { messages } = this.data;
+    const isKept = ({ id, parent: below, role, content, thought }) =>
+      below !== parent || role !== "assistant" || content || thought || messages.some((other) => other.parent === id);
+    this.data.messages = messages.filter(isKept);
+  }
+
   /** Show this version of its message, with what follows it. */
   choose(message) {
     this.data.chosen[message.parent] = message.id;

@@ -132,6 +132,7 @@ class Page {
   async answer(parent) {
     const { conversation } = this;
     this.stop(); // one answer at a time in a conversation
+    conversation.dropEmptyAnswers(parent);
     const answer = conversation.add(parent, "assistant");
     const version = conversation.versions(answer).indexOf(answer);
     const request = { model: byId("model").value, ...this.settings.request(version, this.showsTokens) };

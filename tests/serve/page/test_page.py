@@ -327,12 +327,16 @@ def test_a_refusal_is_said_and_retry_asks_again(tab, server, refusal, notice):
     assert tab.inner_text(".assistant .figures") == "no answer"
     server.refusal = None
     say(tab, "still there?")
-    assert sent(server) == [("user", "hello"), ("user", "still there?")]
-    act(tab, "Retry", 0)
+    assert sent(server) == [("user", "hello"), ("user", "still there?")]  # no answer without a word between them
+    server.refusal = refusal
+    say(tab, "and now?")
+    server.refusal = None
+    act(tab, "Retry")
     tab.wait_for_selector("#send:visible")
-    assert shown(tab) == ["hello", "You said: hello"]
+    assert shown(tab)[-2:] == ["and now?", "You said: and now?"]
+    assert not tab.query_selector(".versions")
     assert not tab.is_visible("#notice")
-    assert len(tab.errors) == 1  # the browser's own line about the status
+    assert len(tab.errors) == 2  # the browser's own lines about the status
     tab.errors.clear()
 
 
