@@ -34,6 +34,20 @@ class Snapshot:
     generator: Tensor | None = None
     """State of the sequence's random generator; None: a seed decides."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where its state is; the CPU where there is none."""
+        return torch.device("cpu") if self.state is None else self.state.layers[0].wkv.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(part.nbytes for part in (self.state, self.counts, self.generator) if part is not None)
+
+    def to(self, device: torch.device | str) -> Snapshot:
+        """The snapshot with its state on another device."""
+        return self if self.state is None else dataclasses.replace(self, state=self.state.to(device))
+
 
 def write_snapshot(snapshot: Snapshot, path: Path, model: str) -> None:
     """Write a snapshot of the model with the fingerprint `model`; CheckpointError as :meth:`heron.Engine.save`."""
