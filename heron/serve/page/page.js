@@ -145,17 +145,20 @@ class Page {
     this.composer.focus();
     this.#say("Heron is writing.");
     let saved = Date.now();
+    const save = () => {
+      if (this.store.get(conversation.id)) saved = this.save(conversation); // else it was deleted meanwhile
+    };
     try {
       await write(this.server, conversation, answer, request, stopping.signal, (changed) => {
         this.#showSoon(changed);
-        if (Date.now() - saved > SAVE_EVERY_MS) saved = this.save(conversation);
+        if (Date.now() - saved > SAVE_EVERY_MS) save();
       });
-      this.#say("The answer is complete.");
+      this.#say("The answer has ended.");
     } catch (error) {
       if (conversation === this.conversation) this.report(error);
     } finally {
       if (this.#writing.get(conversation.id) === stopping) this.#writing.delete(conversation.id);
-      if (this.store.get(conversation.id)) this.save(conversation); // unless it was deleted meanwhile
+      save();
       if (conversation === this.conversation) {
         this.#showNow();
         this.composer.isWriting = this.#writing.has(conversation.id);

@@ -402,6 +402,18 @@ def test_a_conversation_is_deleted_after_a_question(tab):
     assert not tab.query_selector_all("#conversations li")
 
 
+def test_a_conversation_that_is_deleted_while_it_is_answered_stays_away(tab, server):
+    server.endless.add("go on")
+    say(tab, "go on", wait=False)
+    tab.wait_for_selector(".assistant .text:has-text('more')")
+    tab.wait_for_timeout(1100)  # so that the next piece would be saved
+    tab.once("dialog", lambda dialog: dialog.accept())
+    tab.click("[aria-label='Delete go on']")
+    assert server.left.wait(5)
+    tab.reload()
+    assert not tab.query_selector_all("#conversations li")
+
+
 def test_states_are_saved_started_from_and_deleted(tab, server):
     open_settings(tab)
     say(tab, "remember this")
