@@ -44,6 +44,7 @@ VERBS = (
     "info",
     "doctor",
     "plot",
+    "compare",
     "estimate",
     "bench",
 )
@@ -315,6 +316,7 @@ def test_help_lists_the_verbs_and_the_version_is_there(heron_):
         ("memory build text.txt --out x --tokeniser y", ["Did you mean '--tokenizer'"]),
         ("convert x.pth", ["required"]),
         ("eval x.pth", ["--data"]),
+        ("compare runs/x --at step", ["--at", "end, tokens, time"]),
         ("doctor now", ["now"]),
     ],
 )
@@ -443,6 +445,9 @@ def test_a_flag_may_be_given_twice_with_one_value_and_some_with_several(heron_, 
         "info ''",
         "plot ''",
         "plot {run} --out ''",
+        "compare ''",
+        "compare {run} --out ''",
+        "compare {run} --plot ''",
     ],
 )
 def test_an_empty_value_is_refused_on_every_verb(heron_, trained, tmp_path, monkeypatch, command):
@@ -624,6 +629,17 @@ def test_plot(heron_, trained, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_compare(heron_, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints", "*.pth"))
+    for _ in range(2):  # what this command wrote, it may replace
+        code, out, err = heron_(f"compare {trained} {tmp_path}/other --out {tmp_path}/t.md --plot {tmp_path}/t.png")
+        assert (code, err) == (0, "")
+    table = out.partition("\n\nwrote ")[0]
+    assert table.startswith("| runs | seeds | val_loss | val_bpb |")
+    assert (tmp_path / "t.md").read_text(encoding="utf-8") == f"<!-- heron compare -->\n\n{table}\n"
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
     demo = pytest.importorskip("heron.commands.demo")
     settings = demo.config
@@ -778,6 +794,10 @@ def test_bad_weights_are_one_line_everywhere(heron_, weights, text, tmp_path, co
         ("plot {here}", ["log.jsonl"]),
         ("plot {run} --out {here}/x.gif", ["x.gif", ".png"]),
         ("plot {run} --out {text}/x.png", ["text.txt"]),
+        ("compare {here}", ["log.jsonl"]),
+        ("compare {run} {run}", ["given twice"]),
+        ("compare {run} --out {text}", ["text.txt", "not written by this command"]),
+        ("compare {run} --plot {here}/x.gif", ["x.gif", ".png"]),
         ("train --max_steps 2 --out {text}/run", ["text.txt"]),
         ("train --max_steps 2 --out {here}/r --data {here}/none.txt", ["none.txt"]),
         (

@@ -124,6 +124,7 @@ _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none 
     "info": lambda: import_module("heron.commands.info"),
     "doctor": lambda: import_module("heron.commands.doctor"),
     "plot": lambda: import_module("heron.commands.plot"),
+    "compare": lambda: import_module("heron.commands.compare"),
 }
 
 
@@ -340,6 +341,13 @@ def parser() -> argparse.ArgumentParser:
     plot = verb("plot", "draw the curves of one or more runs")
     plot.add_argument("runs", nargs="+", help="run folders")
     plot.add_argument("--out", default="loss.png", help="a .png or .svg file")
+
+    compare = verb("compare", "the figures of several runs in a table, with their spread over seeds")
+    compare.add_argument("runs", nargs="+", help="run folders; those that differ in their seed alone share a line")
+    at_help = "each at its end, or all after as many tokens, or as much time, as every run has"
+    compare.add_argument("--at", choices=("end", "tokens", "time"), default="end", help=at_help)
+    compare.add_argument("--out", help="also write the table to this file, in Markdown")
+    compare.add_argument("--plot", help="also draw the curves, a colour for each line of the table, to a .png or .svg")
     return parser
 
 

@@ -37,7 +37,7 @@ def is_ours(content: bytes) -> bool:
     return _MAKER.encode() in content[:4096]
 
 
-def plot(runs: Sequence[Path], out: Path) -> Path:
+def plot(runs: Sequence[Path], out: Path, names: Sequence[str] | None = None) -> Path:
     """Draw loss, validation, learning rate, gradient norm and throughput of one or more runs over their steps.
 
     The validation panel is in bits per byte, which compare across tokenizers, if every run has them, else in nats
@@ -46,6 +46,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
     Args:
         runs: run folders (or log.jsonl files).
         out: the picture, .png or .svg. Its folder is created if missing.
+        names: what each run is called; runs of one name share a colour. None: as their folders.
 
     Raises:
         ConfigError: no run, or another ending.
@@ -76,8 +77,9 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
     _dress(panels["grad_norm"], "Gradient norm before clipping", "")
     _dress(panels["tokens_per_s"], "Throughput", "tokens per second")
 
-    names = [_drawable(name) for name in _names(runs)]
-    for i, (name, (steps, validations)) in enumerate(zip(names, logs, strict=True)):
+    names = [_drawable(name) for name in names or _names(runs)]
+    for number, (name, (steps, validations)) in enumerate(zip(names, logs, strict=True)):
+        i = list(dict.fromkeys(names)).index(name)
         style: dict[str, Any] = dict(color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4])
         style["marker"] = "o" if len(steps) == 1 else ""
         x = _column(steps, "step")
@@ -87,6 +89,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
             width = _smoothing(len(y))
             panels[key].plot(x, y, color=style["color"], alpha=0.25, linewidth=0.8)
             label = name if width == 1 else f"{name} (mean of {width} records)"
+            label = label if names.index(name) == number else ""  # one line of the legend for all of a name
             panels[key].plot(x, _smoothed(y, width), **style, label=label)
         x = _column(validations, "step")
         if len(runs) == 1 and validations:

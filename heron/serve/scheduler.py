@@ -55,7 +55,8 @@ class Job:
         self.request, self.start_key, self.keeps = request, start_key, keeps
         self.arrived_at = time.monotonic()
         self.deadline = self.arrived_at + timeout
-        self.ids, self.n_prompt, self.n_cached = list(request.prompt), len(request.prompt), 0
+        self.ids = [int(token) for token in request.prompt]
+        self.n_prompt, self.n_cached = len(self.ids), 0
         self.behind: Snapshot | None = None
         self.is_cancelled = False
         self._loop = asyncio.get_running_loop()

@@ -290,7 +290,9 @@ def test_saved_states_are_bounded(tmp_path, engine, behind):
     store = StateStore(tmp_path, 2 * size)
     store.save("two", behind([2]), engine)
     for use in (lambda: store.save("three", behind([3]), engine), lambda: store.fork("one", "three")):
-        with pytest.raises(CheckpointError, match=r"state 'three': with it .* MiB, and .* are theirs; delete one first"):
+        with pytest.raises(
+            CheckpointError, match=r"state 'three': with it .* MiB, and .* are theirs; delete one first"
+        ):
             use()
     store.save("two", behind([3]), engine)  # in place of another
     store.delete("one")

@@ -8,6 +8,7 @@ import torch
 
 from heron import tokenizer
 from heron.config.finetune_adapter import AdapterConfig
+from heron.data import template
 from heron.generation import Engine, Request, Sampling, Snapshot
 from heron.model import State
 from heron.model.adapters import add_adapter
@@ -41,12 +42,19 @@ def grown(address, turns, **more):
     return messages, answer
 
 
-def test_a_chat_of_20_turns_is_read_once(serve, engine_of):
-    messages, answer = grown(serve(engine_of(2)), 20)
+def test_a_chat_of_20_turns_is_read_once(serve, engine_of, tmp_path):
+    # This model writes no space in front of an answer, as the usual template has it and models trained on it write.
+    (tmp_path / "plain.jinja").write_text(
+        "{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    address = serve(engine_of(2), template=template.load(str(tmp_path / "plain.jinja")))
+    messages, answer = grown(address, 20)
     usage = answer["usage"]
-    new = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
-    assert new <= len(f"\n\nUser: {messages[-2]['content']}\n\nAssistant:")
-    assert usage["prompt_tokens_details"]["cached_tokens"] >= 0.95 * (usage["prompt_tokens"] - new)
+    n_cached = usage["prompt_tokens_details"]["cached_tokens"]
+    n_new = 1 + len(f"<user>{messages[-2]['content']}<assistant>")  # the last token drawn was not read yet
+    assert usage["prompt_tokens"] - n_cached == n_new
+    assert n_cached >= 0.95 * usage["prompt_tokens"]
 
 
 def test_what_is_cached_changes_no_answer(serve, engine_of):
@@ -135,7 +143,7 @@ def test_a_response_can_be_saved(http):
 
 
 def tuned(model, seed):
-    state = State.zeros(model.config, 1)
+    state = State.zeros(model.config, 1, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for layer in state.layers:
         layer.wkv.normal_(0, 1, generator=generator)
