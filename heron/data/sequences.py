@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from heron.data import jsonl
-from heron.data.conversations import Conversations, Sample, Samples, divided
+from heron.data.conversations import Conversations, Sample, divided
 from heron.data.files import suffix_of
 from heron.errors import DataError
 
