@@ -40,9 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.midi.name}: {key}, {len(given)} bars are kept")
     ids = [i for bar in given for i in bar]
     n_given, n_given_notes = len(ids), vocabulary.score(ids).note_num()
-    for number, bar in enumerate(
-        writing.bars(model, vocabulary, ids, options.bars, sampling, options.seed), start=len(given) + 1
-    ):
+    new_bars = writing.bars(model, vocabulary, tuple(ids), options.bars, sampling, options.seed)
+    for number, bar in enumerate(new_bars, start=len(given) + 1):
         ids += bar
         print(f"bar {number}: {len(bar)} ids")
     whole = moved(vocabulary.score(ids), -key.way_home)

@@ -52,23 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpus = sequences.load(str(options.data / "val.jsonl"), vocabulary.size, ctx_len=512, val_fraction=0.0)
     except HeronError as error:
         parser.exit(1, f"{error}\n")
+    val, train = (rows(options.data / f"{name}.jsonl") for name in ("val", "train"))
     loss = evaluate_batches(model, Packs(corpus.samples, 512, 0).each_once(4)).loss
-    counted = trigram.entropies(rows(options.data / "train.jsonl"), rows(options.data / "val.jsonl"), vocabulary.size)
     print(f"model: {loss:.3f} nats an id on held-out pieces")
-    for name, entropy in counted._asdict().items():
+    for name, entropy in trigram.entropies(train, val, vocabulary.size)._asdict().items():
         print(f"{name}: {entropy:.3f}, the model is {100 * (1 - loss / entropy):.1f} % below")
 
-    sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     found: dict[str, list[Measures]] = {"the piece itself": [], "the model": [], "random pitches": []}
-    lengths = []
-    for number, path in enumerate(sorted((options.data / "held_out").glob("*.mid"))[: options.pieces]):
-        seed, bars = options.seed + number, vocabulary.bars(vocabulary.ids(read_midi(path)))
+    sampling, lengths = Sampling(temperature=options.temperature, top_p=options.top_p), []
+    files = sorted((options.data / "held_out").glob("*.mid"))
+    pieces = [vocabulary.bars(vocabulary.ids(read_midi(path))) for path in files]
+    long_enough = [bars for bars in pieces if len(bars) >= options.from_bars + options.bars]
+    for seed, bars in enumerate(long_enough[: options.pieces], start=options.seed):
         given, own = bars[: options.from_bars], bars[options.from_bars :][: options.bars]
         written = list(writing.bars(model, vocabulary, joined(given), options.bars, sampling, seed))
         lengths.append(len(vocabulary.bars(vocabulary.ids(through_a_file(vocabulary, given + written)))))
         chance = vocabulary.bars(vocabulary.ids(at_random(vocabulary.score(joined(own)), seed)))
         for name, new in zip(found, (own, written, chance), strict=True):
             found[name].append(measured(vocabulary, given, new))
+    if not lengths:
+        parser.exit(1, f"no held-out piece has {options.from_bars + options.bars} bars; give fewer --bars\n")
     print(f"{len(lengths)} continuations, read again from MIDI files: {min(lengths)} to {max(lengths)} bars\n")
     print("| what follows | notes in key, % | pitch-class distance, % | repeated bars, % |\n|---|---|---|---|")
     for name, measures in found.items():

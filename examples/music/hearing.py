@@ -30,7 +30,7 @@ def write_roll(score: Score, path: Path, written_from: int, title: str = "") -> 
     axes.axvline(written_from / quarter, color="black", linewidth=0.8, linestyle="--")
     axes.set(xlabel="quarter notes", ylabel="MIDI pitch", title=title)
     axes.margins(x=0.01)
-    axes.legend(loc="upper right", ncols=2, frameon=False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

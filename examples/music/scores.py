@@ -25,7 +25,7 @@ class Vocabulary:
     """
 
     def __init__(self) -> None:
-        self._remi = REMI(
+        self._remi: Any = REMI(
             TokenizerConfig(
                 beat_res={(0, 4): 4, (4, 12): 2},  # sixteenths; of notes of four beats and more, eighths
                 special_tokens=["EOS"],
@@ -35,12 +35,13 @@ class Vocabulary:
             )
         )
         self.size = len(self._remi)
-        self.end, self.bar = self._remi["EOS_None"], self._remi["Bar_None"]
+        self.end: int = self._remi["EOS_None"]
+        self.bar: int = self._remi["Bar_None"]
         self.spec = f"integers:{self.size}:{self.end}"
 
     def ids(self, score: Score) -> list[int]:
         """The ids of a score of one track, without an end; none for one without notes."""
-        tracks: Any = self._remi(score)
+        tracks = self._remi(score)
         return list(tracks[0].ids) if tracks else []
 
     def score(self, ids: Sequence[int]) -> Score:

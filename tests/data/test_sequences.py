@@ -10,10 +10,14 @@ import pytest
 import torch
 
 import heron
+from heron.commands import eval as eval_verb
 from heron.commands import flags
+from heron.commands import train as train_verb
+from heron.config import RosaConfig
 from heron.data import sequences
+from heron.data.corpora import read_documents
 from heron.data.packs import Packs
-from heron.errors import DataError
+from heron.errors import ConfigError, DataError
 
 BAR = 0  # in these tests an event begins with it
 
@@ -129,9 +133,7 @@ def test_heron_train_learns_what_is_marked_and_goes_on_exactly(write, tmp_path, 
         common += " --tokenizer integers:10 --save_every 2 --eval_every 2 --sample_tokens 4 --lr_init 1e-2"
         words = ["train", "--data", data, "--val_data", val, "--out", str(tmp_path / out), *common.split(), *more]
         options = flags.parser().parse_args(words)
-        from heron.commands import train as verb
-
-        assert verb.run(options) == 0
+        assert train_verb.run(options) == 0
         return heron.load(tmp_path / out)
 
     whole = train("whole", "--max_steps", "4")
@@ -156,3 +158,45 @@ def test_heron_train_learns_what_is_marked_and_goes_on_exactly(write, tmp_path, 
     mean = sum(loss * n for loss, n in zip(losses, learned, strict=True)) / sum(learned)
     assert learned[0] != learned[1]
     assert lines[0]["loss"] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("rosa", [None, "memory"])
+def test_heron_eval_scores_what_is_learned(write, tmp_path, capsys, rosa):
+    torch.manual_seed(0)
+    memory = None if rosa is None else RosaConfig.preset(rosa)
+    model = heron.RWKV(
+        heron.ModelConfig(variant="v7", n_layer=1, n_embd=32, head_size=32, vocab_size=10, memory=memory)
+    )
+    with torch.no_grad():
+        model.head.weight.normal_()
+        for name, parameter in model.named_parameters():
+            if name.startswith("memory"):
+                parameter.normal_()
+    heron.save(model, tmp_path / "model.safetensors")
+    songs = [song(3), song(5)]
+    words = ["eval", str(tmp_path / "model.safetensors"), "--data", write(*songs), "--tokenizer", "integers:10"]
+
+    def evaluated(*more):
+        options = flags.parser().parse_args([*words, *more, "--json", str(tmp_path / "scores.json")])
+        eval_verb.run(options)
+        (score,) = json.loads((tmp_path / "scores.json").read_text())
+        return score["loss"], score["tokens"]
+
+    loss, n_targets = evaluated()
+    rows = [{key: torch.tensor(values) for key, values in row.items()} for row in songs]
+    targets = [torch.where(row["learned"] == 1, row["ids"], -100)[None, 1:] for row in rows]
+    with torch.no_grad():
+        sums = [
+            model.loss(row["ids"][None, :-1], y).item() * int((y != -100).sum())
+            for row, y in zip(rows, targets, strict=True)
+        ]
+    assert n_targets == sum(sum(row["learned"]) for row in songs)
+    assert loss == pytest.approx(sum(sums) / n_targets, abs=1e-5)
+    with pytest.raises(ConfigError, match="drop --mode rnn"):
+        evaluated("--mode", "rnn")
+
+
+def test_who_reads_rows_of_ids_as_text_is_told_what_is_there(write):
+    with pytest.raises(DataError, match=r"got the keys 'ids' \(list of 8\), 'learned'") as error:
+        list(read_documents(write(song(2))))
+    assert "jq" not in str(error.value)

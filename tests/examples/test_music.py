@@ -7,6 +7,7 @@ import json
 import math
 import re
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +191,13 @@ def test_entropies_of_what_can_be_counted():
 def test_rows_are_plain_json(chorales):
     line = (chorales / "train.jsonl").read_text().splitlines()[0]
     assert set(json.loads(line)) == {"ids", "learned", "may_cut"}
+
+
+def test_each_command_of_the_page_is_one_that_exists(capsys):
+    page = (Path(prepare.__file__).parent / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m (examples\.music\.\w+)(.*)$", page, re.MULTILINE)
+    assert {name.rpartition(".")[2] for name, _ in commands} == {"prepare", "train", "continue", "evaluate"}
+    for name, words in commands:
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main(["--help"])
+        assert set(re.findall(r"--\w+", words)) <= set(re.findall(r"--\w+", capsys.readouterr().out))
