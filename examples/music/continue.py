@@ -1,6 +1,6 @@
 """Continue a MIDI file, bar by bar, and write what came of it as MIDI, as a picture and as sound.
 
-python -m examples.music.continue data/music/held_out/bwv103.6.mid --model runs/music --bars 8 --out continued
+python -m examples.music.continue data/music/held_out/bwv103.6.mid --model runs/music --bars 8 --out runs/continued
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("continued"), help="path without suffix of .mid, .png, .wav")
+    parser.add_argument("--out", type=Path, default=Path("runs/continued"), help="of .mid, .png, .wav; without suffix")
     options = parser.parse_args(arguments)
 
     vocabulary = Vocabulary()
