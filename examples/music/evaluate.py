@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ class Measures(NamedTuple):
     in_key: float  # notes in the key of the bars before
     distance: float  # of their pitch classes to those of the bars before: half the sum of the differences of shares
     repeated: float  # bars that are the same as an earlier one
+    known: float  # bars that a piece of the training data has
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,17 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = sorted((options.data / "held_out").glob("*.mid"))
     pieces = [vocabulary.bars(vocabulary.ids(read_midi(path))) for path in files]
     long_enough = [bars for bars in pieces if len(bars) >= options.from_bars + options.bars]
+    known = {tuple(bar) for row in train for bar in vocabulary.bars(row["ids"])}
     for seed, bars in enumerate(long_enough[: options.pieces], start=options.seed):
         given, own = bars[: options.from_bars], bars[options.from_bars :][: options.bars]
         written = list(writing.bars(model, vocabulary, joined(given), options.bars, sampling, seed))
         lengths.append(len(vocabulary.bars(vocabulary.ids(through_a_file(vocabulary, given + written)))))
         chance = vocabulary.bars(vocabulary.ids(at_random(vocabulary.score(joined(own)), seed)))
         for name, new in zip(found, (own, written, chance), strict=True):
-            found[name].append(measured(vocabulary, given, new))
+            found[name].append(measured(vocabulary, given, new, known))
     if not lengths:
         parser.exit(1, f"no held-out piece has {options.from_bars + options.bars} bars; give fewer --bars\n")
     print(f"{len(lengths)} continuations, read again from MIDI files: {min(lengths)} to {max(lengths)} bars\n")
-    print("| what follows | notes in key, % | pitch-class distance, % | repeated bars, % |\n|---|---|---|---|")
+    print("| what follows | notes in key, % | pitch-class distance, % | repeated bars, % | bars in training, % |")
+    print("|---|---|---|---|---|")
     for name, measures in found.items():
         means = [f"{np.mean(values):.1f}" for values in zip(*measures, strict=True)]
         print(f"| {name} | {' | '.join(means)} |")
@@ -87,16 +90,17 @@ def joined(bars: Sequence[Sequence[int]]) -> list[int]:
     return [i for bar in bars for i in bar]
 
 
-def measured(vocabulary: Vocabulary, given: list[list[int]], new: list[list[int]]) -> Measures:
+def measured(
+    vocabulary: Vocabulary, given: list[list[int]], new: list[list[int]], known: Set[tuple[int, ...]]
+) -> Measures:
     """Of the bars `new` behind the bars `given`."""
     before, score = vocabulary.score(joined(given)), vocabulary.score(joined(new))
     distance = float(np.abs(pitch_classes(score) - pitch_classes(before)).sum() / 2)
-    earlier = {tuple(bar) for bar in given}
-    repeated = 0
-    for bar in map(tuple, new):
-        repeated += bar in earlier
-        earlier.add(bar)
-    return Measures(100 * share_in(key_of(before), score), 100 * distance, 100 * repeated / max(len(new), 1))
+    bars = [tuple(bar) for bar in given + new]
+    repeated = [bar in bars[:place] for place, bar in enumerate(bars)][len(given) :]
+    in_training = [bar in known for bar in bars[len(given) :]]
+    of_bars = (100 * sum(flags) / max(len(new), 1) for flags in (repeated, in_training))
+    return Measures(100 * share_in(key_of(before), score), 100 * distance, *of_bars)
 
 
 def at_random(score: Score, seed: int) -> Score:

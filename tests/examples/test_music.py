@@ -150,10 +150,11 @@ def test_evaluating_prints_entropies_and_music_beside_chance(trained, chorales, 
 def test_repeated_bars_and_pitch_classes_are_measured():
     bars = VOCABULARY.bars(VOCABULARY.ids(melody(*[60, 64, 67, 72] * 3, 61, 61, 61, 61)))
     assert len(bars) == 4
-    measures = evaluate.measured(VOCABULARY, bars[:1], bars[1:])
+    measures = evaluate.measured(VOCABULARY, bars[:1], bars[1:], {tuple(bars[3])})
     assert measures.repeated == pytest.approx(100 * 2 / 3)
     assert measures.in_key == pytest.approx(100 * 2 / 3)
     assert measures.distance == pytest.approx(100 / 3)
+    assert measures.known == pytest.approx(100 / 3)
 
 
 def test_keys():
