@@ -14,15 +14,21 @@ from heron.commands.settings import READING, given
 from heron.commands.sources import device_of, model_of, start_of, tokenizer_of
 from heron.commands.streams import note
 from heron.config import ModelConfig, TrainConfig
-from heron.data import token_index
+from heron.data import recalled, sequences, token_index
 from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
+from heron.data.packs import Packs
+from heron.data.recalled import Rules
+from heron.errors import ConfigError
 from heron.files import refuse_foreign
+from heron.model import RWKV
 from heron.model.memory import Documents
 from heron.ops.rosa import TokenIndex
 from heron.progress import progress
 from heron.report import picture, scores
 from heron.tokenizer import Tokenizer
+
+_SAMPLES = 4  # of rows of ids that are read at once
 
 
 def run(options: argparse.Namespace) -> None:
@@ -70,11 +76,14 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
         result["memory"] = _looks_back_on(options, model.config.memory.window)
         lines.append(f"memory         {result['memory']}")
     if options.data:
-        tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), note)
-        with progress(f"reading {len(tokens):,} tokens of {options.data} with {path}"):
-            score = evaluate.evaluate(
-                model, tokens, options.ctx_len, n_bytes, mode=options.mode, documents=documents, start=start
-            )
+        if sequences.holds_ids(options.data, Reading(**reading).field):
+            score = _of_rows(model, options)
+        else:
+            tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), note)
+            with progress(f"reading {len(tokens):,} tokens of {options.data} with {path}"):
+                score = evaluate.evaluate(
+                    model, tokens, options.ctx_len, n_bytes, mode=options.mode, documents=documents, start=start
+                )
         result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
         result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
         lines += [
@@ -111,6 +120,20 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     if len(options.models) == 1:
         print("\n".join(lines))
     return result
+
+
+def _of_rows(model: RWKV, options: argparse.Namespace) -> evaluate.Evaluation:
+    """The score of the learned ids of rows of ids, each row from a zero state."""
+    given_too = [f"--{name}" for name in ("memory", "memory_from", "state") if getattr(options, name)]
+    if options.mode != "gpt" or given_too:
+        dropped = ", ".join([*given_too, *(["--mode rnn"] if options.mode != "gpt" else [])])
+        raise ConfigError(f"{options.data}: rows of ids are read in GPT mode, each from a zero state; drop {dropped}")
+    samples = sequences.load(options.data, model.config.vocab_size, options.ctx_len, val_fraction=0.0, say=note).samples
+    found = None
+    if (rosa := model.config.memory) is not None:
+        found = recalled.answers_each((samples[number].ids for number in range(len(samples))), Rules.of(rosa))
+    packs = Packs(samples, options.ctx_len, 0, recalled=found)
+    return evaluate.evaluate_batches(model, packs.each_once(_SAMPLES))
 
 
 def _documents(

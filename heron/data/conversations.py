@@ -75,7 +75,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Conversations(Corpus):
-    """A corpus of conversations: `train` and `val` are the ids of these samples.
+    """A corpus of conversations, or of other sequences that are apart: `train` and `val` are the ids of these samples.
 
     Attributes:
         samples: to train on.
@@ -131,14 +131,23 @@ def load(
     """
     check_tokenizer(tokenizer, chat_template)
     train = _read(data, tokenizer, ctx_len, chat_template, loss, say)
-    if val_data is not None:
-        val = _read(val_data, tokenizer, ctx_len, chat_template, loss, say)
-    else:
+    val = None if val_data is None else _read(val_data, tokenizer, ctx_len, chat_template, loss, say)
+    return divided(data, train, val, val_fraction, "conversations", mix)
+
+
+def divided(
+    data: str,
+    train: list[list[Sample]],
+    val: list[list[Sample]] | None,
+    val_fraction: float | None,
+    kind: str,
+    mix: Corpus | None = None,
+) -> Conversations:
+    """The corpus of rows, each of one sample or several; without `val`, the last `val_fraction` of the rows is it."""
+    if val is None:
         n_val = int(len(train) * (TEXT_VAL_FRACTION if val_fraction is None else val_fraction))
         if val_fraction and not n_val:
-            raise DataError(
-                f"{data}: val_fraction {val_fraction} of {len(train)} conversations is none; give 0 or more"
-            )
+            raise DataError(f"{data}: val_fraction {val_fraction} of {len(train)} {kind} is none; give 0 or more")
         train, val = train[: len(train) - n_val], train[len(train) - n_val :]
     samples, val_samples = Samples.of(train), Samples.of(val) if val else None
     parts = (samples.ids, samples.learned, samples.offsets)
@@ -146,7 +155,7 @@ def load(
     of_mix = () if mix is None else (mix.train,)
     return Conversations(
         samples.ids, None if val_samples is None else val_samples.ids, None, Path(data).name,
-        fingerprint(*parts, *of_val, *of_mix), "conversations", samples, val_samples, mix,
+        fingerprint(*parts, *of_val, *of_mix), kind, samples, val_samples, mix,
     )  # fmt: skip
 
 

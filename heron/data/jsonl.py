@@ -84,7 +84,8 @@ def _hint(row: dict[str, Any]) -> str:
     """What to type where the text lies elsewhere."""
     if any(isinstance(value, str) for value in row.values()):
         return "; --column NAME says which field is the text"
-    inner = next((key for key, value in row.items() if isinstance(value, list) and value), None)
+    lists = ((key, value) for key, value in row.items() if isinstance(value, list) and value)
+    inner = next((key for key, value in lists if isinstance(value[0], dict)), None)
     return f"; if these are the rows, take them out: jq -c '.[\"{inner}\"][]' FILE > rows.jsonl" if inner else ""
 
 

@@ -62,9 +62,7 @@ class Packs:
     def description(self) -> str:
         """One line for the console."""
         mixed = f", {float(self._share):.3g} of them from the second corpus" if self._share else ""
-        return (
-            f"{len(self._samples):,} conversations in {len(self._packs):,} samples, permuted anew in each epoch{mixed}"
-        )
+        return f"{len(self._samples):,} sequences in {len(self._packs):,} samples, permuted anew in each epoch{mixed}"
 
     def batch(self, first: int, count: int, every: int = 1) -> tuple[Tensor | None, ...]:
         """`count` samples of the run, counted from 0: `first`, and each that is `every` behind the one before.

@@ -11,7 +11,7 @@ import numpy as np
 
 from heron import files, tokenizer
 from heron.config import RosaConfig, TrainConfig
-from heron.data import conversations, recalled, template
+from heron.data import conversations, recalled, sequences, template
 from heron.data.binidx import open_binidx
 from heron.data.conversations import Conversations, Samples
 from heron.data.corpora import Reading
@@ -85,6 +85,10 @@ def text_tokenizer(
 
 def corpus(config: TrainConfig, text_tokenizer: tokenizer.Tokenizer, say: Callable[[str], None]) -> Corpus:
     """The tokens of the run; of one that learns from conversations, these, and the corpus that they are mixed with."""
+    if learns_ids(config):
+        return sequences.load(
+            config.data, text_tokenizer.vocab_size, config.ctx_len, config.val_data, config.val_fraction, say
+        )
     if (finetune := config.finetune) is not None:
         mix = None
         if finetune.mix:
@@ -101,6 +105,11 @@ def corpus(config: TrainConfig, text_tokenizer: tokenizer.Tokenizer, say: Callab
     )  # fmt: skip
 
 
+def learns_ids(config: TrainConfig) -> bool:
+    """Whether the run learns from rows of ids, of which some may be masked."""
+    return config.finetune is None and sequences.holds_ids(config.data, Reading.of(config).field)
+
+
 def batches(config: TrainConfig, corpus: Corpus, rosa: RosaConfig | None, recalled: Recalled | None) -> Batches | Packs:
     """The samples of the run.
 
@@ -108,8 +117,10 @@ def batches(config: TrainConfig, corpus: Corpus, rosa: RosaConfig | None, recall
         rosa: of the model's memory; None: it has none.
         recalled: what it recalls at each training token.
     """
-    if not isinstance(corpus, Conversations) or config.finetune is None:
+    if not isinstance(corpus, Conversations):
         return Batches(corpus.train, config.ctx_len, config.seed, corpus.kind, prime(config, corpus), recalled)
+    if config.finetune is None:
+        return Packs(corpus.samples, config.ctx_len, config.seed, recalled=recalled)
     mix = None
     if corpus.mix is not None:
         of_mix = recollections(dataclasses.replace(config, data=config.finetune.mix_data), rosa, corpus.mix)
@@ -120,9 +131,10 @@ def batches(config: TrainConfig, corpus: Corpus, rosa: RosaConfig | None, recall
 
 def val_packs(config: TrainConfig, corpus: Corpus, recalled: Recalled | None) -> Packs | None:
     """The validation conversations; None where there are none."""
-    if not isinstance(corpus, Conversations) or corpus.val_samples is None or config.finetune is None:
+    if not isinstance(corpus, Conversations) or corpus.val_samples is None:
         return None
-    return Packs(corpus.val_samples, config.ctx_len, 0, config.finetune.pack == "on", recalled)
+    packed = config.finetune is None or config.finetune.pack == "on"
+    return Packs(corpus.val_samples, config.ctx_len, 0, packed, recalled)
 
 
 def with_length(config: TrainConfig, batches: Batches | Packs, done: int) -> TrainConfig:
@@ -176,7 +188,7 @@ def _each_alone(samples: Samples, rules: recalled.Rules) -> Recalled:
 def looks_back_on(config: TrainConfig, corpus: Corpus) -> str:
     """What ROSA memory may look back on in training and in validation, in words."""
     if isinstance(corpus, Conversations):
-        return "a token looks back on its own conversation"
+        return "a token looks back on its own conversation or sequence"
     validation = "all of these and its own before it"
     if corpus.kind == "binidx" and config.val_data is not None:
         validation = "its own before it alone"
@@ -192,7 +204,7 @@ def prime(config: TrainConfig, corpus: Corpus) -> int | None:
     """
     if corpus.kind != "binidx":
         if config.magic_prime is not None:
-            if corpus.kind == "conversations":
+            if isinstance(corpus, Conversations):
                 raise ConfigError(f"magic_prime {config.magic_prime}: orders the samples of a binidx; drop it")
             raise ConfigError(
                 f"magic_prime {config.magic_prime}: it orders the samples of a binidx, and {corpus.name} is text; "

@@ -20,6 +20,7 @@ from heron.optim import build_optimizer, set_lr
 from heron.tables.rows import row_tables
 from heron.train import leaves
 from heron.train.guard import is_bad
+from heron.train.run_data import learns_ids
 
 _PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
 
@@ -87,10 +88,10 @@ class Learner:
         self._autocast_dtype = "fp32" if in_half else config.dtype
         in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
-        uneven = config.finetune is not None
+        self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
-            config.compile, device, model.config, config.tables, adds_up, uneven, kind, sharded
+            config.compile, device, model.config, config.tables, adds_up, self._uneven, kind, sharded
         )
         self._passes, self._graphs = Counter(), {}  # by shape of batch
         if self.tables is not None:
@@ -149,7 +150,7 @@ class Learner:
 
     def _parts(self, samples: Sequence[tuple[Tensor | None, ...]]) -> list[float]:
         """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
-        if self.config.finetune is None:
+        if not self._uneven:
             return [len(samples) * self.ranks.count] * len(samples)
         counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
         (total,) = self.ranks.sum([sum(counts)])

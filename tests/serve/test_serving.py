@@ -10,9 +10,10 @@ import time
 import httpx
 import pytest
 
+from heron import tokenizer
 from heron.config.serve import ServeConfig
 from heron.errors import ConfigError
-from heron.generation import Request, Sampling
+from heron.generation import Engine, Request, Sampling
 from heron.serve import protocol
 from tests.serve.running import raw, request_of, resident_mib, status_of, until
 
@@ -206,3 +207,23 @@ def test_memory_and_places_are_back_after_many_requests(serve, engine_of):
         asyncio.run(some(60))
     assert resident_mib() - before < 16, f"after {time.monotonic() - begun:.1f} s"
     assert engine.n_free == 8
+
+
+def test_a_vocabulary_of_integers_is_served_by_its_ids(serve, random_model):
+    address = serve(Engine(random_model(vocab_size=10), tokenizer.load("integers:10"), 2))
+
+    def completion(**more):
+        asked = {"prompt": [1, 2, 3], "max_tokens": 6, "temperature": 0, **more}
+        return httpx.post(f"{address}/v1/completions", json=asked, timeout=30).json()["choices"][0]
+
+    whole = completion()
+    ids = [int(word) for word in whole["text"].split()]
+    assert len(ids) == 6
+    assert completion(prompt="1 2 3") == whole
+    ended = completion(stop_ids=ids[2:3])
+    assert ended["finish_reason"] == "stop"
+    assert [int(word) for word in ended["text"].split()] == ids[: ids.index(ids[2])]
+    messages = {"messages": [{"role": "user", "content": "4"}]}
+    refused = httpx.post(f"{address}/v1/chat/completions", json=messages, timeout=30)
+    assert refused.status_code == 400
+    assert "ask /v1/completions" in refused.text

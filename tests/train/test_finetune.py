@@ -145,7 +145,7 @@ def test_a_run_learns_answers_and_its_result_loads(heron_, base, chat, tmp_path)
     code, out, err = heron_(*words, *small)
     assert (code, err) == (0, "")
     assert "chat.jsonl: 30 rows (messages: 30)" in out
-    assert "27 conversations in 14 samples" in out
+    assert "27 sequences in 14 samples" in out
     steps, validations = report.read_log(tmp_path / "ft")
     assert len(steps) == 8 * 14 // 2
     assert steps[-1]["loss"] < 0.3 * steps[0]["loss"]

@@ -1,0 +1,63 @@
+"""A score to look at, as a piano roll, and to listen to, from a plain synthesiser."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import numpy as np
+from symusic import Score
+
+RATE = 22050  # samples of sound a second
+_HARMONICS = (1.0, 0.45, 0.25, 0.12, 0.06)  # how loud the fundamental and its multiples are
+_ATTACK, _RELEASE = 0.01, 0.12  # seconds
+
+
+def write_roll(score: Score, path: Path, written_from: int, title: str = "") -> None:
+    """Draw the notes as a PNG; those that begin at tick `written_from` or later, by the model, in another colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    notes = [note for track in score.tracks for note in track.notes]
+    quarter = score.ticks_per_quarter
+    figure, axes = plt.subplots(figsize=(12, 4), layout="constrained")
+    for label, colour, by_model in (("given", "#8a8f98", False), ("written by the model", "#d1495b", True)):
+        shown = [note for note in notes if (note.time >= written_from) == by_model]
+        lefts, widths = [note.time / quarter for note in shown], [0.92 * note.duration / quarter for note in shown]
+        axes.barh([note.pitch for note in shown], widths, left=lefts, height=0.8, color=colour, label=label)
+    axes.axvline(written_from / quarter, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="quarter notes", ylabel="MIDI pitch", title=title)
+    axes.margins(x=0.01)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_wav(score: Score, path: Path) -> None:
+    """Write the sound of the notes, at the first tempo of the score, as 16-bit mono."""
+    seconds_a_tick = 60 / (score.tempos[0].qpm if score.tempos else 120.0) / score.ticks_per_quarter
+    notes = [note for track in score.tracks for note in track.notes]
+    length = max((note.time + note.duration for note in notes), default=0) * seconds_a_tick + _RELEASE
+    sound = np.zeros(int(length * RATE) + 1)
+    for note in notes:
+        wave_of_note = tone(440.0 * 2 ** ((note.pitch - 69) / 12), note.duration * seconds_a_tick)
+        begin = int(note.time * seconds_a_tick * RATE)
+        sound[begin : begin + len(wave_of_note)] += wave_of_note[: len(sound) - begin]
+    loudest = np.abs(sound).max(initial=1e-9)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes((0.9 * 32767 / loudest * sound).astype("<i2").tobytes())
+
+
+def tone(frequency: float, seconds: float) -> np.ndarray:
+    """A plucked sound: harmonics that fade, the higher the sooner, and a release behind `seconds`."""
+    time = np.arange(int((seconds + _RELEASE) * RATE)) / RATE
+    sound = np.zeros_like(time)
+    for number, loudness in enumerate(_HARMONICS, start=1):
+        if number * frequency < RATE / 2:
+            sound += loudness * np.exp(-0.8 * number * time) * np.sin(2 * np.pi * number * frequency * time)
+    return sound * np.minimum(time / _ATTACK, 1) * np.clip((seconds + _RELEASE - time) / _RELEASE, 0, 1)
