@@ -87,7 +87,7 @@ def build() -> None:
     """
     devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     capabilities = sorted({capability for capability in devices if capability >= (8, 0)})
-    _build.load_op_library("wkv7s", sources(), cuda_flags=cuda_flags(capabilities), depends=headers())
+    _build.load_op_library("wkv7s", sources(), cuda_flags(capabilities), headers())
 
 
 FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, lambda capability: build())
@@ -108,7 +108,6 @@ def cuda_flags(capabilities: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     targets = [f"{major}{minor}" + ("a" if major == 9 else "") for major, minor in capabilities]
     roomy = all(major in (9, 10) for major, _ in capabilities)  # 227 KB of shared memory
     return (
-        "-std=c++17",
         "-O3",
         f"-DHERON_BACKWARD_STAGES={2 if roomy else 1}",
         *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
