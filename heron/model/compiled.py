@@ -122,12 +122,7 @@ def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
         # It gives gradients of (1, 1, C) as (C,), which autograd refuses: pytorch/pytorch#178080.
         torch._inductor.config.triton.mix_order_reduction = False
 
-    def compile_and_await(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        run = (torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend)(graph, inputs)
-        _choice.await_builds()
-        return run
-
-    optimized = torch.compile(function, backend=compile_and_await, dynamic=False, fullgraph=True)
+    optimized = torch.compile(function, backend=_then_awaits(backend), dynamic=False, fullgraph=True)
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
@@ -140,6 +135,20 @@ def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
             return optimized(*arguments)  # a build has failed; now that this is known, another form is taken
 
     return run
+
+
+@functools.cache  # one object for each backend: the compiler takes up what it has compiled by the same one
+def _then_awaits(backend: str | Callable) -> Callable[..., Any]:
+    """`backend`, then the kernels that the graph counts on."""
+
+    def compile_and_await(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        import torch._dynamo
+
+        run = (torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend)(graph, inputs)
+        _choice.await_builds()
+        return run
+
+    return compile_and_await
 
 
 def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -52,8 +52,9 @@ def counting_on_builds() -> Iterator[None]:
 
 def await_builds() -> None:
     """Wait for all forms that were counted on; KernelError where one failed, which from then on counts as not there."""
-    for load in _counted_on.get() or ():
-        load()
+    counted_on = _counted_on.get() or []
+    while counted_on:
+        counted_on.pop()()
 
 
 class NativeForm:
@@ -128,7 +129,12 @@ class NativeForm:
         thread = self._begun.get(capability)
         if counted_on is None or thread is None or not thread.is_alive():
             return False
-        counted_on.append(lambda: self.load(*capability))
+
+        def wait() -> None:
+            thread.join()
+            self.load(*capability)
+
+        counted_on.append(wait)
         return True
 
     def choice(self, reason: str, other: Choice, device: torch.device, *facts: Any) -> Choice:
