@@ -40,11 +40,13 @@ LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
 EARLY, STRIPS = _CSRC / "early.cuh", _CSRC / "strips.cuh"
 _OPERATOR = _CSRC / "operator.h"  # what all of them include
+BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache
 _COMPILERS = ("c++", "g++", "clang++")
 _HOST_FLAGS = () if sys.platform == "win32" else ("-Xcompiler=-fPIC",)
 _TORCH_LIBRARIES = ("c10", "torch_cpu", "torch_cuda", "torch")
 _OLDEST_TORCH = "0x020b000000000000"  # 2.11: a library runs under this PyTorch and later ones
 _forbidden: str | None = None
+_bundling = False
 _lock = threading.Lock()  # of what follows
 _outcomes: dict[tuple, Future] = {}
 _under_way: list[str] = []  # libraries that are being built
@@ -57,8 +59,21 @@ def forbid(reason: str) -> None:
     _forbidden = reason
 
 
+@contextlib.contextmanager
+def bundling() -> Iterator[None]:
+    """Inside, libraries of ops are built into the package itself, for a wheel, and not loaded: no GPU is needed."""
+    global _bundling
+    _bundling = True
+    try:
+        yield
+    finally:
+        _bundling = False
+
+
 def cache_folder() -> Path:
     """Where built libraries live: ``HERON_CACHE``, or ``.cache/heron`` in the home folder."""
+    if _bundling:
+        return BUNDLED
     if chosen := os.environ.get("HERON_CACHE"):
         return Path(chosen)
     return Path(os.path.expanduser("~")) / ".cache" / "heron"
@@ -167,7 +182,7 @@ def _load_c_library(
 def _load_op_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...], depends: tuple[Path, ...]) -> None:
     fixed = ["-std=c++17", "-shared", "-cudart=shared", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}"]
     fixed += [*_HOST_FLAGS, *flags]
-    major = (torch.version.cuda or "").split(".")[0]  # of the runtime that it links
+    major = (_release(_nvcc(name)) if _bundling else torch.version.cuda or "").split(".")[0]  # of the runtime it links
 
     def build_into(folder: Path) -> Path:
         nvcc, of_torch = _nvcc(name), Path(torch.__file__).parent
@@ -178,6 +193,8 @@ def _load_op_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...
         return library
 
     with _published(name, _key((*sources, *depends, _OPERATOR), [major, *fixed]), build_into) as library:
+        if _bundling:
+            return
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
@@ -186,10 +203,12 @@ def _load_op_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...
 
 @contextlib.contextmanager
 def _published(name: str, key: str, build_into: Callable[[Path], Path]) -> Iterator[Path]:
-    """The library of this key, whole, built by `build_into` if the cache does not hold it."""
+    """The library of this key, whole, built by `build_into` if neither the package nor the cache holds it."""
     home = cache_folder() / f"{name}-{key}"
     library = home / f"{name}.so"
-    if not _whole(library):
+    if _whole(BUNDLED / home.name / library.name):
+        library = BUNDLED / home.name / library.name
+    elif not _whole(library):
         if _forbidden is not None:
             raise KernelError(f"{name}: not built: {_forbidden}")
         try:
@@ -312,12 +331,16 @@ def _nvcc(name: str) -> str:
     nvcc = next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
     if nvcc is None:
         raise KernelError(f"{name}: no nvcc (looked in {home or 'PATH and CUDA_HOME'}); install CUDA {wanted}")
-    found = re.search(r"release (\d+)\.(\d+)", _version(nvcc))
-    if found and torch.version.cuda and found[1] != wanted.split(".")[0]:
-        raise KernelError(
-            f"{name}: {nvcc} is CUDA {found[1]}.{found[2]} and torch was built for CUDA {wanted}; set CUDA_HOME"
-        )
+    release = _release(nvcc)
+    if release and torch.version.cuda and release.split(".")[0] != wanted.split(".")[0]:
+        raise KernelError(f"{name}: {nvcc} is CUDA {release} and torch was built for CUDA {wanted}; set CUDA_HOME")
     return nvcc
+
+
+def _release(nvcc: str) -> str:
+    """The version of CUDA that an nvcc belongs to, such as 13.0; empty where it does not say."""
+    found = re.search(r"release (\d+\.\d+)", _version(nvcc))
+    return found[1] if found else ""
 
 
 def _failure(name: str, command: str, output: str) -> str:

@@ -297,11 +297,20 @@ STABLE_TORCH_LIBRARY_IMPL(heron_tests, CPU, library) { library.impl("told", TORC
 
 
 @needs_nvcc
-def test_operators_take_and_give_what_their_schemas_say(cache, tmp_path):
-    """All kinds of arguments that our operators have, through csrc/operator.h, on a CPU."""
+def test_operators_take_and_give_what_their_schemas_say(cache, tmp_path, monkeypatch):
+    """All kinds of arguments that our operators have, through csrc/operator.h, on a CPU; from a package that has it."""
+    monkeypatch.setattr(_build, "BUNDLED", tmp_path / "bundled")
     source = tmp_path / "told.cpp"
     source.write_text(OPERATOR)
-    _build.load_op_library("told", [source], ["-O1", f"-I{_build._CSRC}"])
+    build = ("told", [source], ["-O1", f"-I{_build._CSRC}"])
+    with _build.bundling():  # as for a wheel
+        _build.load_op_library(*build)
+    assert not hasattr(torch.ops.heron_tests, "told")
+    _build._outcomes.clear()
+    monkeypatch.setattr(torch.version, "cuda", _build._release(_build._nvcc("told")))
+    monkeypatch.setattr(_build, "_compile", lambda *_: pytest.fail("compiled again"))
+    _build.load_op_library(*build)
+    assert not cache.exists()
     x = torch.ones(2, 5, dtype=torch.bfloat16)
     y, (counts, like) = torch.ops.heron_tests.told(x, [x] * 3, [None, x], [7, 8], None, 4.5, True, 9)
     assert torch.equal(y, torch.zeros(2, 3, dtype=torch.bfloat16))

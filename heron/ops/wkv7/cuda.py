@@ -79,18 +79,18 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 
 
 @functools.cache
-def build() -> None:
-    """Build (once) and load the kernels for the GPUs of this machine.
+def library(*capability: tuple[int, int]) -> None:
+    """Build (once) and load the kernels for the GPUs of this machine, and for devices of this compute capability.
 
     Raises:
         KernelError: there is no compiler, it failed, or building is forbidden; one line with the first error.
     """
     devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    capabilities = sorted({capability for capability in devices if capability >= (8, 0)})
+    capabilities = sorted({each for each in (*capability, *devices) if each >= (8, 0)})
     _build.load_op_library("wkv7s", sources(), cuda_flags(capabilities), headers())
 
 
-FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, lambda capability: build())
+FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, library)
 
 
 def sources() -> list[Path]:
@@ -199,7 +199,7 @@ def _between_segments(state: Tensor, plan: _Plan, names: int) -> list[Tensor | N
 
 def _build_for(x: Tensor) -> None:
     if x.is_cuda:
-        build()
+        library()
 
 
 def run_forward(
