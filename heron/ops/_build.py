@@ -42,8 +42,10 @@ EARLY, STRIPS = _CSRC / "early.cuh", _CSRC / "strips.cuh"
 _OPERATOR = _CSRC / "operator.h"  # what all of them include
 BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache
 _COMPILERS = ("c++", "g++", "clang++")
-_HOST_FLAGS = () if sys.platform == "win32" else ("-Xcompiler=-fPIC",)
-_TORCH_LIBRARIES = ("c10", "torch_cpu", "torch_cuda", "torch")
+if sys.platform == "win32":
+    _LINKED = ("-ltorch_cpu", "-ltorch_cuda")
+else:  # libtorch.so brings what it was built with
+    _LINKED = ("-Xcompiler=-fPIC", "-Xlinker=--no-as-needed", "-ltorch")
 _OLDEST_TORCH = "0x020b000000000000"  # 2.11: a library runs under this PyTorch and later ones
 _forbidden: str | None = None
 _bundling = False
@@ -180,15 +182,15 @@ def _load_c_library(
 
 @_once
 def _load_op_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...], depends: tuple[Path, ...]) -> None:
-    fixed = ["-std=c++17", "-shared", "-cudart=shared", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}"]
-    fixed += [*_HOST_FLAGS, *flags]
+    fixed = ["-std=c++17", "-shared", "-cudart=shared", "--threads=0"]
+    fixed += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}"]
+    fixed += [*_LINKED, *flags]
     major = (_release(_nvcc(name)) if _bundling else torch.version.cuda or "").split(".")[0]  # of the runtime it links
 
     def build_into(folder: Path) -> Path:
         nvcc, of_torch = _nvcc(name), Path(torch.__file__).parent
         library = folder / f"{name}.so"
-        linked = [f"-l{one}" for one in _TORCH_LIBRARIES if any((of_torch / "lib").glob(f"*{one}.*"))]
-        command = [nvcc, *fixed, f"-I{of_torch / 'include'}", *map(str, sources), f"-L{of_torch / 'lib'}", *linked]
+        command = [nvcc, *fixed, f"-I{of_torch / 'include'}", f"-L{of_torch / 'lib'}", *map(str, sources)]
         _compile(name, command, library)
         return library
 
@@ -196,7 +198,7 @@ def _load_op_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...
         if _bundling:
             return
         try:
-            torch.ops.load_library(str(library))
+            ctypes.CDLL(str(library))  # torch.ops.load_library changes how all threads load libraries meanwhile
         except OSError as error:
             raise KernelError(f"{name}: the built library does not load: {error}") from error
 
