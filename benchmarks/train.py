@@ -1,4 +1,7 @@
-"""Training steps on a CUDA device: tokens/s, time and memory. ``python benchmarks/train.py [--rows wide small]``
+"""Training steps on CUDA devices: tokens/s, time and memory. ``python benchmarks/train.py [--rows wide small]``
+
+On many GPUs ``torchrun --nproc-per-node N benchmarks/train.py --rows wide``: each has the batch of its row, tokens/s
+are those of all together, and memory is that of the first.
 
 A fresh model on random tokens, bf16, warm, the median of the steps: the very step of ``heron train``. `official` is
 what the official trainer's model reached with its own kernels (rwkv7_clampw_v3_for_h100; bf16 weights, fp32 masters,
@@ -12,6 +15,7 @@ import argparse
 import gc
 import math
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from heron import ModelConfig, TrainConfig, Trainer
 from heron.commands.bench import bench, fresh_learner, random_batch
+from heron.dist import Ranks
 
 
 class Row(NamedTuple):
@@ -57,17 +62,18 @@ def settings(row: Row, options: argparse.Namespace) -> tuple[TrainConfig, ModelC
     config = TrainConfig(
         model=model, micro_bsz=row.micro_bsz, ctx_len=row.ctx_len, tables=row.tables, max_steps=1, dtype="bf16",
         device="cuda", weights=options.weights, compile=options.compile, grad_checkpoint=options.grad_checkpoint,
+        parallel=options.parallel,
     )  # fmt: skip
     return Trainer(config).config, model
 
 
-def measured(name: str, options: argparse.Namespace) -> str:
+def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> str:
     """A line of the table."""
     row = ROWS[name]
-    result = bench(*settings(row, options), options.steps)
+    result = bench(*settings(row, options), options.steps, ranks)
     speed = result.tokens_per_s / 1e3
     official = "" if row.official is None else f"{row.official[0]:8.1f}k {row.official[1]:6.1f}"
-    share = "" if row.floor is None else f"{speed / row.floor:6.0%} of {row.floor:.0f}k"
+    share = "" if row.floor is None else f"{speed / row.floor / ranks.count:6.0%} of {ranks.count * row.floor:.0f}k"
     return (
         f"{name:<15}{row.variant} L{row.n_layer}-D{row.n_embd} B{row.micro_bsz} T{row.ctx_len}".ljust(38)
         + f"{speed:8.1f}k {1e3 * result.seconds:8.2f} {1e3 * result.gradients_seconds:8.2f} "
@@ -106,6 +112,22 @@ def profiled(name: str, options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def lines(options: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
+    """What is printed, as it is measured."""
+    many = f"{ranks.count} x " if ranks.count > 1 else ""
+    yield f"{many}{torch.cuda.get_device_name()}, torch {torch.__version__}, compile {options.compile}"
+    if options.rows:
+        titles = f"{'tokens/s':>9} {'step ms':>8} {'f+b':>8} {'update':>7} {'GiB':>7}  {'official':<16} of the floor"
+        yield " " * 38 + titles
+    for name in options.rows:
+        try:
+            yield measured(name, options, ranks)
+        except torch.OutOfMemoryError as error:
+            yield f"{name:<15}{str(error).splitlines()[0]}"
+    for name in options.profile:
+        yield profiled(name, options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
@@ -116,24 +138,16 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "graph", "off"))
     parser.add_argument("--weights", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--grad_checkpoint", action="store_true")
+    parser.add_argument("--parallel", default="auto", choices=("auto", "ddp", "fsdp", "hsdp"))
     options = parser.parse_args()
     need_gpu(parser, "; benchmarks/train_cpu.py needs none")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, compile {options.compile}")
-    if options.rows:
-        print(
-            f"{'':<38}{'tokens/s':>9} {'step ms':>8} {'f+b':>8} {'update':>7} {'GiB':>7}  {'official':<16} of the floor"
-        )
-    for name in options.rows:
-        try:
-            print(measured(name, options), flush=True)
-        except torch.OutOfMemoryError as error:
-            print(f"{name:<15}{str(error).splitlines()[0]}", flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    for name in options.profile:
-        print(profiled(name, options), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+    ranks = Ranks.of_environment()
+    with ranks.joined(torch.device(ranks.device("cuda").value), timeout=300):
+        for line in lines(options, ranks):
+            if ranks.is_first:
+                print(line, flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from heron import dist
 from heron.config import TrainConfig
 from heron.errors import ConfigError
 from heron.ops.adamw import adamw_
@@ -55,7 +56,7 @@ def group_of(name: str, parameter: torch.Tensor) -> Group:
         return COPY
     if "att.w0" in name:
         return FAST
-    if parameter.squeeze().dim() >= 2 and name.endswith(".weight"):
+    if sum(size != 1 for size in parameter.shape) >= 2 and name.endswith(".weight"):
         return DECAY
     return PLAIN
 
@@ -99,14 +100,16 @@ def build_optimizer(
     options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, fused=True)
     if tables is not None:
         return RowAdamW(groups, tables, tables_state, copies, **options)
-    return CopiedAdamW(groups, copies, **options) if copies else torch.optim.AdamW(groups, **options)
+    sharded = any(dist.is_sharded(parameter) for group in groups for parameter in group["params"])
+    return CopiedAdamW(groups, copies, **options) if copies or sharded else torch.optim.AdamW(groups, **options)
 
 
 class CopiedAdamW(torch.optim.AdamW):
     """AdamW for fp32 parameters of which the network computes with bf16 copies (:func:`heron.ops.adamw.adamw_`).
 
-    A parameter without a gradient takes that of its copy. After a step the copies are the parameters, rounded. State,
-    groups, `grad_scale` and `found_inf` are those of torch.optim.AdamW.
+    A parameter without a gradient takes that of its copy. After a step the copies are the parameters, rounded. Of
+    parameters that are sharded each process steps its shard. State, groups, `grad_scale` and `found_inf` are those of
+    torch.optim.AdamW.
 
     Args:
         groups: of parameters, as :func:`build_optimizer` makes them. A group has copies of all or of none.
@@ -130,10 +133,10 @@ class CopiedAdamW(torch.optim.AdamW):
             gradients = {weight: gradient for weight, gradient in gradients.items() if gradient is not None}
             states = [self._state(weight) for weight in gradients]
             exp_avgs, exp_avg_sqs, steps = (
-                [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+                [dist.local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
             )
             adamw_(
-                list(gradients), list(gradients.values()), exp_avgs, exp_avg_sqs, steps,
+                [*map(dist.local, gradients)], [*map(dist.local, gradients.values())], exp_avgs, exp_avg_sqs, steps,
                 [self.copies[weight] for weight in gradients if weight in self.copies],
                 group["lr"], group["betas"], group["eps"], group["weight_decay"],
                 getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self.impl,

@@ -196,9 +196,9 @@ def test_rwkv_lm_counts_tokens(resolved):
     ("flags", "words"),
     [
         ("--my_testing x060", ["--my_testing x060", "x070"]),
-        ("--devices 8", ["--devices 8", "one device"]),
-        ("--num_nodes 2", ["--num_nodes 2", "one node"]),
-        ("--strategy deepspeed_stage_3", ["--strategy", "needs no sharding"]),
+        ("--devices 8", ["--devices 8", "torchrun --nproc-per-node"]),
+        ("--num_nodes 2", ["--num_nodes 2", "torchrun --nnodes"]),
+        ("--strategy deepspeed_stage_3", ["--strategy", "--parallel fsdp"]),
         ("--data_type numpy", ["--data_type numpy", "binidx"]),
         ("--precision fp16", ["--precision fp16", "fp32 or bf16"]),
         ("--accelerator tpu", ["--accelerator tpu", "gpu or cpu"]),

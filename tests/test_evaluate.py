@@ -15,7 +15,7 @@ from heron import cli, machine, tokenizer
 from heron import evaluate as module
 from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError
-from heron.evaluate import evaluate, loglikelihoods
+from heron.evaluate import evaluate, likelihood, loglikelihoods
 from heron.model.memory import Documents, Recollection
 from heron.ops import _build
 from heron.ops.rosa import TokenIndex
@@ -37,7 +37,7 @@ def literal(model, tokens, ctx_len):
 @pytest.mark.parametrize("n_tokens", [2, 8, 9, 10, 17, 60])
 @pytest.mark.parametrize("ctx_len", [1, 8, 100])
 def test_each_target_counts_once(random_model, monkeypatch, n_tokens, ctx_len):
-    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 24)  # three windows of 8 in a pass: the last pass is a part
+    monkeypatch.setattr(likelihood, "_TOKENS_PER_PASS", 24)  # three windows of 8 in a pass: the last pass is a part
     model = random_model()
     tokens = np.random.default_rng(n_tokens).integers(0, 37, n_tokens).astype(np.uint16)
     score = evaluate(model, tokens, ctx_len, n_bytes=3 * (n_tokens - 1))
@@ -107,8 +107,8 @@ def by_hand(model, context, continuation):
 
 @pytest.mark.parametrize("variant", ["v8", "v7a", "v8-hybrid"])
 def test_both_modes_give_the_same_numbers(random_model, monkeypatch, variant):
-    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 12)
-    monkeypatch.setattr(module, "_SEQUENCES", 2)
+    monkeypatch.setattr(likelihood, "_TOKENS_PER_PASS", 12)
+    monkeypatch.setattr(likelihood, "_SEQUENCES", 2)
     model = random_model(variant=variant)
     wanted = [by_hand(model, *pair) for pair in PAIRS]
     best = int(model(torch.tensor([[3, 4]]))[0][0, -1].argmax())
@@ -141,9 +141,9 @@ def some_text(n, seed=0):
 @pytest.mark.parametrize("n_documents", [0, 90])
 @pytest.mark.parametrize("ctx_len", [8, 100])
 def test_memory_looks_back_past_the_window_and_on_documents(remembering, monkeypatch, rules, n_documents, ctx_len):
-    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 24)
-    monkeypatch.setattr(module, "_SEQUENCES", 3)
-    monkeypatch.setattr(module, "PIECE", 25)
+    monkeypatch.setattr(likelihood, "_TOKENS_PER_PASS", 24)
+    monkeypatch.setattr(likelihood, "_SEQUENCES", 3)
+    monkeypatch.setattr(likelihood, "PIECE", 25)
     model, tokens, documents = remembering(**rules), some_text(61), None
     if n_documents:
         if _build.find_compiler() is None:
@@ -166,8 +166,8 @@ def test_memory_looks_back_past_the_window_and_on_documents(remembering, monkeyp
 
 @pytest.mark.parametrize("variant", ["v8", "v7a", "v8-hybrid"])
 def test_pairs_remember_themselves_and_documents(remembering, monkeypatch, variant):
-    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 40)
-    monkeypatch.setattr(module, "_SEQUENCES", 2)
+    monkeypatch.setattr(likelihood, "_TOKENS_PER_PASS", 40)
+    monkeypatch.setattr(likelihood, "_SEQUENCES", 2)
     model = remembering(variant)
     texts = [some_text(n, n).tolist() for n in (4, 9, 30, 17, 30)]
     pairs = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in texts]

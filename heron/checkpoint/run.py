@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,8 @@ try:
 except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
-from heron import files
+from heron import dist, files
+from heron.checkpoint import rng
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError
 from heron.optim import RowAdamW
@@ -45,7 +44,6 @@ FORMAT = 2
 
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
 _UNUSED = "unused"  # stands for them where a parameter has had no gradient yet
-_RNG_NAMES = ("torch", "python", "python_gauss", "numpy", "numpy_position", "numpy_gauss", "cuda_devices")
 _NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 _SMALL = 1 << 20  # bytes that are put together before they are handed on
 _BACKLOG = 1 << 28  # bytes that may be written but not hashed yet
@@ -62,10 +60,13 @@ def save(
     trainer: dict[str, Any],
     config_yaml: str,
     keep: int,
+    ranks: dist.Ranks = dist.ALONE,
 ) -> Path:
     """Write `checkpoints/step-<step>`, then delete what is older than the newest `keep` whole ones.
 
-    A name that is taken is left alone: the new folder's then ends in 8 random digits.
+    All processes of a run call it, and the first one writes: whole tensors, put together on its host, so that any
+    number of processes, with shards or without, can go on from them. A name that is taken is left alone: the new
+    folder's then ends in 8 random digits.
 
     Args:
         trainer: what else the loop must know to go on, as JSON values; it holds "step".
@@ -77,6 +78,22 @@ def save(
         CheckpointError: the folder cannot be written; older checkpoints are untouched, and the message says how many
             bytes are needed and free.
     """
+    tensors = {
+        MODEL: dist.on_first_host(model.state_dict(), ranks),
+        OPTIMIZER: dist.on_first_host(_optimizer_tensors(model, optimizer), ranks),
+        RNG: rng.tensors(),
+    }
+    return ranks.first(lambda: _write(run_folder, step, tensors, trainer, config_yaml, keep))
+
+
+def _write(
+    run_folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    trainer: dict[str, Any],
+    config_yaml: str,
+    keep: int,
+) -> Path:
     parent = run_folder / "checkpoints"
     files.sweep(parent)
     older = _folders(run_folder)
@@ -84,9 +101,7 @@ def save(
     if folder.exists():
         folder = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}")
     parts = {
-        MODEL: dict(model.state_dict()),
-        OPTIMIZER: _optimizer_tensors(model, optimizer),
-        RNG: _rng_tensors(),
+        **tensors,
         TRAINER: json.dumps(trainer, indent=1, allow_nan=False).encode(),
         CONFIG: config_yaml.encode(),
     }
@@ -192,9 +207,12 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
             raise CheckpointError(
                 f"{folder / MODEL}: {name} must be {tuple(parameter.shape)}, got {tuple(weights[name].shape)}"
             )
-    model.load_state_dict(weights)
+    for name, parameter in model.state_dict().items():
+        dist.local(parameter).copy_(dist.local(dist.spread(weights[name], parameter)))
     _restore_optimizer(folder / OPTIMIZER, model, optimizer)
-    _restore_rng(folder / RNG)
+    generators = safetensors.read(folder / RNG)
+    check_names(folder / RNG, generators, rng.names(generators))
+    rng.restore(generators)
     return trainer_of(folder)
 
 
@@ -394,7 +412,7 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
         shape = {"step": (), "row_step": parameter.shape[:1]}.get(part, parameter.shape)
         if value.shape != shape:
             raise CheckpointError(f"{path}: {key} must be {tuple(shape)}, got {tuple(value.shape)}")
-        optimizer.state[parameter][part] = value.to(parameter.device)
+        optimizer.state[parameter][part] = dist.spread(value, parameter)
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, ...]]:
@@ -403,37 +421,3 @@ def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tu
     if isinstance(optimizer, RowAdamW):
         kept |= {id(weight): RowAdamW.STATE for weight in optimizer.tables.weights}
     return {name: kept[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in kept}
-
-
-def _rng_tensors() -> dict[str, Tensor]:
-    version, internal, gauss = random.getstate()
-    drawn: Any = np.random.get_state()
-    name, keys, position, has_gauss, cached = drawn
-    if version != 3 or name != "MT19937":
-        raise CheckpointError(f"unknown random generators: python version {version}, numpy {name}")
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(internal, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-        "cuda_devices": torch.tensor([len(devices)], dtype=torch.int64),
-        **{f"cuda.{i}": state for i, state in enumerate(devices)},
-    }
-
-
-def _restore_rng(path: Path) -> None:
-    tensors = safetensors.read(path)
-    n_devices = int(tensors["cuda_devices"]) if "cuda_devices" in tensors else 0
-    check_names(path, tensors, (*_RNG_NAMES, *(f"cuda.{i}" for i in range(n_devices))))
-    torch.set_rng_state(tensors["torch"])
-    gauss = tensors["python_gauss"].tolist()
-    random.setstate((3, tuple(tensors["python"].tolist()), gauss[0] if gauss else None))
-    position, has_gauss = tensors["numpy_position"].tolist()
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, tensors["numpy_gauss"].item()))
-    if torch.cuda.is_initialized():
-        for i in range(min(n_devices, torch.cuda.device_count())):
-            torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows does not tell how large a process became
     resource = None
 
-from heron import machine
+from heron import dist, machine
 from heron.commands.settings import step_of
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
@@ -58,13 +58,14 @@ class Result(NamedTuple):
     compile: str  # whether the steps were compiled, and why
 
 
-def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
+def bench(config: TrainConfig, model: ModelConfig, steps: int = 10, ranks: dist.Ranks = dist.ALONE) -> Result:
     """Train a fresh model on random tokens, a few steps to warm up and then `steps`, and say what one takes.
 
     As in a training run, a GPU is not waited for between them.
 
     Args:
         config: with the device and the dtype decided, as `Trainer(config).config` has them.
+        ranks: the processes that share the steps, joined; each has random tokens of its own.
 
     Raises:
         ConfigError: steps below 1.
@@ -74,7 +75,8 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
     machine.settle_threads()
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    learner = fresh_learner(config, model)
+    learner = fresh_learner(config, model, ranks)
+    torch.manual_seed(config.seed + ranks.rank)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = [random_batch(config, model) for _ in range(_WARM_UP + steps)]
@@ -97,14 +99,14 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10) -> Result:
     return Result(steps, seconds, of_gradients, of_update, speed, _peak(device), compiled)
 
 
-def fresh_learner(config: TrainConfig, model: ModelConfig) -> Learner:
+def fresh_learner(config: TrainConfig, model: ModelConfig, ranks: dist.Ranks = dist.ALONE) -> Learner:
     """A learner of initial values, which are computed where they are used: orthogonal ones take a CPU minutes."""
     device = torch.device(config.device)
     if device.type == "cpu":
         memory.check_host(_BYTES_PER_WEIGHT * memory.parameters(model), "a step on the CPU")
     with device:
         network = RWKV(model)
-    return Learner(network, config, device)
+    return Learner(network, config, device, ranks=ranks)
 
 
 def random_batch(config: TrainConfig, model: ModelConfig) -> list[tuple[Tensor, ...]]:

@@ -38,7 +38,7 @@ def of_run(out: Path | None, resume: str) -> dict[str, Any]:
         settings = read_yaml(newest / run.CONFIG)
         if newest.absolute().parent.name == "checkpoints":
             settings["out"] = str(newest.absolute().parents[1])
-    for decided in ("resume", "threads"):  # anew at each start; threads: by the checkpoint
+    for decided in ("resume", "threads", "processes"):  # anew at each start; threads: by the checkpoint
         settings.pop(decided, None)
     if newest is not None:  # weights that it began with need not be there any more
         record = run.trainer_of(newest)

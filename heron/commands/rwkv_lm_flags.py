@@ -46,11 +46,11 @@ TRANSLATED = {  # -> its help text
 }
 CHECKED = {  # -> the values that say what Heron does, and the reason why another one is refused
     "my_testing": (("x070",), "RWKV-7, x070, is the oldest that is trained here"),
-    "devices": (("1",), "one device per run for now; type --devices 1, and --accumulate N for the steps of N devices"),
-    "num_nodes": (("1",), "one node per run for now; type --num_nodes 1, and --accumulate N for the steps of N nodes"),
+    "devices": (("1",), "torchrun --nproc-per-node N -m heron train starts N; type --devices 1 behind it"),
+    "num_nodes": (("1",), "torchrun --nnodes N -m heron train starts one of N; type --num_nodes 1 behind it"),
     "strategy": (
         ("auto", "ddp", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2"),
-        "one device needs no sharding; type --strategy deepspeed_stage_2. --grad_cp 1 and --tables host save memory",
+        "type --strategy deepspeed_stage_2, and --parallel fsdp to shard weights over the GPUs that torchrun starts",
     ),
     "data_type": (("binidx", "utf-8"), "give --data_file a binidx prefix, txt or jsonl; its kind is detected"),
 }

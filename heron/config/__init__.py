@@ -31,6 +31,7 @@ TABLES_STATE = ("fp32", "bf16")
 WEIGHTS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "graph", "off")
 ON_NONFINITE = ("stop", "skip", "rewind")
+PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
 ROSA_GRADS = ("none", "bitflip", "soft_suffix")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
 LARGEST_SEED = 2**63 - 1
@@ -306,6 +307,11 @@ class TrainConfig:
     tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
     tables_state: str = _setting("fp32", "AdamW's moments for tables on the host: fp32 or bf16")
     threads: int = _setting(0, "CPU threads; 0: those the run began with, chosen by trial. Others change last bits")
+    parallel: str = _setting(
+        "auto", "on many GPUs each has all weights: ddp; a part: fsdp, hsdp (machines are alike); auto: by size"
+    )
+    processes: int = _setting(0, "processes that share each step, one a GPU; 0: as many as torchrun started")
+    dist_timeout: float = _setting(600.0, "seconds for which one process waits for another before the run fails")
     magic_prime: int | None = _setting(None, "binidx: prime of RWKV-LM's sample order; None: the largest that fits")
     seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
     save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
@@ -339,14 +345,12 @@ class TrainConfig:
             if isinstance(value, str) and not value.strip():
                 raise ConfigError(f"{name}: wanted a name or a path, got {value!r}; is a shell variable not set?")
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
-        at_least["warmup_steps"] = -1
-        for name in ("threads", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
+        at_least |= dict(warmup_steps=-1, dist_timeout=1)
+        for name in ("threads", "processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
             at_least[name] = 0
-        for name in ("num_workers", "spike", "max_hours"):
+        for name in ("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay", "grad_clip"):
             at_least[name] = 0
-        for name in ("lr_init", "lr_final", "weight_decay", "grad_clip"):
-            at_least[name] = 0
-        for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "num_workers", "sample_tokens"):
+        for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "processes", "num_workers", "sample_tokens"):
             if getattr(self, name) > LARGEST_COUNT:
                 raise ConfigError(f"{name}: wanted at most {LARGEST_COUNT}, got {getattr(self, name)}")
         for name, least in at_least.items():
@@ -369,7 +373,7 @@ class TrainConfig:
             )
         choices = dict(
             dtype=DTYPES, init_dtype=INIT_DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS,
-            compile=COMPILE, on_nonfinite=ON_NONFINITE,
+            compile=COMPILE, on_nonfinite=ON_NONFINITE, parallel=PARALLEL,
         )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
@@ -403,7 +407,12 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         """Training tokens of one optimizer step."""
-        return self.micro_bsz * self.accumulate * self.ctx_len
+        return self.samples_per_step * self.ctx_len
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step, of all processes together."""
+        return self.micro_bsz * self.accumulate * max(1, self.processes)
 
     @property
     def total_steps(self) -> int:
@@ -415,7 +424,7 @@ class TrainConfig:
     @property
     def steps_per_mini_epoch(self) -> int:
         """Optimizer steps of a mini-epoch of RWKV-LM, at least 1."""
-        return max(1, MINI_EPOCH // (self.micro_bsz * self.accumulate))
+        return max(1, MINI_EPOCH // self.samples_per_step)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -25,9 +25,9 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "speed and memory": (
         ("grad_checkpoint", "dtype", "device"),
-        ("weights", "compile", "tables", "tables_state", "threads", "num_workers"),
+        ("weights", "compile", "tables", "tables_state", "threads", "num_workers", "parallel", "processes"),
     ),
-    "safety and saving": (("save_every", "resume"), ("keep", "on_nonfinite", "spike", "max_hours")),
+    "safety and saving": (("save_every", "resume"), ("keep", "on_nonfinite", "spike", "max_hours", "dist_timeout")),
     "output": (
         ("out", "eval_every"),
         ("sample_every", "sample_prompt", "sample_tokens", "log_every", "tensorboard", "wandb"),

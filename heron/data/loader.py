@@ -165,15 +165,15 @@ class Batches:
         """One line about the order, for the console."""
         return self.order.description
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, ...]:
-        """Samples `first` .. `first + count - 1` of the run, counted from 0.
+    def batch(self, first: int, count: int, every: int = 1) -> tuple[Tensor, ...]:
+        """`count` samples of the run, counted from 0: `first`, and each that is `every` behind the one before.
 
         Returns:
             x, y: (count, T) int64; ``y[i, t]`` is the token that follows ``x[i, t]``. With a memory also what it
             recalls at x, (count, T, K, 2) int64.
         """
         ctx_len = self.order.ctx_len
-        starts = self.order.starts(first, count)
+        starts = self.order.starts(first, (count - 1) * every + 1)[::every]
         rows = np.empty((count, ctx_len + 1), dtype=np.int64)
         for row, start in zip(rows, starts, strict=True):
             row[:] = self._tokens[start : start + ctx_len + 1]

@@ -66,8 +66,8 @@ class Packs:
             f"{len(self._samples):,} conversations in {len(self._packs):,} samples, permuted anew in each epoch{mixed}"
         )
 
-    def batch(self, first: int, count: int) -> tuple[Tensor | None, ...]:
-        """Samples `first` .. `first + count - 1` of the run, counted from 0.
+    def batch(self, first: int, count: int, every: int = 1) -> tuple[Tensor | None, ...]:
+        """`count` samples of the run, counted from 0: `first`, and each that is `every` behind the one before.
 
         Returns:
             tokens, targets: (count, T) int64, targets -100 where nothing is learned; what ROSA memory recalls at the
@@ -75,7 +75,7 @@ class Packs:
             one row, (1, count * T), and the last is cu_seqlens, int64, of a length that `count` alone decides: behind
             the last conversation come empty ones.
         """
-        return self._joined([self._sample(number) for number in range(first, first + count)])
+        return self._joined([self._sample(number) for number in range(first, first + count * every, every)])
 
     def each_once(self, count: int) -> Iterator[tuple[Tensor | None, ...]]:
         """Batches of `count` samples with every conversation once, as :meth:`batch` gives them; the last is smaller."""

@@ -9,6 +9,6 @@ tensorboard/     events, if asked for
 
 from heron.report.log import read_log
 from heron.report.picture import plot
-from heron.report.reporter import Reporter
+from heron.report.reporter import NoReporter, Reporter
 
-__all__ = ["Reporter", "plot", "read_log"]
+__all__ = ["NoReporter", "Reporter", "plot", "read_log"]

@@ -193,6 +193,18 @@ class Reporter:
         self._epoch.clear()
 
 
+class NoReporter(Reporter):
+    """Of a process beside the one that reports: it writes nothing and prints nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        pass
+
+    rewind = sync = header = step = validation = refused = sample = note = close = _nothing
+
+
 def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -108,6 +108,8 @@ def exact(config: TrainConfig, device: torch.device, corpus: Corpus, learner: Le
         "adamw": adamw_choice(device).impl,
         "compile": learner.compiled.value,
         "magic_prime": run_data.prime(config, corpus),
+        "processes": learner.ranks.count,
+        "parallel": learner.parallel.value,
         **{name: getattr(config, name) for name in EXACT},
         **_of_finetuning(config),
     }
@@ -118,7 +120,8 @@ def not_exact(
 ) -> list[str]:
     """Each thing that is not as it was when the checkpoint was written, as a clause."""
     largest = magic_prime(len(corpus.train), config.ctx_len) if corpus.kind == "binidx" else None
-    before = {"magic_prime": largest, **record["exact"]}  # the only one there was before it was written down
+    # the only ones there were before they were written down
+    before = {"magic_prime": largest, "processes": 1, "parallel": "none", **record["exact"]}
     now = exact(config, device, corpus, learner)
     unknown = [f"{name} was not written down" for name in now if name not in before]
     return unknown + [

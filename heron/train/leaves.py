@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +29,21 @@ class Leaves:
         network: what computes the loss: `model`, or a copy of it in bf16.
         trained: the fp32 leaves, by name: what the optimizer steps and a checkpoint holds. `model` itself where every
             weight trains.
-        pairs: each leaf as the network has it, with the one of `trained` that it is, or is a copy of.
         adapter, state: what trains beside a frozen `model`.
+        beside: the :attr:`pairs` of these.
     """
 
     model: RWKV
     network: RWKV
     trained: nn.Module
-    pairs: list[Pair]
     adapter: Adapter | None = None
     state: TunedState | None = None
+    beside: Sequence[Pair] = ()
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """Each leaf as the network has it, with the one of `trained` that it is, or is a copy of."""
+        return self.beside or list(zip(self.network.parameters(), self.model.parameters(), strict=True))
 
     @property
     def copies(self) -> list[Pair]:
@@ -85,13 +90,12 @@ def of_method(model: RWKV, settings: FinetuneConfig, in_half: bool) -> Leaves:
     if settings.adapter is not None:
         return _with_adapter(model, settings.adapter, in_half)
     state = TunedState(model.config, settings.token_shifts).to(model.emb.weight.device)
-    return Leaves(model, model, state, [(leaf, leaf) for leaf in state.parameters()], state=state)
+    return Leaves(model, model, state, state=state, beside=[(leaf, leaf) for leaf in state.parameters()])
 
 
 def all_weights(model: RWKV, in_half: bool) -> Leaves:
     """Every weight of `model`; `in_half`: the network computes with a copy of them in bf16."""
-    network = in_bf16(model) if in_half else model
-    return Leaves(model, network, model, list(zip(network.parameters(), model.parameters(), strict=True)))
+    return Leaves(model, in_bf16(model) if in_half else model, model)
 
 
 def in_bf16(model: RWKV) -> RWKV:
@@ -121,7 +125,7 @@ def _with_adapter(model: RWKV, config: AdapterConfig, in_half: bool) -> Leaves:
         for leaf in leaves.values():
             leaf.data = leaf.data.to(torch.bfloat16)
     pairs = list(zip(leaves.values(), masters.values(), strict=True))
-    return Leaves(model, model, _module_of(masters), pairs, adapter=adapter)
+    return Leaves(model, model, _module_of(masters), adapter=adapter, beside=pairs)
 
 
 def _module_of(parameters: Mapping[str, nn.Parameter]) -> nn.Module:

@@ -13,22 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from heron import files, machine, tokenizer
+from heron import dist, files, machine, tokenizer
 from heron.checkpoint import ownership, run, save
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.conversations import Conversations
 from heron.data.loader import Corpus
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
-from heron.evaluate import evaluate, evaluate_batches
-from heron.generation import generate
 from heron.model import RWKV
 from heron.ops import ahead
 from heron.optim import lr_at
-from heron.report import Reporter, plot
+from heron.report import NoReporter, Reporter, plot
 from heron.report.samples import show as show_samples
-from heron.tokenizer import TextStream, Tokenizer
-from heron.train import base_model, differences, first_weights, memory, result, resume, run_data, threads
+from heron.tokenizer import Tokenizer
+from heron.train import base_model, differences, due, first_weights, memory, result, resume, run_data, threads
 from heron.train import guard as guards
 from heron.train.guard import Guard
 from heron.train.header import at_stake, header, write_status
@@ -46,10 +44,12 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None] = print):
-        self.say = say
+        self.ranks = dist.Ranks.of_environment()
+        self.ranks.check_number(config.processes)
+        self.say = say if self.ranks.is_first else _unheard
         self.out = Path(config.out)
         self._sizes: ModelConfig | None = None  # of the model, once they are known
-        device = machine.choose_device(config.device)
+        device = self.ranks.device(config.device)
         self.device = torch.device(device.value)
         ahead.build_for_training(self.device)
         self.dtype = machine.choose_dtype(config.dtype, self.device)
@@ -65,6 +65,7 @@ class Trainer:
             dtype=self.dtype.value,
             weights=weights.value,
             threads=torch.get_num_threads(),
+            processes=self.ranks.count if self.ranks.count > 1 else config.processes,
         )
 
     def fit(self) -> str:
@@ -75,22 +76,25 @@ class Trainer:
             run_status.json, with the step and the newest checkpoint.
 
         Raises:
-            HeronError: bad settings, data or checkpoints; a loss that is not finite.
+            HeronError: bad settings, data or checkpoints; a loss that is not finite; a process of the run that is gone.
         """
+        with self.ranks.joined(self.device, self.config.dist_timeout):
+            return self._fit_here()
+
+    def _fit_here(self) -> str:
         if self.config.num_workers:
             self.say(f"num_workers {self.config.num_workers}: has no effect any more; leave it out")
         try:
-            found = base_model.candidates(self.out)
-            ownership.check(self.out, [Path(self.config.tokenizer)], found[0] if found else None)
-            self.out.mkdir(parents=True, exist_ok=True)
-            with run.lock(self.out), Preemption(self.config.max_hours, self.say) as stop:
-                ownership.claim(self.out)
-                files.sweep(self.out)
+            with contextlib.ExitStack() as stack:
+                self.ranks.first(lambda: self._own_folder(stack))
+                stop = stack.enter_context(Preemption(self.config.max_hours, self.say, alone=self.ranks.count == 1))
                 progress = Progress()
                 try:
                     return self._fit(stop, progress)
                 except Stopped:
-                    write_status(self.out, "preempted", progress, self.say)
+                    self._write_status("preempted", progress)
+                    if self.ranks.count > 1:
+                        raise  # without waiting for the others, which may not come
                     return "preempted"
         except OSError as error:
             raise CheckpointError(f"{error.filename or self.out}: {error.strerror or error}") from error
@@ -99,6 +103,18 @@ class Trainer:
             if short is None:
                 raise
             raise HeronError(f"out of memory: {short}. {memory.remedy(self.config, self._sizes)}") from error
+
+    def _own_folder(self, stack: contextlib.ExitStack) -> None:
+        found = base_model.candidates(self.out)
+        ownership.check(self.out, [Path(self.config.tokenizer)], found[0] if found else None)
+        self.out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(run.lock(self.out))
+        ownership.claim(self.out)
+        files.sweep(self.out)
+
+    def _write_status(self, status: str, progress: Progress) -> None:
+        if self.ranks.is_first:
+            write_status(self.out, status, progress, self.say)
 
     def preview(self) -> None:
         """Read the conversations that a run would learn from, and print as many samples as `finetune.show` says.
@@ -110,18 +126,18 @@ class Trainer:
         self._show(run_data.corpus(self.config, text_tokenizer, self.say), text_tokenizer)
 
     def _show(self, corpus: Corpus, text_tokenizer: Tokenizer) -> None:
-        if isinstance(corpus, Conversations) and self.config.finetune is not None:
+        if isinstance(corpus, Conversations) and self.config.finetune is not None and self.ranks.is_first:
             say = None if self.say is print else self.say
             show_samples(corpus.samples, text_tokenizer, self.config.finetune.show, say)
 
     def _fit(self, stop: Preemption, progress: Progress) -> str:
         config = self.config
-        resume_from = resume.point(config, self.say)
+        resume_from = self.ranks.first(lambda: resume.point(config, self.say))
         laid_over = bool(config.init_from) and isinstance(config.model, ModelConfig)
         if resume_from is not None:
             start = resume.frozen_weights(config, resume_from)
         else:
-            start = None if laid_over else base_model.find(self.out, config.model)
+            start = None if laid_over else self.ranks.first(lambda: base_model.find(self.out, config.model))
         loaded = None
         if start is not None:
             loaded = first_weights.read(start, config.model)
@@ -141,7 +157,9 @@ class Trainer:
         config = self.config = dataclasses.replace(config, threads=n_threads)
 
         # [1] text -> ids, [2] ids -> batches
-        text_tokenizer = run_data.text_tokenizer(config, resume_from, stop, self.say)
+        text_tokenizer = self.ranks.in_turn(
+            lambda: run_data.text_tokenizer(config, resume_from, stop, self.say, self.ranks.is_first)
+        )
         if text_tokenizer.vocab_size > model_config.vocab_size:
             raise ConfigError(
                 f"tokenizer {config.tokenizer} has {text_tokenizer.vocab_size} ids, the model's vocab_size is "
@@ -166,7 +184,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = RWKV(model_config) if loaded is None else loaded
         beginning = None if resume_from is not None else first_weights.finish(model, start, config)
-        learner = Learner(model, config, self.device, self.say)
+        learner = Learner(model, config, self.device, self.say, self.ranks)
         guard = Guard(config.on_nonfinite, config.spike)
         if resume_from is not None:
             record = resume.restore(resume_from, learner, guard, progress)
@@ -174,28 +192,22 @@ class Trainer:
                 self.say(f"resuming, but not bit-exact because {reason}")
             if jump := differences.learning_rate_jump(resume_from, progress.step, config):
                 self.say(jump)
-        elif base is None and not base_model.candidates(self.out):  # else it is there, and stays as it is
-            with ownership.writing(self.out / ownership.INIT):
-                save(model, self.out / ownership.INIT)
-        files.write_text(self.out / "config.yaml", config.to_yaml())
+        elif base is None and self.ranks.first(lambda: not base_model.candidates(self.out)):  # else it stays as it is
+            self._save_first_weights(learner)
+        self.ranks.first(lambda: files.write_text(self.out / "config.yaml", config.to_yaml()))
 
-        reporter = Reporter(
-            self.out,
-            config.total_steps,
-            first_step=progress.step,
-            tensorboard=config.tensorboard,
-            wandb=config.wandb,
-            wandb_name=f"{model_config.vocab_size} ctx{config.ctx_len} L{model_config.n_layer} D{model_config.n_embd}",
-            config=config.to_dict(),
-            steps_per_epoch=config.steps_per_mini_epoch,
-            owed=progress.owed,
-            say=None if self.say is print else self.say,
-        )
+        reporter = NoReporter()
+        if self.ranks.is_first:
+            name = f"{model_config.vocab_size} ctx{config.ctx_len} L{model_config.n_layer} D{model_config.n_embd}"
+            reporter = Reporter(
+                self.out, config.total_steps, progress.step, config.tensorboard, config.wandb, name, config.to_dict(),
+                config.steps_per_mini_epoch, owed=progress.owed, say=None if self.say is print else self.say,
+            )  # fmt: skip
         val_packs = run_data.val_packs(config, corpus, of_val)
         pace = threads.Pace()
         parts = Parts(learner, text_tokenizer, corpus, of_val, batches, val_packs, guard, stop, reporter, pace, base)
         stop.at_stake = lambda: at_stake(progress)
-        write_status(self.out, "running", progress, self.say)
+        self._write_status("running", progress)
         status = "failed"
         try:
             with contextlib.closing(reporter):
@@ -204,8 +216,8 @@ class Trainer:
                 )
                 status = self._loop(parts, progress)
         finally:
-            write_status(self.out, status, progress, self.say)
-        if progress.step:
+            self._write_status(status, progress)
+        if progress.step and self.ranks.is_first:
             plot([self.out], self.out / "loss.png")
         return status
 
@@ -238,7 +250,7 @@ class Trainer:
         first, update = progress.cursor, None
         while not parts.stop.reason and progress.step + (update is not None) < self.config.total_steps:
             gradients = self._gradients(parts, first)
-            first += self.config.micro_bsz * self.config.accumulate
+            first += self.config.samples_per_step
             if update is not None and self._settle(parts, progress, update) == "went back":
                 return
             update = self._update(parts, progress, gradients)
@@ -260,17 +272,17 @@ class Trainer:
         return step == config.total_steps or any(_every(period, step) for period in periods)
 
     def _gradients(self, parts: Parts, first: int) -> Gradients:
-        """Start the forward and backward passes of a step, of the samples from number `first` on."""
-        begun, B = time.perf_counter(), self.config.micro_bsz
-        samples = [parts.batches.batch(first + B * micro, B) for micro in range(self.config.accumulate)]
+        """Start the passes of a step: of its samples, from number `first` on, every W-th is this rank's."""
+        begun, B, rank, W = time.perf_counter(), self.config.micro_bsz, self.ranks.rank, self.ranks.count
+        samples = [parts.batches.batch(first + rank + B * W * micro, B, W) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 
     def _update(self, parts: Parts, progress: Progress, gradients: Gradients) -> Update:
         """Start the optimizer step, which changes nothing if loss or gradients are bad."""
         lr, limit = lr_at(progress.step, self.config), parts.guard.limit()
-        numbers, arrived = parts.learner.update(gradients.loss, lr, limit), None
+        numbers, arrived = parts.learner.update(gradients.loss, lr, limit, parts.stop.asked is not None), None
         if self.device.type == "cuda":
-            numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
+            numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
         return Update(gradients, lr, limit, numbers, arrived)
@@ -278,14 +290,15 @@ class Trainer:
     def _settle(self, parts: Parts, progress: Progress, update: Update) -> str:
         """Read what a step gave, and do what follows: "accepted", "skipped" or "went back"."""
         config = self.config
-        loss, grad_norm, bad = update.read()
+        loss, grad_norm, bad, n_asked = update.read()
+        parts.stop.agree(n_asked)
         if bad:
             return self._refuse(parts, progress, update, loss, grad_norm)
         parts.stop.begin()
         parts.guard.accept(loss)
         progress.step += 1
         progress.tokens += config.tokens_per_step
-        progress.cursor = update.gradients.first + config.micro_bsz * config.accumulate
+        progress.cursor = update.gradients.first + config.samples_per_step
         progress.saved = False
         now = time.perf_counter()
         parts.stop.step_ended()
@@ -316,62 +329,46 @@ class Trainer:
 
     def _close_step(self, parts: Parts, progress: Progress) -> None:
         """Validate, sample and save, where that is due. What a stop prevents stays owed."""
-        work = {"validation": self._validate, "sample": self._sample}
-        parts.learner.model.eval()  # an adapter drops nothing then
+        work = {"validation": due.validation, "sample": due.sample}
+        model = parts.learner.whole() if progress.owed else parts.learner.model
+        model.eval()  # an adapter drops nothing then
         for name in list(progress.owed):
-            with until_stopped(parts.stop, parts.learner.model):
-                work[name](parts, progress)
-                progress.owed.remove(name)
-                progress.saved = False
-        parts.learner.model.train()
+            tell: Callable[[], None] | None = None
+            with until_stopped(parts.stop, model):
+                tell = work[name](parts, progress, model, self.config, self.ranks)
+            done = self.ranks.all(tell is not None)
+            if tell is None or not done:
+                parts.stop.agree(1)
+                continue
+            tell()
+            progress.owed.remove(name)
+            progress.saved = False
+        model.train()
         finished = progress.step == self.config.total_steps and not progress.owed
         if finished:  # before the last checkpoint: with that one in place, the run counts as finished
-            parts.reporter.note(f"wrote {result.write(self.out, parts.learner.leaves, parts.base)}")
+            model = parts.learner.whole()
+            written = self.ranks.first(lambda: result.write(self.out, parts.learner.leaves, parts.base, model))
+            parts.reporter.note(f"wrote {written}")
         if finished or _every(self.config.save_every, progress.step):
             self._save(parts, progress)
 
-    def _validate(self, parts: Parts, progress: Progress) -> None:
-        if (val := parts.corpus.val) is None:
-            return  # it was owed by a run that had validation data before it was stopped
-        precision = machine.autocast(self.config.dtype, self.device)
-        if parts.val_packs is not None:
-            packs = parts.val_packs.each_once(self.config.micro_bsz)
-            score = evaluate_batches(parts.learner.model, packs, precision, parts.learner.leaves.start)
-        else:
-            score = evaluate(
-                parts.learner.model, val, self.config.ctx_len, parts.corpus.val_bytes, precision,
-                recalled=parts.recalled_val,
-            )  # fmt: skip
-        seconds = time.perf_counter() - progress.begun
-        parts.reporter.validation(
-            {"step": progress.step, "val_loss": score.loss, "val_bpb": score.bits_per_byte, "time": seconds}
-        )
+    def _save_first_weights(self, learner: Learner) -> None:
+        model, path = learner.whole(), self.out / ownership.INIT
 
-    def _sample(self, parts: Parts, progress: Progress) -> None:
-        """A prompt and its continuation, under the same seed each time."""
-        config = self.config
-        if config.sample_prompt:
-            prompt = parts.tokenizer.encode(config.sample_prompt)
-        elif isinstance(parts.corpus, Conversations):
-            prompt = parts.corpus.prompt.tolist()
-        else:
-            prompt = (parts.corpus.train if parts.corpus.val is None else parts.corpus.val)[:32].tolist()
-        before = TextStream(parts.tokenizer)
-        shown = "".join(map(before.push, prompt))  # but for half a character at its end, which the model may complete
-        start = parts.learner.leaves.start_of_one()
-        continuation = generate(
-            parts.learner.model, parts.tokenizer, prompt, config.sample_tokens, seed=config.seed, state=start
-        )
-        parts.reporter.sample(progress.step, continuation, shown)
+        def write() -> None:
+            with ownership.writing(path):
+                save(model, path)
+
+        self.ranks.first(write)
 
     def _save(self, parts: Parts, progress: Progress) -> None:
         progress.seconds = time.perf_counter() - progress.begun
         exact = differences.exact(self.config, self.device, parts.corpus, parts.learner)
         state = resume.state(progress, parts.guard, parts.learner.model.config, exact, parts.base)
         parts.reporter.sync()  # a checkpoint whose steps are not in the log would leave a gap there
-        yaml = self.config.to_yaml()
+        learner, yaml = parts.learner, self.config.to_yaml()
         folder = run.save(
-            self.out, progress.step, parts.learner.trained, parts.learner.optimizer, state, yaml, self.config.keep
+            self.out, progress.step, learner.trained, learner.optimizer, state, yaml, self.config.keep, self.ranks
         )
         progress.saved, progress.kept = True, progress.step
         parts.reporter.note(f"saved {folder}")
@@ -379,12 +376,17 @@ class Trainer:
     def _refuse(self, parts: Parts, progress: Progress, update: Update, loss: float, grad_norm: float) -> str:
         """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
         config, first, step = self.config, update.gradients.first, progress.step + 1
-        action, reason = parts.guard.refuse(all(bool(p.isfinite().all()) for p in parts.learner.trained.parameters()))
+        action, reason = parts.guard.refuse(parts.learner.weights_are_finite())
         halves = list(zip(*update.gradients.samples, strict=True))[:2]
-        tokens, targets = (torch.cat(half) for half in halves)  # pyright: ignore[reportArgumentType]
+        mine = [torch.cat(half) for half in halves]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        tokens, targets = (torch.cat(self.ranks.gathered(half)) for half in mine)
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
-        with files.new_file(kept) as temporary:
-            safetensors.write({"tokens": tokens, "targets": targets}, temporary)
+
+        def keep() -> None:
+            with files.new_file(kept) as temporary:
+                safetensors.write({"tokens": tokens, "targets": targets}, temporary)
+
+        self.ranks.first(keep)
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
         if math.isfinite(update.limit):
             what += f", limit of the loss {update.limit:.4f}"
@@ -394,10 +396,10 @@ class Trainer:
                 "it are whole. Try a lower --lr_init or --beta2 0.95"
                 + ("" if config.on_nonfinite != guards.STOP else ", or --on_nonfinite skip")
             )
-        progress.cursor = first + config.micro_bsz * config.accumulate
+        progress.cursor = first + config.samples_per_step
         progress.saved = False
         if action == guards.REWIND:
-            folder = run.newest(self.out, self.say)
+            folder = self.ranks.first(lambda: run.newest(self.out, self.say))
             if folder is None:
                 raise HeronError(f"{what}; there is no checkpoint to go back to ({reason}). Try --on_nonfinite rewind")
             cursor = progress.cursor
@@ -413,7 +415,7 @@ class Trainer:
                 "action": verb,
                 "bad_loss": str(loss),
                 "bad_grad_norm": str(grad_norm),
-                "samples": [first, config.micro_bsz * config.accumulate],
+                "samples": [first, config.samples_per_step],
             }
         )
         parts.reporter.note(f"{what}: {verb} ({reason}); its samples are in {kept}")
@@ -425,6 +427,10 @@ class Trainer:
 def _model_config(model: ModelConfig | str) -> ModelConfig | str:
     """A preset's name becomes its sizes; a path stays a path."""
     return ModelConfig.preset(model) if isinstance(model, str) and model in PRESETS else model
+
+
+def _unheard(line: str) -> None:
+    """What processes beside the first one say."""
 
 
 def _every(period: int, step: int) -> bool:

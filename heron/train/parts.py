@@ -76,11 +76,11 @@ class Update(NamedTuple):
     gradients: Gradients
     lr: float
     limit: float
-    numbers: Tensor  # loss, gradient norm, whether they are bad
+    numbers: Tensor  # loss, gradient norm, whether they are bad, how many processes were asked to stop
     arrived: torch.cuda.Event | None
 
-    def read(self) -> tuple[float, float, bool]:
+    def read(self) -> tuple[float, float, bool, float]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, grad_norm, bad = self.numbers.tolist()
-        return loss, grad_norm, bool(bad)
+        loss, grad_norm, bad, n_asked = self.numbers.tolist()
+        return loss, grad_norm, bool(bad), n_asked

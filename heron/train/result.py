@@ -7,15 +7,17 @@ from pathlib import Path
 
 from heron.checkpoint import STATE, ownership, save, save_tuned_state
 from heron.checkpoint.adapters import FOLDER, save_adapter
+from heron.model import RWKV
 from heron.train.base_model import Base
 from heron.train.leaves import Leaves
 
 
-def write(out: Path, leaves: Leaves, base: Base | None) -> Path:
+def write(out: Path, leaves: Leaves, base: Base | None, model: RWKV) -> Path:
     """Write `adapter/`, `state.pth` or `rwkv-final.pth` into a run folder, over one that the run wrote earlier.
 
     Args:
         base: the frozen weights; None: all of them were trained.
+        model: `leaves.model`, whole.
 
     Returns:
         What was written.
@@ -35,7 +37,7 @@ def write(out: Path, leaves: Leaves, base: Base | None) -> Path:
     path = out / (ownership.FINAL if leaves.state is None else STATE)
     with ownership.writing(path):
         if leaves.state is None:
-            save(leaves.model, path)
+            save(model, path)
         else:
             save_tuned_state(leaves.state, path, fingerprint)
     return path

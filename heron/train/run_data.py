@@ -26,13 +26,16 @@ from heron.train.stop import Preemption
 
 
 def text_tokenizer(
-    config: TrainConfig, resume_from: Path | None, stop: Preemption, say: Callable[[str], None]
+    config: TrainConfig, resume_from: Path | None, stop: Preemption, say: Callable[[str], None], learns: bool = True
 ) -> tokenizer.Tokenizer:
     """The tokenizer of the run. One that is a file, or is learned now, is kept in the run folder.
 
-    A run that goes on keeps the one it has: ids would mean something else under any other.
+    A run that goes on keeps the one it has: ids would mean something else under any other. `learns`: whether one that
+    is to be learned has not been kept by another process yet.
     """
     kept, end = Path(config.out) / "tokenizer.json", None
+    if config.tokenizer.startswith(tokenizer.LEARNED) and not learns:
+        return tokenizer.load(str(kept))
     earlier = None if resume_from is None else _content(resume_from.parents[1] / "tokenizer.json")
     if config.tokenizer.startswith(tokenizer.LEARNED):
         vocab_size = _whole_number(config.tokenizer)
@@ -131,7 +134,7 @@ def with_length(config: TrainConfig, batches: Batches | Packs, done: int) -> Tra
     if config.total_steps or config.finetune is None or not isinstance(batches, Packs):
         return config
     epochs = config.finetune.epochs
-    steps = -(-epochs * batches.samples_per_epoch // (config.micro_bsz * config.accumulate))
+    steps = -(-epochs * batches.samples_per_epoch // config.samples_per_step)
     if done > steps:
         raise ConfigError(f"epochs {epochs}: are {steps:,} steps, and {config.out} is at step {done:,}; give more")
     return dataclasses.replace(config, max_steps=steps)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heron import machine
+from heron import dist, machine
 from heron.config import TrainConfig
-from heron.errors import HeronError
+from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
 from heron.model.plain import has_hooks
@@ -32,6 +32,7 @@ class Learner:
         config: its `dtype` is fp32 or bf16.
         device: where steps run.
         say: takes a line for the user; None: standard error.
+        ranks: the processes that learn together. Each hands in its own samples; gradients are those of all.
 
     Attributes:
         model: what is evaluated and sampled from.
@@ -42,41 +43,68 @@ class Learner:
         tables: those of which each step is brought the rows that it needs, None where they are plain parameters.
         optimizer: of `trained`.
         compiled: whether steps are compiled, and why.
+        parallel: how the network lies over the processes, and why.
 
     Raises:
-        ConfigError: tables on the host for a model that has none; `compile` on or graph where nothing can be compiled;
-            an adapter or a state that the model has no place for.
+        ConfigError: tables on the host for a model that has none, or tables to be sharded; `compile` on or graph where
+            nothing can be compiled; an adapter or a state that the model has no place for, or that lies beside shards.
     """
 
     def __init__(
-        self, model: RWKV, config: TrainConfig, device: torch.device, say: Callable[[str], None] | None = None
+        self,
+        model: RWKV,
+        config: TrainConfig,
+        device: torch.device,
+        say: Callable[[str], None] | None = None,
+        ranks: dist.Ranks = dist.ALONE,
     ):
         self._say = say or (lambda line: print(f"heron: {line}", file=sys.stderr))
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
+        self.parallel = dist.choose(config.parallel, ranks, sum(p.numel() for p in model.parameters()), device)
+        sharded = self.parallel.value in ("fsdp", "hsdp")
+        if sharded and (model.config.deep_embed is not None or config.freezes):
+            what = "frozen weights are" if config.freezes else "DeepEmbed tables are"
+            raise ConfigError(
+                f"parallel {self.parallel.value}: {what} not sharded yet; use --parallel ddp"
+                + ("" if config.freezes else ", and --tables host where they are large")
+            )
+        ranks.start_equal(model, device)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
             leaves.prepare_base(model, in_half, tables_stay=config.tables == "host")
-        self.tables = row_tables(model, device, config.tables, trains=not config.freezes)
-        if self.tables is None:
+        self.tables = None if sharded else row_tables(model, device, config.tables, trains=not config.freezes)
+        if self.tables is None and not sharded:
             model.to(device)
         if config.freezes and config.finetune is not None:
             self.leaves = leaves.of_method(model, config.finetune, in_half)
         else:
-            self.leaves = leaves.all_weights(model, in_half)
+            self.leaves = leaves.all_weights(model, in_half and not sharded)
         self.model, self.network, self.trained = self.leaves.model, self.leaves.network, self.leaves.trained
-        self.network.grad_checkpoint = config.grad_checkpoint
         self._copies = self.leaves.copies
+        if config.freezes:
+            ranks.start_equal(self.trained, device)
+            self.refresh()
         self._autocast_dtype = "fp32" if in_half else config.dtype
         in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
         uneven = config.finetune is not None
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
-        self.compiled = compilation.choose(config.compile, device, model.config, config.tables, adds_up, uneven, kind)
+        self.compiled = compilation.choose(
+            config.compile, device, model.config, config.tables, adds_up, uneven, kind, sharded
+        )
         self._passes, self._graphs = Counter(), {}  # by shape of batch
         if self.tables is not None:
             self.tables.before_moving = self._graphs.clear
-        if self.compiled.value != "off":
-            compilation.compile_blocks(self.network)
+        dist.prepare(
+            self.network,
+            ranks,
+            self.parallel.value,
+            device,
+            config.grad_checkpoint,
+            self.compiled.value != "off",
+            in_half,
+        )
+        self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
             None if config.freezes else self.tables, machine.DTYPES[config.tables_state],
@@ -107,20 +135,25 @@ class Learner:
     def _gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
         if self.tables is not None:
             ids = torch.cat([sample[0] for sample in samples if sample[0] is not None])
-            self.tables.bring(ids, len(samples), self._recorded(len(samples)))
+            self.tables.bring(torch.cat(self.ranks.gathered(ids)), len(samples), self._recorded(len(samples)))
         loss = torch.zeros((), device=self.device)
         for sample, parts in zip(samples, self._parts(samples), strict=True):
             loss += self._pass([_onto(self.device, part) for part in sample], len(samples), parts)
             if len(samples) > 1:
                 self._hand_over()
+        if self._reduction is not None and len(samples) > 1:
+            self._reduction.finish()
+        if self.tables is not None:
+            self.ranks.add_(self.tables.gradients())
         return loss
 
     def _parts(self, samples: Sequence[tuple[Tensor | None, ...]]) -> list[float]:
         """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
         if self.config.finetune is None:
-            return [len(samples)] * len(samples)
+            return [len(samples) * self.ranks.count] * len(samples)
         counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
-        return [sum(counts) / max(count, 1) for count in counts]
+        (total,) = self.ranks.sum([sum(counts)])
+        return [total / max(count, 1) for count in counts]
 
     def _pass(self, sample: list[Any], passes: int, parts: float) -> Tensor:
         """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
@@ -134,6 +167,8 @@ class Learner:
             with machine.autocast(self._autocast_dtype, self.device):
                 loss = self.network.loss(tokens, targets, **given) / parts
             loss.backward()
+            if self._reduction is not None and passes == 1:
+                self._reduction.finish()
             return loss.detach()
 
         shape = (*sample[0].shape, passes)
@@ -147,6 +182,13 @@ class Learner:
             self._graphs[shape] = compilation.PassGraph(run, learning, sample)
         return self._graphs[shape].replay(sample)
 
+    def _reduction_of(self) -> dist.Reduction:
+        """Of the leaves that have a step's gradients: of several passes these are added up as the masters'."""
+        on_rows = {id(weight) for weight in (self.tables.weights if self.tables is not None else [])}
+        at_once = self.config.accumulate == 1
+        learning = (copy if at_once else master for copy, master in self.leaves.pairs)
+        return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), at_once)
+
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
         if self.compiled.value != "graph" or passes != self.config.accumulate:
@@ -155,15 +197,21 @@ class Learner:
             return False  # a replay would not call them
         return self.tables is None or self.tables.recordable
 
-    def update(self, loss: Tensor, lr: float, limit: float) -> Tensor:
+    def update(self, loss: Tensor, lr: float, limit: float, asked: bool = False) -> Tensor:
         """Start the optimizer's step, which changes nothing if loss or gradients are bad, or the loss is above `limit`.
 
+        Args:
+            asked: whether this process was asked to stop.
+
         Returns:
-            Loss, gradient norm before clipping, and 1.0 if they are bad: (3,) fp32 on the device.
+            Loss, gradient norm before clipping, 1.0 if they are bad, and how many processes were asked to stop: (4,)
+            fp32 on the device, the same in all processes.
         """
         trained = (*self.trained.parameters(), *(copy for copy, _ in self._copies))
         of_rows = [] if self.tables is None else self.tables.gradients()
-        grad_norm = norm_of([*(leaf.grad for leaf in trained if leaf.grad is not None), *of_rows])
+        gradients = [dist.local(leaf.grad) for leaf in trained if leaf.grad is not None]
+        n_asked = torch.full((), float(asked), device=self.device)
+        loss, grad_norm, n_asked = self._agreed(loss, norm_of([*gradients, *of_rows]), n_asked)
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
         if self.config.grad_clip:
@@ -175,7 +223,25 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.tables is not None:
             self.tables.release()
-        return torch.stack((loss, grad_norm, bad))
+        return torch.stack((loss, grad_norm, bad, n_asked))
+
+    def _agreed(self, loss: Tensor, grad_norm: Tensor, n_asked: Tensor) -> tuple[Tensor, ...]:
+        """Loss, gradient norm and number of those asked of all processes, from those of each, in one collective."""
+        if self.ranks.count == 1:
+            return loss, grad_norm, n_asked
+        numbers = torch.stack((loss, grad_norm.square(), n_asked))
+        self.ranks.add_([numbers])
+        loss, squares, n_asked = numbers
+        copies = self.ranks.copies(self.parallel.value)  # of each gradient, among those that were added up
+        return loss, grad_norm if copies == self.ranks.count else (squares / copies).sqrt(), n_asked
+
+    def weights_are_finite(self) -> bool:
+        """Whether nothing that any process trains is infinite or NaN."""
+        return self.ranks.all(all(bool(dist.local(leaf).isfinite().all()) for leaf in self.trained.parameters()))
+
+    def whole(self) -> RWKV:
+        """The model for use outside of steps, by each process alone. All of them call this together."""
+        return dist.whole_model(self.model)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -210,6 +276,8 @@ class Learner:
             raise HeronError(f"compile {self.config.compile}: {told}. Use --compile auto or --compile off") from error
         self._say(f"training steps are not compiled, so they take longer: {told}")
         self.compiled = machine.Choice("off", told)
+        if self._reduction is not None:
+            self._reduction.forget()
         compilation.undo(self.network)
         for pair in self.leaves.pairs:
             for leaf in pair:

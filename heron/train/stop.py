@@ -39,14 +39,19 @@ class Preemption:
     Args:
         max_hours: hours from now; None: no limit.
         say: takes a line for the user; it is called from another thread.
+        alone: whether this process may stop when it is asked to; else :meth:`agree` says when all of a run do. A second
+            signal then changes nothing: torchrun sends on what the processes have got already.
 
     Attributes:
-        reason: "SIGTERM", "--max_hours 2", ...; None while there is none.
+        asked: what asked this process to stop: "SIGTERM", "--max_hours 2", ...; None while nothing has.
+        reason: why the run stops; None while it goes on.
         at_stake: gives what ending at once would lose, as a clause.
     """
 
-    def __init__(self, max_hours: float | None = None, say: Callable[[str], None] = print):
+    def __init__(self, max_hours: float | None = None, say: Callable[[str], None] = print, alone: bool = True):
+        self.asked: str | None = None
         self.reason: str | None = None
+        self._alone = alone
         self.at_stake: Callable[[], str] = lambda: "nothing is lost"
         self._say = say
         self._max_hours = max_hours
@@ -71,10 +76,15 @@ class Preemption:
         if self._last_end is not None:
             self._longest_step = max(self._longest_step, now - self._last_end)
         self._last_end = now
-        if self._max_hours is not None and self.reason is None:
+        if self._max_hours is not None and self.asked is None:
             left = self._begin + 3600 * self._max_hours - now
             if left < 2 * self._longest_step:
-                self.reason = f"--max_hours {self._max_hours:g}"
+                self._ask(f"--max_hours {self._max_hours:g}")
+
+    def agree(self, n_asked: float) -> None:
+        """Hear how many processes of the run were asked to stop: where it is one or more, all of them do."""
+        if n_asked and self.reason is None:
+            self.reason = self.asked or "a signal to another process"
 
     def interruptible(self, work: Callable[[], Any]) -> Any:
         """`work()`, in a thread, so that a signal is obeyed even while it is inside a library's call.
@@ -138,15 +148,22 @@ class Preemption:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._heard += 1
         if self._heard == 1:
-            self.reason = signal.Signals(number).name
+            self._ask(signal.Signals(number).name)
             if not self._saves:
                 raise Stopped
+        elif not self._alone and number != signal.SIGINT:
+            return
         elif number == signal.SIGINT and self._heard == 2:
             self._let_go(number)
         else:
             self._let_go(number)
             time.sleep(0.05)  # for the line that says so
             os.kill(os.getpid(), number)
+
+    def _ask(self, reason: str) -> None:
+        self.asked = reason
+        if self._alone:
+            self.reason = reason
 
     def _let_go(self, number: int) -> None:
         if number in self._before:
@@ -166,7 +183,7 @@ class Preemption:
                 self._say(f"{name}: stopping after this step, which is saved; the same command goes on")
             elif heard == 2 and name == "SIGINT":
                 self._say(f"{name} again: once more ends the run at once: {self.at_stake()}")
-            elif heard == 2:
+            elif heard == 2 and self._alone:
                 self._say(f"{name}: the second signal ends the run at once: {self.at_stake()}")
 
 
@@ -180,7 +197,7 @@ def until_stopped(stop: Preemption, model: RWKV) -> Iterator[None]:
     """Leave the block at its next forward pass once the run is asked to stop."""
 
     def look(*_: object) -> None:
-        if stop.reason:
+        if stop.asked:
             raise _NotWanted
 
     hook = model.emb.register_forward_pre_hook(look)

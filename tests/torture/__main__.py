@@ -30,6 +30,9 @@ FULL = {
     "foreign": 2000,
     "jsonl": 200_000,
     "builds": 30,
+    "serving": 10_000,
+    "serving_schema": 5000,
+    "processes": 9,
 }
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = ("| promise | trials | broken | control (must be found) | found | notes | seconds |", "|" + "---|" * 7)

@@ -23,8 +23,8 @@ from heron.checkpoint import run as checkpoints
 from heron.config import TrainConfig
 from heron.data import loader
 from heron.errors import HeronError
+from heron.train import due, run_data, stop
 from heron.train import loop as train
-from heron.train import run_data, stop
 from tests.torture import minute
 from tests.torture.result import Result
 
@@ -35,8 +35,8 @@ PHASES = {  # name -> (object, function that begins the phase, which of its call
     "forward": (train.machine, "autocast", 9),
     "accumulation": (train.machine, "autocast", 10),
     "batch": (loader.Batches, "batch", 5),
-    "validation": (train, "evaluate", 1),
-    "sample": (train, "generate", 1),
+    "validation": (due, "evaluate", 1),
+    "sample": (due, "generate", 1),
     "save": (checkpoints, "save", 2),
 }
 

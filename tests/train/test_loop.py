@@ -32,6 +32,7 @@ from heron.evaluate import evaluate
 from heron.model import rwkv
 from heron.optim import lr_at
 from heron.train import loop as train
+from heron.train import result
 from heron.train.step import Learner
 from tests.train.faults import Fault, faulty
 
@@ -387,7 +388,7 @@ def test_a_finished_run_can_be_made_longer(settings, capsys):
 def test_a_kill_before_the_last_checkpoint_leaves_no_run_that_seems_finished(settings, tmp_path, monkeypatch):
     config = settings(max_steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save", functools.partial(_save_but_the_last, train.save))
+        patch.setattr(result, "save", functools.partial(_save_but_the_last, result.save))
         with pytest.raises(KeyboardInterrupt):
             fit(config)
     assert status_of(config) == {"status": "failed", "step": 3, "checkpoint": None}
@@ -755,7 +756,7 @@ def test_num_workers_changes_no_number_and_one_line_says_so(settings, tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_every_sample_is_learned_from_once_and_in_order(settings, monkeypatch, accumulate):
     asked, batch = [], Batches.batch
-    monkeypatch.setattr(Batches, "batch", lambda *parts: asked.append(parts[1:]) or batch(*parts))
+    monkeypatch.setattr(Batches, "batch", lambda *parts: asked.append(parts[1:3]) or batch(*parts))
     config = settings(accumulate=accumulate)
     assert StopAt(config, 3).fit() == "preempted"
     fit(config)
@@ -767,10 +768,10 @@ def test_what_a_batch_raises_reaches_the_caller_and_the_same_run_goes_on(setting
     fit(whole)
     batch = Batches.batch
 
-    def damaged(self, first, count):
+    def damaged(self, first, count, every):
         if first == 10:
             raise DataError("sample 10: the disk is gone")
-        return batch(self, first, count)
+        return batch(self, first, count, every)
 
     monkeypatch.setattr(Batches, "batch", damaged)
     with pytest.raises(DataError, match="sample 10: the disk is gone"):
@@ -784,10 +785,10 @@ def test_what_a_batch_raises_reaches_the_caller_and_the_same_run_goes_on(setting
 def test_a_signal_while_a_batch_is_read_lets_its_step_end_and_be_saved(settings, monkeypatch):
     batch = Batches.batch
 
-    def signalled(self, first, count):
+    def signalled(self, first, count, every):
         if first == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, first, count)
+        return batch(self, first, count, every)
 
     monkeypatch.setattr(Batches, "batch", signalled)
     config = settings()

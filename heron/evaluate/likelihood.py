@@ -1,15 +1,11 @@
-"""How well a model predicts: loss, perplexity and bits per byte of a text; LAMBADA; multiple choice.
-
-Everything can be computed in GPT mode (sequences at once, what training runs) and in RNN mode (token by token through
-the decoder, what generation runs); the numbers are the same but for rounding.
-"""
+"""Loss, perplexity and bits per byte of a text, and how likely one text is after another."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +13,6 @@ from torch import Tensor, nn
 
 from heron.checkpoint.architecture import in_one_dtype
 from heron.config import RosaConfig
-from heron.data import jsonl
-from heron.data.corpora import read_documents
 from heron.data.recalled import PIECE, Recalled, Rules, answers
 from heron.errors import ConfigError, DataError, did_you_mean
 from heron.generation.decoder import Decoder
@@ -27,8 +21,6 @@ from heron.model import RWKV, State
 from heron.model.memory import Documents, Recollection
 from heron.model.state import States
 from heron.progress import progress
-from heron.tokenizer import Tokenizer
-from heron.tokenizer.continuation import encode_pair
 
 MODES = ("gpt", "rnn")
 _TOKENS_PER_PASS = 4096
@@ -55,22 +47,6 @@ class Likelihood(NamedTuple):
     greedy: bool  # whether every one of its tokens is the likeliest
 
 
-class Lambada(NamedTuple):
-    """The outcome of :func:`lambada`."""
-
-    perplexity: float  # exp of minus the mean, over texts, of the last word's log-probability
-    accuracy: float  # share of texts whose last word greedy decoding would have written
-    n_texts: int
-
-
-class MultipleChoice(NamedTuple):
-    """The outcome of :func:`multiple_choice`."""
-
-    accuracy: float  # the right choice has the highest log-probability
-    accuracy_per_byte: float  # ... the highest log-probability per UTF-8 byte of the choice
-    n_questions: int
-
-
 def evaluate(
     model: RWKV,
     tokens: np.ndarray,
@@ -81,6 +57,7 @@ def evaluate(
     recalled: Recalled | None = None,
     documents: Documents | None = None,
     start: State | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Score every token but the first, once, in windows of `ctx_len` that each start from a zero state, or `start`.
 
@@ -95,6 +72,7 @@ def evaluate(
             its window and before that, and on `documents`.
         documents: see :class:`heron.model.memory.Documents`.
         start: such as a tuned state, batch size 1, on the device of the model; None: zeros.
+        share: i, n: score a share of them, that of number i among n processes (:func:`together`). In gpt mode alone.
 
     Raises:
         ConfigError: a ctx_len below 1, or an unknown mode.
@@ -102,7 +80,7 @@ def evaluate(
     """
     if ctx_len < 1:
         raise ConfigError(f"ctx_len: wanted at least 1, got {ctx_len}")
-    _check_mode(mode)
+    check_mode(mode)
     n_targets = len(tokens) - 1
     if n_targets < 1:
         raise DataError(f"evaluate: wanted at least 2 tokens, got {len(tokens)}")
@@ -122,14 +100,15 @@ def evaluate(
         total = -sum(score.logprob for score in _likelihoods(model, texts, mode, start))
         return _evaluation(total, n_targets, n_bytes)
 
-    total = 0.0
+    total, n_targets = 0.0, 0
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
-        for starts, n in _windows(n_targets, ctx_len):
+        for starts, n in islice(_windows(len(tokens) - 1, ctx_len), share[0], None, share[1]):
             rows = np.asarray(tokens[starts[0] : starts[-1] + n + 1], dtype=np.int64)
             places = torch.from_numpy(starts - starts[0]).unsqueeze(1) + torch.arange(n)
             window = torch.from_numpy(rows).to(device)
             found = None if recalled is None else recalled.at(starts, n).to(device)
             total += _nll(model, window[places], window[places + 1], found, start)
+            n_targets += places.numel()
     return _evaluation(total, n_targets, n_bytes)
 
 
@@ -138,6 +117,7 @@ def evaluate_batches(
     batches: Iterable[tuple[Tensor | None, ...]],
     autocast: torch.autocast | None = None,
     start: Callable[[Tensor, Tensor | None], States | None] = lambda *_: None,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Score the targets of batches that are not -100.
 
@@ -145,6 +125,7 @@ def evaluate_batches(
         batches: tokens, targets, recalled and cu_seqlens, as :meth:`heron.data.packs.Packs.batch` gives them.
         autocast: the precision context of the training run, if any.
         start: gives the state that the sequences of tokens and cu_seqlens start from; None: zeros.
+        share: i, n: every n-th batch from number i on, see :func:`together`.
 
     Raises:
         DataError: no target.
@@ -153,7 +134,7 @@ def evaluate_batches(
     device = next(model.parameters()).device
     total, n_targets = 0.0, 0
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):
-        for batch in batches:
+        for batch in islice(batches, share[0], None, share[1]):
             tokens, targets, recalled, cu_seqlens = (None if part is None else part.to(device) for part in batch)
             if tokens is not None and targets is not None:
                 n = int((targets != -100).sum())
@@ -161,9 +142,19 @@ def evaluate_batches(
                 hidden, _ = model.hidden_states(tokens, state, cu_seqlens, keep_state=False, recalled=recalled)
                 total += float(model.head_loss(hidden, targets, recalled).double()) * n
                 n_targets += n
-    if not n_targets:
+    if not n_targets and share == (0, 1):
         raise DataError("evaluate: wanted at least one target, got none")
     return _evaluation(total, n_targets, None)
+
+
+def together(score: Evaluation, add: Callable[[list[float]], list[float]], n_bytes: int | None = None) -> Evaluation:
+    """The score of all from the share of each, with what adds numbers up over the processes.
+
+    Args:
+        n_bytes: UTF-8 bytes that all targets stand for.
+    """
+    total, n_targets = add([score.loss * score.n_targets, score.n_targets])
+    return _evaluation(total, int(n_targets), n_bytes)
 
 
 def loglikelihoods(
@@ -185,7 +176,7 @@ def loglikelihoods(
         ConfigError: an unknown mode.
         DataError: an empty context or continuation (its number is named), or an id outside the vocabulary.
     """
-    _check_mode(mode)
+    check_mode(mode)
     model, rosa = in_one_dtype(model), model.config.memory
     texts = []
     for number, (context, continuation) in enumerate(pairs):
@@ -245,123 +236,14 @@ def _recalled(tokens: np.ndarray, rosa: RosaConfig, documents: Documents | None)
     return Recalled(records)
 
 
-def lambada(
-    model: RWKV,
-    tokenizer: Tokenizer,
-    path: str | Path,
-    mode: str = "gpt",
-    limit: int | None = None,
-    documents: Documents | None = None,
-    start: State | None = None,
-) -> Lambada:
-    """Predict the last word of each text, which begins at its last space.
-
-    Source of the definition: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v8_rc00_demo.py: a text starts from token 0 (here: the
-    tokenizer's end of document), and the word has its space. Text and word are encoded as a whole, not apart as there;
-    :func:`heron.tokenizer.continuation.encode_pair` says where the word's ids begin.
-
-    Args:
-        path: a jsonl with `{"text": ...}` lines.
-        limit: only so many texts; None: all.
-        documents: what a ROSA memory looks into beside each text, see :class:`heron.model.memory.Documents`.
-        start: as for :func:`evaluate`.
-
-    Raises:
-        ConfigError: a tokenizer without end of document; a limit below 1.
-        DataError: a bad line, a text without a space before its last word, or no text at all.
-    """
-    eod, pairs = _start_of(tokenizer), []
-    for where, text in _limited(read_documents(str(path)), limit):
-        context, space, word = text.rstrip().rpartition(" ")
-        if not context.strip() or not word:
-            raise DataError(f"{where}: wanted a text of two words or more, got {text[:60]!r}")
-        of_context, of_word = encode_pair(tokenizer, context, space + word)
-        pairs.append(([*eod, *of_context], of_word))
-    if not pairs:
-        raise DataError(f"{path}: holds no text")
-    scores = loglikelihoods(model, pairs, mode, documents, start)
-    mean = sum(score.logprob for score in scores) / len(scores)
-    return Lambada(
-        math.exp(-mean) if mean > -700 else math.inf, sum(score.greedy for score in scores) / len(scores), len(scores)
-    )
-
-
-def multiple_choice(
-    model: RWKV,
-    tokenizer: Tokenizer,
-    path: str | Path,
-    mode: str = "gpt",
-    limit: int | None = None,
-    documents: Documents | None = None,
-    start: State | None = None,
-) -> MultipleChoice:
-    """Answer questions by the likelihood of each choice after the question. The first of equals is taken.
-
-    Args:
-        path: a jsonl with `{"question": str, "choices": [str, ...], "answer": int}` lines, `answer` counting from 0.
-            Question and choice are joined as they are: give choices their leading space. They are encoded as a
-            whole; :func:`heron.tokenizer.continuation.encode_pair` says where the choice's ids begin.
-        limit: only so many questions; None: all.
-        documents: as for :func:`lambada`.
-        start: as for :func:`evaluate`.
-
-    Raises:
-        ConfigError: a tokenizer without end of document; a limit below 1.
-        DataError: a bad line (its number is named), or no question at all.
-    """
-    eod, pairs, questions = _start_of(tokenizer), [], []
-    for _, (question, choices, answer) in _limited(jsonl.read(Path(path), _question), limit):
-        for choice in choices:
-            context, continuation = encode_pair(tokenizer, question, choice)
-            pairs.append(([*eod, *context], continuation))
-        questions.append(([len(choice.encode()) for choice in choices], answer))
-    if not questions:
-        raise DataError(f"{path}: holds no question")
-    scores = iter(loglikelihoods(model, pairs, mode, documents, start))
-    right = right_per_byte = 0
-    for lengths, answer in questions:
-        logprobs = [next(scores).logprob for _ in lengths]
-        per_byte = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
-        right += logprobs.index(max(logprobs)) == answer
-        right_per_byte += per_byte.index(max(per_byte)) == answer
-    return MultipleChoice(right / len(questions), right_per_byte / len(questions), len(questions))
-
-
 def _evaluation(total: float, n_targets: int, n_bytes: int | None) -> Evaluation:
-    return Evaluation(total / n_targets, n_targets, total / math.log(2) / n_bytes if n_bytes else None)
+    loss = total / n_targets if n_targets else 0.0  # of a share without any
+    return Evaluation(loss, n_targets, total / math.log(2) / n_bytes if n_bytes else None)
 
 
-def _check_mode(mode: str) -> None:
+def check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ConfigError(f"mode: wanted {' or '.join(MODES)}, got {mode!r}.{did_you_mean(mode, MODES)}")
-
-
-def _start_of(tokenizer: Tokenizer) -> list[int]:
-    if tokenizer.eod is None:
-        raise ConfigError(f"tokenizer {tokenizer.spec}: has no end-of-document token, from which every text starts")
-    return [tokenizer.eod]
-
-
-def _limited(records: Iterator[tuple[str, Any]], limit: int | None) -> Iterator[tuple[str, Any]]:
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: wanted at least 1, got {limit}")
-    for number, record in enumerate(records):
-        if number == limit:
-            return
-        yield record
-
-
-def _question(row: dict[str, Any]) -> tuple[str, list[str], int]:
-    """Question, choices and the number of the right one; ValueError where `row` is none."""
-    choices, answer = row.get("choices"), row.get("answer")
-    if not (isinstance(row.get("question"), str) and isinstance(choices, list) and len(choices) > 1):
-        raise ValueError('wanted {"question": text, "choices": two texts or more, "answer": number}')
-    if not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError(f"wanted choices that are texts of at least one character, got {choices!r:.80}")
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(f"answer: wanted 0 to {len(choices) - 1}, got {answer!r:.40}")
-    texts = {f"choice {number}": choice for number, choice in enumerate(choices)}
-    return jsonl.text(row, "question"), [jsonl.text(texts, name) for name in texts], answer
 
 
 def _passes(by_length: list[int], texts: list[_Text], mode: str) -> Iterator[list[int]]:

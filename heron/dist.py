@@ -1,0 +1,363 @@
+"""Many processes that make one run: who they are, what they decide together, and how a network lies over them.
+
+No other file knows of ranks. torchrun starts the processes, one a GPU, and tells each its number in the environment;
+PyTorch moves the numbers: NCCL between GPUs, Gloo between hosts and for what is decided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from heron import machine
+from heron.errors import ConfigError, HeronError
+from heron.model import RWKV
+from heron.model.compiled import compile_blocks
+
+Result = TypeVar("Result")
+
+_BYTES_PER_WEIGHT = 16  # fp32 weights, their bf16 copies, bf16 gradients and two fp32 moments
+_FOR_WEIGHTS = 0.6  # of a GPU's memory; the rest is for activations
+_BUCKET = 64 << 20  # bytes of gradients that travel together
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The processes of a run: this is number `rank` of `count`. One that torchrun did not start is alone.
+
+    Attributes:
+        local_rank, local_count: the same among those on this machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Ranks:
+        """As torchrun tells it; ConfigError where it tells half of it."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():  # of clusters, some set WORLD_SIZE for every program
+            return cls()
+        try:
+            return cls(*(int(os.environ[name]) for name in names))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"RANK is set, and {error} in the environment is missing or wrong; start with torchrun, or unset RANK"
+            ) from None
+
+    def check_number(self, wanted: int) -> None:
+        """ConfigError where a run is for another number of processes; 0: for any."""
+        if wanted not in (0, self.count):
+            raise ConfigError(
+                f"processes {wanted}: started {'without torchrun' if self.count == 1 else f'on {self.count}'}; type "
+                f"torchrun --nproc-per-node {wanted} -m heron train ..., or leave --processes out"
+            )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def device(self, wanted: str) -> machine.Choice:
+        """The device of this process, as :func:`heron.machine.choose_device`: of many, each takes a GPU of its own.
+
+        Raises:
+            ConfigError: a GPU that is named by its number, or more processes than GPUs.
+        """
+        if self.count == 1 or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+            return machine.choose_device(wanted)
+        if wanted not in ("auto", "cuda"):
+            raise ConfigError(
+                f"device {wanted}: torchrun started {self.count} processes, one a GPU; leave --device out"
+            )
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: rank {self.rank} has no GPU: torchrun started {self.local_count} processes here, and PyTorch "
+                f"sees {torch.cuda.device_count()} GPUs; use --nproc-per-node {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return machine.choose_device("cuda")
+
+    @contextlib.contextmanager
+    def joined(self, device: torch.device, timeout: float) -> Iterator[None]:
+        """Be connected to the others inside. Returns from the beginning, and the end, when all have come there.
+
+        Args:
+            timeout: seconds for which one process waits for another, here and inside.
+
+        Raises:
+            HeronError: they did not come, or one of them went away inside; with the rank of this one in its message,
+                as every HeronError from inside has it.
+        """
+        if self.count == 1:
+            yield
+            return
+        try:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            yield
+            self.all(True)  # who leaves first must not take the connection from the others
+            distributed.destroy_process_group()
+        except HeronError as error:
+            raise type(error)(f"rank {self.rank}: {error}") from error
+        except RuntimeError as error:
+            if not _is_of_connection(error):
+                raise
+            told = str(error).splitlines()[0]
+            raise HeronError(
+                f"rank {self.rank}: another process of the run failed, or did not answer within {timeout:g} s "
+                f"(--dist_timeout): {told}. Checkpoints are whole, the same command goes on"
+            ) from error
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives in the first process, which alone does it, in all of them.
+
+        Raises:
+            HeronError: in all of them, where `work` raised one or an OSError.
+        """
+        if self.count == 1:
+            return work()
+        result, failure = None, None
+        if self.is_first:
+            try:
+                result = work()
+            except (HeronError, OSError) as error:
+                failure = error
+        told: list[Any] = [result, None if failure is None else str(failure)]
+        distributed.broadcast_object_list(told, 0, device=torch.device("cpu"))
+        if failure is not None:
+            raise failure
+        if told[1] is not None:
+            raise HeronError(f"ends as rank 0 failed: {told[1]}")
+        return told[0]
+
+    def in_turn(self, work: Callable[[], Result]) -> Result:
+        """`work()` in the first process, and in the others when it has succeeded there."""
+        found: list[Result] = []
+        self.first(lambda: found.append(work()))
+        return found[0] if found else work()
+
+    def all(self, holds: bool) -> bool:
+        """Whether something holds in every process."""
+        return self.sum([float(not holds)]) == [0.0]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Numbers of the hosts, each added up over all processes."""
+        if self.count == 1:
+            return list(values)
+        added = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(added)
+        return added.tolist()
+
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor of the host of each process, in order; they are alike in shape."""
+        if self.count == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        distributed.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def add_(self, tensors: Iterable[Tensor]) -> None:
+        """Add up each tensor over all processes, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+
+    def start_equal(self, model: nn.Module, device: torch.device) -> None:
+        """Give every process the first one's weights: initial values differ in last bits from CPU to CPU."""
+        for tensor in model.state_dict().values() if self.count > 1 else ():
+            there = tensor.to(device)
+            distributed.broadcast(there, 0)
+            tensor.copy_(there)
+
+    def copies(self, parallel: str) -> int:
+        """How many processes have the same gradient after a step's backward passes, see :func:`choose`."""
+        return {"fsdp": 1, "hsdp": self.count // self.local_count}.get(parallel, self.count)
+
+
+ALONE = Ranks()
+
+
+def choose(wanted: str, ranks: Ranks, n_parameters: int, device: torch.device) -> machine.Choice:
+    """How a network lies over the processes: "none" for one process, else "ddp", "fsdp" or "hsdp".
+
+    Args:
+        wanted: TrainConfig.parallel.
+    """
+    if ranks.count == 1:
+        return machine.Choice("none", "one process")
+    if wanted != "auto":
+        return machine.Choice(wanted, "as asked")
+    if device.type == "cuda":
+        room = _FOR_WEIGHTS * torch.cuda.get_device_properties(device).total_memory
+        if _BYTES_PER_WEIGHT * n_parameters > room:
+            return machine.Choice("fsdp", "a GPU has no room for all weights and moments")
+    return machine.Choice("ddp", "each GPU has room for all weights and moments")
+
+
+def prepare(
+    network: RWKV, ranks: Ranks, parallel: str, device: torch.device, grad_checkpoint: bool, compiled: bool, bf16: bool
+) -> None:
+    """Make a network ready to learn: activation checkpointing, then compiled blocks, then shards.
+
+    Args:
+        parallel: as :func:`choose` gives it. With fsdp and hsdp parameters become shards, DTensors on `device`, in
+            fp32; each block is gathered while it computes.
+        bf16: whether a sharded network computes in bf16; one that is not sharded has the dtype it computes in.
+    """
+    network.grad_checkpoint = grad_checkpoint
+    if compiled:
+        compile_blocks(network)
+    if parallel in ("fsdp", "hsdp"):
+        _shard(network, ranks, parallel, device, bf16)
+
+
+def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device, bf16: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    if parallel == "hsdp":
+        shape, names = (ranks.count // ranks.local_count, ranks.local_count), ("replicate", "shard")
+    else:
+        shape, names = (ranks.count,), ("shard",)
+    how: dict[str, Any] = dict(
+        mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+        # Gradients travel in the dtype that they have, as those of ddp do.
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False),
+    )
+    parts = [*network.blocks]
+    if isinstance(norm := getattr(network.blocks[0], "ln0", None), nn.Module):
+        parts.insert(0, norm)  # it is called before its block is
+    for part in parts:  # the last block is the first that the backward pass needs
+        fully_shard(part, **how, reshard_after_forward=part is not network.blocks[-1])
+    fully_shard(network, **how, reshard_after_forward=False)
+    # Nothing is added in place to what a block returns, which is where a view would do harm.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    register_fsdp_forward_method(network, "loss")
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # a loss is this process's share already: gradients are summed
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here: of a DTensor its shard, of any other all."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, placed and sharded as `like` is. Nothing is sent."""
+    if not is_sharded(like) or not tensor.dim():
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # pyright: ignore[reportAttributeAccessIssue]
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name with their shards put together, one after another. All processes go through it together."""
+    for name, tensor in tensors.items():
+        yield name, tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def on_first_host(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Tensors by name, whole, in the first process; nothing in the others. What was sharded is on the host then."""
+    kept = {}
+    for name, tensor in whole(tensors):
+        if ranks.is_first:
+            kept[name] = tensor.cpu() if is_sharded(tensors[name]) else tensor
+    return kept
+
+
+def whole_model(model: RWKV) -> RWKV:
+    """A model that one process can use without the others: a copy of one that is sharded, else itself."""
+    if not any(map(is_sharded, model.parameters())):
+        return model
+    with torch.device("meta"):
+        copy = RWKV(model.config)
+    copy.load_state_dict(dict(whole(model.state_dict())), assign=True)
+    return copy.requires_grad_(False)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process has a part of it alone."""
+    return hasattr(tensor, "device_mesh")  # to ask for the class would load half a second of modules
+
+
+class Reduction:
+    """Adds up the gradients of `leaves` over all processes, a bucket at a time.
+
+    With `overlapped` a bucket leaves as soon as it is full, while the backward pass goes on, in a recorded pass too;
+    gradients of several passes leave together, at :meth:`finish`. A gradient is then a part of its bucket.
+    """
+
+    def __init__(self, leaves: Iterable[nn.Parameter], overlapped: bool):
+        self._buckets = _buckets(leaf for leaf in leaves if leaf.requires_grad)
+        self._under_way: list[tuple[list[nn.Parameter], Tensor, Any]] = []
+        self._missing = list(map(len, self._buckets))
+        for number, bucket in enumerate(self._buckets) if overlapped else ():
+            for leaf in bucket:
+                leaf.register_post_accumulate_grad_hook(partial(self._arrived, number))
+
+    def finish(self) -> None:
+        """End it, after the backward pass: every leaf has the gradient of all processes."""
+        for number, missing in enumerate(self._missing):
+            if missing:  # all of them, or those that this model has no use for
+                self._send(number)
+        for leaves, flat, work in self._under_way:
+            work.wait()
+            parts = torch._C._nn.unflatten_dense_tensors(  # pyright: ignore[reportAttributeAccessIssue]
+                flat, [leaf.grad for leaf in leaves]
+            )
+            for leaf, part in zip(leaves, parts, strict=True):
+                leaf.grad = part
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, after a pass that failed."""
+        self._under_way, self._missing = [], list(map(len, self._buckets))
+
+    def _arrived(self, number: int, _: Tensor) -> None:
+        self._missing[number] -= 1
+        if not self._missing[number]:
+            self._send(number)
+
+    @torch.no_grad()
+    def _send(self, number: int) -> None:
+        leaves = [leaf for leaf in self._buckets[number] if leaf.grad is not None]
+        if leaves:
+            flat = torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
+            self._under_way.append((leaves, flat, distributed.all_reduce(flat, async_op=True)))
+
+
+def _buckets(leaves: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters of one dtype that travel together, in the order in which a backward pass reaches them, about."""
+    buckets: list[list[nn.Parameter]] = []
+    filling: dict[torch.dtype, tuple[list[nn.Parameter], int]] = {}
+    for leaf in reversed(list(leaves)):
+        bucket, n_bytes = filling.get(leaf.dtype, ([], _BUCKET))
+        if n_bytes >= _BUCKET:
+            bucket, n_bytes = [], 0
+            buckets.append(bucket)
+        bucket.append(leaf)
+        filling[leaf.dtype] = bucket, n_bytes + leaf.numel() * leaf.element_size()
+    return buckets
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether one process tells with this error that another is gone or late. Gloo has no class for it."""
+    return isinstance(error, distributed.DistError) or any(
+        words in str(error) for words in ("gloo", "Connection closed", "Connection reset", "Timed out")
+    )

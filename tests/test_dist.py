@@ -1,0 +1,227 @@
+"""Many processes make the run that one makes: losses, stops, bad numbers, checkpoints, and what a dying one leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import heron
+from heron import dist, report
+from heron.checkpoint import run
+from heron.data.loader import Batches
+from heron.errors import ConfigError, HeronError
+from heron.train import loop as train
+from heron.train.stop import Preemption
+from tests.ranks import MODELS, STEPS, STOP, launch, settings
+
+TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranks") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(text):
+    """Runs of one process with four samples a step, and those of two with two each (tests/ranks.py)."""
+    folder = text.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plot", lambda folders, out: None)
+        for name, changes in {
+            "one": {},
+            "one-v8": dict(model=MODELS["v8"], tables="host", max_steps=8),
+            "one-accumulated": dict(micro_bsz=2, accumulate=2, max_steps=8),
+        }.items():
+            config = settings(folder, text, name, **{"micro_bsz": 4, **changes})
+            assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
+    processes = launch(["-m", "tests.ranks", str(folder), str(text)], 2)
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return folder
+
+
+def losses(run_folder):
+    return [record["loss"] for record in report.read_log(run_folder)[0]]
+
+
+def steps(run_folder):
+    return [(r["step"], r["tokens"], r["loss"], r["grad_norm"], r["lr"]) for r in report.read_log(run_folder)[0]]
+
+
+@pytest.mark.parametrize(
+    ("many", "one"),
+    [("ddp", "one"), ("fsdp", "one"), ("hsdp", "one"), ("accumulated-fsdp", "one-accumulated"), ("v8", "one-v8"),
+     ("accumulated-ddp", "one-accumulated")],
+)  # fmt: skip
+def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
+    ours, theirs = losses(folder / many), losses(folder / one)
+    assert len(ours) == len(theirs) >= 8
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
+    if many in ("ddp", "fsdp", "hsdp"):
+        ours, theirs = (report.read_log(folder / name)[1] for name in (many, one))
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [10, 20]
+        for name in ("val_loss", "val_bpb"):
+            assert [r[name] for r in ours] == pytest.approx([r[name] for r in theirs], abs=1e-6)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(folder, parallel):
+    assert steps(folder / f"{parallel}-stopped") == steps(folder / parallel)
+    saved = [path.name for path in (folder / f"{parallel}-stopped" / "checkpoints").iterdir()]
+    assert f"step-{STOP + 1:08d}" in saved
+    one, other = (torch.load(folder / name / "rwkv-final.pth") for name in (parallel, f"{parallel}-stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_nan_in_one_process_makes_all_skip_the_same_step(folder, parallel):
+    lines = [json.loads(line) for line in (folder / f"{parallel}-nan" / "log.jsonl").read_text().splitlines()]
+    (refused,) = [line for line in lines if "refused" in line]
+    assert (refused["refused"], refused["action"], refused["samples"]) == (4, "skipped", [12, 4])
+    assert len([line for line in lines if "loss" in line]) == 5
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    kept = load_file(folder / f"{parallel}-nan" / "bad" / "step-00000004-sample-12.safetensors")
+    assert kept["tokens"].shape == kept["targets"].shape == (4, 32)
+
+
+def test_a_full_disk_in_the_first_process_ends_all_and_each_names_its_rank(folder):
+    why = "checkpoints/step-00000020: cannot be written: No space left on device"
+    assert (folder / "full-0.txt").read_text() == f"rank 0: {why}"
+    assert (folder / "full-1.txt").read_text() == f"rank 1: ends as rank 0 failed: {why}"
+    assert json.loads((folder / "full" / "run_status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])
+def test_weights_and_moments_that_one_process_saved_are_the_same_bits_on_many(folder, parallel):
+    one, many = (folder / name / "checkpoints" / f"step-{STEPS:08d}" for name in ("one", f"again-{parallel}"))
+    run.verify(many)
+    for name in (run.MODEL, run.OPTIMIZER):
+        assert (one / name).read_bytes() == (many / name).read_bytes()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_goes_on_with_a_run_of_many(folder, text, tmp_path, monkeypatch, parallel):
+    monkeypatch.setattr(train, "plot", lambda folders, out: None)
+    said = []
+    source = folder / parallel / "checkpoints" / f"step-{STEPS:08d}"
+    config = settings(tmp_path, text, "on", micro_bsz=4, max_steps=STEPS + 2, resume=str(source))
+    assert heron.Trainer(config, say=said.append).fit() == "finished"
+    assert [record["step"] for record in report.read_log(tmp_path / "on")[0]] == [STEPS + 1, STEPS + 2]
+    assert any("not bit-exact because processes was 2 and is 1" in line for line in said)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_samples_are_dealt_to_processes_each_once(processes):
+    batches = Batches(np.arange(500) % 256, 16, 0, "text")
+    every = batches.batch(6, 4 * processes)[0]
+    dealt = [batches.batch(6 + rank, 4, processes)[0] for rank in range(processes)]
+    assert torch.equal(torch.stack(dealt, dim=1).flatten(0, 1), every)
+
+
+def test_a_killed_process_ends_the_run_with_exit_code_1_and_a_whole_checkpoint(tmp_path, text):
+    config = settings(tmp_path, text, "killed", max_steps=100_000, save_every=5, eval_every=0, dist_timeout=20)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", *command, "--rdzv-endpoint", "127.0.0.1:0", "-m", "heron", "train", "--config",
+         str(tmp_path / "config.yaml")],
+        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
+            assert started.poll() is None, started.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.kill(_rank_1_of(started.pid), signal.SIGKILL)
+        begun = time.monotonic()
+        said = started.communicate(timeout=90)[0]
+    finally:
+        started.kill()
+    assert started.returncode == 1
+    assert time.monotonic() - begun < 20 + 35
+    run.verify(run.newest(tmp_path / "killed"))
+    assert "heron: rank 0: another process of the run failed" in said
+    assert str(Path(heron.__file__).parent) not in said  # no traceback of ours
+
+
+def _rank_1_of(launcher: int) -> int:
+    """The process id of rank 1 among the children of torchrun."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    return next(int(pid) for pid, environment in ranks.items() if b"RANK=1" in environment)
+
+
+def test_a_process_alone_needs_no_group():
+    ranks = dist.ALONE
+    assert ranks.first(lambda: 3) == 3
+    assert ranks.in_turn(lambda: 4) == 4
+    assert ranks.sum([1.0, 2.0]) == [1.0, 2.0]
+    assert ranks.all(True)
+    assert not ranks.all(False)
+    assert dist.choose("fsdp", ranks, 10, torch.device("cpu")).value == "none"
+
+
+def test_the_environment_of_torchrun_is_read_and_half_of_it_is_refused(monkeypatch):
+    for name, value in dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a").items():
+        monkeypatch.setenv(name, value)
+    assert dist.Ranks.of_environment() == dist.Ranks(3, 8, 1, 2)
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ConfigError, match="LOCAL_RANK.*start with torchrun"):
+        dist.Ranks.of_environment()
+
+
+def test_settings_that_do_not_fit_the_processes_are_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        heron.Trainer(settings(tmp_path, text, "run", processes=2))
+    with pytest.raises(ConfigError, match="leave --device out"):
+        dist.Ranks(0, 2, 0, 2).device("cuda:1")
+    with pytest.raises(ConfigError, match="parallel: wanted one of auto, ddp, fsdp, hsdp"):
+        settings(tmp_path, text, "run", parallel="fspd")
+
+
+def test_one_of_many_processes_stops_when_all_have_agreed_whatever_comes_twice():
+    with Preemption(say=lambda line: None, alone=False) as stop:
+        stop.begin()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert (stop.asked, stop.reason) == ("SIGTERM", None)
+        stop.agree(0)
+        assert stop.reason is None
+        stop.agree(1)
+        assert stop.reason == "SIGTERM"
+    other = Preemption(alone=False)
+    other.agree(1)
+    assert other.reason == "a signal to another process"
+
+
+def test_an_error_of_connection_is_told_with_the_rank(monkeypatch):
+    ranks = dist.Ranks(1, 2, 1, 2)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    told = r"rank 1: another process .* 5 s \(--dist_timeout\): \[gloo\] Timed out"
+    with pytest.raises(HeronError, match=told), ranks.joined(torch.device("cpu"), 5):
+        raise RuntimeError("[gloo] Timed out waiting for 5000ms")
+    with pytest.raises(HeronError, match="rank 1: data"), ranks.joined(torch.device("cpu"), 5):
+        raise ConfigError("data")
+    with pytest.raises(RuntimeError, match="shapes"), ranks.joined(torch.device("cpu"), 5):
+        raise RuntimeError("shapes")
