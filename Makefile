@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test torture bench docs docs-serve wheel clean
+.PHONY: demo lint test torture bench docs docs-serve wheel wheel-cuda clean
 
 demo: .venv/installed            ## train a small RWKV-8 on real text and generate from it
 	$(BIN)/heron demo
@@ -44,8 +44,16 @@ wheel: .venv/bin/python          ## dist/*.tar.gz and *.whl; the wheel is comple
 	cd .venv-wheel && bin/heron train --max_steps 2 --ctx_len 32 --micro_bsz 1 --sample_tokens 8 --out runs/wheel
 	cd .venv-wheel && bin/heron generate runs/wheel --prompt "def " --max_tokens 8
 
+wheel-cuda: .venv/installed      ## dist/cuda/*.whl for this platform, with built CUDA kernels in it; needs nvcc, no GPU
+	rm -rf heron/ops/_built build dist/cuda
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build
+	$(BIN)/python .github/build_kernels.py
+	$(BIN)/python -m build --wheel --outdir dist/cuda -C--build-option=--plat-name=$$($(BIN)/python -c \
+		'import sysconfig; print(sysconfig.get_platform())')
+	rm -rf heron/ops/_built build
+
 clean:                           ## remove what the other targets made, and the runs
-	rm -rf .venv .venv-wheel runs dist site
+	rm -rf .venv .venv-wheel runs dist site heron/ops/_built
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

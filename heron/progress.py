@@ -18,15 +18,18 @@ _stack: list[object] = []  # those at work, of which the innermost alone is show
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
+def progress(what: str | Callable[[], str]) -> Iterator[Callable[[str], None]]:
     """Say that `what` ("building rosa") is being done while the block runs, if it runs for more than two seconds.
+
+    Args:
+        what: a text, or a function that says what is being done by now.
 
     Yields:
         A function: call it with how far the work is ("3 of 7"), as often as you like.
     """
     me, ended, begun, details = object(), threading.Event(), time.monotonic(), [""]
     _stack.append(me)
-    shown = False
+    shown = ""
 
     def show() -> None:
         nonlocal shown
@@ -35,12 +38,13 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
             wait = 1.0
             if _stack[-1:] != [me]:
                 continue
+            now = what if isinstance(what, str) else what()
             if _on_terminal():
                 seconds = time.monotonic() - begun
-                _write(f"{_CLEAR}heron: {what}{details[0]}, {seconds:.0f} s ")
+                _write(f"{_CLEAR}heron: {now}{details[0]}, {seconds:.0f} s ")
             elif not shown:
-                _write(f"heron: {what}{details[0]} ...\n")
-            shown = True
+                _write(f"heron: {now}{details[0]} ...\n")
+            shown = shown or now
 
     thread = threading.Thread(target=show, name="heron-progress", daemon=True)
     with contextlib.suppress(RuntimeError):  # a system that starts no more threads: nothing is said
@@ -57,7 +61,7 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
         if shown and _on_terminal():
             _write(_CLEAR)
         elif shown and whole:
-            _write(f"heron: {what}: done after {time.monotonic() - begun:.0f} s\n")
+            _write(f"heron: {shown}: done after {time.monotonic() - begun:.0f} s\n")
 
 
 def _on_terminal() -> bool:

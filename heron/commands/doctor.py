@@ -1,4 +1,7 @@
-"""What `heron doctor` prints: what this machine has, what each op would run on and why, what to install."""
+"""What `heron doctor` prints: what this machine has, what each op would run on and why, what to install.
+
+With `--build` it builds every kernel instead.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import platform
 import shutil
 import sys
 import textwrap
+import time
 
 import torch
 
 from heron import __version__, machine
 from heron.config import ModelConfig
+from heron.errors import KernelError
 from heron.model import compiled as compilation
+from heron.ops import ahead
 from heron.ops.adamw import adamw_choice
 from heron.ops.head_mix import head_mix_choice
 from heron.ops.head_step import head_step_choice
@@ -36,13 +42,28 @@ _NEEDED = ("numpy", "safetensors", "PyYAML", "rich", "pyrwkv-tokenizer", "tokeni
 
 
 def run(options: argparse.Namespace) -> None:
-    print(report())
+    if options.build:
+        build(torch.device(machine.choose_device("auto").value))
+    else:
+        print(report())
+
+
+def build(device: torch.device) -> None:
+    """Build every kernel for a GPU; KernelError where one can't be built."""
+    if device.type != "cuda":
+        raise KernelError("doctor --build: wanted a CUDA GPU to build kernels for; a CPU's code is built at first use")
+    begun = time.perf_counter()
+    if failed := ahead.build_all(device):
+        raise KernelError(f"doctor --build: {len(failed)} of {len(ahead.ALL)} kernels could not be built")
+    print(f"all {len(ahead.ALL)} kernels are built, after {time.perf_counter() - begun:.0f} s")
 
 
 def report() -> str:
     """The whole report, in lines of at most 80 columns (a longer path is left whole)."""
     device = machine.choose_device("auto")
     there = torch.device(device.value)
+    ahead.build_for_training(there)
+    ahead.build_for_decoding(there)
     dtype = machine.choose_dtype("auto", there)
     weights = machine.choose_weights("auto", dtype.value, there)
     compiled = compilation.choose("auto", there, ModelConfig())

@@ -338,7 +338,8 @@ def parser() -> argparse.ArgumentParser:
     _add_rosa(info)
     info.add_argument("--presets", action="store_true", help="list the presets")
 
-    verb("doctor", "what this machine has, what each op would run on, what to install")
+    doctor = verb("doctor", "what this machine has, what each op would run on, what to install")
+    doctor.add_argument("--build", action="store_true", help="build every kernel for this GPU now, and nothing else")
 
     plot = verb("plot", "draw the curves of one or more runs")
     plot.add_argument("runs", nargs="+", help="run folders")

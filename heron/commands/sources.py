@@ -16,6 +16,7 @@ from heron.data.token_index import DocumentIndex
 from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
 from heron.model import RWKV, State
+from heron.ops import ahead
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
@@ -27,6 +28,7 @@ def engine_of(options: argparse.Namespace, rows: int = 1) -> tuple[Engine, Docum
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
     device, file = device_of(options.device), options.tables_file
+    ahead.build_for_decoding(torch.device(device))
     model = model_of(options.model, options, dtypes[options.dtype])
     vocab_size = model.config.vocab_size
     numbers = f"integers:{vocab_size}" if getattr(options, "ids", False) else None

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from heron import machine
 from heron.config import ModelConfig
-from heron.errors import ConfigError
+from heron.errors import ConfigError, KernelError
 from heron.model.memory import WRITTEN
 from heron.model.rwkv import RWKV, Block
+from heron.ops import _choice
 from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
@@ -73,8 +74,9 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
         return "it is for a GPU; a CPU gains little"
     if model.has_attention or model.rosa is not None:
         return f"{model.variant} has branches that look back over a growing context"
-    if wkv7_choice(device, 512, head_size=model.head_size).impl != "cuda":
-        return "WKV7 has no kernels here"
+    with _choice.counting_on_builds():
+        if wkv7_choice(device, 512, head_size=model.head_size).impl != "cuda":
+            return "WKV7 has no kernels here"
     return _why_no_triton()
 
 
@@ -111,15 +113,46 @@ def undo(network: RWKV) -> None:
 
 
 def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
-    """`function` of tensors, and of modules for their parameters, compiled whole at its first call of each shape."""
+    """`function` of tensors, and of modules for their parameters, compiled whole at its first call of each shape.
+
+    The compiler does not wait for kernels that are being built in the background; the first run does.
+    """
     import torch._dynamo
     import torch._inductor.config
+    from torch._dynamo.exc import BackendCompilerFailed
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         # It gives gradients of (1, 1, C) as (C,), which autograd refuses: pytorch/pytorch#178080.
         torch._inductor.config.triton.mix_order_reduction = False
-    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
+
+    optimized = torch.compile(function, backend=_then_awaits(backend), dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with _choice.counting_on_builds():
+            try:
+                return optimized(*arguments)
+            except BackendCompilerFailed as error:
+                if not isinstance(error.inner_exception, KernelError):
+                    raise
+            return optimized(*arguments)  # a build has failed; now that this is known, another form is taken
+
+    return run
+
+
+@functools.cache  # one object for each backend: the compiler takes up what it has compiled by the same one
+def _then_awaits(backend: str | Callable) -> Callable[..., Any]:
+    """`backend`, then the kernels that the graph counts on."""
+
+    def compile_and_await(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        import torch._dynamo
+
+        run = (torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend)(graph, inputs)
+        _choice.await_builds()
+        return run
+
+    return compile_and_await
 
 
 def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

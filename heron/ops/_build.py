@@ -4,7 +4,7 @@ A library lives in a folder ``<name>-<key>`` of the cache (``HERON_CACHE``, by d
 hash of all that decides its contents: sources, flags, compiler, torch, CUDA, machine. It is built in a private folder
 beside it and renamed into place with its sha256, under a file lock that the operating system frees when its holder
 dies. So a build killed at any instant never blocks the next one, processes that start together build once, and a
-damaged library is built again.
+damaged library is built again. Threads build several libraries at a time, each of them once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -38,10 +39,20 @@ except ImportError:  # Windows: processes that start together may build the same
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
 EARLY, STRIPS = _CSRC / "early.cuh", _CSRC / "strips.cuh"
+_OPERATOR = _CSRC / "operator.h"  # what all of them include
+BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache
 _COMPILERS = ("c++", "g++", "clang++")
-_thread_lock = threading.RLock()  # flock does not part the threads of one process
+if sys.platform == "win32":
+    _LINKED = ("-ltorch_cpu", "-ltorch_cuda")
+else:  # libtorch.so brings what it was built with
+    _LINKED = ("-Xcompiler=-fPIC", "-Xlinker=--no-as-needed", "-ltorch")
+_OLDEST_TORCH = "0x020b000000000000"  # 2.11: a library runs under this PyTorch and later ones
 _forbidden: str | None = None
-_outcomes: dict[tuple, object] = {}
+_bundling = False
+_lock = threading.Lock()  # of what follows
+_outcomes: dict[tuple, Future] = {}
+_under_way: list[str] = []  # libraries that are being built
+_line = contextlib.ExitStack()  # the line about them
 
 
 def forbid(reason: str) -> None:
@@ -50,8 +61,21 @@ def forbid(reason: str) -> None:
     _forbidden = reason
 
 
+@contextlib.contextmanager
+def bundling() -> Iterator[None]:
+    """Inside, libraries of ops are built into the package itself, for a wheel, and not loaded: no GPU is needed."""
+    global _bundling
+    _bundling = True
+    try:
+        yield
+    finally:
+        _bundling = False
+
+
 def cache_folder() -> Path:
     """Where built libraries live: ``HERON_CACHE``, or ``.cache/heron`` in the home folder."""
+    if _bundling:
+        return BUNDLED
     if chosen := os.environ.get("HERON_CACHE"):
         return Path(chosen)
     return Path(os.path.expanduser("~")) / ".cache" / "heron"
@@ -79,25 +103,19 @@ def load_c_library(
     return _load_c_library(name, tuple(map(Path, sources)), tuple(flags), tuple(map(Path, depends)))
 
 
-def load_op_library(
-    name: str,
-    sources: Sequence[Path],
-    cuda_flags: Sequence[str] = (),
-    cpp_flags: Sequence[str] = (),
-    depends: Sequence[Path] = (),
-) -> None:
-    """Build (once) and load a library that registers ops in ``torch.ops``, through torch.utils.cpp_extension.load.
+def load_op_library(name: str, sources: Sequence[Path], flags: Sequence[str], depends: Sequence[Path] = ()) -> None:
+    """Build (once) by nvcc and load a library that registers ops in ``torch.ops`` (csrc/operator.h); takes seconds.
 
     Args:
         name: an identifier, for the cache and for messages.
-        sources: C++ and CUDA files; with a CUDA one, `cuda_flags` must name its architectures (``-gencode ...``).
-        cuda_flags, cpp_flags: further flags for nvcc and for the C++ compiler.
-        depends: files that the sources include; they count for the key.
+        sources: CUDA and C++ files.
+        flags: further flags for nvcc; they name the architectures (``-gencode ...``).
+        depends: files that the sources include, beside csrc/operator.h; they count for the key.
 
     Raises:
-        KernelError: there is no compiler, it failed, or the cache can't be written; one line with the first error.
+        KernelError: there is no nvcc, it failed, or the cache can't be written; one line with the first error.
     """
-    _load_op_library(name, tuple(map(Path, sources)), tuple(cuda_flags), tuple(cpp_flags), tuple(map(Path, depends)))
+    _load_op_library(name, tuple(map(Path, sources)), tuple(flags), tuple(map(Path, depends)))
 
 
 def load_kernels_for(
@@ -112,25 +130,30 @@ def load_kernels_for(
         raise KernelError(f"{op}: the CUDA form needs compute capability 8.0, this device has {capability}")
     arch = "".join(map(str, capability))
     flags = ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    load_op_library(f"{name}_sm{arch}", sources, flags, depends=depends)
+    load_op_library(f"{name}_sm{arch}", sources, flags, depends)
 
 
 def _once(load: Callable) -> Callable:
-    """Remember what `load` gave for the same arguments in this process: its library, or its KernelError."""
+    """Remember what `load` gave for the same arguments in this process: its library, or its KernelError.
+
+    A thread that asks while another one loads waits for it.
+    """
 
     @functools.wraps(load)
     def remembered(*arguments):
         call = (load.__name__, *arguments)
-        with _thread_lock:
-            if call not in _outcomes:
-                try:
-                    _outcomes[call] = load(*arguments)
-                except KernelError as error:
-                    _outcomes[call] = error
-            outcome = _outcomes[call]
-        if isinstance(outcome, KernelError):
-            raise outcome
-        return outcome
+        with _lock:
+            outcome = _outcomes.get(call)
+            if mine := outcome is None:
+                outcome = _outcomes[call] = Future()
+        if mine:
+            try:
+                outcome.set_result(load(*arguments))
+            except BaseException as error:
+                if not isinstance(error, KernelError):  # such as Ctrl-C: the next one tries again
+                    _outcomes.pop(call, None)
+                outcome.set_exception(error)
+        return outcome.result()
 
     return remembered
 
@@ -147,9 +170,7 @@ def _load_c_library(
 
     def build_into(folder: Path) -> Path:
         library = folder / f"{name}.so"
-        ran = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, errors="replace")
-        if ran.returncode:
-            raise KernelError(_failure(name, " ".join(command), ran.stderr))
+        _compile(name, command, library)
         return library
 
     with _published(name, key, build_into) as library:
@@ -160,53 +181,36 @@ def _load_c_library(
 
 
 @_once
-def _load_op_library(
-    name: str,
-    sources: tuple[Path, ...],
-    cuda_flags: tuple[str, ...],
-    cpp_flags: tuple[str, ...],
-    depends: tuple[Path, ...],
-) -> None:
-    key = _key(sources + depends, [torch.__version__, str(torch.version.cuda), *cuda_flags, "|", *cpp_flags])
-    loaded = False
+def _load_op_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...], depends: tuple[Path, ...]) -> None:
+    fixed = ["-std=c++17", "-shared", "-cudart=shared", "--threads=0"]
+    fixed += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}"]
+    fixed += [*_LINKED, *flags]
+    major = (_release(_nvcc(name)) if _bundling else torch.version.cuda or "").split(".")[0]  # of the runtime it links
 
     def build_into(folder: Path) -> Path:
-        nonlocal loaded
-        from torch.utils import cpp_extension
+        nvcc, of_torch = _nvcc(name), Path(torch.__file__).parent
+        library = folder / f"{name}.so"
+        command = [nvcc, *fixed, f"-I{of_torch / 'include'}", f"-L{of_torch / 'lib'}", *map(str, sources)]
+        _compile(name, command, library)
+        return library
 
-        if not cpp_extension.is_ninja_available():
-            python = Path(sys.executable).name
-            raise KernelError(f"{name}: building it needs ninja; type: {python} -m pip install ninja")
-        if any(source.suffix == ".cu" for source in sources):
-            _check_cuda(name, cpp_extension.CUDA_HOME)
+    with _published(name, _key((*sources, *depends, _OPERATOR), [major, *fixed]), build_into) as library:
+        if _bundling:
+            return
         try:
-            library = cpp_extension.load(
-                name=name,
-                sources=[str(source) for source in sources],
-                extra_cflags=["-O3", *cpp_flags],
-                extra_cuda_cflags=list(cuda_flags),
-                build_directory=str(folder),
-                is_python_module=False,
-            )
-        except (RuntimeError, OSError) as error:
-            raise KernelError(_failure(name, "torch.utils.cpp_extension.load", str(error))) from error
-        loaded = True
-        return Path(str(library))
-
-    with _published(name, key, build_into) as library:
-        if not loaded:  # the process that built it has loaded it already, and an op can be registered only once
-            try:
-                torch.ops.load_library(str(library))
-            except OSError as error:
-                raise KernelError(f"{name}: the built library does not load: {error}") from error
+            ctypes.CDLL(str(library))  # torch.ops.load_library changes how all threads load libraries meanwhile
+        except OSError as error:
+            raise KernelError(f"{name}: the built library does not load: {error}") from error
 
 
 @contextlib.contextmanager
 def _published(name: str, key: str, build_into: Callable[[Path], Path]) -> Iterator[Path]:
-    """The library of this key, whole, built by `build_into` if the cache does not hold it."""
+    """The library of this key, whole, built by `build_into` if neither the package nor the cache holds it."""
     home = cache_folder() / f"{name}-{key}"
     library = home / f"{name}.so"
-    if not _whole(library):
+    if _whole(BUNDLED / home.name / library.name):
+        library = BUNDLED / home.name / library.name
+    elif not _whole(library):
         if _forbidden is not None:
             raise KernelError(f"{name}: not built: {_forbidden}")
         try:
@@ -231,7 +235,7 @@ def _build(name: str, home: Path, library: Path, build_into: Callable[[Path], Pa
         shutil.rmtree(home)
     private = Path(tempfile.mkdtemp(prefix=f"{home.name}.building-", dir=home.parent))
     try:
-        with progress(f"building {name}, once for this machine"):
+        with _told(name):
             built = build_into(private)
         whole = private / "whole"
         whole.mkdir()
@@ -244,6 +248,28 @@ def _build(name: str, home: Path, library: Path, build_into: Callable[[Path], Pa
                 raise
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Say that `name` is being built. All libraries that are built at one time share a line."""
+    with _lock:
+        _under_way.append(name)
+        if len(_under_way) == 1:
+            _line.enter_context(progress(lambda: f"building {', '.join(_under_way)}, once for this machine"))
+    try:
+        yield
+    finally:
+        with _lock:
+            if _under_way == [name]:
+                _line.__exit__(*sys.exc_info())
+            _under_way.remove(name)
+
+
+def _compile(name: str, command: Sequence[str], library: Path) -> None:
+    ran = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, errors="replace")
+    if ran.returncode:
+        raise KernelError(_failure(name, " ".join(command), f"{ran.stderr}\n{ran.stdout}"))
 
 
 @contextlib.contextmanager
@@ -299,21 +325,28 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
 
 
-def _check_cuda(name: str, cuda_home: str | None) -> None:
-    """Raise KernelError unless there is an nvcc whose CUDA is of the major version that torch was built for."""
+def _nvcc(name: str) -> str:
+    """Path of nvcc. KernelError unless there is one, whose CUDA is of the major version that torch was built for."""
     wanted = torch.version.cuda or "any version"
-    nvcc = Path(cuda_home, "bin", "nvcc") if cuda_home else None
-    if nvcc is None or not (nvcc.exists() or nvcc.with_suffix(".exe").exists()):
-        raise KernelError(f"{name}: no nvcc (looked in {cuda_home or 'PATH and CUDA_HOME'}); install CUDA {wanted}")
-    found = re.search(r"release (\d+)\.(\d+)", _version(str(nvcc)))
-    if found and torch.version.cuda and found[1] != wanted.split(".")[0]:
-        raise KernelError(
-            f"{name}: {nvcc} is CUDA {found[1]}.{found[2]} and torch was built for CUDA {wanted}; set CUDA_HOME"
-        )
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    folders = [os.path.join(home, "bin")] if home else [None, "/usr/local/cuda/bin"]  # None: PATH
+    nvcc = next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
+    if nvcc is None:
+        raise KernelError(f"{name}: no nvcc (looked in {home or 'PATH and CUDA_HOME'}); install CUDA {wanted}")
+    release = _release(nvcc)
+    if release and torch.version.cuda and release.split(".")[0] != wanted.split(".")[0]:
+        raise KernelError(f"{name}: {nvcc} is CUDA {release} and torch was built for CUDA {wanted}; set CUDA_HOME")
+    return nvcc
+
+
+def _release(nvcc: str) -> str:
+    """The version of CUDA that an nvcc belongs to, such as 13.0; empty where it does not say."""
+    found = re.search(r"release (\d+\.\d+)", _version(nvcc))
+    return found[1] if found else ""
 
 
 def _failure(name: str, command: str, output: str) -> str:
     """One line: what was run, and the first line of `output` that looks like the error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower() and "Error building" not in line), None)
+    first = next((line for line in lines if "error" in line.lower()), None)
     return f"{name}: the build failed: {first or (lines or ['no message'])[0]} (ran: {command})"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ from heron.errors import KernelError
 from heron.ops import _graph
 
 _no_kernels: str | None = None
+_counted_on: ContextVar[list[Callable[[], object]] | None] = ContextVar("_counted_on", default=None)
 
 
 class Choice(NamedTuple):
@@ -35,6 +39,24 @@ def form_of(op: str, impl: str, forms: Mapping[str, Callable]) -> Callable:
     return forms[impl]
 
 
+@contextlib.contextmanager
+def counting_on_builds() -> Iterator[None]:
+    """Inside, a form that :meth:`NativeForm.begin` is still building counts as there: for a compiler, which looks at
+    shapes alone. Whoever runs what it makes calls :func:`await_builds` before."""
+    token = _counted_on.set([])
+    try:
+        yield
+    finally:
+        _counted_on.reset(token)
+
+
+def await_builds() -> None:
+    """Wait for all forms that were counted on; KernelError where one failed, which from then on counts as not there."""
+    counted_on = _counted_on.get() or []
+    while counted_on:
+        counted_on.pop()()
+
+
 class NativeForm:
     """A form of an op in C++ or CUDA: it is built at first use, and runs for some inputs only.
 
@@ -50,9 +72,13 @@ class NativeForm:
 
     def __init__(self, op: str, impl: str, what: str, why_not: Callable[..., str | None], load: Callable[..., object]):
         self.op, self.impl, self.what, self.why_not, self.load = op, impl, what, why_not, load
+        self._begun: dict[tuple[tuple[int, int], ...], threading.Thread] = {}
 
         def why_not_here(device: torch.device, *facts: Any) -> str | None:
-            return self.why_not(device, *facts) or _why_not_built(self.load, self.what, *_capability(device))
+            against = self.why_not(device, *facts)
+            if against is not None or self._counted_on(device):
+                return against
+            return self.why_not_built(device)
 
         def refusal(device: torch.device, *facts: Any) -> str | None:
             if device.type == self.impl:
@@ -61,6 +87,8 @@ class NativeForm:
                 against = f"it needs tensors on {'a CUDA device' if self.impl == 'cuda' else 'the CPU'}, got {device}"
             if against is not None:
                 return f'{self.op}: impl="{self.impl}": {against}; use impl="auto"'
+            if self._counted_on(device):
+                return None
             try:
                 self.load(*_capability(device))
             except KernelError as error:
@@ -71,6 +99,43 @@ class NativeForm:
         for asked in (why_not_here, refusal):
             asked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
         self._why_not_here, self._refusal = why_not_here, refusal
+
+    def begin(self, device: torch.device) -> None:
+        """Start to build and load this form for `device`, of its own type, in the background; say nothing if it fails.
+
+        Whoever uses it waits for it. The thread does not keep the process alive.
+        """
+        capability = _capability(device)
+        if capability in self._begun or (self.impl == "cuda" and _no_kernels is not None):
+            return
+
+        def build() -> None:
+            with contextlib.suppress(KernelError):  # told by the first choice that has to do without
+                self.load(*capability)
+
+        thread = self._begun[capability] = threading.Thread(target=build, name=f"heron-build-{self.op}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system starts no more threads: it is built at first use
+            del self._begun[capability]
+
+    def why_not_built(self, device: torch.device) -> str | None:
+        """Build and load this form for `device`, of its own type; why that failed, which is told once, else None."""
+        return _why_not_built(self.load, self.what, *_capability(device))
+
+    def _counted_on(self, device: torch.device) -> bool:
+        """Whether it is still being built and may be counted on: then the one who does has to wait for it later."""
+        counted_on, capability = _counted_on.get(), _capability(device)
+        thread = self._begun.get(capability)
+        if counted_on is None or thread is None or not thread.is_alive():
+            return False
+
+        def wait() -> None:
+            thread.join()
+            self.load(*capability)
+
+        counted_on.append(wait)
+        return True
 
     def choice(self, reason: str, other: Choice, device: torch.device, *facts: Any) -> Choice:
         """This form, for `reason`, where it runs for a device and `facts`; else `other`, with what speaks against it.

@@ -14,6 +14,7 @@ from heron.data.loader import Batches, Corpus
 from heron.data.packs import Packs
 from heron.errors import CheckpointError
 from heron.model.plain import own_parameters
+from heron.ops._choice import counting_on_builds
 from heron.ops.rosa import rosa_choice
 from heron.ops.wkv7 import wkv7_choice
 from heron.train import run_data
@@ -40,7 +41,8 @@ def header(
         beginning: what a fresh run starts from, in words.
     """
     model_config = learner.model.config
-    wkv7 = wkv7_choice(device, config.ctx_len)
+    with counting_on_builds():
+        wkv7 = wkv7_choice(device, config.ctx_len)
     rosa = rosa_choice(device) if model_config.rosa else None
     head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
     n_parameters = sum(parameter.numel() for _, _, parameter in own_parameters(learner.model))

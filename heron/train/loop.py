@@ -21,6 +21,7 @@ from heron.data.conversations import Conversations
 from heron.data.loader import Corpus
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.model import RWKV
+from heron.ops import ahead
 from heron.optim import lr_at
 from heron.report import NoReporter, Reporter, plot
 from heron.report.samples import show as show_samples
@@ -50,6 +51,7 @@ class Trainer:
         self._sizes: ModelConfig | None = None  # of the model, once they are known
         device = self.ranks.device(config.device)
         self.device = torch.device(device.value)
+        ahead.build_for_training(self.device)
         self.dtype = machine.choose_dtype(config.dtype, self.device)
         weights = machine.choose_weights(config.weights, self.dtype.value, self.device)
         threads.check(config.threads)

@@ -290,7 +290,7 @@ def test_all_outputs_are_written_and_nothing_beside_them(device, segments, dtype
     segment_tokens = 67 if segments == 1 else 64
     buffers = {}
     if device == "cuda":
-        cuda.build()
+        cuda.library()
 
     def guarded(name, *shape, dtype=torch.float32):
         count = int(torch.tensor(shape).prod())

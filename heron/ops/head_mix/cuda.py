@@ -71,8 +71,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels, WKV7's too, for devices of this compute capability; KernelError where that fails."""
-    wkv7_cuda.build()
     _build.load_kernels_for(capability, "head_mix", "head_mix", [SOURCE], [_build.STRIPS])
+    wkv7_cuda.library(capability)
 
 
 FORM = _choice.NativeForm("head_mix", "cuda", "the heads of the time mix", why_not, library)

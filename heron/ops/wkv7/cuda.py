@@ -79,18 +79,18 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 
 
 @functools.cache
-def build() -> None:
-    """Build (once) and load the kernels for the GPUs of this machine.
+def library(*capability: tuple[int, int]) -> None:
+    """Build (once) and load the kernels for the GPUs of this machine, and for devices of this compute capability.
 
     Raises:
         KernelError: there is no compiler, it failed, or building is forbidden; one line with the first error.
     """
     devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    capabilities = sorted({capability for capability in devices if capability >= (8, 0)})
-    _build.load_op_library("wkv7s", sources(), cuda_flags=cuda_flags(capabilities), depends=headers())
+    capabilities = sorted({each for each in (*capability, *devices) if each >= (8, 0)})
+    _build.load_op_library("wkv7s", sources(), cuda_flags(capabilities), headers())
 
 
-FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, lambda capability: build())
+FORM = _choice.NativeForm("wkv7", "cuda", "WKV7", why_not, library)
 
 
 def sources() -> list[Path]:
@@ -108,7 +108,6 @@ def cuda_flags(capabilities: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     targets = [f"{major}{minor}" + ("a" if major == 9 else "") for major, minor in capabilities]
     roomy = all(major in (9, 10) for major, _ in capabilities)  # 227 KB of shared memory
     return (
-        "-std=c++17",
         "-O3",
         f"-DHERON_BACKWARD_STAGES={2 if roomy else 1}",
         *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
@@ -200,7 +199,7 @@ def _between_segments(state: Tensor, plan: _Plan, names: int) -> list[Tensor | N
 
 def _build_for(x: Tensor) -> None:
     if x.is_cuda:
-        build()
+        library()
 
 
 def run_forward(

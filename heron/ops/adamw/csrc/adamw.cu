@@ -2,14 +2,7 @@
 // so are bf16 copies of the weights. A block steps a chunk of one tensor. Products and sums are fused only as written.
 
 #ifdef __CUDACC__  // the tests also compile the kernels for a CPU
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <c10/util/BFloat16.h>
-#include <torch/library.h>
-
-using c10::BFloat16;
+#include "../../csrc/operator.h"
 #endif
 
 #include <algorithm>
@@ -159,27 +152,27 @@ void for_tables(const std::vector<Stepped>& tensors, Launch launch) {
 namespace {
 
 template <typename T>
-T* data(const at::Tensor& tensor, const at::Tensor& weight, const char* name) {
-    TORCH_CHECK(tensor.device() == weight.device() && tensor.is_contiguous() && tensor.sizes() == weight.sizes(), name,
-                " must be contiguous, of the shape and on the device of their weights");
+T* data(const Tensor& tensor, const Tensor& weight, const char* name) {
+    STD_TORCH_CHECK(on_one_device(tensor, weight) && tensor.is_contiguous() && tensor.sizes().equals(weight.sizes()),
+                    name, " must be contiguous, of the shape and on the device of their weights");
     return tensor.mutable_data_ptr<T>();
 }
 
-float* scalar(const at::Tensor& tensor, const at::Device& device, const char* name) {
-    TORCH_CHECK(tensor.device() == device && tensor.numel() == 1, name, " must be scalars on ", device);
+float* scalar(const Tensor& tensor, int device, const char* name) {
+    STD_TORCH_CHECK(tensor.get_device_index() == device && tensor.numel() == 1, name, " must be scalars beside weights");
     return tensor.mutable_data_ptr<float>();
 }
 
-void adamw_(at::TensorList weights, at::TensorList gradients, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-            at::TensorList steps, at::TensorList copies, double lr, double beta1, double beta2, double eps,
-            double weight_decay, const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-    const auto device = weights[0].device();
-    const bool in_half = gradients[0].scalar_type() == at::kBFloat16;
+void adamw_(const Tensors& weights, const Tensors& gradients, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+            const Tensors& steps, const Tensors& copies, double lr, double beta1, double beta2, double eps,
+            double weight_decay, const Optional& grad_scale, const Optional& found_inf) {
+    const int device = weights[0].get_device_index();
+    const bool in_half = gradients[0].scalar_type() == ScalarType::BFloat16;
     std::vector<Stepped> tensors;
     tensors.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
         const auto& weight = weights[i];
-        TORCH_CHECK(weight.device() == device, "weights must be on one device");
+        STD_TORCH_CHECK(weight.get_device_index() == device, "weights must be on one device");
         tensors.push_back({
             data<float>(weight, weight, "weights"),
             data<float>(exp_avgs[i], weight, "exp_avgs"),
@@ -191,8 +184,8 @@ void adamw_(at::TensorList weights, at::TensorList gradients, at::TensorList exp
             weight.numel(),
         });
     }
-    const c10::cuda::CUDAGuard guard(device);
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const DeviceGuard guard(device);
+    const auto stream = current_stream();
     const Rule rule{lr, beta1, beta2, eps, weight_decay,
                     grad_scale ? scalar(*grad_scale, device, "grad_scale") : nullptr,
                     found_inf ? scalar(*found_inf, device, "found_inf") : nullptr};
@@ -200,21 +193,21 @@ void adamw_(at::TensorList weights, at::TensorList gradients, at::TensorList exp
         if (chunks > 0) {
             in_half ? adamw<BFloat16><<<chunks, kThreads, 0, stream>>>(table, rule)
                     : adamw<float><<<chunks, kThreads, 0, stream>>>(table, rule);
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
+            STD_CUDA_KERNEL_LAUNCH_CHECK();
         }
         count<<<1, kTensors, 0, stream>>>(table, rule);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "adamw_(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] steps, Tensor(e!)[] copies, float lr, float beta1, float beta2, float eps, float weight_decay, "
         "Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("adamw_", &adamw_); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("adamw_", TORCH_BOX(&adamw_)); }
 #endif

@@ -7,16 +7,11 @@
 // until the strip ends; a second kernel adds up the strips, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernels for a CPU
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
+
+#include "../../csrc/operator.h"
 #endif
 
 #include "../../csrc/strips.cuh"
@@ -407,27 +402,27 @@ namespace {
 
 // What an operator gets, and what it gives beside sums over tokens.
 struct Call {
-    at::TensorList inputs, weights;
-    std::vector<at::Tensor> out;
-    at::Tensor of_heads;  // (B, T, H, 2); may be undefined
+    const Tensors &inputs, &weights;
+    Tensors out;
+    Tensor of_heads;  // (B, T, H, 2); may be undefined
     int64_t head_size;
     double eps;
 };
 
-void check(const at::Tensor& x, const at::Tensor& like, int64_t size, const char* name) {
-    TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.device() == like.device() && x.numel() == size &&
+void check(const Tensor& x, const Tensor& like, int64_t size, const char* name) {
+    STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() && on_one_device(x, like) && x.numel() == size &&
                     x.is_contiguous() && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
-                "head_mix: ", name, " must be contiguous, 16-byte aligned, of one size, dtype and device");
+                    "head_mix: ", name, " must be contiguous, 16-byte aligned, of one size, dtype and device");
 }
 
 template <typename T>
 Problem<T> problem_of(const Call& call) {
-    const at::Tensor& like = call.inputs[0];
+    const Tensor& like = call.inputs[0];
     const int64_t channels = call.weights[0].numel(), rows = like.numel() / channels;
-    TORCH_CHECK(rows < int64_t{1} << 30, "head_mix: too many tokens");
-    TORCH_CHECK(call.head_size == 16 || call.head_size == 32 || call.head_size == 64 || call.head_size == 128,
-                "head_mix: heads must be of 16, 32, 64 or 128");
-    TORCH_CHECK(channels % call.head_size == 0, "head_mix: whole heads");
+    STD_TORCH_CHECK(rows < int64_t{1} << 30, "head_mix: too many tokens");
+    STD_TORCH_CHECK(call.head_size == 16 || call.head_size == 32 || call.head_size == 64 || call.head_size == 128,
+                    "head_mix: heads must be of 16, 32, 64 or 128");
+    STD_TORCH_CHECK(channels % call.head_size == 0, "head_mix: whole heads");
     Problem<T> p{};
     for (size_t i = 0; i < call.inputs.size(); ++i) {
         check(call.inputs[i], like, like.numel(), "inputs");
@@ -437,8 +432,8 @@ Problem<T> problem_of(const Call& call) {
         check(call.weights[i], like, channels, "weights");
         p.weights[i] = call.weights[i].const_data_ptr<T>();
     }
-    for (size_t i = 0; i < call.out.size(); ++i) p.out[i] = call.out[i].data_ptr<T>();
-    if (call.of_heads.defined()) p.of_heads = reinterpret_cast<float2*>(call.of_heads.data_ptr<float>());
+    for (size_t i = 0; i < call.out.size(); ++i) p.out[i] = call.out[i].mutable_data_ptr<T>();
+    if (call.of_heads.defined()) p.of_heads = reinterpret_cast<float2*>(call.of_heads.mutable_data_ptr<float>());
     p.rows = static_cast<int>(rows), p.channels = static_cast<int>(channels);
     p.head_size = static_cast<int>(call.head_size);
     p.per_channel = 1.0f / static_cast<float>(call.head_size), p.eps = static_cast<float>(call.eps);
@@ -449,98 +444,98 @@ Problem<T> problem_of(const Call& call) {
 // join what it gives.
 template <typename T>
 void start(void (*kernel)(Problem<T>), int width, int sums, Call& call) {
-    const at::Tensor& like = call.inputs[0];
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const Tensor& like = call.inputs[0];
+    const auto stream = current_stream();
     Problem<T> p = problem_of<T>(call);
     const auto outputs = call.out.size();
     for (int i = 0; i < sums; ++i) {
-        call.out.push_back(p.rows ? at::empty({p.channels}, like.options()) : at::zeros({p.channels}, like.options()));
+        call.out.push_back(p.rows ? empty({p.channels}, like) : zeros({p.channels}, like));
     }
     if (p.rows == 0) return;
     const auto rounded_up = [](int x, int parts) { return (x + parts - 1) / parts; };
     const auto [columns, threads, bytes] =
         blocks_of(p.channels, width, static_cast<int>(call.inputs.size()), sizeof(T));
     int blocks = 0, multiprocessors = 0;
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                         cudaSharedmemCarveoutMaxShared));
-    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device()));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index()));
     p.strip = rounded_up(p.rows, std::max(1, blocks * multiprocessors / columns));
     const int strips = rounded_up(p.rows, p.strip);
-    at::Tensor of_strip;
+    Tensor of_strip;
     if (sums) {
-        of_strip = at::empty({strips, sums, p.channels}, like.options().dtype(at::kFloat));
-        p.of_strip = of_strip.data_ptr<float>();
+        of_strip = empty({strips, sums, p.channels}, like, ScalarType::Float);
+        p.of_strip = of_strip.mutable_data_ptr<float>();
     }
     kernel<<<dim3(strips, columns), threads, bytes, stream>>>(p);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (sums) {
         Columns<T> q{p.of_strip, {}, strips, p.channels, sums * p.channels};
-        for (int i = 0; i < sums; ++i) q.out[i] = call.out[outputs + i].template data_ptr<T>();
+        for (int i = 0; i < sums; ++i) q.out[i] = call.out[outputs + i].template mutable_data_ptr<T>();
         add_up_strips<T><<<rounded_up(q.columns, kColumns), kColumns * kPerColumn, 0, stream>>>(q);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
 }
 
-std::vector<at::Tensor> empty(int n, const at::Tensor& like) {
-    std::vector<at::Tensor> out;
-    for (int i = 0; i < n; ++i) out.push_back(at::empty_like(like));
+Tensors several_like(const Tensor& like, int n) {
+    Tensors out;
+    for (int i = 0; i < n; ++i) out.push_back(empty_like(like));
     return out;
 }
 
-#define HERON_DISPATCH(TYPE, ...) \
-    AT_DISPATCH_SWITCH(TYPE, "head_mix", AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
-                       AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
-
-std::vector<at::Tensor> before_on_cuda(at::TensorList inputs, at::TensorList weights, int64_t head_size) {
+Tensors before_on_cuda(const Tensors& inputs, const Tensors& weights, int64_t head_size) {
     using namespace before;
-    const c10::cuda::CUDAGuard guard(inputs[0].device());
+    const DeviceGuard guard(inputs[0].get_device_index());
     const bool mixes = inputs.size() == kInputs;
-    TORCH_CHECK((mixes || inputs.size() == kV) && weights.size() == (mixes ? kWeights : kV0), "head_mix: before");
-    Call call{inputs, weights, empty(mixes ? kOutputs : kNewV, inputs[0]), {}, head_size, 0};
-    HERON_DISPATCH(inputs[0].scalar_type(), [&] {
+    STD_TORCH_CHECK((mixes || inputs.size() == kV) && weights.size() == (mixes ? kWeights : kV0), "head_mix: before");
+    Call call{inputs, weights, several_like(inputs[0], mixes ? kOutputs : kNewV), {}, head_size, 0};
+    with_dtype<float, BFloat16>(inputs[0], "head_mix", [&](auto zero) {
+        using scalar_t = decltype(zero);
         start<scalar_t>(mixes ? run_before<scalar_t, true> : run_before<scalar_t, false>, kWidth<scalar_t>, 0, call);
     });
     return call.out;
 }
 
-std::vector<at::Tensor> after_on_cuda(at::TensorList inputs, at::TensorList weights, int64_t head_size, double eps) {
+Tensors after_on_cuda(const Tensors& inputs, const Tensors& weights, int64_t head_size, double eps) {
     using namespace after;
-    const c10::cuda::CUDAGuard guard(inputs[0].device());
-    TORCH_CHECK(inputs.size() == kInputs && weights.size() == kWeights, "head_mix: after");
-    Call call{inputs, weights, empty(kOutputs, inputs[kGate]), {}, head_size, eps};
-    HERON_DISPATCH(inputs[0].scalar_type(), [&] {
+    const DeviceGuard guard(inputs[0].get_device_index());
+    STD_TORCH_CHECK(inputs.size() == kInputs && weights.size() == kWeights, "head_mix: after");
+    Call call{inputs, weights, several_like(inputs[kGate], kOutputs), {}, head_size, eps};
+    with_dtype<float, BFloat16>(inputs[0], "head_mix", [&](auto zero) {
+        using scalar_t = decltype(zero);
         start<scalar_t>(run_after<scalar_t>, kWidth<scalar_t>, 0, call);
     });
     return call.out;
 }
 
-std::vector<at::Tensor> after_backward_on_cuda(at::TensorList inputs, at::TensorList weights, int64_t head_size,
-                                               double eps) {
+Tensors after_backward_on_cuda(const Tensors& inputs, const Tensors& weights, int64_t head_size,
+                               double eps) {
     using namespace after_backward;
-    const c10::cuda::CUDAGuard guard(inputs[0].device());
-    TORCH_CHECK(inputs.size() == kInputs && weights.size() == kWeights, "head_mix: after_backward");
-    const at::Tensor& gate = inputs[kGate];
-    const auto of_heads = at::empty({gate.size(0), gate.size(1), gate.size(2) / head_size, 2},
-                                    gate.options().dtype(at::kFloat));
-    Call call{inputs, weights, empty(kOutputs, gate), of_heads, head_size, eps};
-    HERON_DISPATCH(inputs[0].scalar_type(), [&] {
+    const DeviceGuard guard(inputs[0].get_device_index());
+    STD_TORCH_CHECK(inputs.size() == kInputs && weights.size() == kWeights, "head_mix: after_backward");
+    const Tensor& gate = inputs[kGate];
+    const auto of_heads = empty({gate.size(0), gate.size(1), gate.size(2) / head_size, 2},
+                                gate, ScalarType::Float);
+    Call call{inputs, weights, several_like(gate, kOutputs), of_heads, head_size, eps};
+    with_dtype<float, BFloat16>(inputs[0], "head_mix", [&](auto zero) {
+        using scalar_t = decltype(zero);
         start<scalar_t>(run_after_backward<scalar_t>, kWidth<scalar_t>, kSums, call);
     });
     call.out.push_back(of_heads);
     return call.out;
 }
 
-std::vector<at::Tensor> before_backward_on_cuda(at::TensorList inputs, at::TensorList weights,
-                                                const at::Tensor& of_heads, int64_t head_size) {
+Tensors before_backward_on_cuda(const Tensors& inputs, const Tensors& weights,
+                                const Tensor& of_heads, int64_t head_size) {
     using namespace before_backward;
-    const c10::cuda::CUDAGuard guard(inputs[0].device());
+    const DeviceGuard guard(inputs[0].get_device_index());
     const bool mixes = inputs.size() == kInputs;
-    TORCH_CHECK((mixes || inputs.size() == kV) && weights.size() == (mixes ? kWeights : kV0),
-                "head_mix: before_backward");
-    Call call{inputs, weights, empty(mixes ? kOutputs : kDValue, inputs[0]), of_heads, head_size, 0};
-    HERON_DISPATCH(inputs[0].scalar_type(), [&] {
+    STD_TORCH_CHECK((mixes || inputs.size() == kV) && weights.size() == (mixes ? kWeights : kV0),
+                    "head_mix: before_backward");
+    Call call{inputs, weights, several_like(inputs[0], mixes ? kOutputs : kDValue), of_heads, head_size, 0};
+    with_dtype<float, BFloat16>(inputs[0], "head_mix", [&](auto zero) {
+        using scalar_t = decltype(zero);
         start<scalar_t>(mixes ? run_before_backward<scalar_t, true> : run_before_backward<scalar_t, false>, kNarrow,
                         mixes ? kSums : kDV0, call);
     });
@@ -549,10 +544,10 @@ std::vector<at::Tensor> before_backward_on_cuda(at::TensorList inputs, at::Tenso
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) {
-    library.impl("head_mix_before", &before_on_cuda);
-    library.impl("head_mix_after", &after_on_cuda);
-    library.impl("head_mix_after_backward", &after_backward_on_cuda);
-    library.impl("head_mix_before_backward", &before_backward_on_cuda);
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+    library.impl("head_mix_before", TORCH_BOX(&before_on_cuda));
+    library.impl("head_mix_after", TORCH_BOX(&after_on_cuda));
+    library.impl("head_mix_after_backward", TORCH_BOX(&after_backward_on_cuda));
+    library.impl("head_mix_before_backward", TORCH_BOX(&before_backward_on_cuda));
 }
 #endif

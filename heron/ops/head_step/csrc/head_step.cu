@@ -4,13 +4,8 @@
 // channels are sums over warps, then over what the warps bring, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include "../../csrc/early.cuh"
+#include "../../csrc/operator.h"
 #endif
 
 namespace {
@@ -110,8 +105,8 @@ namespace {
 
 template <typename T, int size>
 void start(const Problem& problem, int64_t sequences, int device) {
-    C10_CUDA_CHECK(launch_early(head_step<T, size>, static_cast<unsigned>(sequences * problem.heads), 4 * size, 0,
-                                c10::cuda::getCurrentCUDAStream(), device, problem));
+    STD_CUDA_CHECK(launch_early(head_step<T, size>, static_cast<unsigned>(sequences * problem.heads), 4 * size, 0,
+                                current_stream(), device, problem));
 }
 
 template <typename T>
@@ -124,11 +119,11 @@ void start_size(const Problem& problem, int64_t sequences, int size, int device)
 
 // Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
 // or value, v_first and v0.
-at::Tensor run(const at::TensorList inputs, const at::TensorList weights, const at::TensorList of_values, double eps,
-               const at::Tensor& wkv) {
-    const at::Tensor& r = inputs[0];
-    const c10::cuda::CUDAGuard guard(r.device());
-    auto y = at::empty_like(r);
+Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_values, double eps,
+           const Tensor& wkv) {
+    const Tensor& r = inputs[0];
+    const DeviceGuard guard(r.get_device_index());
+    auto y = empty_like(r);
     Problem problem{};
     for (int i = 0; i <= kGate; ++i) problem.of[i] = inputs[i].const_data_ptr();
     for (int i = kW0; i < kV0; ++i) problem.of[i] = weights[i - kW0].const_data_ptr();
@@ -137,23 +132,23 @@ at::Tensor run(const at::TensorList inputs, const at::TensorList weights, const 
         problem.of[kVFirst] = of_values[1].const_data_ptr();
         problem.of[kV0] = of_values[2].const_data_ptr();
     }
-    problem.y = y.data_ptr();
-    problem.wkv = wkv.data_ptr<float>();
+    problem.y = y.mutable_data_ptr();
+    problem.wkv = wkv.mutable_data_ptr<float>();
     problem.heads = static_cast<int>(wkv.size(1));
     problem.eps = static_cast<float>(eps);
-    const auto start = r.scalar_type() == at::kFloat      ? start_size<float>
-                       : r.scalar_type() == at::kBFloat16 ? start_size<at::BFloat16>
-                                                          : start_size<at::Half>;
-    start(problem, r.size(0), static_cast<int>(wkv.size(3)), r.get_device());
+    const auto start = r.scalar_type() == ScalarType::Float      ? start_size<float>
+                       : r.scalar_type() == ScalarType::BFloat16 ? start_size<BFloat16>
+                                                                 : start_size<Half>;
+    start(problem, r.size(0), static_cast<int>(wkv.size(3)), r.get_device_index());
     return y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor(a!) wkv) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", &run); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", TORCH_BOX(&run)); }
 #endif

@@ -5,13 +5,7 @@
 // the L2 cache (132 x 2 rows of 65536 bf16 are 35 MB) and writes the gradient, so that a row crosses the memory bus once
 // in each direction.
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/macros/Macros.h>
-#include <torch/library.h>
+#include "../../csrc/operator.h"
 
 namespace {
 
@@ -107,36 +101,35 @@ loss_rows(T* __restrict__ logits, const int64_t* __restrict__ targets, int vocab
 }
 
 // logits: (rows, V) fp32, bf16 or fp16, contiguous. targets: (rows,) int64. Returns the losses, (rows,) fp32.
-at::Tensor run(const at::Tensor& logits, const at::Tensor& targets, double l2wrap, bool with_gradient) {
-    const c10::cuda::CUDAGuard guard(logits.device());
-    const auto stream = at::cuda::getCurrentCUDAStream();
+Tensor run(const Tensor& logits, const Tensor& targets, double l2wrap, bool with_gradient) {
+    const DeviceGuard guard(logits.get_device_index());
+    const auto stream = current_stream();
     const int vocab = static_cast<int>(logits.size(1));
-    auto losses = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+    auto losses = empty({logits.size(0)}, logits, ScalarType::Float);
     if (losses.numel() == 0) return losses;
     const auto launch = [&](auto kernel, auto* data) {
         kernel<<<static_cast<unsigned>(logits.size(0)), kThreads, 0, stream>>>(
             data, targets.const_data_ptr<int64_t>(), vocab, static_cast<float>(l2wrap), with_gradient,
-            losses.data_ptr<float>());
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+            losses.mutable_data_ptr<float>());
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     };
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "loss_rows", [&] {
-        if constexpr (!std::is_same_v<scalar_t, double>) {
-            constexpr int width = 16 / sizeof(scalar_t);
-            auto* data = logits.data_ptr<scalar_t>();
-            const bool whole = vocab % width == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-            if (whole)
-                launch(loss_rows<scalar_t, width>, data);
-            else
-                launch(loss_rows<scalar_t, 1>, data);
-        }
+    with_dtype<float, BFloat16, Half>(logits, "loss_rows", [&](auto zero) {
+        using T = decltype(zero);
+        constexpr int width = 16 / sizeof(T);
+        auto* data = logits.mutable_data_ptr<T>();
+        const bool whole = vocab % width == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+        if (whole)
+            launch(loss_rows<T, width>, data);
+        else
+            launch(loss_rows<T, 1>, data);
     });
     return losses;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def("loss_rows_(Tensor(a!) logits, Tensor targets, float l2wrap, bool with_gradient) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("loss_rows_", &run); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("loss_rows_", TORCH_BOX(&run)); }

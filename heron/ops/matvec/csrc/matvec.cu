@@ -6,17 +6,10 @@
 // ended (programmatic dependent launch, from compute capability 9.0 on): the weights do not depend on it.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include <algorithm>
-#include <optional>
-#include <vector>
 
 #include "../../csrc/early.cuh"
+#include "../../csrc/operator.h"
 #endif
 
 namespace {
@@ -147,27 +140,27 @@ namespace {
 // Of shared memory for a vector, beside the sums of warps, without asking for it.
 constexpr int kFreeBytes = 48 * 1024 - kWarps * static_cast<int>(sizeof(float));
 
-using Several = c10::List<std::optional<at::Tensor>>;
+using Several = std::vector<Optional>;
 
-const void* data_of(const std::optional<at::Tensor>& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
+const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
 // Shapes, dtypes and alignment as heron.ops.matvec says, and checks.
-std::vector<at::Tensor> run(const at::TensorList xs, const at::TensorList weights, const at::IntArrayRef activations,
-                            const Several& factors, const Several& adds) {
-    const at::Tensor& first = weights[0];
-    const c10::cuda::CUDAGuard guard(first.device());
-    std::vector<at::Tensor> ys;
+Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
+            const Several& factors, const Several& adds) {
+    const Tensor& first = weights[0];
+    const DeviceGuard guard(first.get_device_index());
+    Tensors ys;
     Products products{};
     int64_t blocks = 0, longest = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
         const int64_t out = weights[i].size(0), in = weights[i].size(1);
         const int warps = warps_of(in * first.element_size());
-        ys.push_back(at::empty({1, out}, weights[i].options()));
+        ys.push_back(empty({1, out}, weights[i]));
         products.of[products.n++] = {xs[i].const_data_ptr(),
                                      weights[i].const_data_ptr(),
-                                     data_of(factors.get(i)),
-                                     data_of(adds.get(i)),
-                                     ys.back().data_ptr(),
+                                     data_of(factors[i]),
+                                     data_of(adds[i]),
+                                     ys.back().mutable_data_ptr(),
                                      weights[i].stride(0),
                                      static_cast<int>(in),
                                      static_cast<int>(out),
@@ -177,25 +170,25 @@ std::vector<at::Tensor> run(const at::TensorList xs, const at::TensorList weight
         blocks += blocks_of(out, warps);
         longest = std::max(longest, in);
     }
-    const auto kernel = first.scalar_type() == at::kFloat      ? matvec<float>
-                        : first.scalar_type() == at::kBFloat16 ? matvec<at::BFloat16>
-                                                               : matvec<at::Half>;
+    const auto kernel = first.scalar_type() == ScalarType::Float      ? matvec<float>
+                        : first.scalar_type() == ScalarType::BFloat16 ? matvec<BFloat16>
+                                                                      : matvec<Half>;
     const auto vector_bytes = static_cast<int>(longest * first.element_size());
     if (vector_bytes > kFreeBytes) {
-        C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+        STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                             cudaFuncAttributeMaxDynamicSharedMemorySize, vector_bytes));
     }
-    C10_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), 32 * kWarps, vector_bytes,
-                                c10::cuda::getCurrentCUDAStream(), first.get_device(), products));
+    STD_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), 32 * kWarps, vector_bytes,
+                                current_stream(), first.get_device_index(), products));
     return ys;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "matvec(Tensor[] xs, Tensor[] weights, int[] activations, Tensor?[] factors, Tensor?[] adds) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("matvec", &run); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("matvec", TORCH_BOX(&run)); }
 #endif

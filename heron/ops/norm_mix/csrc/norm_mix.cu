@@ -2,13 +2,8 @@
 // registers, weights since before its inputs were there; channels beyond them it reads three times, from the L1 cache.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include "../../csrc/early.cuh"
+#include "../../csrc/operator.h"
 #endif
 
 namespace {
@@ -117,35 +112,35 @@ __global__ void __launch_bounds__(kThreads) norm_mix(const __grid_constant__ Pro
 namespace {
 
 // Shapes and dtypes as heron.ops.norm_mix says, and checks.
-at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps, const at::Tensor& mixes,
-               const at::Tensor& last) {
-    const c10::cuda::CUDAGuard guard(x.device());
+Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Tensor& mixes,
+           const Tensor& last) {
+    const DeviceGuard guard(x.get_device_index());
     const int64_t n = x.size(0), channels = x.size(1), m = mixes.size(0);
-    auto mixed = at::empty({m, n, channels}, x.options());
+    auto mixed = empty({m, n, channels}, x);
     const Problem problem{x.const_data_ptr(),
                           weight.const_data_ptr(),
                           bias.const_data_ptr(),
                           mixes.const_data_ptr(),
-                          last.data_ptr(),
-                          mixed.data_ptr(),
+                          last.mutable_data_ptr(),
+                          mixed.mutable_data_ptr(),
                           static_cast<int>(n),
                           static_cast<int>(m),
                           static_cast<int>(channels),
                           static_cast<float>(eps)};
-    const auto kernel = x.scalar_type() == at::kFloat      ? norm_mix<float>
-                        : x.scalar_type() == at::kBFloat16 ? norm_mix<at::BFloat16>
-                                                           : norm_mix<at::Half>;
-    C10_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(n), kThreads, 0, c10::cuda::getCurrentCUDAStream(),
-                                x.get_device(), problem));
+    const auto kernel = x.scalar_type() == ScalarType::Float      ? norm_mix<float>
+                        : x.scalar_type() == ScalarType::BFloat16 ? norm_mix<BFloat16>
+                                                                  : norm_mix<Half>;
+    STD_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(n), kThreads, 0, current_stream(),
+                                x.get_device_index(), problem));
     return mixed;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "norm_mix(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, Tensor(a!) last) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("norm_mix", &run); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("norm_mix", TORCH_BOX(&run)); }
 #endif

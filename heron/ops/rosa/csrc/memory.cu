@@ -2,11 +2,7 @@
 #include "trees.h"
 
 #ifdef __CUDACC__
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include "../../csrc/operator.h"
 #endif
 
 namespace {
@@ -67,32 +63,32 @@ namespace {
 
 // id, read: (1,) int64. ids (P,), nodes (P, 2), roots (R,) int32; `ring`: P is a power of two, and old places are used
 // again. found: (most, 2) int64. All contiguous and on one device.
-void run(const at::Tensor& id, const at::Tensor& ids, const at::Tensor& nodes, const at::Tensor& roots, int64_t t,
-         bool ring, int64_t window, int64_t max_match, int64_t end, const at::Tensor& read, const at::Tensor& found) {
+void run(const Tensor& id, const Tensor& ids, const Tensor& nodes, const Tensor& roots, int64_t t,
+         bool ring, int64_t window, int64_t max_match, int64_t end, const Tensor& read, const Tensor& found) {
     const int64_t places = ids.size(0), most = found.size(0);
-    TORCH_CHECK(most <= kMost, "rosa: at most ", kMost, " matches of a token on a GPU, got ", most);
-    TORCH_CHECK(nodes.size(0) == places && (ring || t < places), "rosa: a stream of ", places, " places is full");
-    const c10::cuda::CUDAGuard guard(ids.device());
-    const Trees trees{reinterpret_cast<uint32_t*>(ids.data_ptr<int32_t>()),
-                      reinterpret_cast<Node*>(nodes.data_ptr<int32_t>()),
-                      reinterpret_cast<uint32_t*>(roots.data_ptr<int32_t>()),
+    STD_TORCH_CHECK(most <= kMost, "rosa: at most ", kMost, " matches of a token on a GPU, got ", most);
+    STD_TORCH_CHECK(nodes.size(0) == places && (ring || t < places), "rosa: a stream of ", places, " places is full");
+    const DeviceGuard guard(ids.get_device_index());
+    const Trees trees{reinterpret_cast<uint32_t*>(ids.mutable_data_ptr<int32_t>()),
+                      reinterpret_cast<Node*>(nodes.mutable_data_ptr<int32_t>()),
+                      reinterpret_cast<uint32_t*>(roots.mutable_data_ptr<int32_t>()),
                       ring ? static_cast<uint32_t>(places - 1) : UINT32_MAX,
                       static_cast<uint32_t>(roots.size(0)),
                       window,
                       {static_cast<int32_t>(max_match), end}};
-    read_one<<<1, 32, 0, c10::cuda::getCurrentCUDAStream()>>>(trees, static_cast<uint32_t>(t), id.data_ptr<int64_t>(),
-                                                              static_cast<int>(most), read.data_ptr<int64_t>(),
-                                                              found.data_ptr<int64_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    read_one<<<1, 32, 0, current_stream()>>>(trees, static_cast<uint32_t>(t), id.mutable_data_ptr<int64_t>(),
+                                             static_cast<int>(most), read.mutable_data_ptr<int64_t>(),
+                                             found.mutable_data_ptr<int64_t>());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "rosa_read_one_(Tensor id, Tensor(a!) ids, Tensor(b!) nodes, Tensor(c!) roots, int t, bool ring, int window, "
         "int max_match, int end, Tensor(d!) read, Tensor(e!) found) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("rosa_read_one_", &run); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("rosa_read_one_", TORCH_BOX(&run)); }
 #endif

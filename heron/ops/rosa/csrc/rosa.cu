@@ -5,11 +5,7 @@
 // d is the longest match and, of those, the latest. Streams of more than 1025 tokens take several warps, which meet in
 // an atomic maximum. T^2 / 2 cells a stream, about 7 instructions each.
 
-#include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
+#include "../../csrc/operator.h"
 
 namespace {
 
@@ -65,23 +61,23 @@ __global__ void take_apart(const uint32_t* __restrict__ best, int64_t cells, int
 }
 
 // q, k: (S, T) int32, contiguous, 1 <= T <= 65535; longest >= 1.
-std::tuple<at::Tensor, at::Tensor> rosa(const at::Tensor& q, const at::Tensor& k, int64_t longest) {
-    const c10::cuda::CUDAGuard guard(q.device());
-    const auto stream = at::cuda::getCurrentCUDAStream();
+std::tuple<Tensor, Tensor> rosa(const Tensor& q, const Tensor& k, int64_t longest) {
+    const DeviceGuard guard(q.get_device_index());
+    const auto stream = current_stream();
     const int64_t streams = q.size(0);
     const int tokens = static_cast<int>(q.size(1));
     const int most = static_cast<int>(std::min<int64_t>(longest, tokens));
-    auto best = at::zeros({streams, tokens}, q.options());
-    auto src = at::empty({streams, tokens}, q.options().dtype(at::kLong));
-    auto length = at::empty_like(src);
-    auto* cells = reinterpret_cast<uint32_t*>(best.data_ptr<int32_t>());
+    auto best = zeros({streams, tokens}, q);
+    auto src = empty({streams, tokens}, q, ScalarType::Long);
+    auto length = empty_like(src);
+    auto* cells = reinterpret_cast<uint32_t*>(best.mutable_data_ptr<int32_t>());
 
     const auto launch = [&](auto kernel, int diagonals) {
         const int bands = std::max(1, (tokens - 1 + diagonals - 1) / diagonals);
         const int64_t blocks = (streams * bands + kWarps - 1) / kWarps;
         kernel<<<static_cast<unsigned>(blocks), 32 * kWarps, 0, stream>>>(
-            q.data_ptr<int32_t>(), k.data_ptr<int32_t>(), streams, tokens, most, bands, cells);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+            q.mutable_data_ptr<int32_t>(), k.mutable_data_ptr<int32_t>(), streams, tokens, most, bands, cells);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     };
     if (tokens <= 32 * 4 + 1)
         launch(match<4>, 32 * 4);
@@ -93,16 +89,16 @@ std::tuple<at::Tensor, at::Tensor> rosa(const at::Tensor& q, const at::Tensor& k
         launch(match<32>, 32 * 32);
 
     const int64_t blocks = (best.numel() + 255) / 256;
-    take_apart<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(cells, best.numel(), tokens, src.data_ptr<int64_t>(),
-                                                                  length.data_ptr<int64_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    take_apart<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(cells, best.numel(), tokens, src.mutable_data_ptr<int64_t>(),
+                                                                  length.mutable_data_ptr<int64_t>());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
     return {src, length};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def("rosa_match(Tensor q, Tensor k, int longest) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("rosa_match", &rosa); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("rosa_match", TORCH_BOX(&rosa)); }

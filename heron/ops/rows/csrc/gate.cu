@@ -3,16 +3,11 @@
 // the text keeps no block waiting. What a piece has of a row that goes on in the next is put aside, and added up by
 // a second kernel, always in one order.
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
+
+#include "../../csrc/operator.h"
 
 namespace {
 
@@ -26,7 +21,7 @@ __device__ __forceinline__ void read(const float* from, float (&to)[kWidth]) {
     for (int i = 0; i < kWidth; i += 4) *reinterpret_cast<float4*>(to + i) = *reinterpret_cast<const float4*>(from + i);
 }
 
-__device__ __forceinline__ void read(const c10::BFloat16* from, float (&to)[kWidth]) {
+__device__ __forceinline__ void read(const BFloat16* from, float (&to)[kWidth]) {
     const uint4 words = *reinterpret_cast<const uint4*>(from);
     const unsigned word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
@@ -39,7 +34,7 @@ __device__ __forceinline__ void write(float* to, const float (&from)[kWidth]) {
         *reinterpret_cast<float4*>(to + i) = float4{from[i], from[i + 1], from[i + 2], from[i + 3]};
 }
 
-__device__ __forceinline__ void write(c10::BFloat16* to, const float (&from)[kWidth]) {
+__device__ __forceinline__ void write(BFloat16* to, const float (&from)[kWidth]) {
     unsigned word[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -148,71 +143,70 @@ __global__ void __launch_bounds__(kThreads) add_up(const Gradients<T> p) {
     write(p.d_rows + row * p.channels + c, sum);
 }
 
-#define HERON_DISPATCH(TYPE, ...)                                                      \
-    AT_DISPATCH_SWITCH(TYPE, "gate_rows", AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)    \
-                       AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
-
-void check(const at::Tensor& x, const at::Tensor& rows) {
+void check(const Tensor& x, const Tensor& rows) {
     const auto width = rows.size(-1);
-    TORCH_CHECK(x.size(-1) == width && width % kWidth == 0 && width <= kThreads * kWidth,
-                "gate_rows: rows as wide as x, 8, 16, ... 8192 numbers");
-    TORCH_CHECK(rows.scalar_type() == at::kFloat && rows.device() == x.device(), "gate_rows: rows in fp32, where x is");
+    STD_TORCH_CHECK(x.size(-1) == width && width % kWidth == 0 && width <= kThreads * kWidth,
+                    "gate_rows: rows as wide as x, 8, 16, ... 8192 numbers");
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && on_one_device(rows, x), "gate_rows: rows in fp32, where x is");
     for (const auto& each : {x, rows})
-        TORCH_CHECK(each.is_contiguous() && reinterpret_cast<uintptr_t>(each.const_data_ptr()) % 16 == 0,
-                    "gate_rows: tensors must be contiguous and 16-byte aligned");
+        STD_TORCH_CHECK(each.is_contiguous() && reinterpret_cast<uintptr_t>(each.const_data_ptr()) % 16 == 0,
+                        "gate_rows: tensors must be contiguous and 16-byte aligned");
 }
 
-at::Tensor gate_rows(const at::Tensor& x, const at::Tensor& rows, const at::Tensor& row) {
+Tensor gate_rows(const Tensor& x, const Tensor& rows, const Tensor& row) {
     check(x, rows);
-    TORCH_CHECK(row.numel() * rows.size(1) == x.numel(), "gate_rows: a row for each token");
-    const c10::cuda::CUDAGuard guard(x.device());
-    auto out = at::empty_like(x);
+    STD_TORCH_CHECK(row.numel() * rows.size(1) == x.numel(), "gate_rows: a row for each token");
+    const DeviceGuard guard(x.get_device_index());
+    auto out = empty_like(x);
     if (x.numel() == 0) return out;
     const int64_t packs = x.numel() / kWidth;
     const auto blocks = static_cast<unsigned>(std::min<int64_t>((packs + 255) / 256, 1 << 16));
-    HERON_DISPATCH(x.scalar_type(), [&] {
-        gate<<<blocks, 256, 0, c10::cuda::getCurrentCUDAStream()>>>(
+    with_dtype<float, BFloat16>(x, "gate_rows", [&](auto zero) {
+        using scalar_t = decltype(zero);
+        gate<<<blocks, 256, 0, current_stream()>>>(
             x.const_data_ptr<scalar_t>(), rows.const_data_ptr<float>(), row.const_data_ptr<int64_t>(),
-            out.data_ptr<scalar_t>(), packs, static_cast<int>(rows.size(1) / kWidth));
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+            out.mutable_data_ptr<scalar_t>(), packs, static_cast<int>(rows.size(1) / kWidth));
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
     return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> gate_rows_backward(const at::Tensor& d, const at::Tensor& x, const at::Tensor& rows,
-                                                      const at::Tensor& order, const at::Tensor& row_in_order) {
+std::tuple<Tensor, Tensor> gate_rows_backward(const Tensor& d, const Tensor& x, const Tensor& rows,
+                                              const Tensor& order, const Tensor& row_in_order) {
     check(x, rows), check(d, rows);
-    TORCH_CHECK(d.scalar_type() == x.scalar_type() && d.numel() == x.numel(), "gate_rows: a gradient like x");
-    const c10::cuda::CUDAGuard guard(x.device());
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    STD_TORCH_CHECK(d.scalar_type() == x.scalar_type() && d.numel() == x.numel(), "gate_rows: a gradient like x");
+    const DeviceGuard guard(x.get_device_index());
+    const auto stream = current_stream();
     const int64_t tokens = order.numel(), pieces = (tokens + kPiece - 1) / kPiece;
     const auto channels = static_cast<int>(rows.size(1));
-    auto d_x = at::empty_like(x), d_rows = tokens ? at::empty_like(rows) : at::zeros_like(rows);
+    auto d_x = empty_like(x), d_rows = tokens ? empty_like(rows) : zeros_like(rows);
     if (tokens == 0) return {d_x, d_rows};
-    const auto aside = at::empty({pieces, 2, channels}, rows.options());
+    const auto aside = empty({pieces, 2, channels}, rows);
     const unsigned blocks = static_cast<unsigned>(pieces), threads = (channels / kWidth + 31) / 32 * 32;
-    HERON_DISPATCH(x.scalar_type(), [&] {
+    with_dtype<float, BFloat16>(x, "gate_rows", [&](auto zero) {
+        using scalar_t = decltype(zero);
         const Gradients<scalar_t> p{d.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
                                     rows.const_data_ptr<float>(), order.const_data_ptr<int64_t>(),
-                                    row_in_order.const_data_ptr<int64_t>(), d_x.data_ptr<scalar_t>(),
-                                    d_rows.data_ptr<float>(), aside.data_ptr<float>(), tokens, rows.size(0), channels};
+                                    row_in_order.const_data_ptr<int64_t>(), d_x.mutable_data_ptr<scalar_t>(),
+                                    d_rows.mutable_data_ptr<float>(), aside.mutable_data_ptr<float>(), tokens,
+                                    rows.size(0), channels};
         gate_backward<<<blocks, threads, 0, stream>>>(p);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
         add_up<<<blocks, threads, 0, stream>>>(p);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
     return {d_x, d_rows};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def("gate_rows(Tensor x, Tensor rows, Tensor row) -> Tensor");
     library.def(
         "gate_rows_backward(Tensor d, Tensor x, Tensor rows, Tensor order, Tensor row_in_order) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) {
-    library.impl("gate_rows", &gate_rows);
-    library.impl("gate_rows_backward", &gate_rows_backward);
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+    library.impl("gate_rows", TORCH_BOX(&gate_rows));
+    library.impl("gate_rows_backward", TORCH_BOX(&gate_rows_backward));
 }

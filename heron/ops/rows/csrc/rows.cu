@@ -3,14 +3,9 @@
 
 #include "rows.h"
 
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include <algorithm>
-#include <optional>
+
+#include "../../csrc/operator.h"
 
 namespace {
 
@@ -82,28 +77,30 @@ __global__ void count(Steps steps, int n_tables, int64_t n, const int64_t* ids, 
 unsigned blocks_for(int64_t rows, int threads, int64_t most) {
     const int64_t wanted = (rows + threads / kWarp - 1) / (threads / kWarp);
     int processors = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, current_device()));
     return static_cast<unsigned>(std::min(wanted, most > 0 ? most : int64_t{processors} * kBlocksPerProcessor));
 }
 
-const int64_t* index_of(const std::optional<at::Tensor>& rows) { return rows ? rows->const_data_ptr<int64_t>() : nullptr; }
+const int64_t* index_of(const Optional& rows) { return rows ? rows->const_data_ptr<int64_t>() : nullptr; }
 
-void check(const at::Tensor& table, const char* name) {
-    TORCH_CHECK(table.dim() >= 1 && table.is_contiguous(), name, " must be contiguous");
-    TORCH_CHECK(table.is_cuda() || table.is_pinned(), name, " must be on a CUDA device or in pinned memory");
+void check(const Tensor& table, const char* name) {
+    STD_TORCH_CHECK(table.dim() >= 1 && table.is_contiguous(), name, " must be contiguous");
+    cudaPointerAttributes where{};
+    STD_CUDA_CHECK(cudaPointerGetAttributes(&where, table.const_data_ptr()));
+    STD_TORCH_CHECK(where.type != cudaMemoryTypeUnregistered, name, " must be on a CUDA device or in pinned memory");
 }
 
 bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-void copy_rows(at::TensorList sources, const std::optional<at::Tensor>& from_rows, at::TensorList targets,
-               const std::optional<at::Tensor>& to_rows, int64_t most_blocks) {
-    TORCH_CHECK(!sources.empty() && sources.size() == targets.size(), "as many targets as sources");
+void copy_rows(const Tensors& sources, const Optional& from_rows, const Tensors& targets,
+               const Optional& to_rows, int64_t most_blocks) {
+    STD_TORCH_CHECK(!sources.empty() && sources.size() == targets.size(), "as many targets as sources");
     const auto& there = sources[0].is_cuda() ? sources[0] : targets[0];
     const int64_t n = from_rows ? from_rows->numel() : to_rows ? to_rows->numel() : sources[0].size(0);
-    TORCH_CHECK(!to_rows || to_rows->numel() == n, "as many rows of the targets as of the sources");
+    STD_TORCH_CHECK(!to_rows || to_rows->numel() == n, "as many rows of the targets as of the sources");
     if (n == 0) return;
-    const c10::cuda::CUDAGuard guard(there.device());
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const DeviceGuard guard(there.get_device_index());
+    const auto stream = current_stream();
     for (size_t first = 0; first < sources.size(); first += kTables) {
         const int n_tables = static_cast<int>(std::min<size_t>(kTables, sources.size() - first));
         Copies copies;
@@ -111,8 +108,8 @@ void copy_rows(at::TensorList sources, const std::optional<at::Tensor>& from_row
         for (int t = 0; t < n_tables; ++t) {
             const auto &source = sources[first + t], &target = targets[first + t];
             check(source, "sources"), check(target, "targets");
-            TORCH_CHECK(source.scalar_type() == target.scalar_type() && source.size(1) == target.size(1),
-                        "rows of one width and dtype");
+            STD_TORCH_CHECK(source.scalar_type() == target.scalar_type() && source.size(1) == target.size(1),
+                            "rows of one width and dtype");
             const auto row_bytes = static_cast<size_t>(source.size(1)) * source.element_size();
             copies.table[t] = {static_cast<const char*>(source.const_data_ptr()),
                                static_cast<char*>(target.mutable_data_ptr()), static_cast<int>(row_bytes)};
@@ -122,7 +119,7 @@ void copy_rows(at::TensorList sources, const std::optional<at::Tensor>& from_row
         const unsigned blocks = blocks_for(n * n_tables, kCopyThreads, most_blocks);
         const auto launch = [&](auto kernel) {
             kernel<<<blocks, kCopyThreads, 0, stream>>>(copies, n_tables, n, index_of(from_rows), index_of(to_rows));
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
+            STD_CUDA_KERNEL_LAUNCH_CHECK();
         };
         if (piece == 16)
             launch(copy<uint4>);
@@ -133,17 +130,17 @@ void copy_rows(at::TensorList sources, const std::optional<at::Tensor>& from_row
     }
 }
 
-void row_adamw_(at::TensorList weights, at::TensorList exp_avgs, at::TensorList exp_avg_sqs, at::TensorList row_steps,
-                at::TensorList gradients, const at::Tensor& ids, const std::optional<at::Tensor>& weight_rows,
-                const std::optional<at::Tensor>& moment_rows, double lr, double beta1, double beta2, double eps,
-                const std::optional<at::Tensor>& found_inf) {
+void row_adamw_(const Tensors& weights, const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& row_steps,
+                const Tensors& gradients, const Tensor& ids, const Optional& weight_rows,
+                const Optional& moment_rows, double lr, double beta1, double beta2, double eps,
+                const Optional& found_inf) {
     const int64_t n = ids.numel();
     if (n == 0 || weights.empty()) return;
-    const c10::cuda::CUDAGuard guard(ids.device());
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const DeviceGuard guard(ids.get_device_index());
+    const auto stream = current_stream();
     const float* bad = found_inf ? found_inf->const_data_ptr<float>() : nullptr;
-    const bool in_half = exp_avgs[0].scalar_type() == at::kBFloat16;
-    TORCH_CHECK(in_half || exp_avgs[0].scalar_type() == at::kFloat, "moments must be fp32 or bf16");
+    const bool in_half = exp_avgs[0].scalar_type() == ScalarType::BFloat16;
+    STD_TORCH_CHECK(in_half || exp_avgs[0].scalar_type() == ScalarType::Float, "moments must be fp32 or bf16");
     for (size_t first = 0; first < weights.size(); first += kTables) {
         const int n_tables = static_cast<int>(std::min<size_t>(kTables, weights.size() - first));
         Steps steps;
@@ -153,13 +150,13 @@ void row_adamw_(at::TensorList weights, at::TensorList exp_avgs, at::TensorList 
             const auto &row_step = row_steps[first + t], &g = gradients[first + t];
             check(p, "weights"), check(m, "exp_avgs"), check(v, "exp_avg_sqs"), check(g, "gradients");
             check(row_step, "row_steps");
-            TORCH_CHECK(m.scalar_type() == exp_avgs[0].scalar_type() && v.scalar_type() == m.scalar_type(),
-                        "moments of one dtype");
-            TORCH_CHECK(g.size(0) == n, "a gradient for each row");
+            STD_TORCH_CHECK(m.scalar_type() == exp_avgs[0].scalar_type() && v.scalar_type() == m.scalar_type(),
+                            "moments of one dtype");
+            STD_TORCH_CHECK(g.size(0) == n, "a gradient for each row");
             const int64_t width = p.size(1);
-            TORCH_CHECK(m.size(1) == width && v.size(1) == width && g.size(1) == width, "rows of one width");
-            steps.table[t] = {p.data_ptr<float>(),         m.mutable_data_ptr(),       v.mutable_data_ptr(),
-                              row_step.data_ptr<int32_t>(), g.const_data_ptr<float>(), static_cast<int>(width)};
+            STD_TORCH_CHECK(m.size(1) == width && v.size(1) == width && g.size(1) == width, "rows of one width");
+            steps.table[t] = {p.mutable_data_ptr<float>(),          m.mutable_data_ptr(),      v.mutable_data_ptr(),
+                              row_step.mutable_data_ptr<int32_t>(), g.const_data_ptr<float>(), static_cast<int>(width)};
             whole = whole && width % 4 == 0 && aligned(p.const_data_ptr(), 16) && aligned(m.const_data_ptr(), 16) &&
                     aligned(v.const_data_ptr(), 16) && aligned(g.const_data_ptr(), 16);
         }
@@ -167,7 +164,7 @@ void row_adamw_(at::TensorList weights, at::TensorList exp_avgs, at::TensorList 
             kernel<<<blocks_for(n * n_tables, kStepThreads, 0), kStepThreads, 0, stream>>>(
                 steps, n_tables, n, ids.const_data_ptr<int64_t>(), index_of(weight_rows), index_of(moment_rows), lr, beta1,
                 beta2, eps, bad);
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
+            STD_CUDA_KERNEL_LAUNCH_CHECK();
         };
         if (in_half)
             whole ? launch(adamw<4, uint16_t>) : launch(adamw<1, uint16_t>);
@@ -175,13 +172,13 @@ void row_adamw_(at::TensorList weights, at::TensorList exp_avgs, at::TensorList 
             whole ? launch(adamw<4, float>) : launch(adamw<1, float>);
         const auto count_blocks = static_cast<unsigned>((n * n_tables + kStepThreads - 1) / kStepThreads);
         count<<<count_blocks, kStepThreads, 0, stream>>>(steps, n_tables, n, ids.const_data_ptr<int64_t>(), bad);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "copy_rows(Tensor[] sources, Tensor? from_rows, Tensor(a!)[] targets, Tensor? to_rows, int most_blocks) -> ()");
     library.def(
@@ -190,7 +187,7 @@ TORCH_LIBRARY_FRAGMENT(heron, library) {
         "float eps, Tensor? found_inf) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) {
-    library.impl("copy_rows", &copy_rows);
-    library.impl("row_adamw_", &row_adamw_);
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+    library.impl("copy_rows", TORCH_BOX(&copy_rows));
+    library.impl("row_adamw_", TORCH_BOX(&row_adamw_));
 }

@@ -8,11 +8,7 @@
 // (reference.py). The cut of top_p and top_k is found by halving an interval of distances from the largest logit.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include "../../csrc/operator.h"
 #endif
 
 namespace {
@@ -490,14 +486,14 @@ sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restric
 namespace {
 
 template <typename T>
-void start(const at::Tensor& logits, const float* counts, const at::Tensor& barred, const at::Tensor& settings,
-           const at::Tensor& uniforms, at::Tensor& ids, at::Tensor& logprobs) {
+void start(const Tensor& logits, const float* counts, const Tensor& barred, const Tensor& settings,
+           const Tensor& uniforms, Tensor& ids, Tensor& logprobs) {
     const T* data = logits.const_data_ptr<T>();
     const bool* bars = barred.const_data_ptr<bool>();
     const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && logits.stride(0) * sizeof(T) % 16 == 0 &&
                          reinterpret_cast<uintptr_t>(bars) % 16 == 0;
     int major = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, logits.get_device()));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, logits.get_device_index()));
     const bool few = logits.size(0) <= kFewRows && major >= 9;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -506,38 +502,38 @@ void start(const at::Tensor& logits, const float* counts, const at::Tensor& barr
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(logits.size(0) * (few ? kCluster : 1)));
     config.blockDim = dim3(kThreads);
-    config.stream = c10::cuda::getCurrentCUDAStream();
+    config.stream = current_stream();
     config.attrs = &cluster;
     config.numAttrs = few ? 1 : 0;
-    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, few ? sample_rows<T, kCluster> : sample_rows<T, 1>, data,
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, few ? sample_rows<T, kCluster> : sample_rows<T, 1>, data,
                                       logits.stride(0), counts, bars, settings.const_data_ptr<double>(),
                                       uniforms.const_data_ptr<double>(), static_cast<int>(logits.size(1)), aligned,
-                                      ids.data_ptr<int64_t>(), logprobs.data_ptr<float>()));
+                                      ids.mutable_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>()));
 }
 
 // Shapes and dtypes as heron.ops.sample_rows says, and checks.
-std::tuple<at::Tensor, at::Tensor> run(const at::Tensor& logits, const std::optional<at::Tensor>& counts,
-                                       const at::Tensor& barred, const at::Tensor& settings,
-                                       const at::Tensor& uniforms) {
-    const c10::cuda::CUDAGuard guard(logits.device());
-    auto ids = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
-    auto logprobs = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+std::tuple<Tensor, Tensor> run(const Tensor& logits, const Optional& counts,
+                               const Tensor& barred, const Tensor& settings,
+                               const Tensor& uniforms) {
+    const DeviceGuard guard(logits.get_device_index());
+    auto ids = empty({logits.size(0)}, logits, ScalarType::Long);
+    auto logprobs = empty({logits.size(0)}, logits, ScalarType::Float);
     if (logits.size(0) == 0) return {ids, logprobs};
     const float* counted = counts.has_value() ? counts->const_data_ptr<float>() : nullptr;
-    const auto of_dtype = logits.scalar_type() == at::kFloat      ? start<float>
-                          : logits.scalar_type() == at::kBFloat16 ? start<at::BFloat16>
-                                                                  : start<at::Half>;
+    const auto of_dtype = logits.scalar_type() == ScalarType::Float      ? start<float>
+                          : logits.scalar_type() == ScalarType::BFloat16 ? start<BFloat16>
+                                                                         : start<Half>;
     of_dtype(logits, counted, barred, settings, uniforms, ids, logprobs);
     return {ids, logprobs};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(heron, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "sample_rows(Tensor logits, Tensor? counts, Tensor barred, Tensor settings, Tensor uniforms) -> "
         "(Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("sample_rows", &run); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("sample_rows", TORCH_BOX(&run)); }
 #endif

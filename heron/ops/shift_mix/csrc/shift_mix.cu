@@ -7,17 +7,11 @@
 // strips, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernels for a CPU
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
-#include <vector>
+
+#include "../../csrc/operator.h"
 #endif
 
 #include "../../csrc/strips.cuh"
@@ -389,54 +383,54 @@ int strips_of(const Shape& shape) { return (shape.rows + shape.strip - 1) / shap
 int threads_for(int channels, int width) { return (channels / width + 31) / 32 * 32; }
 
 #ifdef __CUDACC__
-Shape shape_of(const at::Tensor& x, const std::optional<at::Tensor>& begins, int strips) {
+Shape shape_of(const Tensor& x, const Optional& begins, int strips) {
     const int64_t rows = x.size(0) * x.size(1);
-    TORCH_CHECK(rows < (int64_t{1} << 31) - kForwardStrips, "shift_mix: too many tokens");
+    STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kForwardStrips, "shift_mix: too many tokens");
     const auto tokens = static_cast<int>(x.size(1)), channels = static_cast<int>(x.size(2));
     const auto strip = static_cast<int>(std::max<int64_t>(4, (rows + strips - 1) / strips));
     Shape shape{static_cast<int>(rows), tokens, channels, strip, 1.0f / static_cast<float>(channels), nullptr, 0};
     shape.sequences = static_cast<int>(x.size(0));
     if (begins) {
-        TORCH_CHECK(begins->scalar_type() == at::kInt && begins->is_contiguous() && begins->device() == x.device() &&
+        STD_TORCH_CHECK(begins->scalar_type() == ScalarType::Int && begins->is_contiguous() && on_one_device(*begins, x) &&
                         begins->dim() == 1 && begins->numel() > 1 && x.size(0) == 1,
-                    "shift_mix: begins must be (sequences + 1,) int32 on the device of x, and x (1, T, C)");
+                        "shift_mix: begins must be (sequences + 1,) int32 on the device of x, and x (1, T, C)");
         shape.begins = begins->const_data_ptr<int>();
         shape.sequences = static_cast<int>(begins->numel()) - 1;
     }
     return shape;
 }
 
-void check(const at::Tensor& x, const at::Tensor& like, const char* name) {
-    TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.is_contiguous() && x.device() == like.device() &&
+void check(const Tensor& x, const Tensor& like, const char* name) {
+    STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.is_contiguous() && on_one_device(x, like) &&
                     reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
-                "shift_mix: ", name, " must be contiguous, 16-byte aligned and of the dtype and device of x");
+                    "shift_mix: ", name, " must be contiguous, 16-byte aligned and of the dtype and device of x");
 }
 
 // (sequences, C), which the kernels fill but for empty sequences; there they are as `otherwise`, or zeros.
-at::Tensor of_sequences(const at::Tensor& x, const Shape& shape, const std::optional<at::Tensor>& otherwise) {
-    if (!shape.begins) return at::empty({shape.sequences, shape.channels}, x.options());
-    return otherwise ? otherwise->clone() : at::zeros({shape.sequences, shape.channels}, x.options());
+Tensor of_sequences(const Tensor& x, const Shape& shape, const Optional& otherwise) {
+    if (!shape.begins) return empty({shape.sequences, shape.channels}, x);
+    return otherwise ? torch::stable::clone(*otherwise) : zeros({shape.sequences, shape.channels}, x);
 }
 
 template <typename T>
-const T* checked_of_sequences(const std::optional<at::Tensor>& given, const at::Tensor& x, const Shape& shape,
+const T* checked_of_sequences(const Optional& given, const Tensor& x, const Shape& shape,
                               const char* name) {
     if (!given) return nullptr;
     check(*given, x, name);
-    TORCH_CHECK(given->numel() == int64_t{shape.sequences} * shape.channels, "shift_mix: ", name,
-                " must be (sequences, C)");
+    STD_TORCH_CHECK(given->numel() == int64_t{shape.sequences} * shape.channels, "shift_mix: ", name,
+                    " must be (sequences, C)");
     return given->const_data_ptr<T>();
 }
 
 template <typename T>
-Norm<T> norm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::TensorList mixes) {
-    TORCH_CHECK(mixes.size() == 1 || mixes.size() == 2 || mixes.size() == kMixes, "shift_mix: 1, 2 or 6 mixes");
-    TORCH_CHECK(x.dim() == 3 && x.size(2) % 8 == 0 && x.size(2) <= kLargestC, "shift_mix: C must be 8, 16, ... 2048");
+Norm<T> norm_of(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensors& mixes) {
+    STD_TORCH_CHECK(mixes.size() == 1 || mixes.size() == 2 || mixes.size() == kMixes, "shift_mix: 1, 2 or 6 mixes");
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(2) % 8 == 0 && x.size(2) <= kLargestC, "shift_mix: C must be 8, 16, ... 2048");
     check(weight, x, "weight"), check(bias, x, "bias");
     Norm<T> norm{weight.const_data_ptr<T>(), bias.const_data_ptr<T>(), {}};
     for (size_t i = 0; i < mixes.size(); ++i) {
         check(mixes[i], x, "mixes");
-        TORCH_CHECK(mixes[i].numel() == x.size(2), "shift_mix: a mix has C values");
+        STD_TORCH_CHECK(mixes[i].numel() == x.size(2), "shift_mix: a mix has C values");
         norm.mixes[i] = mixes[i].const_data_ptr<T>();
     }
     return norm;
@@ -449,65 +443,61 @@ void with_mixes(size_t n, const Launch& launch) {
     if (n == kMixes) launch(std::integral_constant<int, kMixes>());
 }
 
-#define HERON_DISPATCH(TYPE, ...) \
-    AT_DISPATCH_SWITCH(TYPE, "shift_mix", AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
-                       AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
-
-std::vector<at::Tensor> run_forward(const at::Tensor& x, const std::optional<at::Tensor>& branch,
-                                    const at::Tensor& weight, const at::Tensor& bias, at::TensorList mixes,
-                                    const std::optional<at::Tensor>& last, const std::optional<at::Tensor>& begins,
-                                    double eps) {
-    const c10::cuda::CUDAGuard guard(x.device());
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+Tensors run_forward(const Tensor& x, const Optional& branch,
+                    const Tensor& weight, const Tensor& bias, const Tensors& mixes,
+                    const Optional& last, const Optional& begins,
+                    double eps) {
+    const DeviceGuard guard(x.get_device_index());
+    const auto stream = current_stream();
     const Shape shape = shape_of(x, begins, kForwardStrips);
     check(x, x, "x");
-    std::vector<at::Tensor> out;
-    for (size_t i = 0; i < mixes.size(); ++i) out.push_back(at::empty_like(x));
-    out.push_back(at::empty({shape.rows, 2}, x.options().dtype(at::kFloat)));
+    Tensors out;
+    for (size_t i = 0; i < mixes.size(); ++i) out.push_back(empty_like(x));
+    out.push_back(empty({shape.rows, 2}, x, ScalarType::Float));
     out.push_back(of_sequences(x, shape, last));
     if (branch) {
         check(*branch, x, "branch");
-        TORCH_CHECK(branch->sizes() == x.sizes(), "shift_mix: branch must have the shape of x");
-        out.push_back(at::empty_like(x));
+        STD_TORCH_CHECK(branch->sizes().equals(x.sizes()), "shift_mix: branch must have the shape of x");
+        out.push_back(empty_like(x));
     }
     if (shape.rows == 0) return out;
-    HERON_DISPATCH(x.scalar_type(), [&] {
-        using T = scalar_t;
+    with_dtype<float, BFloat16>(x, "shift_mix", [&](auto zero) {
+        using T = decltype(zero);
         constexpr int width = 16 / sizeof(T);
         Forward<T> p{};
         p.x = x.const_data_ptr<T>(), p.norm = norm_of<T>(x, weight, bias, mixes);
         p.last = checked_of_sequences<T>(last, x, shape, "last");
-        p.new_last = out[mixes.size() + 1].data_ptr<T>();
-        for (size_t i = 0; i < mixes.size(); ++i) p.mixed[i] = out[i].data_ptr<T>();
-        p.stats = reinterpret_cast<float2*>(out[mixes.size()].data_ptr<float>());
-        if (branch) p.branch = branch->const_data_ptr<T>(), p.sum = out.back().data_ptr<T>();
+        p.new_last = out[mixes.size() + 1].mutable_data_ptr<T>();
+        for (size_t i = 0; i < mixes.size(); ++i) p.mixed[i] = out[i].mutable_data_ptr<T>();
+        p.stats = reinterpret_cast<float2*>(out[mixes.size()].mutable_data_ptr<float>());
+        if (branch) p.branch = branch->const_data_ptr<T>(), p.sum = out.back().mutable_data_ptr<T>();
         p.shape = shape, p.eps = static_cast<float>(eps);
         with_mixes(mixes.size(), [&](auto n) {
             forward<T, width, n.value><<<strips_of(shape), threads_for(shape.channels, width), 0, stream>>>(p);
         });
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
     return out;
 }
 
-std::vector<at::Tensor> run_backward(at::TensorList d_mixed, const std::optional<at::Tensor>& d_sum,
-                                     const std::optional<at::Tensor>& d_new_last, const at::Tensor& sum,
-                                     const at::Tensor& stats, const at::Tensor& weight, const at::Tensor& bias,
-                                     at::TensorList mixes, const std::optional<at::Tensor>& last,
-                                     const std::optional<at::Tensor>& begins) {
-    const c10::cuda::CUDAGuard guard(sum.device());
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
+                     const Optional& d_new_last, const Tensor& sum,
+                     const Tensor& stats, const Tensor& weight, const Tensor& bias,
+                     const Tensors& mixes, const Optional& last,
+                     const Optional& begins) {
+    const DeviceGuard guard(sum.get_device_index());
+    const auto stream = current_stream();
     const int n_mixes = static_cast<int>(mixes.size());
     const Shape shape = shape_of(sum, begins, n_mixes == kMixes ? kBackwardStrips : 2 * kBackwardStrips);
     check(sum, sum, "x");
-    TORCH_CHECK(d_mixed.size() == mixes.size(), "shift_mix: a gradient for each mix");
-    std::vector<at::Tensor> out{at::empty_like(sum)};
-    for (int i = 0; i < n_mixes + 2; ++i) out.push_back(shape.rows ? at::empty_like(weight) : at::zeros_like(weight));
+    STD_TORCH_CHECK(d_mixed.size() == mixes.size(), "shift_mix: a gradient for each mix");
+    Tensors out{empty_like(sum)};
+    for (int i = 0; i < n_mixes + 2; ++i) out.push_back(shape.rows ? empty_like(weight) : zeros_like(weight));
     if (last) out.push_back(of_sequences(sum, shape, d_new_last));
     if (shape.rows == 0) return out;
-    const auto of_strip = at::empty({strips_of(shape), n_mixes + 2, shape.channels}, sum.options().dtype(at::kFloat));
-    HERON_DISPATCH(sum.scalar_type(), [&] {
-        using T = scalar_t;
+    const auto of_strip = empty({strips_of(shape), n_mixes + 2, shape.channels}, sum, ScalarType::Float);
+    with_dtype<float, BFloat16>(sum, "shift_mix", [&](auto zero) {
+        using T = decltype(zero);
         Backward<T> p{};
         for (int i = 0; i < n_mixes; ++i) {
             check(d_mixed[i], sum, "gradients");
@@ -521,32 +511,32 @@ std::vector<at::Tensor> run_backward(at::TensorList d_mixed, const std::optional
         p.norm = norm_of<T>(sum, weight, bias, mixes);
         p.last = checked_of_sequences<T>(last, sum, shape, "last");
         p.d_new_last = checked_of_sequences<T>(d_new_last, sum, shape, "gradient of the new last");
-        if (last) p.d_last = out.back().data_ptr<T>();
-        p.d = out[0].data_ptr<T>(), p.of_strip = of_strip.data_ptr<float>();
+        if (last) p.d_last = out.back().mutable_data_ptr<T>();
+        p.d = out[0].mutable_data_ptr<T>(), p.of_strip = of_strip.mutable_data_ptr<float>();
         p.shape = shape;
         with_mixes(n_mixes, [&](auto n) {
             const int threads = threads_for(shape.channels, kBackwardWidth<T, n.value>);
             const auto bytes = static_cast<int>(backward_memory<T, n.value>(threads));
             const auto kernel = &backward<T, n.value>;
-            C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+            STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
             kernel<<<strips_of(shape), threads, bytes, stream>>>(p);
         });
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
         const int columns = (n_mixes + 2) * shape.channels;
         Columns<T> q{of_strip.const_data_ptr<float>(), {}, strips_of(shape), shape.channels, columns};
         // as the strips have them: the mixes, weight, bias; as they are returned: weight, bias, the mixes
-        for (int i = 0; i < n_mixes + 2; ++i) q.out[i] = out[i < n_mixes ? i + 3 : i - n_mixes + 1].data_ptr<T>();
+        for (int i = 0; i < n_mixes + 2; ++i) q.out[i] = out[i < n_mixes ? i + 3 : i - n_mixes + 1].mutable_data_ptr<T>();
         add_up_strips<T><<<(columns + kColumns - 1) / kColumns, kColumns * kPerColumn, 0, stream>>>(q);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
     return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(heron, CUDA, library) {
-    library.impl("shift_mix", &run_forward);
-    library.impl("shift_mix_backward", &run_backward);
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+    library.impl("shift_mix", TORCH_BOX(&run_forward));
+    library.impl("shift_mix_backward", TORCH_BOX(&run_backward));
 }
 #else
 }  // namespace
