@@ -70,8 +70,8 @@ def run(trials: int, seed: int) -> Result:
             ]
             for _ in range(max(1, trials * N_GONE // 10_000)):
                 raw(address, request_of({"max_tokens": 64, "stream": True})).close()
-            tries = [(name, random.Random(f"{seed}-{number}")) for number, name in enumerate(names)]
-            failures += filter(None, pool.map(lambda one: failure(address, *one), tries))
+            tries = pool.map(lambda n: failure(address, names[n], random.Random(f"{seed}-{n}")), range(trials))
+            failures += filter(None, tries)
             is_over.set()
             friend.join()
             for connection in slow:
