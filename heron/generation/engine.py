@@ -35,6 +35,7 @@ from heron.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
 PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU
+MOST_PACKED = 64  # prompts that a GPU reads side by side: their states are there twice meanwhile
 
 
 class Engine:
@@ -104,7 +105,9 @@ class Engine:
         self._decoder = decoder_of(model, rows, moved, looked_into)
         is_cuda = self._device.type == "cuda"
         n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
-        self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into)
+        # On a CPU one after another: the bits of a text must not depend on its neighbours there.
+        most_packed = MOST_PACKED if is_cuda and self._is_fusible and model.config.memory is None else 1
+        self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into, most_packed)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
         self._open: list[OpenSequence] = []  # of those with a prompt to read, the first gets the next piece
         self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one
@@ -237,7 +240,7 @@ class Engine:
             sequence = self._join(ids, request, TextWriter(self.tokenizer, ids))
             try:
                 while not sequence.is_read:
-                    self._read_piece(sequence)
+                    self._read_pieces([sequence])
             except BaseException:  # an interrupt, too
                 self.close(sequence)
                 raise
@@ -289,17 +292,26 @@ class Engine:
             self._open, self._free = [*self._open, sequence], self._free[1:]
         return sequence
 
-    def _read_piece(self, sequence: OpenSequence) -> None:
-        """Read the next piece of a sequence's prompt; behind the last one the decoder goes on."""
-        ids = sequence.unread
-        n = min(self._reader.size, sequence.n_readable)
-        state = self._reader.read(ids[:n], sequence.state)
-        if n == len(ids) - 1:
-            self._decoder.write(sequence.place, state)
-        sequence.has_read(n, state)
+    def _read_pieces(self, waiting: Sequence[OpenSequence]) -> list[OpenSequence]:
+        """Read the next piece of the first sequence's prompt, and of others with it where the reader packs them.
+
+        Gives those that were read. Behind the last piece of a prompt the decoder goes on.
+        """
+        lengths = [min(self._reader.size, one.n_readable) for one in waiting]
+        taken = self._reader.packable(lengths)
+        turn, lengths = [waiting[i] for i in taken], [lengths[i] for i in taken]
+        pieces = [one.unread[:n] for one, n in zip(turn, lengths, strict=True)]
+        states = self._reader.read_packed(pieces, [one.state for one in turn])
+        for sequence, n, state in zip(turn, lengths, states, strict=True):
+            if n == len(sequence.unread) - 1:
+                self._decoder.write(sequence.place, state)
+            sequence.has_read(n, state)
+        return turn
 
     def step(self) -> list[tuple[OpenSequence, Token | HeronError]]:
         """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
+
+        On a GPU short pieces of several prompts are read in one pass, at most `PREFILL_TOKENS_CUDA` tokens.
 
         Gives them in order of place. A sequence that cannot go on is closed, and gets an error in place of a token: its
         logits are not finite, or its constraint fails. Where drawing is interrupted, all that are drawn for are closed.
@@ -314,8 +326,8 @@ class Engine:
     def _step(self) -> list[tuple[OpenSequence, Token | HeronError]]:
         with self._lock:
             if waiting := [one for one in self._open if len(one.unread) > 1]:
-                self._read_piece(waiting[0])
-                self._open = [*(one for one in self._open if one is not waiting[0]), waiting[0]]
+                turn = self._read_pieces(waiting)
+                self._open = [*(one for one in self._open if one not in turn), *turn]
             # By place: a decoder with no place free then need not bring its logits into another order.
             writing = sorted((one for one in self._open if one.is_read), key=operator.attrgetter("place"))
             if not writing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ class PromptReader:
             CUDA graph.
         tables: DeepEmbed tables off the device; None: the model has its own.
         documents: what a ROSA memory looks into beside each prompt.
+        most_packed: pieces of several prompts that may be read in one pass, at most `size` tokens together. Above 1 for
+            models alone whose states keep their size, without a ROSA memory.
     """
 
     def __init__(
@@ -34,8 +37,9 @@ class PromptReader:
         size: int,
         tables: Tables | None,
         documents: Documents | None = None,
+        most_packed: int = 1,
     ):
-        self.size = size
+        self.size, self._most_packed = size, most_packed
         self._model, self._device, self._tables, self._documents = model, device, tables, documents
         self._rosa = getattr(model.config, "memory", None)
         self._has_graph = device.type == "cuda" and tables is None and is_fusible(model)
@@ -49,6 +53,35 @@ class PromptReader:
                 self._graphed = GraphedReader(self._model, self.size)
             return with_memory(self._graphed.read(piece, state, recalled), memory)
         return self.hidden(piece, state)[1]
+
+    def packable(self, lengths: Sequence[int]) -> list[int]:
+        """Which of the pieces that wait, of so many tokens each, are read in one pass: the first, and what fits in
+        behind it."""
+        taken, n = [0], lengths[0]
+        for number, length in enumerate(lengths[1:], 1):
+            if len(taken) == self._most_packed or n == self.size:
+                break
+            if n + length <= self.size:
+                taken.append(number)
+                n += length
+        return taken
+
+    def read_packed(self, pieces: Sequence[Sequence[int]], states: Sequence[State | None]) -> list[State | None]:
+        """The state behind each of several pieces, which have a state each; they are read in one pass.
+
+        What a piece comes to may depend on its neighbours by the rounding of products. The states are views of one.
+        """
+        if len(pieces) == 1:
+            return [self.read(pieces[0], states[0])]
+        before = None
+        if any(state is not None for state in states):
+            zeros = State.zeros(self._model.config, 1, self._device, self._model.emb.weight.dtype)
+            before = State.joined([zeros if state is None else state for state in states])
+        offsets = torch.tensor([0, *itertools.accumulate(map(len, pieces))], device=self._device)
+        with only_computing(self._model):
+            tokens = self._tokens(list(itertools.chain(*pieces)))
+            behind = with_memory(self._model.hidden_states(tokens, before, offsets)[1], None)
+        return [behind and behind.map(lambda part, i=i: part[i : i + 1]) for i in range(len(pieces))]
 
     def hidden(self, piece: Sequence[int], state: State | None) -> tuple[Tensor, State | None]:
         """The last hidden states (T, C) of a piece, behind ln_out, and the state as :meth:`read` gives it."""

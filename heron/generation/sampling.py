@@ -35,7 +35,7 @@ class Sampling:
     top_k: int = 0
     """Keep at most this many tokens; 0: any number, 1 is greedy."""
     presence_penalty: float = 0.0
-    """Taken off the logit of every token that was generated before."""
+    """Taken off the logit of every token that was generated before; below 0 it makes such tokens likelier."""
     frequency_penalty: float = 0.0
     """Taken off the logit of a token once for each time it was generated before, counted with `penalty_decay`."""
     penalty_decay: float = 0.996
@@ -44,18 +44,20 @@ class Sampling:
     """Count space, tab and digits for `frequency_penalty` too; RWKV's sampler does not (see :func:`increments`)."""
 
     def __post_init__(self) -> None:
+        lowest = {"presence_penalty": -math.inf, "frequency_penalty": -math.inf}
         highest = {"top_p": 1.0, "penalty_decay": 1.0}
         for field in dataclasses.fields(self):
             value, kinds = plain(getattr(self, field.name)), (int,) if field.name == "top_k" else (int, float)
-            high = highest.get(field.name, math.inf)
+            low, high = lowest.get(field.name, 0.0), highest.get(field.name, math.inf)
             if field.name == "count_digits":
                 if not isinstance(value, bool):
                     raise ConfigError(f"count_digits: wanted true or false, got {value!r}")
                 continue
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"{field.name}: wanted {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
-            if not (0 <= value <= high and math.isfinite(value)):
-                wanted = "a finite number, at least 0" if high == math.inf else f"0 to {high:g}"
+            if not (low <= value <= high and math.isfinite(value)):
+                at_least = ", at least 0" if low == 0 else ""
+                wanted = f"a finite number{at_least}" if high == math.inf else f"0 to {high:g}"
                 raise ConfigError(f"{field.name}: wanted {wanted}, got {value}")
             object.__setattr__(self, field.name, value)
 

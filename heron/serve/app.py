@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -25,6 +22,7 @@ from heron.errors import HeronError
 from heron.generation import Engine
 from heron.model import State
 from heron.serve import chat, completions, responses, states
+from heron.serve.embeddings import Embeddings
 from heron.serve.limits import Guard
 from heron.serve.metrics import CONTENT_TYPE
 from heron.serve.models import Models
@@ -45,7 +43,6 @@ from heron.serve.sessions import PrefixCache, StateStore
 from heron.serve.static import INDEX, Page
 from heron.serve.streaming import EventStream, when_gone
 
-_log = logging.getLogger("heron.serve")
 _T = TypeVar("_T")
 _MIB = 1 << 20
 
@@ -139,24 +136,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return _model(service.models.get(name).name)
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingsRequest) -> dict[str, Any]:
-        served = service.models.get(body.model)
-        wanted = [body.input] if isinstance(body.input, str) else body.input
-        texts: list[Any] = [wanted] if all(isinstance(one, int) for one in wanted) else list(wanted)
-        data, n_tokens = [], 0
-        for number, text in enumerate(texts):
-            ids = await asyncio.to_thread(served.engine.prompt_ids, text)
-            service.check_length(ids)
-            n_tokens += len(ids)
-            vector = await service.embedded(served, ids)
-            if body.dimensions not in (None, len(vector)):
-                raise Refusal(400, f"dimensions: this model's vectors have {len(vector)}", "dimensions")
-            shown: Any = vector.tolist()
-            if body.encoding_format == "base64":
-                shown = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
-            data.append({"object": "embedding", "index": number, "embedding": shown})
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return {"object": "list", "model": served.name, "data": data, "usage": usage}
+    async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
+        asked = Embeddings(service, body)
+        return JSONResponse(await _while_there(request, asked.whole(), asked.cancel))
 
     @app.post("/v1/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -259,6 +241,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return await _refused(request, Refusal(status, message))
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    _log.error("a request has failed", exc_info=error)
+async def _failed(request: Request, _: Exception) -> Response:  # which goes on to the ASGI server's log
     return await _refused(request, Refusal(500, "the server has failed; its log says why"))

@@ -273,7 +273,8 @@ def _deltas(answer: Answer, parts: list[Part]) -> list[bytes]:
 async def together(
     answers: list[Any], drawn: Callable[[Any], AsyncGenerator[Drawn]]
 ) -> AsyncGenerator[tuple[Any, Drawn]]:
-    """What is drawn for several answers, in the order in which it comes."""
+    """What is drawn for several answers, in the order in which it comes. A piece is asked for once the one before was
+    taken, so that what `drawn` does at the end of an answer sees all of it."""
     if len(answers) == 1:
         async with contextlib.aclosing(drawn(answers[0])) as pieces:
             async for piece in pieces:
@@ -283,8 +284,10 @@ async def together(
 
     async def read(answer: Any) -> None:
         try:
-            async for piece in drawn(answer):
-                queue.put_nowait((answer, piece))
+            async with contextlib.aclosing(drawn(answer)) as pieces:
+                async for piece in pieces:
+                    queue.put_nowait((answer, piece))
+                    await queue.join()
         except Exception as error:
             queue.put_nowait((answer, error))
 
@@ -297,6 +300,8 @@ async def together(
                 raise piece
             n_open -= piece.finish is not None
             yield answer, piece
+            queue.task_done()
+        await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

@@ -48,6 +48,7 @@ class Asked:
     served: Served
     start: Start
     texts: list[Continuation]
+    n: int  # of them to each prompt
     n_prompt: int  # tokens of all prompts
     session: str | None
     id: str
@@ -71,7 +72,7 @@ class Asked:
     @property
     def usage(self) -> dict[str, Any]:
         n_drawn = sum(text.job.n_drawn for text in self.texts)
-        return wire.usage(self.n_prompt, n_drawn, sum(text.job.n_cached for text in self.texts))
+        return wire.usage(self.n_prompt, n_drawn, sum(text.job.n_cached for text in self.texts[:: self.n]))
 
     def answer(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """An answer or a piece of one."""
@@ -106,7 +107,7 @@ async def ask(service: Service, body: CompletionRequest) -> Asked:
         for text in texts:
             served.scheduler.cancel(text.job)
         raise
-    return Asked(service, served, start, texts, n_prompt, body.session_id, wire.new_id("cmpl-"), int(time.time()))
+    return Asked(service, served, start, texts, n, n_prompt, body.session_id, wire.new_id("cmpl-"), int(time.time()))
 
 
 def _ids(served: Served, prompt: str | list[int], start: Start) -> list[int]:

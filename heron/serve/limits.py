@@ -15,6 +15,7 @@ from heron.serve.metrics import Metrics
 from heron.serve.refusals import Refusal
 
 SECONDS_FOR_BODY = 10.0
+MOST_FIELDS = 256
 OPEN_PATHS = ("/", "/health", "/ready")  # and the page's files: without a key
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -22,7 +23,8 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
     (
         b"content-security-policy",
-        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
+        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
+        b"require-trusted-types-for 'script'; trusted-types 'none'",
     ),
 ]
 
@@ -104,9 +106,11 @@ class Guard:
         except TimeoutError:
             raise Refusal(408, f"the body did not come within {SECONDS_FOR_BODY:g} seconds") from None
         try:
-            strict_json.loads(bytes(body))
+            value = strict_json.loads(bytes(body))
         except ValueError as error:
             raise Refusal(400, f"the body is {error}") from None
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:  # each that is unknown would be an error of its own
+            raise Refusal(400, f"the body may have {MOST_FIELDS} fields, it has {len(value)}")
         return bytes(body)
 
 

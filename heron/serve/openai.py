@@ -16,18 +16,21 @@ from heron.serve.refusals import Refusal
 
 MOST_ANSWERS = 16  # to one prompt
 MOST_STOPS, LONGEST_STOP = 8, 256
-MOST_MESSAGES, MOST_TOOLS, MOST_PROMPTS = 4096, 128, 256
+MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, MOST_PROMPTS = 4096, 4096, 128, 256
 MOST_BIASES = 1024
 NAME = r"^[A-Za-z0-9_-]{1,64}$"
 STATE_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
-_EFFORTS = {"none": "off", "minimal": "off", "low": "short", "medium": "on", "high": "long"}
+_EFFORTS = {"none": "off", "minimal": "off", "low": "short", "medium": "on", "high": "long", "xhigh": "long"}
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Think = Literal["", "on", "off", "short", "long"]  # keys of heron.data.template.THINKING
-Effort = Literal["none", "minimal", "low", "medium", "high"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 StateName = Annotated[str, Field(pattern=STATE_NAME)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1 << 20)]
+# Of a long list the first error is enough: a million of them would hold up every stream.
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1 << 20, fail_fast=True)]
+
+Texts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -49,8 +52,8 @@ class Sampled(_Strict):
     model: str = Field("", max_length=200, description="a name that /v1/models lists; empty: the first")
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=0, le=100)
-    frequency_penalty: float | None = Field(None, ge=0, le=100)
+    presence_penalty: float | None = Field(None, ge=-100, le=100)
+    frequency_penalty: float | None = Field(None, ge=-100, le=100)
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
@@ -126,7 +129,9 @@ def _parts_as_text(content: Any) -> Any:
     return "" if content is None else content
 
 
-Content = Annotated[str | list[TextPart], BeforeValidator(_parts_as_text)]
+Content = Annotated[
+    str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)], BeforeValidator(_parts_as_text)
+]
 
 
 class CalledFunction(_Loose):
@@ -181,6 +186,7 @@ class ChatRequest(Sampled):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
+    verbosity: Any = None  # of OpenAI's servers alone
     # Heron's own
     think: Think | None = Field(None, description="as heron chat --think; reasoning_effort says it in OpenAI's words")
 
@@ -198,7 +204,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """The body of /v1/completions."""
 
-    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MOST_PROMPTS)] = ""
+    prompt: Texts = ""
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = False
@@ -209,11 +215,7 @@ class CompletionRequest(Sampled):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if all(isinstance(one, int) for one in self.prompt):
-            return [list(self.prompt)]  # pyright: ignore[reportReturnType]  (ids)
-        return list(self.prompt)  # pyright: ignore[reportReturnType]  (prompts)
+        return _texts(self.prompt)
 
 
 # -- /v1/responses ----------------------------------------------------------------------------------------------------
@@ -289,10 +291,14 @@ class EmbeddingsRequest(_Strict):
     """The body of /v1/embeddings."""
 
     model: str = Field("", max_length=200)
-    input: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     user: Any = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        return _texts(self.input)
 
 
 class TokenizeRequest(_Strict):
@@ -321,6 +327,12 @@ class LoadRequest(_Strict):
 
 
 # -- from words to ours -----------------------------------------------------------------------------------------------
+
+
+def _texts(given: str | list[Any]) -> list[str | list[int]]:
+    """The texts of a field that holds one text, the ids of one, or several of both."""
+    is_one = isinstance(given, str) or all(isinstance(one, int) for one in given)
+    return [given] if is_one else list(given)
 
 
 def text_of(content: str | Sequence[TextPart]) -> str:

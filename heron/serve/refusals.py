@@ -49,6 +49,11 @@ def too_busy(message: str) -> Refusal:
     return Refusal(429, message, code="rate_limit_exceeded", retry_after=1)
 
 
+def too_slow() -> Refusal:
+    """The time of a request is over."""
+    return Refusal(408, "the request took longer than the server allows", code="timeout")
+
+
 def stopping() -> Refusal:
     """The server ends, and another may take its place."""
     return Refusal(503, "the server is stopping", code="server_stopping", retry_after=5)

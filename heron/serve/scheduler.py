@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator
 from heron.errors import HeronError
 from heron.generation import Constraint, Engine, OpenSequence, Request, Snapshot, Token
 from heron.serve.grammar import Grammar
-from heron.serve.refusals import Refusal, stopping, too_busy
+from heron.serve.refusals import Refusal, stopping, too_busy, too_slow
 from heron.serve.sessions import PrefixCache
 
 _log = logging.getLogger("heron.serve")
@@ -194,10 +194,8 @@ class Scheduler:
     def _drop(self) -> None:
         """End the jobs that are cancelled or whose time is over."""
         now = time.monotonic()
-        if is_over := self._stops_at is not None and now > self._stops_at:
-            late = stopping()
-        else:
-            late = Refusal(408, "the request took longer than the server allows", code="timeout")
+        is_over = self._stops_at is not None and now > self._stops_at
+        late = stopping() if is_over else too_slow()
         looks = is_over or now - self._last_look > _SECONDS_BETWEEN_LOOKS
         self._last_look = now if looks else self._last_look
 

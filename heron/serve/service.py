@@ -21,7 +21,7 @@ from heron.serve.metrics import Metrics
 from heron.serve.models import Models, Served
 from heron.serve.openai import Sampled
 from heron.serve.prompts import Prompt
-from heron.serve.refusals import Refusal
+from heron.serve.refusals import Refusal, too_busy
 from heron.serve.scheduler import Drawn, Job
 from heron.serve.sessions import PrefixCache, StateStore
 from heron.serve.threads import worked
@@ -102,6 +102,7 @@ class Service:
     ):
         self.config, self.models, self.template, self.states, self.cache = config, models, template, states, cache
         self._embeds = asyncio.Semaphore(1)  # one more would only wait for the engine, in a thread
+        self._n_embeds = 0  # with those that wait
         self.metrics = Metrics(models)
         self.conversations = Conversations()
 
@@ -175,9 +176,15 @@ class Service:
             raise Refusal(400, wanted, code="context_length_exceeded")
 
     async def embedded(self, served: Served, ids: Sequence[int]) -> Tensor:
-        """(C,) fp32 of length 1: the mean of the model's last hidden states."""
-        async with self._embeds:
-            return await asyncio.to_thread(served.engine.embed, ids)
+        """(C,) fp32 of length 1: the mean of the model's last hidden states. Refusal where too many wait for theirs."""
+        if self._n_embeds > self.config.queue:
+            raise too_busy(f"{self._n_embeds} embeddings wait already; try again")
+        self._n_embeds += 1
+        try:
+            async with self._embeds:
+                return await asyncio.to_thread(served.engine.embed, ids)
+        finally:
+            self._n_embeds -= 1
 
     async def drawn(self, served: Served, job: Job) -> AsyncGenerator[Drawn]:
         """What is drawn for a job; it is cancelled where nobody takes it any more, and counted at its end."""

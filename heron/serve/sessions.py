@@ -157,7 +157,7 @@ class StateStore:
         max_bytes: of all files, and of all states in memory, of which those used longest ago are forgotten.
 
     Raises:
-        CheckpointError: the folder cannot be made.
+        CheckpointError: the folder cannot be made or written into.
     """
 
     def __init__(self, folder: str | Path | None, max_bytes: int):
@@ -174,11 +174,14 @@ class StateStore:
                 self._temporary = tempfile.TemporaryDirectory(prefix="heron-states-")
                 return Path(self._temporary.name)
             self._wanted.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._wanted).close()
             for rest in self._wanted.glob(f".tmp-*{_SUFFIX}"):  # of a process that was killed
                 rest.unlink(missing_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise CheckpointError(f"{self._wanted or 'states'}: a folder cannot be made: {reason}") from None
+            raise CheckpointError(
+                f"{self._wanted or 'states'}: no folder that states can be written into: {reason}"
+            ) from None
         return self._wanted
 
     # -- by name --------------------------------------------------------------------------------------------------

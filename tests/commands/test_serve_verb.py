@@ -52,6 +52,7 @@ def test_it_says_where_it_listens_and_ends_in_order_at_a_signal(model, tmp_path)
         (["--api_key_file", "/nowhere/key"], "No such file"),
         (["--template", "none.jinja"], "none.jinja"),
         (["--with_state", "poet=/nowhere"], "nowhere"),
+        (["--state_dir", "/proc"], "/proc: no folder that states can be written into"),
         (["--rows", "0"], "rows: wanted at least 1"),
     ],
 )

@@ -225,7 +225,7 @@ def test_logits_that_are_not_finite_are_refused_and_barred_tokens_are_not_drawn(
         ("top_k", -1),
         ("top_k", 2.5),
         ("top_k", True),
-        ("presence_penalty", -1),
+        ("presence_penalty", -math.inf),
         ("frequency_penalty", math.nan),
         ("penalty_decay", 1.5),
     ],

@@ -36,6 +36,7 @@ MIXED = (
     Sampling(top_p=1.0, temperature=1e300),
     Sampling(top_k=1, frequency_penalty=2.0),
     Sampling(top_p=0.5, top_k=10**9, presence_penalty=3.0),
+    Sampling(top_p=0.9, presence_penalty=-2.0, frequency_penalty=-1.5),
     Sampling(top_p=1 - 2**-53, temperature=1e9),  # all that has a weight before the temperature
 )
 

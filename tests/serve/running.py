@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 from heron.serve import ServeConfig, create_app
@@ -27,6 +30,19 @@ def running(engine, engines=None, states=None, template=None, **settings) -> Gen
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def running_alone(model: Path, *flags: str) -> Generator[tuple[str, int]]:
+    """The address and the process number of a `heron serve` in a process of its own."""
+    command = [sys.executable, "-m", "heron", "serve", str(model), "--port", "0", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            assert line.startswith("listening on "), line
+            yield line.removeprefix("listening on ").strip(), process.pid
+        finally:
+            process.terminate()
 
 
 def until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -60,7 +76,7 @@ def status_of(connection: socket.socket) -> int | None:
     return int(line.split()[1]) if line else None
 
 
-def resident_mib() -> float:
-    """Memory of this process."""
-    with open("/proc/self/statm", encoding="ascii") as file:
+def resident_mib(process: int | str = "self") -> float:
+    """Memory of a process, by its number; without one, of this process."""
+    with open(f"/proc/{process}/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4 / 1024

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from heron import tokenizer
 from heron.data.template import JinjaTemplate, Message, RwkvTemplate
 from heron.serve.grammar import Grammars
+from heron.serve.openai import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingsRequest, ResponsesRequest
 from heron.serve.parts import Call, Parts
 from heron.serve.prompts import prompt_of
 from heron.serve.refusals import Refusal
@@ -138,6 +140,25 @@ def test_a_schema_that_no_text_can_follow_is_refused_in_one_line(schema):
         Grammars(BYTES).of_json(schema, "response_format")
     assert caught.value.status == 400
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": [-1] * 10_000}),
+        (CompletionRequest, {"prompt": [[1.5]] * 256}),
+        (CompletionRequest, {"prompt": [[-1] * 1000] * 256}),
+        (CompletionRequest, {"stop_ids": ["a"] * 10_000}),
+        (EmbeddingsRequest, {"input": [{}] * 10_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 4000}]}),
+        (ResponsesRequest, {"input": [{"role": "user", "content": [{}] * 4000}]}),
+        (DetokenizeRequest, {"ids": [None] * 10_000}),
+    ],
+)
+def test_of_a_long_list_that_is_wrong_the_first_errors_are_enough(kind, body):
+    with pytest.raises(ValidationError) as caught:  # a million of them would hold up every stream for seconds
+        kind.model_validate(body)
+    assert caught.value.error_count() < 8
 
 
 def test_a_tokenizer_of_numbers_has_no_json():

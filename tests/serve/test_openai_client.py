@@ -80,6 +80,17 @@ def test_a_bias_bars_and_forces_tokens(client):
     assert forced.choices[0].message.content == "xxxx"
 
 
+def test_a_penalty_below_zero_has_tokens_come_again(client):
+    asked = dict(model="tiny", messages=HELLO, max_tokens=12, temperature=1, top_p=1, seed=2)
+    answers = [
+        client.chat.completions.create(**asked, presence_penalty=penalty, frequency_penalty=penalty)
+        for penalty in (-50, 50)
+    ]
+    again, others = (answer.choices[0].message.content for answer in answers)
+    assert len(set(again)) == 1
+    assert len(set(others)) > 6
+
+
 def test_a_stop_text_ends_an_answer_and_is_not_in_it(client):
     bias = {str(ord("x")): 100}
     answer = client.completions.create(model="tiny", prompt="a", max_tokens=9, logit_bias=bias, stop=["xxxx"])

@@ -110,6 +110,7 @@ def test_headers_and_bodies_must_come_in_time(serve, engine_of, monkeypatch):
         (request_of(b'{"max_tokens": 1e30}'), 400),
         (request_of(b'{"n": 17}'), 400),
         (request_of(b"[]"), 400),
+        (request_of({f"x{n}": 1 for n in range(300)}), 400),
         (request_of(b""), 400),
         (request_of(b"{}", Content_Type="text/plain"), 415),
         (request_of(b"{}", Host="example.org"), 403),

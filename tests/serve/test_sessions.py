@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path, engine, behind, mo
 
 def test_a_folder_that_cannot_be_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file.*: a folder cannot be made: "):
+    with pytest.raises(CheckpointError, match="file.*: no folder that states can be written into: "):
         StateStore(tmp_path / "file" / "states", LARGE)
 
 

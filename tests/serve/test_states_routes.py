@@ -86,6 +86,29 @@ def test_a_session_is_saved_listed_forked_begun_from_and_deleted(serve, engine_o
     assert [one["id"] for one in httpx.get(f"{address}/v1/states").json()["data"]] == ["copy"]
 
 
+def test_of_several_answers_that_are_streamed_the_first_one_is_the_sessions(serve, engine_of):
+    address = serve(engine_of(2))
+    asked = {"messages": [user("hello")], **FIXED, "max_tokens": 40, "n": 2, "temperature": 1, "top_p": 1}
+    chat(address, **asked, session_id="whole")
+    body = {**asked, "session_id": "streamed", "stream": True}
+    assert httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).text.endswith("[DONE]\n\n")
+    answers = []
+    for name in ("whole", "streamed"):
+        httpx.post(f"{address}/v1/states", json={"name": name, "session_id": name}).raise_for_status()
+        answers.append(said(chat(address, [user("well?")], state=name)))
+    assert answers[0] == answers[1]
+
+
+def test_what_several_texts_of_one_prompt_save_is_counted_once(serve, engine_of):
+    address = serve(engine_of(4))
+    asked = {"prompt": "abcdefgh", **FIXED, "session_id": "text"}
+    first = httpx.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
+    asked = {"prompt": f"abcdefgh{first}, and on", **FIXED, "n": 3}
+    usage = httpx.post(f"{address}/v1/completions", json=asked).json()["usage"]
+    n_read = len("abcdefgh") + 7  # the last token drawn was not read
+    assert usage["prompt_tokens_details"]["cached_tokens"] == n_read < usage["prompt_tokens"]
+
+
 def test_a_state_saved_anew_takes_the_place_of_the_older_one_in_the_cache_too(serve, engine_of):
     address = serve(engine_of(2))
     answers = []
