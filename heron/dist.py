@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from heron import machine
+from heron.context import Context
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model.compiled import compile_blocks
@@ -56,12 +57,21 @@ class Ranks:
                 f"RANK is set, and {error} in the environment is missing or wrong; start with torchrun, or unset RANK"
             ) from None
 
-    def check_number(self, wanted: int) -> None:
-        """ConfigError where a run is for another number of processes; 0: for any."""
+    def check_number(self, wanted: int, sharing: int = 1) -> None:
+        """ConfigError where a run is for another number of processes (0: for any), or for groups that these don't make.
+
+        Args:
+            sharing: how many share a sample.
+        """
         if wanted not in (0, self.count):
             raise ConfigError(
                 f"processes {wanted}: started {'without torchrun' if self.count == 1 else f'on {self.count}'}; type "
                 f"torchrun --nproc-per-node {wanted} -m heron train ..., or leave --processes out"
+            )
+        if self.count % sharing:
+            raise ConfigError(
+                f"context_parallel {sharing}: wanted a number that divides that of the processes, {self.count}; type "
+                f"torchrun --nproc-per-node {sharing} -m heron train ..., or leave --context_parallel out"
             )
 
     @property
@@ -180,6 +190,22 @@ class Ranks:
             there = tensor.to(device)
             distributed.broadcast(there, 0)
             tensor.copy_(there)
+
+    def group(self, sharing: int) -> tuple[int, int]:
+        """Whose samples this process reads: its group's number, of how many groups of `sharing` processes each."""
+        return self.rank // sharing, self.count // sharing
+
+    def context(self, sharing: int, timeout: float) -> Context | None:
+        """The `sharing` processes that read the same samples, neighbours by their rank; None where each reads alone.
+
+        Args:
+            timeout: seconds for which one waits for another.
+        """
+        if sharing == 1:
+            return None
+        group, _ = distributed.new_subgroups(sharing, timeout=datetime.timedelta(seconds=timeout))
+        assert isinstance(group, distributed.ProcessGroup)
+        return Context(group)
 
     def copies(self, parallel: str) -> int:
         """How many processes have the same gradient after a step's backward passes, see :func:`choose`."""

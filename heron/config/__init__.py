@@ -309,8 +309,9 @@ class TrainConfig:
     threads: int = _setting(0, "CPU threads; 0: those the run began with, chosen by trial. Others change last bits")
     parallel: str = _setting(
         "auto",
-        "many GPUs: ddp (each has all weights), fsdp (a part), hsdp (a part; machines are alike), or auto: by size",
+        "many GPUs: ddp (each has all weights), fsdp (a part), hsdp (a part, of a machine), or auto: by size",
     )
+    context_parallel: int = _setting(1, "processes that share each sample, a span of its tokens each; they divide W")
     processes: int = _setting(0, "processes that share each step, one a GPU; 0: as many as torchrun started")
     dist_timeout: float = _setting(600.0, "seconds for which one process waits for another before the run fails")
     magic_prime: int | None = _setting(None, "binidx: prime of RWKV-LM's sample order; None: the largest that fits")
@@ -346,11 +347,10 @@ class TrainConfig:
             if isinstance(value, str) and not value.strip():
                 raise ConfigError(f"{name}: wanted a name or a path, got {value!r}; is a shell variable not set?")
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
-        at_least |= dict(warmup_steps=-1, dist_timeout=1)
-        for name in ("threads", "processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
-            at_least[name] = 0
-        for name in ("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay", "grad_clip"):
-            at_least[name] = 0
+        at_least |= dict(warmup_steps=-1, dist_timeout=1, context_parallel=1)
+        zero = ("threads", "processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens")
+        zero += ("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay", "grad_clip")
+        at_least |= dict.fromkeys(zero, 0)
         for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "processes", "num_workers", "sample_tokens"):
             if getattr(self, name) > LARGEST_COUNT:
                 raise ConfigError(f"{name}: wanted at most {LARGEST_COUNT}, got {getattr(self, name)}")
@@ -413,7 +413,7 @@ class TrainConfig:
     @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step, of all processes together."""
-        return self.micro_bsz * self.accumulate * max(1, self.processes)
+        return self.micro_bsz * self.accumulate * max(1, self.processes // self.context_parallel)
 
     @property
     def total_steps(self) -> int:

@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None] = print):
         self.ranks = dist.Ranks.of_environment()
-        self.ranks.check_number(config.processes)
+        self.ranks.check_number(config.processes, config.context_parallel)
         self.say = say if self.ranks.is_first else _unheard
         self.out = Path(config.out)
         self._sizes: ModelConfig | None = None  # of the model, once they are known
@@ -270,9 +270,10 @@ class Trainer:
         return step == config.total_steps or any(_every(period, step) for period in periods)
 
     def _gradients(self, parts: Parts, first: int) -> Gradients:
-        """Start the passes of a step: of its samples, from number `first` on, every W-th is this rank's."""
-        begun, B, rank, W = time.perf_counter(), self.config.micro_bsz, self.ranks.rank, self.ranks.count
-        samples = [parts.batches.batch(first + rank + B * W * micro, B, W) for micro in range(self.config.accumulate)]
+        """Start the passes of a step: of its samples, from number `first` on, those of this process's group."""
+        begun, B = time.perf_counter(), self.config.micro_bsz
+        group, n = self.ranks.group(self.config.context_parallel)
+        samples = [parts.batches.batch(first + group + B * n * micro, B, n) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 
     def _update(self, parts: Parts, progress: Progress, gradients: Gradients) -> Update:
@@ -377,7 +378,7 @@ class Trainer:
         action, reason = parts.guard.refuse(parts.learner.weights_are_finite())
         halves = list(zip(*update.gradients.samples, strict=True))[:2]
         mine = [torch.cat(half) for half in halves]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        tokens, targets = (torch.cat(self.ranks.gathered(half)) for half in mine)
+        tokens, targets = (torch.cat(self.ranks.gathered(half)[:: config.context_parallel]) for half in mine)
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
 
         def keep() -> None:
