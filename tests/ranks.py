@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from torch import distributed
 from torch.distributed import fsdp as fsdp
 from torch.distributed import tensor as tensor
 
@@ -134,14 +135,28 @@ def of_packs(folder: Path) -> dict:
     return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), max_steps=6, eval_every=0)
 
 
+def again(folder: Path, text: Path, saved: str, name: str, parallel: str) -> None:
+    """Load the last checkpoint of a run, and save what came of it in another."""
+    _next_port()
+    count = int(os.environ["WORLD_SIZE"])
+    config = settings(folder, text, name, parallel=parallel, processes=count)
+    trainer = heron.Trainer(config)
+    with trainer.ranks.joined(trainer.device, 60):
+        learner = Learner(heron.RWKV(MODELS["v7"]), trainer.config, trainer.device, ranks=trainer.ranks)
+        record = run.restore(folder / saved / "checkpoints" / f"step-{STEPS:08d}", learner.model, learner.optimizer)
+        Path(config.out).mkdir(exist_ok=True)
+        run.save(Path(config.out), STEPS, learner.model, learner.optimizer, record, "seed: 0\n", 1, trainer.ranks)
+
+
 def two(folder: Path, text: Path) -> None:
     """The runs of two processes, one after another."""
     made = partial(fit, folder, text)
     count = int(os.environ["WORLD_SIZE"])
     for parallel in ("ddp", "fsdp"):
         assert made(parallel, parallel=parallel) == "finished"
-        assert made(f"{parallel}-stopped", StopAt, parallel=parallel) == "preempted"
-        assert made(f"{parallel}-stopped", parallel=parallel) == "finished"
+        beside = dict(parallel=parallel, background_save="on", save_every=3, keep=9)
+        assert made(f"{parallel}-stopped", StopAt, **beside) == "preempted"
+        assert made(f"{parallel}-stopped", **beside) == "finished"
         nan = dict(parallel=parallel, on_nonfinite="skip", max_steps=5)
         assert made(f"{parallel}-nan", FaultyRank, **nan) == "finished"
     assert made("v8", model=MODELS["v8"], tables="host", max_steps=8, parallel="ddp") == "finished"
@@ -151,30 +166,24 @@ def two(folder: Path, text: Path) -> None:
     for parallel in ("ddp", "fsdp"):
         spans = dict(context_parallel=2, parallel=parallel, micro_bsz=4)
         assert made(f"spans-{parallel}", **spans) == "finished"
-        assert (
-            made(f"spans-accumulated-{parallel}", **spans | dict(micro_bsz=2, accumulate=2, max_steps=8)) == "finished"
-        )
-        assert made(f"spans-packs-{parallel}", **spans | of_packs(folder)) == "finished"
     spans = dict(context_parallel=2, parallel="ddp", micro_bsz=4)
+    assert made("spans-accumulated", **spans | dict(micro_bsz=2, accumulate=2, max_steps=8)) == "finished"
+    assert made("spans-packs", **spans | of_packs(folder)) == "finished"
     assert made("spans-v8", model=MODELS["v8"], tables="host", max_steps=8, **spans) == "finished"
     assert made("spans-nan", FaultyRank, on_nonfinite="skip", max_steps=5, **spans) == "finished"
     os.environ["LOCAL_WORLD_SIZE"] = str(count // 2)  # as on two machines
     assert made("hsdp", parallel="hsdp") == "finished"
-    for parallel in ("ddp", "fsdp", "hsdp"):  # what one process saved is loaded, and saved again
-        _next_port()
-        config = settings(folder, text, f"again-{parallel}", parallel=parallel, processes=count)
-        trainer = heron.Trainer(config)
-        with trainer.ranks.joined(trainer.device, 60):
-            learner = Learner(heron.RWKV(MODELS["v7"]), trainer.config, trainer.device, ranks=trainer.ranks)
-            record = run.restore(folder / "one" / "checkpoints" / f"step-{STEPS:08d}", learner.model, learner.optimizer)
-            Path(config.out).mkdir(exist_ok=True)
-            run.save(Path(config.out), STEPS, learner.model, learner.optimizer, record, "seed: 0\n", 1, trainer.ranks)
-    _next_port()
+    for parallel in ("ddp", "fsdp", "hsdp"):
+        again(folder, text, "one", f"again-{parallel}", parallel)
     run._write = full_disk
-    try:
-        heron.Trainer(settings(folder, text, "full", parallel="ddp"), say=lambda line: None).fit()
-    except HeronError as error:
-        (folder / f"full-{os.environ['RANK']}.txt").write_text(str(error))
+    if os.environ["RANK"] == "1":
+        run.entry_of = full_disk
+    for name, changes in dict(full=dict(parallel="ddp"), full_fsdp=dict(parallel="fsdp", save_every=3)).items():
+        try:
+            made(name, background_save="on", **changes)
+        except HeronError as error:
+            (folder / f"{name}-{os.environ['RANK']}.txt").write_text(str(error))
+            distributed.destroy_process_group()
 
 
 def four(folder: Path, text: Path) -> None:
@@ -182,6 +191,7 @@ def four(folder: Path, text: Path) -> None:
     for parallel in ("ddp", "fsdp"):
         name = f"pairs-{parallel}"
         assert fit(folder, text, name, parallel=parallel, context_parallel=2, max_steps=8) == "finished"
+        again(folder, text, "fsdp", f"four-{parallel}", parallel)
 
 
 if __name__ == "__main__":

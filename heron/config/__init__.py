@@ -31,6 +31,7 @@ TABLES_STATE = ("fp32", "bf16")
 WEIGHTS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "graph", "off")
 ON_NONFINITE = ("stop", "skip", "rewind")
+ON_OFF = ("auto", "on", "off")
 PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
 ROSA_GRADS = ("none", "bitflip", "soft_suffix")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
@@ -318,6 +319,7 @@ class TrainConfig:
     seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
     save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
     keep: int = _setting(2, "newest checkpoints kept")
+    background_save: str = _setting("auto", "write checkpoints from a copy while training goes on: on, off; auto: GPU")
     eval_every: int = _setting(250, "steps between validations (one is always made at the end); 0: only at the end")
     sample_every: int = _setting(250, "steps between sampled texts; 0: none")
     sample_prompt: str = _setting("", "prompt of the sampled texts; empty: the first tokens of the validation data")
@@ -374,7 +376,7 @@ class TrainConfig:
             )
         choices = dict(
             dtype=DTYPES, init_dtype=INIT_DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS,
-            compile=COMPILE, on_nonfinite=ON_NONFINITE, parallel=PARALLEL,
+            compile=COMPILE, on_nonfinite=ON_NONFINITE, parallel=PARALLEL, background_save=ON_OFF,
         )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)

@@ -30,7 +30,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("parallel", "context_parallel", "processes"),
         ),
     ),
-    "safety and saving": (("save_every", "resume"), ("keep", "on_nonfinite", "spike", "max_hours", "dist_timeout")),
+    "safety and saving": (
+        ("save_every", "resume"),
+        ("keep", "background_save", "on_nonfinite", "spike", "max_hours", "dist_timeout"),
+    ),
     "output": (
         ("out", "eval_every"),
         ("sample_every", "sample_prompt", "sample_tokens", "log_every", "tensorboard", "wandb"),
