@@ -25,6 +25,7 @@ bench: .venv/installed-dev       ## the figures that README and docs quote
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/serve.py
 
 docs: .venv/installed-docs       ## the documentation's pages into site/; a broken link or docstring fails
 	$(BIN)/mkdocs build --strict

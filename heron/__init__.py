@@ -25,7 +25,8 @@ _HOMES = {
     "Engine": "heron.generation",
 }
 _MODULES = (
-    "checkpoint", "config", "data", "errors", "evaluate", "generation", "model", "ops", "optim", "tokenizer", "train",
+    "checkpoint", "config", "data", "errors", "evaluate", "generation", "model", "ops", "optim", "serve", "tokenizer",
+    "train",
 )  # fmt: skip
 
 __all__ = [*_HOMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll] - it reads literals alone

@@ -295,15 +295,14 @@ def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device, bf1
         shape, names = (ranks.count,), ("shard",)
     how: dict[str, Any] = dict(
         mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
-        mp_policy=MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
+        # Gradients travel in the dtype that they have, as those of ddp do.
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False),
     )
     parts = [*network.blocks]
     if isinstance(norm := getattr(network.blocks[0], "ln0", None), nn.Module):
         parts.insert(0, norm)  # it is called before its block is
-    for part in parts:
-        fully_shard(part, **how)
+    for part in parts:  # the last block is the first that the backward pass needs
+        fully_shard(part, **how, reshard_after_forward=part is not network.blocks[-1])
     fully_shard(network, **how, reshard_after_forward=False)
     # Nothing is added in place to what a block returns, which is where a view would do harm.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

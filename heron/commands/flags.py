@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from heron import __version__
-from heron.commands import EXIT_USAGE, flag_values, rwkv_lm_flags
+from heron.commands import EXIT_USAGE, flag_values, rwkv_lm_flags, serve_flags
 from heron.commands.help_texts import EVERY_FLAG, Help, HelpInTwoSizes
 from heron.commands.settings import READING
 from heron.config import (
@@ -117,6 +117,7 @@ _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none 
     "bench": lambda: import_module("heron.commands.bench"),
     "generate": lambda: import_module("heron.commands.generate"),
     "chat": lambda: import_module("heron.commands.chat"),
+    "serve": lambda: import_module("heron.commands.serve"),
     "eval": lambda: import_module("heron.commands.eval"),
     "convert": lambda: import_module("heron.commands.convert"),
     "merge": lambda: import_module("heron.commands.merge"),
@@ -258,6 +259,9 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
     _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
 
+    serve = verb("serve", "answer requests as OpenAI's interface has them, many at a time, and show a page to chat")
+    serve_flags.add(serve, _add_settings, _add_source)
+
     evaluate = verb("eval", "how well one or more models predict: a text, LAMBADA, multiple choice")
     evaluate.add_argument("models", nargs="+", metavar="model", help="weights files, checkpoints or run folders")
     evaluate.add_argument("--data", help="txt, jsonl, folder, binidx prefix or builtin:NAME: loss over all of it")
@@ -350,7 +354,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     config: type,
     prefix: str,
     names: Sequence[str] | None = None,
@@ -400,8 +404,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
     """What generate and chat have in common, with the defaults that differ."""
-    parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
-    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
+    _add_source(parser)
     parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="randomness; 0: always the likeliest token")
     parser.add_argument(
@@ -414,6 +417,12 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     digits_help = "let the frequency penalty count space, tab and digits, which it leaves out otherwise"
     parser.add_argument("--count_digits", action="store_true", help=digits_help)
     parser.add_argument("--seed", type=flag_values.seed, default=0, help="same seed, same text")
+
+
+def _add_source(parser: argparse._ActionsContainer) -> None:
+    """What generate, chat and serve have in common: the model and where it runs."""
+    parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
+    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
     parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
@@ -423,7 +432,7 @@ def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float,
     _add_rosa(parser)
 
 
-def _add_tuned(parser: argparse.ArgumentParser) -> None:
+def _add_tuned(parser: argparse._ActionsContainer) -> None:
     """What fine-tuning left beside the model."""
     adapter_help = "a fine-tuning run, or the folder of an adapter, to add to the weights in memory; default: none"
     parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
@@ -431,7 +440,7 @@ def _add_tuned(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="FILE", help=state_help)
 
 
-def _add_rosa(parser: argparse.ArgumentParser) -> None:
+def _add_rosa(parser: argparse._ActionsContainer) -> None:
     """What a bare file of weights cannot say."""
     names = "qkv-1bit, qkv-4bit, memory"
     parser.add_argument(

@@ -309,8 +309,7 @@ class TrainConfig:
     tables_state: str = _setting("fp32", "AdamW's moments for tables on the host: fp32 or bf16")
     threads: int = _setting(0, "CPU threads; 0: those the run began with, chosen by trial. Others change last bits")
     parallel: str = _setting(
-        "auto",
-        "many GPUs: ddp (each has all weights), fsdp (a part), hsdp (a part, of a machine), or auto: by size",
+        "auto", "on many GPUs each has all weights: ddp; a part: fsdp, hsdp (machines are alike); auto: by size"
     )
     context_parallel: int = _setting(1, "processes that share each sample, a span of its tokens each; they divide W")
     processes: int = _setting(0, "processes that share each step, one a GPU; 0: as many as torchrun started")

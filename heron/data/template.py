@@ -90,7 +90,7 @@ class RwkvTemplate:
         Raises:
             ValueError: an answer with text in it that ends a turn; the message names the field.
         """
-        form = _TOOLS if tools or any(one.role == "tool" or one.tool_calls for one in messages) else _PLAIN
+        form = _form_of(messages, tools)
         found, is_open = [], False  # whether the end of the answer before has opened the turn
         if tools and messages[0].role != "system":
             found.append(Span(form.opening["system"] + _described(tools, "") + form.behind, 0, False))
@@ -111,8 +111,15 @@ class RwkvTemplate:
         """The text that an assistant's answer follows; `think` is a key of THINKING."""
         level, opened = THINKING[think]
         *before, last = messages
-        asked = [*before, dataclasses.replace(last, content=cleaned(last.content) + level), Message("assistant", ".")]
+        if level and last.role == "user":
+            last = dataclasses.replace(last, content=cleaned(last.content) + level)
+        asked = [*before, last, Message("assistant", ".")]
         return "".join(span.text for span in self.spans(asked, tools)[:-1]) + opened
+
+    def stops(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, ...]:
+        """The texts that end an answer to `messages`, none of which may stand in one."""
+        form = _form_of(messages, tools)
+        return tuple(form.behind + opening.strip() for role, opening in form.opening.items() if role != "system")
 
 
 class JinjaTemplate:
@@ -172,6 +179,16 @@ class JinjaTemplate:
             found.append(Span(whole[at:], len(messages) - 1, True))
         return found
 
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), think: str = "") -> str:
+        """As :meth:`RwkvTemplate.prompt`; ValueError for a `think`, of which a template in Jinja knows nothing."""
+        if think:
+            raise ValueError(f"think {think!r}: the template {self.name} has no levels of thinking; leave it out")
+        return self._rendered(messages, tools, opens=True)
+
+    def stops(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, ...]:
+        """None: an id ends an answer."""
+        return ()
+
     def _rendered(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], opens: bool = False) -> str:
         as_dicts = []
         for one in messages:
@@ -214,6 +231,10 @@ def _plain(text: str) -> str:
     if text.replace("\n", "").replace("\t", "").isprintable():  # as nearly all are, and control characters are not
         return text
     return "".join(c for c in text if c in "\n\t" or not is_control(c))
+
+
+def _form_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> _Form:
+    return _TOOLS if tools or any(one.role == "tool" or one.tool_calls for one in messages) else _PLAIN
 
 
 def _check_answer(form: _Form, text: str, number: int) -> None:

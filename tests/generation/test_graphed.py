@@ -36,8 +36,8 @@ ODD = dict(n_layer=3, n_embd=48, head_size=16, ffn_dim=90, vocab_size=100)  # 90
 def test_a_recorded_step_is_at_most_twice_as_far_from_fp64_as_the_model(random_model, form, dtype, sizes, n):
     model = random_model(**VARIANTS[form], **sizes).to("cuda", dtype)
     ids = 4 if "memory" in form else 100  # few, which match
-    tokens = torch.randint(ids, (16,), generator=torch.Generator().manual_seed(1)).tolist()
-    accuracy.check(GraphedDecoder(model, n), n // 2, model, tokens)
+    texts = torch.randint(ids, (4, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    accuracy.check(GraphedDecoder(model, n), n // 2, model, *texts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

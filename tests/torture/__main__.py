@@ -30,6 +30,8 @@ FULL = {
     "foreign": 2000,
     "jsonl": 200_000,
     "builds": 30,
+    "serving": 10_000,
+    "serving_schema": 5000,
     "processes": 9,
 }
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"

@@ -32,6 +32,7 @@ from heron.evaluate import evaluate
 from heron.model import rwkv
 from heron.optim import lr_at
 from heron.train import loop as train
+from heron.train import result
 from heron.train.step import Learner
 from tests.train.faults import Fault, faulty
 
@@ -387,7 +388,7 @@ def test_a_finished_run_can_be_made_longer(settings, capsys):
 def test_a_kill_before_the_last_checkpoint_leaves_no_run_that_seems_finished(settings, tmp_path, monkeypatch):
     config = settings(max_steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save", functools.partial(_save_but_the_last, train.save))
+        patch.setattr(result, "save", functools.partial(_save_but_the_last, result.save))
         with pytest.raises(KeyboardInterrupt):
             fit(config)
     assert status_of(config) == {"status": "failed", "step": 3, "checkpoint": None}

@@ -1,0 +1,220 @@
+"""Tokens per second over HTTP, beside the engine's own: a server, and N clients that stream in another process.
+
+    python benchmarks/serve.py --clients 256                       a v7 of random weights, --n_layer, --n_embd
+    python benchmarks/serve.py --model x.pth --clients 64 --arrive 2 --prompt 512
+
+In one run: the engine alone with as many rows (as benchmarks/generate.py has them), and with one; the server with
+--clients clients; the server with one client. A client is a few lines over a socket, so that the server is measured.
+With --arrive SECONDS the clients come spread over so long, and with --last SECONDS they ask again and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from generate import DTYPES, decoding, in_turns, random_model
+from timing import device_of
+
+import heron
+from heron import tokenizer
+from heron.config import LARGEST_SEED
+from heron.serve import ServeConfig, create_app
+
+TIMEOUT_S = 300
+
+
+class Asked(NamedTuple):
+    """What came of one request."""
+
+    first: float  # seconds to the first token
+    seconds: float  # to the end
+    began: float
+    tokens: int
+    error: str
+
+
+# -- clients, in a process of their own ------------------------------------------------------------------------------
+
+
+async def ask(port: int, prompt: list[int], tokens: int, seed: int) -> Asked:
+    """One streamed completion; the texts are not parsed, but the usage behind them is."""
+    began = time.perf_counter()
+    body = {
+        "prompt": prompt, "max_tokens": tokens, "stream": True, "seed": seed, "temperature": 1, "top_p": 0.5,
+        "stream_options": {"include_usage": True}, "logit_bias": {},
+    }  # fmt: skip
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    )
+    first, tail, written = 0.0, b"", 0
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + data)
+        while chunk := await asyncio.wait_for(reader.read(1 << 16), TIMEOUT_S):
+            if not first and b'"text":' in chunk:
+                first = time.perf_counter() - began
+            tail = (tail + chunk)[-4096:]
+        writer.close()
+    except (OSError, TimeoutError) as error:
+        return Asked(first, time.perf_counter() - began, began, 0, str(error) or type(error).__name__)
+    found = tail.rfind(b'"completion_tokens":')
+    if found < 0 or b"[DONE]" not in tail:
+        return Asked(first, time.perf_counter() - began, began, 0, tail[-300:].decode("utf-8", "replace"))
+    written = int(tail[found + 20 :].split(b",")[0])
+    return Asked(first, time.perf_counter() - began, began, written, "")
+
+
+async def clients(options: argparse.Namespace) -> list[Asked]:
+    """What all clients got."""
+    chance = random.Random(options.seed)
+    end = time.perf_counter() + options.last
+    answers: list[Asked] = []
+
+    async def client(number: int) -> None:
+        await asyncio.sleep(options.arrive * number / options.clients)
+        while True:
+            prompt = [chance.randrange(1, options.vocab_size) for _ in range(options.prompt)]
+            answers.append(await ask(options.port, prompt, options.tokens, chance.randrange(LARGEST_SEED)))
+            if time.perf_counter() >= end:
+                return
+
+    await asyncio.gather(*(client(number) for number in range(options.clients)))
+    return answers
+
+
+def measured(port: int, n: int, options: argparse.Namespace, **changes: float) -> dict[str, float]:
+    """Figures of `n` clients, that run in another process."""
+    asked = {"port": port, "clients": n, "vocab_size": options.vocab_size, "prompt": options.prompt,
+             "tokens": options.tokens, "arrive": 0.0, "last": 0.0, "seed": 0, **changes}  # fmt: skip
+    command = [sys.executable, __file__, "--as_clients", json.dumps(asked)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    answers = [Asked(*one) for one in json.loads(done.stdout)]
+    errors = [one.error for one in answers if one.error]
+    good = [one for one in answers if not one.error] or [Asked(0, 1, 0, 0, "")]
+    begun, ended = min(one.began for one in good), max(one.began + one.seconds for one in good)
+    firsts, wholes = sorted(one.first for one in good), sorted(one.seconds for one in good)
+    decode = [(one.tokens - 1) / (one.seconds - one.first) for one in good if one.seconds > one.first]
+    if errors:
+        print(f"  {len(errors)} errors, such as: {errors[0][:200]}")
+    return {
+        "requests": len(answers),
+        "errors": len(errors),
+        "tokens/s": sum(one.tokens for one in good) / (ended - begun),
+        "p50 first": statistics.median(firsts),
+        "p95 first": firsts[int(0.95 * (len(firsts) - 1))],
+        "p50 whole": statistics.median(wholes),
+        "p95 whole": wholes[int(0.95 * (len(wholes) - 1))],
+        "one": statistics.median(decode or [0.0]),
+    }
+
+
+# -- the server ------------------------------------------------------------------------------------------------------
+
+
+def served(engine: heron.Engine, options: argparse.Namespace) -> tuple[object, threading.Thread]:
+    """A server of the engine in a thread, once it accepts."""
+    from heron.serve.server import server_of
+
+    config = ServeConfig(
+        port=0, name="bench", rows=options.rows, queue=4 * options.clients, cache_device=0, cache_host=0
+    )
+    server = server_of(create_app(engine, config), config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+        if not thread.is_alive():
+            raise SystemExit("the server did not start")
+    return server, thread
+
+
+def shown(name: str, figures: dict[str, float], engine: float) -> None:
+    print(
+        f"{name:<34}{figures['tokens/s']:>10.1f} tokens/s{figures['tokens/s'] / engine:>7.2f}x engine   "
+        f"first token p50 {1e3 * figures['p50 first']:.0f} ms, p95 {1e3 * figures['p95 first']:.0f} ms   "
+        f"whole p50 {figures['p50 whole']:.2f} s, p95 {figures['p95 whole']:.2f} s   "
+        f"a client {figures['one']:.1f} tokens/s   "
+        f"{figures['requests']:.0f} requests, {figures['errors']:.0f} errors",
+        flush=True,
+    )
+
+
+def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--as_clients":
+        print(json.dumps(asyncio.run(clients(argparse.Namespace(**json.loads(sys.argv[2]))))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="weights; default: random ones of the sizes below")
+    parser.add_argument("--variant", default="v7")
+    parser.add_argument("--n_layer", type=int, default=2)
+    parser.add_argument("--n_embd", type=int, default=128)
+    parser.add_argument("--vocab_size", type=int, default=65536)
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=0, help="places of the engine; default: as many as clients")
+    parser.add_argument("--prompt", type=int, default=1, help="tokens of each prompt; 1: nothing is read")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--arrive", type=float, default=0.0, help="seconds over which the clients come")
+    parser.add_argument("--last", type=float, default=0.0, help="seconds for which they ask again and again")
+    options = parser.parse_args()
+    options.rows = options.rows or options.clients
+    torch.set_num_threads(options.threads)
+    device = device_of(parser, options.device)
+    dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    if options.model is None:
+        sizes = (options.n_layer, options.n_embd, options.vocab_size, dtype, device)
+        model = random_model(options.variant, *sizes)
+    else:
+        model = heron.load(options.model, dtype).to(device)
+        options.vocab_size = model.config.vocab_size
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} threads"
+    config = model.config
+    sizes = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}"
+    print(f"torch {torch.__version__}, {where}, {sizes}\n")
+
+    alone = {}
+    for rows in (options.rows, 1):
+        ids = torch.randint(
+            1, options.vocab_size, (options.prompt,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        steps = {f"{rows} rows": decoding(model, rows, ids)}
+        alone[rows] = rows / min(in_turns(steps, 5, max(8, 256 // rows), device)[f"{rows} rows"])
+        print(f"{f'engine, {rows} rows':<34}{alone[rows]:>10.1f} tokens/s", flush=True)
+
+    engine = heron.Engine(model, tokenizer.load(f"integers:{options.vocab_size}"), options.rows)
+    sys.setswitchinterval(5e-4)  # as heron serve
+    server, thread = served(engine, options)
+    try:
+        port = int(server.address.rpartition(":")[2])
+        measured(port, min(4, options.clients), options)  # warms up
+        measured(port, options.clients, options, tokens=4)
+        figures = measured(port, options.clients, options, arrive=options.arrive, last=options.last)
+        shown(f"server, {options.clients} clients", figures, alone[options.rows])
+        shown("server, 1 client", measured(port, 1, options, tokens=4 * options.tokens), alone[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

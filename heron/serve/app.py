@@ -1,0 +1,264 @@
+"""The routes of the server, and what stands around them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from heron import __version__
+from heron.config.serve import ServeConfig
+from heron.data import template as templates
+from heron.data.template import Template
+from heron.errors import HeronError
+from heron.generation import Engine
+from heron.model import State
+from heron.serve import chat, completions, responses, states
+from heron.serve.limits import Guard
+from heron.serve.metrics import CONTENT_TYPE
+from heron.serve.models import Models
+from heron.serve.openai import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingsRequest,
+    LoadRequest,
+    ResponsesRequest,
+    StateName,
+    StateRequest,
+    TokenizeRequest,
+)
+from heron.serve.refusals import Refusal, of_error
+from heron.serve.service import Service
+from heron.serve.sessions import PrefixCache, StateStore
+from heron.serve.static import INDEX, Page
+from heron.serve.streaming import EventStream, when_gone
+
+_log = logging.getLogger("heron.serve")
+_T = TypeVar("_T")
+_MIB = 1 << 20
+
+
+def application(
+    engine: Engine,
+    config: ServeConfig,
+    engines: Mapping[str, Engine],
+    tuned: Mapping[str, State],
+    template: Template | None,
+) -> FastAPI:
+    """As :func:`heron.serve.create_app`."""
+    cache = None
+    if config.cache_device or config.cache_host:
+        cache = PrefixCache(config.cache_device * _MIB, config.cache_host * _MIB)
+    models = Models(config.name or "heron", engine, engines, tuned, config.queue, cache)
+    store = StateStore(None if config.state_dir is None else Path(config.state_dir), config.cache_host * _MIB)
+    service = Service(config, models, template or templates.load(config.template), store, cache)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        models.start()
+        yield
+        await models.stop(config.grace)
+
+    app = FastAPI(title="Heron", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    _add_models(app, service)
+    _add_texts(app, service)
+    _add_states(app, service)
+    _add_pages(app, service)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(HeronError, _refused)
+    app.add_exception_handler(Exception, _failed)
+    if config.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, config=config, metrics=service.metrics)
+    return app
+
+
+# -- routes -----------------------------------------------------------------------------------------------------------
+
+
+def _add_texts(app: FastAPI, service: Service) -> None:
+    """What writes."""
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        asked = await chat.ask(service, body)
+        with_logprobs = bool(body.logprobs)
+        if body.stream:
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return EventStream(chat.stream(asked, with_logprobs, with_usage), asked.cancel)
+        return JSONResponse(await _while_there(request, chat.whole(asked, with_logprobs), asked.cancel))
+
+    @app.post("/v1/completions")
+    async def text_completions(body: CompletionRequest, request: Request) -> Response:
+        asked = await completions.ask(service, body)
+        with_logprobs = body.logprobs is not None
+        if body.stream:
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return EventStream(completions.stream(asked, with_logprobs, with_usage), asked.cancel)
+        return JSONResponse(await _while_there(request, completions.whole(asked, with_logprobs), asked.cancel))
+
+    @app.post("/v1/responses")
+    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        asked = await responses.ask(service, body)
+        if body.stream:
+            return EventStream(responses.stream(asked), asked.cancel)
+        return JSONResponse(await _while_there(request, responses.whole(asked), asked.cancel))
+
+    @app.delete("/v1/responses/{response_id}")
+    async def forget_response(response_id: str) -> dict[str, Any]:
+        if not service.conversations.forget(response_id):
+            raise Refusal(404, "there is no such response (any more)", code="not_found")
+        return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    """What tells about models, and what they make of a text without writing."""
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name) for name in service.models.names]}
+
+    @app.get("/v1/models/{name}")
+    async def describe_model(name: str) -> dict[str, Any]:
+        return _model(service.models.get(name).name)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingsRequest) -> dict[str, Any]:
+        served = service.models.get(body.model)
+        wanted = [body.input] if isinstance(body.input, str) else body.input
+        texts: list[Any] = [wanted] if all(isinstance(one, int) for one in wanted) else list(wanted)
+        data, n_tokens = [], 0
+        for number, text in enumerate(texts):
+            ids = await asyncio.to_thread(served.engine.prompt_ids, text)
+            service.check_length(ids)
+            n_tokens += len(ids)
+            vector = await service.embedded(served, ids)
+            if body.dimensions not in (None, len(vector)):
+                raise Refusal(400, f"dimensions: this model's vectors have {len(vector)}", "dimensions")
+            shown: Any = vector.tolist()
+            if body.encoding_format == "base64":
+                shown = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
+            data.append({"object": "embedding", "index": number, "embedding": shown})
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "model": served.name, "data": data, "usage": usage}
+
+    @app.post("/v1/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        tokenizer = service.models.get(body.model).engine.tokenizer
+        ids = await asyncio.to_thread(tokenizer.encode, body.text)
+        return {"ids": ids, "count": len(ids)}
+
+    @app.post("/v1/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        tokenizer = service.models.get(body.model).engine.tokenizer
+        return {"text": await asyncio.to_thread(tokenizer.decode, body.ids)}
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "heron"}
+
+
+def _add_states(app: FastAPI, service: Service) -> None:
+    """What is kept under names."""
+
+    @app.get("/v1/states")
+    async def list_states() -> dict[str, Any]:
+        names = await asyncio.to_thread(service.states.list)
+        return {"object": "list", "data": [states.on_wire(name) for name in names]}
+
+    @app.post("/v1/states")
+    async def save_state(body: StateRequest) -> dict[str, Any]:
+        return await states.save(service, body)
+
+    @app.post("/v1/states/{name}/load")
+    async def load_state(name: StateName, body: LoadRequest) -> dict[str, Any]:
+        return await states.load(service, name, body)
+
+    @app.delete("/v1/states/{name}")
+    async def delete_state(name: StateName) -> dict[str, Any]:
+        await asyncio.to_thread(service.states.delete, name)
+        return {**states.on_wire(name), "deleted": True}
+
+
+def _add_pages(app: FastAPI, service: Service) -> None:
+    """What machines that watch the server ask for, and the page for people."""
+    page = Page()
+
+    @app.get("/health")
+    async def health() -> Response:
+        if service.models.has_failed:
+            raise Refusal(503, "the engine has failed; the server's log says why", code="engine_failed")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if not service.models.are_ready:
+            raise Refusal(503, "the server takes no requests now", code="not_ready", retry_after=1)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return page.response(INDEX)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        return page.response(name)
+
+
+async def _while_there(request: Request, answer: Awaitable[_T], cancel: Callable[[], None]) -> _T:
+    """The answer; it is cancelled where the client leaves before."""
+    watch = asyncio.create_task(when_gone(request.receive, cancel))
+    try:
+        return await answer
+    finally:
+        watch.cancel()
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    refusal = of_error(error) if isinstance(error, HeronError) else Refusal(500, "")
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """What pydantic found, in one sentence."""
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    place = [str(part) for part in first.get("loc", ())[1:]]
+    if first.get("type") == "extra_forbidden":
+        message = f"Unrecognized request argument supplied: {place[-1][:80]}"
+    else:
+        message = f"{'.'.join(place)[:200]}: {first.get('msg', 'not valid')[:300]}"
+    return await _refused(request, Refusal(400, message, place[0][:80] if place else None))
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    message = {404: "there is no such path", 405: "this path is not asked that way"}.get(status, "not served")
+    return await _refused(request, Refusal(status, message))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    _log.error("a request has failed", exc_info=error)
+    return await _refused(request, Refusal(500, "the server has failed; its log says why"))

@@ -1,0 +1,54 @@
+"""What /metrics shows, in Prometheus' form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from heron.serve.models import Models
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counters of a server, in a registry of their own."""
+
+    def __init__(self, models: Models):
+        self._registry = registry = CollectorRegistry()
+        registry.register(_Now(models))
+        self._answers = Counter("heron_http_responses", "answers", ["route", "status"], registry=registry)
+        self.prompt_tokens = Counter("heron_prompt_tokens", "tokens of prompts", registry=registry)
+        self.cached_tokens = Counter("heron_cached_prompt_tokens", "of them those read before", registry=registry)
+        self.drawn_tokens = Counter("heron_drawn_tokens", "tokens written", registry=registry)
+        self.first_token = Histogram(
+            "heron_first_token_seconds", "from a request to its first token", buckets=_SECONDS, registry=registry
+        )
+        self.whole = Histogram("heron_request_seconds", "from it to its end", buckets=_SECONDS, registry=registry)
+
+    def count(self, route: str, status: int) -> None:
+        """Count an answer."""
+        self._answers.labels(route, str(status)).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Now(Collector):
+    """What each model is at, asked when it is shown."""
+
+    def __init__(self, models: Models):
+        self._models = models
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        waiting = GaugeMetricFamily("heron_waiting_requests", "requests that wait for a place", labels=["model"])
+        writing = GaugeMetricFamily("heron_open_sequences", "texts that are being written", labels=["model"])
+        for name, scheduler in self._models.schedulers.items():
+            waiting.add_metric([name], scheduler.n_waiting)
+            writing.add_metric([name], scheduler.n_writing)
+        yield from (waiting, writing)

@@ -1,0 +1,63 @@
+"""uvicorn as `heron serve` runs it: it says where it listens, ends in order at a signal, and logs failures alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+
+from heron.config.serve import ServeConfig
+from heron.errors import ConfigError
+from heron.serve.protocol import guarded_protocol
+
+
+class Server(uvicorn.Server):
+    """Prints its address once it accepts, and takes SIGINT and SIGTERM as the wish to end."""
+
+    async def startup(self, sockets: Any = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit as stop:
+            place = f"{self.config.host}, port {self.config.port}"
+            raise ConfigError(f"host {place}: cannot listen there: {stop.__context__ or 'see above'}") from None
+        print(f"listening on {self.address}", flush=True)
+
+    @property
+    def address(self) -> str:
+        """As a browser takes it."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def server_of(app: Any, config: ServeConfig) -> Server:
+    """A server of the application, whose `run` returns once it has ended."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("heron: %(message)s"))
+    for name in ("uvicorn.error", "heron.serve"):
+        logging.getLogger(name).handlers = [handler]
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Server(
+        uvicorn.Config(
+            app, config.host, config.port,
+            http=guarded_protocol(), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+            timeout_graceful_shutdown=math.ceil(config.grace), timeout_keep_alive=75,
+        )
+    )  # fmt: skip

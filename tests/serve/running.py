@@ -1,0 +1,66 @@
+"""A server in a thread of the tests, and what is asked of it over a socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from heron.serve import ServeConfig, create_app
+from heron.serve.server import server_of
+
+
+@contextlib.contextmanager
+def running(engine, engines=None, states=None, template=None, **settings) -> Generator[str]:
+    """The address of a server of an engine; `settings` are those of a ServeConfig."""
+    config = ServeConfig(**{"port": 0, "name": "tiny", "grace": 1.0, **settings})
+    server = server_of(create_app(engine, config, engines or {}, states or {}, template), config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive())
+        yield server.address
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait for something; fail where it does not come."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
+
+
+def raw(address: str, data: bytes = b"") -> socket.socket:
+    """A connection on which `data` has been sent."""
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def request_of(body: Any, path: str = "/v1/completions", **headers: Any) -> bytes:
+    """A POST of bytes, or of a value as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": len(data), **headers}
+    head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data
+
+
+def status_of(connection: socket.socket) -> int | None:
+    """The status that comes, or None where the connection is closed without one."""
+    with connection:
+        line = connection.makefile("rb").readline()
+    return int(line.split()[1]) if line else None
+
+
+def resident_mib() -> float:
+    """Memory of this process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4 / 1024
