@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from heron import machine
+from heron.context import Context
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model.compiled import compile_blocks
@@ -36,12 +37,14 @@ class Ranks:
 
     Attributes:
         local_rank, local_count: the same among those on this machine.
+        connection: of these processes; None: the one that :meth:`joined` made.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
+    connection: distributed.ProcessGroup | None = None
 
     @classmethod
     def of_environment(cls) -> Ranks:
@@ -50,18 +53,28 @@ class Ranks:
         if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():  # of clusters, some set WORLD_SIZE for every program
             return cls()
         try:
-            return cls(*(int(os.environ[name]) for name in names))
+            rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
         except (KeyError, ValueError) as error:
             raise ConfigError(
                 f"RANK is set, and {error} in the environment is missing or wrong; start with torchrun, or unset RANK"
             ) from None
+        return cls(rank, count, local_rank, local_count)
 
-    def check_number(self, wanted: int) -> None:
-        """ConfigError where a run is for another number of processes; 0: for any."""
+    def check_number(self, wanted: int, sharing: int = 1) -> None:
+        """ConfigError where a run is for another number of processes (0: for any), or for groups that these don't make.
+
+        Args:
+            sharing: how many share a sample.
+        """
         if wanted not in (0, self.count):
             raise ConfigError(
                 f"processes {wanted}: started {'without torchrun' if self.count == 1 else f'on {self.count}'}; type "
                 f"torchrun --nproc-per-node {wanted} -m heron train ..., or leave --processes out"
+            )
+        if self.count % sharing:
+            raise ConfigError(
+                f"context_parallel {sharing}: wanted a number that divides that of the processes, {self.count}; type "
+                f"torchrun --nproc-per-node {sharing} -m heron train ..., or leave --context_parallel out"
             )
 
     @property
@@ -135,7 +148,7 @@ class Ranks:
             except (HeronError, OSError) as error:
                 failure = error
         told: list[Any] = [result, None if failure is None else str(failure)]
-        distributed.broadcast_object_list(told, 0, device=torch.device("cpu"))
+        distributed.broadcast_object_list(told, 0, self.connection, torch.device("cpu"))
         if failure is not None:
             raise failure
         if told[1] is not None:
@@ -148,6 +161,39 @@ class Ranks:
         self.first(lambda: found.append(work()))
         return found[0] if found else work()
 
+    def each(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work` gives in each process, in order, in all of them.
+
+        Raises:
+            HeronError: in all of them, where `work` raised one or an OSError.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except (HeronError, OSError) as error:
+            failure = error
+        told: list[Any] = [None] * self.count
+        mine = (result, None if failure is None else str(failure))
+        if self.count == 1:
+            told = [mine]
+        else:
+            distributed.all_gather_object(told, mine, self.connection)
+        if failure is not None:
+            raise failure
+        for rank, (_, why) in enumerate(told):
+            if why is not None:
+                raise HeronError(f"ends as rank {rank} failed: {why}")
+        return [result for result, _ in told]
+
+    def apart(self, timeout: float) -> Ranks:
+        """The same processes over a connection of their own, for what a thread of each decides with the others'."""
+        if self.count == 1:
+            return self
+        wait = datetime.timedelta(seconds=timeout)
+        group = distributed.new_group(backend="gloo", timeout=wait)
+        assert isinstance(group, distributed.ProcessGroup)
+        return dataclasses.replace(self, connection=group)
+
     def all(self, holds: bool) -> bool:
         """Whether something holds in every process."""
         return self.sum([float(not holds)]) == [0.0]
@@ -157,7 +203,7 @@ class Ranks:
         if self.count == 1:
             return list(values)
         added = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(added)
+        distributed.all_reduce(added, group=self.connection)
         return added.tolist()
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
@@ -165,14 +211,14 @@ class Ranks:
         if self.count == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.count)]
-        distributed.all_gather(parts, tensor.contiguous())
+        distributed.all_gather(parts, tensor.contiguous(), self.connection)
         return parts
 
     def add_(self, tensors: Iterable[Tensor]) -> None:
         """Add up each tensor over all processes, in place."""
         if self.count > 1:
             for tensor in tensors:
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=self.connection)
 
     def start_equal(self, model: nn.Module, device: torch.device) -> None:
         """Give every process the first one's weights: initial values differ in last bits from CPU to CPU."""
@@ -180,6 +226,22 @@ class Ranks:
             there = tensor.to(device)
             distributed.broadcast(there, 0)
             tensor.copy_(there)
+
+    def group(self, sharing: int) -> tuple[int, int]:
+        """Whose samples this process reads: its group's number, of how many groups of `sharing` processes each."""
+        return self.rank // sharing, self.count // sharing
+
+    def context(self, sharing: int, timeout: float) -> Context | None:
+        """The `sharing` processes that read the same samples, neighbours by their rank; None where each reads alone.
+
+        Args:
+            timeout: seconds for which one waits for another.
+        """
+        if sharing == 1:
+            return None
+        group, _ = distributed.new_subgroups(sharing, timeout=datetime.timedelta(seconds=timeout))
+        assert isinstance(group, distributed.ProcessGroup)
+        return Context(group)
 
     def copies(self, parallel: str) -> int:
         """How many processes have the same gradient after a step's backward passes, see :func:`choose`."""
@@ -270,15 +332,6 @@ def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by name with their shards put together, one after another. All processes go through it together."""
     for name, tensor in tensors.items():
         yield name, tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def on_first_host(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Tensors by name, whole, in the first process; nothing in the others. What was sharded is on the host then."""
-    kept = {}
-    for name, tensor in whole(tensors):
-        if ranks.is_first:
-            kept[name] = tensor.cpu() if is_sharded(tensors[name]) else tensor
-    return kept
 
 
 def whole_model(model: RWKV) -> RWKV:

@@ -1,6 +1,7 @@
-"""Runs on several processes for tests/test_dist.py: each process is `python -m tests.ranks FOLDER TEXT`.
+"""Runs on several processes for tests/test_dist.py, which starts `python -m tests.ranks FOLDER TEXT`.
 
-One launch makes them all, since it takes seconds. What they leave in FOLDER is compared there.
+That imports all once and becomes several processes, since an import takes seconds. What they leave in FOLDER is
+compared there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from torch import distributed
+from torch.distributed import fsdp as fsdp
+from torch.distributed import tensor as tensor
 
 import heron
 from heron.checkpoint import run
@@ -24,7 +32,7 @@ from heron.train.step import Learner
 SIZES = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 MODELS = {variant: heron.ModelConfig(variant=variant, **SIZES) for variant in ("v7", "v8")}
 STEPS, STOP = 20, 8
-_MOST_RUNS = 20
+_MOST_RUNS = 40
 
 
 def settings(folder: Path, text: Path, name: str, **changes) -> heron.TrainConfig:
@@ -48,16 +56,51 @@ def free_ports(n: int) -> list[int]:
 
 def launch(arguments: list[str], processes: int) -> list[subprocess.Popen]:
     """Start so many processes, as torchrun does."""
-    ports = free_ports(_MOST_RUNS)
-    common = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
-    common |= dict(OMP_NUM_THREADS="1", MASTER_PORT=str(ports[0]), HERON_TEST_PORTS=",".join(map(str, ports)))
+    port = free_ports(1)[0]
     return [
         subprocess.Popen(
-            [sys.executable, *arguments], env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, *arguments], env={**os.environ, **_environment(rank, processes, port)},
             cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(processes)
     ]  # fmt: skip
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    numbers = dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port)
+    return dict(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1") | {name: str(n) for name, n in numbers.items()}
+
+
+def become(processes: int, work: Callable[[], None]) -> None:
+    """Do `work` in that many processes, copies of this one; SystemExit where one fails."""
+    children = []
+    ports = free_ports(_MOST_RUNS)  # a run must not meet the store of the one before
+    for rank in range(processes):
+        if (child := os.fork()) == 0:
+            try:
+                os.environ.update(_environment(rank, processes, ports[0]))
+                os.environ["HERON_TEST_PORTS"] = ",".join(map(str, ports))
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    if any(ends):
+        sys.exit(1)
+
+
+def _next_port() -> None:
+    port, *others = os.environ["HERON_TEST_PORTS"].split(",")
+    os.environ.update(MASTER_PORT=port, HERON_TEST_PORTS=",".join(others))
+
+
+def fit(folder: Path, text: Path, name: str, trainer: type[heron.Trainer] = heron.Trainer, **changes) -> str:
+    """Make a run of :func:`settings`."""
+    _next_port()
+    return trainer(settings(folder, text, name, **changes), say=lambda line: None).fit()
 
 
 class StopAt(heron.Trainer):
@@ -86,45 +129,72 @@ def full_disk(*_: object) -> Path:
     raise CheckpointError("checkpoints/step-00000020: cannot be written: No space left on device")
 
 
-def main(folder: Path, text: Path) -> None:
-    """All runs, one after another."""
-    loop.plot = lambda folders, out: None  # seconds, and tested elsewhere
+def of_packs(folder: Path) -> dict:
+    """Settings of a run that learns from conversations, several of them in a sample."""
+    data = str(folder / "chat.jsonl")
+    return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), max_steps=6, eval_every=0)
 
-    ports = iter(os.environ["HERON_TEST_PORTS"].split(","))  # a run must not meet the store of the one before
 
-    def fit(name: str, trainer: type[heron.Trainer] = heron.Trainer, **changes) -> str:
-        os.environ["MASTER_PORT"] = next(ports)
-        return trainer(settings(folder, text, name, **changes), say=lambda line: None).fit()
+def again(folder: Path, text: Path, saved: str, name: str, parallel: str) -> None:
+    """Load the last checkpoint of a run, and save what came of it in another."""
+    _next_port()
+    count = int(os.environ["WORLD_SIZE"])
+    config = settings(folder, text, name, parallel=parallel, processes=count)
+    trainer = heron.Trainer(config)
+    with trainer.ranks.joined(trainer.device, 60):
+        learner = Learner(heron.RWKV(MODELS["v7"]), trainer.config, trainer.device, ranks=trainer.ranks)
+        record = run.restore(folder / saved / "checkpoints" / f"step-{STEPS:08d}", learner.model, learner.optimizer)
+        Path(config.out).mkdir(exist_ok=True)
+        run.save(Path(config.out), STEPS, learner.model, learner.optimizer, record, "seed: 0\n", 1, trainer.ranks)
 
+
+def two(folder: Path, text: Path) -> None:
+    """The runs of two processes, one after another."""
+    made = partial(fit, folder, text)
     count = int(os.environ["WORLD_SIZE"])
     for parallel in ("ddp", "fsdp"):
-        assert fit(parallel, parallel=parallel) == "finished"
-        assert fit(f"{parallel}-stopped", StopAt, parallel=parallel) == "preempted"
-        assert fit(f"{parallel}-stopped", parallel=parallel) == "finished"
+        assert made(parallel, parallel=parallel) == "finished"
+        beside = dict(parallel=parallel, background_save="on", save_every=3, keep=9)
+        assert made(f"{parallel}-stopped", StopAt, **beside) == "preempted"
+        assert made(f"{parallel}-stopped", **beside) == "finished"
         nan = dict(parallel=parallel, on_nonfinite="skip", max_steps=5)
-        assert fit(f"{parallel}-nan", FaultyRank, **nan) == "finished"
-    assert fit("v8", model=MODELS["v8"], tables="host", max_steps=8, parallel="ddp") == "finished"
+        assert made(f"{parallel}-nan", FaultyRank, **nan) == "finished"
+    assert made("v8", model=MODELS["v8"], tables="host", max_steps=8, parallel="ddp") == "finished"
     accumulated = dict(micro_bsz=1, accumulate=2, max_steps=8)
-    assert fit("accumulated-fsdp", grad_checkpoint=True, parallel="fsdp", **accumulated) == "finished"
-    assert fit("accumulated-ddp", parallel="ddp", **accumulated) == "finished"
+    assert made("accumulated-fsdp", grad_checkpoint=True, parallel="fsdp", **accumulated) == "finished"
+    assert made("accumulated-ddp", parallel="ddp", **accumulated) == "finished"
+    for parallel in ("ddp", "fsdp"):
+        spans = dict(context_parallel=2, parallel=parallel, micro_bsz=4)
+        assert made(f"spans-{parallel}", **spans) == "finished"
+    spans = dict(context_parallel=2, parallel="ddp", micro_bsz=4)
+    assert made("spans-accumulated", **spans | dict(micro_bsz=2, accumulate=2, max_steps=8)) == "finished"
+    assert made("spans-packs", **spans | of_packs(folder)) == "finished"
+    assert made("spans-v8", model=MODELS["v8"], tables="host", max_steps=8, **spans) == "finished"
+    assert made("spans-nan", FaultyRank, on_nonfinite="skip", max_steps=5, **spans) == "finished"
     os.environ["LOCAL_WORLD_SIZE"] = str(count // 2)  # as on two machines
-    assert fit("hsdp", parallel="hsdp") == "finished"
-    for parallel in ("ddp", "fsdp", "hsdp"):  # what one process saved is loaded, and saved again
-        os.environ["MASTER_PORT"] = next(ports)
-        config = settings(folder, text, f"again-{parallel}", parallel=parallel, processes=count)
-        trainer = heron.Trainer(config)
-        with trainer.ranks.joined(trainer.device, 60):
-            learner = Learner(heron.RWKV(MODELS["v7"]), trainer.config, trainer.device, ranks=trainer.ranks)
-            record = run.restore(folder / "one" / "checkpoints" / f"step-{STEPS:08d}", learner.model, learner.optimizer)
-            Path(config.out).mkdir(exist_ok=True)
-            run.save(Path(config.out), STEPS, learner.model, learner.optimizer, record, "seed: 0\n", 1, trainer.ranks)
-    os.environ["MASTER_PORT"] = next(ports)
+    assert made("hsdp", parallel="hsdp") == "finished"
+    for parallel in ("ddp", "fsdp", "hsdp"):
+        again(folder, text, "one", f"again-{parallel}", parallel)
     run._write = full_disk
-    try:
-        heron.Trainer(settings(folder, text, "full", parallel="ddp"), say=lambda line: None).fit()
-    except HeronError as error:
-        (folder / f"full-{os.environ['RANK']}.txt").write_text(str(error))
+    if os.environ["RANK"] == "1":
+        run.entry_of = full_disk
+    for name, changes in dict(full=dict(parallel="ddp"), full_fsdp=dict(parallel="fsdp", save_every=3)).items():
+        try:
+            made(name, background_save="on", **changes)
+        except HeronError as error:
+            (folder / f"{name}-{os.environ['RANK']}.txt").write_text(str(error))
+            distributed.destroy_process_group()
+
+
+def four(folder: Path, text: Path) -> None:
+    """The runs of four processes: in pairs that share samples."""
+    for parallel in ("ddp", "fsdp"):
+        name = f"pairs-{parallel}"
+        assert fit(folder, text, name, parallel=parallel, context_parallel=2, max_steps=8) == "finished"
+        again(folder, text, "fsdp", f"four-{parallel}", parallel)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    loop.plot = lambda folders, out: None  # seconds, and tested elsewhere
+    for n, work in ((2, two), (4, four)):
+        become(n, partial(work, Path(sys.argv[1]), Path(sys.argv[2])))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heron import machine
-from heron.checkpoint import card, run
+from heron.checkpoint import card, run, sharded
 from heron.checkpoint.adapters import base_fingerprint
 from heron.checkpoint.architecture import build, leave_unsaid
 from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
@@ -195,7 +195,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file")
     machine.settle_threads()
     if path.is_dir():
-        return hf.read(path)
+        return sharded.read_model(path) if _is_shards(path) else hf.read(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     return safetensors.read_plain(path) if path.suffix == ".safetensors" else _format(path).read(path)
@@ -204,7 +204,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def put_right(path: Path) -> list[str]:
     """What reading changes about the tensors of a readable file or folder, in words."""
     if path.is_dir():
-        return hf.put_right(path)
+        return [] if _is_shards(path) else hf.put_right(path)
     if path.suffix == ".safetensors":
         return wrappers.described(safetensors.names(path))
     return pth.put_right(path) if path.suffix == ".pth" else []
@@ -295,7 +295,8 @@ def _with_weights(checkpoint: Path) -> Path:
             f"{checkpoint}: holds what was trained beside the weights in {base}, and not these; type {base} {flag} "
             f"{home} once the run has finished"
         )
-    return checkpoint / run.MODEL
+    shards = checkpoint / sharded.FOLDER
+    return shards if shards.is_dir() else checkpoint / run.MODEL
 
 
 def unsaid(
@@ -316,7 +317,7 @@ def unsaid(
 
 def recorded(source: Path) -> ModelConfig | None:
     """What the run or the config.json that these weights belong to calls their config; None: there is none."""
-    if source.is_dir():
+    if source.is_dir() and not _is_shards(source):
         return hf.recorded(source)
     if run.is_checkpoint(source.parent):
         try:
@@ -332,6 +333,10 @@ def recorded(source: Path) -> ModelConfig | None:
     except ConfigError as error:
         raise CheckpointError(f"{config}, which lies beside {source.name}: {error}") from None
     return model if isinstance(model, ModelConfig) else None
+
+
+def _is_shards(folder: Path) -> bool:
+    return folder.name == sharded.FOLDER and run.is_checkpoint(folder.parent)
 
 
 def _needed(config: ModelConfig | None, path: Path) -> ModelConfig:

@@ -2,23 +2,20 @@
 
 A checkpoint is a folder `checkpoints/step-00001000/`. Its `manifest.json`, written last, holds the size and sha256 of
 every other file, and its own; a folder without a manifest that fits is not a checkpoint. `seq` in the manifest counts
-the saves of a run: the newest checkpoint is the one with the largest, whatever its step.
+the saves of a run: the newest checkpoint is the one with the largest, whatever its step. Of a sharded network each
+process writes its part, into `dcp/` (:mod:`heron.checkpoint.sharded`).
 """
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +26,9 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
 from heron import dist, files
-from heron.checkpoint import rng
+from heron.checkpoint import rng, sharded
 from heron.checkpoint.formats import safetensors
+from heron.checkpoint.writer import Writer, entry_of, serialized
 from heron.errors import CheckpointError
 from heron.optim import RowAdamW
 
@@ -44,12 +42,29 @@ FORMAT = 2
 
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
 _UNUSED = "unused"  # stands for them where a parameter has had no gradient yet
-_NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
-_SMALL = 1 << 20  # bytes that are put together before they are handed on
-_BACKLOG = 1 << 28  # bytes that may be written but not hashed yet
 _SMALL_FILES = 1 << 17  # bytes that are allowed for what is not a tensor
 
 _whole: dict[Path, list[tuple[str, int, int]]] = {}  # folder -> what its files looked like when it was verified
+
+
+class Contents(NamedTuple):
+    """What a checkpoint is to hold."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]  # by file and name; those of a sharded network in every process
+    trainer: bytes
+    config: bytes
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of them."""
+        return any(map(dist.is_sharded, self.tensors[MODEL].values()))
+
+    @property
+    def n_bytes(self) -> int:
+        """About how much room they need."""
+        tensors = (tensor for part in self.tensors.values() for tensor in part.values())
+        return _SMALL_FILES + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def save(
@@ -62,75 +77,109 @@ def save(
     keep: int,
     ranks: dist.Ranks = dist.ALONE,
 ) -> Path:
-    """Write `checkpoints/step-<step>`, then delete what is older than the newest `keep` whole ones.
+    """:func:`write` the :func:`contents`."""
+    return write(run_folder, contents(step, model, optimizer, trainer, config_yaml), keep, ranks)
 
-    All processes of a run call it, and the first one writes: whole tensors, put together on its host, so that any
-    number of processes, with shards or without, can go on from them. A name that is taken is left alone: the new
-    folder's then ends in 8 random digits.
+
+def contents(
+    step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: dict[str, Any], config_yaml: str
+) -> Contents:
+    """What a checkpoint is to hold. The tensors of model and optimizer are these themselves, no copies.
 
     Args:
         trainer: what else the loop must know to go on, as JSON values; it holds "step".
+    """
+    moments = _optimizer_tensors(model, optimizer)
+    tensors = {MODEL: model.state_dict(), OPTIMIZER: moments, RNG: rng.tensors()}
+    record = json.dumps(trainer, indent=1, allow_nan=False).encode()
+    return Contents(step, tensors, record, config_yaml.encode())
+
+
+def write(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ranks = dist.ALONE) -> Path:
+    """Write `checkpoints/step-<step>`, then delete what is older than the newest `keep` whole ones.
+
+    All processes of a run call it. The first one writes, or, of a sharded network, each writes its part; any number of
+    processes, with shards or without, can go on from either. A name that is taken is left alone: the new folder's then
+    ends in 8 random digits.
 
     Returns:
         The new folder.
 
     Raises:
         CheckpointError: the folder cannot be written; older checkpoints are untouched, and the message says how many
-            bytes are needed and free.
+            bytes are needed and free. In every process: another's failure is a HeronError.
     """
-    tensors = {
-        MODEL: dist.on_first_host(model.state_dict(), ranks),
-        OPTIMIZER: dist.on_first_host(_optimizer_tensors(model, optimizer), ranks),
-        RNG: rng.tensors(),
-    }
-    return ranks.first(lambda: _write(run_folder, step, tensors, trainer, config_yaml, keep))
+    if contents.sharded:
+        return _write_shards(run_folder, contents, keep, ranks)
+    return ranks.first(lambda: _write(run_folder, contents, keep))
 
 
-def _write(
-    run_folder: Path,
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    trainer: dict[str, Any],
-    config_yaml: str,
-    keep: int,
-) -> Path:
+def _write(run_folder: Path, contents: Contents, keep: int) -> Path:
+    with _new(run_folder, contents, keep) as (folder, writer):
+        for name, part in contents.tensors.items():
+            writer.write(name, serialized(part))
+        _write_small(writer, contents)
+    return folder
+
+
+def _write_shards(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ranks) -> Path:
+    """The same by all processes. One that fails fails them all, and the folder never gets its name."""
+    with contextlib.ExitStack() as stack:
+        begun: list[tuple[Path, Writer]] = []
+
+        def begin() -> Path:
+            begun.append(stack.enter_context(_new(run_folder, contents, keep)))
+            return begun[0][1].folder
+
+        def end() -> Path:
+            folder, writer = begun[0]
+            writer.add({name: entry for files_of_one in written for name, entry in files_of_one.items()})
+            writer.write(RNG, serialized(contents.tensors[RNG]))
+            _write_small(writer, contents)
+            stack.close()
+            return folder
+
+        shards = ranks.first(begin) / sharded.FOLDER
+        sharded.write(shards, contents.tensors[MODEL], contents.tensors[OPTIMIZER], ranks.connection)
+        mine = sorted(shards.glob(sharded.files_of(ranks.rank)))
+        written = ranks.each(lambda: {f"{sharded.FOLDER}/{path.name}": entry_of(path) for path in mine})
+        return ranks.first(end)
+
+
+def _write_small(writer: Writer, contents: Contents) -> None:
+    writer.write(TRAINER, [contents.trainer])
+    writer.write(CONFIG, [contents.config])
+
+
+@contextlib.contextmanager
+def _new(run_folder: Path, contents: Contents, keep: int) -> Iterator[tuple[Path, Writer]]:
+    """A new checkpoint's folder, and what writes its files elsewhere: at the end they are sealed, and get that name."""
     parent = run_folder / "checkpoints"
     files.sweep(parent)
     older = _folders(run_folder)
-    folder = parent / f"step-{step:08d}"
+    folder = parent / f"step-{contents.step:08d}"
     if folder.exists():
         folder = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}")
-    parts = {
-        **tensors,
-        TRAINER: json.dumps(trainer, indent=1, allow_nan=False).encode(),
-        CONFIG: config_yaml.encode(),
-    }
-    needed = _SMALL_FILES + sum(
-        tensor.numel() * tensor.element_size()
-        for part in parts.values()
-        if isinstance(part, dict)
-        for tensor in part.values()
-    )
     try:
-        with files.new_folder(folder) as temporary, _Writer(temporary) as writer:
-            for name, part in parts.items():
-                writer.write(name, _serialized(part) if isinstance(part, dict) else [part])
+        with files.new_folder(folder) as temporary, Writer(temporary) as writer:
+            yield folder, writer
             manifest = {
                 "format": FORMAT,
-                "step": step,
+                "step": contents.step,
                 "seq": 1 + max((_sequence(other) for other in older), default=0),
                 "parent": older[0].name if older else None,
                 "files": writer.files(),
             }
             writer.write(MANIFEST, [_sealed(manifest)])
+            for inside in (path for path in temporary.iterdir() if path.is_dir()):
+                files.sync(inside)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}. A checkpoint needs {needed:,} bytes, {_free(run_folder)} are free; every older one is as it "
-            "was. Make room and run the same command again"
+            f"{error}. A checkpoint needs {contents.n_bytes:,} bytes, {_free(run_folder)} are free; every older one is "
+            "as it was. Make room and run the same command again"
         ) from error
     _whole[folder] = _looks(folder)
     _discard_beyond(keep, run_folder)
-    return folder
 
 
 def newest(run_folder: Path, say: Callable[[str], None] | None = None) -> Path | None:
@@ -169,6 +218,9 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path}: wanted {entry['bytes']} bytes, got {path.stat().st_size}")
         if _sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: its sha256 is not the manifest's; the file was damaged or changed")
+    for path in (folder / sharded.FOLDER).glob("*"):
+        if f"{sharded.FOLDER}/{path.name}" not in manifest["files"]:
+            raise CheckpointError(f"{path}: the manifest does not list it; take it away")
     _whole[folder] = _looks(folder)
 
 
@@ -200,16 +252,24 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     Raises:
         CheckpointError: a tensor of the model, the optimizer or the generators is missing, unknown or of another shape.
     """
-    weights = safetensors.read(folder / MODEL)
-    check_names(folder / MODEL, weights, model.state_dict())
+    shards = folder / sharded.FOLDER
+    if shards.is_dir():
+        of_model, of_optimizer = shards, shards
+        weights, moments = sharded.described(shards)
+    else:
+        of_model, of_optimizer = folder / MODEL, folder / OPTIMIZER
+        weights, moments = safetensors.read(of_model), safetensors.read(of_optimizer)
+    check_names(of_model, weights, model.state_dict())
     for name, parameter in model.state_dict().items():
         if weights[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{folder / MODEL}: {name} must be {tuple(parameter.shape)}, got {tuple(weights[name].shape)}"
+                f"{of_model}: {name} must be {tuple(parameter.shape)}, got {tuple(weights[name].shape)}"
             )
-    for name, parameter in model.state_dict().items():
+    for name, parameter in model.state_dict().items() if of_model != shards else ():
         dist.local(parameter).copy_(dist.local(dist.spread(weights[name], parameter)))
-    _restore_optimizer(folder / OPTIMIZER, model, optimizer)
+    placed = _restore_optimizer(of_optimizer, moments, model, optimizer)
+    if of_model == shards:
+        sharded.read(shards, model.state_dict(), placed)
     generators = safetensors.read(folder / RNG)
     check_names(folder / RNG, generators, rng.names(generators))
     rng.restore(generators)
@@ -260,7 +320,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: wanted checkpoint format {FORMAT}, got {found}")
     if sealed != content:
         raise CheckpointError(f"{path}: its own sha256 does not confirm it; the file was damaged or changed")
-    check_names(path, manifest["files"], (MODEL, OPTIMIZER, RNG, TRAINER, CONFIG))
+    shards = [name for name in manifest["files"] if sharded.is_file(name)]
+    check_names(path, manifest["files"], (*(shards or (MODEL, OPTIMIZER)), RNG, TRAINER, CONFIG))
     return manifest
 
 
@@ -296,7 +357,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _looks(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file."""
-    entries = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
+    entries = [(str(path), path.stat()) for path in folder.rglob("*")]
     return sorted((name, status.st_size, status.st_mtime_ns) for name, status in entries)
 
 
@@ -312,79 +373,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Writer:
-    """Writes files onto the disk, and takes their sha256 in another thread meanwhile."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._behind: collections.deque[tuple[concurrent.futures.Future[None], int]] = collections.deque()
-        self._bytes_behind = 0
-        self._written: dict[str, tuple[int, Any]] = {}
-
-    def write(self, name: str, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Write a new file and force it onto the disk."""
-        digest, size = hashlib.sha256(), 0
-        with open(self._folder / name, "xb") as file:
-            for piece in pieces:
-                self._behind.append((self._pool.submit(digest.update, piece), len(piece)))
-                self._bytes_behind += len(piece)
-                file.write(piece)
-                size += len(piece)
-                self._catch_up(_BACKLOG)
-            file.flush()
-            os.fsync(file.fileno())
-        self._written[name] = size, digest
-
-    def files(self) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of each file written so far."""
-        self._catch_up(0)
-        return {name: {"bytes": size, "sha256": digest.hexdigest()} for name, (size, digest) in self._written.items()}
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._pool.shutdown()
-
-    def _catch_up(self, allowed: int) -> None:
-        """Wait until at most `allowed` written bytes, which stay in memory until then, are still to be hashed."""
-        while self._bytes_behind > allowed:
-            future, size = self._behind.popleft()
-            future.result()
-            self._bytes_behind -= size
-
-
-def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytearray | memoryview]:
-    """A .safetensors file piece by piece: no second copy of all the weights is ever made.
-
-    Source of the format: huggingface/safetensors, README. Wide types come first so that each begins at a multiple of
-    its size, as the format's readers want it.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    small = bytearray(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        raw = flat.view(torch.uint8).numpy().data
-        if len(small) + len(raw) < _SMALL:
-            small += raw
-            continue
-        yield small
-        yield raw
-        small = bytearray()
-    yield small
-
-
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     if isinstance(optimizer, RowAdamW):
@@ -395,8 +383,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
-def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = safetensors.read(path)
+def _restore_optimizer(
+    path: Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Give the optimizer what was kept of it; of shards, which are read later, room for it, by name."""
     wanted = [
         f"{part}.{name}"
         for name, parts in _trained(model, optimizer).items()
@@ -404,6 +394,7 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
     ]
     check_names(path, tensors, wanted)
     optimizer.state.clear()
+    placed = {}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
         parameter = model.get_parameter(name)
@@ -412,7 +403,14 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
         shape = {"step": (), "row_step": parameter.shape[:1]}.get(part, parameter.shape)
         if value.shape != shape:
             raise CheckpointError(f"{path}: {key} must be {tuple(shape)}, got {tuple(value.shape)}")
-        optimizer.state[parameter][part] = dist.spread(value, parameter)
+        if not value.is_meta:
+            placed[key] = dist.spread(value, parameter)
+        elif value.shape == parameter.shape:
+            placed[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        else:
+            placed[key] = torch.empty_like(value, device=parameter.device)
+        optimizer.state[parameter][part] = placed[key]
+    return placed
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, ...]]:

@@ -31,6 +31,7 @@ TABLES_STATE = ("fp32", "bf16")
 WEIGHTS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "graph", "off")
 ON_NONFINITE = ("stop", "skip", "rewind")
+ON_OFF = ("auto", "on", "off")
 PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
 ROSA_GRADS = ("none", "bitflip", "soft_suffix")
 MINI_EPOCH = 40320  # samples; RWKV-LM counts its checkpoints and the lines of its log in these
@@ -310,12 +311,14 @@ class TrainConfig:
     parallel: str = _setting(
         "auto", "on many GPUs each has all weights: ddp; a part: fsdp, hsdp (machines are alike); auto: by size"
     )
+    context_parallel: int = _setting(1, "processes that share each sample, a span of its tokens each; they divide W")
     processes: int = _setting(0, "processes that share each step, one a GPU; 0: as many as torchrun started")
     dist_timeout: float = _setting(600.0, "seconds for which one process waits for another before the run fails")
     magic_prime: int | None = _setting(None, "binidx: prime of RWKV-LM's sample order; None: the largest that fits")
     seed: int = _setting(0, "seed of the initial values, the sample order of small data, and the samples")
     save_every: int = _setting(500, "steps between checkpoints (one is always written at the end); 0: only at the end")
     keep: int = _setting(2, "newest checkpoints kept")
+    background_save: str = _setting("auto", "write checkpoints from a copy while training goes on: on, off; auto: GPU")
     eval_every: int = _setting(250, "steps between validations (one is always made at the end); 0: only at the end")
     sample_every: int = _setting(250, "steps between sampled texts; 0: none")
     sample_prompt: str = _setting("", "prompt of the sampled texts; empty: the first tokens of the validation data")
@@ -345,11 +348,10 @@ class TrainConfig:
             if isinstance(value, str) and not value.strip():
                 raise ConfigError(f"{name}: wanted a name or a path, got {value!r}; is a shell variable not set?")
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
-        at_least |= dict(warmup_steps=-1, dist_timeout=1)
-        for name in ("threads", "processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
-            at_least[name] = 0
-        for name in ("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay", "grad_clip"):
-            at_least[name] = 0
+        at_least |= dict(warmup_steps=-1, dist_timeout=1, context_parallel=1)
+        zero = ("threads", "processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens")
+        zero += ("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay", "grad_clip")
+        at_least |= dict.fromkeys(zero, 0)
         for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "processes", "num_workers", "sample_tokens"):
             if getattr(self, name) > LARGEST_COUNT:
                 raise ConfigError(f"{name}: wanted at most {LARGEST_COUNT}, got {getattr(self, name)}")
@@ -373,7 +375,7 @@ class TrainConfig:
             )
         choices = dict(
             dtype=DTYPES, init_dtype=INIT_DTYPES, tables=TRAINING_TABLES, tables_state=TABLES_STATE, weights=WEIGHTS,
-            compile=COMPILE, on_nonfinite=ON_NONFINITE, parallel=PARALLEL,
+            compile=COMPILE, on_nonfinite=ON_NONFINITE, parallel=PARALLEL, background_save=ON_OFF,
         )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
@@ -412,7 +414,7 @@ class TrainConfig:
     @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step, of all processes together."""
-        return self.micro_bsz * self.accumulate * max(1, self.processes)
+        return self.micro_bsz * self.accumulate * max(1, self.processes // self.context_parallel)
 
     @property
     def total_steps(self) -> int:

@@ -25,9 +25,15 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "speed and memory": (
         ("grad_checkpoint", "dtype", "device"),
-        ("weights", "compile", "tables", "tables_state", "threads", "num_workers", "parallel", "processes"),
+        (
+            *("weights", "compile", "tables", "tables_state", "threads", "num_workers"),
+            *("parallel", "context_parallel", "processes"),
+        ),
     ),
-    "safety and saving": (("save_every", "resume"), ("keep", "on_nonfinite", "spike", "max_hours", "dist_timeout")),
+    "safety and saving": (
+        ("save_every", "resume"),
+        ("keep", "background_save", "on_nonfinite", "spike", "max_hours", "dist_timeout"),
+    ),
     "output": (
         ("out", "eval_every"),
         ("sample_every", "sample_prompt", "sample_tokens", "log_every", "tensorboard", "wandb"),

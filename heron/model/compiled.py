@@ -39,6 +39,7 @@ def choose(
     uneven: bool = False,
     adapter: str | None = None,
     sharded: bool = False,
+    in_spans: bool = False,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -48,6 +49,7 @@ def choose(
         uneven: whether passes differ in how much of the step's loss is theirs.
         adapter: the kind of the adapter that is on the model, if there is one.
         sharded: whether the weights lie over several GPUs, and are gathered block by block.
+        in_spans: whether several processes share a sample.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -55,7 +57,7 @@ def choose(
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model) or (_DORA if adapter == "dora" else None)
-    no_graph = _why_no_graph(model, tables, adds_up, uneven, sharded)
+    no_graph = _why_no_graph(model, tables, adds_up, uneven, sharded, in_spans)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
@@ -80,10 +82,14 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
     return _why_no_triton()
 
 
-def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool, uneven: bool, sharded: bool) -> str | None:
+def _why_no_graph(
+    model: ModelConfig, tables: str, adds_up: bool, uneven: bool, sharded: bool, in_spans: bool
+) -> str | None:
     """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
     if sharded:
         return "the weights of a block arrive while a pass runs"
+    if in_spans:
+        return "the processes that share a sample hear of each other while a pass runs"
     if uneven:
         return "each pass learns another number of tokens"
     if adds_up:  # a replay overwrites its gradients

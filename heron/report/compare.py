@@ -21,7 +21,7 @@ AT = ("end", "tokens", "time")
 _MARK = "<!-- heron compare -->"  # at the head of a file of ours
 _NOT_LEARNED_FROM = {  # settings that change nothing in what a run learns
     "seed", "out", "resume", "threads", "num_workers", "save_every", "keep", "eval_every", "log_every", "max_hours",
-    "sample_every", "sample_prompt", "sample_tokens", "tensorboard", "wandb", "finetune.show",
+    "background_save", "sample_every", "sample_prompt", "sample_tokens", "tensorboard", "wandb", "finetune.show",
 }  # fmt: skip
 
 

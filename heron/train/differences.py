@@ -110,6 +110,7 @@ def exact(config: TrainConfig, device: torch.device, corpus: Corpus, learner: Le
         "magic_prime": run_data.prime(config, corpus),
         "processes": learner.ranks.count,
         "parallel": learner.parallel.value,
+        "context_parallel": config.context_parallel,
         **{name: getattr(config, name) for name in EXACT},
         **_of_finetuning(config),
     }
@@ -121,7 +122,7 @@ def not_exact(
     """Each thing that is not as it was when the checkpoint was written, as a clause."""
     largest = magic_prime(len(corpus.train), config.ctx_len) if corpus.kind == "binidx" else None
     # the only ones there were before they were written down
-    before = {"magic_prime": largest, "processes": 1, "parallel": "none", **record["exact"]}
+    before = {"magic_prime": largest, "processes": 1, "parallel": "none", "context_parallel": 1, **record["exact"]}
     now = exact(config, device, corpus, learner)
     unknown = [f"{name} was not written down" for name in now if name not in before]
     return unknown + [

@@ -55,11 +55,12 @@ def header(
         ("data", f"{corpus.name}: {len(corpus.train):,} tokens"
                  + (f", {len(corpus.val):,} for validation" if corpus.val is not None else "")),
         ("order", batches.description),
-        ("step", (f"{config.processes} x " if config.processes > 1 else "")
+        ("step", (f"{groups} x " if (groups := config.processes // config.context_parallel) > 1 else "")
                  + f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} = "
                  + f"{config.tokens_per_step:,} tokens; {config.total_steps:,} steps"),
         ("device", f"{device}, {config.threads} threads"),
-        *([("parallel", f"{learner.parallel.value} on {config.processes} processes: {learner.parallel.reason}")]
+        *([("parallel", f"{learner.parallel.value} on {config.processes} processes: {learner.parallel.reason}"
+                        + (f"; {config.context_parallel} share each sample" if config.context_parallel > 1 else ""))]
           if config.processes > 1 else []),
         ("precision", f"{config.dtype}: {dtype.reason}; weights {config.weights}"),
         ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),

@@ -15,6 +15,7 @@ import torch
 
 from heron import dist, files, machine, tokenizer
 from heron.checkpoint import ownership, run, save
+from heron.checkpoint.background import Saved, Saver
 from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.conversations import Conversations
@@ -45,7 +46,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None] = print):
         self.ranks = dist.Ranks.of_environment()
-        self.ranks.check_number(config.processes)
+        self.ranks.check_number(config.processes, config.context_parallel)
         self.say = say if self.ranks.is_first else _unheard
         self.out = Path(config.out)
         self._sizes: ModelConfig | None = None  # of the model, once they are known
@@ -205,12 +206,15 @@ class Trainer:
             )  # fmt: skip
         val_packs = run_data.val_packs(config, corpus, of_val)
         pace = threads.Pace()
-        parts = Parts(learner, text_tokenizer, corpus, of_val, batches, val_packs, guard, stop, reporter, pace, base)
+        saver = Saver(config, self.ranks)
+        parts = Parts(
+            learner, text_tokenizer, corpus, of_val, batches, val_packs, guard, stop, reporter, pace, saver, base
+        )
         stop.at_stake = lambda: at_stake(progress)
         self._write_status("running", progress)
         status = "failed"
         try:
-            with contextlib.closing(reporter):
+            with contextlib.closing(reporter), saver:
                 reporter.header(
                     header(config, self.device, self.dtype, learner, corpus, batches, resume_from, beginning)
                 )
@@ -231,10 +235,12 @@ class Trainer:
             self._save(parts, progress)  # so that there is something to go back to
         while progress.step < self.config.total_steps and not parts.stop.reason:
             self._train(parts, progress)
-        if progress.step == self.config.total_steps and not progress.owed:
-            return "finished"
-        if not progress.saved:
+        finished = progress.step == self.config.total_steps and not progress.owed
+        if not (finished or progress.saved):
             self._save(parts, progress)
+        self._saved(parts, progress, parts.saver.wait())
+        if finished:
+            return "finished"
         parts.reporter.note(
             f"stopped by {parts.stop.reason} at step {progress.step}; the same command goes on from here"
         )
@@ -272,9 +278,10 @@ class Trainer:
         return step == config.total_steps or any(_every(period, step) for period in periods)
 
     def _gradients(self, parts: Parts, first: int) -> Gradients:
-        """Start the passes of a step: of its samples, from number `first` on, every W-th is this rank's."""
-        begun, B, rank, W = time.perf_counter(), self.config.micro_bsz, self.ranks.rank, self.ranks.count
-        samples = [parts.batches.batch(first + rank + B * W * micro, B, W) for micro in range(self.config.accumulate)]
+        """Start the passes of a step: of its samples, from number `first` on, those of this process's group."""
+        begun, B = time.perf_counter(), self.config.micro_bsz
+        group, n = self.ranks.group(self.config.context_parallel)
+        samples = [parts.batches.batch(first + group + B * n * micro, B, n) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 
     def _update(self, parts: Parts, progress: Progress, gradients: Gradients) -> Update:
@@ -292,6 +299,9 @@ class Trainer:
         config = self.config
         loss, grad_norm, bad, n_asked = update.read()
         parts.stop.agree(n_asked)
+        self._saved(parts, progress, parts.saver.done())
+        if parts.saver.failed:
+            parts.stop.ask("a save that failed")
         if bad:
             return self._refuse(parts, progress, update, loss, grad_norm)
         parts.stop.begin()
@@ -367,11 +377,15 @@ class Trainer:
         state = resume.state(progress, parts.guard, parts.learner.model.config, exact, parts.base)
         parts.reporter.sync()  # a checkpoint whose steps are not in the log would leave a gap there
         learner, yaml = parts.learner, self.config.to_yaml()
-        folder = run.save(
-            self.out, progress.step, learner.trained, learner.optimizer, state, yaml, self.config.keep, self.ranks
-        )
-        progress.saved, progress.kept = True, progress.step
-        parts.reporter.note(f"saved {folder}")
+        self._saved(parts, progress, parts.saver.wait())
+        parts.saver.begin(run.contents(progress.step, learner.trained, learner.optimizer, state, yaml))
+        progress.saved = True
+        self._saved(parts, progress, parts.saver.done())
+
+    def _saved(self, parts: Parts, progress: Progress, saved: Saved | None) -> None:
+        if saved is not None:
+            progress.kept = saved.step
+            parts.reporter.note(f"saved {saved.folder}")
 
     def _refuse(self, parts: Parts, progress: Progress, update: Update, loss: float, grad_norm: float) -> str:
         """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
@@ -379,7 +393,7 @@ class Trainer:
         action, reason = parts.guard.refuse(parts.learner.weights_are_finite())
         halves = list(zip(*update.gradients.samples, strict=True))[:2]
         mine = [torch.cat(half) for half in halves]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        tokens, targets = (torch.cat(self.ranks.gathered(half)) for half in mine)
+        tokens, targets = (torch.cat(self.ranks.gathered(half)[:: config.context_parallel]) for half in mine)
         kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
 
         def keep() -> None:
@@ -399,6 +413,7 @@ class Trainer:
         progress.cursor = first + config.samples_per_step
         progress.saved = False
         if action == guards.REWIND:
+            self._saved(parts, progress, parts.saver.wait())
             folder = self.ranks.first(lambda: run.newest(self.out, self.say))
             if folder is None:
                 raise HeronError(f"{what}; there is no checkpoint to go back to ({reason}). Try --on_nonfinite rewind")

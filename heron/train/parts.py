@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heron import tokenizer
+from heron.checkpoint.background import Saver
 from heron.data.loader import Batches, Corpus
 from heron.data.packs import Packs
 from heron.data.recalled import Recalled
@@ -58,6 +59,7 @@ class Parts:
     stop: Preemption
     reporter: Reporter
     pace: threads.Pace
+    saver: Saver
     base: Base | None  # the frozen weights that something trains beside
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heron import dist, machine
+from heron import context, dist, machine
 from heron.config import TrainConfig
+from heron.context import Part
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
@@ -33,7 +34,8 @@ class Learner:
         config: its `dtype` is fp32 or bf16.
         device: where steps run.
         say: takes a line for the user; None: standard error.
-        ranks: the processes that learn together. Each hands in its own samples; gradients are those of all.
+        ranks: the processes that learn together. Each hands in its own samples, or, with the others of a group of
+            `config.context_parallel`, whole samples that the group shares; gradients are those of all.
 
     Attributes:
         model: what is evaluated and sampled from.
@@ -48,7 +50,8 @@ class Learner:
 
     Raises:
         ConfigError: tables on the host for a model that has none, or tables to be sharded; `compile` on or graph where
-            nothing can be compiled; an adapter or a state that the model has no place for, or that lies beside shards.
+            nothing can be compiled; samples to be shared by processes for a model that reads them whole; an adapter or
+            a state that the model has no place for, or that lies beside shards.
     """
 
     def __init__(
@@ -69,6 +72,9 @@ class Learner:
                 f"parallel {self.parallel.value}: {what} not sharded yet; use --parallel ddp"
                 + ("" if config.freezes else ", and --tables host where they are large")
             )
+        if config.context_parallel > 1 and (why := context.why_not(model.config)) is not None:
+            raise ConfigError(f"context_parallel {config.context_parallel}: {why}; leave --context_parallel out")
+        self._context = ranks.context(config.context_parallel, config.dist_timeout)
         ranks.start_equal(model, device)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
@@ -91,8 +97,9 @@ class Learner:
         self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
-            config.compile, device, model.config, config.tables, adds_up, self._uneven, kind, sharded
-        )
+            config.compile, device, model.config, config.tables, adds_up, self._uneven, kind, sharded,
+            self._context is not None,
+        )  # fmt: skip
         self._passes, self._graphs = Counter(), {}  # by shape of batch
         if self.tables is not None:
             self.tables.before_moving = self._graphs.clear
@@ -139,7 +146,12 @@ class Learner:
             self.tables.bring(torch.cat(self.ranks.gathered(ids)), len(samples), self._recorded(len(samples)))
         loss = torch.zeros((), device=self.device)
         for sample, parts in zip(samples, self._parts(samples), strict=True):
-            loss += self._pass([_onto(self.device, part) for part in sample], len(samples), parts)
+            part = None
+            if self._context is not None:  # of samples without a memory
+                tokens, targets, *packed = (tensor for tensor in sample if tensor is not None)
+                part = self._context.part(tokens, targets, packed[0] if packed else None)
+                sample = (part.tokens, part.targets, None, part.cu_seqlens)
+            loss += self._pass([_onto(self.device, tensor) for tensor in sample], len(samples), parts, part)
             if len(samples) > 1:
                 self._hand_over()
         if self._reduction is not None and len(samples) > 1:
@@ -151,22 +163,28 @@ class Learner:
     def _parts(self, samples: Sequence[tuple[Tensor | None, ...]]) -> list[float]:
         """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
         if not self._uneven:
-            return [len(samples) * self.ranks.count] * len(samples)
+            return [len(samples) * self.ranks.group(self.config.context_parallel)[1]] * len(samples)
         counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
         (total,) = self.ranks.sum([sum(counts)])
+        total /= self.config.context_parallel  # each of those that share a sample has counted it
         return [total / max(count, 1) for count in counts]
 
-    def _pass(self, sample: list[Any], passes: int, parts: float) -> Tensor:
-        """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
+    def _pass(self, sample: list[Any], passes: int, parts: float, part: Part | None = None) -> Tensor:
+        """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves.
+
+        `part`: of the sample, what `sample` is, where processes share it.
+        """
 
         def run(
             tokens: Tensor, targets: Tensor, recalled: Tensor | None = None, cu_seqlens: Tensor | None = None
         ) -> Tensor:
             state = self.leaves.start(tokens, cu_seqlens)
-            given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens, "state": state}
+            span = None if part is None else part.span
+            given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens, "state": state, "span": span}
             given = {name: part for name, part in given.items() if part is not None}
             with machine.autocast(self._autocast_dtype, self.device):
-                loss = self.network.loss(tokens, targets, **given) / parts
+                loss = self.network.loss(tokens, targets, **given)
+                loss = (loss if part is None else loss * part.share) / parts
             loss.backward()
             if self._reduction is not None and passes == 1:
                 self._reduction.finish()

@@ -79,7 +79,13 @@ class Preemption:
         if self._max_hours is not None and self.asked is None:
             left = self._begin + 3600 * self._max_hours - now
             if left < 2 * self._longest_step:
-                self._ask(f"--max_hours {self._max_hours:g}")
+                self.ask(f"--max_hours {self._max_hours:g}")
+
+    def ask(self, reason: str) -> None:
+        """Ask this process, and with it all of the run, to stop after its step."""
+        self.asked = reason
+        if self._alone:
+            self.reason = reason
 
     def agree(self, n_asked: float) -> None:
         """Hear how many processes of the run were asked to stop: where it is one or more, all of them do."""
@@ -148,7 +154,7 @@ class Preemption:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._heard += 1
         if self._heard == 1:
-            self._ask(signal.Signals(number).name)
+            self.ask(signal.Signals(number).name)
             if not self._saves:
                 raise Stopped
         elif not self._alone and number != signal.SIGINT:
@@ -159,11 +165,6 @@ class Preemption:
             self._let_go(number)
             time.sleep(0.05)  # for the line that says so
             os.kill(os.getpid(), number)
-
-    def _ask(self, reason: str) -> None:
-        self.asked = reason
-        if self._alone:
-            self.reason = reason
 
     def _let_go(self, number: int) -> None:
         if number in self._before:

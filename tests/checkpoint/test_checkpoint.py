@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import heron
 from heron import files
-from heron.checkpoint import run
+from heron.checkpoint import run, writer
 from heron.errors import CheckpointError
 
 SUFFIXES = ["pth", "safetensors"]
@@ -524,7 +524,7 @@ def test_the_files_are_what_the_safetensors_package_writes(trained, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_any_dtype_is_serialized(tmp_path, dtype):
     tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.arange(7), "c": torch.zeros(0), "d": torch.tensor(2.5)}
-    (tmp_path / "x").write_bytes(b"".join(run._serialized(tensors)))
+    (tmp_path / "x").write_bytes(b"".join(writer.serialized(tensors)))
     read = load_file(tmp_path / "x")
     assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items())
 

@@ -37,7 +37,7 @@ PHASES = {  # name -> (object, function that begins the phase, which of its call
     "batch": (loader.Batches, "batch", 5),
     "validation": (due, "evaluate", 1),
     "sample": (due, "generate", 1),
-    "save": (checkpoints, "save", 2),
+    "save": (checkpoints, "write", 2),
 }
 
 
