@@ -74,6 +74,13 @@ def choose_device(wanted: str) -> Choice:
     return Choice(wanted, "as asked")
 
 
+def numbered(device: torch.device | str) -> torch.device:
+    """The device as tensors on it name it: "cuda" is the current one, such as "cuda:0"."""
+    device = torch.device(device)
+    is_current = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if is_current else device
+
+
 def choose_dtype(wanted: str, device: torch.device) -> Choice:
     """fp32 or bf16 for the matrix products of a training run; weights and the WKV state stay in fp32 either way."""
     if wanted != "auto":

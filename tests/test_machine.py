@@ -29,6 +29,12 @@ def gpu(monkeypatch):
     return pretend
 
 
+def test_a_device_has_the_name_that_its_tensors_give(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    names = {"cpu": "cpu", "cuda": "cuda:1", "cuda:0": "cuda:0"}
+    assert {name: str(machine.numbered(name)) for name in names} == names
+
+
 @pytest.mark.parametrize(
     ("flags", "dtype"), [({"amx_bf16"}, "bf16"), ({"avx2", "avx512_bf16"}, "fp32"), (set(), "fp32")]
 )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heron import machine
 from heron.checkpoint.architecture import in_one_dtype
 from heron.errors import ConfigError, HeronError
 from heron.files import as_path
@@ -85,7 +86,7 @@ class Engine:
         if start is not None:
             start.check(model.config, 1)
         self.tokenizer, self.vocab_size = tokenizer, model.config.vocab_size
-        self._device = torch.device(device) if device is not None else next(model.parameters()).device
+        self._device = next(model.parameters()).device if device is None else machine.numbered(device)
         self._start = None if start is None else start.to(self._device)
         self._fingerprint: str | None = None
         moved = None

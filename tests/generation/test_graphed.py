@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import heron
-from heron import tokenizer
+from heron import cli, tokenizer
 from heron.config import RosaConfig
 from heron.errors import HeronError
 from heron.generation import Request, Sampling
@@ -68,6 +68,15 @@ def test_a_text_is_its_own_whatever_runs_beside_it(random_model, dtype, memory):
     assert together == texts(engine, requests)
     for number, request in enumerate(requests):
         assert texts(engine, [request])[0] == together[number]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", None])
+def test_the_command_runs_on_a_device_by_any_of_its_names(random_model, tmp_path, capsys, device):
+    heron.save(random_model(variant="v7", **SIZES), tmp_path / "model.pth")
+    named = [] if device is None else ["--device", device]
+    asked = ["generate", str(tmp_path / "model.pth"), "--tokenizer", "integers:100", "--prompt", "5 6", *named]
+    assert cli.main([*asked, "--max_tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.split()) >= 3
 
 
 @pytest.mark.parametrize("tables", ["host", "disk"])
