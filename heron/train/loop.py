@@ -25,7 +25,7 @@ from heron.optim import lr_at
 from heron.report import NoReporter, Reporter, plot
 from heron.report.samples import show as show_samples
 from heron.tokenizer import Tokenizer
-from heron.train import base_model, differences, due, first_weights, memory, result, resume, run_data, threads
+from heron.train import base_model, differences, due, first_weights, leaves, memory, result, resume, run_data, threads
 from heron.train import guard as guards
 from heron.train.guard import Guard
 from heron.train.header import at_stake, header, write_status
@@ -272,6 +272,7 @@ class Trainer:
     def _gradients(self, parts: Parts, first: int) -> Gradients:
         """Start the passes of a step: of its samples, from number `first` on, every W-th is this rank's."""
         begun, B, rank, W = time.perf_counter(), self.config.micro_bsz, self.ranks.rank, self.ranks.count
+        leaves.seed_dropout(self.config, first + rank)
         samples = [parts.batches.batch(first + rank + B * W * micro, B, W) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 
