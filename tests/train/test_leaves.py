@@ -414,6 +414,10 @@ def test_a_run_goes_on_beside_its_own_base_alone(settings, base, heron_):
         fit(heron.TrainConfig.from_dict({**more, "model": str(Path(config.out).with_name("merged.pth"))}))
     with pytest.raises(CheckpointError, match="this run trains by method lora, not state; name another --out"):
         fit(heron.TrainConfig.from_dict({**more, "finetune": dict(method="state")}))
+    with pytest.raises(CheckpointError, match="this run trains by adapter.rank 4, not 8; name another --out"):
+        fit(heron.TrainConfig.from_dict({**more, "finetune": dict(method="lora", adapter=dict(rank=8))}))
+    code, _, err = heron_("finetune", config.model, "--method", "state", "--out", config.out)
+    assert (code, err.count("holds a run of method lora, not state; name another --out")) == (1, 1)
     said = []
     fit(heron.TrainConfig.from_dict({**more, "finetune": dict(method="lora", adapter=dict(rank=4, alpha=8))}), said)
     assert any("not bit-exact because adapter.alpha was None and is 8" in line for line in said)
