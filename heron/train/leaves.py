@@ -95,15 +95,14 @@ def of_method(model: RWKV, settings: FinetuneConfig, in_half: bool) -> Leaves:
     return Leaves(model, model, state, state=state, beside=[(leaf, leaf) for leaf in state.parameters()])
 
 
-def seed_dropout(config: TrainConfig, number: int) -> None:
-    """Let what an adapter drops in the passes that follow depend on the run's seed and on this number alone.
+def seed_dropout(config: TrainConfig, first: int, rank: int) -> None:
+    """Let what an adapter drops in a step depend on the run's seed, the step's first sample and the process alone.
 
-    Args:
-        number: of the first sample of these passes: each process has another, and a run that goes on the same.
+    Each process then drops other numbers, and a run that goes on the same as one that was never stopped.
     """
     adapter = None if config.finetune is None else config.finetune.adapter
     if adapter is not None and adapter.dropout:
-        torch.manual_seed(random.Random(f"{config.seed} {number}").getrandbits(32))
+        torch.manual_seed(random.Random(f"{config.seed} {first} {rank}").getrandbits(32))
 
 
 def all_weights(model: RWKV, in_half: bool) -> Leaves:

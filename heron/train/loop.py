@@ -272,7 +272,7 @@ class Trainer:
     def _gradients(self, parts: Parts, first: int) -> Gradients:
         """Start the passes of a step: of its samples, from number `first` on, every W-th is this rank's."""
         begun, B, rank, W = time.perf_counter(), self.config.micro_bsz, self.ranks.rank, self.ranks.count
-        leaves.seed_dropout(self.config, first + rank)
+        leaves.seed_dropout(self.config, first, rank)
         samples = [parts.batches.batch(first + rank + B * W * micro, B, W) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 

@@ -306,29 +306,29 @@ def test_dropout_is_of_training_alone(settings, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_what_is_dropped_depends_on_the_samples_of_a_process_alone(settings, monkeypatch):
+def test_what_is_dropped_depends_on_the_step_and_the_process_alone(settings, monkeypatch):
     config = settings(finetune=dict(adapter=dict(rank=4, dropout=0.5)))
-    drawn = []
-    for number in (0, 1, 0):
-        leaves.seed_dropout(config, number)
-        drawn.append(torch.rand(4))
-    assert torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], drawn[1])
+    drawn = {}
+    for first, rank in ((0, 0), (0, 1), (1, 0)):
+        leaves.seed_dropout(config, first, rank)
+        drawn[first, rank] = torch.rand(4).tolist()
+        leaves.seed_dropout(config, first, rank)
+        assert torch.rand(4).tolist() == drawn[first, rank]
+    assert len(set(map(tuple, drawn.values()))) == 3
     before = torch.get_rng_state()
-    leaves.seed_dropout(settings(), 0)
-    leaves.seed_dropout(settings("full"), 0)
+    for other in (settings(), settings("full")):
+        leaves.seed_dropout(other, 0, 0)
     assert torch.equal(torch.get_rng_state(), before)
 
-    numbers = []
-    monkeypatch.setattr(leaves, "seed_dropout", lambda config, number: numbers.append(number))
+    asked = []
+    monkeypatch.setattr(leaves, "seed_dropout", lambda config, first, rank: asked.append((first, rank)))
     trainer = heron.Trainer(config, say=lambda line: None)
     trainer.fit()
-    assert numbers == [0, 2, 4, 6]
-    ranks, batches = dist.Ranks(1, 2), packs_of(config, 0.1)
-    trainer.ranks = ranks
+    assert asked == [(0, 0), (2, 0), (4, 0), (6, 0)]
+    trainer.ranks = dist.Ranks(1, 2)
     learner = SimpleNamespace(gradients=lambda samples: torch.zeros(()))
-    trainer._gradients(SimpleNamespace(batches=batches, learner=learner), 8)
-    assert numbers[-1] == 9
+    trainer._gradients(SimpleNamespace(batches=packs_of(config, 0.1), learner=learner), 8)
+    assert asked[-1] == (8, 1)
 
 
 @pytest.mark.parametrize("method", METHODS)
