@@ -42,6 +42,9 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     if before and not options.config and not before.get("finetune"):
         raise ConfigError(f"{out}: holds a run that does not learn from conversations; name another --out")
     finetune = {**(before.get("finetune") or {}), **of_method}
+    earlier = (before.get("finetune") or {}).get("method", finetune.get("method"))
+    if not options.config and finetune.get("method") != earlier:
+        raise ConfigError(f"{out}: holds a run of method {earlier}, not {finetune['method']}; name another --out")
     if of_adapter := given(options, AdapterConfig, "finetune.adapter."):
         finetune["adapter"] = {**(finetune.get("adapter") or {}), **of_adapter}
     method = str(finetune.get("method", FinetuneConfig.method))

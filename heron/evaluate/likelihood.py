@@ -211,11 +211,11 @@ def _likelihoods(model: RWKV, texts: list[_Text], mode: str, start: State | None
     with torch.inference_mode():
         decoder = decoder_of(model, _SEQUENCES) if mode == "rnn" else None
         for numbers in _passes(by_length, texts, mode):
-            together = [texts[i] for i in numbers]
+            of_pass = [texts[i] for i in numbers]
             if decoder is None:
-                scores = _in_parallel(model, together, start)
+                scores = _in_parallel(model, of_pass, start)
             else:
-                scores = _one_by_one(model, decoder, together, start)
+                scores = _one_by_one(model, decoder, of_pass, start)
             results.update(zip(numbers, scores, strict=True))
     return [results[i] for i in range(len(texts))]
 
@@ -312,9 +312,9 @@ def _windows(n_targets: int, ctx_len: int) -> Iterator[tuple[np.ndarray, int]]:
     """Where the windows of each pass begin, and how many targets each has: ctx_len, and the last one what is left."""
     full = n_targets // ctx_len
     starts = np.arange(full) * ctx_len
-    together = max(1, _TOKENS_PER_PASS // ctx_len)
-    for i in range(0, full, together):
-        yield starts[i : i + together], ctx_len
+    of_pass = max(1, _TOKENS_PER_PASS // ctx_len)
+    for i in range(0, full, of_pass):
+        yield starts[i : i + of_pass], ctx_len
     if n_targets % ctx_len:
         yield np.array([full * ctx_len]), n_targets % ctx_len
 

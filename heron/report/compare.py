@@ -21,7 +21,8 @@ AT = ("end", "tokens", "time")
 _MARK = "<!-- heron compare -->"  # at the head of a file of ours
 _NOT_LEARNED_FROM = {  # settings that change nothing in what a run learns
     "seed", "out", "resume", "threads", "num_workers", "save_every", "keep", "eval_every", "log_every", "max_hours",
-    "background_save", "sample_every", "sample_prompt", "sample_tokens", "tensorboard", "wandb", "finetune.show",
+    "background_save", "dist_timeout", "sample_every", "sample_prompt", "sample_tokens", "tensorboard", "wandb",
+    "finetune.show",
 }  # fmt: skip
 
 
@@ -160,12 +161,12 @@ def figures(run: Run, at: str = "end", limit: float = math.inf) -> dict[str, flo
 
     unit = "val_bpb" if run.has_bits else "val_loss"
     found = {
-        "loss": mean([step["loss"] for step in steps[-MEAN_OF:]]),
+        "loss": mean([step["loss"] for step in steps[-MEAN_OF:]]) if steps else math.nan,
         "val_loss": on_the_line("val_loss", run.validations),
         "val_bpb": on_the_line("val_bpb", run.validations) if run.has_bits else math.nan,
         "tokens": on_the_line("tokens", run.steps),
         "seconds": on_the_line("seconds", run.steps) if at != "time" else place,
-        "tokens/s": statistics.median(step["tokens_per_s"] for step in steps),
+        "tokens/s": statistics.median(step["tokens_per_s"] for step in steps) if steps else math.nan,
     }
     passed = [one[unit] for one in run.validations if one[axis] <= place]
     return found | {"best": min((value for value in (*passed, found[unit]) if math.isfinite(value)), default=math.nan)}
@@ -221,7 +222,10 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         if field.name not in ("model", "finetune"):
             found[field.name] = getattr(config, field.name)
     if config.finetune is not None:
-        found |= {f"finetune.{name}": value for name, value in dataclasses.asdict(config.finetune).items()}
+        of_finetuning = dataclasses.asdict(config.finetune)
+        adapter = of_finetuning.pop("adapter") or {}
+        of_finetuning |= {f"adapter.{name}": value for name, value in adapter.items()}
+        found |= {f"finetune.{name}": value for name, value in of_finetuning.items()}
     shaping = {name: value for name, value in found.items() if name not in _NOT_LEARNED_FROM}
     return {name: str(value) if isinstance(value, (dict, list)) else value for name, value in shaping.items()}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from heron.config import TrainConfig
 from heron.config.finetune import FinetuneConfig
 from heron.config.finetune_adapter import AdapterConfig
 from heron.model import RWKV
@@ -91,6 +93,16 @@ def of_method(model: RWKV, settings: FinetuneConfig, in_half: bool) -> Leaves:
         return _with_adapter(model, settings.adapter, in_half)
     state = TunedState(model.config, settings.token_shifts).to(model.emb.weight.device)
     return Leaves(model, model, state, state=state, beside=[(leaf, leaf) for leaf in state.parameters()])
+
+
+def seed_dropout(config: TrainConfig, first: int, rank: int) -> None:
+    """Let what an adapter drops in a step depend on the run's seed, the step's first sample and the process alone.
+
+    Each process then drops other numbers, and a run that goes on the same as one that was never stopped.
+    """
+    adapter = None if config.finetune is None else config.finetune.adapter
+    if adapter is not None and adapter.dropout:
+        torch.manual_seed(random.Random(f"{config.seed} {first} {rank}").getrandbits(32))
 
 
 def all_weights(model: RWKV, in_half: bool) -> Leaves:

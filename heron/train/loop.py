@@ -27,7 +27,7 @@ from heron.optim import lr_at
 from heron.report import NoReporter, Reporter, plot
 from heron.report.samples import show as show_samples
 from heron.tokenizer import Tokenizer
-from heron.train import base_model, differences, due, first_weights, memory, result, resume, run_data, threads
+from heron.train import base_model, differences, due, first_weights, leaves, memory, result, resume, run_data, threads
 from heron.train import guard as guards
 from heron.train.guard import Guard
 from heron.train.header import at_stake, header, write_status
@@ -281,6 +281,7 @@ class Trainer:
         """Start the passes of a step: of its samples, from number `first` on, those of this process's group."""
         begun, B = time.perf_counter(), self.config.micro_bsz
         group, n = self.ranks.group(self.config.context_parallel)
+        leaves.seed_dropout(self.config, first, self.ranks.rank)
         samples = [parts.batches.batch(first + group + B * n * micro, B, n) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 

@@ -27,12 +27,12 @@ def write(out: Path, leaves: Leaves, base: Base | None, model: RWKV) -> Path:
     """
     fingerprint = None if base is None else base.fingerprint
     if leaves.adapter is not None:
-        if (folder := out / FOLDER).exists():
-            older = folder.with_name(f".trash-{FOLDER}")
-            shutil.rmtree(older, ignore_errors=True)
+        folder, older = out / FOLDER, out / f".trash-{FOLDER}"
+        shutil.rmtree(older, ignore_errors=True)
+        if folder.exists():
             folder.rename(older)
         save_adapter(leaves.adapter, folder, fingerprint, leaves.trained.state_dict())
-        shutil.rmtree(out / f".trash-{FOLDER}", ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
         return folder
     path = out / (ownership.FINAL if leaves.state is None else STATE)
     with ownership.writing(path):

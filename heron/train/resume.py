@@ -43,12 +43,18 @@ def frozen_weights(config: TrainConfig, resume_from: Path) -> Path | None:
     """The weights that a run freezes, which its checkpoints lack; None where these hold all.
 
     Raises:
-        CheckpointError: the run trains by another method.
+        CheckpointError: the run trains by another method, or an adapter of another shape.
     """
     record = run.trainer_of(resume_from)
-    method = "full" if config.finetune is None else config.finetune.method
-    if (earlier := record.get("exact", {}).get("method", "full")) != method:
-        raise CheckpointError(f"{resume_from}: this run trains by method {earlier}, not {method}; name another --out")
+    before = {"method": "full", **record.get("exact", {})}
+    now = {"method": "full" if config.finetune is None else config.finetune.method}
+    if config.finetune is not None and (adapter := config.finetune.adapter) is not None:
+        now |= {f"adapter.{name}": getattr(adapter, name) for name in ("kind", "rank", "targets")}
+    for name, value in now.items():
+        if (earlier := before.get(name)) != value:
+            raise CheckpointError(
+                f"{resume_from}: this run trains by {name} {earlier}, not {value}; name another --out"
+            )
     if "base" not in record:
         return None
     return Path(record["base"]["path"] if isinstance(config.model, ModelConfig) else config.model)

@@ -9,6 +9,7 @@ import statistics
 import pytest
 
 from heron.config import FinetuneConfig, ModelConfig, RosaConfig, TrainConfig
+from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import ConfigError, DataError
 from heron.report import compare, plot
 
@@ -166,3 +167,22 @@ def test_runs_of_one_name_share_a_colour_and_a_line_of_the_legend(made, tmp_path
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["one", "two"]
     colours = [line.get_color() for line in loss.get_lines()]
     assert colours[0] == colours[4] != colours[2]
+
+
+def test_a_run_whose_first_step_is_behind_the_place_of_all_has_no_figures_there(made):
+    folders = [made("short", n_steps=1), made("long", 4.0, 3.0)]
+    log = folders[1] / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] >= 5))
+    runs = compare.read(folders)
+    found = compare.figures(runs[1], "tokens", compare.budget(runs, "tokens"))
+    assert all(map(math.isnan, found.values()))
+    assert "nan" in compare.table(compare.groups(runs), "tokens")
+
+
+def test_an_adapter_is_told_by_those_of_its_settings_that_differ(made):
+    adapters = [AdapterConfig(rank=rank) for rank in (4, 8)]
+    folders = [
+        made(f"rank{adapter.rank}", finetune=FinetuneConfig(method="lora", adapter=adapter)) for adapter in adapters
+    ]
+    assert names(folders) == ["finetune.adapter.rank 4", "finetune.adapter.rank 8"]

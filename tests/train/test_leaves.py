@@ -8,13 +8,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import heron
-from heron import cli, report
+from heron import cli, dist, report
 from heron.checkpoint import tuned_state
 from heron.checkpoint.adapters import base_fingerprint, load_adapter, merged
 from heron.commands import estimate
@@ -26,7 +27,7 @@ from heron.errors import CheckpointError, ConfigError
 from heron.model.adapters import adapter_parameters, add_adapter
 from heron.model.plain import own_parameters
 from heron.model.tuned_state import TunedState
-from heron.train import loop
+from heron.train import leaves, loop
 from heron.train.step import Learner
 from tests.torture import kills, kills_of_finetuning
 from tests.train.faults import Fault, faulty
@@ -114,8 +115,8 @@ def test_steps_of_an_adapter_are_those_of_a_loop_made_by_hand(settings, random_m
     by_hand = copy.deepcopy(model)
     torch.manual_seed(3)
     add_adapter(by_hand, config.finetune.adapter)
-    leaves = {name: leaf for name, leaf in adapter_parameters(by_hand).items() if leaf.requires_grad}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, weight_decay=0.0, fused=True)
+    learned = {name: leaf for name, leaf in adapter_parameters(by_hand).items() if leaf.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, weight_decay=0.0, fused=True)
     torch.manual_seed(3)
     learner = Learner(model, config, CPU)
     for step in range(3):
@@ -124,12 +125,12 @@ def test_steps_of_an_adapter_are_those_of_a_loop_made_by_hand(settings, random_m
         for tokens, targets, _, cu_seqlens in batches:
             (by_hand.loss(tokens, targets, cu_seqlens) / (n_learned / int((targets != -100).sum()))).backward()
         loss = learner.gradients(batches)
-        for name, leaf in leaves.items():
+        for name, leaf in learned.items():
             assert torch.equal(learner.trained.get_parameter(name).grad, leaf.grad), name
         optimizer.step()
         optimizer.zero_grad()
         learner.update(loss, 1e-3, math.inf)
-    for name, leaf in leaves.items():
+    for name, leaf in learned.items():
         assert torch.equal(learner.trained.get_parameter(name), leaf), name
 
 
@@ -167,7 +168,7 @@ def test_frozen_weights_have_no_gradients_moments_or_copies_and_stay_as_they_are
     config, half = settings(method, **changes, tables=tables), "weights" in changes
     learner, packs = Learner(random_model(n_layer=2, vocab_size=256), config, CPU), packs_of(config)
     before = weights_of(learner.model)
-    leaves = {id(leaf) for leaf in learner.trained.parameters()}
+    learned = {id(leaf) for leaf in learner.trained.parameters()}
     for step in range(2):
         batches = [packs.batch(2 * config.accumulate * step + 2 * i, 2) for i in range(config.accumulate)]
         loss = learner.gradients(batches)
@@ -176,7 +177,7 @@ def test_frozen_weights_have_no_gradients_moments_or_copies_and_stay_as_they_are
         loss, _, bad, _ = learner.update(loss, 1e-2, math.inf)
         assert float(bad) == 0.0
     assert learner.network is learner.model
-    assert {id(leaf) for leaf in learner.optimizer.state} == leaves
+    assert {id(leaf) for leaf in learner.optimizer.state} == learned
     assert {leaf.dtype for leaf in learner.trained.parameters()} == {torch.float32}
     state = learner.optimizer.state.values()
     assert {part.dtype for parts in state for part in parts.values()} == {torch.float32}
@@ -305,6 +306,31 @@ def test_dropout_is_of_training_alone(settings, tmp_path):
     assert losses[0] != losses[1]
 
 
+def test_what_is_dropped_depends_on_the_step_and_the_process_alone(settings, monkeypatch):
+    config = settings(finetune=dict(adapter=dict(rank=4, dropout=0.5)))
+    drawn = {}
+    for first, rank in ((0, 0), (0, 1), (1, 0)):
+        leaves.seed_dropout(config, first, rank)
+        drawn[first, rank] = torch.rand(4).tolist()
+        leaves.seed_dropout(config, first, rank)
+        assert torch.rand(4).tolist() == drawn[first, rank]
+    assert len(set(map(tuple, drawn.values()))) == 3
+    before = torch.get_rng_state()
+    for other in (settings(), settings("full")):
+        leaves.seed_dropout(other, 0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    asked = []
+    monkeypatch.setattr(leaves, "seed_dropout", lambda config, first, rank: asked.append((first, rank)))
+    trainer = heron.Trainer(config, say=lambda line: None)
+    trainer.fit()
+    assert asked == [(0, 0), (2, 0), (4, 0), (6, 0)]
+    trainer.ranks = dist.Ranks(1, 2)
+    learner = SimpleNamespace(gradients=lambda samples: torch.zeros(()))
+    trainer._gradients(SimpleNamespace(batches=packs_of(config, 0.1), learner=learner), 8)
+    assert asked[-1] == (8, 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bad_step_is_gone_back_from(settings, method):
     config = settings(method, on_nonfinite="rewind", save_every=2, max_steps=5)
@@ -388,6 +414,10 @@ def test_a_run_goes_on_beside_its_own_base_alone(settings, base, heron_):
         fit(heron.TrainConfig.from_dict({**more, "model": str(Path(config.out).with_name("merged.pth"))}))
     with pytest.raises(CheckpointError, match="this run trains by method lora, not state; name another --out"):
         fit(heron.TrainConfig.from_dict({**more, "finetune": dict(method="state")}))
+    with pytest.raises(CheckpointError, match="this run trains by adapter.rank 4, not 8; name another --out"):
+        fit(heron.TrainConfig.from_dict({**more, "finetune": dict(method="lora", adapter=dict(rank=8))}))
+    code, _, err = heron_("finetune", config.model, "--method", "state", "--out", config.out)
+    assert (code, err.count("holds a run of method lora, not state; name another --out")) == (1, 1)
     said = []
     fit(heron.TrainConfig.from_dict({**more, "finetune": dict(method="lora", adapter=dict(rank=4, alpha=8))}), said)
     assert any("not bit-exact because adapter.alpha was None and is 8" in line for line in said)

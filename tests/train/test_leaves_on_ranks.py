@@ -1,0 +1,122 @@
+"""Adapters, tuned states and ROSA memory on two processes: the run that one process makes, and the same after a stop.
+
+The processes are `python -m tests.train.test_leaves_on_ranks FOLDER PORT PORT ...`, all runs one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import heron
+from heron import report
+from heron.train import loop
+from tests.ranks import SIZES, free_ports, launch, settings
+
+pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+
+STOP = 2
+
+
+def runs(folder: Path) -> dict[str, dict]:
+    """What is asked of each run beyond :func:`tests.ranks.settings`, by its name."""
+    beside = dict(
+        model=str(folder / "base.pth"), data=str(folder / "chat.jsonl"), ctx_len=96, max_steps=5, warmup_steps=1,
+        lr_init=1e-2, lr_final=1e-3, eval_every=0, parallel="ddp",
+    )  # fmt: skip
+    memory = heron.ModelConfig(variant="v8", rosa="memory", **SIZES)
+    adapter = dict(method="lora", adapter=dict(rank=4))
+    dropping = dict(method="lora", adapter=dict(rank=4, dropout=0.3))
+    return {
+        "memory": dict(model=memory, max_steps=6, eval_every=3, parallel="ddp"),
+        "adapter": beside | dict(finetune=heron.FinetuneConfig.from_dict(adapter)),
+        "state": beside | dict(finetune=heron.FinetuneConfig(method="state", token_shifts=True)),
+        "dropping": beside | dict(finetune=heron.FinetuneConfig.from_dict(dropping)),
+        "stopped": beside | dict(finetune=heron.FinetuneConfig.from_dict(dropping)),
+    }
+
+
+ALIKE = ("memory", "adapter", "state")  # whose losses do not depend on the number of processes
+
+
+class StopAt(heron.Trainer):
+    """A trainer of which the first process is asked to stop during the step behind STOP others."""
+
+    def _gradients(self, parts, first):
+        if self.ranks.is_first and first == STOP * self.config.samples_per_step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super()._gradients(parts, first)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs of one process with four samples a step, in one/, and those of two with two each, in two/."""
+    folder = tmp_path_factory.mktemp("leaves")
+    talks = [(f"What is {n} and {n % 3}?", f"It is {n + n % 3}." + " Or not." * (n % 4)) for n in range(30)]
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps({"prompt": a, "completion": b}) for a, b in talks))
+    (folder / "text.txt").write_text("".join(f"Number {n} is {n * n % 97}.\n" for n in range(150)))
+    torch.manual_seed(0)
+    heron.save(heron.RWKV(heron.ModelConfig(variant="v8", **SIZES)), folder / "base.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot", lambda folders, out: None)
+        for name in ALIKE:
+            config = settings(folder / "one", folder / "text.txt", name, **runs(folder)[name] | dict(micro_bsz=4))
+            assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
+    ports = map(str, free_ports(len(runs(folder)) + 1))
+    processes = launch(["-m", "tests.train.test_leaves_on_ranks", str(folder), *ports], 2)
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return folder
+
+
+def main(folder: Path, ports: list[str]) -> None:
+    """The runs of one of two processes, which draws initial values of its own."""
+    loop.plot = lambda folders, out: None
+    seed_all = torch.manual_seed
+    torch.manual_seed = lambda seed: seed_all(seed + int(os.environ["RANK"]))
+
+    def fit(name: str, trainer: type[heron.Trainer] = heron.Trainer) -> str:
+        os.environ["MASTER_PORT"] = ports.pop()
+        config = settings(folder / "two", folder / "text.txt", name, **runs(folder)[name])
+        return trainer(config, say=lambda line: None).fit()
+
+    for name in (*ALIKE, "dropping"):
+        assert fit(name) == "finished"
+    assert fit("stopped", StopAt) == "preempted"
+    assert fit("stopped") == "finished"
+
+
+def load_adapter(run_folder):
+    return load_file(run_folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_losses_of_two_processes_are_those_of_one(folder, name):
+    one, two = (report.read_log(folder / count / name) for count in ("one", "two"))
+    for records, key in ((0, "loss"), (1, "val_loss")):
+        ours, theirs = ([record[key] for record in of[records]] for of in (two, one))
+        assert ours == pytest.approx(theirs, abs=2e-6)
+        assert len(ours) == len(theirs) > 0
+
+
+def test_a_run_with_dropout_that_was_stopped_goes_on_bit_for_bit(folder):
+    whole, stopped = (report.read_log(folder / "two" / name)[0] for name in ("dropping", "stopped"))
+    assert (folder / "two" / "stopped" / "checkpoints" / f"step-{STOP + 1:08d}").is_dir()
+    assert [record["loss"] for record in whole] == [record["loss"] for record in stopped]
+    one, other = (load_adapter(folder / "two" / name) for name in ("dropping", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
