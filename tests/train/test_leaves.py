@@ -173,7 +173,7 @@ def test_frozen_weights_have_no_gradients_moments_or_copies_and_stay_as_they_are
         loss = learner.gradients(batches)
         assert all(weight.grad is None for _, _, weight in own_parameters(learner.model))
         assert not any(weight.requires_grad for _, _, weight in own_parameters(learner.model))
-        loss, _, bad = learner.update(loss, 1e-2, math.inf)
+        loss, _, bad, _ = learner.update(loss, 1e-2, math.inf)
         assert float(bad) == 0.0
     assert learner.network is learner.model
     assert {id(leaf) for leaf in learner.optimizer.state} == leaves
