@@ -220,15 +220,23 @@ def _written(func: Any) -> str | None:
 
 def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -> None:
     """Note what is held once a forward pass has ended and was not before."""
-    forward = network.loss
 
-    def loss(tokens: Tensor, targets: Tensor, **given: Any) -> Tensor:
-        before = ledger.held
-        value = forward(tokens, targets, **given)
-        counts["activations"] = ledger.held - before
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def begun(*given: Any, **named: Any) -> Any:
+            counts["before"] = ledger.held
+            return method(*given, **named)
+
+        return begun
+
+    def head_loss(*given: Any) -> Tensor:
+        value = of_network(*given)
+        counts["activations"] = max(counts.get("activations", 0), ledger.held - counts["before"])
         return value
 
-    network.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
+    of_network = network.head_loss
+    network.head_loss = head_loss  # pyright: ignore[reportAttributeAccessIssue]
+    network.loss = noting(network.loss)  # pyright: ignore[reportAttributeAccessIssue]
+    network.hidden_states = noting(network.hidden_states)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _among(tensors: list[Tensor], tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from heron.config.settings import from_dict as _from_dict
 from heron.config.settings import setting as _setting
 from heron.config.settings import setting_type as setting_type
 from heron.config.strict_yaml import read as read_yaml
+from heron.config.tbptt import Tbptt
 from heron.errors import ConfigError, did_you_mean
 
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
@@ -298,6 +299,7 @@ class TrainConfig:
     weight_decay: float = _setting(0.1, "AdamW: decoupled decay of the large matrices (the reference group)")
     grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
     grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
+    tbptt: str = _setting("", "read samples in chunks of so many tokens, states passed on; exact: gradients too")
     dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
     weights: str = _setting(
         "auto", "the network computes with fp32 weights, a bf16 copy of them, or auto: bf16 on a GPU"
@@ -309,7 +311,7 @@ class TrainConfig:
     threads: int = _setting(0, "CPU threads; 0: those the run began with, chosen by trial. Others change last bits")
     parallel: str = _setting(
         "auto",
-        "many GPUs: ddp (each has all weights), fsdp (a part), hsdp (a part; machines are alike), or auto: by size",
+        "many GPUs: ddp (each has all weights), fsdp (a part), hsdp (a part, machines alike), or auto",
     )
     processes: int = _setting(0, "processes that share each step, one a GPU; 0: as many as torchrun started")
     dist_timeout: float = _setting(600.0, "seconds for which one process waits for another before the run fails")
@@ -338,19 +340,18 @@ class TrainConfig:
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
         if isinstance(self.finetune, Mapping):
             object.__setattr__(self, "finetune", FinetuneConfig.from_dict(self.finetune))
-        if type(self.eod) is int:  # YAML reads an id so
-            object.__setattr__(self, "eod", str(self.eod))
+        for name in ("eod", "tbptt"):
+            if type(value := getattr(self, name)) is int:  # YAML reads an id, or a number of tokens, so
+                object.__setattr__(self, name, str(value))
         _check_types(self)
         for name in _NAMES:
             value = getattr(self, name)
             if isinstance(value, str) and not value.strip():
                 raise ConfigError(f"{name}: wanted a name or a path, got {value!r}; is a shell variable not set?")
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
-        at_least |= dict(warmup_steps=-1, dist_timeout=1)
-        for name in ("threads", "processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"):
-            at_least[name] = 0
-        for name in ("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay", "grad_clip"):
-            at_least[name] = 0
+        at_least |= dict(warmup_steps=-1, dist_timeout=1, threads=0, grad_clip=0)
+        at_least |= dict.fromkeys(("processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"), 0)
+        at_least |= dict.fromkeys(("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay"), 0)
         for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "processes", "num_workers", "sample_tokens"):
             if getattr(self, name) > LARGEST_COUNT:
                 raise ConfigError(f"{name}: wanted at most {LARGEST_COUNT}, got {getattr(self, name)}")
@@ -364,6 +365,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name}: wanted 0 <= {name} < 1, got {value}")
+        _ = Tbptt.of(self.tbptt)
         if not self.adam_eps > 0:
             raise ConfigError(f"adam_eps: wanted more than 0, got {self.adam_eps}")
         by_epochs = self.finetune is not None and self.max_steps is None

@@ -25,7 +25,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "speed and memory": (
         ("grad_checkpoint", "dtype", "device"),
-        ("weights", "compile", "tables", "tables_state", "threads", "num_workers", "parallel", "processes"),
+        (
+            *("tbptt", "weights", "compile", "tables", "tables_state", "threads", "num_workers", "parallel"),
+            "processes",
+        ),
     ),
     "safety and saving": (("save_every", "resume"), ("keep", "on_nonfinite", "spike", "max_hours", "dist_timeout")),
     "output": (

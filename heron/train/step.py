@@ -12,15 +12,17 @@ from torch import Tensor
 
 from heron import dist, machine
 from heron.config import TrainConfig
+from heron.config.tbptt import Tbptt
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
 from heron.model.plain import has_hooks
 from heron.optim import build_optimizer, set_lr
 from heron.tables.rows import row_tables
-from heron.train import leaves
+from heron.train import chunks, leaves
 from heron.train.guard import is_bad
 
+_IN_CHUNK = ("tokens", "targets", "recalled", "cu_seqlens")
 _PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
 
 
@@ -47,7 +49,8 @@ class Learner:
 
     Raises:
         ConfigError: tables on the host for a model that has none, or tables to be sharded; `compile` on or graph where
-            nothing can be compiled; an adapter or a state that the model has no place for, or that lies beside shards.
+            nothing can be compiled; chunks that the model or its shards don't fit; an adapter or a state that the model
+            has no place for, or that lies beside shards.
     """
 
     def __init__(
@@ -68,6 +71,11 @@ class Learner:
                 f"parallel {self.parallel.value}: {what} not sharded yet; use --parallel ddp"
                 + ("" if config.freezes else ", and --tables host where they are large")
             )
+        self._tbptt = Tbptt.of(config.tbptt)
+        if self._tbptt is not None:
+            chunks.check(self._tbptt, model.config)
+            if sharded:
+                raise ConfigError(f"tbptt {config.tbptt}: weights that are sharded are not read in chunks yet; use ddp")
         ranks.start_equal(model, device)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
@@ -87,7 +95,7 @@ class Learner:
         self._autocast_dtype = "fp32" if in_half else config.dtype
         in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
-        uneven = config.finetune is not None
+        uneven = config.finetune is not None or self._tbptt is not None
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
             config.compile, device, model.config, config.tables, adds_up, uneven, kind, sharded
@@ -104,6 +112,7 @@ class Learner:
             self.compiled.value != "off",
             in_half,
         )
+        self._at_once = config.accumulate == 1 and self._tbptt is None  # one pass has a step's gradients
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
@@ -133,15 +142,20 @@ class Learner:
         return self._gradients(samples)
 
     def _gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
+        in_chunks = [] if self._tbptt is None else [chunks.cut(sample, self._tbptt.chunk) for sample in samples]
+        passes = sum(map(len, in_chunks)) or len(samples)
         if self.tables is not None:
             ids = torch.cat([sample[0] for sample in samples if sample[0] is not None])
-            self.tables.bring(torch.cat(self.ranks.gathered(ids)), len(samples), self._recorded(len(samples)))
+            self.tables.bring(torch.cat(self.ranks.gathered(ids)), passes, self._recorded(passes))
         loss = torch.zeros((), device=self.device)
-        for sample, parts in zip(samples, self._parts(samples), strict=True):
+        for number, (sample, parts) in enumerate(zip(samples, self._parts(samples), strict=True)):
+            if in_chunks:
+                loss += self._read(in_chunks[number], parts)
+                continue
             loss += self._pass([_onto(self.device, part) for part in sample], len(samples), parts)
             if len(samples) > 1:
                 self._hand_over()
-        if self._reduction is not None and len(samples) > 1:
+        if self._reduction is not None and not self._at_once:
             self._reduction.finish()
         if self.tables is not None:
             self.ranks.add_(self.tables.gradients())
@@ -154,6 +168,20 @@ class Learner:
         counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
         (total,) = self.ranks.sum([sum(counts)])
         return [total / max(count, 1) for count in counts]
+
+    def _read(self, sample: list[chunks.Chunk], parts: float) -> Tensor:
+        """The share of the loss of a sample that is read in chunks; the gradients are in the masters."""
+        assert self._tbptt is not None
+        sample = [
+            chunk._replace(**{name: _onto(self.device, getattr(chunk, name)) for name in _IN_CHUNK}) for chunk in sample
+        ]
+        reader = chunks.Reader(
+            self.network,
+            self.leaves.start,
+            lambda: machine.autocast(self._autocast_dtype, self.device),
+            self._hand_over,
+        )
+        return reader.learn(sample, self._tbptt.exact, parts)
 
     def _pass(self, sample: list[Any], passes: int, parts: float) -> Tensor:
         """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
@@ -185,13 +213,12 @@ class Learner:
     def _reduction_of(self) -> dist.Reduction:
         """Of the leaves that have a step's gradients: of several passes these are added up as the masters'."""
         on_rows = {id(weight) for weight in (self.tables.weights if self.tables is not None else [])}
-        at_once = self.config.accumulate == 1
-        learning = (copy if at_once else master for copy, master in self.leaves.pairs)
-        return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), at_once)
+        learning = (copy if self._at_once else master for copy, master in self.leaves.pairs)
+        return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), self._at_once)
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
-        if self.compiled.value != "graph" or passes != self.config.accumulate:
+        if self.compiled.value != "graph" or passes != self.config.accumulate or self._tbptt is not None:
             return False
         if any(map(has_hooks, self.network.modules())):
             return False  # a replay would not call them
