@@ -340,17 +340,16 @@ class TrainConfig:
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
         if isinstance(self.finetune, Mapping):
             object.__setattr__(self, "finetune", FinetuneConfig.from_dict(self.finetune))
-        for name in ("eod", "tbptt"):
-            if type(value := getattr(self, name)) is int:  # YAML reads an id, or a number of tokens, so
-                object.__setattr__(self, name, str(value))
+        for name in ("eod", "tbptt"):  # YAML reads an id, or a number of tokens, as a number
+            object.__setattr__(self, name, str(value) if type(value := getattr(self, name)) is int else value)
         _check_types(self)
         for name in _NAMES:
             value = getattr(self, name)
             if isinstance(value, str) and not value.strip():
                 raise ConfigError(f"{name}: wanted a name or a path, got {value!r}; is a shell variable not set?")
         at_least = dict(ctx_len=1, micro_bsz=1, accumulate=1, keep=1, log_every=1, max_steps=1, max_tokens=1)
-        at_least |= dict(warmup_steps=-1, dist_timeout=1, threads=0, grad_clip=0)
-        at_least |= dict.fromkeys(("processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens"), 0)
+        at_least |= dict(warmup_steps=-1, dist_timeout=1, threads=0, grad_clip=0, processes=0)
+        at_least |= dict.fromkeys(("seed", "save_every", "eval_every", "sample_every", "sample_tokens"), 0)
         at_least |= dict.fromkeys(("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay"), 0)
         for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "processes", "num_workers", "sample_tokens"):
             if getattr(self, name) > LARGEST_COUNT:
@@ -365,7 +364,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name}: wanted 0 <= {name} < 1, got {value}")
-        _ = Tbptt.of(self.tbptt)
+        if Tbptt.of(self.tbptt) and self.finetune is not None and self.finetune.has_pairs:
+            raise ConfigError(f"tbptt {self.tbptt}: pairs of answers are read whole; drop it, or objective dpo")
         if not self.adam_eps > 0:
             raise ConfigError(f"adam_eps: wanted more than 0, got {self.adam_eps}")
         by_epochs = self.finetune is not None and self.max_steps is None

@@ -417,12 +417,14 @@ class RWKV(nn.Module):
         hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled, span)
         return self.head_loss(hidden, targets, recalled)
 
-    def head_loss(self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None) -> Tensor:
+    def head_loss(
+        self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None, l2wrap: float = 1e-4
+    ) -> Tensor:
         """:meth:`loss` of what :meth:`hidden_states` gave. A head that is not plain (an adapter) is called."""
         bonus = None if self.memory is None or recalled is None else self.memory.bonus(recalled)
         if is_plain(self.head, nn.Linear):
-            return ops.linear_cross_entropy(hidden, self.head.weight, targets, bonus=bonus)
-        return ops.cross_entropy(self.logits(hidden, recalled), targets)
+            return ops.linear_cross_entropy(hidden, self.head.weight, targets, l2wrap, bonus=bonus)
+        return ops.cross_entropy(self.logits(hidden, recalled), targets, l2wrap)
 
     def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
         """As everywhere in PyTorch; dtypes that were assigned may differ from tensor to tensor."""

@@ -19,13 +19,25 @@ from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.conversations import Conversations
 from heron.data.loader import Corpus
+from heron.data.packs import Packs
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.model import RWKV
 from heron.optim import lr_at
 from heron.report import NoReporter, Reporter, plot
 from heron.report.samples import show as show_samples
 from heron.tokenizer import Tokenizer
-from heron.train import base_model, differences, due, first_weights, memory, result, resume, run_data, threads
+from heron.train import (
+    base_model,
+    differences,
+    due,
+    first_weights,
+    memory,
+    preference,
+    result,
+    resume,
+    run_data,
+    threads,
+)
 from heron.train import guard as guards
 from heron.train.guard import Guard
 from heron.train.header import at_stake, header, write_status
@@ -202,6 +214,8 @@ class Trainer:
                 config.steps_per_mini_epoch, owed=progress.owed, say=None if self.say is print else self.say,
             )  # fmt: skip
         val_packs = run_data.val_packs(config, corpus, of_val)
+        if isinstance(corpus, Conversations) and isinstance(batches, Packs):
+            stop.interruptible(lambda: learner.refer(corpus, (batches, val_packs), resume_from, base))
         pace = threads.Pace()
         parts = Parts(learner, text_tokenizer, corpus, of_val, batches, val_packs, guard, stop, reporter, pace, base)
         stop.at_stake = lambda: at_stake(progress)
@@ -288,7 +302,7 @@ class Trainer:
     def _settle(self, parts: Parts, progress: Progress, update: Update) -> str:
         """Read what a step gave, and do what follows: "accepted", "skipped" or "went back"."""
         config = self.config
-        loss, grad_norm, bad, n_asked = update.read()
+        loss, grad_norm, bad, n_asked, figures = update.read()
         parts.stop.agree(n_asked)
         if bad:
             return self._refuse(parts, progress, update, loss, grad_norm)
@@ -312,6 +326,7 @@ class Trainer:
                     "grad_norm": grad_norm,
                     "tokens_per_s": config.tokens_per_step / seconds,
                     "time": now - progress.begun,
+                    **dict(zip(preference.FIGURES, figures, strict=False)),
                 }
             )
         if parts.corpus.val is not None and (finished or _every(config.eval_every, done)):

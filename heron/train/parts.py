@@ -76,11 +76,11 @@ class Update(NamedTuple):
     gradients: Gradients
     lr: float
     limit: float
-    numbers: Tensor  # loss, gradient norm, whether they are bad, how many processes were asked to stop
+    numbers: Tensor  # loss, gradient norm, whether they are bad, how many processes were asked to stop, and figures
     arrived: torch.cuda.Event | None
 
-    def read(self) -> tuple[float, float, bool, float]:
+    def read(self) -> tuple[float, float, bool, float, list[float]]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, grad_norm, bad, n_asked = self.numbers.tolist()
-        return loss, grad_norm, bool(bad), n_asked
+        loss, grad_norm, bad, n_asked, *figures = self.numbers.tolist()
+        return loss, grad_norm, bool(bad), n_asked, figures

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from heron import files, tokenizer
-from heron.config import RosaConfig, TrainConfig
+from heron.config import FinetuneConfig, RosaConfig, TrainConfig
 from heron.data import conversations, recalled, template
 from heron.data.binidx import open_binidx
 from heron.data.conversations import Conversations, Samples
 from heron.data.corpora import Reading
 from heron.data.loader import Batches, Corpus, load_corpus, training_text
 from heron.data.packs import Packs
+from heron.data.pairs import ANSWERS, encode_pair
 from heron.data.recalled import Recalled
 from heron.data.sampling import check_prime, magic_prime
 from heron.errors import CheckpointError, ConfigError
@@ -93,7 +94,7 @@ def corpus(config: TrainConfig, text_tokenizer: tokenizer.Tokenizer, say: Callab
             )
         return conversations.load(
             config.data, text_tokenizer, config.ctx_len, template.load(finetune.template), finetune.loss,
-            config.val_data, config.val_fraction, say, mix,
+            config.val_data, config.val_fraction, say, mix, encode_pair if finetune.has_pairs else None,
         )  # fmt: skip
     return load_corpus(
         config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
@@ -115,14 +116,21 @@ def batches(config: TrainConfig, corpus: Corpus, rosa: RosaConfig | None, recall
         of_mix = recollections(dataclasses.replace(config, data=config.finetune.mix_data), rosa, corpus.mix)
         mix = Batches(corpus.mix.train, config.ctx_len, config.seed, corpus.mix.kind, None, of_mix and of_mix[0])
     packed = config.finetune.pack == "on"
-    return Packs(corpus.samples, config.ctx_len, config.seed, packed, recalled, mix, config.finetune.mix_share)
+    share, together = config.finetune.mix_share, _together(config.finetune)
+    return Packs(corpus.samples, config.ctx_len, config.seed, packed, recalled, mix, share, together)
 
 
 def val_packs(config: TrainConfig, corpus: Corpus, recalled: Recalled | None) -> Packs | None:
     """The validation conversations; None where there are none."""
     if not isinstance(corpus, Conversations) or corpus.val_samples is None or config.finetune is None:
         return None
-    return Packs(corpus.val_samples, config.ctx_len, 0, config.finetune.pack == "on", recalled)
+    packed, together = config.finetune.pack == "on", _together(config.finetune)
+    return Packs(corpus.val_samples, config.ctx_len, 0, packed, recalled, together=together)
+
+
+def _together(finetune: FinetuneConfig) -> int:
+    """How many samples make one of what is learned from."""
+    return len(ANSWERS) if finetune.has_pairs else 1
 
 
 def with_length(config: TrainConfig, batches: Batches | Packs, done: int) -> TrainConfig:

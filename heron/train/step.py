@@ -5,21 +5,26 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heron import dist, machine
+from heron.checkpoint.adapters import base_fingerprint
 from heron.config import TrainConfig
 from heron.config.tbptt import Tbptt
+from heron.data.conversations import Conversations
+from heron.data.packs import Packs
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
 from heron.model.plain import has_hooks
 from heron.optim import build_optimizer, set_lr
 from heron.tables.rows import row_tables
-from heron.train import chunks, leaves
+from heron.train import chunks, leaves, preference
+from heron.train.base_model import Base
 from heron.train.guard import is_bad
 
 _IN_CHUNK = ("tokens", "targets", "recalled", "cu_seqlens")
@@ -44,6 +49,7 @@ class Learner:
             that is `model`.
         tables: those of which each step is brought the rows that it needs, None where they are plain parameters.
         optimizer: of `trained`.
+        references: of objective dpo, what pairs are measured against; set before the first step.
         compiled: whether steps are compiled, and why.
         parallel: how the network lies over the processes, and why.
 
@@ -74,8 +80,13 @@ class Learner:
         self._tbptt = Tbptt.of(config.tbptt)
         if self._tbptt is not None:
             chunks.check(self._tbptt, model.config)
+        self._has_pairs = config.finetune is not None and config.finetune.has_pairs
+        if self._tbptt is not None or self._has_pairs:
+            what = "objective dpo" if self._has_pairs else f"tbptt {config.tbptt}"
             if sharded:
-                raise ConfigError(f"tbptt {config.tbptt}: weights that are sharded are not read in chunks yet; use ddp")
+                raise ConfigError(f"{what}: does not work with sharded weights yet; use --parallel ddp")
+        self.references: preference.References | None = None
+        self._figures = torch.zeros(len(preference.FIGURES) if self._has_pairs else 0, device=device)
         ranks.start_equal(model, device)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
@@ -112,7 +123,9 @@ class Learner:
             self.compiled.value != "off",
             in_half,
         )
-        self._at_once = config.accumulate == 1 and self._tbptt is None  # one pass has a step's gradients
+        self._at_once = (
+            config.accumulate == 1 and self._tbptt is None and not self._has_pairs
+        )  # one pass has a step's gradients
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
@@ -120,12 +133,28 @@ class Learner:
             {master: copy for copy, master in self._copies},
         )  # fmt: skip
 
+    def refer(
+        self, corpus: Conversations, packs: tuple[Packs, Packs | None], resume_from: Path | None, base: Base | None
+    ) -> None:
+        """Set :attr:`references`, where the run learns from pairs; see :func:`heron.train.preference.references`."""
+        if not self._has_pairs:
+            return
+        fingerprint = None if base is None else base.fingerprint
+        if resume_from is None and fingerprint is None:
+            fingerprint = base_fingerprint(self.model)
+        self.network.eval()  # an adapter drops nothing then
+        self.references = self.ranks.first(
+            lambda: preference.references(self.config, fingerprint, corpus, packs, resume_from, self.likelihoods)
+        )
+        self.network.train()
+
     def gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
         """Start the forward and backward passes of a step.
 
         Args:
             samples: tokens and targets (B, T) int64 of each micro-batch, and with a memory what it recalls at the
-                tokens, (B, T, K, 2) int64, or None; then cu_seqlens of packed conversations, or None. On the host.
+                tokens, (B, T, K, 2) int64, or None; then cu_seqlens of packed conversations, or None; of pairs their
+                numbers (:class:`heron.data.packs.Packs`). On the host.
 
         Returns:
             The mean loss, an fp32 scalar on the device.
@@ -148,9 +177,10 @@ class Learner:
             ids = torch.cat([sample[0] for sample in samples if sample[0] is not None])
             self.tables.bring(torch.cat(self.ranks.gathered(ids)), passes, self._recorded(passes))
         loss = torch.zeros((), device=self.device)
+        self._figures = torch.zeros_like(self._figures)
         for number, (sample, parts) in enumerate(zip(samples, self._parts(samples), strict=True)):
-            if in_chunks:
-                loss += self._read(in_chunks[number], parts)
+            if in_chunks or self._has_pairs:
+                loss += self._read(in_chunks[number], parts) if in_chunks else self._compare(sample, parts)
                 continue
             loss += self._pass([_onto(self.device, part) for part in sample], len(samples), parts)
             if len(samples) > 1:
@@ -165,7 +195,10 @@ class Learner:
         """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
         if self.config.finetune is None:
             return [len(samples) * self.ranks.count] * len(samples)
-        counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
+        if self._has_pairs:
+            counts = [preference.n_texts(sample) for sample in samples]
+        else:
+            counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
         (total,) = self.ranks.sum([sum(counts)])
         return [total / max(count, 1) for count in counts]
 
@@ -182,6 +215,30 @@ class Learner:
             self._hand_over,
         )
         return reader.learn(sample, self._tbptt.exact, parts)
+
+    def likelihoods(self, sample: tuple[Tensor | None, ...]) -> Tensor:
+        """The log-probability (n,) of what is learned of each text of a sample of pairs, which is on the host."""
+        here = [_onto(self.device, part) for part in sample[:4]]
+        offsets = sample[3][: preference.n_texts(sample) + 1].tolist()  # pyright: ignore[reportOptionalSubscript]
+        with machine.autocast(self._autocast_dtype, self.device):
+            start = self.leaves.start(here[0], here[3])  # pyright: ignore[reportArgumentType]
+            return preference.log_likelihoods(self.network, here, offsets, start)
+
+    def _compare(self, sample: tuple[Tensor | None, ...], parts: float) -> Tensor:
+        """The share of the loss of a sample of pairs; the gradients are in the masters."""
+        assert self.references is not None
+        assert self.config.finetune is not None
+        assert sample[4] is not None
+        logprobs = self.likelihoods(sample)
+        reference = _onto(self.device, self.references.train[sample[4][: len(logprobs)]])
+        assert reference is not None
+        losses, margins = preference.losses_and_margins(logprobs, reference, self.config.finetune.dpo_beta)
+        loss = losses.mean() / parts
+        loss.backward()
+        self._hand_over()
+        margins = margins.detach()
+        self._figures += torch.stack(((margins > 0).float().mean(), margins.mean())) / parts
+        return loss.detach()
 
     def _pass(self, sample: list[Any], passes: int, parts: float) -> Tensor:
         """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves."""
@@ -231,14 +288,14 @@ class Learner:
             asked: whether this process was asked to stop.
 
         Returns:
-            Loss, gradient norm before clipping, 1.0 if they are bad, and how many processes were asked to stop: (4,)
-            fp32 on the device, the same in all processes.
+            Loss, gradient norm before clipping, 1.0 if they are bad, and how many processes were asked to stop, fp32 on
+            the device, the same in all processes: (4,). Of pairs `preference.FIGURES` follow.
         """
         trained = (*self.trained.parameters(), *(copy for copy, _ in self._copies))
         of_rows = [] if self.tables is None else self.tables.gradients()
         gradients = [dist.local(leaf.grad) for leaf in trained if leaf.grad is not None]
         n_asked = torch.full((), float(asked), device=self.device)
-        loss, grad_norm, n_asked = self._agreed(loss, norm_of([*gradients, *of_rows]), n_asked)
+        loss, grad_norm, n_asked, *figures = self._agreed(loss, norm_of([*gradients, *of_rows]), n_asked)
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
         if self.config.grad_clip:
@@ -250,17 +307,18 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.tables is not None:
             self.tables.release()
-        return torch.stack((loss, grad_norm, bad, n_asked))
+        return torch.stack((loss, grad_norm, bad, n_asked, *figures))
 
     def _agreed(self, loss: Tensor, grad_norm: Tensor, n_asked: Tensor) -> tuple[Tensor, ...]:
-        """Loss, gradient norm and number of those asked of all processes, from those of each, in one collective."""
+        """Loss, gradient norm, number of those asked and figures of all processes, from those of each, in one
+        collective."""
         if self.ranks.count == 1:
-            return loss, grad_norm, n_asked
-        numbers = torch.stack((loss, grad_norm.square(), n_asked))
+            return loss, grad_norm, n_asked, *self._figures
+        numbers = torch.stack((loss, grad_norm.square(), n_asked, *self._figures))
         self.ranks.add_([numbers])
-        loss, squares, n_asked = numbers
+        loss, squares, n_asked, *figures = numbers
         copies = self.ranks.copies(self.parallel.value)  # of each gradient, among those that were added up
-        return loss, grad_norm if copies == self.ranks.count else (squares / copies).sqrt(), n_asked
+        return loss, grad_norm if copies == self.ranks.count else (squares / copies).sqrt(), n_asked, *figures
 
     def weights_are_finite(self) -> bool:
         """Whether nothing that any process trains is infinite or NaN."""
