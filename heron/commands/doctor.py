@@ -28,7 +28,7 @@ from heron.ops.token_step import token_step_choice
 from heron.ops.wkv7 import wkv7_choice
 
 COLUMNS = 80
-_EXTRAS = ("tensorboard", "wandb", "transformers", "accelerate", "gguf", "lm-eval", "pyarrow", "peft")
+_EXTRAS = ("tensorboard", "wandb", "transformers", "accelerate", "gguf", "lm-eval", "pyarrow", "peft", "bitsandbytes")
 _NEEDED = ("numpy", "safetensors", "PyYAML", "rich", "pyrwkv-tokenizer", "tokenizers", "matplotlib", "Jinja2")
 
 

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from heron.commands import bench
 from heron.commands.settings import step_of
-from heron.config import ModelConfig, TrainConfig
+from heron.config import FinetuneConfig, ModelConfig, TrainConfig
 from heron.model import RWKV
+from heron.model.quantized import BYTES, quantized_layers
 from heron.optim import CopiedAdamW
 from heron.progress import progress
 from heron.train import memory
@@ -65,6 +66,8 @@ def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
     Args:
         config: its `dtype` is fp32 or bf16; `model` in it is not looked at.
     """
+    if config.finetune is not None and config.finetune.quantizes:
+        return _quantized(config, config.finetune, model)
     if model.n_layer <= max(_COMPARED):
         return _counted(config, model)
     fewer, more = (_counted(config, model.changed(n_layer=n)) for n in _COMPARED)
@@ -116,6 +119,15 @@ def _described(config: TrainConfig, model: ModelConfig, available: int | None, n
             lines.append(f"and on top of {tried[0][1]}")
         found, config = tried[0][0], tried[0][2]
     return "\n".join(lines)
+
+
+def _quantized(config: TrainConfig, finetune: FinetuneConfig, model: ModelConfig) -> Memory:
+    """The same beside a base in bf16, with as much less of its matrices."""
+    found = estimate(dataclasses.replace(config, finetune=dataclasses.replace(finetune, base="bf16")), model)
+    with torch.device("meta"):
+        n_weights = sum(layer.weight.numel() for layer in quantized_layers(RWKV(model)).values())
+    saved = round(n_weights * (2 - BYTES[finetune.base]))
+    return found._replace(parameters=found.parameters - saved, peak=found.peak - saved)
 
 
 def _counted(config: TrainConfig, model: ModelConfig) -> Memory:

@@ -387,7 +387,7 @@ class TrainConfig:
             raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
         if self.finetune is not None and self.tokenizer.startswith("bpe:"):
             raise ConfigError(f"tokenizer {self.tokenizer}: fine-tuning keeps the base's vocabulary; name its file")
-        if self.finetune is not None and (base := self.finetune.base) != "auto":
+        if self.finetune is not None and (base := self.finetune.weights) != "auto":
             if self.weights not in ("auto", base):
                 raise ConfigError(f"weights {self.weights} and base {base} contradict each other; drop one")
             object.__setattr__(self, "weights", base)

@@ -14,7 +14,8 @@ from heron.errors import ConfigError, did_you_mean
 METHODS = ("full", "lora", "state")
 LOSSES = ("assistant", "all")
 OBJECTIVES = ("likelihood", "dpo")
-BASES = ("auto", "fp32", "bf16")
+BASES = ("auto", "fp32", "bf16", "int8", "nf4")
+QUANTIZED = ("int8", "nf4")
 RWKV_TEMPLATE = "rwkv"
 
 # What `heron finetune` sets where neither a flag nor a file does.
@@ -54,7 +55,7 @@ class FinetuneConfig:
     )
     adapter: AdapterConfig | None = setting(None, "lora: the adapter; None: AdapterConfig()")
     token_shifts: bool = setting(False, "state: the token shifts of each layer train too; upstream's files have none")
-    base: str = setting("auto", "lora, state: the frozen weights are kept in bf16, fp32, or auto: as weights says")
+    base: str = setting("auto", "lora, state: frozen weights in bf16, fp32, int8, nf4 (GPU), or auto: as weights says")
     objective: str = setting("likelihood", "likelihood (of answers), or dpo: the chosen of two answers is preferred")
     dpo_beta: float = setting(0.1, "dpo: how closely what is trained keeps to what the run starts from; more: closer")
     template: str = setting(RWKV_TEMPLATE, "how messages become text: rwkv (upstream's), or a FILE.jinja")
@@ -85,6 +86,11 @@ class FinetuneConfig:
                 raise ConfigError(f"finetune, {name}: belongs to method {method}, got method {self.method}; drop one")
         if self.base != "auto" and not self.freezes:
             raise ConfigError(f"finetune, base {self.base}: method full freezes no weights; set weights instead")
+        if self.quantizes and self.adapter is not None and self.adapter.kind in ("pissa", "miss"):
+            raise ConfigError(
+                f"finetune, base {self.base}: adapter.kind {self.adapter.kind} needs weights that are not quantized; "
+                "use lora, rslora or dora"
+            )
         if self.template != RWKV_TEMPLATE and not self.template.endswith(".jinja"):
             raise ConfigError(f"finetune, template: wanted {RWKV_TEMPLATE} or a FILE.jinja, got {self.template!r}")
         for name, least in (("epochs", 1), ("show", 0)):
@@ -101,6 +107,16 @@ class FinetuneConfig:
     def freezes(self) -> bool:
         """Whether the weights of the base stay as they are, and something beside them trains."""
         return self.method != "full"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the frozen weights are kept in 8 or 4 bits."""
+        return self.base in QUANTIZED
+
+    @property
+    def weights(self) -> str:
+        """What the network computes with beside this base, as TrainConfig's `weights`."""
+        return "bf16" if self.quantizes else self.base
 
     @property
     def has_pairs(self) -> bool:

@@ -440,10 +440,11 @@ class RWKV(nn.Module):
     def in_products(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that meet each other in sums and products, by name.
 
-        All but tables, whose rows are cast, and those of adapters, which cast what they are given.
+        All but tables, whose rows are cast, and those of adapters and quantized layers, which cast what they are given.
         """
         tables = {id(module.weight) for module in self.modules() if isinstance(module, DeepEmbed)}
-        return ((name, tensor) for name, _, tensor in own_parameters(self) if id(tensor) not in tables)
+        found = own_parameters(self)
+        return ((name, part) for name, _, part in found if id(part) not in tables and part.is_floating_point())
 
     def _in_dtype(self, dtype: torch.dtype, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""

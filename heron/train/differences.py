@@ -136,6 +136,8 @@ def _of_finetuning(config: TrainConfig) -> dict[str, Any]:
     if (finetune := config.finetune) is None:
         return {}
     found: dict[str, Any] = {"pack": finetune.pack, "mix": finetune.mix}
+    if finetune.quantizes:
+        found["base"] = finetune.base
     if finetune.has_pairs:
         found |= {"objective": finetune.objective, "dpo_beta": finetune.dpo_beta}
     if finetune.freezes:

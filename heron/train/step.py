@@ -90,7 +90,8 @@ class Learner:
         ranks.start_equal(model, device)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
-            leaves.prepare_base(model, in_half, tables_stay=config.tables == "host")
+            base = "auto" if config.finetune is None else config.finetune.base
+            leaves.prepare_base(model, in_half, config.tables == "host", base, device)
         self.tables = None if sharded else row_tables(model, device, config.tables, trains=not config.freezes)
         if self.tables is None and not sharded:
             model.to(device)
