@@ -103,11 +103,14 @@ def _described(config: TrainConfig, model: ModelConfig, available: int | None, n
     if found.peak <= available:
         return "\n".join([*lines, "", f"fits in {memory.in_words(available)}"])
     lines += ["", f"does not fit in {memory.in_words(available)}; most at once with"]
+    vain: set[str] = set()  # settings that saved nothing; after others they would not either
     while found.peak > available:
         tried = []
         for flags, changed in memory.knobs(config, model):
-            note(f"now with {flags}")
-            tried.append((estimate(changed, model), flags, changed))
+            if flags.split()[0] not in vain:
+                note(f"now with {flags}")
+                tried.append((estimate(changed, model), flags, changed))
+        vain |= {flags.split()[0] for made, flags, _ in tried if made.peak > (1 - _WORTH_A_SETTING) * found.peak}
         enough = max((1 - _WORTH_A_SETTING) * found.peak, available)
         tried = sorted((entry for entry in tried if entry[0].peak <= enough), key=lambda entry: entry[0].peak)
         for changed, flags, _ in tried:

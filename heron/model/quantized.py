@@ -41,7 +41,7 @@ def quantize(model: RWKV, kind: str, device: torch.device) -> None:
 def bitsandbytes_library(kind: str) -> ModuleType:
     """The library; ConfigError that says what to install where it is missing."""
     try:
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"base {kind} needs the package bitsandbytes ({error}); install it: pip install 'heron-rwkv[quantized]'"

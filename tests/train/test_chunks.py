@@ -18,7 +18,7 @@ from heron.config import AdapterConfig
 from heron.config.tbptt import EXACT_CHUNK, Tbptt
 from heron.errors import ConfigError
 from heron.model.tuned_state import TunedState
-from heron.train import chunks, loop
+from heron.train import chunks, loop, memory
 from heron.train.chunks import Reader, cut
 from heron.train.step import Learner
 
@@ -276,3 +276,16 @@ def test_exact_gradients_through_rosa_are_refused(random_model):
     with pytest.raises(ConfigError, match="tbptt exact: of ROSA.*use --tbptt 16"):
         chunks.check(Tbptt(16, True), random_model(rosa="qkv-1bit").config)
     chunks.check(Tbptt(16, False), random_model(rosa="qkv-1bit").config)
+
+
+def test_where_memory_runs_out_chunks_and_smaller_bases_are_named():
+    model = ModelConfig(variant="v7", n_layer=2, n_embd=32, vocab_size=256, head_size=16)
+    finetune = heron.FinetuneConfig(method="lora")
+    config = config_of(device="cuda", dtype="bf16", ctx_len=4096, finetune=finetune)
+    advice = memory.remedy(config, model)
+    assert all(flags in advice for flags in ("--grad_checkpoint", "--tbptt exact", "--base int8"))
+    ((_, changed),) = [found for found in memory.knobs(config, model) if found[0] == "--base int8"]
+    assert changed.finetune.base == "int8"
+    assert "--base nf4" in memory.remedy(changed, model)
+    assert "--base" not in memory.remedy(config_of(ctx_len=4096, finetune=finetune), model)
+    assert "--tbptt" not in memory.remedy(config_of(ctx_len=1024), model)
