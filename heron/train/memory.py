@@ -92,7 +92,7 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
     The first keep the tokens of a step; the last cuts its samples. Which of them help, and how much, is for
     :mod:`heron.commands.estimate` to say.
     """
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     if not config.grad_checkpoint:
         found.append(dict(grad_checkpoint=True))
     if not config.tbptt and config.ctx_len > EXACT_CHUNK and not (config.finetune and config.finetune.has_pairs):
