@@ -4,7 +4,8 @@ L24-D2048 with V 65536 and ctx 1024, a fresh model on random tokens, bf16, the v
 in a process of its own. `memory` rows are one sample with recomputed blocks, `speed` rows eight samples. `GiB` is the
 most that PyTorch had allocated at once, `reserved` the most that it had asked the driver for: both with all weights,
 moments and gradients, without the few hundred MiB that CUDA itself takes. `of full` is the time of a full step over the
-row's, `of v7` that of its v7 twin. `--profile ROW` lists what the GPU does in a step.
+row's, `of v7` that of its v7 twin. Rows in int8 and nf4 need bitsandbytes. `--profile ROW` lists what the GPU
+does in a step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from heron import RWKV, FinetuneConfig, ModelConfig, TrainConfig
 from heron.commands.bench import fresh_learner, random_batch
 from heron.config.finetune_adapter import AdapterConfig
+from heron.errors import ConfigError
 from heron.train.step import Learner
 
 V, TOKENS = 65536, 1024
@@ -37,11 +39,14 @@ class Row(NamedTuple):
     recomputed: bool = False
     kind: str = "lora"
     tables: str = "device"
+    base: str = "auto"
 
 
 ROWS = {
     "memory-lora": Row("lora", micro_bsz=1, recomputed=True),
     "memory-lora-v8": Row("lora", "v8", 1, True, tables="host"),
+    "memory-lora-int8": Row("lora", micro_bsz=1, recomputed=True, base="int8"),
+    "memory-lora-nf4": Row("lora", micro_bsz=1, recomputed=True, base="nf4"),
     "memory-state": Row("state", micro_bsz=1, recomputed=True),
     "speed-full": Row("full"),
     "speed-lora": Row("lora"),
@@ -71,7 +76,7 @@ def learner_of(row: Row, options: argparse.Namespace) -> Learner:
     config = TrainConfig(
         model=model, micro_bsz=row.micro_bsz, ctx_len=TOKENS, max_steps=1, dtype="bf16", device="cuda", weights="bf16",
         tables=row.tables, compile=options.compile, grad_checkpoint=row.recomputed,
-        finetune=FinetuneConfig(method=row.method, adapter=adapter),
+        finetune=FinetuneConfig(method=row.method, adapter=adapter, base=row.base),
     )  # fmt: skip
     if row.tables == "host" or row.recomputed:  # as a run does, which reads them there
         return Learner(_on_host(model), config, torch.device("cuda"))
@@ -142,7 +147,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as alone:  # so that nothing of one row is left in the next
             try:
                 result = alone.apply(measured, (name, options))
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, ConfigError) as error:
                 print(f"{name:<16}{str(error).splitlines()[0]}", flush=True)
                 continue
         times[name] = spent = result.milliseconds

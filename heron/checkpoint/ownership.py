@@ -20,7 +20,7 @@ INIT, FINAL = "rwkv-init.pth", "rwkv-final.pth"
 _BEGUN, _PENDING = "a run of heron", "is being written"
 _WRITTEN = (
     "config.yaml", "run_status.json", "log.jsonl", "train_log.txt", "loss.png", "tokenizer.json", "samples", "bad",
-    "checkpoints", "tensorboard", "adapter", "state.pth", FINAL,
+    "checkpoints", "tensorboard", "adapter", "state.pth", "reference.json", FINAL,
 )  # fmt: skip
 _END_BYTES = 1 << 20  # of each end of a file; that of a .pth holds a checksum of every tensor
 

@@ -35,8 +35,9 @@ from heron.ops.wkv7 import wkv7_choice
 
 COLUMNS = 80
 _EXTRAS = (
-    "tensorboard", "wandb", "transformers", "accelerate", "gguf", "lm-eval", "pyarrow", "peft", "fastapi", "uvicorn",
-    "pydantic", "prometheus-client", "llguidance", "httptools", "uvloop", "miditok", "symusic", "music21",
+    "tensorboard", "wandb", "transformers", "accelerate", "gguf", "lm-eval", "pyarrow", "peft", "bitsandbytes",
+    "fastapi", "uvicorn", "pydantic", "prometheus-client", "llguidance", "httptools", "uvloop", "miditok", "symusic",
+    "music21",
 )  # fmt: skip
 _NEEDED = ("numpy", "safetensors", "PyYAML", "rich", "pyrwkv-tokenizer", "tokenizers", "matplotlib", "Jinja2")
 

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from heron.commands import bench
 from heron.commands.settings import step_of
-from heron.config import ModelConfig, TrainConfig
+from heron.config import FinetuneConfig, ModelConfig, TrainConfig
 from heron.model import RWKV
+from heron.model.quantized import BYTES, quantized_layers
 from heron.optim import CopiedAdamW
 from heron.progress import progress
 from heron.train import memory
@@ -65,6 +66,8 @@ def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
     Args:
         config: its `dtype` is fp32 or bf16; `model` in it is not looked at.
     """
+    if config.finetune is not None and config.finetune.quantizes:
+        return _quantized(config, config.finetune, model)
     if model.n_layer <= max(_COMPARED):
         return _counted(config, model)
     fewer, more = (_counted(config, model.changed(n_layer=n)) for n in _COMPARED)
@@ -100,11 +103,14 @@ def _described(config: TrainConfig, model: ModelConfig, available: int | None, n
     if found.peak <= available:
         return "\n".join([*lines, "", f"fits in {memory.in_words(available)}"])
     lines += ["", f"does not fit in {memory.in_words(available)}; most at once with"]
+    vain: set[str] = set()  # settings that saved nothing; after others they would not either
     while found.peak > available:
         tried = []
         for flags, changed in memory.knobs(config, model):
-            note(f"now with {flags}")
-            tried.append((estimate(changed, model), flags, changed))
+            if flags.split()[0] not in vain:
+                note(f"now with {flags}")
+                tried.append((estimate(changed, model), flags, changed))
+        vain |= {flags.split()[0] for made, flags, _ in tried if made.peak > (1 - _WORTH_A_SETTING) * found.peak}
         enough = max((1 - _WORTH_A_SETTING) * found.peak, available)
         tried = sorted((entry for entry in tried if entry[0].peak <= enough), key=lambda entry: entry[0].peak)
         for changed, flags, _ in tried:
@@ -116,6 +122,15 @@ def _described(config: TrainConfig, model: ModelConfig, available: int | None, n
             lines.append(f"and on top of {tried[0][1]}")
         found, config = tried[0][0], tried[0][2]
     return "\n".join(lines)
+
+
+def _quantized(config: TrainConfig, finetune: FinetuneConfig, model: ModelConfig) -> Memory:
+    """The same beside a base in bf16, with as much less of its matrices."""
+    found = estimate(dataclasses.replace(config, finetune=dataclasses.replace(finetune, base="bf16")), model)
+    with torch.device("meta"):
+        n_weights = sum(layer.weight.numel() for layer in quantized_layers(RWKV(model)).values())
+    saved = round(n_weights * (2 - BYTES[finetune.base]))
+    return found._replace(parameters=found.parameters - saved, peak=found.peak - saved)
 
 
 def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
@@ -220,15 +235,23 @@ def _written(func: Any) -> str | None:
 
 def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -> None:
     """Note what is held once a forward pass has ended and was not before."""
-    forward = network.loss
 
-    def loss(tokens: Tensor, targets: Tensor, **given: Any) -> Tensor:
-        before = ledger.held
-        value = forward(tokens, targets, **given)
-        counts["activations"] = ledger.held - before
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def begun(*given: Any, **named: Any) -> Any:
+            counts["before"] = ledger.held
+            return method(*given, **named)
+
+        return begun
+
+    def head_loss(*given: Any) -> Tensor:
+        value = of_network(*given)
+        counts["activations"] = max(counts.get("activations", 0), ledger.held - counts["before"])
         return value
 
-    network.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
+    of_network = network.head_loss
+    network.head_loss = head_loss  # pyright: ignore[reportAttributeAccessIssue]
+    network.loss = noting(network.loss)  # pyright: ignore[reportAttributeAccessIssue]
+    network.hidden_states = noting(network.hidden_states)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _among(tensors: list[Tensor], tensor: Tensor) -> bool:

@@ -97,4 +97,6 @@ def step_of(options: argparse.Namespace) -> tuple[TrainConfig, ModelConfig]:
     from heron.train import Trainer
 
     config = Trainer(config).config
+    if config.finetune is not None and config.finetune.has_pairs:  # a step of pairs takes as much as one of answers
+        config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, objective="likelihood"))
     return config, config.model if isinstance(config.model, ModelConfig) else load(config.model).config

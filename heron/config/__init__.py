@@ -19,6 +19,7 @@ from heron.config.settings import from_dict as _from_dict
 from heron.config.settings import setting as _setting
 from heron.config.settings import setting_type as setting_type
 from heron.config.strict_yaml import read as read_yaml
+from heron.config.tbptt import Tbptt
 from heron.errors import ConfigError, did_you_mean
 
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
@@ -299,6 +300,7 @@ class TrainConfig:
     weight_decay: float = _setting(0.1, "AdamW: decoupled decay of the large matrices (the reference group)")
     grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
     grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
+    tbptt: str = _setting("", "read samples in chunks of so many tokens, states passed on; exact: gradients too")
     dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
     weights: str = _setting(
         "auto", "the network computes with fp32 weights, a bf16 copy of them, or auto: bf16 on a GPU"
@@ -308,9 +310,7 @@ class TrainConfig:
     tables: str = _setting("device", "where DeepEmbed tables are: device, or host (only the rows of a step move)")
     tables_state: str = _setting("fp32", "AdamW's moments for tables on the host: fp32 or bf16")
     threads: int = _setting(0, "CPU threads; 0: those the run began with, chosen by trial. Others change last bits")
-    parallel: str = _setting(
-        "auto", "on many GPUs each has all weights: ddp; a part: fsdp, hsdp (machines are alike); auto: by size"
-    )
+    parallel: str = _setting("auto", "many GPUs: each has all weights (ddp) or a part (fsdp, hsdp); auto: by size")
     context_parallel: int = _setting(1, "processes that share each sample, a span of its tokens each; they divide W")
     processes: int = _setting(0, "processes that share each step, one a GPU; 0: as many as torchrun started")
     dist_timeout: float = _setting(600.0, "seconds for which one process waits for another before the run fails")
@@ -340,8 +340,8 @@ class TrainConfig:
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
         if isinstance(self.finetune, Mapping):
             object.__setattr__(self, "finetune", FinetuneConfig.from_dict(self.finetune))
-        if type(self.eod) is int:  # YAML reads an id so
-            object.__setattr__(self, "eod", str(self.eod))
+        for name in ("eod", "tbptt"):  # YAML reads an id, or a number of tokens, as a number
+            object.__setattr__(self, name, str(value) if type(value := getattr(self, name)) is int else value)
         _check_types(self)
         for name in _NAMES:
             value = getattr(self, name)
@@ -352,19 +352,20 @@ class TrainConfig:
         zero = ("threads", "processes", "seed", "save_every", "eval_every", "sample_every", "sample_tokens")
         zero += ("num_workers", "spike", "max_hours", "lr_init", "lr_final", "weight_decay", "grad_clip")
         at_least |= dict.fromkeys(zero, 0)
-        for name in ("ctx_len", "micro_bsz", "accumulate", "threads", "processes", "num_workers", "sample_tokens"):
-            if getattr(self, name) > LARGEST_COUNT:
-                raise ConfigError(f"{name}: wanted at most {LARGEST_COUNT}, got {getattr(self, name)}")
+        counts = ("ctx_len", "micro_bsz", "accumulate", "threads", "processes", "num_workers", "sample_tokens")
+        for name, most in (dict.fromkeys(counts, LARGEST_COUNT) | dict(seed=LARGEST_SEED)).items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name}: wanted at most {most}, got {getattr(self, name)}")
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ConfigError(f"{name}: wanted at least {least}, got {value}")
-        if self.seed > LARGEST_SEED:
-            raise ConfigError(f"seed: wanted at most {LARGEST_SEED}, got {self.seed}")
         for name in ("beta1", "beta2", "val_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name}: wanted 0 <= {name} < 1, got {value}")
+        if Tbptt.of(self.tbptt) and self.finetune is not None and self.finetune.has_pairs:
+            raise ConfigError(f"tbptt {self.tbptt}: pairs of answers are read whole; drop it, or objective dpo")
         if not self.adam_eps > 0:
             raise ConfigError(f"adam_eps: wanted more than 0, got {self.adam_eps}")
         by_epochs = self.finetune is not None and self.max_steps is None
@@ -386,7 +387,7 @@ class TrainConfig:
             raise ConfigError(f"model {self.model} and init_from {self.init_from} are two starts; drop one")
         if self.finetune is not None and self.tokenizer.startswith("bpe:"):
             raise ConfigError(f"tokenizer {self.tokenizer}: fine-tuning keeps the base's vocabulary; name its file")
-        if self.finetune is not None and (base := self.finetune.base) != "auto":
+        if self.finetune is not None and (base := self.finetune.weights) != "auto":
             if self.weights not in ("auto", base):
                 raise ConfigError(f"weights {self.weights} and base {base} contradict each other; drop one")
             object.__setattr__(self, "weights", base)

@@ -13,7 +13,9 @@ from heron.errors import ConfigError, did_you_mean
 
 METHODS = ("full", "lora", "state")
 LOSSES = ("assistant", "all")
-BASES = ("auto", "fp32", "bf16")
+OBJECTIVES = ("likelihood", "dpo")
+BASES = ("auto", "fp32", "bf16", "int8", "nf4")
+QUANTIZED = ("int8", "nf4")
 RWKV_TEMPLATE = "rwkv"
 
 # What `heron finetune` sets where neither a flag nor a file does.
@@ -53,7 +55,9 @@ class FinetuneConfig:
     )
     adapter: AdapterConfig | None = setting(None, "lora: the adapter; None: AdapterConfig()")
     token_shifts: bool = setting(False, "state: the token shifts of each layer train too; upstream's files have none")
-    base: str = setting("auto", "lora, state: the frozen weights are kept in bf16, fp32, or auto: as weights says")
+    base: str = setting("auto", "lora, state: frozen weights in bf16, fp32, int8, nf4 (GPU), or auto: as weights says")
+    objective: str = setting("likelihood", "likelihood (of answers), or dpo: the chosen of two answers is preferred")
+    dpo_beta: float = setting(0.1, "dpo: how closely what is trained keeps to what the run starts from; more: closer")
     template: str = setting(RWKV_TEMPLATE, "how messages become text: rwkv (upstream's), or a FILE.jinja")
     loss: str = setting("assistant", "what is learned: assistant (answers and their ends), or all")
     pack: str = setting("on", "on: several conversations share a sample, each as if alone; off: one a sample")
@@ -67,7 +71,8 @@ class FinetuneConfig:
         if isinstance(self.adapter, Mapping):
             object.__setattr__(self, "adapter", AdapterConfig.from_dict(self.adapter))
         check_types(self)
-        for name, known in (("method", METHODS), ("loss", LOSSES), ("pack", ("on", "off")), ("base", BASES)):
+        choices = dict(method=METHODS, objective=OBJECTIVES, loss=LOSSES, pack=("on", "off"), base=BASES)
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(
@@ -81,17 +86,42 @@ class FinetuneConfig:
                 raise ConfigError(f"finetune, {name}: belongs to method {method}, got method {self.method}; drop one")
         if self.base != "auto" and not self.freezes:
             raise ConfigError(f"finetune, base {self.base}: method full freezes no weights; set weights instead")
+        if self.quantizes and self.adapter is not None and self.adapter.kind in ("pissa", "miss"):
+            raise ConfigError(
+                f"finetune, base {self.base}: adapter.kind {self.adapter.kind} needs weights that are not quantized; "
+                "use lora, rslora or dora"
+            )
         if self.template != RWKV_TEMPLATE and not self.template.endswith(".jinja"):
             raise ConfigError(f"finetune, template: wanted {RWKV_TEMPLATE} or a FILE.jinja, got {self.template!r}")
         for name, least in (("epochs", 1), ("show", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"finetune, {name}: wanted at least {least}, got {getattr(self, name)}")
+        if not self.dpo_beta > 0:
+            raise ConfigError(f"finetune, dpo_beta: wanted more than 0, got {self.dpo_beta}")
+        if self.has_pairs and (self.mix or self.loss == "all"):
+            name = "mix" if self.mix else "loss all"
+            raise ConfigError(f"finetune, {name}: belongs to objective likelihood, got objective dpo; drop one")
         _ = self.mix_share
 
     @property
     def freezes(self) -> bool:
         """Whether the weights of the base stay as they are, and something beside them trains."""
         return self.method != "full"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the frozen weights are kept in 8 or 4 bits."""
+        return self.base in QUANTIZED
+
+    @property
+    def weights(self) -> str:
+        """What the network computes with beside this base, as TrainConfig's `weights`."""
+        return "bf16" if self.quantizes else self.base
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the data are pairs of answers, of which one was chosen."""
+        return self.objective == "dpo"
 
     @property
     def mix_data(self) -> str:

@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "speed and memory": (
         ("grad_checkpoint", "dtype", "device"),
         (
-            *("weights", "compile", "tables", "tables_state", "threads", "num_workers"),
+            *("tbptt", "weights", "compile", "tables", "tables_state", "threads", "num_workers"),
             *("parallel", "context_parallel", "processes"),
         ),
     ),

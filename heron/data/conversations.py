@@ -103,6 +103,17 @@ class Row(NamedTuple):
     parts: tuple[tuple[str, bool], ...] = ()
 
 
+class Encoded(NamedTuple):
+    """The samples of a row."""
+
+    form: str
+    samples: list[tuple[np.ndarray, np.ndarray]]  # ids, and which are learned
+    fate: str  # of a row that is too long, in words that a number can stand before
+
+
+Encode = Callable[[Mapping[str, Any], Tokenizer, int, Template, str], Encoded]
+
+
 def load(
     data: str,
     tokenizer: Tokenizer,
@@ -113,6 +124,7 @@ def load(
     val_fraction: float | None = None,
     say: Callable[[str], None] | None = None,
     mix: Corpus | None = None,
+    encode: Encode | None = None,
 ) -> Conversations:
     """Read conversations, and keep the last of them for validation unless `val_data` is given.
 
@@ -123,6 +135,7 @@ def load(
         loss: "assistant" or "all": what is learned of messages that don't say it themselves.
         val_fraction: of the conversations; None: 0.1.
         say: takes a line about what was read, and one about what was too long.
+        encode: what makes samples of a row; None: :func:`encode_row`.
 
     Raises:
         ConfigError: a tokenizer that can't hold the template.
@@ -130,8 +143,9 @@ def load(
             without a conversation.
     """
     check_tokenizer(tokenizer, chat_template)
-    train = _read(data, tokenizer, ctx_len, chat_template, loss, say)
-    val = None if val_data is None else _read(val_data, tokenizer, ctx_len, chat_template, loss, say)
+    encode = encode or encode_row
+    train = _read(data, tokenizer, ctx_len, chat_template, loss, say, encode)
+    val = None if val_data is None else _read(val_data, tokenizer, ctx_len, chat_template, loss, say, encode)
     return divided(data, train, val, val_fraction, "conversations", mix)
 
 
@@ -178,21 +192,26 @@ def check_tokenizer(tokenizer: Tokenizer, chat_template: Template) -> None:
 
 
 def _read(
-    data: str, tokenizer: Tokenizer, ctx_len: int, chat_template: Template, loss: str, say: Callable[[str], None] | None
+    data: str,
+    tokenizer: Tokenizer,
+    ctx_len: int,
+    chat_template: Template,
+    loss: str,
+    say: Callable[[str], None] | None,
+    encode: Encode,
 ) -> list[list[Sample]]:
     """The samples of each row that has any."""
     forms: Counter[str] = Counter()
     fates: Counter[str] = Counter()
 
     def parse(fields: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-        row = row_of(fields)
-        forms[row.form] += 1
         try:
-            found, fate = _encoded(row, tokenizer, ctx_len, chat_template, loss)
+            row = encode(fields, tokenizer, ctx_len, chat_template, loss)
         except DataError as error:  # of the tokenizer
             raise ValueError(str(error)) from None
-        fates[fate] += 1
-        return found
+        forms[row.form] += 1
+        fates[row.fate] += 1
+        return row.samples
 
     path = Path(data)
     if not path.is_file():
@@ -212,10 +231,18 @@ def _read(
     return rows
 
 
-def _encoded(
+def encode_row(
+    fields: Mapping[str, Any], tokenizer: Tokenizer, ctx_len: int, chat_template: Template, loss: str
+) -> Encoded:
+    """The samples of a row in one of the usual forms; ValueError, with the field, for what is none."""
+    row = row_of(fields)
+    return Encoded(row.form, *encoded(row, tokenizer, ctx_len, chat_template, loss))
+
+
+def encoded(
     row: Row, tokenizer: Tokenizer, ctx_len: int, chat_template: Template, loss: str
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
-    """The samples of a row, and what became of it if it is too long, in words that a number can stand before."""
+    """The ids of a row's samples, which of them are learned, and a fate as in :class:`Encoded`."""
     room = ctx_len + 1
     if not row.messages:
         ids, learned = _ended(*encode_marked(tokenizer, row.parts), tokenizer)

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from heron.data.conversations import Samples
@@ -17,6 +18,9 @@ from heron.data.recalled import Recalled
 from heron.data.sampling import SampleOrder, permuted_starts
 
 _IGNORED = -100
+
+
+_Part = tuple[Tensor, Tensor, Tensor | None, list[int], list[int]]  # ..., where conversations begin, which they are
 
 
 class Packs:
@@ -33,6 +37,7 @@ class Packs:
         recalled: what ROSA memory recalls at each of ``samples.ids``; None: nothing is wanted of it.
         mix: the second corpus; None: none.
         share: of the samples, the part that comes from `mix`.
+        together: how many conversations one behind another always share a sample: 2 of pairs.
     """
 
     def __init__(
@@ -44,12 +49,15 @@ class Packs:
         recalled: Recalled | None = None,
         mix: Batches | None = None,
         share: Fraction = Fraction(0),
+        together: int = 1,
     ) -> None:
         self._samples, self._recalled, self._mix, self._share = samples, recalled, mix, share
         self._ctx_len = ctx_len
-        lengths = np.diff(samples.offsets) - 1  # as inputs
-        order = permuted_starts(len(samples) + 1, 1, seed, 0)
-        self._packs = _laid_out(lengths, order, ctx_len) if packed else [[number] for number in order.tolist()]
+        self._together = together
+        lengths = (np.diff(samples.offsets) - 1).reshape(-1, together).sum(1)  # as inputs
+        order = permuted_starts(len(lengths) + 1, 1, seed, 0)
+        laid_out = _laid_out(lengths, order, ctx_len) if packed else [[number] for number in order.tolist()]
+        self._packs = [[together * group + i for group in groups for i in range(together)] for groups in laid_out]
         self._most = max(map(len, self._packs))
         self._order = SampleOrder(len(self._packs) + 1, 1, seed, None)
 
@@ -80,16 +88,16 @@ class Packs:
         for first in range(0, len(self._packs), count):
             yield self._joined([self._pack(pack) for pack in self._packs[first : first + count]])
 
-    def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
-        """Tokens, targets (T,), recalled (T, K, 2) or None, and where conversations begin, of one sample."""
+    def _sample(self, number: int) -> _Part:
+        """Tokens, targets (T,), recalled (T, K, 2) or None, and where which conversations begin, of one sample."""
         before, after = (math.floor(n * self._share) for n in (number, number + 1))
         if self._mix is not None and after > before:
             x, y, *found = self._mix.batch(before, 1)
-            return x[0], y[0], found[0][0] if found else None, [0]
+            return x[0], y[0], found[0][0] if found else None, [0], [-1]
         place = int(self._order.starts(number - before, 1)[0])
         return self._pack(self._packs[place])
 
-    def _pack(self, pack: list[int]) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+    def _pack(self, pack: list[int]) -> _Part:
         T, at, starts = self._ctx_len, 0, []
         tokens, targets = torch.zeros(T, dtype=torch.int64), torch.full((T,), _IGNORED)
         n_matches = 0 if self._recalled is None else self._recalled.records.shape[1]
@@ -103,9 +111,9 @@ class Packs:
                 recalled[at : at + n] = self._recalled.at(self._samples.offsets[number : number + 1], n)[0]
             starts.append(at)
             at += n
-        return tokens, targets, recalled, starts
+        return tokens, targets, recalled, starts, pack
 
-    def _joined(self, parts: list[tuple[Tensor, Tensor, Tensor | None, list[int]]]) -> tuple[Tensor | None, ...]:
+    def _joined(self, parts: list[_Part]) -> tuple[Tensor | None, ...]:
         tokens, targets = (torch.stack([part[i] for part in parts]) for i in (0, 1))  # pyright: ignore[reportArgumentType]
         found = [part[2] for part in parts if part[2] is not None]
         recalled = torch.stack(found) if found else None
@@ -115,7 +123,11 @@ class Packs:
         starts = [row * T + start for row, part in enumerate(parts) for start in part[3]]
         empty = [len(parts) * T] * (1 + len(parts) * self._most - len(starts))
         in_one_row = (None if part is None else part.flatten(0, 1).unsqueeze(0) for part in (tokens, targets, recalled))
-        return *in_one_row, torch.tensor([*starts, *empty])
+        cu_seqlens = torch.tensor([*starts, *empty])
+        if self._together == 1:
+            return *in_one_row, cu_seqlens
+        numbers = torch.tensor([number for part in parts for number in part[4]])
+        return *in_one_row, cu_seqlens, F.pad(numbers, (0, len(cu_seqlens) - 1 - len(numbers)), value=-1)
 
 
 def _laid_out(lengths: np.ndarray, order: np.ndarray, room: int) -> list[list[int]]:

@@ -165,6 +165,9 @@ def put_adapter(
     chooses = [settings.pop(name, None) for name in _CHOOSE]
     if any(chooses) or isinstance(settings.get("target_modules"), str):  # the tensors tell which modules those are
         settings["target_modules"] = sorted({_IN_FILE.split(name)[0] for name in given if _IN_FILE.search(name)})
+    for name in ("target_modules", "modules_to_save"):  # of a model of heron.hf they may be whole paths
+        if isinstance(paths := settings.get(name), list):
+            settings[name] = [path.removeprefix("rwkv.") if isinstance(path, str) else path for path in paths]
     try:
         config = library.LoraConfig if method == "LORA" else library.MissConfig
         config = config.from_peft_type(**settings)

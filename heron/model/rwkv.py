@@ -417,12 +417,14 @@ class RWKV(nn.Module):
         hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled, span)
         return self.head_loss(hidden, targets, recalled)
 
-    def head_loss(self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None) -> Tensor:
+    def head_loss(
+        self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None, l2wrap: float = 1e-4
+    ) -> Tensor:
         """:meth:`loss` of what :meth:`hidden_states` gave. A head that is not plain (an adapter) is called."""
         bonus = None if self.memory is None or recalled is None else self.memory.bonus(recalled)
         if is_plain(self.head, nn.Linear):
-            return ops.linear_cross_entropy(hidden, self.head.weight, targets, bonus=bonus)
-        return ops.cross_entropy(self.logits(hidden, recalled), targets)
+            return ops.linear_cross_entropy(hidden, self.head.weight, targets, l2wrap, bonus=bonus)
+        return ops.cross_entropy(self.logits(hidden, recalled), targets, l2wrap)
 
     def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
         """As everywhere in PyTorch; dtypes that were assigned may differ from tensor to tensor."""
@@ -438,10 +440,11 @@ class RWKV(nn.Module):
     def in_products(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that meet each other in sums and products, by name.
 
-        All but tables, whose rows are cast, and those of adapters, which cast what they are given.
+        All but tables, whose rows are cast, and those of adapters and quantized layers, which cast what they are given.
         """
         tables = {id(module.weight) for module in self.modules() if isinstance(module, DeepEmbed)}
-        return ((name, tensor) for name, _, tensor in own_parameters(self) if id(tensor) not in tables)
+        found = own_parameters(self)
+        return ((name, part) for name, _, part in found if id(part) not in tables and part.is_floating_point())
 
     def _in_dtype(self, dtype: torch.dtype, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""

@@ -30,7 +30,7 @@ from heron.train.step import Learner
 EXACT = (  # settings that the numbers of every later step depend on
     "tokenizer", "seed", "ctx_len", "micro_bsz", "accumulate", "max_steps", "max_tokens",
     "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip",
-    "on_nonfinite", "spike", "tables", "tables_state", "weights",
+    "on_nonfinite", "spike", "tables", "tables_state", "weights", "tbptt",
 )  # fmt: skip
 _JUMP = 1.05  # a factor of the learning rate, up or down, that is told
 
@@ -122,7 +122,10 @@ def not_exact(
     """Each thing that is not as it was when the checkpoint was written, as a clause."""
     largest = magic_prime(len(corpus.train), config.ctx_len) if corpus.kind == "binidx" else None
     # the only ones there were before they were written down
-    before = {"magic_prime": largest, "processes": 1, "parallel": "none", "context_parallel": 1, **record["exact"]}
+    before = {
+        "magic_prime": largest, "processes": 1, "parallel": "none", "context_parallel": 1, "tbptt": "",
+        **record["exact"],
+    }  # fmt: skip
     now = exact(config, device, corpus, learner)
     unknown = [f"{name} was not written down" for name in now if name not in before]
     return unknown + [
@@ -137,6 +140,10 @@ def _of_finetuning(config: TrainConfig) -> dict[str, Any]:
     if (finetune := config.finetune) is None:
         return {}
     found: dict[str, Any] = {"pack": finetune.pack, "mix": finetune.mix}
+    if finetune.quantizes:
+        found["base"] = finetune.base
+    if finetune.has_pairs:
+        found |= {"objective": finetune.objective, "dpo_beta": finetune.dpo_beta}
     if finetune.freezes:
         found |= {"method": finetune.method, "token_shifts": finetune.token_shifts}
     if finetune.adapter is not None:

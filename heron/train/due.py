@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from heron import machine
 from heron.config import TrainConfig
 from heron.data.conversations import Conversations
+from heron.data.packs import Packs
 from heron.dist import Ranks
 from heron.evaluate import evaluate, evaluate_batches, together
 from heron.generation import generate
 from heron.model import RWKV
 from heron.tokenizer import TextStream
+from heron.train import preference
 from heron.train.parts import Parts, Progress
 
 
@@ -23,6 +26,8 @@ def validation(parts: Parts, progress: Progress, model: RWKV, config: TrainConfi
     val, share = parts.corpus.val, (ranks.rank, ranks.count)
     if val is None:
         return lambda: None  # it was owed by a run that had validation data before it was stopped
+    if parts.learner.references is not None and parts.val_packs is not None:
+        return _of_pairs(parts, parts.val_packs, parts.learner.references.val, progress, config, ranks)
     precision = machine.autocast(config.dtype, torch.device(config.device))
     if parts.val_packs is not None:
         packs = parts.val_packs.each_once(config.micro_bsz)
@@ -38,6 +43,22 @@ def validation(parts: Parts, progress: Progress, model: RWKV, config: TrainConfi
         parts.reporter.validation(
             {"step": progress.step, "val_loss": of_all.loss, "val_bpb": of_all.bits_per_byte, "time": seconds}
         )
+
+    return tell
+
+
+def _of_pairs(
+    parts: Parts, packs: Packs, reference: Tensor, progress: Progress, config: TrainConfig, ranks: Ranks
+) -> Callable[[], None]:
+    """:func:`validation` where answers are preferred to others."""
+    sums = preference.score(packs, reference, config, (ranks.rank, ranks.count), parts.learner.likelihoods)
+
+    def tell() -> None:
+        *of_all, n = ranks.sum(sums)
+        names = ("val_loss", *(f"val_{name}" for name in preference.FIGURES))
+        record = {name: value / n for name, value in zip(names, of_all, strict=True)}
+        seconds = time.perf_counter() - progress.begun
+        parts.reporter.validation({"step": progress.step, **record, "val_bpb": None, "time": seconds})
 
     return tell
 

@@ -76,7 +76,8 @@ def _beside(learner: Learner) -> str:
     finetune = learner.config.finetune
     if finetune is not None and (adapter := finetune.adapter) is not None:
         alpha = "" if adapter.kind == "miss" else f", alpha {adapter.alpha or adapter.rank:g}"
-        return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}"
+        beside = f", beside a base in {finetune.base}" if finetune.quantizes else ""
+        return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}{beside}"
     shifts = " and the token shifts" if finetune is not None and finetune.token_shifts else ""
     return f"the state that sequences start from{shifts}"
 

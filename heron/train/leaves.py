@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from heron.config import TrainConfig
-from heron.config.finetune import FinetuneConfig
+from heron.config.finetune import QUANTIZED, FinetuneConfig
 from heron.config.finetune_adapter import AdapterConfig
 from heron.model import RWKV
 from heron.model.adapters import Adapter, adapter_parameters, add_adapter
 from heron.model.deep_embed import DeepEmbed
+from heron.model.quantized import quantize
 from heron.model.state import State, States
 from heron.model.tuned_state import TunedState
 
@@ -68,18 +69,24 @@ class Leaves:
         return start if isinstance(start, State) else None
 
 
-def prepare_base(model: RWKV, in_half: bool, tables_stay: bool) -> None:
+def prepare_base(model: RWKV, in_half: bool, tables_stay: bool, base: str, device: torch.device) -> None:
     """Freeze the weights of `model`, and cast them to what the network computes with, where they lie.
 
     Args:
         in_half: whether that is bf16.
         tables_stay: whether DeepEmbed tables keep their dtype: rows are brought from the host as they lie there.
+        base: FinetuneConfig's; int8 and nf4 are quantized, on `device`.
+
+    Raises:
+        ConfigError: see :func:`heron.model.quantized.quantize`.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, DeepEmbed)}
     model.requires_grad_(False)
     for weight in model.parameters() if in_half else ():
         if not (tables_stay and id(weight) in tables):
             weight.data = weight.data.to(torch.bfloat16)
+    if base in QUANTIZED:
+        quantize(model, base, device)
 
 
 def of_method(model: RWKV, settings: FinetuneConfig, in_half: bool) -> Leaves:

@@ -16,10 +16,10 @@ import torch
 from heron import dist, files, machine, tokenizer
 from heron.checkpoint import ownership, run, save
 from heron.checkpoint.background import Saved, Saver
-from heron.checkpoint.formats import safetensors
 from heron.config import PRESETS, ModelConfig, TrainConfig
 from heron.data.conversations import Conversations
 from heron.data.loader import Corpus
+from heron.data.packs import Packs
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
 from heron.model import RWKV
 from heron.ops import ahead
@@ -27,10 +27,12 @@ from heron.optim import lr_at
 from heron.report import NoReporter, Reporter, plot
 from heron.report.samples import show as show_samples
 from heron.tokenizer import Tokenizer
-from heron.train import base_model, differences, due, first_weights, leaves, memory, result, resume, run_data, threads
+from heron.train import base_model, differences, due, first_weights, memory, result, resume, run_data, threads
 from heron.train import guard as guards
+from heron.train.bad_samples import keep as keep_samples
 from heron.train.guard import Guard
 from heron.train.header import at_stake, header, write_status
+from heron.train.leaves import seed_dropout
 from heron.train.parts import Gradients, Parts, Progress, Update
 from heron.train.step import Learner
 from heron.train.stop import Preemption, Stopped, until_stopped
@@ -205,6 +207,8 @@ class Trainer:
                 config.steps_per_mini_epoch, owed=progress.owed, say=None if self.say is print else self.say,
             )  # fmt: skip
         val_packs = run_data.val_packs(config, corpus, of_val)
+        if isinstance(corpus, Conversations) and isinstance(batches, Packs):
+            stop.interruptible(lambda: learner.refer(corpus, (batches, val_packs), resume_from, base))
         pace = threads.Pace()
         saver = Saver(config, self.ranks)
         parts = Parts(
@@ -281,7 +285,7 @@ class Trainer:
         """Start the passes of a step: of its samples, from number `first` on, those of this process's group."""
         begun, B = time.perf_counter(), self.config.micro_bsz
         group, n = self.ranks.group(self.config.context_parallel)
-        leaves.seed_dropout(self.config, first, self.ranks.rank)
+        seed_dropout(self.config, first, self.ranks.rank)
         samples = [parts.batches.batch(first + group + B * n * micro, B, n) for micro in range(self.config.accumulate)]
         return Gradients(parts.learner.gradients(samples), samples, first, begun)
 
@@ -298,7 +302,7 @@ class Trainer:
     def _settle(self, parts: Parts, progress: Progress, update: Update) -> str:
         """Read what a step gave, and do what follows: "accepted", "skipped" or "went back"."""
         config = self.config
-        loss, grad_norm, bad, n_asked = update.read()
+        loss, grad_norm, bad, n_asked, figures = update.read()
         parts.stop.agree(n_asked)
         self._saved(parts, progress, parts.saver.done())
         if parts.saver.failed:
@@ -325,6 +329,7 @@ class Trainer:
                     "grad_norm": grad_norm,
                     "tokens_per_s": config.tokens_per_step / seconds,
                     "time": now - progress.begun,
+                    **figures,
                 }
             )
         if parts.corpus.val is not None and (finished or _every(config.eval_every, done)):
@@ -392,16 +397,7 @@ class Trainer:
         """A step that was bad: nothing of it was kept. Stop, pass over its batch, or go back as well."""
         config, first, step = self.config, update.gradients.first, progress.step + 1
         action, reason = parts.guard.refuse(parts.learner.weights_are_finite())
-        halves = list(zip(*update.gradients.samples, strict=True))[:2]
-        mine = [torch.cat(half) for half in halves]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        tokens, targets = (torch.cat(self.ranks.gathered(half)[:: config.context_parallel]) for half in mine)
-        kept = self.out / "bad" / f"step-{step:08d}-sample-{first}.safetensors"
-
-        def keep() -> None:
-            with files.new_file(kept) as temporary:
-                safetensors.write({"tokens": tokens, "targets": targets}, temporary)
-
-        self.ranks.first(keep)
+        kept = keep_samples(self.out, step, update.gradients, self.ranks, config.context_parallel)
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
         if math.isfinite(update.limit):
             what += f", limit of the loss {update.limit:.4f}"

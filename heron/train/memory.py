@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import torch
 
 from heron.config import ModelConfig, TrainConfig
+from heron.config.finetune import QUANTIZED
+from heron.config.tbptt import EXACT_CHUNK
 from heron.errors import ConfigError
 from heron.model import RWKV
 
@@ -89,9 +92,11 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
     The first keep the tokens of a step; the last cuts its samples. Which of them help, and how much, is for
     :mod:`heron.commands.estimate` to say.
     """
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     if not config.grad_checkpoint:
         found.append(dict(grad_checkpoint=True))
+    if not config.tbptt and config.ctx_len > EXACT_CHUNK and not (config.finetune and config.finetune.has_pairs):
+        found.append(dict(tbptt="exact" if model.rosa is None else str(EXACT_CHUNK)))
     if config.micro_bsz % 2 == 0:
         found.append(dict(micro_bsz=config.micro_bsz // 2, accumulate=config.accumulate * 2))
     if model.deep_embed is not None and config.tables == "device":
@@ -102,15 +107,34 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
         found.append(dict(dtype="bf16"))
     elif config.weights != "bf16" and not (config.finetune is not None and config.finetune.base == "fp32"):
         found.append(dict(weights="bf16"))
+    if (base := _smaller_base(config)) is not None:
+        found.append(dict(base=base))
     if config.ctx_len > 1:
         found.append(dict(ctx_len=config.ctx_len // 2))
     return [
         (
             " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items()),
-            dataclasses.replace(config, **changes),
+            _changed(config, **changes),
         )
         for changes in found
     ]
+
+
+def _smaller_base(config: TrainConfig) -> str | None:
+    """The next smaller form of frozen weights that this run can have; None: there is none."""
+    finetune = config.finetune
+    if finetune is None or not finetune.freezes or config.device == "cpu" or config.dtype == "fp32":
+        return None
+    if finetune.base == QUANTIZED[-1] or (finetune.adapter is not None and finetune.adapter.kind in ("pissa", "miss")):
+        return None
+    return QUANTIZED[finetune.base in QUANTIZED]
+
+
+def _changed(config: TrainConfig, base: str | None = None, **changes: Any) -> TrainConfig:
+    """The settings with `changes`, and on another `base`."""
+    if base is not None and config.finetune is not None:
+        changes["finetune"] = dataclasses.replace(config.finetune, base=base)
+    return dataclasses.replace(config, **changes)
 
 
 def remedy(config: TrainConfig, model: ModelConfig | None) -> str:

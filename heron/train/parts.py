@@ -14,7 +14,7 @@ from heron.data.loader import Batches, Corpus
 from heron.data.packs import Packs
 from heron.data.recalled import Recalled
 from heron.report import Reporter
-from heron.train import threads
+from heron.train import preference, threads
 from heron.train.base_model import Base
 from heron.train.guard import Guard
 from heron.train.step import Learner
@@ -78,11 +78,11 @@ class Update(NamedTuple):
     gradients: Gradients
     lr: float
     limit: float
-    numbers: Tensor  # loss, gradient norm, whether they are bad, how many processes were asked to stop
+    numbers: Tensor  # loss, gradient norm, whether they are bad, how many processes were asked to stop, and figures
     arrived: torch.cuda.Event | None
 
-    def read(self) -> tuple[float, float, bool, float]:
+    def read(self) -> tuple[float, float, bool, float, dict[str, float]]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, grad_norm, bad, n_asked = self.numbers.tolist()
-        return loss, grad_norm, bool(bad), n_asked
+        loss, grad_norm, bad, n_asked, *figures = self.numbers.tolist()
+        return loss, grad_norm, bool(bad), n_asked, dict(zip(preference.FIGURES, figures, strict=False))

@@ -17,6 +17,7 @@ from heron.data.conversations import Conversations, Samples
 from heron.data.corpora import Reading
 from heron.data.loader import Batches, Corpus, load_corpus, training_text
 from heron.data.packs import Packs
+from heron.data.pairs import ANSWERS, encode_pair
 from heron.data.recalled import Recalled
 from heron.data.sampling import check_prime, magic_prime
 from heron.errors import CheckpointError, ConfigError
@@ -97,7 +98,7 @@ def corpus(config: TrainConfig, text_tokenizer: tokenizer.Tokenizer, say: Callab
             )
         return conversations.load(
             config.data, text_tokenizer, config.ctx_len, template.load(finetune.template), finetune.loss,
-            config.val_data, config.val_fraction, say, mix,
+            config.val_data, config.val_fraction, say, mix, encode_pair if finetune.has_pairs else None,
         )  # fmt: skip
     return load_corpus(
         config.data, text_tokenizer, config.val_data, config.val_fraction, text_tokenizer.vocab_size,
@@ -126,7 +127,8 @@ def batches(config: TrainConfig, corpus: Corpus, rosa: RosaConfig | None, recall
         of_mix = recollections(dataclasses.replace(config, data=config.finetune.mix_data), rosa, corpus.mix)
         mix = Batches(corpus.mix.train, config.ctx_len, config.seed, corpus.mix.kind, None, of_mix and of_mix[0])
     packed = config.finetune.pack == "on"
-    return Packs(corpus.samples, config.ctx_len, config.seed, packed, recalled, mix, config.finetune.mix_share)
+    share, together = config.finetune.mix_share, _together(config)
+    return Packs(corpus.samples, config.ctx_len, config.seed, packed, recalled, mix, share, together)
 
 
 def val_packs(config: TrainConfig, corpus: Corpus, recalled: Recalled | None) -> Packs | None:
@@ -134,7 +136,12 @@ def val_packs(config: TrainConfig, corpus: Corpus, recalled: Recalled | None) ->
     if not isinstance(corpus, Conversations) or corpus.val_samples is None:
         return None
     packed = config.finetune is None or config.finetune.pack == "on"
-    return Packs(corpus.val_samples, config.ctx_len, 0, packed, recalled)
+    return Packs(corpus.val_samples, config.ctx_len, 0, packed, recalled, together=_together(config))
+
+
+def _together(config: TrainConfig) -> int:
+    """How many samples make one of what is learned from."""
+    return len(ANSWERS) if config.finetune is not None and config.finetune.has_pairs else 1
 
 
 def with_length(config: TrainConfig, batches: Batches | Packs, done: int) -> TrainConfig:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heron import context, dist, machine
+from heron.checkpoint.adapters import base_fingerprint
 from heron.config import TrainConfig
+from heron.config.tbptt import Tbptt
 from heron.context import Part
+from heron.data.conversations import Conversations
+from heron.data.packs import Packs
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
 from heron.model.plain import has_hooks
 from heron.optim import build_optimizer, set_lr
 from heron.tables.rows import row_tables
-from heron.train import leaves
+from heron.train import chunks, leaves, preference
+from heron.train.base_model import Base
 from heron.train.guard import is_bad
 from heron.train.run_data import learns_ids
 
+_IN_CHUNK = ("tokens", "targets", "recalled", "cu_seqlens")
 _PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
 
 
@@ -45,13 +52,15 @@ class Learner:
             that is `model`.
         tables: those of which each step is brought the rows that it needs, None where they are plain parameters.
         optimizer: of `trained`.
+        references: of objective dpo, what pairs are measured against; set before the first step.
         compiled: whether steps are compiled, and why.
         parallel: how the network lies over the processes, and why.
 
     Raises:
         ConfigError: tables on the host for a model that has none, or tables to be sharded; `compile` on or graph where
-            nothing can be compiled; samples to be shared by processes for a model that reads them whole; an adapter or
-            a state that the model has no place for, or that lies beside shards.
+            nothing can be compiled; samples to be shared by processes for a model that reads them whole; chunks that
+            the model or its shards don't fit; an adapter or a state that the model has no place for, or that lies
+            beside shards.
     """
 
     def __init__(
@@ -72,13 +81,25 @@ class Learner:
                 f"parallel {self.parallel.value}: {what} not sharded yet; use --parallel ddp"
                 + ("" if config.freezes else ", and --tables host where they are large")
             )
+        self._tbptt = Tbptt.of(config.tbptt)
+        if self._tbptt is not None:
+            chunks.check(self._tbptt, model.config)
+        self._has_pairs = config.finetune is not None and config.finetune.has_pairs
+        if self._tbptt is not None or self._has_pairs:
+            what = "objective dpo" if self._has_pairs else f"tbptt {config.tbptt}"
+            if sharded or config.context_parallel > 1:
+                other = "sharded weights" if sharded else "samples that processes share"
+                raise ConfigError(f"{what}: does not work with {other} yet; use --parallel ddp alone")
+        self.references: preference.References | None = None
+        self._figures = torch.zeros(len(preference.FIGURES) if self._has_pairs else 0, device=device)
         if config.context_parallel > 1 and (why := context.why_not(model.config)) is not None:
             raise ConfigError(f"context_parallel {config.context_parallel}: {why}; leave --context_parallel out")
         self._context = ranks.context(config.context_parallel, config.dist_timeout)
         ranks.start_equal(model, device)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
-            leaves.prepare_base(model, in_half, tables_stay=config.tables == "host")
+            base = "auto" if config.finetune is None else config.finetune.base
+            leaves.prepare_base(model, in_half, config.tables == "host", base, device)
         self.tables = None if sharded else row_tables(model, device, config.tables, trains=not config.freezes)
         if self.tables is None and not sharded:
             model.to(device)
@@ -94,7 +115,8 @@ class Learner:
         self._autocast_dtype = "fp32" if in_half else config.dtype
         in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
-        self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
+        # Passes differ in how many targets they have.
+        self._uneven = config.finetune is not None or self._tbptt is not None or learns_ids(config)
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
             config.compile, device, model.config, config.tables, adds_up, self._uneven, kind, sharded,
@@ -112,6 +134,9 @@ class Learner:
             self.compiled.value != "off",
             in_half,
         )
+        self._at_once = (
+            config.accumulate == 1 and self._tbptt is None and not self._has_pairs
+        )  # one pass has a step's gradients
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
@@ -119,12 +144,28 @@ class Learner:
             {master: copy for copy, master in self._copies},
         )  # fmt: skip
 
+    def refer(
+        self, corpus: Conversations, packs: tuple[Packs, Packs | None], resume_from: Path | None, base: Base | None
+    ) -> None:
+        """Set :attr:`references`, where the run learns from pairs; see :func:`heron.train.preference.references`."""
+        if not self._has_pairs:
+            return
+        fingerprint = None if base is None else base.fingerprint
+        if resume_from is None and fingerprint is None:
+            fingerprint = base_fingerprint(self.model)
+        self.network.eval()  # an adapter drops nothing then
+        self.references = self.ranks.first(
+            lambda: preference.references(self.config, fingerprint, corpus, packs, resume_from, self.likelihoods)
+        )
+        self.network.train()
+
     def gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
         """Start the forward and backward passes of a step.
 
         Args:
             samples: tokens and targets (B, T) int64 of each micro-batch, and with a memory what it recalls at the
-                tokens, (B, T, K, 2) int64, or None; then cu_seqlens of packed conversations, or None. On the host.
+                tokens, (B, T, K, 2) int64, or None; then cu_seqlens of packed conversations, or None; of pairs their
+                numbers (:class:`heron.data.packs.Packs`). On the host.
 
         Returns:
             The mean loss, an fp32 scalar on the device.
@@ -141,11 +182,17 @@ class Learner:
         return self._gradients(samples)
 
     def _gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
+        in_chunks = [] if self._tbptt is None else [chunks.cut(sample, self._tbptt.chunk) for sample in samples]
+        passes = sum(map(len, in_chunks)) or len(samples)
         if self.tables is not None:
             ids = torch.cat([sample[0] for sample in samples if sample[0] is not None])
-            self.tables.bring(torch.cat(self.ranks.gathered(ids)), len(samples), self._recorded(len(samples)))
+            self.tables.bring(torch.cat(self.ranks.gathered(ids)), passes, self._recorded(passes))
         loss = torch.zeros((), device=self.device)
-        for sample, parts in zip(samples, self._parts(samples), strict=True):
+        self._figures = torch.zeros_like(self._figures)
+        for number, (sample, parts) in enumerate(zip(samples, self._parts(samples), strict=True)):
+            if in_chunks or self._has_pairs:
+                loss += self._read(in_chunks[number], parts) if in_chunks else self._compare(sample, parts)
+                continue
             part = None
             if self._context is not None:  # of samples without a memory
                 tokens, targets, *packed = (tensor for tensor in sample if tensor is not None)
@@ -154,7 +201,7 @@ class Learner:
             loss += self._pass([_onto(self.device, tensor) for tensor in sample], len(samples), parts, part)
             if len(samples) > 1:
                 self._hand_over()
-        if self._reduction is not None and len(samples) > 1:
+        if self._reduction is not None and not self._at_once:
             self._reduction.finish()
         if self.tables is not None:
             self.ranks.add_(self.tables.gradients())
@@ -164,10 +211,51 @@ class Learner:
         """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
         if not self._uneven:
             return [len(samples) * self.ranks.group(self.config.context_parallel)[1]] * len(samples)
-        counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
+        if self._has_pairs:
+            counts = [preference.n_texts(sample) for sample in samples]
+        else:
+            counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
         (total,) = self.ranks.sum([sum(counts)])
         total /= self.config.context_parallel  # each of those that share a sample has counted it
         return [total / max(count, 1) for count in counts]
+
+    def _read(self, sample: list[chunks.Chunk], parts: float) -> Tensor:
+        """The share of the loss of a sample that is read in chunks; the gradients are in the masters."""
+        assert self._tbptt is not None
+        sample = [
+            chunk._replace(**{name: _onto(self.device, getattr(chunk, name)) for name in _IN_CHUNK}) for chunk in sample
+        ]
+        reader = chunks.Reader(
+            self.network,
+            self.leaves.start,
+            lambda: machine.autocast(self._autocast_dtype, self.device),
+            self._hand_over,
+        )
+        return reader.learn(sample, self._tbptt.exact, parts)
+
+    def likelihoods(self, sample: tuple[Tensor | None, ...]) -> Tensor:
+        """The log-probability (n,) of what is learned of each text of a sample of pairs, which is on the host."""
+        here = [_onto(self.device, part) for part in sample[:4]]
+        offsets = sample[3][: preference.n_texts(sample) + 1].tolist()  # pyright: ignore[reportOptionalSubscript]
+        with machine.autocast(self._autocast_dtype, self.device):
+            start = self.leaves.start(here[0], here[3])  # pyright: ignore[reportArgumentType]
+            return preference.log_likelihoods(self.network, here, offsets, start)
+
+    def _compare(self, sample: tuple[Tensor | None, ...], parts: float) -> Tensor:
+        """The share of the loss of a sample of pairs; the gradients are in the masters."""
+        assert self.references is not None
+        assert self.config.finetune is not None
+        assert sample[4] is not None
+        logprobs = self.likelihoods(sample)
+        reference = _onto(self.device, self.references.train[sample[4][: len(logprobs)]])
+        assert reference is not None
+        losses, margins = preference.losses_and_margins(logprobs, reference, self.config.finetune.dpo_beta)
+        loss = losses.mean() / parts
+        loss.backward()
+        self._hand_over()
+        margins = margins.detach()
+        self._figures += torch.stack(((margins > 0).float().mean(), margins.mean())) / parts
+        return loss.detach()
 
     def _pass(self, sample: list[Any], passes: int, parts: float, part: Part | None = None) -> Tensor:
         """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves.
@@ -204,13 +292,12 @@ class Learner:
     def _reduction_of(self) -> dist.Reduction:
         """Of the leaves that have a step's gradients: of several passes these are added up as the masters'."""
         on_rows = {id(weight) for weight in (self.tables.weights if self.tables is not None else [])}
-        at_once = self.config.accumulate == 1
-        learning = (copy if at_once else master for copy, master in self.leaves.pairs)
-        return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), at_once)
+        learning = (copy if self._at_once else master for copy, master in self.leaves.pairs)
+        return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), self._at_once)
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
-        if self.compiled.value != "graph" or passes != self.config.accumulate:
+        if self.compiled.value != "graph" or passes != self.config.accumulate or self._tbptt is not None:
             return False
         if any(map(has_hooks, self.network.modules())):
             return False  # a replay would not call them
@@ -223,14 +310,14 @@ class Learner:
             asked: whether this process was asked to stop.
 
         Returns:
-            Loss, gradient norm before clipping, 1.0 if they are bad, and how many processes were asked to stop: (4,)
-            fp32 on the device, the same in all processes.
+            Loss, gradient norm before clipping, 1.0 if they are bad, and how many processes were asked to stop, fp32 on
+            the device, the same in all processes: (4,). Of pairs `preference.FIGURES` follow.
         """
         trained = (*self.trained.parameters(), *(copy for copy, _ in self._copies))
         of_rows = [] if self.tables is None else self.tables.gradients()
         gradients = [dist.local(leaf.grad) for leaf in trained if leaf.grad is not None]
         n_asked = torch.full((), float(asked), device=self.device)
-        loss, grad_norm, n_asked = self._agreed(loss, norm_of([*gradients, *of_rows]), n_asked)
+        loss, grad_norm, n_asked, *figures = self._agreed(loss, norm_of([*gradients, *of_rows]), n_asked)
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
         if self.config.grad_clip:
@@ -242,17 +329,18 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.tables is not None:
             self.tables.release()
-        return torch.stack((loss, grad_norm, bad, n_asked))
+        return torch.stack((loss, grad_norm, bad, n_asked, *figures))
 
     def _agreed(self, loss: Tensor, grad_norm: Tensor, n_asked: Tensor) -> tuple[Tensor, ...]:
-        """Loss, gradient norm and number of those asked of all processes, from those of each, in one collective."""
+        """Loss, gradient norm, number of those asked and figures of all processes, from those of each, in one
+        collective."""
         if self.ranks.count == 1:
-            return loss, grad_norm, n_asked
-        numbers = torch.stack((loss, grad_norm.square(), n_asked))
+            return loss, grad_norm, n_asked, *self._figures
+        numbers = torch.stack((loss, grad_norm.square(), n_asked, *self._figures))
         self.ranks.add_([numbers])
-        loss, squares, n_asked = numbers
+        loss, squares, n_asked, *figures = numbers
         copies = self.ranks.copies(self.parallel.value)  # of each gradient, among those that were added up
-        return loss, grad_norm if copies == self.ranks.count else (squares / copies).sqrt(), n_asked
+        return loss, grad_norm if copies == self.ranks.count else (squares / copies).sqrt(), n_asked, *figures
 
     def weights_are_finite(self) -> bool:
         """Whether nothing that any process trains is infinite or NaN."""

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+
+import heron
+from heron import cli
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
 pytest.importorskip("accelerate", reason="needs the hf extra: pip install 'heron-rwkv[hf]'")
@@ -198,3 +205,23 @@ def test_sft_learns_completions_alone_through_an_adapter(sft, tmp_path):
     again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "adapter").eval()
     ids = torch.arange(2, 12)[None]
     assert torch.allclose(again(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits, atol=1e-5)
+
+
+def test_the_recipe_of_the_docs_trains_an_adapter_that_heron_merges(tmp_path, tokenizer, monkeypatch):
+    for package in ("peft", "trl", "datasets"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
+    recipe = (Path(__file__).parents[2] / "docs/start/fine-tune.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    fresh().save_pretrained("folder")
+    tokenizer.save_pretrained("folder")
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    names: dict = {}
+    exec(code, names)
+    assert names["trainer"].state.global_step == 3
+    assert cli.main(["merge", "folder", "runs/trl/adapter", "tuned.pth"]) == 0
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        trained = names["trainer"].model.eval()(input_ids=ids).logits
+        assert torch.allclose(heron.load("tuned.pth")(ids)[0], trained, atol=1e-5)
+        assert not torch.allclose(fresh()(input_ids=ids).logits, trained, atol=1e-3)

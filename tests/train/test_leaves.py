@@ -374,7 +374,7 @@ def test_kills_leave_no_trace(tmp_path, method, trials):
         (("--adapter.targets", "enn"), "names blocks.0.ffn.enn, of the class DeepEmbed, and wanted are linear layers"),
         (("--adapter.kind", "lara"), "adapter.kind: wanted lora"),
         (("--token_shifts",), "token_shifts: belongs to method state, got method lora"),
-        (("--base", "int2"), "base: wanted one of auto, fp32, bf16, got 'int2'"),
+        (("--base", "int2"), "base: wanted one of auto, fp32, bf16, int8, nf4, got 'int2'"),
         (("--base", "bf16", "--dtype", "fp32"), "weights bf16 needs dtype bf16"),
         (("--base", "bf16", "--weights", "fp32"), "weights fp32 and base bf16 contradict each other"),
     ],
