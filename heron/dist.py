@@ -404,7 +404,8 @@ def _after_restart(wait: datetime.timedelta) -> dict[str, Any]:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(rendezvous("env://", timeout=wait))
-    return {"store": distributed.PrefixStore(f"restart-{restart}", store), "rank": rank, "world_size": count}
+    apart = distributed.PrefixStore(f"restart-{restart}", store)  # pyright: ignore[reportPrivateImportUsage]
+    return {"store": apart, "rank": rank, "world_size": count}
 
 
 def _buckets(leaves: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
