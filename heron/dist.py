@@ -118,7 +118,8 @@ class Ranks:
             return
         try:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            wait = datetime.timedelta(seconds=timeout)
+            distributed.init_process_group(backend, timeout=wait, **_after_restart(wait))
             yield
             self.all(True)  # who leaves first must not take the connection from the others
             distributed.destroy_process_group()
@@ -393,6 +394,18 @@ class Reduction:
         if leaves:
             flat = torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
             self._under_way.append((leaves, flat, distributed.all_reduce(flat, async_op=True)))
+
+
+def _after_restart(wait: datetime.timedelta) -> dict[str, Any]:
+    """How processes that torchrun has restarted meet: its store may still have the addresses of those before them."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0":
+        return {}
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://", timeout=wait))
+    apart = distributed.PrefixStore(f"restart-{restart}", store)  # pyright: ignore[reportPrivateImportUsage]
+    return {"store": apart, "rank": rank, "world_size": count}
 
 
 def _buckets(leaves: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
