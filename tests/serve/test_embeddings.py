@@ -47,7 +47,9 @@ def test_texts_that_take_too_long_are_answered_408(serve, engine_of, slow):
 
 def test_one_more_than_may_wait_is_told_to_come_again(serve, engine_of, slow):
     address = serve(engine_of(1), queue=0)
-    first = threading.Thread(target=lambda: httpx.post(f"{address}/v1/embeddings", json={"input": ["a"] * 40}, timeout=60))
+    first = threading.Thread(
+        target=lambda: httpx.post(f"{address}/v1/embeddings", json={"input": ["a"] * 40}, timeout=60)
+    )
     first.start()
     until(lambda: slow)
     answers = [httpx.post(f"{address}/v1/embeddings", json={"input": "b"}, timeout=60) for _ in range(3)]
