@@ -12,7 +12,7 @@ PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/tokenize", "/v1/detokenize",
     "/v1/states", "/v1/states/a/load",
 )  # fmt: skip
-_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "-1", "1e6", "true", '"1"', "[]", "{}")
+_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "-1000", "1e6", "true", '"1"', "[]", "{}")
 _FIELDS = (
     "temperature", "top_p", "top_k", "max_tokens", "n", "seed", "presence_penalty", "frequency_penalty", "logprobs",
     "penalty_decay", "stop", "logit_bias", "stop_ids", "best_of",
