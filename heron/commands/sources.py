@@ -44,7 +44,7 @@ def engine_of(options: argparse.Namespace, rows: int = 1, packed: int = 1) -> tu
     documents = None if options.memory is None else token_index.read(options.memory, tokenizer)
     index = None if documents is None else documents.index
     start = start_of(options, model)
-    packed = packed if device.type == "cuda" else 1
+    packed = packed if torch.device(device).type == "cuda" else 1
     return Engine(model, tokenizer, rows, options.tables, file, device, index, start, packed), documents
 
 
