@@ -96,7 +96,8 @@ def test_of_several_answers_that_are_streamed_the_first_one_is_the_sessions(serv
     answers = []
     for name in ("whole", "streamed"):
         HTTP.post(f"{address}/v1/states", json={"name": name, "session_id": name}).raise_for_status()
-        answers.append(said(chat(address, [user("well?")], state=name)))
+        answer = chat(address, [user("well?")], state=name, logprobs=True)
+        answers.append([token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]])
     assert answers[0] == answers[1]
 
 
