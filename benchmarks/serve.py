@@ -29,6 +29,7 @@ from timing import device_of
 
 import heron
 from heron import tokenizer
+from heron.commands.serve import PACKED
 from heron.config import LARGEST_SEED
 from heron.serve import ServeConfig, create_app
 
@@ -201,7 +202,8 @@ def main() -> None:
         alone[rows] = rows / min(in_turns(steps, 5, max(8, 256 // rows), device)[f"{rows} rows"])
         print(f"{f'engine, {rows} rows':<34}{alone[rows]:>10.1f} tokens/s", flush=True)
 
-    engine = heron.Engine(model, tokenizer.load(f"integers:{options.vocab_size}"), options.rows)
+    packed = PACKED if device.type == "cuda" else 1  # as heron serve
+    engine = heron.Engine(model, tokenizer.load(f"integers:{options.vocab_size}"), options.rows, packed=packed)
     sys.setswitchinterval(5e-4)  # as heron serve
     server, thread = served(engine, options)
     try:

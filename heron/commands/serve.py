@@ -18,6 +18,7 @@ from heron.generation import Engine, Request
 from heron.model import State
 from heron.serve import create_app
 
+PACKED = 64  # short prompts that a GPU reads in one pass
 _SWITCH_S = 5e-4  # the engine's thread waits at most so long for Python's lock, rather than 5 ms
 
 
@@ -25,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     settings = given(options, ServeConfig, "")
     config = _with_key(ServeConfig(**{"name": _name_of(options.model), **settings}))
     chat_template = template.load(config.template)
-    engine = engine_of(options, config.rows)[0]
+    engine = engine_of(options, config.rows, PACKED)[0]
     engines = {name: _adapted(options, path, config.rows) for name, path in options.with_adapter}
     engines |= {name: _remembering(options, engine, path, config.rows) for name, path in options.with_memory}
     for one in (engine, *engines.values()):  # kernels are built and graphs recorded before anyone waits for them
@@ -58,7 +59,7 @@ def _adapted(options: argparse.Namespace, folder: str, rows: int) -> Engine:
     changed.adapter, changed.state = folder, None
     if options.adapter is not None:
         raise ConfigError("with_adapter: --adapter is merged into the model already, and one adapter fits one base")
-    return engine_of(changed, rows)[0]
+    return engine_of(changed, rows, PACKED)[0]
 
 
 def _remembering(options: argparse.Namespace, engine: Engine, file: str, rows: int) -> Engine:

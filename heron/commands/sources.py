@@ -22,8 +22,11 @@ from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
 
 
-def engine_of(options: argparse.Namespace, rows: int = 1) -> tuple[Engine, DocumentIndex | None]:
-    """An engine, and the documents of its memory, from the flags that generate, chat and serve share."""
+def engine_of(options: argparse.Namespace, rows: int = 1, packed: int = 1) -> tuple[Engine, DocumentIndex | None]:
+    """An engine, and the documents of its memory, from the flags that generate, chat and serve share.
+
+    `packed` as for an Engine, on a GPU; a CPU reads prompts one by one.
+    """
     dtypes = {None: None, **machine.DTYPES}
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
@@ -43,7 +46,8 @@ def engine_of(options: argparse.Namespace, rows: int = 1) -> tuple[Engine, Docum
     documents = None if options.memory is None else token_index.read(options.memory, tokenizer)
     index = None if documents is None else documents.index
     start = start_of(options, model)
-    return Engine(model, tokenizer, rows, options.tables, file, device, index, start), documents
+    packed = packed if torch.device(device).type == "cuda" else 1
+    return Engine(model, tokenizer, rows, options.tables, file, device, index, start, packed), documents
 
 
 def model_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None = None) -> RWKV:

@@ -29,12 +29,12 @@ def check_parts(model: Any, tokenizer: Any) -> None:
         )
 
 
-def checked_rows(rows: int) -> int:
-    """The number of places; ConfigError unless it is a whole number from 1 on."""
-    rows = plain(rows)
-    if type(rows) is not int or rows < 1:
-        raise ConfigError(f"rows: wanted a whole number from 1 on, got {rows!r}")
-    return rows
+def checked_number(name: str, number: int) -> int:
+    """The number; ConfigError, with its name, unless it is a whole number from 1 on."""
+    number = plain(number)
+    if type(number) is not int or number < 1:
+        raise ConfigError(f"{name}: wanted a whole number from 1 on, got {number!r}")
+    return number
 
 
 def check_tables(tables: str, tables_file: str | Path | None) -> None:

@@ -18,7 +18,7 @@ from heron import machine
 from heron.checkpoint.architecture import in_one_dtype
 from heron.errors import ConfigError, HeronError
 from heron.files import as_path
-from heron.generation.checks import check_parts, check_tables, checked_rows
+from heron.generation.checks import check_parts, check_tables, checked_number
 from heron.generation.decoder import is_fusible
 from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws, HostDraws
@@ -36,7 +36,6 @@ from heron.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 1024  # of a prompt are read at once: enough to fill the machine, little enough to bound the memory
 PREFILL_TOKENS_CUDA = 2048  # of a longer prompt on a GPU
-MOST_PACKED = 64  # prompts that a GPU reads side by side: their states are there twice meanwhile
 
 
 class Engine:
@@ -61,10 +60,13 @@ class Engine:
             :class:`heron.model.memory.Documents`; None: none.
         start: what every sequence begins from that goes on from nothing, such as a tuned state, batch size 1; None:
             zeros.
+        packed: prompts whose short pieces are read in one pass, which for ten tokens takes a GPU about as long as for
+            hundreds; their states are there twice meanwhile. Above 1 the rounding of a text depends on which they are.
+            For v7, v7a and v8 without ROSA memory and without hooks; others are read one by one.
 
     Raises:
-        ConfigError: rows below 1, an unknown `tables`, or one that this model does not have; a tokenizer larger than
-            the model; a `start` of another model.
+        ConfigError: rows or packed below 1, an unknown `tables`, or one that this model does not have; a tokenizer
+            larger than the model; a `start` of another model.
         CheckpointError: `tables_file` belongs to another model or cannot be written.
         HeronError: tables on the host don't fit into memory that can be pinned.
     """
@@ -79,10 +81,11 @@ class Engine:
         device: torch.device | str | None = None,
         documents: TokenIndex | None = None,
         start: State | None = None,
+        packed: int = 1,
     ):
         check_parts(model, tokenizer)
         check_tables(tables, tables_file)
-        rows = checked_rows(rows)
+        rows, packed = checked_number("rows", rows), checked_number("packed", packed)
         if start is not None:
             start.check(model.config, 1)
         self.tokenizer, self.vocab_size = tokenizer, model.config.vocab_size
@@ -106,8 +109,7 @@ class Engine:
         self._decoder = decoder_of(model, rows, moved, looked_into)
         is_cuda = self._device.type == "cuda"
         n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
-        # On a CPU one after another: the bits of a text must not depend on its neighbours there.
-        most_packed = MOST_PACKED if is_cuda and self._is_fusible and model.config.memory is None else 1
+        most_packed = packed if self._is_fusible and model.config.memory is None else 1
         self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into, most_packed)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
         self._open: list[OpenSequence] = []  # of those with a prompt to read, the first gets the next piece
@@ -312,7 +314,7 @@ class Engine:
     def step(self) -> list[tuple[OpenSequence, Token | HeronError]]:
         """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
 
-        On a GPU short pieces of several prompts are read in one pass, at most `PREFILL_TOKENS_CUDA` tokens.
+        With `packed`, short pieces of several prompts are read, together as many tokens as one long piece.
 
         Gives them in order of place. A sequence that cannot go on is closed, and gets an error in place of a token: its
         logits are not finite, or its constraint fails. Where drawing is interrupted, all that are drawn for are closed.

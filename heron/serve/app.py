@@ -69,6 +69,7 @@ def application(
         await models.stop(config.grace)
 
     app = FastAPI(title="Heron", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.stop = models.stop
     app.router.redirect_slashes = False
     _add_models(app, service)
     _add_texts(app, service)

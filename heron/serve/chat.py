@@ -103,7 +103,7 @@ class Asked:
 async def ask(service: Service, body: ChatRequest) -> Asked:
     """Have the answers written. Refusal, or another HeronError, for what cannot be."""
     served = service.models.get(body.model)
-    messages = tuple(message.as_message() for message in body.messages)
+    messages = body.conversation
     tools = () if body.tool_choice == "none" else tuple(tool.function.as_dict for tool in body.tools or ())
     if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "top_logprobs: give logprobs true with it", "top_logprobs")

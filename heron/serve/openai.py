@@ -5,6 +5,7 @@ Fields of ours are those that OpenAI's lacks: they are listed under "Heron's own
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -150,6 +151,7 @@ class ChatMessage(_Loose):
     content: Content = ""
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = Field(None, max_length=MOST_TOOLS)
+    tool_call_id: str | None = Field(None, max_length=200)
 
     def as_message(self) -> Message:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
@@ -189,6 +191,20 @@ class ChatRequest(Sampled):
     verbosity: Any = None  # of OpenAI's servers alone
     # Heron's own
     think: Think | None = Field(None, description="as heron chat --think; reasoning_effort says it in OpenAI's words")
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The messages as the template takes them, which names no call: results stand in the order of the calls."""
+        ordered: list[ChatMessage] = []
+        order: dict[str | None, int] = {}
+        for is_result, group in itertools.groupby(self.messages, lambda one: one.role == "tool"):
+            several = list(group)
+            if is_result:
+                several.sort(key=lambda one: order.get(one.tool_call_id, len(order)))
+            else:
+                order = {call.id: number for number, call in enumerate(several[-1].tool_calls or ())}
+            ordered += several
+        return tuple(one.as_message() for one in ordered)
 
     @property
     def forced(self) -> str | None:

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -161,10 +162,10 @@ class Scheduler:
     def stop(self, grace: float) -> None:
         """Take no more jobs, finish those that are there within `grace` seconds, fail the others, and end the thread.
 
-        This waits for the thread: call it outside of the event loop.
+        This waits for the thread: call it outside of the event loop. Of several calls the shortest grace counts.
         """
         with self._changed:
-            self._stops_at = time.monotonic() + grace
+            self._stops_at = min(time.monotonic() + grace, math.inf if self._stops_at is None else self._stops_at)
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import uvicorn
@@ -16,9 +17,16 @@ from heron.config.serve import ServeConfig
 from heron.errors import ConfigError
 from heron.serve.protocol import guarded_protocol
 
+SECONDS_TO_TELL = 5  # those whose requests were ended by the end of the server
+
 
 class Server(uvicorn.Server):
     """Prints its address once it accepts, and takes SIGINT and SIGTERM as the wish to end."""
+
+    def __init__(self, config: uvicorn.Config, stop: Callable[[float], Coroutine[Any, Any, None]], grace: float):
+        """`stop` has the application finish what runs, within `grace` seconds, and end the rest."""
+        super().__init__(config)
+        self._stop, self._grace = stop, grace
 
     async def startup(self, sockets: Any = None) -> None:
         try:
@@ -27,6 +35,14 @@ class Server(uvicorn.Server):
             place = f"{self.config.host}, port {self.config.port}"
             raise ConfigError(f"host {place}: cannot listen there: {stop.__context__ or 'see above'}") from None
         print(f"listening on {self.address}", flush=True)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Take no more connections. What runs has its time to end, and is told where that is not enough."""
+        stops = asyncio.create_task(self._stop(self._grace))
+        await super().shutdown(sockets)
+        if self.force_exit:  # a second Ctrl-C
+            await self._stop(0)
+        await stops
 
     @property
     def address(self) -> str:
@@ -58,6 +74,8 @@ def server_of(app: Any, config: ServeConfig) -> Server:
         uvicorn.Config(
             app, config.host, config.port,
             http=guarded_protocol(), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            timeout_graceful_shutdown=math.ceil(config.grace), timeout_keep_alive=75,
-        )
+            timeout_graceful_shutdown=math.ceil(config.grace) + SECONDS_TO_TELL, timeout_keep_alive=75,
+        ),
+        app.state.stop,
+        config.grace,
     )  # fmt: skip

@@ -42,6 +42,23 @@ def test_it_says_where_it_listens_and_ends_in_order_at_a_signal(model, tmp_path)
         assert "Traceback" not in out + errors
 
 
+def test_what_does_not_end_in_time_is_told_when_the_server_ends(model):
+    command = [sys.executable, "-m", "heron", "serve", str(model), "--port", "0", "--grace", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().removeprefix("listening on ").strip()
+        body = {"prompt": "a", "max_tokens": 30_000, "stream": True, "logit_bias": {"0": -100}}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            *_, error, done = [line for line in lines if line]
+        assert '"code":"server_stopping"' in error
+        assert done == "data: [DONE]"
+        out, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in out + errors
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -1,4 +1,4 @@
-"""Short prompts that a GPU reads in one pass; here on a CPU, in fp64, where the rounding of products does not show."""
+"""Short prompts that are read in one pass; here on a CPU, in fp64, where the rounding of products does not show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from heron import tokenizer
-from heron.generation import Engine, Request, Sampling
+from heron.errors import ConfigError
+from heron.generation import Engine, Request, Sampling, engine
 from heron.generation.prefill import PromptReader
 from heron.model import State
 
@@ -21,11 +22,9 @@ def reader_of(model, most_packed=4):
     return PromptReader(model, CPU, SIZE, None, most_packed=most_packed)
 
 
-def packing_engine(model, rows):
-    """An engine that reads as on a GPU."""
-    engine = Engine(model, INTEGERS, rows)
-    engine._reader = reader_of(model)
-    return engine
+@pytest.fixture
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", SIZE)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_pieces_side_by_side_come_to_what_each_comes_to_alone(random_model, form
             assert all(map(torch.equal, state.to_list(), before.to_list()))
 
 
-def test_an_engine_that_packs_says_what_one_says_that_does_not(random_model):
+def test_an_engine_that_packs_says_what_one_says_that_does_not(random_model, short_pieces):
     model, chance = random_model().double(), random.Random(1)
     prompts = [[chance.randrange(37) for _ in range(chance.choice((1, 2, 5, 11, 30)))] for _ in range(24)]
     requests = [
@@ -68,15 +67,15 @@ def test_an_engine_that_packs_says_what_one_says_that_does_not(random_model):
         for n, ids in enumerate(prompts)
     ]
     said = []
-    for engine in (Engine(model, INTEGERS, 6), packing_engine(model, 6)):
+    for packed in (1, 4):
         ids = [[] for _ in requests]
-        for piece in engine.run(requests):
+        for piece in Engine(model, INTEGERS, 6, packed=packed).run(requests):
             ids[piece.request].append(piece.token.id)
         said.append(ids)
     assert said[0] == said[1]
 
 
-def test_many_short_prompts_need_few_passes_and_a_long_one_gets_on(random_model, monkeypatch):
+def test_many_short_prompts_need_few_passes_and_a_long_one_gets_on(random_model, short_pieces, monkeypatch):
     passes, read = [], PromptReader.read_packed
 
     def noted(self, pieces, states):
@@ -84,23 +83,33 @@ def test_many_short_prompts_need_few_passes_and_a_long_one_gets_on(random_model,
         return read(self, pieces, states)
 
     monkeypatch.setattr(PromptReader, "read_packed", noted)
-    engine = packing_engine(random_model(), 10)
-    sequences = [engine.add(Request([1] * n, 9)) for n in (30, *[4] * 9)]
+    many = Engine(random_model(), INTEGERS, 10, packed=4)
+    sequences = [many.add(Request([1] * n, 9)) for n in (30, *[4] * 9)]
     begun = {}
     for n in range(1, 7):
-        for sequence, _ in engine.step():
+        for sequence, _ in many.step():
             begun.setdefault(sequence, n)
     # A whole piece of the long prompt alone, then short ones side by side, then the long one in its turn.
     assert passes == [[SIZE], [3, 3, 3, 3], [3, 3, 3, 3], [3], [SIZE], [5]]
     assert [begun[sequence] for sequence in sequences] == [6, *[2] * 4, *[3] * 4, 4]
 
 
-def test_a_cpu_reads_one_prompt_at_a_time(random_model, monkeypatch):
-    pieces = []
-    read = PromptReader.read
+@pytest.mark.parametrize(
+    ("packed", "changes"),
+    [(1, {}), (3, dict(variant="v7b")), (3, dict(memory="memory"))],
+    ids=["not asked for", "attention", "memory"],
+)
+def test_other_prompts_are_read_one_by_one(random_model, monkeypatch, packed, changes):
+    pieces, read = [], PromptReader.read
     monkeypatch.setattr(PromptReader, "read", lambda self, ids, state: pieces.append(ids) or read(self, ids, state))
-    engine = Engine(random_model(), INTEGERS, 3)
+    many = Engine(random_model(**changes), INTEGERS, 3, packed=packed)
     for _ in range(3):
-        engine.add(Request([1, 2, 3], 9))
-    engine.step()
+        many.add(Request([1, 2, 3], 9))
+    many.step()
     assert pieces == [[1, 2]]
+
+
+@pytest.mark.parametrize("packed", [0, 1.5, True])
+def test_a_number_that_is_none_is_refused(random_model, packed):
+    with pytest.raises(ConfigError, match="packed: wanted a whole number from 1 on"):
+        Engine(random_model(), INTEGERS, packed=packed)

@@ -12,7 +12,7 @@ PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/tokenize", "/v1/detokenize",
     "/v1/states", "/v1/states/a/load",
 )  # fmt: skip
-_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "-1", "1e6", "true", '"1"', "[]", "{}")
+_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "-1000", "1e6", "true", '"1"', "[]", "{}")
 _FIELDS = (
     "temperature", "top_p", "top_k", "max_tokens", "n", "seed", "presence_penalty", "frequency_penalty", "logprobs",
     "penalty_decay", "stop", "logit_bias", "stop_ids", "best_of",
@@ -65,10 +65,10 @@ HOSTILE: dict[str, Callable[[random.Random], bytes]] = {
         "/v1/chat/completions",
     ),
     "many wrong parts": lambda rng: request_of(
-        {"messages": [{"role": "user", "content": [{}] * rng.choice((5000, 200_000))}]}, "/v1/chat/completions"
+        {"messages": [{"role": "user", "content": [{}] * rng.choice((5000, 20_000))}]}, "/v1/chat/completions"
     ),
-    "many wrong ids": lambda rng: request_of({"prompt": [rng.choice((-1, 1.5, None, {}))] * 100_000}),
-    "many unknown fields": lambda rng: request_of({f"x{n}": 1 for n in range(50_000)}, rng.choice(PATHS)),
+    "many wrong ids": lambda rng: request_of({"prompt": [rng.choice((-1, 1.5, None, {}))] * 10_000}),
+    "many unknown fields": lambda rng: request_of({f"x{n}": 1 for n in range(3000)}, rng.choice(PATHS)),
     "an endless message list": lambda rng: request_of(
         {"messages": [{"role": "user", "content": ""}] * 5000}, "/v1/chat/completions"
     ),

@@ -53,10 +53,14 @@ def until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.005)
 
 
-def raw(address: str, data: bytes = b"") -> socket.socket:
-    """A connection on which `data` has been sent."""
+def raw(address: str, data: bytes = b"", receives: int | None = None) -> socket.socket:
+    """A connection on which `data` has been sent, with a buffer of `receives` bytes for what comes."""
     host, port = address.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection = socket.socket()
+    connection.settimeout(20)
+    if receives is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)  # before the connection agrees on it
+    connection.connect((host, int(port)))
     connection.sendall(data)
     return connection
 

@@ -77,6 +77,21 @@ def test_tools_have_a_form_and_stops_of_their_own():
     assert "(think" not in BYTES.decode(told.ids)  # a function's output is not told how to think
 
 
+def test_what_functions_gave_stands_in_the_order_of_the_calls():
+    def call(number):
+        return {"id": f"call_{number}", "type": "function", "function": {"name": f"f{number}"}}
+
+    def result(number):
+        return {"role": "tool", "tool_call_id": f"call_{number}", "content": str(number)}
+
+    first = {"role": "assistant", "tool_calls": [call(2), call(1)]}
+    then = {"role": "assistant", "tool_calls": [call(4), call(3)]}
+    unknown = {"role": "tool", "content": "?"}
+    messages = [first, result(1), unknown, result(2), then, result(4), result(3)]
+    asked = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hello"}, *messages]})
+    assert [one.content for one in asked.conversation if one.role == "tool"] == ["2", "1", "?", "4", "3"]
+
+
 def test_a_jinja_template_has_no_levels_of_thinking(tmp_path):
     (tmp_path / "a.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
                                       "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip

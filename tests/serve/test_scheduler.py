@@ -207,3 +207,19 @@ def test_stopping_without_grace_ends_what_runs(engine_of):
             await ids_of(job)
 
     running(engine_of(1), work)
+
+
+def test_of_two_stops_the_shorter_grace_counts(engine_of):
+    async def work(scheduler):
+        job = job_of(n=100_000)
+        scheduler.submit(job)
+        await anext(job.drawn())
+        first = asyncio.create_task(asyncio.to_thread(scheduler.stop, 1000))
+        while scheduler.is_ready:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(scheduler.stop, 0)
+        await first
+        with pytest.raises(Refusal, match="stopping"):
+            await ids_of(job)
+
+    running(engine_of(1), work)

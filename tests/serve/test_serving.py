@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 
 import httpx
@@ -72,8 +71,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody_up(serve, engin
     engine = engine_of(2)
     address = serve(engine)
     body = {"max_tokens": 30_000, "stream": True, "logprobs": 20, "logit_bias": NO_END}
-    slow = raw(address, request_of(body))
-    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    slow = raw(address, request_of(body), receives=1024)
     until(lambda: engine.n_free == 1)
     assert httpx.post(f"{address}/v1/completions", json={"max_tokens": 5}, timeout=20).status_code == 200
     until(lambda: engine.n_free == 2, 60)
@@ -165,14 +163,13 @@ def test_pages_named_may_ask_and_others_not(serve, engine_of):
 
 
 def test_the_key_guards_everything_but_the_page_and_the_pulse(serve, engine_of):
-    address = serve(engine_of(1), api_key="secret")
-    assert httpx.get(f"{address}/health").status_code == 200
-    for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/states"):
-        assert httpx.get(f"{address}{path}").status_code == 401
-        for wrong in ("secret", "Bearer", "Bearer secre", "Bearer secret2", "Basic secret", "Bearer é"):
-            headers = {"Authorization": wrong.encode("latin-1")}
-            assert httpx.get(f"{address}{path}", headers=headers).status_code == 401
-        assert httpx.get(f"{address}{path}", headers={"Authorization": "Bearer secret"}).status_code == 200
+    with httpx.Client(base_url=serve(engine_of(1), api_key="secret")) as http:
+        assert http.get("/health").status_code == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/states"):
+            assert http.get(path).status_code == 401
+            for wrong in ("secret", "Bearer", "Bearer secre", "Bearer secret2", "Basic secret", "Bearer é"):
+                assert http.get(path, headers={"Authorization": wrong.encode("latin-1")}).status_code == 401
+            assert http.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])

@@ -15,11 +15,12 @@ from heron.model.adapters import add_adapter
 from tests.serve.running import running
 
 READABLE = {str(token): -100 for token in range(256) if not 97 <= token <= 122}  # so that every answer is small letters
+HTTP = httpx.Client(timeout=60)  # one for all: each of its own would read all certificates
 FIXED = {"seed": 1, "max_tokens": 8, "logit_bias": READABLE}
 
 
 def chat(address, messages, **more):
-    answer = httpx.post(f"{address}/v1/chat/completions", json={"messages": messages, **FIXED, **more}, timeout=60)
+    answer = HTTP.post(f"{address}/v1/chat/completions", json={"messages": messages, **FIXED, **more}, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -69,21 +70,21 @@ def test_what_is_cached_changes_no_answer(serve, engine_of):
 def test_a_session_is_saved_listed_forked_begun_from_and_deleted(serve, engine_of):
     address = serve(engine_of(2))
     messages, _ = grown(address, 2, session_id="talk")
-    saved = httpx.post(f"{address}/v1/states", json={"name": "expert", "session_id": "talk"})
+    saved = HTTP.post(f"{address}/v1/states", json={"name": "expert", "session_id": "talk"})
     assert saved.json() == {"id": "expert", "object": "state"}
-    httpx.post(f"{address}/v1/states", json={"name": "copy", "fork": "expert"}).raise_for_status()
-    assert [one["id"] for one in httpx.get(f"{address}/v1/states").json()["data"]] == ["copy", "expert"]
+    HTTP.post(f"{address}/v1/states", json={"name": "copy", "fork": "expert"}).raise_for_status()
+    assert [one["id"] for one in HTTP.get(f"{address}/v1/states").json()["data"]] == ["copy", "expert"]
 
     whole = said(chat(address, [*messages, user("well?")]))
     for more in ({"state": "expert"}, {"state": "copy"}):
         assert said(chat(address, [user("well?")], **more)) == whole
-    httpx.post(f"{address}/v1/states/expert/load", json={"session_id": "other"}).raise_for_status()
+    HTTP.post(f"{address}/v1/states/expert/load", json={"session_id": "other"}).raise_for_status()
     assert said(chat(address, [user("well?")], session_id="other")) == whole
     assert said(chat(address, [user("well?")])) != whole
 
-    assert httpx.delete(f"{address}/v1/states/expert").json()["deleted"] is True
-    assert httpx.delete(f"{address}/v1/states/expert").status_code == 404
-    assert [one["id"] for one in httpx.get(f"{address}/v1/states").json()["data"]] == ["copy"]
+    assert HTTP.delete(f"{address}/v1/states/expert").json()["deleted"] is True
+    assert HTTP.delete(f"{address}/v1/states/expert").status_code == 404
+    assert [one["id"] for one in HTTP.get(f"{address}/v1/states").json()["data"]] == ["copy"]
 
 
 def test_of_several_answers_that_are_streamed_the_first_one_is_the_sessions(serve, engine_of):
@@ -91,20 +92,21 @@ def test_of_several_answers_that_are_streamed_the_first_one_is_the_sessions(serv
     asked = {"messages": [user("hello")], **FIXED, "max_tokens": 40, "n": 2, "temperature": 1, "top_p": 1}
     chat(address, **asked, session_id="whole")
     body = {**asked, "session_id": "streamed", "stream": True}
-    assert httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).text.endswith("[DONE]\n\n")
+    assert HTTP.post(f"{address}/v1/chat/completions", json=body, timeout=60).text.endswith("[DONE]\n\n")
     answers = []
     for name in ("whole", "streamed"):
-        httpx.post(f"{address}/v1/states", json={"name": name, "session_id": name}).raise_for_status()
-        answers.append(said(chat(address, [user("well?")], state=name)))
+        HTTP.post(f"{address}/v1/states", json={"name": name, "session_id": name}).raise_for_status()
+        answer = chat(address, [user("well?")], state=name, logprobs=True)
+        answers.append([token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]])
     assert answers[0] == answers[1]
 
 
 def test_what_several_texts_of_one_prompt_save_is_counted_once(serve, engine_of):
     address = serve(engine_of(4))
     asked = {"prompt": "abcdefgh", **FIXED, "session_id": "text"}
-    first = httpx.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
+    first = HTTP.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
     asked = {"prompt": f"abcdefgh{first}, and on", **FIXED, "n": 3}
-    usage = httpx.post(f"{address}/v1/completions", json=asked).json()["usage"]
+    usage = HTTP.post(f"{address}/v1/completions", json=asked).json()["usage"]
     n_read = len("abcdefgh") + 7  # the last token drawn was not read
     assert usage["prompt_tokens_details"]["cached_tokens"] == n_read < usage["prompt_tokens"]
 
@@ -114,7 +116,7 @@ def test_a_state_saved_anew_takes_the_place_of_the_older_one_in_the_cache_too(se
     answers = []
     for text in ("one", "two"):
         chat(address, [user(text)], session_id="talk")
-        httpx.post(f"{address}/v1/states", json={"name": "now", "session_id": "talk"}).raise_for_status()
+        HTTP.post(f"{address}/v1/states", json={"name": "now", "session_id": "talk"}).raise_for_status()
         answers.append([said(chat(address, [user("well?")], state="now")) for _ in range(2)])
     assert answers[0][0] == answers[0][1]
     assert answers[1][0] == answers[1][1]
@@ -124,22 +126,22 @@ def test_a_state_saved_anew_takes_the_place_of_the_older_one_in_the_cache_too(se
 def test_a_plain_text_is_a_session_too(serve, engine_of):
     address = serve(engine_of(2))
     asked = {"prompt": "abc", **FIXED, "session_id": "text"}
-    first = httpx.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
-    httpx.post(f"{address}/v1/states", json={"name": "there", "session_id": "text"}).raise_for_status()
+    first = HTTP.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
+    HTTP.post(f"{address}/v1/states", json={"name": "there", "session_id": "text"}).raise_for_status()
     asked = {"prompt": "def", **FIXED, "state": "there"}
-    on = httpx.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
-    whole = httpx.post(f"{address}/v1/completions", json={"prompt": f"abc{first}def", **FIXED}).json()
+    on = HTTP.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"]
+    whole = HTTP.post(f"{address}/v1/completions", json={"prompt": f"abc{first}def", **FIXED}).json()
     assert on == whole["choices"][0]["text"]
     usual = {"top_p": 0.3, "presence_penalty": 0.3, "frequency_penalty": 0.3}
     prompt = f"abc{first}User: well?\n\nAssistant:"
-    whole = httpx.post(f"{address}/v1/completions", json={"prompt": prompt, **FIXED, **usual}).json()
+    whole = HTTP.post(f"{address}/v1/completions", json={"prompt": prompt, **FIXED, **usual}).json()
     assert said(chat(address, [user("well?")], state="there")) == whole["choices"][0]["text"]
 
 
 def test_states_in_a_folder_outlive_the_server(engine_of, tmp_path):
     with running(engine_of(2), state_dir=str(tmp_path)) as address:
         messages, _ = grown(address, 1, session_id="talk")
-        httpx.post(f"{address}/v1/states", json={"name": "kept", "session_id": "talk"}).raise_for_status()
+        HTTP.post(f"{address}/v1/states", json={"name": "kept", "session_id": "talk"}).raise_for_status()
         whole = said(chat(address, [*messages, user("well?")]))
     with running(engine_of(2), state_dir=str(tmp_path)) as address:
         assert said(chat(address, [user("well?")], state="kept")) == whole
@@ -191,7 +193,7 @@ def test_tuned_states_and_adapters_are_chosen_by_a_request(serve, random_model):
     states = {"poet": tuned(base.model, 1), "clerk": tuned(base.model, 2)}
     address = serve(base, {"law": law}, states)
     names = ["tiny", "tiny:law", "tiny:poet", "tiny:clerk"]
-    assert [one["id"] for one in httpx.get(f"{address}/v1/models").json()["data"]] == names
+    assert [one["id"] for one in HTTP.get(f"{address}/v1/models").json()["data"]] == names
 
     sampling, bias = Sampling(), {token: -100 for token in range(256) if not 97 <= token <= 122}
     alone = [
@@ -203,7 +205,7 @@ def test_tuned_states_and_adapters_are_chosen_by_a_request(serve, random_model):
         )
     ]  # fmt: skip
     got = [
-        httpx.post(f"{address}/v1/completions", json={"model": name, "prompt": "abc", **FIXED}).json() for name in names
+        HTTP.post(f"{address}/v1/completions", json={"model": name, "prompt": "abc", **FIXED}).json() for name in names
     ]
     assert [one["choices"][0]["text"] for one in got] == alone
     assert len(set(alone)) == 4
@@ -214,9 +216,9 @@ def test_a_state_fits_the_weights_that_made_it_alone(serve, random_model):
     base, other = (Engine(random_model(seed, vocab_size=256), tokenizer.load("bytes"), 2) for seed in (0, 1))
     address = serve(base, {"other": other})
     chat(address, [user("hello")], session_id="talk")
-    httpx.post(f"{address}/v1/states", json={"name": "mine", "session_id": "talk"}).raise_for_status()
+    HTTP.post(f"{address}/v1/states", json={"name": "mine", "session_id": "talk"}).raise_for_status()
     body = {"model": "tiny:other", "messages": [user("well?")], "state": "mine"}
-    refused = httpx.post(f"{address}/v1/chat/completions", json=body)
+    refused = HTTP.post(f"{address}/v1/chat/completions", json=body)
     assert refused.status_code == 400
     assert "another model" in refused.json()["error"]["message"]
     assert "/" not in refused.json()["error"]["message"]

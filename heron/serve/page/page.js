@@ -24,6 +24,7 @@ const NEAR_PX = 80; // from the end of the messages: the newest stay in view
 
 class Page {
   #writing = new Map(); // conversation id -> AbortController: several conversations may be answered at once
+  #failed = new Map(); // conversation id -> what broke its answer off while another one was open
   #follows = true; // the newest text stays in view
   #frame = 0;
   #changed = new Set(); // messages to show in the next frame
@@ -75,7 +76,8 @@ class Page {
 
   open(conversation) {
     this.conversation = conversation;
-    this.composer.notice = "";
+    this.composer.notice = this.#failed.get(conversation.id) ?? "";
+    this.#failed.delete(conversation.id);
     byId("system").value = conversation.data.system;
     this.states.show();
     this.show();
@@ -156,6 +158,7 @@ class Page {
       this.#say("The answer has ended.");
     } catch (error) {
       if (conversation === this.conversation) this.report(error);
+      else this.#failed.set(conversation.id, error.message);
     } finally {
       if (this.#writing.get(conversation.id) === stopping) this.#writing.delete(conversation.id);
       save();

@@ -28,6 +28,7 @@ class ScriptedServer(ThreadingHTTPServer):
         left: is set when a client has left an answer before its end.
         key: the API key that is wanted; "": none.
         states: names of the kept states, each with its session.
+        failure: what is said in the middle of every answer, which ends there; "": nothing. Then `ended` is set.
         refusal: status and headers of the answer to every chat request; None: they are answered.
     """
 
@@ -44,6 +45,7 @@ class ScriptedServer(ThreadingHTTPServer):
         self.left = threading.Event()
         self.key = ""
         self.states: dict[str, str] = {}
+        self.failure, self.ended = "", threading.Event()
         self.refusal: tuple[int, dict[str, str]] | None = None
 
     def answer(self, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -112,6 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
         count = 0
         for field, word in self.server.answer(body):
             time.sleep(self.server.pause)
+            if self.server.failure:
+                self._event({"error": {"message": self.server.failure}})
+                self.server.ended.set()
+                return
             choice = {"index": 0, "delta": {field: word}, "finish_reason": None}
             if body.get("logprobs"):
                 choice["logprobs"] = {"content": [_logprobs(word, body["top_logprobs"], count)]}

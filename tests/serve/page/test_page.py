@@ -450,6 +450,22 @@ def test_the_theme_is_the_systems_until_one_is_chosen(tab):
     assert tab.evaluate(background) == dark
 
 
+def test_what_ends_an_answer_that_is_not_open_is_said_where_it_is_opened(tab, server):
+    server.endless.add("go on")
+    say(tab, "go on", wait=False)
+    tab.wait_for_selector(".assistant .text:has-text('more')")
+    tab.click("#new")
+    server.failure = "the engine has failed"
+    assert server.ended.wait(5)
+    tab.wait_for_timeout(100)
+    assert not tab.is_visible("#notice")
+    tab.click("#conversations button:has-text('go on')")
+    assert tab.inner_text("#notice") == "the engine has failed"
+    tab.click("#new")
+    tab.click("#conversations button:has-text('go on')")
+    assert not tab.is_visible("#notice")
+
+
 def test_two_tabs_show_the_same_conversations(tab, context, server):
     other = context.new_page()
     other.goto(server.url)
