@@ -417,9 +417,7 @@ class RWKV(nn.Module):
         hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled, span)
         return self.head_loss(hidden, targets, recalled)
 
-    def head_loss(
-        self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None, l2wrap: float = 1e-4
-    ) -> Tensor:
+    def head_loss(self, hidden: Tensor, targets: Tensor, recalled: Tensor | None = None, l2wrap=1e-4) -> Tensor:
         """:meth:`loss` of what :meth:`hidden_states` gave. A head that is not plain (an adapter) is called."""
         bonus = None if self.memory is None or recalled is None else self.memory.bonus(recalled)
         if is_plain(self.head, nn.Linear):
