@@ -115,28 +115,22 @@ class Learner:
         self._autocast_dtype = "fp32" if in_half else config.dtype
         in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
-        # Passes differ in how many targets they have.
-        self._uneven = config.finetune is not None or self._tbptt is not None or learns_ids(config)
+        self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
+        varies = self._uneven or self._tbptt is not None
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
-            config.compile, device, model.config, config.tables, adds_up, self._uneven, kind, sharded,
+            config.compile, device, model.config, config.tables, adds_up, varies, kind, sharded,
             self._context is not None,
         )  # fmt: skip
         self._passes, self._graphs = Counter(), {}  # by shape of batch
         if self.tables is not None:
             self.tables.before_moving = self._graphs.clear
         dist.prepare(
-            self.network,
-            ranks,
-            self.parallel.value,
-            device,
-            config.grad_checkpoint,
-            self.compiled.value != "off",
+            self.network, ranks, self.parallel.value, device, config.grad_checkpoint, self.compiled.value != "off",
             in_half,
-        )
-        self._at_once = (
-            config.accumulate == 1 and self._tbptt is None and not self._has_pairs
-        )  # one pass has a step's gradients
+        )  # fmt: skip
+        # Whether one pass has a step's gradients.
+        self._at_once = config.accumulate == 1 and self._tbptt is None and not self._has_pairs
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,

@@ -472,12 +472,13 @@ def test_kernels_that_cannot_be_built_are_said_once(monkeypatch, capsys):
 
 
 def test_without_wkv7s_kernels_there_are_none(monkeypatch):
-    def fail():
+    def fail(*_):
         raise KernelError("no nvcc for WKV7")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda.FORM, "why_not", lambda *_: None)
-    monkeypatch.setattr(cuda.wkv7_cuda, "build", fail)
+    monkeypatch.setattr(cuda._build, "load_kernels_for", lambda *_: None)
+    monkeypatch.setattr(cuda.wkv7_cuda, "library", fail)
     cuda.library.cache_clear()
     choice = head_mix_choice(torch.device("cuda"))
     assert choice.impl == "reference"

@@ -167,7 +167,7 @@ def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model
     monkeypatch.setattr(compilation, "compile_blocks", lambda network: None)
     monkeypatch.setattr(compilation, "PassGraph", Replayed)
 
-    def tables_of_a_gpu(model, device, storage):
+    def tables_of_a_gpu(model, device, storage, trains):
         tables = RowTables(model, device)
         tables._by_kernel = True
         return tables

@@ -1,9 +1,11 @@
-"""One wrong number in a run, put there through the loss of the model that the run trains."""
+"""What befalls a run: one wrong number, put there through the loss of its model, or a signal."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -80,3 +82,17 @@ def _around(model: heron.RWKV, fault: Fault) -> Iterator[None]:
         handle.remove()
     if fault.place == "weight" and not fault.lasting:
         weight.data.view(-1)[0] = before
+
+
+class StopAt(heron.Trainer):
+    """A trainer that is asked to stop by a signal during the given step."""
+
+    def __init__(self, config, step, number=signal.SIGTERM):
+        super().__init__(config)
+        self._stop_step, self._number = step, number
+
+    def _gradients(self, parts, first):
+        gradients = super()._gradients(parts, first)
+        if first == (self._stop_step - 1) * self.config.micro_bsz * self.config.accumulate:
+            os.kill(os.getpid(), self._number)
+        return gradients

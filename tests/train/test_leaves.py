@@ -321,7 +321,7 @@ def test_what_is_dropped_depends_on_the_step_and_the_process_alone(settings, mon
     assert torch.equal(torch.get_rng_state(), before)
 
     asked = []
-    monkeypatch.setattr(leaves, "seed_dropout", lambda config, first, rank: asked.append((first, rank)))
+    monkeypatch.setattr(loop, "seed_dropout", lambda config, first, rank: asked.append((first, rank)))
     trainer = heron.Trainer(config, say=lambda line: None)
     trainer.fit()
     assert asked == [(0, 0), (2, 0), (4, 0), (6, 0)]

@@ -34,7 +34,7 @@ from heron.optim import lr_at
 from heron.train import loop as train
 from heron.train import result
 from heron.train.step import Learner
-from tests.train.faults import Fault, faulty
+from tests.train.faults import Fault, StopAt, faulty
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 MODEL = heron.ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
@@ -70,20 +70,6 @@ def settings(tmp_path, text):
         return heron.TrainConfig(**{**values, **changes})
 
     return make
-
-
-class StopAt(heron.Trainer):
-    """A trainer that is asked to stop by a signal during the given step."""
-
-    def __init__(self, config, step, number=signal.SIGTERM):
-        super().__init__(config)
-        self._stop_step, self._number = step, number
-
-    def _gradients(self, parts, first):
-        gradients = super()._gradients(parts, first)
-        if first == (self._stop_step - 1) * self.config.micro_bsz * self.config.accumulate:
-            os.kill(os.getpid(), self._number)
-        return gradients
 
 
 def fit(config, **options):

@@ -19,7 +19,7 @@ from heron.data.pairs import encode_pair
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.train import loop, preference
 from heron.train.step import Learner
-from tests.torture import kills, kills_of_finetuning
+from tests.train.faults import StopAt
 
 CPU = torch.device("cpu")
 BETA = 0.3
@@ -217,8 +217,17 @@ def test_the_command_shows_pairs(settings, capsys, tmp_path):
     assert "No idea at all" in out
 
 
-def test_kills_leave_no_trace(tmp_path):
-    pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
-    result = kills.run(1, seed=1, **kills_of_finetuning.settings(tmp_path, "dpo"))
-    assert result.failures == []
-    assert result.caught == result.control_trials > 0
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(settings, tmp_path, method):
+    """Kills at any instant are for tests/torture/kills_of_finetuning.py."""
+    if method == "lora":
+        pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+    whole, stopped = (settings(method, out=str(tmp_path / name)) for name in ("whole", "stopped"))
+    assert fit(whole) == "finished"
+    assert StopAt(stopped, 2).fit() == "preempted"
+    assert fit(stopped) == "finished"
+    curves = [report.read_log(Path(config.out))[0] for config in (whole, stopped)]
+    wanted = ("step", "loss", "grad_norm", "accuracy", "margin")
+    assert [[record[name] for name in wanted] for record in curves[0]] == [
+        [record[name] for name in wanted] for record in curves[1]
+    ]
