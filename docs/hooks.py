@@ -1,6 +1,6 @@
 """What the site holds beyond the pages in docs/: MkDocs calls the `on_...` functions below.
 
-* Pages that live elsewhere in the repository (the READMEs of the ops, CONTRIBUTING.md, ...) join the site as they are.
+* Pages that live elsewhere in the repository (READMEs of ops and examples, CONTRIBUTING.md, ...) join the site as they are.
 * Links are written as the repository's own, so that they work where its files are read; here they become the site's.
 * `<!-- settings -->` and the other markers of `_TABLES` are replaced by what the code itself says.
 
@@ -28,7 +28,9 @@ PROJECT = {
     f"project/{name.lower()}.md": ROOT / f"{name}.md"
     for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")
 }
-ELSEWHERE = {**OPS, **PROJECT}  # page of the site: its source outside docs/
+EXAMPLES = {f"examples/{readme.parent.name}/index.md": readme for readme in sorted(ROOT.glob("examples/*/README.md"))}
+ELSEWHERE = {**OPS, **PROJECT, **EXAMPLES}  # page of the site: its source outside docs/
+_PICTURES = {f"examples/{picture.parent.name}/{picture.name}": picture for picture in ROOT.glob("examples/*/*.png")}
 _PAGE_OF = {source.relative_to(ROOT).as_posix(): page for page, source in ELSEWHERE.items()}
 
 
@@ -37,6 +39,7 @@ def on_config(config):
     menu = {title: pages for section in config.nav for title, pages in section.items()}
     menu["Internals"].append({"Operators": [{Path(page).stem: page} for page in OPS]})
     menu["Project"].extend(PROJECT)
+    menu["Explanation"].extend(EXAMPLES)
     return config
 
 
@@ -44,6 +47,8 @@ def on_files(files, config):
     """Add the pages from elsewhere to the site."""
     for page, source in ELSEWHERE.items():
         files.append(File.generated(config, page, content=source.read_text(encoding="utf-8")))
+    for place, picture in _PICTURES.items():
+        files.append(File.generated(config, place, abs_src_path=str(picture)))
     return files
 
 
