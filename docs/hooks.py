@@ -1,6 +1,6 @@
 """What the site holds beyond the pages in docs/: MkDocs calls the `on_...` functions below.
 
-* Pages that live elsewhere in the repository (READMEs of ops and examples, CONTRIBUTING.md, ...) join the site as they are.
+* Pages that live elsewhere (READMEs of ops and examples, CONTRIBUTING.md, ...) join the site as they are.
 * Links are written as the repository's own, so that they work where its files are read; here they become the site's.
 * `<!-- settings -->` and the other markers of `_TABLES` are replaced by what the code itself says.
 
