@@ -175,8 +175,10 @@ class StateStore:
                 return Path(self._temporary.name)
             self._wanted.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._wanted).close()
-            for rest in self._wanted.glob(f".tmp-*{_SUFFIX}"):  # of a process that was killed
-                rest.unlink(missing_ok=True)
+            # Of a process that was killed; the second are those of safetensors, which writes beside its file, too.
+            for pattern in (f".tmp-*{_SUFFIX}", ".tmp" + 6 * "[A-Za-z0-9]"):
+                for rest in self._wanted.glob(pattern):
+                    rest.unlink(missing_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
             raise CheckpointError(

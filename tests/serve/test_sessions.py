@@ -327,6 +327,13 @@ def test_killed_while_it_saves_a_process_leaves_no_torn_file(tmp_path, engine, b
     assert n_left > 0  # some were killed in the middle
 
 
+def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
+    for name in (".tmp-1f-mine.safetensors", ".tmpA1b2C3", ".tmp-notes", "mine.safetensors"):
+        (tmp_path / name).touch()
+    StateStore(tmp_path, LARGE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-notes", "mine.safetensors"]
+
+
 # -- sessions ---------------------------------------------------------------------------------------------------------
 
 
