@@ -36,7 +36,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def names(saved: Mapping[str, Tensor]) -> list[str]:
-    """What :func:`tensors` had to save where there were as many GPUs as `saved` says."""
+    """The names that :func:`tensors` gives on a machine with as many GPUs as `saved` was written on."""
     return [*_NAMES, *(f"cuda.{i}" for i in range(int(saved["cuda_devices"]) if "cuda_devices" in saved else 0))]
 
 

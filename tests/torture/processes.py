@@ -1,4 +1,4 @@
-"""A run that begins on W1 processes and goes on on W2 learns what one process learns, for all pairs of 1, 2 and 4."""
+"""A run that is begun by W1 processes and continued by W2 has the losses of one process, for all pairs of 1, 2, 4."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 import heron
-from heron import cli, report
+from heron import report
 from heron.data import conversations, template
 from heron.data.packs import Packs
 from heron.errors import ConfigError, HeronError
@@ -67,19 +67,6 @@ def base(tmp_path):
     torch.manual_seed(0)
     heron.save(heron.RWKV(heron.ModelConfig(**SIZES)), tmp_path / "base.pth")
     return tmp_path / "base.pth"
-
-
-@pytest.fixture
-def heron_(capsys):
-    def run_(*words):
-        try:
-            code = cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run_
 
 
 def config_out(config):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import heron
-from heron import cli, dist, report
+from heron import dist, report
 from heron.checkpoint import tuned_state
 from heron.checkpoint.adapters import base_fingerprint, load_adapter, merged
 from heron.commands import estimate
@@ -76,19 +76,6 @@ def settings(tmp_path, chat, base):
         return heron.TrainConfig(**{**values, **changes})
 
     return make
-
-
-@pytest.fixture
-def heron_(capsys):
-    def run_(*words):
-        try:
-            code = cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run_
 
 
 def fit(config, said=None):
