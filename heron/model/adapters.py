@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
+from heron.model import adapted_linear
 from heron.model.plain import adapted, own_parameters
 from heron.model.rwkv import RWKV
 
@@ -260,6 +261,8 @@ def _names_within_blocks(layers: Mapping[str, nn.Linear]) -> list[str]:
 
 def _inject(model: RWKV, settings: Any, adapter_name: str) -> None:
     """Have peft put an adapter on `model`, with parameters in at least fp32."""
+    if settings.peft_type == "LORA":
+        adapted_linear.use_in(model, settings)
     with _quiet():
         peft_library().inject_adapter_in_model(settings, model, adapter_name=adapter_name)
     for parameter in adapter_parameters(model).values():

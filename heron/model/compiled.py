@@ -36,7 +36,7 @@ def choose(
     model: ModelConfig,
     tables: str = "device",
     adds_up: bool = False,
-    uneven: bool = False,
+    in_pieces: bool = False,
     adapter: str | None = None,
     sharded: bool = False,
     in_spans: bool = False,
@@ -46,7 +46,7 @@ def choose(
     Args:
         wanted, tables: TrainConfig's.
         adds_up: whether each pass adds its gradients to those of the passes before, in place.
-        uneven: whether passes differ in how much of the step's loss is theirs.
+        in_pieces: whether a step reads texts chunk by chunk, or compares pairs.
         adapter: the kind of the adapter that is on the model, if there is one.
         sharded: whether the weights lie over several GPUs, and are gathered block by block.
         in_spans: whether several processes share a sample.
@@ -57,7 +57,7 @@ def choose(
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model) or (_DORA if adapter == "dora" else None)
-    no_graph = _why_no_graph(model, tables, adds_up, uneven, sharded, in_spans)
+    no_graph = _why_no_graph(model, tables, adds_up, in_pieces, sharded, in_spans)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
@@ -83,15 +83,15 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
 
 
 def _why_no_graph(
-    model: ModelConfig, tables: str, adds_up: bool, uneven: bool, sharded: bool, in_spans: bool
+    model: ModelConfig, tables: str, adds_up: bool, in_pieces: bool, sharded: bool, in_spans: bool
 ) -> str | None:
     """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
     if sharded:
         return "the weights of a block arrive while a pass runs"
     if in_spans:
         return "the processes that share a sample hear of each other while a pass runs"
-    if uneven:
-        return "each pass learns another number of tokens"
+    if in_pieces:
+        return "texts are read chunk by chunk, or in pairs"
     if adds_up:  # a replay overwrites its gradients
         return "gradients of several passes are added up in place"
     if model.deep_embed is None or (model.deep_embed == "output" and tables == "device"):
@@ -182,11 +182,11 @@ class PassGraph:
         run: makes the pass over a sample and returns its loss. It was run before, so nothing is compiled, tuned or
             loaded any more.
         leaves: get a gradient by it, and have none now.
-        sample: the tensors of a batch of that shape (tokens, targets, what memory recalls), on the GPU.
+        sample: the tensors of a batch of that shape, or None where it has none, on the GPU.
     """
 
-    def __init__(self, run: Callable[..., Tensor], leaves: Sequence[Tensor], sample: Sequence[Tensor]):
-        self._sample = [part.clone() for part in sample]
+    def __init__(self, run: Callable[..., Tensor], leaves: Sequence[Tensor], sample: Sequence[Tensor | None]):
+        self._sample = [None if part is None else part.clone() for part in sample]
         torch.cuda.empty_cache()  # what earlier passes left can't be used by this one
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -195,10 +195,11 @@ class PassGraph:
         for leaf, _ in self._gradients:
             leaf.grad = None
 
-    def replay(self, sample: Sequence[Tensor]) -> Tensor:
+    def replay(self, sample: Sequence[Tensor | None]) -> Tensor:
         """The loss of a batch; the leaves have its gradients until the next replay."""
         for mine, part in zip(self._sample, sample, strict=True):
-            mine.copy_(part, non_blocking=True)
+            if mine is not None and part is not None:
+                mine.copy_(part, non_blocking=True)
         self._graph.replay()
         for leaf, gradient in self._gradients:
             leaf.grad = gradient

@@ -3,6 +3,7 @@
 from heron.ops.head_mix import head_mix
 from heron.ops.head_step import head_step
 from heron.ops.linear_cross_entropy import cross_entropy, linear_cross_entropy
+from heron.ops.low_rank import low_rank_linear
 from heron.ops.matvec import matvec
 from heron.ops.norm_mix import norm_mix
 from heron.ops.rosa import rosa
@@ -15,6 +16,7 @@ __all__ = [
     "head_mix",
     "head_step",
     "linear_cross_entropy",
+    "low_rank_linear",
     "matvec",
     "norm_mix",
     "rosa",

@@ -116,10 +116,10 @@ class Learner:
         in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
         self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
-        varies = self._uneven or self._tbptt is not None
+        in_pieces = self._tbptt is not None or self._has_pairs
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
-            config.compile, device, model.config, config.tables, adds_up, varies, kind, sharded,
+            config.compile, device, model.config, config.tables, adds_up, in_pieces, kind, sharded,
             self._context is not None,
         )  # fmt: skip
         self._passes, self._graphs = Counter(), {}  # by shape of batch
@@ -254,11 +254,11 @@ class Learner:
     def _pass(self, sample: list[Any], passes: int, parts: float, part: Part | None = None) -> Tensor:
         """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves.
 
-        `part`: of the sample, what `sample` is, where processes share it.
+        `parts`: what its mean loss is divided by; `part`: of the sample, what `sample` is, where processes share it.
         """
 
         def run(
-            tokens: Tensor, targets: Tensor, recalled: Tensor | None = None, cu_seqlens: Tensor | None = None
+            divisor: Tensor, tokens: Tensor, targets: Tensor, recalled: Any = None, cu_seqlens: Any = None
         ) -> Tensor:
             state = self.leaves.start(tokens, cu_seqlens)
             span = None if part is None else part.span
@@ -266,22 +266,23 @@ class Learner:
             given = {name: part for name, part in given.items() if part is not None}
             with machine.autocast(self._autocast_dtype, self.device):
                 loss = self.network.loss(tokens, targets, **given)
-                loss = (loss if part is None else loss * part.share) / parts
+                loss = (loss if part is None else loss * part.share) / divisor
             loss.backward()
             if self._reduction is not None and passes == 1:
                 self._reduction.finish()
             return loss.detach()
 
-        shape = (*sample[0].shape, passes)
+        shape = (passes, *(None if tensor is None else tensor.shape for tensor in sample))
         self._passes[shape] += 1
+        given = [torch.full((), parts, device=self.device), *sample]
         if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
-            return run(*sample)
+            return run(*given)
         if shape not in self._graphs:
             learning = [leaf for leaf, _ in self.leaves.pairs]
             if self.tables is not None:
                 learning += self.tables.rows
-            self._graphs[shape] = compilation.PassGraph(run, learning, sample)
-        return self._graphs[shape].replay(sample)
+            self._graphs[shape] = compilation.PassGraph(run, learning, given)
+        return self._graphs[shape].replay(given)
 
     def _reduction_of(self) -> dist.Reduction:
         """Of the leaves that have a step's gradients: of several passes these are added up as the masters'."""

@@ -192,10 +192,12 @@ def test_dora_is_not_compiled_and_says_why(compiles, random_model):
         learner_of(random_model(), finetune=dora)
 
 
-def test_packs_are_never_replayed(random_model, monkeypatch):
+@pytest.mark.parametrize("changes", [dict(tbptt="4"), dict(finetune=heron.FinetuneConfig(objective="dpo"))], ids=str)
+def test_chunks_and_pairs_are_never_replayed_and_packs_are(random_model, monkeypatch, changes):
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
-    with pytest.raises(ConfigError, match="each pass learns another number of tokens"):
-        learner_of(random_model(), compile="graph", finetune=heron.FinetuneConfig())
+    with pytest.raises(ConfigError, match="chunk by chunk, or in pairs"):
+        learner_of(random_model(), compile="graph", **changes)
+    assert learner_of(random_model(), compile="auto", finetune=heron.FinetuneConfig()).compiled.value == "graph"
 
 
 def test_validation_runs_as_written_and_leaves_the_graphs_alone(compiles, random_model):
@@ -410,6 +412,24 @@ def test_a_replayed_pass_on_a_gpu_gives_the_same_bits(variant, changes):
     (numbers, weights), (replayed, replayed_weights) = results
     assert torch.equal(numbers, replayed)
     assert all(torch.equal(weights[name], weight) for name, weight in replayed_weights.items())
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in ("full", "lora", "state")])
+def test_replayed_packs_on_a_gpu_give_the_same_bits(name):
+    if name == "lora":
+        pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
+    model = model_of("v7", 2, 128)
+    changes = dict(dtype="bf16", weights="bf16", finetune=heron.FinetuneConfig(**BESIDE.get(name, {})))
+    results = []
+    for compiled in ("on", "graph"):
+        torch.manual_seed(0)
+        learner = learner_of(model, GPU, compile=compiled, **changes)
+        numbers, _ = trained(learner, 10, 1, lambda n: packed_batch(n, 96))
+        results.append((numbers, learner.trained.state_dict()))
+        assert len(learner._graphs) == (compiled == "graph")
+    (numbers, leaves), (replayed, replayed_leaves) = results
+    assert torch.equal(numbers, replayed)
+    assert all(torch.equal(leaves[name], leaf) for name, leaf in replayed_leaves.items())
 
 
 @pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
