@@ -175,6 +175,7 @@ class SequenceStates:
     def _by_layer(self) -> list[LayerStates]:
         return [LayerStates(att, wkv, ffn) for (att, ffn), wkv in zip(self._shifts, self._wkv, strict=True)]
 
+    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Let the sequence at `target` go on from the state of that at `source`."""
         self._shifts[:, :, target] = self._shifts[:, :, source]
