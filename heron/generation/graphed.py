@@ -126,6 +126,8 @@ class GraphedDecoder(StateDecoder):
         self._forms = list(forms.values())
         self._sizes = {n: _Size(n, forms[min(n, 2)], self._states.first(n)) for n in sizes}
         self._last, self._sequences = self._sizes[sizes[0]], [0]  # the last step: of which size, and of whom
+        self._order: list[int] = []  # the slots of whom
+        self._rows: slice | Tensor = slice(0)
         if device.type == "cuda":
             self._record()
 
@@ -186,12 +188,19 @@ class GraphedDecoder(StateDecoder):
         for source, target in self._slots.moves():
             self._states.move(source, target)
         slots = [self._slots[sequence] for sequence in sequences]
+        if slots != self._order:
+            self._order, self._rows = slots, self._rows_of(slots)
         self._last, self._sequences = self._sizes[self._slots.size(slots)], sequences
         self._read_there = None
         recalled = self._recalled(sequences, tokens, recalled)
         self._send(slots, tokens, recalled)
-        logits = self._run(self._last)
-        return logits if slots == list(range(self._last.n)) else logits[slots]
+        return self._run(self._last)[self._rows]
+
+    def _rows_of(self, slots: list[int]) -> slice | Tensor:
+        """What gives the logits of `slots`: on the device, so that no later step waits for a copy."""
+        if slots == list(range(len(slots))):
+            return slice(len(slots))
+        return torch.tensor(slots, device=self._ids.device)
 
     def _send(self, slots: list[int], tokens: Sequence[int], recalled: Tensor | None) -> None:
         """Start the copy of what a step reads to the device."""
