@@ -5,6 +5,7 @@ and take turns, a few tokens each, so that other work on the machine falls on bo
 ratio is that of the fastest turns, the median stands beside it. The package runs RWKV-8 files without their tables, so
 v8 stands beside our own v7. With --constant, instead: time per token far into a text, and memory. With --memory,
 instead: what ROSA memory costs a token, beside the same model without it, and how that grows with what it has read.
+With --taken, instead: an engine of --rows places on a GPU, of which only so many are taken.
 """
 
 from __future__ import annotations
@@ -62,6 +63,31 @@ def decoding(model: heron.RWKV, rows: int, ids: list[int], **tables) -> Callable
     for row in range(rows):
         engine.open((), prompt, heron.generation.Sampling(top_p=0.5), seed=row)
     return lambda: engine.step()
+
+
+def partly_taken(model: heron.RWKV, rows: int, taken: list[int], turns: int, tokens: int) -> None:
+    """An engine of `rows` places with so many taken: steps that compute all places, and steps that fit."""
+    ids, device = tokenizer.load(f"integers:{model.config.vocab_size}"), model.emb.weight.device
+    engines = {}
+    for name, places, fit_steps in (
+        ("one place", 1, False),
+        ("all places", rows, False),
+        ("steps that fit", rows, True),
+    ):
+        start = time.perf_counter()
+        engines[name] = heron.Engine(model, ids, places, fit_steps=fit_steps)
+        print(f"{name}: an engine of {places} is there after {time.perf_counter() - start:.1f} s", flush=True)
+    for n in taken:
+        seconds = {}
+        for name, engine in engines.items():
+            if n > engine.n_free:
+                continue
+            for seed in range(n):
+                engine.open([1], sampling=heron.generation.Sampling(top_p=0.5), seed=seed)
+            seconds |= in_turns({f"{n} taken, {name}": lambda engine=engine: engine.step()}, turns, tokens, device)
+            for sequence, _ in engine.step():
+                engine.close(sequence)
+        report(seconds, dict.fromkeys(seconds, n))
 
 
 def package(path: Path, strategy: str, ids: list[int]) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -170,6 +196,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="of a turn")
     parser.add_argument("--constant", action="store_true", help="time per token far into a text, and memory")
     parser.add_argument("--memory", action="store_true", help="a token with ROSA memory beside one without")
+    parser.add_argument("--taken", type=int, nargs="+", help="places that are taken, of --rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = device_of(parser, args.device)
@@ -186,6 +213,9 @@ def main() -> None:
         with_memory(sizes, args.turns, args.tokens)
         return
     v7 = random_model("v7", *sizes)
+    if args.taken:
+        partly_taken(v7, args.rows, args.taken, args.turns, args.tokens)
+        return
     writing, reading = {}, {}
     if importlib.util.find_spec("rwkv") is None:
         print("the rwkv package is not installed: Heron alone")

@@ -4,7 +4,8 @@
     python benchmarks/serve.py --model x.pth --clients 64 --arrive 2 --prompt 512
 
 In one run: the engine alone with as many rows (as benchmarks/generate.py has them), and with one; the server with
---clients clients; the server with one client. A client is a few lines over a socket, so that the server is measured.
+--clients clients; the server with one client, its engine the same. A client is a few lines over a socket, so that the
+server is measured.
 With --arrive SECONDS the clients come spread over so long, and with --last SECONDS they ask again and again.
 """
 
@@ -203,7 +204,9 @@ def main() -> None:
         print(f"{f'engine, {rows} rows':<34}{alone[rows]:>10.1f} tokens/s", flush=True)
 
     packed = PACKED if device.type == "cuda" else 1  # as heron serve
-    engine = heron.Engine(model, tokenizer.load(f"integers:{options.vocab_size}"), options.rows, packed=packed)
+    engine = heron.Engine(
+        model, tokenizer.load(f"integers:{options.vocab_size}"), options.rows, packed=packed, fit_steps=True
+    )
     sys.setswitchinterval(5e-4)  # as heron serve
     server, thread = served(engine, options)
     try:

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     settings = given(options, ServeConfig, "")
     config = _with_key(ServeConfig(**{"name": _name_of(options.model), **settings}))
     chat_template = template.load(config.template)
-    engine = engine_of(options, config.rows, PACKED)[0]
+    engine = engine_of(options, config.rows, PACKED, fit_steps=True)[0]
     engines = {name: _adapted(options, path, config.rows) for name, path in options.with_adapter}
     engines |= {name: _remembering(options, engine, path, config.rows) for name, path in options.with_memory}
     for one in (engine, *engines.values()):  # kernels are built and graphs recorded before anyone waits for them
@@ -59,7 +59,7 @@ def _adapted(options: argparse.Namespace, folder: str, rows: int) -> Engine:
     changed.adapter, changed.state = folder, None
     if options.adapter is not None:
         raise ConfigError("with_adapter: --adapter is merged into the model already, and one adapter fits one base")
-    return engine_of(changed, rows, PACKED)[0]
+    return engine_of(changed, rows, PACKED, fit_steps=True)[0]
 
 
 def _remembering(options: argparse.Namespace, engine: Engine, file: str, rows: int) -> Engine:
@@ -67,7 +67,7 @@ def _remembering(options: argparse.Namespace, engine: Engine, file: str, rows: i
     if options.tables != "device":
         raise ConfigError(f"with_memory: wanted --tables device, got {options.tables}")
     documents = token_index.read(file, engine.tokenizer)
-    return Engine(engine.model, engine.tokenizer, rows, documents=documents.index)
+    return Engine(engine.model, engine.tokenizer, rows, documents=documents.index, fit_steps=True)
 
 
 def _states(options: argparse.Namespace, engine: Engine) -> dict[str, State]:

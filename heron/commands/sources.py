@@ -22,10 +22,12 @@ from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
 
 
-def engine_of(options: argparse.Namespace, rows: int = 1, packed: int = 1) -> tuple[Engine, DocumentIndex | None]:
+def engine_of(
+    options: argparse.Namespace, rows: int = 1, packed: int = 1, fit_steps: bool = False
+) -> tuple[Engine, DocumentIndex | None]:
     """An engine, and the documents of its memory, from the flags that generate, chat and serve share.
 
-    `packed` as for an Engine, on a GPU; a CPU reads prompts one by one.
+    `packed` and `fit_steps` as for an Engine, on a GPU; a CPU reads prompts one by one.
     """
     dtypes = {None: None, **machine.DTYPES}
     if options.dtype not in dtypes:
@@ -47,7 +49,7 @@ def engine_of(options: argparse.Namespace, rows: int = 1, packed: int = 1) -> tu
     index = None if documents is None else documents.index
     start = start_of(options, model)
     packed = packed if torch.device(device).type == "cuda" else 1
-    return Engine(model, tokenizer, rows, options.tables, file, device, index, start, packed), documents
+    return Engine(model, tokenizer, rows, options.tables, file, device, index, start, packed, fit_steps), documents
 
 
 def model_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None = None) -> RWKV:

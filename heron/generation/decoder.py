@@ -8,6 +8,7 @@ place. :class:`ModelDecoder` asks the model itself.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,9 @@ class Decoder(Protocol):
     def read(self, sequence: int) -> State | None:
         """The state of `sequence`, as a copy."""
 
+    def free(self, sequence: int) -> None:
+        """Forget `sequence`: write it anew before its next step."""
+
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
         """Read `tokens`, one for each of `sequences`; logits (n, V), which the next step may overwrite.
 
@@ -94,6 +98,11 @@ class Remembering:
         self._memories.longest = None
         return recalled
 
+    def free(self, sequence: int) -> None:
+        """Forget what `sequence` has read."""
+        if self._memories is not None:
+            self._memories.write(sequence, None)
+
     def _with_memory(self, state: State, sequence: int) -> State:
         return state if self._memories is None else dataclasses.replace(state, memory=self._memories.read(sequence))
 
@@ -120,6 +129,11 @@ class ModelDecoder(Remembering):
         """The state of `sequence`."""
         state = self._states[sequence]
         return None if state is None else self._with_memory(state, sequence)
+
+    def free(self, sequence: int) -> None:
+        """Forget `sequence`, whose state may have grown."""
+        super().free(sequence)
+        self._states[sequence] = None
 
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
         """Read `tokens`, one for each of `sequences`; logits (n, V)."""
@@ -149,7 +163,23 @@ class SequenceStates:
         self._shifts = torch.zeros(L, 2, n, C, dtype=self._dtype, device=self._device)
         in_fp32 = torch.promote_types(self._dtype, torch.float32)
         self._wkv = torch.zeros(L, n, H, N, N, dtype=in_fp32, device=self._device)
-        self.layers = [LayerStates(att, wkv, ffn) for (att, ffn), wkv in zip(self._shifts, self._wkv, strict=True)]
+        self.layers = self._by_layer()
+
+    def first(self, n: int) -> SequenceStates:
+        """The first n of them: views, which change with them."""
+        views = copy.copy(self)
+        views._shifts, views._wkv = self._shifts[:, :, :n], self._wkv[:, :n]
+        views.layers = views._by_layer()
+        return views
+
+    def _by_layer(self) -> list[LayerStates]:
+        return [LayerStates(att, wkv, ffn) for (att, ffn), wkv in zip(self._shifts, self._wkv, strict=True)]
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence at `target` go on from the state of that at `source`."""
+        self._shifts[:, :, target] = self._shifts[:, :, source]
+        self._wkv[:, target] = self._wkv[:, source]
 
     def copy_(self, other: SequenceStates) -> None:
         """Take over the states of as many sequences of the same model."""

@@ -97,8 +97,9 @@ class _Plan:
 
     sequences: list[tuple[int, Sampling, Extras | None]]
     places: Tensor  # (n,) int64
+    rows: Tensor  # (n,) int64, from 0 on
     settings: Tensor  # (n, 5) fp64
-    decay: Tensor | None  # (size, 1) fp32, of every place that the engine has; None: no sequence has penalties
+    decay: Tensor | None  # (n, 1) fp32; None: no sequence has penalties
     rules: Tensor  # (n,) int64, the row of `increments` that each counts by
     extras: StepExtras | None  # None: no sequence asks for any
 
@@ -156,10 +157,10 @@ class DeviceDraws:
             0.0 if one.sampling.greedy else torch.rand((), generator=one.generator, dtype=torch.float64).item()
             for one in sequences
         ]
-        counts = None
+        counts, is_copy = None, False
         if plan.decay is not None:
-            in_order = [one.place for one in sequences] == list(range(self._size))
-            counts = self._counts if in_order else self._counts[plan.places]
+            is_copy = [one.place for one in sequences] != list(range(self._size))
+            counts = self._counts[plan.places] if is_copy else self._counts
         n = len(sequences)
         self._uniforms.numpy()[:n] = uniforms
         self._uniforms_there.copy_(self._uniforms, non_blocking=True)
@@ -179,9 +180,11 @@ class DeviceDraws:
             else token
             for row, token in enumerate(self._receive(n))
         ]
-        if plan.decay is not None:
-            fade(self._counts, plan.decay)
-            self._counts[plan.places, ids] += self._increments[plan.rules, ids]
+        if plan.decay is not None and counts is not None:
+            fade(counts, plan.decay)
+            counts[plan.rows, ids] += self._increments[plan.rules, ids]
+            if is_copy:
+                self._counts[plan.places] = counts
         return drawn if plan.extras is None else plan.extras.settled(drawn)
 
     def _refusal(self, logits: Tensor, allowed: Tensor, sampling: Sampling, counts: Tensor | None) -> HeronError:
@@ -210,13 +213,12 @@ class DeviceDraws:
             settings = [(s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for s in samplings]
             decay = None
             if any(sampling.has_penalties for sampling in samplings):
-                decay = torch.ones(self._size, 1)
-                decay[list(places), 0] = torch.tensor([sampling.penalty_decay for sampling in samplings])
-                decay = decay.to(self._device)
+                decay = torch.tensor([[float(s.penalty_decay)] for s in samplings], device=self._device)
             asking = [(row, one) for row, one in enumerate(extras) if one is not None]
             self._plan = _Plan(
                 sequences,
                 torch.tensor(places, device=self._device),
+                torch.arange(len(places), device=self._device),
                 torch.tensor(settings, dtype=torch.float64, device=self._device),
                 decay,
                 torch.tensor([int(sampling.count_digits) for sampling in samplings], device=self._device),

@@ -63,6 +63,8 @@ class Engine:
         packed: prompts whose short pieces are read in one pass, which for ten tokens takes a GPU about as long as for
             hundreds; their states are there twice meanwhile. Above 1 the rounding of a text depends on which they are.
             For v7, v7a and v8 without ROSA memory and without hooks; others are read one by one.
+        fit_steps: whether a step on a GPU computes as many places as are written in, in powers of two, not all: few
+            sequences are then as fast as in an engine with few. The rounding of a text depends on what is beside it.
 
     Raises:
         ConfigError: rows or packed below 1, an unknown `tables`, or one that this model does not have; a tokenizer
@@ -82,6 +84,7 @@ class Engine:
         documents: TokenIndex | None = None,
         start: State | None = None,
         packed: int = 1,
+        fit_steps: bool = False,
     ):
         check_parts(model, tokenizer)
         check_tables(tables, tables_file)
@@ -106,7 +109,7 @@ class Engine:
             raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
         self.model = model
         looked_into = None if documents is None else Documents(documents, model.config)
-        self._decoder = decoder_of(model, rows, moved, looked_into)
+        self._decoder = decoder_of(model, rows, moved, looked_into, fit_steps)
         is_cuda = self._device.type == "cuda"
         n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
         most_packed = packed if self._is_fusible and model.config.memory is None else 1
@@ -374,6 +377,7 @@ class Engine:
         with self._lock:
             self._check_open(sequence)
             self._open, self._free = [one for one in self._open if one is not sequence], [*self._free, sequence.place]
+            self._decoder.free(sequence.place)
             sequence.end()
 
     def _check_open(self, sequence: OpenSequence) -> None:
@@ -441,7 +445,6 @@ class Engine:
             raise ConfigError("the engine's run is going on; let it end or close it, or build another engine")
 
     def stream(self, request: Request) -> Generator[str]:
-        """The text that follows one request, piece by piece, each as soon as it is certain. Errors as in :meth:`run`,
-        but at the call."""
+        """The text that follows one request, each piece once it is certain. Errors as :meth:`run`, at the call."""
         request = dataclasses.replace(request, prompt=self.check(request))
         return (piece.text for piece in self.run([request]) if piece.text)

@@ -11,12 +11,17 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heron.generation.decoder import SequenceStates, StateDecoder
+from heron.generation.slots import Slots, sizes_up_to
 from heron.generation.step import (
+    Compiler,
+    Pieces,
     apart,
     blocks_of,
     channel_mix,
@@ -24,6 +29,7 @@ from heron.generation.step import (
     for_one,
     layers_of,
     lookup,
+    of_any_number,
     time_mix,
     together,
 )
@@ -33,15 +39,44 @@ from heron.model.deep_embed import Lookup
 from heron.model.memory import Documents
 from heron.model.rwkv import Block
 from heron.ops.rosa.device_stream import DeviceStream, device_stream_choice
+from heron.ops.token_step import LayerWeights
 from heron.tables.store import Tables
 
 
-class GraphedDecoder(StateDecoder):
-    """Decodes a v7, v7a or v8 model on a GPU. The shapes never change: places without a sequence are computed too.
+@dataclasses.dataclass
+class _Form:
+    """How steps of one slot, or of several, are computed."""
 
-    The graph is recorded here, which takes a moment, and where a compiler is used up to half a minute the first time.
-    A decoder of one sequence can look ahead: it keeps a copy of the state before each token, a hundredth of what a step
-    reads.
+    layers: list[LayerWeights]
+    pieces_for: Callable[[LayerWeights, Compiler | None], Pieces]
+    pieces: Pieces
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerWeights], n: int) -> _Form:
+        """That of n slots; nothing is compiled."""
+        laid_out, pieces_for = (apart, for_one) if n == 1 else (together, for_many)
+        mine = [laid_out(layer) for layer in layers]
+        return cls(mine, pieces_for, pieces_for(mine[0], None))
+
+
+@dataclasses.dataclass
+class _Size:
+    """A step of the first n slots."""
+
+    n: int
+    form: _Form
+    states: SequenceStates  # views
+    logits: Tensor = dataclasses.field(init=False)  # (n, V), of the last step, until one of any size runs
+    graph: torch.cuda.CUDAGraph | None = None  # computes them where they are
+
+
+class GraphedDecoder(StateDecoder):
+    """Decodes a v7, v7a or v8 model on a GPU. The shapes never change: slots without a sequence are computed too.
+
+    The graphs are recorded here, which takes a moment, and where a compiler is used up to half a minute the first time:
+    recorded at first need they would hold up every sequence, and other threads may not allocate meanwhile. The largest
+    is recorded first; the others lie in the same memory, since one runs at a time.
+    A step of one slot can look ahead: it keeps a copy of the state before each token, a hundredth of what a step reads.
 
     Args:
         model: see :func:`heron.generation.decoder.is_fusible`. On a CPU nothing is recorded or compiled (for tests).
@@ -49,26 +84,32 @@ class GraphedDecoder(StateDecoder):
         tables: DeepEmbed tables off the device; None: the model has its own.
         documents: what a ROSA memory looks into beside each sequence. With them no step looks ahead: they are on the
             host, which must see a token first.
+        fit_steps: whether a step computes the first 1, 2, 4, ... slots, as many as its sequences need, which are moved
+            (:class:`heron.generation.slots.Slots`); else it computes all. The rounding of products may depend on it.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RWKV, n: int, tables: Tables | None = None, documents: Documents | None = None):
+    def __init__(
+        self,
+        model: RWKV,
+        n: int,
+        tables: Tables | None = None,
+        documents: Documents | None = None,
+        fit_steps: bool = False,
+    ):
         super().__init__(model, n, documents)
         self._model = model
-        laid_out, self._pieces_for = (apart, for_one) if n == 1 else (together, for_many)
-        self._layers = [laid_out(layer) for layer in layers_of(model)]
-        self._pieces = self._pieces_for(self._layers[0], None)
         device = model.emb.weight.device
+        sizes = sizes_up_to(n) if fit_steps else [n]
+        self._slots = Slots(sizes)
         self._on_host = torch.zeros(n, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._ids = self._on_host.to(device)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # until then the host's buffers are read
-        self._in_order = list(range(n))
-        self._lookup = lookup(model) if tables is None else tables.gathered
-        self._tables = None if tables is None or tables.by_kernel else tables  # whose rows the host picks
-        if self._tables is not None:
-            self._picked = self._tables.staging(n, pinned=device.type == "cuda")
+        self._tables, self._lookup = None, lookup(model) if tables is None else tables.gathered
+        if tables is not None and not tables.by_kernel:  # the host picks their rows
+            self._tables, self._picked = tables, tables.staging(n, pinned=device.type == "cuda")
             self._there = there = self._picked.to(device)  # (n, L, width)
-            self._lookup = lambda _: there.unbind(1)
+            self._lookup = lambda ids: there[: len(ids)].unbind(1)
         self._found: Tensor | None = None  # by memory, (n, K, 2), and a buffer of the host for it
         if (rosa := model.config.memory) is not None and model.memory is not None:
             self._found_on_host = torch.zeros(n, rosa.n_matches, 2, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -77,39 +118,55 @@ class GraphedDecoder(StateDecoder):
         self._embed: Callable[..., Tensor] = model.embed
         self._read_there: DeviceStream | None = None  # what the memory has read, on the device; None: a copy is due
         has_matches = self._found is None or (documents is None and device_stream_choice(device).impl == "cuda")
-        looks_ahead = n == 1 and self._tables is None and has_matches
-        self._before = SequenceStates(model, n) if looks_ahead else None  # the last step
+        looks_ahead = sizes[0] == 1 and self._tables is None and has_matches
+        self._before = SequenceStates(model, 1) if looks_ahead else None  # the last step of one slot
         self._is_ahead = False
-        self._graph: torch.cuda.CUDAGraph | None = None
+        layers = layers_of(model)
+        forms = {min(n, 2): _Form.of(layers, n) for n in {sizes[0], sizes[-1]}}
+        self._forms = list(forms.values())
+        self._sizes = {n: _Size(n, forms[min(n, 2)], self._states.first(n)) for n in sizes}
+        self._last, self._sequences = self._sizes[sizes[0]], [0]  # the last step: of which size, and of whom
+        self._order: list[int] = []  # the slots of whom
+        self._rows: slice | Tensor = slice(0)
         if device.type == "cuda":
             self._record()
 
     def write(self, sequence: int, state: State | None) -> None:
         """Let `sequence` go on from `state` (batch size 1; None: zeros), which is copied."""
-        super().write(sequence, state)
-        self._is_ahead, self._read_there = False, None
+        slot = self._slots.take(sequence)
+        self._states.write(slot, state)
+        if self._memories is not None:
+            self._memories.write(sequence, state)
+        if slot == 0:
+            self._is_ahead, self._read_there = False, None
 
     def read(self, sequence: int) -> State:
         """The state of `sequence`, as a copy."""
-        if self._is_ahead and self._before is not None:
-            return self._with_memory(self._before.read(sequence), sequence)
-        return super().read(sequence)
+        slot = self._slots[sequence]
+        ahead = self._is_ahead and slot == 0
+        states = self._before if ahead and self._before is not None else self._states
+        return self._with_memory(states.read(slot), sequence)
+
+    def free(self, sequence: int) -> None:
+        """Forget `sequence`: its slot is for another one."""
+        super().free(sequence)
+        self._slots.free(sequence)
 
     @property
     def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """See heron.generation.decoder.Decoder. None: several sequences, or tables or documents that the host must look
-        into."""
-        return None if self._before is None else self._look_ahead
+        """See heron.generation.decoder.Decoder. None: the last step was of several slots, or the host must look into
+        tables or documents."""
+        return self._look_ahead if self._before is not None and self._last.n == 1 else None
 
     @torch.inference_mode()
     def _look_ahead(self, ids: Tensor) -> None:
         if self._memories is None or self._found is None:
-            torch.clamp(ids, min=0, out=self._ids)  # -1: none could be drawn
+            torch.clamp(ids, min=0, out=self._ids[:1])  # -1: none could be drawn
         else:
             if self._read_there is None or self._read_there.is_full:
-                self._read_there = self._memories.on_device(0, ids.device)
-            self._read_there.read_one_(ids, self._ids, self._found[0])
-        self._run()
+                self._read_there = self._memories.on_device(self._sequences[0], ids.device)
+            self._read_there.read_one_(ids, self._ids[:1], self._found[0])
+        self._run(self._last)
         self._is_ahead = True
 
     @torch.inference_mode()
@@ -119,72 +176,112 @@ class GraphedDecoder(StateDecoder):
         A sequence that is left out loses its state: write it anew before its next step. `recalled` as for
         :class:`heron.generation.decoder.Decoder`.
         """
-        if self._is_ahead:
+        sequences = list(sequences)
+        if self._is_ahead and self._before is not None:
             self._is_ahead = False
-            self._recalled(sequences, tokens, recalled)  # what the device has found by itself
-            return self._logits
+            if sequences == self._sequences:
+                self._recalled(sequences, tokens, recalled)  # what the device has found by itself
+                return self._last.logits
+            self._last.states.copy_(self._before)  # others have come: the one that was ahead goes on beside them
+        for new in [sequence for sequence in sequences if sequence not in self._slots]:
+            self.write(new, None)
+        for source, target in self._slots.moves():
+            self._states.move(source, target)
+        slots = [self._slots[sequence] for sequence in sequences]
+        if slots != self._order:
+            self._order, self._rows = slots, self._rows_of(slots)
+        self._last, self._sequences = self._sizes[self._slots.size(slots)], sequences
         self._read_there = None
         recalled = self._recalled(sequences, tokens, recalled)
+        self._send(slots, tokens, recalled)
+        return self._run(self._last)[self._rows]
+
+    def _rows_of(self, slots: list[int]) -> slice | Tensor:
+        """What gives the logits of `slots`: on the device, so that no later step waits for a copy."""
+        if slots == list(range(len(slots))):
+            return slice(len(slots))
+        return torch.tensor(slots, device=self._ids.device)
+
+    def _send(self, slots: list[int], tokens: Sequence[int], recalled: Tensor | None) -> None:
+        """Start the copy of what a step reads to the device."""
+        n = self._last.n
         if self._copied is not None:
             self._copied.synchronize()
-        self._on_host.numpy()[list(sequences)] = tokens
+        self._on_host.numpy()[slots] = tokens
         self._ids.copy_(self._on_host, non_blocking=True)
         if self._tables is not None:
-            self._tables.pick(self._on_host.numpy(), self._picked)
-            self._there.copy_(self._picked, non_blocking=True)
+            self._tables.pick(self._on_host.numpy()[:n], self._picked[:n])
+            self._there[:n].copy_(self._picked[:n], non_blocking=True)
         if self._found is not None and recalled is not None:
-            self._found_on_host[list(sequences)] = recalled
+            self._found_on_host[slots] = recalled
             self._found.copy_(self._found_on_host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        self._run()
-        return self._logits if list(sequences) == self._in_order else self._logits[list(sequences)]
 
-    def _run(self) -> None:
-        if self._graph is None:
-            self._compute_into_place()
+    def _run(self, size: _Size) -> Tensor:
+        if size.graph is None:
+            size.logits = self._compute(size)
         else:
-            self._graph.replay()
+            size.graph.replay()
+        return size.logits
 
-    def _compute(self) -> Tensor:
-        """One step of every sequence, from `_ids` and what the host picked; changes the states in place."""
-        if self._before is not None:
-            self._before.copy_(self._states)
-        embedded = x = self._embed(self._ids) if self._found is None else self._embed(self._ids, self._found)
-        if self._found is not None and self._model.config.reads_embedded:
-            embedded = self._model.embed(self._ids)  # the token alone
-        tables, v_first = self._lookup(self._ids), None
-        for layer, states, rows in zip(self._layers, self._states.layers, tables, strict=True):
-            x, v_first = time_mix(self._pieces, layer, x, states, v_first)
-            x = channel_mix(self._pieces, layer, x, states, rows, embedded)
+    def _compute(self, size: _Size) -> Tensor:
+        """One step of the first slots, from `_ids` and what the host picked; changes their states in place."""
+        if self._before is not None and size.n == 1:
+            self._before.copy_(size.states)
+        ids, found = self._ids[: size.n], None if self._found is None else self._found[: size.n]
+        embedded = x = self._embed(ids) if found is None else self._embed(ids, found)
+        if found is not None and self._model.config.reads_embedded:
+            embedded = self._model.embed(ids)  # the token alone
+        tables, v_first = self._lookup(ids), None
+        for layer, states, rows in zip(size.form.layers, size.states.layers, tables, strict=True):
+            x, v_first = time_mix(size.form.pieces, layer, x, states, v_first)
+            x = channel_mix(size.form.pieces, layer, x, states, rows, embedded)
         logits = self._model.head(self._model.ln_out(x))
-        if self._found is not None:
-            ids, values = self._bonus(self._found)
-            logits.scatter_add_(1, ids, values.to(logits.dtype))
+        if found is not None:
+            of_memory, values = self._bonus(found)
+            logits.scatter_add_(1, of_memory, values.to(logits.dtype))
         return logits
 
     def _record(self) -> None:
         if importlib.util.find_spec("triton") is not None:
-            plain, embed, bonus = self._pieces, self._embed, self._memory and self._memory.bonus
-            self._pieces = self._pieces_for(self._layers[0], compilation.compiled)
-            if bonus is not None:  # otherwise the embedding is two kernels as it is
-                self._embed, self._bonus = compilation.compiled(embed), compilation.compiled(bonus)
-            try:
-                self._compute()
-            except RuntimeError as error:
-                if not compilation.is_failure(error):
-                    raise
-                reason = compilation.first_line(error)
-                print(f"heron: decoding is not compiled, so it takes longer: {reason}", file=sys.stderr)
-                self._pieces, self._embed = plain, embed
-                if bonus is not None:
-                    self._bonus = bonus
-        self._graph = recorded(self._compute_into_place)
-        for sequence in range(len(self._ids)):
-            self.write(sequence, None)
+            self._compile()
+        pool = torch.cuda.graph_pool_handle()
+        for size in self._largest_first():
+            size.graph = recorded(partial(self._compute_into_place, size), pool)
 
-    def _compute_into_place(self) -> None:
-        self._logits = self._compute()
+    def _largest_first(self) -> list[_Size]:
+        return sorted(self._sizes.values(), key=lambda size: -size.n)
+
+    @torch.inference_mode()
+    def _compile(self, compiled: Compiler = compilation.compiled) -> None:
+        """Compile what has no kernel, once for all sizes above 1, and run a step of each size."""
+        embed, bonus = self._embed, self._memory and self._memory.bonus
+        varies = len(self._sizes) > 1
+        for form in self._forms:
+            pieces = form.pieces_for(form.layers[0], compiled)
+            form.pieces = of_any_number(pieces) if varies else pieces
+        if bonus is not None:  # otherwise the embedding is two kernels as it is
+            self._embed, self._bonus = compiled(embed), compiled(bonus)
+            if varies:
+                self._embed = compilation.varying(self._embed, lambda ids, found: (ids, found))
+                self._bonus = compilation.varying(self._bonus, lambda found: (found,))
+        try:
+            for size in self._largest_first():
+                self._compute(size)
+        except RuntimeError as error:
+            if not compilation.is_failure(error):
+                raise
+            reason = compilation.first_line(error)
+            print(f"heron: decoding is not compiled, so it takes longer: {reason}", file=sys.stderr)
+            for form in self._forms:
+                form.pieces = form.pieces_for(form.layers[0], None)
+            self._embed = embed
+            if bonus is not None:
+                self._bonus = bonus
+
+    def _compute_into_place(self, size: _Size) -> None:
+        size.logits = self._compute(size)
 
 
 class GraphedReader:
@@ -243,8 +340,11 @@ class GraphedReader:
                 old.copy_(part)
 
 
-def recorded(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph; it is run twice before, for what PyTorch allocates or chooses at a first call."""
+def recorded(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """`run` as a CUDA graph; it is run twice before, for what PyTorch allocates or chooses at a first call.
+
+    Graphs of one `pool` (torch.cuda.graph_pool_handle) share memory: what one computes is there until another runs.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -252,6 +352,6 @@ def recorded(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool):
         run()
     return graph

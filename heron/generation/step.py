@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.channel_mix import GATE_RANK
+from heron.model.compiled import varying
 from heron.model.deep_embed import DeepEmbed
 from heron.model.rwkv import Block
 from heron.ops._choice import Choice
@@ -163,6 +164,17 @@ def for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
         _head_step(layer, compiled),
         multiply,
         (compiled or _as_it_is)(low_rank_gate),
+    )
+
+
+def of_any_number(pieces: Pieces) -> Pieces:
+    """Compiled `pieces` that are not compiled again for another number n of sequences above 1."""
+    return Pieces(
+        varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last: (x, last)),
+        varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
+        varying(pieces.head_step, lambda inputs, weights, state: (*inputs, state)),
+        varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),
+        varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +143,23 @@ def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
                 if not isinstance(error.inner_exception, KernelError):
                     raise
             return optimized(*arguments)  # a build has failed; now that this is known, another form is taken
+
+    return run
+
+
+def varying(function: Callable, sized: Callable[..., Iterable[Tensor | None]], dim: int = 0) -> Callable:
+    """`function` of :func:`compiled`, compiled once for all sizes above 1 that dimension `dim` of some arguments has.
+
+    Args:
+        sized: function's arguments -> these tensors.
+    """
+    import torch._dynamo
+
+    def run(*arguments: Any) -> Any:
+        for x in sized(*arguments):
+            if x is not None and x.shape[dim] > 1:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+        return function(*arguments)
 
     return run
 

@@ -22,6 +22,7 @@ from heron.generation.graphed import GraphedDecoder, GraphedReader
 from heron.model import compiled as compilation
 from heron.tables.store import Tables, fingerprint
 from tests.generation import accuracy
+from tests.generation.recording import recorded
 
 INTEGERS = tokenizer.load("integers:37")
 GREEDY = Sampling(temperature=0)
@@ -68,7 +69,7 @@ def test_the_compiled_pieces_of_a_step_are_the_same_graphs_for_every_layer(rando
         return graph
 
     plain, compiled = GraphedDecoder(model, n), GraphedDecoder(model, n)
-    compiled._pieces = compiled._pieces_for(compiled._layers[0], lambda piece: compilation.compiled(piece, backend))
+    compiled._compile(lambda piece: compilation.compiled(piece, backend))
     sequences = list(range(n))
     for token in (3, 30, 3):
         got, want = (decoder.step(sequences, [token] * n) for decoder in (compiled, plain))
@@ -572,11 +573,7 @@ def looking_ahead(drawing_engine, monkeypatch):
 
     def make(model, looks_ahead=True):
         made = drawing_engine(model, INTEGERS)
-        decoder = GraphedDecoder(model, 1)
-        decoder._logits = torch.zeros(1, model.config.vocab_size)
-        # As a recorded step does it, which overwrites the logits of the step before.
-        monkeypatch.setattr(decoder, "_compute_into_place", lambda: decoder._logits.copy_(decoder._compute()))
-        monkeypatch.setattr(made, "_decoder", decoder)
+        monkeypatch.setattr(made, "_decoder", recorded(GraphedDecoder(model, 1)))
         if not looks_ahead:
             monkeypatch.setattr(made._decoder, "_before", None)
         return made
@@ -619,7 +616,7 @@ def test_a_step_is_begun_before_its_token_is_known_on_the_host(looking_ahead, ra
     engine = looking_ahead(random_model())
     begun, known = [], []
     run, receive = engine._decoder._run, engine._draws._receive
-    monkeypatch.setattr(engine._decoder, "_run", lambda: (begun.append(len(known)), run()))
+    monkeypatch.setattr(engine._decoder, "_run", lambda size: (begun.append(len(known)), run(size))[1])
     monkeypatch.setattr(engine._draws, "_receive", lambda n: (known.append(n), receive(n))[1])
     engine.open([1, 2])
     for _ in range(4):

@@ -1,0 +1,112 @@
+"""Recorded steps that compute as many places as their sequences need (``pytest -m gpu``)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import heron
+from heron import tokenizer
+from heron.generation import Request, Sampling
+from heron.generation.graphed import GraphedDecoder
+from heron.generation.slots import PATIENCE
+from tests.generation import accuracy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+SIZES = dict(n_layer=3, n_embd=192, head_size=64, vocab_size=100)
+ODD = dict(n_layer=3, n_embd=48, head_size=16, ffn_dim=90, vocab_size=100)  # 90: matvec has no kernel for it
+MODELS = {
+    "v8": (dict(variant="v8", **SIZES), torch.bfloat16),
+    "v7a memory": (dict(variant="v7a", memory="memory", **SIZES), torch.float32),
+    "odd": (dict(variant="v8", **ODD), torch.float16),
+}
+IDS = tokenizer.load("integers:100")
+
+
+@pytest.mark.parametrize("form", MODELS)
+def test_a_step_of_every_size_is_at_most_twice_as_far_from_fp64_as_the_model(random_model, form):
+    settings, dtype = MODELS[form]
+    model = random_model(**settings).to("cuda", dtype)
+    texts = torch.randint(4 if "memory" in form else 100, (4, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    decoder = GraphedDecoder(model, 5, fit_steps=True)
+    assert len({tuple(size.graph.pool()) for size in decoder._sizes.values()}) == 1
+    for n_beside, size in ((0, 1), (1, 2), (2, 4), (3, 4), (4, 5)):
+        for sequence in range(n_beside):
+            decoder.write(sequence, None)
+        accuracy.check(decoder, n_beside, model, *texts)
+        assert decoder._last.n == size
+
+
+def test_one_sequence_in_an_engine_of_many_places_gets_the_bits_of_an_engine_of_one(random_model):
+    model, told = random_model(variant="v8", **SIZES).to("cuda", torch.bfloat16), []
+    for rows, fit_steps in ((1, False), (16, True)):
+        told.append([])
+        engine = heron.Engine(model, IDS, rows, fit_steps=fit_steps)
+        for seed in range(3):
+            row = engine.open([seed, 7], sampling=Sampling(top_p=0.9, presence_penalty=0.3), seed=seed)
+            for _ in range(5):
+                told[-1].append(engine.step()[0][1])
+            told[-1] += engine.snapshot(row).state.to_list()
+            engine.close(row)
+        assert engine._decoder.look_ahead is not None
+    for mine, theirs in zip(*told, strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+@pytest.mark.parametrize("memory", [None, "memory"])
+@pytest.mark.parametrize("tables", ["device", "disk"])
+def test_texts_that_come_and_go_are_those_of_an_engine_of_one_place(random_model, tmp_path, memory, tables):
+    if memory and tables != "device":
+        pytest.skip("tables off the device are those of a model without memory")
+    model, chance = random_model(variant="v8", memory=memory, **SIZES).to("cuda"), random.Random(3)
+    place = {} if tables == "device" else dict(tables=tables, tables_file=tmp_path / "tables", device="cuda")
+    model = model if tables == "device" else model.cpu()
+    requests = [
+        Request(
+            [chance.randrange(100) for _ in range(chance.randint(1, 9))],
+            chance.choice((2, 5, 40)),
+            Sampling(temperature=chance.choice((0, 1.0)), top_p=0.9, presence_penalty=chance.choice((0, 0.2))),
+            seed=number,
+        )
+        for number in range(20)
+    ]
+    single = heron.Engine(model, IDS, **place)
+    alone = [[piece.token for piece in single.run([request])] for request in requests]
+    engine = heron.Engine(model, IDS, 8, fit_steps=True, **place)
+    coming, going, said, sizes = list(enumerate(requests)), {}, [[] for _ in requests], set()
+    while coming or going:
+        for number, request in coming[: engine.n_free if chance.random() < 0.1 or not going else 0]:
+            going[engine.add(request)] = number
+            coming.pop(0)
+        for sequence, token in engine.step():
+            said[going[sequence]].append(token)
+            sequence.text.push(token.id)
+            if sequence.text.finish:
+                engine.close(sequence)
+                del going[sequence]
+        sizes.add(engine._decoder._last.n)
+    assert sizes == {1, 2, 4, 8}
+    for mine, true in zip(said, alone, strict=True):
+        assert [token.id for token in mine] == [token.id for token in true]
+        assert [token.match for token in mine] == [token.match for token in true]
+        assert [token.logprob for token in mine] == pytest.approx([token.logprob for token in true], abs=1e-3)
+
+
+def test_a_state_is_moved_as_it_is(random_model):
+    model = random_model(variant="v8", **SIZES).to("cuda", torch.bfloat16)
+    decoder = GraphedDecoder(model, 8, fit_steps=True)
+    for token in range(3):
+        decoder.step(list(range(8)), [token + i for i in range(8)])
+    for sequence in range(7):
+        decoder.free(sequence)
+    for _ in range(PATIENCE - 1):
+        decoder.step([7], [5])
+    before = decoder.read(7).to_list()
+    assert decoder._slots[7] == 7
+    assert decoder._slots.moves() == [(7, 0)]
+    decoder._states.move(7, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, decoder.read(7).to_list(), strict=True))
+    decoder.step([7], [5])
+    assert decoder._last.n == 1
