@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,11 +18,11 @@ from heron.config.serve import ServeConfig
 from heron.data import template as templates
 from heron.data.template import Template
 from heron.errors import HeronError
-from heron.generation import Engine
-from heron.model import State
 from heron.serve import chat, completions, responses, states
 from heron.serve.embeddings import Embeddings
+from heron.serve.engines import Engines, Offer
 from heron.serve.limits import Guard
+from heron.serve.link import Link
 from heron.serve.metrics import CONTENT_TYPE
 from heron.serve.models import Models
 from heron.serve.openai import (
@@ -37,30 +36,18 @@ from heron.serve.openai import (
     StateRequest,
     TokenizeRequest,
 )
-from heron.serve.refusals import Refusal, of_error
+from heron.serve.refusals import Refusal, engine_failed, of_error
 from heron.serve.service import Service
-from heron.serve.sessions import PrefixCache, StateStore
 from heron.serve.static import INDEX, Page
 from heron.serve.streaming import EventStream, when_gone
 
 _T = TypeVar("_T")
-_MIB = 1 << 20
 
 
-def application(
-    engine: Engine,
-    config: ServeConfig,
-    engines: Mapping[str, Engine],
-    tuned: Mapping[str, State],
-    template: Template | None,
-) -> FastAPI:
-    """As :func:`heron.serve.create_app`."""
-    cache = None
-    if config.cache_device or config.cache_host:
-        cache = PrefixCache(config.cache_device * _MIB, config.cache_host * _MIB)
-    models = Models(config.name or "heron", engine, engines, tuned, config.queue, cache)
-    store = StateStore(None if config.state_dir is None else Path(config.state_dir), config.cache_host * _MIB)
-    service = Service(config, models, template or templates.load(config.template), store, cache)
+def application(link: Link, offers: Mapping[str, Offer], config: ServeConfig, template: Template | None) -> FastAPI:
+    """The ASGI application that :func:`heron.serve.create_app` gives, of the engines behind `link`."""
+    models = Models(offers, config.queue, link)
+    service = Service(config, models, template or templates.load(config.template))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -143,13 +130,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        tokenizer = service.models.get(body.model).engine.tokenizer
+        tokenizer = service.models.get(body.model).tokenizer
         ids = await asyncio.to_thread(tokenizer.encode, body.text)
         return {"ids": ids, "count": len(ids)}
 
     @app.post("/v1/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        tokenizer = service.models.get(body.model).engine.tokenizer
+        tokenizer = service.models.get(body.model).tokenizer
         return {"text": await asyncio.to_thread(tokenizer.decode, body.ids)}
 
 
@@ -162,7 +149,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/states")
     async def list_states() -> dict[str, Any]:
-        names = await asyncio.to_thread(service.states.list)
+        names = await service.link.ask(Engines.saved_states)
         return {"object": "list", "data": [states.on_wire(name) for name in names]}
 
     @app.post("/v1/states")
@@ -175,7 +162,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/states/{name}")
     async def delete_state(name: StateName) -> dict[str, Any]:
-        await asyncio.to_thread(service.states.delete, name)
+        await service.link.ask(Engines.delete_state, name)
         return {**states.on_wire(name), "deleted": True}
 
 
@@ -186,7 +173,7 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         if service.models.has_failed:
-            raise Refusal(503, "the engine has failed; the server's log says why", code="engine_failed")
+            raise engine_failed(503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")

@@ -143,7 +143,7 @@ def _response(asked: Asked, items: list[dict[str, Any]]) -> dict[str, Any]:
             "input_tokens_details": {"cached_tokens": job.n_cached},
             "output_tokens": job.n_drawn,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": len(job.ids),
+            "total_tokens": job.n_prompt + job.n_drawn,
         }
     return {
         "id": asked.id,
@@ -157,8 +157,8 @@ def _response(asked: Asked, items: list[dict[str, Any]]) -> dict[str, Any]:
         "instructions": None,
         "metadata": {},
         "parallel_tool_calls": False,
-        "temperature": answer.job.request.sampling.temperature,
-        "top_p": answer.job.request.sampling.top_p,
+        "temperature": asked.sampling.temperature,
+        "top_p": asked.sampling.top_p,
         "tool_choice": "auto",
         "tools": [{"type": "function", "strict": False, **tool} for tool in asked.tools],
         "usage": usage,
