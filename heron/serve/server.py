@@ -51,6 +51,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if self.force_exit:  # a second Ctrl-C
             await self._stop(0)
+            await self.lifespan.shutdown()
         await stops
 
     @property
