@@ -17,7 +17,7 @@ import pytest
 import heron
 from heron import tokenizer
 from heron.generation import Engine, Request, Sampling
-from tests.serve.running import raw, request_of, until
+from tests.serve.running import children, raw, request_of, until
 
 NO_END = {"0": -100}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -50,11 +50,6 @@ class Served:
         _, errors = self.process.communicate(timeout=30)
         until(lambda: not any(map(is_there, self.children)))
         return self.process.returncode, [line for line in errors.splitlines() if "reading" not in line]
-
-
-def children(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def command_of(process: int) -> str:
