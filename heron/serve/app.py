@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -40,8 +40,6 @@ from heron.serve.refusals import Refusal, engine_failed, of_error
 from heron.serve.service import Service
 from heron.serve.static import INDEX, Page
 from heron.serve.streaming import EventStream, when_gone
-
-_T = TypeVar("_T")
 
 
 def application(link: Link, offers: Mapping[str, Offer], config: ServeConfig, template: Template | None) -> FastAPI:
@@ -83,27 +81,30 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         asked = await chat.ask(service, body)
-        with_logprobs = bool(body.logprobs)
         if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(chat.stream(asked, with_logprobs, with_usage), asked.cancel)
-        return JSONResponse(await _while_there(request, chat.whole(asked, with_logprobs), asked.cancel))
+            return EventStream(chat.stream(asked, bool(body.logprobs), body.with_usage), asked.cancel)
+        return await _whole(request, chat.whole(asked, bool(body.logprobs)), asked.cancel)
 
     @app.post("/v1/completions")
     async def text_completions(body: CompletionRequest, request: Request) -> Response:
         asked = await completions.ask(service, body)
-        with_logprobs = body.logprobs is not None
         if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(completions.stream(asked, with_logprobs, with_usage), asked.cancel)
-        return JSONResponse(await _while_there(request, completions.whole(asked, with_logprobs), asked.cancel))
+            return EventStream(completions.stream(asked, body.logprobs is not None, body.with_usage), asked.cancel)
+        return await _whole(request, completions.whole(asked, body.logprobs is not None), asked.cancel)
 
     @app.post("/v1/responses")
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         asked = await responses.ask(service, body)
         if body.stream:
             return EventStream(responses.stream(asked), asked.cancel)
-        return JSONResponse(await _while_there(request, responses.whole(asked), asked.cancel))
+        return await _whole(request, responses.whole(asked), asked.cancel)
+
+    @app.get("/v1/responses/{response_id}")
+    async def show_response(response_id: str) -> Response:
+        kept = service.conversations.find(response_id)
+        if kept is None or not kept.response:
+            raise Refusal(404, "there is no such response (any more)", code="not_found")
+        return Response(kept.response, media_type="application/json")
 
     @app.delete("/v1/responses/{response_id}")
     async def forget_response(response_id: str) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         asked = Embeddings(service, body)
-        return JSONResponse(await _while_there(request, asked.whole(), asked.cancel))
+        return await _whole(request, asked.whole(), asked.cancel)
 
     @app.post("/v1/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -195,11 +196,11 @@ def _add_pages(app: FastAPI, service: Service) -> None:
         return page.response(name)
 
 
-async def _while_there(request: Request, answer: Awaitable[_T], cancel: Callable[[], None]) -> _T:
-    """The answer; it is cancelled where the client leaves before."""
+async def _whole(request: Request, answer: Awaitable[dict[str, Any]], cancel: Callable[[], None]) -> Response:
+    """The answer once it is there; it is cancelled where the client leaves before."""
     watch = asyncio.create_task(when_gone(request.receive, cancel))
     try:
-        return await answer
+        return JSONResponse(await answer)
     finally:
         watch.cancel()
 

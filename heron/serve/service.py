@@ -43,10 +43,12 @@ class Kept:
     state: str | None  # the saved state that it began from
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    response: str = ""  # the last one, as JSON
 
     @property
     def n_characters(self) -> int:
-        return sum(len(message.content) + len(message.reasoning) for message in self.messages)
+        said = sum(len(message.content) + len(message.reasoning) for message in self.messages)
+        return said + len(self.response)
 
 
 class Conversations:
@@ -62,6 +64,11 @@ class Conversations:
         self._n_characters += kept.n_characters
         while len(self._kept) > MOST_CONVERSATIONS or self._n_characters > MOST_CONVERSATION_CHARACTERS:
             self.forget(next(iter(self._kept)))
+
+    def keep_response(self, key: str, response: str) -> None:
+        """Keep the response, as JSON, with the conversation that it ends, if that is kept."""
+        if (kept := self.find(key)) is not None:
+            self.keep(key, dataclasses.replace(kept, response=response))
 
     def find(self, key: str) -> Kept | None:
         if key in self._kept:
