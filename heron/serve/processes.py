@@ -89,7 +89,7 @@ class _Pipe:
 
     def send(self, message: Any) -> None:
         """Send, unless the other process has ended, which whoever reads finds out."""
-        with self._lock, contextlib.suppress(BrokenPipeError, ConnectionError):
+        with self._lock, contextlib.suppress(ConnectionError):
             self._connection.send(message)
 
     def received(self) -> Generator[Any]:
@@ -158,6 +158,7 @@ class HttpProcess:
                 self._pipe.send(_Signal(number))
         engines.stop(0)  # as HTTP has asked before, where it has ended in order
         reader.join()
+        self._pipe.close()
         self._process.join()
         if self._failure is not None:
             raise self._failure
@@ -174,7 +175,8 @@ class HttpProcess:
         self._pipe.send(_Pieces(engine, tuple(zip(*drawn, strict=True))))
 
     def _read(self, engines: Engines, listening: Callable[[str], object]) -> None:
-        with ThreadPoolExecutor(ASKED_AT_ONCE, "heron-asked") as pool:
+        pool = ThreadPoolExecutor(ASKED_AT_ONCE, "heron-asked")
+        try:
             for message in self._pipe.received():
                 match message:
                     case _Call(None, method, args, options):
@@ -185,8 +187,10 @@ class HttpProcess:
                         listening(address)
                     case Exception():
                         self._failure = message
+        finally:
             self._signals.put(None)
             engines.stop(0)  # for which a call may wait
+            pool.shutdown()
 
     def _answer(self, engines: Engines, call: _Call) -> None:
         number, method, args, options = call
