@@ -2,11 +2,13 @@
 
     python benchmarks/serve.py --clients 256                       a v7 of random weights, --n_layer, --n_embd
     python benchmarks/serve.py --model x.pth --clients 64 --arrive 2 --prompt 512
+    python benchmarks/serve.py --clients 256 --step 6              HTTP alone: an engine whose step waits 6 ms
 
 In one run: the engine alone with as many rows (as benchmarks/generate.py has them), and with one; the server with
 --clients clients; the server with one client, its engine the same. A client is a few lines over a socket, so that the
-server is measured.
-With --arrive SECONDS the clients come spread over so long, and with --last SECONDS they ask again and again.
+server is measured. With --arrive SECONDS the clients come spread over so long, and with --last SECONDS they ask again
+and again. The server speaks HTTP in a process of its own, as heron serve does, or with --one_process in that of the
+engine.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import asyncio
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +36,8 @@ import heron
 from heron import tokenizer
 from heron.commands.serve import PACKED
 from heron.config import LARGEST_SEED
-from heron.serve import ServeConfig, create_app
+from heron.generation import OpenSequence, Request, Token
+from heron.serve import ServeConfig, create_app, serve
 
 TIMEOUT_S = 300
 
@@ -131,21 +136,59 @@ def measured(port: int, n: int, options: argparse.Namespace, **changes: float) -
 # -- the server ------------------------------------------------------------------------------------------------------
 
 
-def served(engine: heron.Engine, options: argparse.Namespace) -> tuple[object, threading.Thread]:
-    """A server of the engine in a thread, once it accepts."""
-    from heron.serve.server import server_of
+class Waiting(heron.Engine):
+    """Gives every sequence the same token at each step, which takes `seconds` as on a device: others may run."""
 
+    def __init__(self, model: heron.RWKV, rows: int, seconds: float):
+        super().__init__(model, tokenizer.load(f"integers:{model.config.vocab_size}"), rows)
+        self._seconds, self._there = seconds, dict[OpenSequence, None]()
+
+    def add(self, request: Request) -> OpenSequence:
+        sequence = super().add(request)
+        self._there[sequence] = None
+        return sequence
+
+    def close(self, sequence: OpenSequence) -> None:
+        super().close(sequence)
+        self._there.pop(sequence, None)
+
+    def step(self) -> list[tuple[OpenSequence, Token | heron.HeronError]]:
+        time.sleep(self._seconds)
+        for sequence in self._there:
+            sequence.go_on(1)
+        return [(sequence, Token(1, 0.0)) for sequence in self._there]
+
+
+def serve_while(engine: heron.Engine, options: argparse.Namespace, work: Callable[[str], None]) -> None:
+    """Serve the engine until `work`, which gets the address in a thread, has ended."""
     config = ServeConfig(
         port=0, name="bench", rows=options.rows, queue=4 * options.clients, cache_device=0, cache_host=0
     )
-    server = server_of(create_app(engine, config), config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-        if not thread.is_alive():
-            raise SystemExit("the server did not start")
-    return server, thread
+    if options.one_process:
+        from heron.serve.server import server_of
+
+        server = server_of(create_app(engine, config), config)
+        sys.setswitchinterval(5e-4)  # the engine's thread waits at most so long for Python's lock, rather than 5 ms
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        work(server.address)
+        server.should_exit = True
+        thread.join()
+        return
+    failures: list[BaseException] = []
+
+    def worked(address: str) -> None:
+        try:
+            work(address)
+        except BaseException as error:
+            failures.append(error)
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends the server in order
+
+    serve(engine, config, listening=lambda address: threading.Thread(target=worked, args=(address,)).start())
+    if failures:
+        raise failures[0]
 
 
 def shown(name: str, figures: dict[str, float], engine: float) -> None:
@@ -177,6 +220,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1, help="tokens of each prompt; 1: nothing is read")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--arrive", type=float, default=0.0, help="seconds over which the clients come")
+    parser.add_argument("--step", type=float, help="in place of a model: milliseconds that a step waits; prompts of 1")
+    parser.add_argument("--one_process", action="store_true", help="HTTP in the process of the engine")
     parser.add_argument("--last", type=float, default=0.0, help="seconds for which they ask again and again")
     options = parser.parse_args()
     options.rows = options.rows or options.clients
@@ -194,31 +239,36 @@ def main() -> None:
     sizes = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}"
     print(f"torch {torch.__version__}, {where}, {sizes}\n")
 
-    alone = {}
-    for rows in (options.rows, 1):
-        ids = torch.randint(
-            1, options.vocab_size, (options.prompt,), generator=torch.Generator().manual_seed(0)
-        ).tolist()
-        steps = {f"{rows} rows": decoding(model, rows, ids)}
-        alone[rows] = rows / min(in_turns(steps, 5, max(8, 256 // rows), device)[f"{rows} rows"])
-        print(f"{f'engine, {rows} rows':<34}{alone[rows]:>10.1f} tokens/s", flush=True)
+    if options.step is not None:
+        engine = Waiting(model, options.rows, options.step / 1e3)
+        alone = {rows: rows / max(options.step / 1e3, 1e-6) for rows in (options.rows, 1)}
+    else:
+        alone = engines_alone(model, options, device)
+        packed = PACKED if device.type == "cuda" else 1  # as heron serve
+        known = tokenizer.load(f"integers:{options.vocab_size}")
+        engine = heron.Engine(model, known, options.rows, packed=packed, fit_steps=True)
 
-    packed = PACKED if device.type == "cuda" else 1  # as heron serve
-    engine = heron.Engine(
-        model, tokenizer.load(f"integers:{options.vocab_size}"), options.rows, packed=packed, fit_steps=True
-    )
-    sys.setswitchinterval(5e-4)  # as heron serve
-    server, thread = served(engine, options)
-    try:
-        port = int(server.address.rpartition(":")[2])
+    def work(address: str) -> None:
+        port = int(address.rpartition(":")[2])
         measured(port, min(4, options.clients), options)  # warms up
         measured(port, options.clients, options, tokens=4)
         figures = measured(port, options.clients, options, arrive=options.arrive, last=options.last)
         shown(f"server, {options.clients} clients", figures, alone[options.rows])
         shown("server, 1 client", measured(port, 1, options, tokens=4 * options.tokens), alone[1])
-    finally:
-        server.should_exit = True
-        thread.join()
+
+    serve_while(engine, options, work)
+
+
+def engines_alone(model: heron.RWKV, options: argparse.Namespace, device: torch.device) -> dict[int, float]:
+    """Tokens per second of an engine with as many places as the server's, and of one with one."""
+    alone = {}
+    for rows in (options.rows, 1):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, options.vocab_size, (options.prompt,), generator=generator).tolist()
+        steps = {f"{rows} rows": decoding(model, rows, ids)}
+        alone[rows] = rows / min(in_turns(steps, 5, max(8, 256 // rows), device)[f"{rows} rows"])
+        print(f"{f'engine, {rows} rows':<34}{alone[rows]:>10.1f} tokens/s", flush=True)
+    return alone
 
 
 if __name__ == "__main__":

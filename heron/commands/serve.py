@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import sys
 from pathlib import Path
 
 from heron.checkpoint import tuned_state
@@ -14,28 +13,21 @@ from heron.commands.sources import engine_of
 from heron.config.serve import NAME, ServeConfig, check_key
 from heron.data import template, token_index
 from heron.errors import ConfigError
-from heron.generation import Engine, Request
+from heron.generation import Engine
 from heron.model import State
-from heron.serve import create_app
+from heron.serve import serve
 
 PACKED = 64  # short prompts that a GPU reads in one pass
-_SWITCH_S = 5e-4  # the engine's thread waits at most so long for Python's lock, rather than 5 ms
 
 
 def run(options: argparse.Namespace) -> None:
     settings = given(options, ServeConfig, "")
     config = _with_key(ServeConfig(**{"name": _name_of(options.model), **settings}))
-    chat_template = template.load(config.template)
+    template.load(config.template)  # what is wrong with it is said before the model is read
     engine = engine_of(options, config.rows, PACKED, fit_steps=True)[0]
     engines = {name: _adapted(options, path, config.rows) for name, path in options.with_adapter}
     engines |= {name: _remembering(options, engine, path, config.rows) for name, path in options.with_memory}
-    for one in (engine, *engines.values()):  # kernels are built and graphs recorded before anyone waits for them
-        list(one.run([Request((0,), max_tokens=2)]))
-    app = create_app(engine, config, engines, _states(options, engine), chat_template)
-    sys.setswitchinterval(_SWITCH_S)
-    from heron.serve.server import server_of  # once create_app has seen that uvicorn is there
-
-    server_of(app, config).run()
+    serve(engine, config, engines, _states(options, engine))
 
 
 def _with_key(config: ServeConfig) -> ServeConfig:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,11 +18,11 @@ from heron.config.serve import ServeConfig
 from heron.data import template as templates
 from heron.data.template import Template
 from heron.errors import HeronError
-from heron.generation import Engine
-from heron.model import State
 from heron.serve import chat, completions, responses, states
 from heron.serve.embeddings import Embeddings
+from heron.serve.engines import Engines, Offer
 from heron.serve.limits import Guard
+from heron.serve.link import Link
 from heron.serve.metrics import CONTENT_TYPE
 from heron.serve.models import Models
 from heron.serve.openai import (
@@ -37,30 +36,16 @@ from heron.serve.openai import (
     StateRequest,
     TokenizeRequest,
 )
-from heron.serve.refusals import Refusal, of_error
+from heron.serve.refusals import Refusal, engine_failed, of_error
 from heron.serve.service import Service
-from heron.serve.sessions import PrefixCache, StateStore
 from heron.serve.static import INDEX, Page
 from heron.serve.streaming import EventStream, when_gone
 
-_T = TypeVar("_T")
-_MIB = 1 << 20
 
-
-def application(
-    engine: Engine,
-    config: ServeConfig,
-    engines: Mapping[str, Engine],
-    tuned: Mapping[str, State],
-    template: Template | None,
-) -> FastAPI:
-    """As :func:`heron.serve.create_app`."""
-    cache = None
-    if config.cache_device or config.cache_host:
-        cache = PrefixCache(config.cache_device * _MIB, config.cache_host * _MIB)
-    models = Models(config.name or "heron", engine, engines, tuned, config.queue, cache)
-    store = StateStore(None if config.state_dir is None else Path(config.state_dir), config.cache_host * _MIB)
-    service = Service(config, models, template or templates.load(config.template), store, cache)
+def application(link: Link, offers: Mapping[str, Offer], config: ServeConfig, template: Template | None) -> FastAPI:
+    """The ASGI application that :func:`heron.serve.create_app` gives, of the engines behind `link`."""
+    models = Models(offers, config.queue, link)
+    service = Service(config, models, template or templates.load(config.template))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -96,27 +81,30 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         asked = await chat.ask(service, body)
-        with_logprobs = bool(body.logprobs)
         if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(chat.stream(asked, with_logprobs, with_usage), asked.cancel)
-        return JSONResponse(await _while_there(request, chat.whole(asked, with_logprobs), asked.cancel))
+            return EventStream(chat.stream(asked, bool(body.logprobs), body.with_usage), asked.cancel)
+        return await _whole(request, chat.whole(asked, bool(body.logprobs)), asked.cancel)
 
     @app.post("/v1/completions")
     async def text_completions(body: CompletionRequest, request: Request) -> Response:
         asked = await completions.ask(service, body)
-        with_logprobs = body.logprobs is not None
         if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(completions.stream(asked, with_logprobs, with_usage), asked.cancel)
-        return JSONResponse(await _while_there(request, completions.whole(asked, with_logprobs), asked.cancel))
+            return EventStream(completions.stream(asked, body.logprobs is not None, body.with_usage), asked.cancel)
+        return await _whole(request, completions.whole(asked, body.logprobs is not None), asked.cancel)
 
     @app.post("/v1/responses")
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         asked = await responses.ask(service, body)
         if body.stream:
             return EventStream(responses.stream(asked), asked.cancel)
-        return JSONResponse(await _while_there(request, responses.whole(asked), asked.cancel))
+        return await _whole(request, responses.whole(asked), asked.cancel)
+
+    @app.get("/v1/responses/{response_id}")
+    async def show_response(response_id: str) -> Response:
+        kept = service.conversations.find(response_id)
+        if kept is None or not kept.response:
+            raise Refusal(404, "there is no such response (any more)", code="not_found")
+        return Response(kept.response, media_type="application/json")
 
     @app.delete("/v1/responses/{response_id}")
     async def forget_response(response_id: str) -> dict[str, Any]:
@@ -139,17 +127,17 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         asked = Embeddings(service, body)
-        return JSONResponse(await _while_there(request, asked.whole(), asked.cancel))
+        return await _whole(request, asked.whole(), asked.cancel)
 
     @app.post("/v1/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        tokenizer = service.models.get(body.model).engine.tokenizer
+        tokenizer = service.models.get(body.model).tokenizer
         ids = await asyncio.to_thread(tokenizer.encode, body.text)
         return {"ids": ids, "count": len(ids)}
 
     @app.post("/v1/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        tokenizer = service.models.get(body.model).engine.tokenizer
+        tokenizer = service.models.get(body.model).tokenizer
         return {"text": await asyncio.to_thread(tokenizer.decode, body.ids)}
 
 
@@ -162,7 +150,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/states")
     async def list_states() -> dict[str, Any]:
-        names = await asyncio.to_thread(service.states.list)
+        names = await service.link.ask(Engines.saved_states)
         return {"object": "list", "data": [states.on_wire(name) for name in names]}
 
     @app.post("/v1/states")
@@ -175,7 +163,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/states/{name}")
     async def delete_state(name: StateName) -> dict[str, Any]:
-        await asyncio.to_thread(service.states.delete, name)
+        await service.link.ask(Engines.delete_state, name)
         return {**states.on_wire(name), "deleted": True}
 
 
@@ -186,7 +174,7 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         if service.models.has_failed:
-            raise Refusal(503, "the engine has failed; the server's log says why", code="engine_failed")
+            raise engine_failed(503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
@@ -208,11 +196,11 @@ def _add_pages(app: FastAPI, service: Service) -> None:
         return page.response(name)
 
 
-async def _while_there(request: Request, answer: Awaitable[_T], cancel: Callable[[], None]) -> _T:
-    """The answer; it is cancelled where the client leaves before."""
+async def _whole(request: Request, answer: Awaitable[dict[str, Any]], cancel: Callable[[], None]) -> Response:
+    """The answer once it is there; it is cancelled where the client leaves before."""
     watch = asyncio.create_task(when_gone(request.receive, cancel))
     try:
-        return await answer
+        return JSONResponse(await answer)
     finally:
         watch.cancel()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -13,14 +14,15 @@ from typing import Any
 from heron.data.template import Message
 from heron.generation import Sampling, Token
 from heron.serve import wire
-from heron.serve.grammar import Grammar
+from heron.serve.grammar import Grammar, Grammars
+from heron.serve.jobs import Job
 from heron.serve.models import Served
 from heron.serve.openai import ChatRequest, JsonSchema, think_of
+from heron.serve.orders import Drawn, Start
 from heron.serve.parts import Call, Part, Parts
-from heron.serve.prompts import Prompt, prompt_of
+from heron.serve.prompts import prompt_of
 from heron.serve.refusals import Refusal
-from heron.serve.scheduler import Drawn, Job
-from heron.serve.service import Kept, Service, Start
+from heron.serve.service import Kept, Service, sampling_of
 from heron.serve.threads import worked
 
 USUAL = Sampling(top_p=0.3, presence_penalty=0.3, frequency_penalty=0.3)  # as heron chat
@@ -72,7 +74,7 @@ class Asked:
     start: Start
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...]
-    prompt: Prompt
+    sampling: Sampling
     answers: list[Answer]
     id: str
     created: int
@@ -92,7 +94,7 @@ class Asked:
 
     def cancel(self) -> None:
         for answer in self.answers:
-            self.served.scheduler.cancel(answer.job)
+            self.served.desk.cancel(answer.job)
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -151,39 +153,35 @@ async def answer(
         prefix: of the answer's id.
     """
     size = sum(len(message.content) for message in messages)
-    read = service.template, served.engine.tokenizer, messages, tools, think, start.snapshot
+    read = service.template, served.tokenizer, messages, tools, think, start.pending
     prompt = await worked(size, prompt_of, *read)
-    constraints = []
-    if form is not None or forced is not None:
-        of_one = served, tools, form, forced, prompt.opened
-        constraints = await asyncio.to_thread(lambda: [_grammar(*of_one) for _ in range(n)])
+    grammar = None if form is None and forced is None else _grammar(tools, form, forced, prompt.opened)
     most = min(USUAL_TOKENS, service.config.max_answer) if max_tokens is None else max_tokens
-    caches = service.cache is not None
-    jobs = await service.jobs(served, prompt, start, settings, most, USUAL, n, logprobs, constraints, keeps=caches)
+    jobs = await service.jobs(served, prompt, start, settings, most, USUAL, n, logprobs, grammar, keeps=True)
     answers = [Answer(number, job, Parts(prompt.opened, bool(tools))) for number, job in enumerate(jobs)]
     asked_id = wire.new_id(prefix)
     keep_as = asked_id if keep_as == "" else keep_as
+    sampling = sampling_of(settings, USUAL)
     return Asked(
-        service, served, start, messages, tools, prompt, answers, asked_id, int(time.time()), keep_as
+        service, served, start, messages, tools, sampling, answers, asked_id, int(time.time()), keep_as
     )  # fmt: skip
 
 
 def _grammar(
-    served: Served,
     tools: tuple[Mapping[str, Any], ...],
     form: tuple[str, JsonSchema | None] | None,
     forced: str | None,
     opened: str,
-) -> Grammar:
-    """The grammar that the answer must follow: that of a call, or of a form."""
+) -> Callable[[Grammars], Grammar]:
+    """What makes the grammar that the answer must follow: that of a call, or of a form."""
     if forced is not None:
         wanted = [tool for tool in tools if forced in ("", tool["name"])]
         if not wanted:
             raise Refusal(400, f"tool_choice: there is no tool {forced!r}" if forced else "tools: none given", "tools")
-        return served.grammars.of_call(wanted, opened)
+        return functools.partial(Grammars.of_call, tools=wanted, opened=opened)
     kind, schema = form or ("json_object", None)
     of_schema = None if kind == "json_object" or schema is None else (schema.schema_ or {})
-    return served.grammars.of_json(of_schema, "response_format", opened)
+    return functools.partial(Grammars.of_json, schema=of_schema, param="response_format", opened=opened)
 
 
 # -- what is sent -----------------------------------------------------------------------------------------------------
@@ -204,7 +202,7 @@ async def whole(asked: Asked, with_logprobs: bool) -> dict[str, Any]:
             message["reasoning_content"] = answer.reasoning
         if answer.calls:
             message["tool_calls"] = [call_on_wire(call) for call in answer.calls]
-        scored = {"content": wire.scored(answer.tokens, asked.served.engine.tokenizer)} if with_logprobs else None
+        scored = {"content": wire.scored(answer.tokens, asked.served.tokenizer)} if with_logprobs else None
         choices.append({"index": answer.number, "message": message, "logprobs": scored, "finish_reason": answer.finish})
     return {
         "id": asked.id,
@@ -231,7 +229,7 @@ async def gathered(cancel: Callable[[], None], readers: list[Any]) -> None:
 async def stream(asked: Asked, with_logprobs: bool, with_usage: bool) -> AsyncGenerator[bytes]:
     """Server-sent events: the answers in pieces, to [DONE]."""
     about = {"id": asked.id, "object": "chat.completion.chunk", "created": asked.created, "model": asked.served.name}
-    tokenizer = asked.served.engine.tokenizer
+    tokenizer = asked.served.tokenizer
     for answer in asked.answers:
         first = {"index": answer.number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         yield wire.event({**about, "choices": [first]})

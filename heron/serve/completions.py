@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from heron.generation import Sampling, Token
 from heron.serve import chat, wire
+from heron.serve.jobs import Job
 from heron.serve.models import Served
 from heron.serve.openai import CompletionRequest
+from heron.serve.orders import Drawn, Start
 from heron.serve.prompts import Prompt
 from heron.serve.refusals import Refusal
-from heron.serve.scheduler import Drawn, Job
-from heron.serve.service import Kept, Service, Start
+from heron.serve.service import Kept, Service
 from heron.serve.threads import worked
 from heron.tokenizer.continuation import encode_behind
 
@@ -61,13 +62,12 @@ class Asked:
                 async for piece in drawn:
                     yield piece
         finally:
-            if self.session is not None and text.number == 0 and text.job.behind is not None:
-                self.service.states.keep(self.session, text.job.behind)
+            if self.session is not None and text.number == 0 and text.job.is_over and text.job.n_drawn:
                 self.service.conversations.keep(self.session, Kept(self.served.name, self.start.state))
 
     def cancel(self) -> None:
         for text in self.texts:
-            self.served.scheduler.cancel(text.job)
+            self.served.desk.cancel(text.job)
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -95,28 +95,28 @@ async def ask(service: Service, body: CompletionRequest) -> Asked:
     try:
         for prompt in prompts:
             ids = await worked(len(prompt), _ids, served, prompt, start)
-            shown = prompt if isinstance(prompt, str) else served.engine.tokenizer.decode(prompt)
+            shown = prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)
             most = USUAL_TOKENS if body.max_tokens is None else body.max_tokens
             jobs = await service.jobs(
                 served, Prompt(ids, 0, "", ()), start, body, most, USUAL, n, body.logprobs,
                 stop_ids=body.stop_ids or (), keeps=body.session_id is not None,
+                session=None if texts else body.session_id,
             )  # fmt: skip
             n_prompt += len(ids)
             texts += [Continuation(len(texts) + i, job, shown if body.echo else "") for i, job in enumerate(jobs)]
     except BaseException:
         for text in texts:
-            served.scheduler.cancel(text.job)
+            served.desk.cancel(text.job)
         raise
     return Asked(service, served, start, texts, n, n_prompt, body.session_id, wire.new_id("cmpl-"), int(time.time()))
 
 
 def _ids(served: Served, prompt: str | list[int], start: Start) -> list[int]:
     """What is read for a prompt, the ids pending at its start first."""
-    if start.snapshot is None or (start.snapshot.state is None and not start.snapshot.pending):
-        return served.engine.prompt_ids(prompt)
-    pending = start.snapshot.pending
-    new = encode_behind(served.engine.tokenizer, pending, prompt) if isinstance(prompt, str) else prompt
-    return served.engine.prompt_ids([*pending, *new])
+    if start.pending is None:
+        return served.prompt_ids(prompt)
+    new = encode_behind(served.tokenizer, start.pending, prompt) if isinstance(prompt, str) else prompt
+    return served.prompt_ids([*start.pending, *new])
 
 
 async def whole(asked: Asked, with_logprobs: bool) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def _choice(text: Continuation, shown: str, scores: dict[str, Any] | None, finis
     return {"index": text.number, "text": shown, "logprobs": scores, "finish_reason": finish}
 
 
-def _scores(tokens: list[Token], served: Served, offset: int) -> dict[str, Any]:
+def _scores(tokens: Sequence[Token], served: Served, offset: int) -> dict[str, Any]:
     """Tokens with their log-probabilities, as completions list them; `offset`: characters before them."""
-    scored, offsets = wire.scored(tokens, served.engine.tokenizer), []
+    scored, offsets = wire.scored(tokens, served.tokenizer), []
     for one in scored:
         offsets.append(offset)
         offset += len(one["token"])

@@ -36,9 +36,9 @@ class Embeddings:
         Raises:
             HeronError: what cannot be read, takes too long, or waits behind too many.
         """
-        body, engine, data, n_tokens = self._body, self._served.engine, [], 0
+        body, data, n_tokens = self._body, [], 0
         for number, text in enumerate(body.texts):
-            ids = await worked(len(text), engine.prompt_ids, text)
+            ids = await worked(len(text), self._served.prompt_ids, text)
             self._service.check_length(ids)
             n_tokens += len(ids)
             vector = await self._service.embedded(self._served, ids)
@@ -48,7 +48,7 @@ class Embeddings:
                 raise Refusal(400, f"dimensions: this model's vectors have {len(vector)}", "dimensions")
             shown: Any = vector.tolist()
             if body.encoding_format == "base64":
-                shown = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
+                shown = base64.b64encode(vector.astype(np.float32).tobytes()).decode()
             data.append({"object": "embedding", "index": number, "embedding": shown})
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "model": self._served.name, "data": data, "usage": usage}

@@ -48,7 +48,7 @@ class _Now(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         waiting = GaugeMetricFamily("heron_waiting_requests", "requests that wait for a place", labels=["model"])
         writing = GaugeMetricFamily("heron_open_sequences", "texts that are being written", labels=["model"])
-        for name, scheduler in self._models.schedulers.items():
-            waiting.add_metric([name], scheduler.n_waiting)
-            writing.add_metric([name], scheduler.n_writing)
+        for name, desk in self._models.desks.items():
+            waiting.add_metric([name], desk.n_waiting)
+            writing.add_metric([name], desk.n_writing)
         yield from (waiting, writing)

@@ -1,73 +1,66 @@
-"""What a server offers under which name: the model, its adapters, its memories, its tuned states."""
+"""What HTTP knows of the models: which name stands for which engine, and what a text becomes there."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from heron.errors import ConfigError, did_you_mean
-from heron.generation import Engine, Snapshot
-from heron.model import State
-from heron.serve.grammar import Grammars
+from heron.errors import did_you_mean
+from heron.generation import Request
+from heron.generation.requests import check_marks, prompt_ids
+from heron.serve.engines import Engines, Offer
+from heron.serve.jobs import Desk
+from heron.serve.link import Link
+from heron.serve.orders import Drawn, Start
 from heron.serve.refusals import Refusal
-from heron.serve.scheduler import Scheduler
-from heron.serve.sessions import PrefixCache
-
-SEPARATOR = ":"  # between the model's name and that of a variant
+from heron.tokenizer import Tokenizer
 
 
 class Served(NamedTuple):
     """One name in a request's `model`."""
 
     name: str
-    scheduler: Scheduler
-    grammars: Grammars
-    start: Snapshot | None = None  # what its texts begin from; None: nothing
+    offer: Offer
+    desk: Desk
 
     @property
-    def engine(self) -> Engine:
-        return self.scheduler.engine
+    def engine(self) -> str:
+        """The name of the engine that writes."""
+        return self.offer.engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.offer.tokenizer
+
+    @property
+    def start(self) -> Start:
+        """What its texts begin from."""
+        return self.offer.start
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """As :meth:`heron.Engine.prompt_ids`."""
+        return prompt_ids(prompt, None, self.tokenizer, self.offer.vocab_size)
+
+    def check(self, request: Request) -> None:
+        """Errors as of :meth:`heron.Engine.check`."""
+        request.check(self.tokenizer, self.offer.vocab_size)
+        check_marks(request.marks, len(self.prompt_ids(request.prompt)))
 
 
 class Models:
-    """All that a server offers.
+    """All that a server offers, by name.
 
     Args:
-        name: of the model.
-        engine: of the model.
-        engines: others, of adapters and memories, by name; each writes in a batch of its own.
-        states: tuned states of the model by name; they share its batch.
+        offers: the first of them is the model itself.
         queue: requests that may wait, for each engine.
-        cache: of states of prompts; None: none.
-
-    Raises:
-        ConfigError: a state of another model.
+        link: to the engines.
     """
 
-    def __init__(
-        self,
-        name: str,
-        engine: Engine,
-        engines: Mapping[str, Engine],
-        states: Mapping[str, State],
-        queue: int,
-        cache: PrefixCache | None,
-    ):
-        self._served: dict[str, Served] = {}
-        self.name = name
-        self.schedulers: dict[str, Scheduler] = {}
-        for variant, one in {"": engine, **engines}.items():
-            full = f"{name}{SEPARATOR}{variant}" if variant else name
-            self.schedulers[full] = Scheduler(one, queue, cache)
-            self._served[full] = Served(full, self.schedulers[full], Grammars(one.tokenizer))
-        base = self._served[name]
-        for variant, state in states.items():
-            full = f"{name}{SEPARATOR}{variant}"
-            if full in self._served:
-                raise ConfigError(f"{variant}: two variants of the model have this name; give another one")
-            state.check(engine.model.config, 1)
-            self._served[full] = base._replace(name=full, start=Snapshot(state))
+    def __init__(self, offers: Mapping[str, Offer], queue: int, link: Link):
+        self.link = link
+        engines = {offer.engine: offer for offer in offers.values()}
+        self.desks = {engine: Desk(engine, offer.rows, queue, link) for engine, offer in engines.items()}
+        self._served = {name: Served(name, offer, self.desks[offer.engine]) for name, offer in offers.items()}
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +72,7 @@ class Models:
         Raises:
             Refusal: there is none of this name.
         """
-        served = self._served.get(name or self.name)
+        served = self._served.get(name or self.names[0])
         if served is None:
             near = did_you_mean(name, self._served)
             raise Refusal(404, f"there is no model {name[:200]!r}.{near}", "model", "model_not_found")
@@ -87,16 +80,23 @@ class Models:
 
     @property
     def are_ready(self) -> bool:
-        return all(scheduler.is_ready for scheduler in self.schedulers.values())
+        return all(desk.is_ready for desk in self.desks.values())
 
     @property
     def has_failed(self) -> bool:
-        return any(scheduler.failure is not None for scheduler in self.schedulers.values())
+        return any(desk.has_failed for desk in self.desks.values())
 
     def start(self) -> None:
-        for scheduler in self.schedulers.values():
-            scheduler.start()
+        """Begin, in the event loop of HTTP."""
+        self.link.start(self._take)
+        for desk in self.desks.values():
+            desk.open()
 
     async def stop(self, grace: float) -> None:
-        """Finish what runs, within `grace` seconds."""
-        await asyncio.gather(*(asyncio.to_thread(one.stop, grace) for one in self.schedulers.values()))
+        """Take no more orders, and finish what runs within `grace` seconds."""
+        for desk in self.desks.values():
+            desk.close()
+        await self.link.ask(Engines.stop, grace)
+
+    def _take(self, engine: str, drawn: Sequence[Drawn]) -> None:
+        self.desks[engine].take(drawn)

@@ -76,6 +76,11 @@ class Sampled(_Strict):
     prompt_cache_key: Any = None
 
     @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 

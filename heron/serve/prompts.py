@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from heron.data.template import THINKING, Message, Template
-from heron.generation import Snapshot
 from heron.serve.refusals import Refusal
 from heron.tokenizer import Tokenizer
 from heron.tokenizer.continuation import encode_behind
@@ -28,13 +27,13 @@ def prompt_of(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
     think: str = "",
-    after: Snapshot | None = None,
+    pending: Sequence[int] | None = None,
 ) -> Prompt:
     """The prompt that an answer to `messages` follows.
 
     Args:
         think: a key of :data:`heron.data.template.THINKING`.
-        after: what was read before the messages, with the ids pending there; None: nothing.
+        pending: ids that come before those of the messages and are still to be read; None: nothing comes before.
 
     Raises:
         Refusal: messages that the template cannot hold.
@@ -47,7 +46,7 @@ def prompt_of(
         said = "".join(span.text for span in template.spans(messages, tools))
     except ValueError as error:
         raise Refusal(400, str(error), "messages") from None
-    ids, kept = (_encoded(tokenizer, part, after) for part in (text, os.path.commonprefix([text, said])))
+    ids, kept = (_encoded(tokenizer, part, pending) for part in (text, os.path.commonprefix([text, said])))
     mark = len(os.path.commonprefix([ids, kept]))
     return Prompt(ids, mark if mark < len(ids) else 0, THINKING[think][1], template.stops(messages, tools))
 
@@ -57,17 +56,17 @@ def conversation_ids(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
-    after: Snapshot | None = None,
+    pending: Sequence[int] | None = None,
 ) -> list[int]:
     """The ids of a conversation as it stands, with its last answer. Errors as in :func:`prompt_of`."""
     try:
         text = "".join(span.text for span in template.spans(messages, tools))
     except ValueError as error:
         raise Refusal(400, str(error), "messages") from None
-    return _encoded(tokenizer, text, after)
+    return _encoded(tokenizer, text, pending)
 
 
-def _encoded(tokenizer: Tokenizer, text: str, after: Snapshot | None) -> list[int]:
-    if after is None or (after.state is None and not after.pending):
+def _encoded(tokenizer: Tokenizer, text: str, pending: Sequence[int] | None) -> list[int]:
+    if pending is None:
         return tokenizer.encode(text)
-    return [*after.pending, *encode_behind(tokenizer, after.pending, text)]
+    return [*pending, *encode_behind(tokenizer, pending, text)]

@@ -7,6 +7,7 @@ from typing import Any
 from heron.errors import HeronError
 from heron.serve.sessions import NoSuchState
 
+ENGINE_FAILED = "engine_failed"  # the code of that refusal
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -30,6 +31,9 @@ class Refusal(HeronError):
     ):
         super().__init__(message)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    def __reduce__(self) -> tuple[type[Refusal], tuple[Any, ...]]:  # it goes from process to process
+        return Refusal, (self.status, str(self), self.param, self.code, self.retry_after)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -57,6 +61,11 @@ def too_slow() -> Refusal:
 def stopping() -> Refusal:
     """The server ends, and another may take its place."""
     return Refusal(503, "the server is stopping", code="server_stopping", retry_after=5)
+
+
+def engine_failed(status: int = 500) -> Refusal:
+    """The device or Heron has a fault: no text can be written any more."""
+    return Refusal(status, "the engine has failed; the server's log says why", code=ENGINE_FAILED)
 
 
 def of_error(error: HeronError) -> Refusal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -87,7 +88,7 @@ async def whole(asked: Asked) -> dict[str, Any]:
             answer.take(piece)
 
     await chat.gathered(asked.cancel, [read()])
-    return _response(asked, [item for item in _items(answer) if item])
+    return _kept(asked, [item for item in _items(answer) if item])
 
 
 def _items(answer: Answer) -> list[dict[str, Any]]:
@@ -143,7 +144,7 @@ def _response(asked: Asked, items: list[dict[str, Any]]) -> dict[str, Any]:
             "input_tokens_details": {"cached_tokens": job.n_cached},
             "output_tokens": job.n_drawn,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": len(job.ids),
+            "total_tokens": job.n_prompt + job.n_drawn,
         }
     return {
         "id": asked.id,
@@ -157,8 +158,8 @@ def _response(asked: Asked, items: list[dict[str, Any]]) -> dict[str, Any]:
         "instructions": None,
         "metadata": {},
         "parallel_tool_calls": False,
-        "temperature": answer.job.request.sampling.temperature,
-        "top_p": answer.job.request.sampling.top_p,
+        "temperature": asked.sampling.temperature,
+        "top_p": asked.sampling.top_p,
         "tool_choice": "auto",
         "tools": [{"type": "function", "strict": False, **tool} for tool in asked.tools],
         "usage": usage,
@@ -211,4 +212,12 @@ async def stream(asked: Asked) -> AsyncGenerator[bytes]:
         yield event("response.output_item.done", output_index=len(items), item=item)
         items.append(item)
     kind = "response.incomplete" if answer.finish == "length" else "response.completed"
-    yield event(kind, response=_response(asked, items))
+    yield event(kind, response=_kept(asked, items))
+
+
+def _kept(asked: Asked, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The written response, which is kept with its conversation."""
+    response = _response(asked, items)
+    if asked.keep_as is not None:
+        asked.service.conversations.keep_response(asked.keep_as, json.dumps(response))
+    return response

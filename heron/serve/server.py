@@ -1,4 +1,4 @@
-"""uvicorn as `heron serve` runs it: it says where it listens, ends in order at a signal, and logs failures alone."""
+"""uvicorn as `heron serve` runs it: it tells where it listens, ends in order, and logs failures alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
@@ -21,12 +19,23 @@ SECONDS_TO_TELL = 5  # those whose requests were ended by the end of the server
 
 
 class Server(uvicorn.Server):
-    """Prints its address once it accepts, and takes SIGINT and SIGTERM as the wish to end."""
+    """Whoever runs it passes the signals that shall end it to `handle_exit`.
 
-    def __init__(self, config: uvicorn.Config, stop: Callable[[float], Coroutine[Any, Any, None]], grace: float):
-        """`stop` has the application finish what runs, within `grace` seconds, and end the rest."""
+    Args:
+        stop: has the application finish what runs, within so many seconds, and end the rest.
+        grace: those seconds.
+        listening: is called with the address once it accepts.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        stop: Callable[[float], Coroutine[Any, Any, None]],
+        grace: float,
+        listening: Callable[[str], object],
+    ):
         super().__init__(config)
-        self._stop, self._grace = stop, grace
+        self._stop, self._grace, self._listening = stop, grace, listening
 
     async def startup(self, sockets: Any = None) -> None:
         try:
@@ -34,7 +43,7 @@ class Server(uvicorn.Server):
         except SystemExit as stop:
             place = f"{self.config.host}, port {self.config.port}"
             raise ConfigError(f"host {place}: cannot listen there: {stop.__context__ or 'see above'}") from None
-        print(f"listening on {self.address}", flush=True)
+        self._listening(self.address)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Take no more connections. What runs has its time to end, and is told where that is not enough."""
@@ -42,6 +51,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if self.force_exit:  # a second Ctrl-C
             await self._stop(0)
+            await self.lifespan.shutdown()
         await stops
 
     @property
@@ -52,24 +62,21 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        yield
 
 
-def server_of(app: Any, config: ServeConfig) -> Server:
-    """A server of the application, whose `run` returns once it has ended."""
+def log_failures() -> None:
+    """Have failures alone printed, as lines of ours."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("heron: %(message)s"))
     for name in ("uvicorn.error", "heron.serve"):
         logging.getLogger(name).handlers = [handler]
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def server_of(app: Any, config: ServeConfig, listening: Callable[[str], object] = lambda address: None) -> Server:
+    """A server of the application, whose `run` returns once it has ended; `listening` gets its address."""
+    log_failures()
     return Server(
         uvicorn.Config(
             app, config.host, config.port,
@@ -78,4 +85,5 @@ def server_of(app: Any, config: ServeConfig) -> Server:
         ),
         app.state.stop,
         config.grace,
+        listening,
     )  # fmt: skip

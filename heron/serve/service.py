@@ -7,23 +7,24 @@ import collections
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from heron.config import LARGEST_SEED
 from heron.config.serve import ServeConfig
 from heron.data.template import Message, Template
-from heron.generation import Request, Sampling, Snapshot
-from heron.serve.grammar import Grammar
+from heron.generation import Request, Sampling
+from heron.serve.engines import Engines
+from heron.serve.grammar import Grammar, Grammars
+from heron.serve.jobs import Job
 from heron.serve.metrics import Metrics
 from heron.serve.models import Models, Served
 from heron.serve.openai import Sampled
+from heron.serve.orders import Drawn, Order, Start
 from heron.serve.prompts import Prompt
 from heron.serve.refusals import Refusal, too_busy
-from heron.serve.scheduler import Drawn, Job
-from heron.serve.sessions import PrefixCache, StateStore
 from heron.serve.threads import worked
 
 MOST_CONVERSATIONS = 10_000  # whose messages are kept for previous_response_id and session_id
@@ -31,30 +32,23 @@ MOST_CONVERSATION_CHARACTERS = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """What a text begins from: nothing, a tuned state or a saved one."""
-
-    snapshot: Snapshot | None = None
-    key: str = ""  # in the prefix cache
-    state: str | None = None  # the saved one's name
-
-
-@dataclasses.dataclass(frozen=True)
 class Kept:
     """Where a conversation is, for the requests that go on from it or save it.
 
     What the model has read of it is in the prefix cache, or is read again. Of a plain text, which has no messages, the
-    states of the service have what was read, under the same id.
+    engines have kept what was read, under the same id.
     """
 
     model: str
     state: str | None  # the saved state that it began from
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    response: str = ""  # the last one, as JSON
 
     @property
     def n_characters(self) -> int:
-        return sum(len(message.content) + len(message.reasoning) for message in self.messages)
+        said = sum(len(message.content) + len(message.reasoning) for message in self.messages)
+        return said + len(self.response)
 
 
 class Conversations:
@@ -70,6 +64,11 @@ class Conversations:
         self._n_characters += kept.n_characters
         while len(self._kept) > MOST_CONVERSATIONS or self._n_characters > MOST_CONVERSATION_CHARACTERS:
             self.forget(next(iter(self._kept)))
+
+    def keep_response(self, key: str, response: str) -> None:
+        """Keep the response, as JSON, with the conversation that it ends, if that is kept."""
+        if (kept := self.find(key)) is not None:
+            self.keep(key, dataclasses.replace(kept, response=response))
 
     def find(self, key: str) -> Kept | None:
         if key in self._kept:
@@ -87,20 +86,12 @@ class Service:
 
     Attributes:
         config, models, template, metrics: as their classes say.
+        link: to the engines, which keep the states.
         conversations: by the id of a session or of a response.
-        states: saved under names.
-        cache: of states of prompts; None: none.
     """
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        models: Models,
-        template: Template,
-        states: StateStore,
-        cache: PrefixCache | None,
-    ):
-        self.config, self.models, self.template, self.states, self.cache = config, models, template, states, cache
+    def __init__(self, config: ServeConfig, models: Models, template: Template):
+        self.config, self.models, self.template, self.link = config, models, template, models.link
         self._embeds = asyncio.Semaphore(1)  # one more would only wait for the engine, in a thread
         self._n_embeds = 0  # with those that wait
         self.metrics = Metrics(models)
@@ -118,9 +109,8 @@ class Service:
             kept = self.conversations.find(session)
             state = kept.state if kept is not None and kept.model == served.name else None
         if state is None:
-            return Start(served.start, served.name)
-        key = f"{served.name}\n{state}\n{self.states.version(state)}"
-        return Start(await asyncio.to_thread(self.states.load, state, served.engine), key, state)
+            return served.start
+        return await self.link.ask(Engines.start_at, served.engine, served.name, state)
 
     async def jobs(
         self,
@@ -132,15 +122,18 @@ class Service:
         usual: Sampling,
         n: int = 1,
         logprobs: int | None = None,
-        constraints: Sequence[Grammar] = (),
+        form: Callable[[Grammars], Grammar] | None = None,
         stop_ids: Sequence[int] = (),
         keeps: bool = False,
+        session: str | None = None,
     ) -> list[Job]:
-        """Hand `n` jobs with the same prompt to the model's scheduler.
+        """Have `n` texts behind the same prompt written.
 
         Args:
             usual: how tokens are drawn where the request does not say it.
-            keeps: whether the state behind each text is wanted.
+            form: makes the grammar that each must follow.
+            keeps: whether the state behind each text is wanted in the prefix cache.
+            session: that is at the state behind the first of them then.
 
         Raises:
             Refusal: too long, too many, or out of range.
@@ -152,22 +145,17 @@ class Service:
             raise Refusal(400, f"max_tokens: {wanted}", "max_tokens")
         sampling = sampling_of(settings, usual)
         seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
-        after = None if start.snapshot is None else Snapshot(start.snapshot.state)  # ids pending there are the prompt's
         request = Request(
-            prompt.ids, max_tokens, sampling, (*prompt.stop, *settings.stops), seed, after, stop_ids,
+            prompt.ids, max_tokens, sampling, (*prompt.stop, *settings.stops), seed, None, stop_ids,
             logit_bias=settings.biases, logprobs=logprobs, marks=(prompt.mark,) if prompt.mark else (),
         )  # fmt: skip
-        await worked(len(prompt.ids), served.engine.check, request)
-        jobs = []
+        await worked(len(prompt.ids), served.check, request)
+        orders = []
         for number in range(n):
-            one = dataclasses.replace(
-                request,
-                seed=(seed + number) % (LARGEST_SEED + 1),
-                constraint=constraints[number] if constraints else None,
-            )
-            jobs.append(Job(one, self.config.timeout, start.key, keeps))
-        served.scheduler.submit(*jobs)
-        return jobs
+            one = dataclasses.replace(request, seed=(seed + number) % (LARGEST_SEED + 1))
+            kept_as = session if number == 0 else None
+            orders.append(Order(one, self.config.timeout, start, form, keeps, kept_as))
+        return await served.desk.submit(orders)
 
     def check_length(self, ids: Sequence[int]) -> None:
         """Refusal for a prompt that is too long."""
@@ -175,14 +163,14 @@ class Service:
             wanted = f"wanted a prompt of at most {self.config.max_prompt} tokens, got {len(ids)}"
             raise Refusal(400, wanted, code="context_length_exceeded")
 
-    async def embedded(self, served: Served, ids: Sequence[int]) -> Tensor:
+    async def embedded(self, served: Served, ids: Sequence[int]) -> np.ndarray:
         """(C,) fp32 of length 1: the mean of the model's last hidden states. Refusal where too many wait for theirs."""
         if self._n_embeds > self.config.queue:
             raise too_busy(f"{self._n_embeds} embeddings wait already; try again")
         self._n_embeds += 1
         try:
             async with self._embeds:
-                return await asyncio.to_thread(served.engine.embed, ids)
+                return await self.link.ask(Engines.embed, served.engine, ids)
         finally:
             self._n_embeds -= 1
 
@@ -197,7 +185,7 @@ class Service:
                         is_first = False
                     yield piece
         finally:
-            served.scheduler.cancel(job)
+            served.desk.cancel(job)
             self.metrics.whole.observe(job.seconds)
             self.metrics.prompt_tokens.inc(job.n_prompt)
             self.metrics.cached_tokens.inc(job.n_cached)

@@ -80,6 +80,12 @@ def status_of(connection: socket.socket) -> int | None:
     return int(line.split()[1]) if line else None
 
 
+def children(process: int) -> list[int]:
+    """The processes that a process has started, by their numbers."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
 def resident_mib(process: int | str = "self") -> float:
     """Memory of a process, by its number; without one, of this process."""
     with open(f"/proc/{process}/statm", encoding="ascii") as file:

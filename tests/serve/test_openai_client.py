@@ -172,6 +172,19 @@ def test_a_response_is_streamed(client):
     assert final.status == "completed"
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_response_is_shown_again_until_it_is_forgotten(client, is_streamed):
+    asked = dict(model="tiny", input="hello", max_output_tokens=6)
+    answer = client.responses.create(**asked, stream=is_streamed)
+    answer = list(answer)[-1].response if is_streamed else answer
+    assert client.responses.retrieve(answer.id) == answer
+    client.responses.delete(answer.id)
+    unkept = client.responses.create(**asked, store=False)
+    for one in (answer, unkept):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(one.id)
+
+
 def test_a_response_calls_a_tool(client):
     tools = [{"type": "function", **PAINT}]
     answer = client.responses.create(

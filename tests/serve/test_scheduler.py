@@ -1,4 +1,4 @@
-"""The thread that runs an engine: who is served when, and what ends a job."""
+"""The thread that runs an engine, and the desk before it: who is served when, and what ends a job."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ import threading
 import pytest
 import torch
 
+from heron.config.serve import ServeConfig
 from heron.errors import HeronError
 from heron.generation import Engine, Request, Sampling
+from heron.serve.engines import Engines
+from heron.serve.link import Direct
+from heron.serve.models import Models
+from heron.serve.orders import Order
 from heron.serve.refusals import Refusal
-from heron.serve.scheduler import Job, Scheduler
 
 ANY = Sampling(top_p=1.0)
 
 
-def running(engine, work, queue=100, **settings):
-    """What `work`, a coroutine of a scheduler, gives; the scheduler is stopped behind it."""
+def running(engine, work, queue=100):
+    """What `work`, a coroutine of models and the desk of their one engine, gives; they are stopped behind it."""
 
     async def main():
-        scheduler = Scheduler(engine, queue, **settings)
-        scheduler.start()
+        engines = Engines(ServeConfig(name="tiny"), engine, {}, {})
+        models = Models(engines.offers, queue, Direct(engines))
+        models.start()
         try:
-            return await asyncio.wait_for(work(scheduler), 30)
+            return await asyncio.wait_for(work(models, models.desks["tiny"]), 30)
         finally:
-            await asyncio.to_thread(scheduler.stop, 0)
+            await models.stop(0)
 
     return asyncio.run(main())
 
 
-def job_of(prompt=(1, 2, 3), n=5, seed=0, timeout=60.0, **changes):
-    """A job that no end of a document cuts short."""
-    return Job(Request(list(prompt), n, ANY, seed=seed, logit_bias={0: -100}, **changes), timeout)
+def order_of(prompt=(1, 2, 3), n=5, seed=0, timeout=60.0, form=None):
+    """An order that no end of a document cuts short."""
+    request = Request(list(prompt), n, ANY, seed=seed, logit_bias={0: -100}, logprobs=0)
+    return Order(request, timeout, form=form)
 
 
 async def ids_of(job):
@@ -52,27 +58,41 @@ def alone(engine, request):
 
 
 def test_jobs_say_what_the_engine_says_alone(engine_of):
-    requests = [Request([3, n + 1] * (n % 5 + 1), 3 + n % 7, ANY, seed=n) for n in range(40)]
+    requests = [Request([3, n + 1] * (n % 5 + 1), 3 + n % 7, ANY, seed=n, logprobs=0) for n in range(40)]
 
-    async def work(scheduler):
-        jobs = [Job(request, 60) for request in requests]
-        for job in jobs:
-            scheduler.submit(job)
+    async def work(models, desk):
+        jobs = [job for request in requests for job in await desk.submit([Order(request, 60)])]
         return await asyncio.gather(*map(ids_of, jobs))
 
     engine = engine_of(1)
     assert running(engine_of(8), work) == [alone(engine, request) for request in requests]
 
 
+def test_what_comes_while_a_piece_is_used_is_one_piece(engine_of):
+    order = order_of(n=50)
+
+    async def work(models, desk):
+        [job] = await desk.submit([order])
+        while not job.is_over:
+            await asyncio.sleep(0.001)
+        [piece] = [piece async for piece in job.drawn()]
+        return piece
+
+    piece = running(engine_of(1), work)
+    assert (piece.n, piece.finish) == (50, "length")
+    assert [token.id for token in piece.tokens] == alone(engine_of(1), order.request)
+    assert piece.text == "".join(engine_of(1).stream(order.request))
+
+
 def test_who_came_first_is_served_first(engine_of):
-    async def work(scheduler):
-        order, jobs = [], [job_of(n=2) for _ in range(6)]
+    async def work(models, desk):
+        order = []
 
         async def note(number, job):
             await ids_of(job)
             order.append(number)
 
-        scheduler.submit(*jobs)
+        jobs = await desk.submit([order_of(n=2) for _ in range(6)])
         await asyncio.gather(*(note(number, job) for number, job in enumerate(jobs)))
         return order
 
@@ -80,36 +100,33 @@ def test_who_came_first_is_served_first(engine_of):
 
 
 def test_more_than_may_wait_are_refused_together(engine_of):
-    async def work(scheduler):
-        first = job_of(n=10_000)
-        scheduler.submit(first)
+    async def work(models, desk):
+        [first] = await desk.submit([order_of(n=10_000)])
         await anext(first.drawn())
-        scheduler.submit(job_of(), job_of())
+        await desk.submit([order_of(), order_of()])
         with pytest.raises(Refusal) as caught:
-            scheduler.submit(job_of())
+            await desk.submit([order_of()])
         assert (caught.value.status, caught.value.retry_after) == (429, 1)
-        assert scheduler.n_waiting == 2
+        assert (desk.n_waiting, desk.n_writing) == (2, 1)
 
     running(engine_of(1), work, queue=2)
 
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_job_whose_time_is_over_fails(engine_of, waits):
-    async def work(scheduler):
-        first = job_of(n=100_000, timeout=60.0 if waits else 0.1)
-        late = job_of(n=100_000, timeout=0.1) if waits else first
-        scheduler.submit(first)
-        if waits:
-            scheduler.submit(late)
+    async def work(models, desk):
+        [first] = await desk.submit([order_of(n=100_000, timeout=60.0 if waits else 0.1)])
+        [late] = await desk.submit([order_of(n=100_000, timeout=0.1)]) if waits else [first]
         with pytest.raises(Refusal) as caught:
             await ids_of(late)
         assert caught.value.status == 408
+        assert late.is_over
 
     running(engine_of(1), work)
 
 
 def test_a_cancelled_job_draws_at_most_one_token_more(engine_of, monkeypatch):
-    steps, allowed = [], threading.Semaphore(3)
+    engine, steps, allowed = engine_of(1), [], threading.Semaphore(3)
     step = Engine.step
 
     def counted(engine):
@@ -119,19 +136,19 @@ def test_a_cancelled_job_draws_at_most_one_token_more(engine_of, monkeypatch):
 
     monkeypatch.setattr(Engine, "step", counted)
 
-    async def work(scheduler):
-        job = job_of(n=1000)
-        scheduler.submit(job)
+    async def work(models, desk):
+        [job] = await desk.submit([order_of(n=1000)])
         while len(steps) < 3:
             await asyncio.sleep(0.001)
-        scheduler.cancel(job)
+        desk.cancel(job)
         allowed.release(100)
         with pytest.raises(Refusal):
             await ids_of(job)
-        assert scheduler.engine.n_free == 1
+        assert engine.n_free == 1
+        assert desk.n_writing == 0
         return len(steps)
 
-    assert running(engine_of(1), work) <= 4
+    assert running(engine, work) <= 4
 
 
 def test_a_job_that_fails_ends_alone(engine_of):
@@ -148,9 +165,9 @@ def test_a_job_that_fails_ends_alone(engine_of):
         def accept(self, token):
             pass
 
-    async def work(scheduler):
-        bad, good = job_of(n=20, constraint=Bad()), job_of(n=20)
-        scheduler.submit(bad, good)
+    async def work(models, desk):
+        [bad] = await desk.submit([order_of(n=20, form=lambda grammars: Bad())])
+        [good] = await desk.submit([order_of(n=20)])
         with pytest.raises(Refusal, match="enough") as caught:
             await ids_of(bad)
         assert caught.value.status == 400
@@ -159,10 +176,23 @@ def test_a_job_that_fails_ends_alone(engine_of):
     assert len(running(engine_of(2), work)) == 20
 
 
+def test_orders_of_which_one_cannot_be_made_take_no_place(engine_of):
+    def impossible(grammars):
+        raise Refusal(400, "no such form")
+
+    async def work(models, desk):
+        with pytest.raises(Refusal, match="no such form"):
+            await desk.submit([order_of(), order_of(form=impossible)])
+        assert desk.n_writing == 0
+        jobs = await desk.submit([order_of(n=20), order_of(n=20)])
+        return await asyncio.gather(*map(ids_of, jobs))
+
+    assert [len(ids) for ids in running(engine_of(1), work, queue=1)] == [20, 20]
+
+
 def test_an_engine_that_breaks_fails_all_and_takes_no_more(engine_of, monkeypatch, caplog):
-    async def work(scheduler):
-        jobs = [job_of(n=10_000), job_of()]
-        scheduler.submit(*jobs)
+    async def work(models, desk):
+        jobs = await desk.submit([order_of(n=10_000), order_of()])
         await anext(jobs[0].drawn())
         monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)
         for job in jobs:
@@ -170,25 +200,24 @@ def test_an_engine_that_breaks_fails_all_and_takes_no_more(engine_of, monkeypatc
                 await ids_of(job)
             assert caught.value.status == 500
         with pytest.raises(Refusal) as caught:
-            scheduler.submit(job_of())
+            await desk.submit([order_of()])
         assert caught.value.status == 503
-        assert not scheduler.is_ready
+        assert models.has_failed
+        assert not models.are_ready
 
     running(engine_of(1), work)
     assert "division by zero" in caplog.text
 
 
 def test_stopping_finishes_what_runs_and_takes_no_more(engine_of):
-    async def work(scheduler):
-        job = job_of(n=200)
-        scheduler.submit(job)
+    async def work(models, desk):
+        [job] = await desk.submit([order_of(n=200)])
         await anext(job.drawn())
-        stopped = asyncio.create_task(asyncio.to_thread(scheduler.stop, 20))
-        await asyncio.sleep(0)
-        while scheduler.is_ready:
+        stopped = asyncio.create_task(models.stop(20))
+        while models.are_ready:
             await asyncio.sleep(0.001)
         with pytest.raises(Refusal) as caught:
-            scheduler.submit(job_of())
+            await desk.submit([order_of()])
         assert caught.value.status == 503
         await ids_of(job)
         await stopped
@@ -198,11 +227,10 @@ def test_stopping_finishes_what_runs_and_takes_no_more(engine_of):
 
 
 def test_stopping_without_grace_ends_what_runs(engine_of):
-    async def work(scheduler):
-        job = job_of(n=100_000)
-        scheduler.submit(job)
+    async def work(models, desk):
+        [job] = await desk.submit([order_of(n=100_000)])
         await anext(job.drawn())
-        await asyncio.to_thread(scheduler.stop, 0)
+        await models.stop(0)
         with contextlib.suppress(StopAsyncIteration), pytest.raises(Refusal, match="stopping"):
             await ids_of(job)
 
@@ -210,15 +238,25 @@ def test_stopping_without_grace_ends_what_runs(engine_of):
 
 
 def test_of_two_stops_the_shorter_grace_counts(engine_of):
-    async def work(scheduler):
-        job = job_of(n=100_000)
-        scheduler.submit(job)
+    async def work(models, desk):
+        [job] = await desk.submit([order_of(n=100_000)])
         await anext(job.drawn())
-        first = asyncio.create_task(asyncio.to_thread(scheduler.stop, 1000))
-        while scheduler.is_ready:
+        first = asyncio.create_task(models.stop(1000))
+        while models.are_ready:
             await asyncio.sleep(0.001)
-        await asyncio.to_thread(scheduler.stop, 0)
+        await models.stop(0)
         await first
+        with pytest.raises(Refusal, match="stopping"):
+            await ids_of(job)
+
+    running(engine_of(1), work)
+
+
+def test_an_order_that_comes_behind_the_end_is_told(engine_of):
+    async def work(models, desk):
+        await models.stop(0)
+        desk.open()
+        [job] = await desk.submit([order_of()])
         with pytest.raises(Refusal, match="stopping"):
             await ids_of(job)
 
