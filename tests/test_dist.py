@@ -25,7 +25,7 @@ from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
-from tests.ranks import MODELS, SIZES, STEPS, STOP, TABLE, WANTED, of_packs, settings
+from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, of_packs, settings
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 
@@ -44,11 +44,18 @@ def folder(text):
     talks = [[("user", f"What is {n}?"), ("assistant", f"It is {n + n % 3}.")] for n in range(40)]
     rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    torch.manual_seed(0)
+    gated = heron.RWKV(MODELS["v8"])
+    torch.nn.init.normal_(gated.emb.weight, 0, 0.1)  # as small as it begins, its gradient would be all of the norm
+    for block in gated.blocks:
+        torch.nn.init.normal_(block.ffn.value.weight, 0, 0.03)
+        torch.nn.init.normal_(block.ffn.enn.weight, 1, 0.3)
+    heron.save(gated, folder / GATED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "plot", lambda folders, out: None)
         for name, changes in {
             "one": {},
-            "one-v8": dict(model=MODELS["v8"], tables="host"),
+            "one-v8": dict(model=str(folder / GATED), tables="host"),
             "one-accumulated": dict(micro_bsz=2, accumulate=2, max_steps=8),
             "one-packs": of_packs(folder),
         }.items():
@@ -218,7 +225,7 @@ def test_one_process_goes_on_with_a_run_of_many(folder, text, tmp_path, monkeypa
     monkeypatch.setattr(train, "plot", lambda folders, out: None)
     said = []
     source = folder / name / "checkpoints" / f"step-{STEPS:08d}"
-    v8 = dict(model=MODELS["v8"], tables="host") if "v8" in name else {}
+    v8 = dict(model=str(folder / GATED), tables="host") if "v8" in name else {}
     config = settings(tmp_path, text, "on", micro_bsz=4, max_steps=STEPS + 2, resume=str(source), **v8)
     assert heron.Trainer(config, say=said.append).fit() == "finished"
     assert [record["step"] for record in report.read_log(tmp_path / "on")[0]] == [STEPS + 1, STEPS + 2]

@@ -116,6 +116,11 @@ class RowTables:
         """Whether :meth:`bring` can bring rows for a recorded pass: whether they come by kernel, and over no bus."""
         return self._by_kernel and self._bus is None
 
+    @property
+    def n_elsewhere(self) -> int:
+        """Values in rows that other processes have."""
+        return 0 if self.owners is None else sum(map(self.owners.n_elsewhere, self.weights))
+
     def bring(self, tokens: Tensor, passes: int = 1, recorded: bool = False) -> None:
         """Bring the rows of token ids, int64 on the host, of any shape. It replaces what was brought before.
 
