@@ -349,20 +349,6 @@ def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def whole_model(model: RWKV, tables: Mapping[str, Tensor]) -> RWKV:
-    """A model that one process can use without the others: a copy of one that is spread over them, else itself.
-
-    Args:
-        tables: whole ones by name, of those whose rows several processes have.
-    """
-    if not tables and not any(map(is_sharded, model.parameters())):
-        return model
-    with torch.device("meta"):
-        copy = RWKV(model.config)
-    copy.load_state_dict(dict(whole(model.state_dict())) | dict(tables), assign=True)
-    return copy.requires_grad_(False)
-
-
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process has a part of it alone."""
     return hasattr(tensor, "device_mesh")  # to ask for the class would load half a second of modules

@@ -232,6 +232,13 @@ def test_one_process_goes_on_with_a_run_of_many(folder, text, tmp_path, monkeypa
     assert any("not bit-exact because processes was 2 and is 1" in line for line in said)
 
 
+def test_one_process_refuses_a_run_of_many_whose_tables_it_would_step_densely(folder, text, tmp_path):
+    source = folder / "v8-ddp-device" / "checkpoints" / f"step-{STEPS:08d}"
+    config = settings(tmp_path, text, "on", max_steps=STEPS + 2, resume=str(source), model=str(folder / GATED))
+    with pytest.raises(CheckpointError, match="on 2 CPU processes, now 1: .* by rows; .* with --tables host"):
+        heron.Trainer(config, say=lambda line: None).fit()
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_samples_are_dealt_to_processes_each_once(processes):
     batches = Batches(np.arange(500) % 256, 16, 0, "text")

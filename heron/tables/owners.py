@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,21 @@ class Owners:
 
     def request(self, ids: Tensor) -> Request:
         """Ask the owners for the rows of token ids (n,) int64, all different, on the host. All processes do it."""
-        return Request(self._ranks, ids, len(range(self._ranks.rank, self._n_rows, self._ranks.count)))
+        ranks, W = self._ranks, self._ranks.count
+        owner = ids % W
+        ids = ids[torch.from_numpy(np.argsort(owner.numpy(), kind="stable"))]
+        wanted = torch.bincount(owner, minlength=W)
+        lent = torch.empty_like(wanted)
+        ranks.exchange([wanted], [lent], [1] * W, [1] * W)
+        asked = torch.empty(int(lent.sum()), dtype=torch.int64)
+        ranks.exchange([ids // W], [asked], wanted.tolist(), lent.tolist())
+
+        times = torch.bincount(asked)  # that each row is lent
+        owned = times.nonzero().flatten()
+        place = torch.empty_like(times)
+        place[owned] = torch.arange(len(owned))
+        order = torch.from_numpy(np.argsort(asked.numpy(), kind="stable"))
+        return Request(ranks, ids, wanted.tolist(), owned, times[owned], lent.tolist(), place[asked], order)
 
     def whole(self, shares: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
         """Whole tables by name, on the host, from the shares of all processes, which call it together.
@@ -86,32 +101,28 @@ class Owners:
         return mapped
 
 
+@dataclasses.dataclass(frozen=True)
 class Request:
     """The rows that a process needs for a step, and those that all processes need of it.
 
     Attributes:
         ids: (n,) int64: whose rows it needs, ordered by their owners.
+        wanted: how many of them from each process.
         owned: (m,) int64, ascending: which of its own rows anybody needs, by their number in its share.
+        times: (m,) int64: how many processes need each of these.
+        lent: how many rows each process needs.
+        at: (sum of lent,) int64: where each of those rows is in `owned`.
+        order: (sum of lent,) int64: these by their row, in the order of the processes where several need one.
     """
 
-    def __init__(self, ranks: Ranks, ids: Tensor, n_owned: int):
-        self._ranks, W = ranks, ranks.count
-        owner = ids % W
-        self.ids = ids[torch.from_numpy(np.argsort(owner.numpy(), kind="stable"))]
-        wanted = torch.bincount(owner, minlength=W)
-        lent = torch.empty_like(wanted)
-        ranks.exchange([wanted], [lent], [1] * W, [1] * W)
-        self._wanted, self._lent = wanted.tolist(), lent.tolist()
-        asked = torch.empty(sum(self._lent), dtype=torch.int64)
-        ranks.exchange([self.ids // W], [asked], self._wanted, self._lent)
-
-        times = torch.bincount(asked, minlength=n_owned)  # that each row is lent
-        self.owned = times.nonzero().flatten()
-        place = torch.empty(n_owned, dtype=torch.int64)
-        place[self.owned] = torch.arange(len(self.owned))
-        self._at = place[asked]  # of each row that is lent, among those in `owned`
-        self._order = torch.from_numpy(np.argsort(asked.numpy(), kind="stable"))
-        self._times = times[self.owned]
+    ranks: Ranks
+    ids: Tensor
+    wanted: list[int]
+    owned: Tensor
+    times: Tensor
+    lent: list[int]
+    at: Tensor
+    order: Tensor
 
     @torch.no_grad()
     def fetch(self, owned: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
@@ -120,8 +131,8 @@ class Request:
         Args:
             owned: (m, width) of each table, on the device of `rows`.
         """
-        at = _onto(self._at, owned[0].device)
-        self._ranks.exchange((part.index_select(0, at) for part in owned), rows, self._lent, self._wanted)
+        at = _onto(self.at, owned[0].device)
+        self.ranks.exchange((part.index_select(0, at) for part in owned), rows, self.lent, self.wanted)
 
     @torch.no_grad()
     def give_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -132,11 +143,11 @@ class Request:
         Args:
             gradients: (n, width) of the rows in `ids`.
         """
-        received = [gradient.new_empty(len(self._at), gradient.shape[1]) for gradient in gradients]
-        self._ranks.exchange(gradients, received, self._wanted, self._lent)
+        received = [gradient.new_empty(len(self.at), gradient.shape[1]) for gradient in gradients]
+        self.ranks.exchange(gradients, received, self.wanted, self.lent)
         if not len(self.owned):
             return received
-        order, times = (_onto(part, gradients[0].device) for part in (self._order, self._times))
+        order, times = (_onto(part, gradients[0].device) for part in (self.order, self.times))
         return [
             torch.segment_reduce(part.index_select(0, order), "sum", lengths=times, unsafe=True) for part in received
         ]

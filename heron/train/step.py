@@ -21,7 +21,6 @@ from heron.data.packs import Packs
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
-from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import has_hooks
 from heron.optim import build_optimizer, set_lr
 from heron.tables.rows import row_tables
@@ -73,7 +72,7 @@ class Learner:
     ):
         self._say = say or (lambda line: print(f"heron: {line}", file=sys.stderr))
         self.config, self.device, self.ranks = config, device, ranks
-        self.parallel = dist.choose(config.parallel, ranks, _n_on_device(model, config, ranks), device)
+        self.parallel = dist.choose(config.parallel, ranks, leaves.n_on_device(model, config, ranks), device)
         sharded = self.parallel.value in ("fsdp", "hsdp")
         if sharded and config.freezes:
             raise ConfigError(f"parallel {self.parallel.value}: frozen weights are not sharded yet; use --parallel ddp")
@@ -354,7 +353,7 @@ class Learner:
             HeronError: tables whose rows several processes have cannot be written into the run folder for a while.
         """
         tables = {} if self.tables is None else self.tables.whole(Path(self.config.out))
-        return dist.whole_model(self.model, tables)
+        return leaves.whole_model(self.model, tables)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -402,15 +401,6 @@ def _onto(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _n_on_device(model: RWKV, config: TrainConfig, ranks: dist.Ranks) -> int:
-    """Parameters that each process has on its device where it has all that are not tables."""
-    in_tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, DeepEmbed))
-    others = sum(parameter.numel() for parameter in model.parameters()) - in_tables
-    if config.tables == "host":
-        return others
-    return others + (in_tables if config.freezes else -(-in_tables // ranks.count))
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
