@@ -169,7 +169,7 @@ def lend(folder: Path) -> None:
         request.fetch([share[request.owned]], [rows])
         (sums,) = request.give_back([(ranks.rank + 1) * rows])
         (whole,) = owners.whole({"table": share}, folder).values()
-        came = dict(ids=request.ids, rows=rows, owned=request.owned, sums=sums, whole=whole)
+        came = dict(ids=request.ids, most=request.most, rows=rows, owned=request.owned, sums=sums, whole=whole)
         torch.save(came, folder / f"lent-{ranks.rank}-of-{ranks.count}.pt")
 
 

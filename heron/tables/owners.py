@@ -45,8 +45,9 @@ class Owners:
         owner = ids % W
         ids = ids[torch.from_numpy(np.argsort(owner.numpy(), kind="stable"))]
         wanted = torch.bincount(owner, minlength=W)
-        lent = torch.empty_like(wanted)
-        ranks.exchange([wanted], [lent], [1] * W, [1] * W)
+        told = torch.empty(W, 2, dtype=torch.int64)
+        ranks.exchange([torch.stack((wanted, torch.full_like(wanted, len(ids))), dim=1)], [told], [1] * W, [1] * W)
+        lent, most = told[:, 0], int(told[:, 1].max())
         asked = torch.empty(int(lent.sum()), dtype=torch.int64)
         ranks.exchange([ids // W], [asked], wanted.tolist(), lent.tolist())
 
@@ -55,7 +56,7 @@ class Owners:
         place = torch.empty_like(times)
         place[owned] = torch.arange(len(owned))
         order = torch.from_numpy(np.argsort(asked.numpy(), kind="stable"))
-        return Request(ranks, ids, wanted.tolist(), owned, times[owned], lent.tolist(), place[asked], order)
+        return Request(ranks, ids, most, wanted.tolist(), owned, times[owned], lent.tolist(), place[asked], order)
 
     def whole(self, shares: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
         """Whole tables by name, on the host, from the shares of all processes, which call it together.
@@ -107,7 +108,8 @@ class Request:
 
     Attributes:
         ids: (n,) int64: whose rows it needs, ordered by their owners.
-        wanted: how many of them from each process.
+        most: the largest n of all processes.
+        wanted: how many of `ids` from each process.
         owned: (m,) int64, ascending: which of its own rows anybody needs, by their number in its share.
         times: (m,) int64: how many processes need each of these.
         lent: how many rows each process needs.
@@ -117,6 +119,7 @@ class Request:
 
     ranks: Ranks
     ids: Tensor
+    most: int
     wanted: list[int]
     owned: Tensor
     times: Tensor

@@ -260,8 +260,11 @@ class RowTables:
         return room
 
     def _room_in_place(self) -> list[Tensor]:
-        """Leaves that stay where they are, with room for the rows and some more, which grows when it must."""
-        n = len(self.ids)
+        """Leaves that stay where they are, with room for the rows and some more, which grows when it must.
+
+        In all processes at once: what is recorded anew has exchanges in it.
+        """
+        n = len(self.ids) if self._request is None else self._request.most
         if not self._room or len(self._room[0]) < n:
             if self.before_moving is not None:
                 self.before_moving()
