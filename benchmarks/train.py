@@ -51,6 +51,7 @@ ROWS = {
     "wide-memory": Row("v7", 12, 768, 64, 512, memory="memory"),
     "wide-v8-memory": Row("v8", 12, 768, 64, 512, memory="memory"),
     "wide-v8-host": Row("v8", 12, 768, 64, 512, tables="host"),
+    "large-v8-host": Row("v8", 24, 2048, 8, 2048, tables="host"),  # 4.7 G parameters, 3.2 G of them in tables
 }
 PROFILED_STEPS = 3
 

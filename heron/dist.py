@@ -24,6 +24,7 @@ from heron.context import Context
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model.compiled import compile_blocks
+from heron.model.deep_embed import DeepEmbed
 
 Result = TypeVar("Result")
 
@@ -222,6 +223,17 @@ class Ranks:
             for tensor in tensors:
                 distributed.all_reduce(tensor, group=self.connection)
 
+    def exchange(self, given: Iterable[Tensor], filled: Iterable[Tensor], sent: list[int], received: list[int]) -> None:
+        """Give rank 0 the first `sent[0]` rows of each tensor, rank 1 the next `sent[1]`, ...; fill others likewise.
+
+        Both are contiguous, on one device; `received[0]` rows come from rank 0, and so on.
+        """
+        pairs = zip(filled, given, strict=True)
+        works = [distributed.all_to_all_single(*pair, received, sent, self.connection, True) for pair in pairs]
+        for work in works:
+            if work is not None:  # this process is one of the group
+                work.wait()
+
     def start_equal(self, model: nn.Module, device: torch.device) -> None:
         """Give every process the first one's weights: initial values differ in last bits from CPU to CPU."""
         for tensor in model.state_dict().values() if self.count > 1 else ():
@@ -277,7 +289,7 @@ def prepare(
 
     Args:
         parallel: as :func:`choose` gives it. With fsdp and hsdp parameters become shards, DTensors on `device`, in
-            fp32; each block is gathered while it computes.
+            fp32; each block is gathered while it computes. Tables, whose rows are brought, stay as they are.
         bf16: whether a sharded network computes in bf16; one that is not sharded has the dtype it computes in.
     """
     network.grad_checkpoint = grad_checkpoint
@@ -299,6 +311,7 @@ def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device, bf1
         mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
         # Gradients travel in the dtype that they have, as those of ddp do.
         mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False),
+        ignored_params={module.weight for module in network.modules() if isinstance(module, DeepEmbed)},
     )
     parts = [*network.blocks]
     if isinstance(norm := getattr(network.blocks[0], "ln0", None), nn.Module):
@@ -334,16 +347,6 @@ def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by name with their shards put together, one after another. All processes go through it together."""
     for name, tensor in tensors.items():
         yield name, tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def whole_model(model: RWKV) -> RWKV:
-    """A model that one process can use without the others: a copy of one that is sharded, else itself."""
-    if not any(map(is_sharded, model.parameters())):
-        return model
-    with torch.device("meta"):
-        copy = RWKV(model.config)
-    copy.load_state_dict(dict(whole(model.state_dict())), assign=True)
-    return copy.requires_grad_(False)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -19,20 +19,26 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import distributed
 from torch.distributed import fsdp as fsdp
 from torch.distributed import tensor as tensor
 
 import heron
 from heron.checkpoint import run
+from heron.dist import Ranks
 from heron.errors import CheckpointError, HeronError
+from heron.tables.owners import Owners
 from heron.train import loop
 from heron.train.step import Learner
 
 SIZES = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 MODELS = {variant: heron.ModelConfig(variant=variant, **SIZES) for variant in ("v7", "v8")}
+GATED = "gated.pth"  # a v8 whose gates have gradients from the first step on, that count in the norm
 STEPS, STOP = 20, 8
-_MOST_RUNS = 40
+TABLE = torch.randn(37, 5, generator=torch.Generator().manual_seed(0))
+WANTED = [torch.tensor(ids) for ids in ([0, 1, 2, 4, 9, 36], [3, 4, 36], [5], [0, 4, 8, 11, 36])]  # by each process
+_MOST_RUNS = 50
 
 
 def settings(folder: Path, text: Path, name: str, **changes) -> heron.TrainConfig:
@@ -135,22 +141,42 @@ def of_packs(folder: Path) -> dict:
     return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), max_steps=6, eval_every=0)
 
 
-def again(folder: Path, text: Path, saved: str, name: str, parallel: str) -> None:
-    """Load the last checkpoint of a run, and save what came of it in another."""
+def again(folder: Path, text: Path, saved: str, name: str, parallel: str, variant: str = "v7") -> None:
+    """Load the last checkpoint of a run, and save what came of it in another. Of tables leave the bytes they take."""
     _next_port()
-    count = int(os.environ["WORLD_SIZE"])
-    config = settings(folder, text, name, parallel=parallel, processes=count)
+    count, tables = int(os.environ["WORLD_SIZE"]), "host" if variant == "v8" else "device"
+    config = settings(folder, text, name, parallel=parallel, processes=count, tables=tables)
     trainer = heron.Trainer(config)
     with trainer.ranks.joined(trainer.device, 60):
-        learner = Learner(heron.RWKV(MODELS["v7"]), trainer.config, trainer.device, ranks=trainer.ranks)
+        learner = Learner(heron.RWKV(MODELS[variant]), trainer.config, trainer.device, ranks=trainer.ranks)
         record = run.restore(folder / saved / "checkpoints" / f"step-{STEPS:08d}", learner.model, learner.optimizer)
         Path(config.out).mkdir(exist_ok=True)
         run.save(Path(config.out), STEPS, learner.model, learner.optimizer, record, "seed: 0\n", 1, trainer.ranks)
+        weights = [] if learner.tables is None else learner.tables.weights
+        held = [tensor for weight in weights for tensor in (weight, *learner.optimizer.state[weight].values())]
+        n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in held)
+        Path(config.out, f"bytes-{trainer.ranks.rank}.txt").write_text(str(n_bytes))
+
+
+def lend(folder: Path) -> None:
+    """Bring rows from their owners, and their gradients back; leave what came."""
+    _next_port()
+    ranks = Ranks.of_environment()
+    with ranks.joined(torch.device("cpu"), 60):
+        owners, ids = Owners(ranks, len(TABLE)), WANTED[ranks.rank]
+        request, share = owners.request(ids), owners.share(TABLE)
+        rows = TABLE.new_empty(len(ids), TABLE.shape[1])
+        request.fetch([share[request.owned]], [rows])
+        (sums,) = request.give_back([(ranks.rank + 1) * rows])
+        (whole,) = owners.whole({"table": share}, folder).values()
+        came = dict(ids=request.ids, most=request.most, rows=rows, owned=request.owned, sums=sums, whole=whole)
+        torch.save(came, folder / f"lent-{ranks.rank}-of-{ranks.count}.pt")
 
 
 def two(folder: Path, text: Path) -> None:
     """The runs of two processes, one after another."""
     made = partial(fit, folder, text)
+    lend(folder)
     count = int(os.environ["WORLD_SIZE"])
     for parallel in ("ddp", "fsdp"):
         assert made(parallel, parallel=parallel) == "finished"
@@ -159,7 +185,16 @@ def two(folder: Path, text: Path) -> None:
         assert made(f"{parallel}-stopped", **beside) == "finished"
         nan = dict(parallel=parallel, on_nonfinite="skip", max_steps=5)
         assert made(f"{parallel}-nan", FaultyRank, **nan) == "finished"
-    assert made("v8", model=MODELS["v8"], tables="host", max_steps=8, parallel="ddp") == "finished"
+    for parallel, tables in itertools.product(("ddp", "fsdp"), ("host", "device")):
+        v8 = dict(model=str(folder / GATED), parallel=parallel, tables=tables, sample_every=STEPS)
+        v8 |= dict(micro_bsz=1, accumulate=2) if (parallel, tables) == ("fsdp", "device") else {}
+        assert made(f"v8-{parallel}-{tables}", **v8) == "finished"
+    v8 = dict(model=str(folder / GATED), tables="host")
+    for parallel in ("ddp", "fsdp"):
+        beside = dict(parallel=parallel, background_save="on", save_every=3, keep=9)
+        assert made(f"v8-{parallel}-stopped", StopAt, **beside, **v8) == "preempted"
+        assert made(f"v8-{parallel}-stopped", **beside, **v8) == "finished"
+    assert made("v8-nan", FaultyRank, on_nonfinite="skip", max_steps=5, parallel="ddp", **v8) == "finished"
     accumulated = dict(micro_bsz=1, accumulate=2, max_steps=8)
     assert made("accumulated-fsdp", grad_checkpoint=True, parallel="fsdp", **accumulated) == "finished"
     assert made("accumulated-ddp", parallel="ddp", **accumulated) == "finished"
@@ -169,12 +204,13 @@ def two(folder: Path, text: Path) -> None:
     spans = dict(context_parallel=2, parallel="ddp", micro_bsz=4)
     assert made("spans-accumulated", **spans | dict(micro_bsz=2, accumulate=2, max_steps=8)) == "finished"
     assert made("spans-packs", **spans | of_packs(folder)) == "finished"
-    assert made("spans-v8", model=MODELS["v8"], tables="host", max_steps=8, **spans) == "finished"
+    assert made("spans-v8", **spans, **v8) == "finished"
     assert made("spans-nan", FaultyRank, on_nonfinite="skip", max_steps=5, **spans) == "finished"
     os.environ["LOCAL_WORLD_SIZE"] = str(count // 2)  # as on two machines
     assert made("hsdp", parallel="hsdp") == "finished"
     for parallel in ("ddp", "fsdp", "hsdp"):
         again(folder, text, "one", f"again-{parallel}", parallel)
+        again(folder, text, "one-v8", f"again-v8-{parallel}", parallel, "v8")
     run._write = full_disk
     if os.environ["RANK"] == "1":
         run.entry_of = full_disk
@@ -188,10 +224,12 @@ def two(folder: Path, text: Path) -> None:
 
 def four(folder: Path, text: Path) -> None:
     """The runs of four processes: in pairs that share samples."""
+    lend(folder)
     for parallel in ("ddp", "fsdp"):
         name = f"pairs-{parallel}"
         assert fit(folder, text, name, parallel=parallel, context_parallel=2, max_steps=8) == "finished"
         again(folder, text, "fsdp", f"four-{parallel}", parallel)
+        again(folder, text, f"v8-{parallel}-host", f"four-v8-{parallel}", parallel, "v8")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 import heron
 from heron import dist, report
-from heron.checkpoint import run, sharded
+from heron.checkpoint import run, sharded, shares
 from heron.data.loader import Batches
 from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
-from tests.ranks import MODELS, SIZES, STEPS, STOP, of_packs, settings
+from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, of_packs, settings
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 
@@ -44,11 +44,18 @@ def folder(text):
     talks = [[("user", f"What is {n}?"), ("assistant", f"It is {n + n % 3}.")] for n in range(40)]
     rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    torch.manual_seed(0)
+    gated = heron.RWKV(MODELS["v8"])
+    torch.nn.init.normal_(gated.emb.weight, 0, 0.1)  # as small as it begins, its gradient would be all of the norm
+    for block in gated.blocks:
+        torch.nn.init.normal_(block.ffn.value.weight, 0, 0.03)
+        torch.nn.init.normal_(block.ffn.enn.weight, 1, 0.3)
+    heron.save(gated, folder / GATED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "plot", lambda folders, out: None)
         for name, changes in {
             "one": {},
-            "one-v8": dict(model=MODELS["v8"], tables="host", max_steps=8),
+            "one-v8": dict(model=str(folder / GATED), tables="host"),
             "one-accumulated": dict(micro_bsz=2, accumulate=2, max_steps=8),
             "one-packs": of_packs(folder),
         }.items():
@@ -62,8 +69,8 @@ def folder(text):
     return folder
 
 
-def losses(run_folder):
-    return [record["loss"] for record in report.read_log(run_folder)[0]]
+def losses(run_folder, name="loss"):
+    return [record[name] for record in report.read_log(run_folder)[0]]
 
 
 def steps(run_folder):
@@ -72,8 +79,9 @@ def steps(run_folder):
 
 @pytest.mark.parametrize(
     ("many", "one"),
-    [("ddp", "one"), ("fsdp", "one"), ("hsdp", "one"), ("accumulated-fsdp", "one-accumulated"), ("v8", "one-v8"),
-     ("accumulated-ddp", "one-accumulated"),
+    [("ddp", "one"), ("fsdp", "one"), ("hsdp", "one"), ("accumulated-fsdp", "one-accumulated"),
+     ("accumulated-ddp", "one-accumulated"), ("v8-ddp-host", "one-v8"), ("v8-ddp-device", "one-v8"),
+     ("v8-fsdp-host", "one-v8"), ("v8-fsdp-device", "one-v8"),
      ("spans-ddp", "one"), ("spans-fsdp", "one"), ("spans-accumulated", "one-accumulated"),
      ("spans-packs", "one-packs"), ("spans-v8", "one-v8"), ("pairs-ddp", "one-accumulated"),
      ("pairs-fsdp", "one-accumulated")],
@@ -82,23 +90,27 @@ def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
     ours, theirs = losses(folder / many), losses(folder / one)
     assert len(ours) == len(theirs) >= 6
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
-    if many in ("ddp", "fsdp", "hsdp"):
+    assert losses(folder / many, "grad_norm") == pytest.approx(losses(folder / one, "grad_norm"), rel=1e-5)
+    if many in ("ddp", "fsdp", "hsdp", "v8-ddp-host", "v8-fsdp-host"):
         ours, theirs = (report.read_log(folder / name)[1] for name in (many, one))
         assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [10, 20]
         for name in ("val_loss", "val_bpb"):
             assert [r[name] for r in ours] == pytest.approx([r[name] for r in theirs], abs=1e-6)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(folder, parallel):
-    assert steps(folder / f"{parallel}-stopped") == steps(folder / parallel)
-    saved = [path.name for path in (folder / f"{parallel}-stopped" / "checkpoints").iterdir()]
-    assert f"step-{STOP + 1:08d}" in saved
-    one, other = (torch.load(folder / name / "rwkv-final.pth") for name in (parallel, f"{parallel}-stopped"))
+@pytest.mark.parametrize(
+    ("name", "stopped"),
+    [("ddp", "ddp-stopped"), ("fsdp", "fsdp-stopped"), ("v8-ddp-host", "v8-ddp-stopped"),
+     ("v8-fsdp-host", "v8-fsdp-stopped")],
+)  # fmt: skip
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(folder, name, stopped):
+    assert steps(folder / stopped) == steps(folder / name)
+    assert f"step-{STOP + 1:08d}" in [path.name for path in (folder / stopped / "checkpoints").iterdir()]
+    one, other = (torch.load(folder / run_folder / "rwkv-final.pth") for run_folder in (name, stopped))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", ["ddp-nan", "fsdp-nan", "spans-nan"])
+@pytest.mark.parametrize("name", ["ddp-nan", "fsdp-nan", "spans-nan", "v8-nan"])
 def test_a_nan_in_one_process_makes_all_skip_the_same_step(folder, name):
     lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
     (refused,) = [line for line in lines if "refused" in line]
@@ -122,22 +134,31 @@ def test_a_full_disk_of_any_process_ends_all_and_each_names_its_rank(folder):
 
 
 def saved_in(checkpoint):
-    """The tensors of a checkpoint by name."""
+    """The whole tensors of a checkpoint by name."""
     run.verify(checkpoint)
     if not (checkpoint / sharded.FOLDER).exists():
-        return load_file(checkpoint / run.MODEL), load_file(checkpoint / run.OPTIMIZER)
-    parts = [
-        {name: torch.empty_like(tensor, device="cpu") for name, tensor in part.items()}
-        for part in sharded.described(checkpoint / sharded.FOLDER)
-    ]
-    sharded.read(checkpoint / sharded.FOLDER, *parts)
+        parts = [load_file(checkpoint / run.MODEL), load_file(checkpoint / run.OPTIMIZER)]
+    else:
+        parts = [
+            {name: torch.empty_like(tensor, device="cpu") for name, tensor in part.items()}
+            for part in sharded.described(checkpoint / sharded.FOLDER)
+        ]
+        sharded.read(checkpoint / sharded.FOLDER, *parts)
+    for name, of_processes in shares.read(checkpoint).items():
+        kind, key = name.split(".", 1)
+        whole = torch.empty(sum(map(len, of_processes)), *of_processes[0].shape[1:], dtype=of_processes[0].dtype)
+        for rank, share in enumerate(of_processes):
+            whole[rank :: len(of_processes)] = share
+        parts[kind == "optimizer"][key] = whole
     return parts
 
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("one", "again-ddp"), ("one", "again-fsdp"), ("one", "again-hsdp"), ("fsdp", "four-ddp"), ("fsdp", "four-fsdp")],
-)
+    [("one", "again-ddp"), ("one", "again-fsdp"), ("one", "again-hsdp"), ("fsdp", "four-ddp"), ("fsdp", "four-fsdp"),
+     ("one-v8", "again-v8-ddp"), ("one-v8", "again-v8-fsdp"), ("one-v8", "again-v8-hsdp"),
+     ("v8-ddp-host", "four-v8-ddp"), ("v8-fsdp-host", "four-v8-fsdp")],
+)  # fmt: skip
 def test_weights_and_moments_are_the_same_bits_on_another_number_of_processes(folder, saved, loaded):
     one, many = (saved_in(folder / name / "checkpoints" / f"step-{STEPS:08d}") for name in (saved, loaded))
     for ours, theirs in zip(one, many, strict=True):
@@ -164,15 +185,59 @@ def test_a_checkpoint_of_shards_is_a_model_and_is_refused_where_a_file_is_damage
         heron.load(there)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_goes_on_with_a_run_of_many(folder, text, tmp_path, monkeypatch, parallel):
+def test_rows_come_from_their_owners_and_their_gradients_are_added_up_there(folder):
+    for count in (2, 4):
+        for rank in range(count):
+            came = torch.load(folder / f"lent-{rank}-of-{count}.pt")
+            assert sorted(came["ids"].tolist()) == WANTED[rank].tolist()
+            assert (came["ids"] % count).tolist() == sorted((WANTED[rank] % count).tolist())
+            assert torch.equal(came["rows"], TABLE[came["ids"]])
+            assert came["most"] == max(map(len, WANTED[:count]))
+            mine = [i for i in range(37) if i % count == rank and any(i in ids for ids in WANTED[:count])]
+            assert (came["owned"] * count + rank).tolist() == mine
+            times = torch.tensor([[sum(r + 1.0 for r in range(count) if i in WANTED[r])] for i in mine])
+            assert torch.allclose(came["sums"], times * TABLE[mine])
+            assert torch.equal(came["whole"], TABLE)
+    assert not list(folder.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(("name", "count"), [("again-v8-ddp", 2), ("again-v8-fsdp", 2), ("four-v8-ddp", 4)])
+def test_each_process_holds_its_part_of_the_tables_and_of_their_moments_alone(folder, name, count):
+    whole = MODELS["v8"].n_layer * 256 * (3 * MODELS["v8"].n_embd + 1) * 4
+    for rank in range(count):
+        assert int((folder / name / f"bytes-{rank}.txt").read_text()) == whole // count
+
+
+def test_a_checkpoint_of_shares_is_a_model_and_is_refused_where_one_is_missing(folder, tmp_path):
+    there = tmp_path / f"step-{STEPS:08d}"
+    shutil.copytree(folder / "v8-ddp-host" / "checkpoints" / there.name, there)
+    final = torch.load(folder / "v8-ddp-host" / "rwkv-final.pth")
+    assert {tuple(tensor.shape) for name, tensor in final.items() if ".enn." in name} == {(256, 32)}
+    loaded = heron.load(there).state_dict()
+    assert loaded.keys() == final.keys()
+    assert all(torch.equal(tensor, final[name]) for name, tensor in loaded.items())
+    (there / shares.FOLDER / "rows-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="rows-00002-of-00002.safetensors: missing"):
+        heron.load(there)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "v8-ddp-host", "v8-fsdp-host"])
+def test_one_process_goes_on_with_a_run_of_many(folder, text, tmp_path, monkeypatch, name):
     monkeypatch.setattr(train, "plot", lambda folders, out: None)
     said = []
-    source = folder / parallel / "checkpoints" / f"step-{STEPS:08d}"
-    config = settings(tmp_path, text, "on", micro_bsz=4, max_steps=STEPS + 2, resume=str(source))
+    source = folder / name / "checkpoints" / f"step-{STEPS:08d}"
+    v8 = dict(model=str(folder / GATED), tables="host") if "v8" in name else {}
+    config = settings(tmp_path, text, "on", micro_bsz=4, max_steps=STEPS + 2, resume=str(source), **v8)
     assert heron.Trainer(config, say=said.append).fit() == "finished"
     assert [record["step"] for record in report.read_log(tmp_path / "on")[0]] == [STEPS + 1, STEPS + 2]
     assert any("not bit-exact because processes was 2 and is 1" in line for line in said)
+
+
+def test_one_process_refuses_a_run_of_many_whose_tables_it_would_step_densely(folder, text, tmp_path):
+    source = folder / "v8-ddp-device" / "checkpoints" / f"step-{STEPS:08d}"
+    config = settings(tmp_path, text, "on", max_steps=STEPS + 2, resume=str(source), model=str(folder / GATED))
+    with pytest.raises(CheckpointError, match="on 2 CPU processes, now 1: .* by rows; .* with --tables host"):
+        heron.Trainer(config, say=lambda line: None).fit()
 
 
 @pytest.mark.parametrize("processes", [2, 3])

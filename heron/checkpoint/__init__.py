@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heron import machine
-from heron.checkpoint import card, run, sharded
+from heron.checkpoint import card, run, sharded, shares
 from heron.checkpoint.adapters import base_fingerprint
 from heron.checkpoint.architecture import build, leave_unsaid
 from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
@@ -195,9 +195,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file")
     machine.settle_threads()
     if path.is_dir():
-        return sharded.read_model(path) if _is_shards(path) else hf.read(path)
+        return sharded.read_model(path) | shares.whole_tables(path.parent) if _is_shards(path) else hf.read(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
+    if run.is_checkpoint(path.parent) and path.name == run.MODEL:
+        return safetensors.read_plain(path) | shares.whole_tables(path.parent)
     return safetensors.read_plain(path) if path.suffix == ".safetensors" else _format(path).read(path)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from heron import dist
 from heron.checkpoint import run
 from heron.config import TrainConfig
+
+_TABLES = "tables"  # beside the files of a checkpoint
 
 
 class Saved(NamedTuple):
@@ -82,8 +84,11 @@ class Saver:
         """With its tensors in the host's memory, where this process writes some."""
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        if not (contents.sharded or self._ranks.is_first):
+        mine = contents.tensors if contents.sharded or self._ranks.is_first else {}
+        if not (mine or contents.tables):
             return contents
         if self._copies is None:
             self._copies = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
-        return contents._replace(tensors=self._copies.stage(contents.tensors))
+        copies: Any = self._copies.stage({**mine, _TABLES: contents.tables})
+        tables = copies.pop(_TABLES)
+        return contents._replace(tensors=copies if mine else contents.tensors, tables=tables)

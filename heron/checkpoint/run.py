@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-00001000/`. Its `manifest.json`, written last, holds the size and sha256 of
 every other file, and its own; a folder without a manifest that fits is not a checkpoint. `seq` in the manifest counts
 the saves of a run: the newest checkpoint is the one with the largest, whatever its step. Of a sharded network each
-process writes its part, into `dcp/` (:mod:`heron.checkpoint.sharded`).
+process writes its part, into `dcp/` (:mod:`heron.checkpoint.sharded`), of tables its rows, into `tables/`
+(:mod:`heron.checkpoint.shares`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
 from heron import dist, files
-from heron.checkpoint import rng, sharded
+from heron.checkpoint import rng, sharded, shares
 from heron.checkpoint.formats import safetensors
 from heron.checkpoint.writer import Writer, entry_of, serialized
 from heron.errors import CheckpointError
@@ -52,18 +53,19 @@ class Contents(NamedTuple):
 
     step: int
     tensors: dict[str, dict[str, Tensor]]  # by file and name; those of a sharded network in every process
+    tables: dict[str, Tensor]  # the rows that each process has
     trainer: bytes
     config: bytes
 
     @property
     def sharded(self) -> bool:
-        """Whether each process has a part of them."""
+        """Whether each process has a part of the tensors."""
         return any(map(dist.is_sharded, self.tensors[MODEL].values()))
 
     @property
     def n_bytes(self) -> int:
         """About how much room they need."""
-        tensors = (tensor for part in self.tensors.values() for tensor in part.values())
+        tensors = (tensor for part in (*self.tensors.values(), self.tables) for tensor in part.values())
         return _SMALL_FILES + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -89,18 +91,19 @@ def contents(
     Args:
         trainer: what else the loop must know to go on, as JSON values; it holds "step".
     """
-    moments = _optimizer_tensors(model, optimizer)
-    tensors = {MODEL: model.state_dict(), OPTIMIZER: moments, RNG: rng.tensors()}
+    weights, moments = model.state_dict(), _optimizer_tensors(model, optimizer)
+    tables = shares.split(weights, moments, optimizer)
     record = json.dumps(trainer, indent=1, allow_nan=False).encode()
-    return Contents(step, tensors, record, config_yaml.encode())
+    tensors = {MODEL: weights, OPTIMIZER: moments, RNG: rng.tensors()}
+    return Contents(step, tensors, tables, record, config_yaml.encode())
 
 
 def write(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ranks = dist.ALONE) -> Path:
     """Write `checkpoints/step-<step>`, then delete what is older than the newest `keep` whole ones.
 
-    All processes of a run call it. The first one writes, or, of a sharded network, each writes its part; any number of
-    processes, with shards or without, can go on from either. A name that is taken is left alone: the new folder's then
-    ends in 8 random digits.
+    All processes of a run call it. The first one writes, or, of a sharded network and of tables whose rows several
+    have, each writes its part; any number of processes, with shards or without, can go on from either. A name that is
+    taken is left alone: the new folder's then ends in 8 random digits.
 
     Returns:
         The new folder.
@@ -109,8 +112,8 @@ def write(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ranks = d
         CheckpointError: the folder cannot be written; older checkpoints are untouched, and the message says how many
             bytes are needed and free. In every process: another's failure is a HeronError.
     """
-    if contents.sharded:
-        return _write_shards(run_folder, contents, keep, ranks)
+    if contents.sharded or contents.tables:
+        return _write_parts(run_folder, contents, keep, ranks)
     return ranks.first(lambda: _write(run_folder, contents, keep))
 
 
@@ -122,7 +125,7 @@ def _write(run_folder: Path, contents: Contents, keep: int) -> Path:
     return folder
 
 
-def _write_shards(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ranks) -> Path:
+def _write_parts(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ranks) -> Path:
     """The same by all processes. One that fails fails them all, and the folder never gets its name."""
     with contextlib.ExitStack() as stack:
         begun: list[tuple[Path, Writer]] = []
@@ -134,15 +137,22 @@ def _write_shards(run_folder: Path, contents: Contents, keep: int, ranks: dist.R
         def end() -> Path:
             folder, writer = begun[0]
             writer.add({name: entry for files_of_one in written for name, entry in files_of_one.items()})
-            writer.write(RNG, serialized(contents.tensors[RNG]))
+            for name in (RNG,) if contents.sharded else contents.tensors:
+                writer.write(name, serialized(contents.tensors[name]))
             _write_small(writer, contents)
             stack.close()
             return folder
 
-        shards = ranks.first(begin) / sharded.FOLDER
-        sharded.write(shards, contents.tensors[MODEL], contents.tensors[OPTIMIZER], ranks.connection)
-        mine = sorted(shards.glob(sharded.files_of(ranks.rank)))
-        written = ranks.each(lambda: {f"{sharded.FOLDER}/{path.name}": entry_of(path) for path in mine})
+        def write_mine() -> dict[str, Any]:
+            mine = {f"{sharded.FOLDER}/{path.name}": entry_of(path) for path in shards}
+            return mine | (shares.write(temporary, contents.tables, ranks) if contents.tables else {})
+
+        temporary, shards = ranks.first(begin), []
+        if contents.sharded:
+            there = temporary / sharded.FOLDER
+            sharded.write(there, contents.tensors[MODEL], contents.tensors[OPTIMIZER], ranks.connection)
+            shards = sorted(there.glob(sharded.files_of(ranks.rank)))
+        written = ranks.each(write_mine)
         return ranks.first(end)
 
 
@@ -218,8 +228,8 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path}: wanted {entry['bytes']} bytes, got {path.stat().st_size}")
         if _sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: its sha256 is not the manifest's; the file was damaged or changed")
-    for path in (folder / sharded.FOLDER).glob("*"):
-        if f"{sharded.FOLDER}/{path.name}" not in manifest["files"]:
+    for path in (path for of_parts in (sharded.FOLDER, shares.FOLDER) for path in (folder / of_parts).glob("*")):
+        if f"{path.parent.name}/{path.name}" not in manifest["files"]:
             raise CheckpointError(f"{path}: the manifest does not list it; take it away")
     _whole[folder] = _looks(folder)
 
@@ -258,18 +268,23 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         weights, moments = sharded.described(shards)
     else:
         of_model, of_optimizer = folder / MODEL, folder / OPTIMIZER
-        weights, moments = safetensors.read(of_model), safetensors.read(of_optimizer)
+        weights, moments = safetensors.mapped(of_model), safetensors.mapped(of_optimizer)
+    shares.take(folder, weights, moments, optimizer)
     check_names(of_model, weights, model.state_dict())
     for name, parameter in model.state_dict().items():
         if weights[name].shape != parameter.shape:
             raise CheckpointError(
                 f"{of_model}: {name} must be {tuple(parameter.shape)}, got {tuple(weights[name].shape)}"
             )
-    for name, parameter in model.state_dict().items() if of_model != shards else ():
-        dist.local(parameter).copy_(dist.local(dist.spread(weights[name], parameter)))
-    placed = _restore_optimizer(of_optimizer, moments, model, optimizer)
+    in_shards = {}
+    for name, parameter in model.state_dict().items():
+        if weights[name].is_meta:
+            in_shards[name] = parameter
+        else:
+            dist.local(parameter).copy_(dist.local(dist.spread(weights[name], parameter)))
+    room = _restore_optimizer(of_optimizer, moments, model, optimizer)
     if of_model == shards:
-        sharded.read(shards, model.state_dict(), placed)
+        sharded.read(shards, in_shards, room)
     generators = safetensors.read(folder / RNG)
     check_names(folder / RNG, generators, rng.names(generators))
     rng.restore(generators)
@@ -321,7 +336,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if sealed != content:
         raise CheckpointError(f"{path}: its own sha256 does not confirm it; the file was damaged or changed")
     shards = [name for name in manifest["files"] if sharded.is_file(name)]
-    check_names(path, manifest["files"], (*(shards or (MODEL, OPTIMIZER)), RNG, TRAINER, CONFIG))
+    parts = (*(shards or (MODEL, OPTIMIZER)), *shares.files_among(manifest["files"]))
+    check_names(path, manifest["files"], (*parts, RNG, TRAINER, CONFIG))
     return manifest
 
 
@@ -386,7 +402,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _restore_optimizer(
     path: Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Give the optimizer what was kept of it; of shards, which are read later, room for it, by name."""
+    """Give the optimizer what was kept of it; of shards, which are read later, room for it, which is returned."""
     wanted = [
         f"{part}.{name}"
         for name, parts in _trained(model, optimizer).items()
@@ -394,7 +410,7 @@ def _restore_optimizer(
     ]
     check_names(path, tensors, wanted)
     optimizer.state.clear()
-    placed = {}
+    room = {}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
         parameter = model.get_parameter(name)
@@ -404,13 +420,13 @@ def _restore_optimizer(
         if value.shape != shape:
             raise CheckpointError(f"{path}: {key} must be {tuple(shape)}, got {tuple(value.shape)}")
         if not value.is_meta:
-            placed[key] = dist.spread(value, parameter)
+            state = dist.spread(value.clone(), parameter)
         elif value.shape == parameter.shape:
-            placed[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            state = room[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
         else:
-            placed[key] = torch.empty_like(value, device=parameter.device)
-        optimizer.state[parameter][part] = placed[key]
-    return placed
+            state = room[key] = torch.empty_like(value, device=parameter.device)
+        optimizer.state[parameter][part] = state
+    return room
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, ...]]:

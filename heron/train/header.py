@@ -46,6 +46,7 @@ def header(
     rosa = rosa_choice(device) if model_config.rosa else None
     head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
     n_parameters = sum(parameter.numel() for _, _, parameter in own_parameters(learner.model))
+    n_parameters += 0 if learner.tables is None else learner.tables.n_elsewhere
     n_trained = sum(parameter.numel() for parameter in learner.trained.parameters() if parameter.requires_grad)
     return [
         ("model", f"{model_config.variant}  L{model_config.n_layer} C{model_config.n_embd} "

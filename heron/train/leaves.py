@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heron import dist
 from heron.config import TrainConfig
 from heron.config.finetune import QUANTIZED, FinetuneConfig
 from heron.config.finetune_adapter import AdapterConfig
@@ -133,6 +134,29 @@ def in_bf16(model: RWKV) -> RWKV:
             master = masters[f"{name}.{leaf}" if name else leaf]
             setattr(module, leaf, nn.Parameter(master.detach().to(torch.bfloat16)))
     return network
+
+
+def n_on_device(model: RWKV, config: TrainConfig, ranks: dist.Ranks) -> int:
+    """Parameters that each process has on its device where it has all that are not tables."""
+    in_tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, DeepEmbed))
+    others = sum(parameter.numel() for parameter in model.parameters()) - in_tables
+    if config.tables == "host":
+        return others
+    return others + (in_tables if config.freezes else -(-in_tables // ranks.count))
+
+
+def whole_model(model: RWKV, tables: Mapping[str, Tensor]) -> RWKV:
+    """A model that one process can use without the others: a copy of one that is spread over them, else itself.
+
+    Args:
+        tables: whole ones by name, of those whose rows several processes have.
+    """
+    if not tables and not any(map(dist.is_sharded, model.parameters())):
+        return model
+    with torch.device("meta"):
+        copy = RWKV(model.config)
+    copy.load_state_dict(dict(dist.whole(model.state_dict())) | dict(tables), assign=True)
+    return copy.requires_grad_(False)
 
 
 def _with_adapter(model: RWKV, config: AdapterConfig, in_half: bool) -> Leaves:

@@ -83,6 +83,15 @@ def check_tables(folder: Path, before: dict[str, Any], config: TrainConfig) -> N
     if earlier != {name: getattr(config, name) for name in earlier}:
         flags = " ".join(f"--{name} {value}" for name, value in earlier.items())
         raise CheckpointError(f"{folder}: this run trains with {flags}; give these, or start another from its weights")
+    counts = before.get("processes", 1), max(1, config.processes)
+    if config.device != "cpu" or config.tables != "device" or config.freezes or (counts[0] > 1) == (counts[1] > 1):
+        return
+    if ModelConfig.from_dict(run.trainer_of(folder)["model"]).deep_embed is not None:
+        raise CheckpointError(
+            f"{folder}: this run trains on {counts[0]} CPU processes, now {counts[1]}: with --tables device one steps "
+            "tables densely, several step them by rows; give it its number, or start another from its weights, with "
+            "--tables host"
+        )
 
 
 def nothing_to_do(

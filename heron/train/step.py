@@ -57,10 +57,9 @@ class Learner:
         parallel: how the network lies over the processes, and why.
 
     Raises:
-        ConfigError: tables on the host for a model that has none, or tables to be sharded; `compile` on or graph where
-            nothing can be compiled; samples to be shared by processes for a model that reads them whole; chunks that
-            the model or its shards don't fit; an adapter or a state that the model has no place for, or that lies
-            beside shards.
+        ConfigError: tables on the host for a model that has none; frozen weights to be sharded; `compile` on or graph
+            where nothing can be compiled; samples to be shared by processes for a model that reads them whole; chunks
+            that the model or its shards don't fit; an adapter or a state that the model has no place for.
     """
 
     def __init__(
@@ -73,14 +72,10 @@ class Learner:
     ):
         self._say = say or (lambda line: print(f"heron: {line}", file=sys.stderr))
         self.config, self.device, self.ranks = config, device, ranks
-        self.parallel = dist.choose(config.parallel, ranks, sum(p.numel() for p in model.parameters()), device)
+        self.parallel = dist.choose(config.parallel, ranks, leaves.n_on_device(model, config, ranks), device)
         sharded = self.parallel.value in ("fsdp", "hsdp")
-        if sharded and (model.config.deep_embed is not None or config.freezes):
-            what = "frozen weights are" if config.freezes else "DeepEmbed tables are"
-            raise ConfigError(
-                f"parallel {self.parallel.value}: {what} not sharded yet; use --parallel ddp"
-                + ("" if config.freezes else ", and --tables host where they are large")
-            )
+        if sharded and config.freezes:
+            raise ConfigError(f"parallel {self.parallel.value}: frozen weights are not sharded yet; use --parallel ddp")
         self._tbptt = Tbptt.of(config.tbptt)
         if self._tbptt is not None:
             chunks.check(self._tbptt, model.config)
@@ -100,7 +95,7 @@ class Learner:
         if config.freezes:
             base = "auto" if config.finetune is None else config.finetune.base
             leaves.prepare_base(model, in_half, config.tables == "host", base, device)
-        self.tables = None if sharded else row_tables(model, device, config.tables, trains=not config.freezes)
+        self.tables = row_tables(model, device, config.tables, not config.freezes, ranks, moves=not sharded)
         if self.tables is None and not sharded:
             model.to(device)
         if config.freezes and config.finetune is not None:
@@ -178,19 +173,17 @@ class Learner:
     def _gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
         in_chunks = [] if self._tbptt is None else [chunks.cut(sample, self._tbptt.chunk) for sample in samples]
         passes = sum(map(len, in_chunks)) or len(samples)
+        spans = [self._span(sample) for sample in samples]
         if self.tables is not None:
-            ids = torch.cat([sample[0] for sample in samples if sample[0] is not None])
-            self.tables.bring(torch.cat(self.ranks.gathered(ids)), passes, self._recorded(passes))
+            read = [sample[0] if span is None else span.tokens for sample, span in zip(samples, spans, strict=True)]
+            self.tables.bring(torch.cat([ids for ids in read if ids is not None]), passes, self._recorded(passes))
         loss = torch.zeros((), device=self.device)
         self._figures = torch.zeros_like(self._figures)
-        for number, (sample, parts) in enumerate(zip(samples, self._parts(samples), strict=True)):
+        for number, (sample, parts, part) in enumerate(zip(samples, self._parts(samples), spans, strict=True)):
             if in_chunks or self._has_pairs:
                 loss += self._read(in_chunks[number], parts) if in_chunks else self._compare(sample, parts)
                 continue
-            part = None
-            if self._context is not None:  # of samples without a memory
-                tokens, targets, *packed = (tensor for tensor in sample if tensor is not None)
-                part = self._context.part(tokens, targets, packed[0] if packed else None)
+            if part is not None:
                 sample = (part.tokens, part.targets, None, part.cu_seqlens)
             loss += self._pass([_onto(self.device, tensor) for tensor in sample], len(samples), parts, part)
             if len(samples) > 1:
@@ -198,8 +191,15 @@ class Learner:
         if self._reduction is not None and not self._at_once:
             self._reduction.finish()
         if self.tables is not None:
-            self.ranks.add_(self.tables.gradients())
+            self.tables.collect()
         return loss
+
+    def _span(self, sample: tuple[Tensor | None, ...]) -> Part | None:
+        """What this process reads of a sample that others read, too, and which has no memory; None: all of it."""
+        if self._context is None:
+            return None
+        tokens, targets, *packed = (tensor for tensor in sample if tensor is not None)
+        return self._context.part(tokens, targets, packed[0] if packed else None)
 
     def _parts(self, samples: Sequence[tuple[Tensor | None, ...]]) -> list[float]:
         """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
@@ -312,7 +312,7 @@ class Learner:
         of_rows = [] if self.tables is None else self.tables.gradients()
         gradients = [dist.local(leaf.grad) for leaf in trained if leaf.grad is not None]
         n_asked = torch.full((), float(asked), device=self.device)
-        loss, grad_norm, n_asked, *figures = self._agreed(loss, norm_of([*gradients, *of_rows]), n_asked)
+        loss, grad_norm, n_asked, *figures = self._agreed(loss, gradients, of_rows, n_asked)
         bad = is_bad(loss, grad_norm, limit)
         set_lr(self.optimizer, lr)
         if self.config.grad_clip:
@@ -326,24 +326,35 @@ class Learner:
             self.tables.release()
         return torch.stack((loss, grad_norm, bad, n_asked, *figures))
 
-    def _agreed(self, loss: Tensor, grad_norm: Tensor, n_asked: Tensor) -> tuple[Tensor, ...]:
+    def _agreed(
+        self, loss: Tensor, gradients: list[Tensor], of_rows: list[Tensor], n_asked: Tensor
+    ) -> tuple[Tensor, ...]:
         """Loss, gradient norm, number of those asked and figures of all processes, from those of each, in one
-        collective."""
+        collective. The gradient of a row is with its owner alone."""
         if self.ranks.count == 1:
-            return loss, grad_norm, n_asked, *self._figures
-        numbers = torch.stack((loss, grad_norm.square(), n_asked, *self._figures))
+            return loss, norm_of([*gradients, *of_rows]), n_asked, *self._figures
+        grad_norm, copies = norm_of(gradients), self.ranks.copies(self.parallel.value)
+        squares = grad_norm.square() / copies  # of each gradient there are so many, which are added up
+        if of_rows:
+            squares = squares + norm_of(of_rows).square()
+        numbers = torch.stack((loss, squares, n_asked, *self._figures))
         self.ranks.add_([numbers])
         loss, squares, n_asked, *figures = numbers
-        copies = self.ranks.copies(self.parallel.value)  # of each gradient, among those that were added up
-        return loss, grad_norm if copies == self.ranks.count else (squares / copies).sqrt(), n_asked, *figures
+        is_known = copies == self.ranks.count and not of_rows
+        return loss, grad_norm if is_known else squares.sqrt(), n_asked, *figures
 
     def weights_are_finite(self) -> bool:
         """Whether nothing that any process trains is infinite or NaN."""
         return self.ranks.all(all(bool(dist.local(leaf).isfinite().all()) for leaf in self.trained.parameters()))
 
     def whole(self) -> RWKV:
-        """The model for use outside of steps, by each process alone. All of them call this together."""
-        return dist.whole_model(self.model)
+        """The model for use outside of steps, by each process alone. All of them call this together.
+
+        Raises:
+            HeronError: tables whose rows several processes have cannot be written into the run folder for a while.
+        """
+        tables = {} if self.tables is None else self.tables.whole(Path(self.config.out))
+        return leaves.whole_model(self.model, tables)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -10,13 +10,24 @@ import torch
 
 import heron
 from heron import machine
+from heron.dist import Ranks
 from heron.model import compiled as compilation
 from heron.ops import rows
+from heron.tables import bus as table_bus
 from heron.tables import rows as row_tables
+from heron.tables.owners import Owners
 from heron.tables.rows import RowTables
 from heron.train.step import Learner
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class Oneself(Ranks):
+    """One process that exchanges rows with itself, as many do with each other."""
+
+    def exchange(self, given, filled, sent, received):
+        for tensor, other in zip(given, filled, strict=True):
+            other.copy_(tensor)
 
 
 class Stream:
@@ -67,26 +78,37 @@ def bus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(row_tables, "_pinned", lambda tensor, wanted=True: tensor)
+    for module in (row_tables, table_bus):
+        monkeypatch.setattr(module, "pinned", lambda tensor, wanted=True: tensor)
     monkeypatch.setattr(rows, "copy_rows", copy_in_pytorch)
     monkeypatch.setattr(rows.cuda, "row_adamw_", step_in_pytorch)
 
     def equip(tables):
-        tables._bus = row_tables._Bus(tables.weights, torch.device("cpu"))
+        tables._bus = table_bus.Bus(tables.weights, torch.device("cpu"))
         return tables
 
     return equip
 
 
-@pytest.mark.parametrize("prefetched", [0, 1 << 30])
-@pytest.mark.parametrize("variant", ["v8", "v8-hybrid"])
-def test_rows_that_stay_on_the_device_are_those_of_the_host(random_model, bus, monkeypatch, variant, prefetched):
-    monkeypatch.setattr(row_tables, "_PREFETCHED_BYTES", prefetched)
+@pytest.mark.parametrize(
+    ("variant", "prefetched", "owned"),
+    [
+        ("v8", 0, False),
+        ("v8", 1 << 30, False),
+        ("v8", 1 << 30, True),
+        ("v8-hybrid", 0, True),
+        ("v8-hybrid", 1 << 30, False),
+    ],
+)
+def test_rows_that_stay_on_the_device_are_those_of_the_host(random_model, bus, monkeypatch, variant, prefetched, owned):
+    monkeypatch.setattr(table_bus, "_PREFETCHED_BYTES", prefetched)
     models = [random_model(variant=variant).float() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     plain, by_bus = (RowTables(model, torch.device("cpu")) for model in models)
     plain.impl = "reference"
     bus(by_bus)
+    if owned:
+        by_bus.owners = Owners(Oneself(), len(by_bus.weights[0]))
     roads = [
         (model, tables, heron.build_optimizer(model, 1e-2, tables=tables))
         for model, tables in zip(models, (plain, by_bus), strict=True)
@@ -101,6 +123,7 @@ def test_rows_that_stay_on_the_device_are_those_of_the_host(random_model, bus, m
             tables.bring(tokens)
             loss = model.loss(tokens, tokens.flip(0))
             loss.backward()
+            tables.collect()
             optimizer.found_inf = torch.tensor(float(step == 5))
             if step != 8:  # brought in vain
                 optimizer.step()
@@ -159,17 +182,19 @@ class Replayed:
         return self.run(*self.inputs)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model, monkeypatch, checkpointed):
+@pytest.mark.parametrize(("checkpointed", "owned"), [(False, False), (True, False), (False, True)])
+def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model, monkeypatch, checkpointed, owned):
     monkeypatch.setattr(rows, "copy_rows", copy_in_pytorch)
     monkeypatch.setattr(rows.cuda, "row_adamw_", step_in_pytorch)
     monkeypatch.setattr(rows, "LARGEST_WIDTH", 0)  # no kernel multiplies with them
     monkeypatch.setattr(compilation, "compile_blocks", lambda network: None)
     monkeypatch.setattr(compilation, "PassGraph", Replayed)
 
-    def tables_of_a_gpu(model, device, storage, trains):
+    def tables_of_a_gpu(model, device, *_, **__):
         tables = RowTables(model, device)
         tables._by_kernel = True
+        if owned:
+            tables.owners = Owners(Oneself(), len(tables.weights[0]))
         return tables
 
     monkeypatch.setattr("heron.train.step.row_tables", tables_of_a_gpu)
@@ -203,7 +228,7 @@ def test_the_host_and_the_device_train_the_same_tables(settings):
     for storage in (*on_device, "host", "host, read", "host, no prefetch"):
         with pytest.MonkeyPatch.context() as patch:
             if storage == "host, no prefetch":
-                patch.setattr(row_tables, "_PREFETCHED_BYTES", 0)
+                patch.setattr(table_bus, "_PREFETCHED_BYTES", 0)
             torch.manual_seed(0)
             model = heron.RWKV(heron.ModelConfig(variant="v8", n_layer=3, n_embd=128, vocab_size=4096))
             config = heron.TrainConfig(

@@ -29,6 +29,15 @@ def read(path: Path) -> dict[str, Tensor]:
     """Named tensors of a .safetensors file, in memory of their own: the file may change while they live.
 
     Raises:
+        CheckpointError: see :func:`mapped`.
+    """
+    return {name: tensor.clone() for name, tensor in mapped(path).items()}
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The same in the file itself, of which only what is used is read.
+
+    Raises:
         CheckpointError: the file is damaged, or its header announces something else than named tensors of a known
             dtype that fill the rest of the file one after another.
     """
@@ -41,7 +50,7 @@ def read(path: Path) -> dict[str, Tensor]:
         got = loaded.get(name)
         if got is None or (got.dtype, tuple(got.shape)) != announced.get(name):
             raise CheckpointError(f"{path}: {name!r}: the library reads another tensor than the header announces")
-    return {name: tensor.clone() for name, tensor in loaded.items()}
+    return loaded
 
 
 def read_plain(path: Path) -> dict[str, Tensor]:
