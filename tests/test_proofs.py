@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 import json
@@ -167,6 +168,21 @@ def test_a_decay_only_model_removes_nothing_and_does_not_learn_to(removed):
     assert all(block.att.k_a.abs().max() > 0 for block in model.blocks)
 
 
+def test_a_signed_model_with_halved_rates_is_rwkv7():
+    """Rates are 1/2 in one and 1/4 in the other; keys do not depend on them."""
+    results = []
+    for name, rate in (("rwkv7", 0.5), ("signed", 0.25)):
+        torch.manual_seed(0)
+        model = models.build(name, SMALL, 8).double()
+        for block in model.blocks:
+            torch.nn.init.normal_(block.att.output.weight)
+            torch.nn.init.constant_(block.att.a0, float(np.log(rate / (1 - rate))))
+            torch.nn.init.zeros_(block.att.k_a)
+        hidden, _ = model.hidden_states(torch.arange(16).view(2, 8), keep_state=False)
+        results.append(hidden.detach())
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_no_model_sees_what_comes_later(name):
     torch.manual_seed(0)
@@ -198,9 +214,9 @@ def test_an_unknown_model_is_refused():
 @pytest.fixture
 def tiny(monkeypatch):
     """A task of a moment, and a proof of it."""
-    batch = partial(parity.bits, 6)
+    batch = partial(parity.bits, 10)
     task = catalogue.Task(
-        2, 6, batch, {"6 bits": batch, "9 bits": partial(parity.bits, 9)}, dict(n_layer=1, n_embd=16, head_size=16),
+        2, 10, batch, {"10 bits": batch, "12 bits": partial(parity.bits, 12)}, dict(n_layer=1, n_embd=16, head_size=16),
         dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), 0.5, 16,
     )  # fmt: skip
     monkeypatch.setitem(catalogue.TASKS, "tiny", task)
@@ -214,7 +230,7 @@ def test_runs_are_of_their_seed_and_heron_compare_reads_them(tiny, tmp_path):
     again = training.learn(cases[0], tmp_path / "again", torch.device("cpu"))
     results = [json.loads((folder / training.RESULT).read_text()) for folder in (*folders, again)]
     assert results[0]["tests"] == results[-1]["tests"] != results[1]["tests"]
-    assert [len(test["by_position"]) for test in results[0]["tests"].values()] == [6, 9]
+    assert [len(test["by_position"]) for test in results[0]["tests"].values()] == [10, 12]
     read = compare.groups(compare.read(folders))
     assert [group.name for group in read] == ["data proof:tiny:rwkv7", "data proof:tiny:decay-only"]
     assert [run.seed for run in read[0].runs] == [0, 1]
@@ -228,7 +244,7 @@ def test_a_sample_is_learned_from_its_beginning_on(tiny, tmp_path, monkeypatch):
         training.Learner, "gradients", lambda self, samples: shown.append(samples[0][1]) or real(self, samples)
     )
     training.learn(catalogue.Case("tiny", "rwkv7", 0), tmp_path, torch.device("cpu"))
-    assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [2, 4, 6, 6]
+    assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [6, 8, 10, 10]
 
 
 def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_path):
@@ -236,7 +252,7 @@ def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_
         training.learn(case, tmp_path, torch.device("cpu"))
     page = report.write([tmp_path], tmp_path / "out")
     assert page.count("| tiny | rwkv7 | 1 x 16 |") == 2
-    assert "| 9 bits | 0 1 |" in page
+    assert "| 12 bits | 0 1 |" in page
     assert (tmp_path / "out" / report.PICTURE).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DataError, match="the same run"):
         report.write([tmp_path, tmp_path], tmp_path / "out")
@@ -244,13 +260,24 @@ def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_
         report.write([tmp_path / "out"], tmp_path / "out")
 
 
-def test_the_command_trains_what_is_missing_and_reports(tmp_path, capfd):
+def test_a_process_trains_each_seed_once(tiny, tmp_path, capsys):
+    options = argparse.Namespace(
+        task="tiny", model="rwkv7", seeds=[0, 1], out=tmp_path, chosen_device=torch.device("cpu"), steps=1
+    )
+    assert proofs.train(options) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert proofs.train(options) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_trains_nothing_twice_and_reports(tmp_path, capfd):
     command = ["parity", "--out", str(tmp_path), "--seeds", "0", "--steps", "1", "--device", "cpu"]
-    done = tmp_path / "parity" / "rwkv7" / "0"
-    done.mkdir(parents=True)
-    record = dict(task="parity", model="rwkv7", seed=0, seconds=1.0, machine="CPU", torch="2", parameters=1)
     test = dict(val_loss=1.0, accuracy=0.5, whole=0.5, last=0.5, by_position=[0.5])
-    (done / training.RESULT).write_text(json.dumps({**record, "tests": {"64 bits": test}}))
+    for model in ("rwkv7", "signed"):
+        done = tmp_path / "parity" / model / "0"
+        done.mkdir(parents=True)
+        record = dict(task="parity", model=model, seed=0, seconds=1.0, machine="CPU", torch="2", parameters=1)
+        (done / training.RESULT).write_text(json.dumps({**record, "tests": {"64 bits": test}}))
     assert proofs.main(command) == 0
-    assert "1 runs, 1 of them done before" in capfd.readouterr().out
+    assert "2 runs, 2 of them done before" in capfd.readouterr().out
     assert (tmp_path / report.TABLE).exists()

@@ -68,9 +68,9 @@ def _words(group: str, n_layer: int, length: int) -> Task:
     batch = partial(groups.words, group, length)
     return Task(
         len(groups.product_table(group)), length, batch, {f"length {length}": batch},
-        dict(n_layer=n_layer, n_embd=128, head_size=32),
-        dict(micro_bsz=512, max_steps=6000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
-        grows=0.6,
+        dict(n_layer=n_layer, n_embd=128, head_size=16),
+        dict(micro_bsz=512, max_steps=6000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
+        grows=0.5,
     )  # fmt: skip
 
 
@@ -115,9 +115,9 @@ PROOFS: dict[str, Sequence[tuple[str, Sequence[str]]]] = {
     "A5": [("A5-20-l4", MODELS)],
     "recall": [(name, ("rwkv7",)) for name in TASKS if name.startswith("recall-")],
     "reversal": [("reversal", ("rwkv7",))],
-    "parity": [("parity", ("rwkv7",))],
+    "parity": [("parity", ("rwkv7", "signed"))],
     "copying": [("copying", ("rwkv7",))],
-    "layers": [(name, ("rwkv7",)) for name in TASKS if "5-64-l" in name],
+    "layers": [(name, ("rwkv7", "signed")) for name in TASKS if "5-64-l" in name],
 }
 
 

@@ -6,23 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heron import RWKV, ModelConfig
+from heron import RWKV, ModelConfig, ops
 from heron.errors import ConfigError
 from heron.model.attention import FirstAttention, attend
 from heron.model.time_mix import TimeMix
 
-MODELS = ("rwkv7", "decay-only", "attention")
+MODELS = ("rwkv7", "signed", "decay-only", "attention")
 _CLOSED = -40.0  # sigmoid gives 4e-18
 
 
 def build(name: str, config: ModelConfig, length: int) -> RWKV:
     """A model with fresh initial values, for samples of up to `length` tokens.
 
-    "rwkv7" is :class:`heron.RWKV`. "decay-only" never removes what its state holds under a key: the state fades and is
-    added to, as in RWKV-6. "attention" has causal softmax attention in the place of time mixing, and so many hidden
-    channels more that it is of the same size.
+    * "rwkv7" is :class:`heron.RWKV`.
+    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign.
+    * "decay-only" never removes what its state holds under a key: the state fades and is added to, as in RWKV-6.
+    * "attention" has causal softmax attention in the place of time mixing, and so many hidden channels more that it is
+      of the same size.
 
     Raises:
         ConfigError: no such model.
@@ -31,6 +34,9 @@ def build(name: str, config: ModelConfig, length: int) -> RWKV:
     if name == "decay-only":
         for block in model.blocks:
             _decay_only(block.att)
+    elif name == "signed":
+        for layer, block in enumerate(model.blocks):
+            block.att = _signed(block.att, config, layer)
     elif name == "attention":
         with torch.device("meta"):
             spare = _size(TimeMix(config, 1)) - _size(CausalAttention(config, length))
@@ -53,6 +59,52 @@ def _decay_only(att: TimeMix) -> None:
         att.k_a.zero_()  # else k would be k (1 - k_a), almost 0 where training starts
     for frozen in (att.a0, att.a1, att.a2, att.k_k):
         frozen.requires_grad_(False)
+
+
+def _signed(att: TimeMix, config: ModelConfig, layer: int) -> TimeMix:
+    """A time mix with the weights of `att` whose in-context learning rate is doubled where it removes."""
+    with torch.device("meta"):
+        signed = SignedTimeMix(config, layer)
+    signed.load_state_dict(att.state_dict(), assign=True)
+    return signed
+
+
+class SignedTimeMix(TimeMix):
+    """A time mix in whose recurrence ``b = 2 kk iclr``: eigenvalues of a transition reach from -1 to 1.
+
+    It has no fused form, and no state: it is for whole samples.
+    """
+
+    def forward(
+        self,
+        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
+        x: Tensor,
+        branch: Tensor | None,
+        last: Tensor | None,
+        wkv_state: Tensor | None,
+        v_first: Tensor | None,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """See :meth:`heron.model.time_mix.TimeMix.forward`."""
+        x, mixed, last = begin(x, branch, self.mixes, last, None)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed
+        B, T, C = x.shape
+        H, N = self.r_k.shape
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+        decay_logits = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
+        iclr = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
+        removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1)
+        k = k * (1 + (iclr - 1) * self.k_a)
+        r, decay_logits, k, v, iclr = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, iclr))
+        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, 2 * removal_key * iclr, wkv_state)
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
+        y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
+        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
+        return x, self.output(y.reshape(B, T, C) * gate), last, wkv_state, v_first
 
 
 class CausalAttention(nn.Module):

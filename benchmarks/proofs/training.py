@@ -23,7 +23,7 @@ from heron.train.step import Learner
 RESULT = "result.json"
 _LOGS, _VALIDATIONS = 100, 20  # records of a run
 _TOKENS_AT_ONCE = 2**17  # of a test
-_FIRST = 2  # tokens that are learned at first, where the learned part grows
+_FIRST = 6  # tokens that are learned at first, where the learned part grows
 
 
 def learn(case: Case, results: Path, device: torch.device, steps: int | None = None) -> Path:
