@@ -45,7 +45,7 @@ def learn(case: Case, results: Path, device: torch.device, steps: int | None = N
                 shown = _FIRST + int((task.length - _FIRST) * min(1.0, step / (task.grows * total)))
                 targets = np.where(np.arange(task.length) < shown, targets, IGNORED)
             lr = lr_at(step, config)
-            loss = learner.gradients([(torch.from_numpy(tokens), torch.from_numpy(targets), None, None)])
+            loss = learner.gradients([(torch.from_numpy(tokens), torch.from_numpy(targets))])
             numbers = learner.update(loss, lr, float("inf"))
             done = step + 1
             if done == 1 or done % log_every == 0 or done == total:
