@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks import jobs
 from benchmarks.study_memory import __main__ as study
-from benchmarks.study_memory import jobs, report, runs, texts
+from benchmarks.study_memory import report, runs, texts
 from heron.commands import demo
 from heron.errors import DataError
 

@@ -16,7 +16,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from benchmarks.study_memory import jobs, report, runs, texts
+from benchmarks import jobs
+from benchmarks.study_memory import report, runs, texts
 from heron.commands import EXIT_FAILED, EXIT_PREEMPTED
 from heron.errors import ConfigError, DataError, HeronError
 

@@ -102,7 +102,7 @@ def visible_devices() -> list[str]:
 
 
 def _start(job: Job, slot: int, devices: Sequence[str]) -> _Running:
-    folder = Path(tempfile.mkdtemp(prefix="heron-study-"))
+    folder = Path(tempfile.mkdtemp(prefix="heron-job-"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]

@@ -1,0 +1,132 @@
+"""What is proved: the tasks with their sizes and recipes, and the runs that each takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.proofs import copying, groups, parity, recall, reversal
+from benchmarks.proofs.batch import Batch
+from benchmarks.proofs.models import MODELS
+from heron import ModelConfig, TrainConfig
+
+Maker = Callable[[np.random.Generator, int], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task at one size.
+
+    Attributes:
+        vocab: number of token ids.
+        length: tokens of a training sample.
+        batch: makes training samples.
+        tests: what is asked of a trained model, by name; the first is also its validation.
+        shape: fields of the ModelConfig.
+        recipe: fields of the TrainConfig.
+        grows: share of the steps in which the part of a sample that is learned grows from its first tokens to all.
+        n_test: samples of each test.
+    """
+
+    vocab: int
+    length: int
+    batch: Maker
+    tests: Mapping[str, Maker]
+    shape: Mapping[str, int]
+    recipe: Mapping[str, float | str]
+    grows: float = 0.0
+    n_test: int = 2048
+
+
+class Case(NamedTuple):
+    """One run: a model that learns a task from a seed."""
+
+    task: str
+    model: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.model}/{self.seed}"
+
+    def settings(self, steps: int | None = None) -> TrainConfig:
+        """The run's TrainConfig; its `data` names task and model, by which `heron compare` tells runs apart."""
+        task = TASKS[self.task]
+        model = ModelConfig(variant="v7", vocab_size=task.vocab, **task.shape)
+        config = TrainConfig(
+            model=model, data=f"proof:{self.task}:{self.model}", tokenizer=f"integers:{task.vocab}", seed=self.seed,
+            ctx_len=task.length, sample_every=0, save_every=0, weights="fp32", threads=1, **task.recipe,
+        )  # fmt: skip
+        return config if steps is None else dataclasses.replace(config, max_steps=steps)
+
+
+def _words(group: str, n_layer: int, length: int) -> Task:
+    batch = partial(groups.words, group, length)
+    return Task(
+        len(groups.product_table(group)), length, batch, {f"length {length}": batch},
+        dict(n_layer=n_layer, n_embd=128, head_size=16),
+        dict(micro_bsz=512, max_steps=6000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
+        grows=0.5,
+    )  # fmt: skip
+
+
+def _recall(length: int, n_pairs: int, width: int) -> Task:
+    batch = partial(recall.pairs, length, n_pairs)
+    return Task(
+        recall.VOCAB, length, batch, {f"{n_pairs} pairs": batch}, dict(n_layer=2, n_embd=width, head_size=64),
+        dict(micro_bsz=128, max_steps=6000, lr_init=2e-3, lr_final=2e-5, warmup_steps=100),
+    )  # fmt: skip
+
+
+TASKS: dict[str, Task] = {
+    **{f"{group}-20-l4": _words(group, 4, 20) for group in ("S5", "A5")},
+    **{f"{group}-64-l{n}": _words(group, n, 64) for group in ("S5", "A5") for n in (4, 3, 2, 1)},
+    **{
+        f"recall-{length}-{n_pairs}-c{width}": _recall(length, n_pairs, width)
+        for length, n_pairs in ((64, 4), (128, 8), (256, 16))
+        for width in (64, 128, 256)
+    },
+    "reversal": Task(
+        reversal.VOCAB, reversal.LENGTH - 1, reversal.numbers, {"1 to 60": partial(reversal.numbers, first_only=True)},
+        dict(n_layer=2, n_embd=32, head_size=16),
+        dict(micro_bsz=256, max_steps=10_000, lr_init=4e-3, lr_final=1e-6, dtype="fp32"),
+    ),
+    "parity": Task(
+        parity.VOCAB, 64, partial(parity.bits, 64),
+        {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
+        dict(n_layer=2, n_embd=64, head_size=16),
+        dict(micro_bsz=256, max_steps=5000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
+        grows=0.5, n_test=512,
+    ),
+    "copying": Task(
+        copying.VOCAB, 256 + copying.COPIED, partial(copying.noisy, 256), {"16 of 256": partial(copying.noisy, 256)},
+        dict(n_layer=2, n_embd=64, head_size=32),
+        dict(micro_bsz=128, max_steps=6000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
+    ),
+}  # fmt: skip
+
+# Of each proof: its tasks, and the models that learn them.
+PROOFS: dict[str, Sequence[tuple[str, Sequence[str]]]] = {
+    "S5": [("S5-20-l4", MODELS)],
+    "A5": [("A5-20-l4", MODELS)],
+    "recall": [(name, ("rwkv7",)) for name in TASKS if name.startswith("recall-")],
+    "reversal": [("reversal", ("rwkv7",))],
+    "parity": [("parity", ("rwkv7", "signed"))],
+    "copying": [("copying", ("rwkv7",))],
+    "layers": [(name, ("rwkv7", "signed")) for name in TASKS if "5-64-l" in name],
+}
+
+
+def cases(proofs: Sequence[str], seeds: Sequence[int]) -> list[Case]:
+    """The runs of some proofs, those of a proof beside each other."""
+    return [
+        Case(task, model, seed)
+        for proof in proofs
+        for task, models in PROOFS[proof]
+        for model in models
+        for seed in seeds
+    ]

@@ -1,0 +1,146 @@
+"""The networks that the proofs compare: RWKV-7 as it is, and two controls of its size made of the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heron import RWKV, ModelConfig, ops
+from heron.errors import ConfigError
+from heron.model.attention import FirstAttention, attend
+from heron.model.time_mix import TimeMix
+
+MODELS = ("rwkv7", "signed", "decay-only", "attention")
+_CLOSED = -40.0  # sigmoid gives 4e-18
+
+
+def build(name: str, config: ModelConfig, length: int) -> RWKV:
+    """A model with fresh initial values, for samples of up to `length` tokens.
+
+    * "rwkv7" is :class:`heron.RWKV`.
+    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign.
+    * "decay-only" never removes what its state holds under a key: the state fades and is added to, as in RWKV-6.
+    * "attention" has causal softmax attention in the place of time mixing, and so many hidden channels more that it is
+      of the same size.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    model = RWKV(config)
+    if name == "decay-only":
+        for block in model.blocks:
+            _decay_only(block.att)
+    elif name == "signed":
+        for layer, block in enumerate(model.blocks):
+            block.att = _signed(block.att, config, layer)
+    elif name == "attention":
+        with torch.device("meta"):
+            spare = _size(TimeMix(config, 1)) - _size(CausalAttention(config, length))
+        model = RWKV(config.changed(ffn_dim=config.ffn_dim + spare // (2 * config.n_embd)))
+        for block in model.blocks:
+            block.att = CausalAttention(config, length)
+    elif name != "rwkv7":
+        raise ConfigError(f"model: wanted one of {', '.join(MODELS)}, got {name!r}")
+    return model
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _decay_only(att: TimeMix) -> None:
+    """Hold the in-context learning rate at 0, so that ``b = 0`` in WKV7; keys are used as they are projected."""
+    with torch.no_grad():
+        att.a0.fill_(_CLOSED)
+        att.k_a.zero_()  # else k would be k (1 - k_a), almost 0 where training starts
+    for frozen in (att.a0, att.a1, att.a2, att.k_k):
+        frozen.requires_grad_(False)
+
+
+def _signed(att: TimeMix, config: ModelConfig, layer: int) -> TimeMix:
+    """A time mix with the weights of `att` whose in-context learning rate is doubled where it removes."""
+    with torch.device("meta"):
+        signed = SignedTimeMix(config, layer)
+    signed.load_state_dict(att.state_dict(), assign=True)
+    return signed
+
+
+class SignedTimeMix(TimeMix):
+    """A time mix in whose recurrence ``b = 2 kk iclr``: eigenvalues of a transition reach from -1 to 1.
+
+    It has no fused form, and no state: it is for whole samples.
+    """
+
+    def forward(
+        self,
+        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
+        x: Tensor,
+        branch: Tensor | None,
+        last: Tensor | None,
+        wkv_state: Tensor | None,
+        v_first: Tensor | None,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """See :meth:`heron.model.time_mix.TimeMix.forward`."""
+        x, mixed, last = begin(x, branch, self.mixes, last, None)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed
+        B, T, C = x.shape
+        H, N = self.r_k.shape
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+        decay_logits = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
+        iclr = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
+        removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1)
+        k = k * (1 + (iclr - 1) * self.k_a)
+        r, decay_logits, k, v, iclr = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, iclr))
+        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, 2 * removal_key * iclr, wkv_state)
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
+        y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
+        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
+        return x, self.output(y.reshape(B, T, C) * gate), last, wkv_state, v_first
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention with the parameters of a time mix's four matrices, token shift, and learned positions.
+
+    Scores are softly capped as in :class:`heron.model.attention.FirstAttention`. It has the interface of
+    :class:`heron.model.time_mix.TimeMix` and no state: it is for whole samples.
+    """
+
+    def __init__(self, config: ModelConfig, length: int):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.x_q, self.x_k, self.x_v = (nn.Parameter(torch.zeros(1, 1, C)) for _ in "qkv")
+        self.position = nn.Parameter(0.02 * torch.randn(length, C))
+        self.query, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        for matrix in (self.query, self.key, self.value):
+            nn.init.orthogonal_(matrix.weight)
+        nn.init.zeros_(self.output.weight)  # as in a time mix
+
+    def forward(
+        self,
+        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
+        x: Tensor,
+        branch: Tensor | None,
+        last: Tensor | None,
+        wkv_state: Tensor | None,
+        v_first: Tensor | None,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """See :meth:`heron.model.time_mix.TimeMix.forward`; `wkv_state` and `v_first` are handed on."""
+        x, mixed, last = begin(x, branch, [self.x_q, self.x_k, self.x_v], last, None)
+        B, T, C = x.shape
+        x_q, x_k, x_v = mixed
+        position = self.position[:T]
+        q, k, v = self.query(x_q + position), self.key(x_k + position), self.value(x_v)
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2).flatten(0, 1) for part in (q, k, v))
+        y = attend(q, k, v, FirstAttention.CAP).view(B, self.n_head, T, -1).transpose(1, 2).reshape(B, T, C)
+        return x, self.output(y), last, wkv_state, v_first

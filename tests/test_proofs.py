@@ -1,0 +1,283 @@
+"""benchmarks/proofs: what is asked, how answers are counted, what the controls lack, and a run from start to end."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.proofs import __main__ as proofs
+from benchmarks.proofs import catalogue, copying, groups, models, parity, recall, report, reversal, training
+from benchmarks.proofs.batch import IGNORED
+from heron import ModelConfig
+from heron.errors import ConfigError, DataError
+from heron.report import compare
+
+SMALL = ModelConfig(variant="v7", n_layer=2, n_embd=32, head_size=16, vocab_size=60)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+# -- what is asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("group", "order"), [("S5", 120), ("A5", 60)])
+def test_products_form_a_group_that_is_not_commutative(group, order, rng):
+    table = groups.product_table(group)
+    assert table.shape == (order, order)
+    for lines in (table, table.T):
+        assert (np.sort(lines, axis=1) == np.arange(order)).all()
+    a, b, c = rng.integers(order, size=(3, 200))
+    assert (table[table[a, b], c] == table[a, table[b, c]]).all()
+    assert (table != table.T).any()
+
+
+@pytest.mark.parametrize("group", ["S5", "A5"])
+def test_a_word_s_targets_are_the_permutations_applied_one_after_another(group, rng):
+    elements = list(itertools.permutations(range(5)))
+    if group == "A5":
+        elements = [one for one in elements if round(np.linalg.det(np.eye(5)[list(one)])) == 1]
+    tokens, targets = groups.words(group, 6, rng, 3)
+    for word, products in zip(tokens, targets, strict=True):
+        places = tuple(range(5))
+        for token, product in zip(word, products, strict=True):
+            places = tuple(elements[token][place] for place in places)
+            assert elements[product] == places
+
+
+def test_recall_asks_once_for_each_key_and_wants_its_value(rng):
+    tokens, targets = recall.pairs(64, 8, rng, 50)
+    for row, wanted in zip(tokens, targets, strict=True):
+        known = dict(zip(row[0:16:2].tolist(), row[1:16:2].tolist(), strict=True))
+        assert len(known) == 8
+        assert max(known) < recall.VOCAB // 2 <= min(known.values())
+        asked = np.flatnonzero(wanted != IGNORED)
+        assert asked.min() >= 16
+        assert dict(zip(row[asked].tolist(), wanted[asked].tolist(), strict=True)) == known
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_reversal_asks_for_each_number_backwards_and_its_end(first_only, rng):
+    tokens, targets = reversal.numbers(rng, 200, first_only)
+    assert tokens.shape == targets.shape == (200, 121)
+    sizes = set()
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        text = "".join("0123456789,#"[token] for token in row)
+        expected = [IGNORED] * 121
+        begin = 0
+        while begin < 121 and "," in text[begin:]:
+            number = text[begin : text.index(",", begin)]
+            sizes.add(len(number))
+            answer = [*map(int, number[::-1]), reversal.END]
+            comma = begin + len(number)
+            expected[comma : comma + len(answer)] = answer[: 121 - comma]
+            begin = comma + 1 + len(answer)
+            if first_only:
+                break
+        assert wanted == expected
+        assert begin > 121 or first_only or text[begin - 1] == "#"
+    assert min(sizes) <= 3
+    assert max(sizes) == 60
+
+
+def test_copying_asks_for_what_is_not_noise_in_its_order(rng):
+    tokens, targets = copying.noisy(40, rng, 20)
+    for row, wanted in zip(tokens, targets, strict=True):
+        assert (row[40:] == copying.ASK).all()
+        assert (wanted[:40] == IGNORED).all()
+        assert (row[:40][row[:40] != copying.NOISE] == wanted[40:]).all()
+
+
+def test_parity_counts_ones(rng):
+    tokens, targets = parity.bits(30, rng, 10)
+    assert all((targets[:, t] == tokens[:, : t + 1].sum(axis=1) % 2).all() for t in range(30))
+
+
+@pytest.mark.parametrize("name", catalogue.TASKS)
+def test_every_task_fits_its_recipe(name):
+    config = catalogue.Case(name, "rwkv7", 0).settings()
+    task = catalogue.TASKS[name]
+    tokens, targets = task.batch(np.random.default_rng(0), 4)
+    assert tokens.shape == targets.shape == (4, config.ctx_len)
+    assert max(tokens.max(), targets.max()) < config.model.vocab_size
+    assert config.model.n_layer <= 4
+
+
+# -- how answers are counted ----------------------------------------------------------------------------------------
+
+
+def test_scores_count_what_is_asked_alone():
+    targets = np.array([[IGNORED, 1, 2, IGNORED], [3, 4, IGNORED, IGNORED]])
+    right = np.array([[False, True, False, True], [True, True, False, False]])
+    assert training.scores(right, targets) == dict(
+        accuracy=0.75, whole=0.5, last=0.5, by_position=[1.0, 1.0, 0.0, None]
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "place"),
+    [
+        ([1.0, 0.96, 0.94, 1.0], 2),
+        ([0.5, 1.0], 0),
+        ([1.0, 1.0], 2),
+        ([None, 1.0, None, 0.2], 2),
+        ([None, None, 1.0], 3),
+    ],
+)
+def test_solved_to_is_the_last_place_before_a_wrong_one(shares, place):
+    assert report.solved_to(shares) == place
+
+
+# -- the models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def removed(monkeypatch):
+    """The `b` of every call of WKV7 inside a time mix."""
+    module = importlib.import_module("heron.ops.head_mix.reference")
+    seen, wkv7 = [], module.wkv7
+
+    def spy(*inputs, **given):
+        seen.append(inputs[5].detach())
+        return wkv7(*inputs, **given)
+
+    monkeypatch.setattr(module, "wkv7", spy)
+    return seen
+
+
+def test_a_decay_only_model_removes_nothing_and_does_not_learn_to(removed):
+    model = models.build("decay-only", SMALL, 8)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model.loss(torch.randint(60, (2, 8)), torch.randint(60, (2, 8))).backward()
+        optimizer.step()
+    assert len(removed) == 6
+    assert max(float(b.abs().max()) for b in removed) < 1e-15
+    assert all(block.att.k_a.abs().max() > 0 for block in model.blocks)
+
+
+def test_a_signed_model_with_halved_rates_is_rwkv7():
+    """Rates are 1/2 in one and 1/4 in the other; keys do not depend on them."""
+    results = []
+    for name, rate in (("rwkv7", 0.5), ("signed", 0.25)):
+        torch.manual_seed(0)
+        model = models.build(name, SMALL, 8).double()
+        for block in model.blocks:
+            torch.nn.init.normal_(block.att.output.weight)
+            torch.nn.init.constant_(block.att.a0, float(np.log(rate / (1 - rate))))
+            torch.nn.init.zeros_(block.att.k_a)
+        hidden, _ = model.hidden_states(torch.arange(16).view(2, 8), keep_state=False)
+        results.append(hidden.detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_no_model_sees_what_comes_later(name):
+    torch.manual_seed(0)
+    model = models.build(name, SMALL, 8)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter) if parameter.requires_grad else 0
+    tokens = torch.randint(60, (2, 8))
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 60
+    with torch.no_grad():
+        one, other = (model.logits(model.hidden_states(ids, keep_state=False)[0]) for ids in (tokens, changed))
+    torch.testing.assert_close(one[:, :5], other[:, :5])
+    assert (one[:, 5:] - other[:, 5:]).abs().amax(dim=-1).min() > 1e-4
+
+
+def test_controls_are_as_large():
+    sizes = [sum(p.numel() for p in models.build(name, SMALL, 8).parameters()) for name in models.MODELS]
+    assert max(sizes) < 1.02 * min(sizes)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ConfigError, match="wanted one of rwkv7"):
+        models.build("mamba", SMALL, 8)
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A task of a moment, and a proof of it."""
+    batch = partial(parity.bits, 10)
+    task = catalogue.Task(
+        2, 10, batch, {"10 bits": batch, "12 bits": partial(parity.bits, 12)}, dict(n_layer=1, n_embd=16, head_size=16),
+        dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), 0.5, 16,
+    )  # fmt: skip
+    monkeypatch.setitem(catalogue.TASKS, "tiny", task)
+    monkeypatch.setitem(catalogue.PROOFS, "tiny", [("tiny", ("rwkv7", "decay-only"))])
+    return task
+
+
+def test_runs_are_of_their_seed_and_heron_compare_reads_them(tiny, tmp_path):
+    cases = catalogue.cases(["tiny"], [0, 1])
+    folders = [training.learn(case, tmp_path, torch.device("cpu")) for case in cases]
+    again = training.learn(cases[0], tmp_path / "again", torch.device("cpu"))
+    results = [json.loads((folder / training.RESULT).read_text()) for folder in (*folders, again)]
+    assert results[0]["tests"] == results[-1]["tests"] != results[1]["tests"]
+    assert [len(test["by_position"]) for test in results[0]["tests"].values()] == [10, 12]
+    read = compare.groups(compare.read(folders))
+    assert [group.name for group in read] == ["data proof:tiny:rwkv7", "data proof:tiny:decay-only"]
+    assert [run.seed for run in read[0].runs] == [0, 1]
+    assert "val_loss" in compare.table(read)
+
+
+def test_a_sample_is_learned_from_its_beginning_on(tiny, tmp_path, monkeypatch):
+    shown = []
+    real = training.Learner.gradients
+    monkeypatch.setattr(
+        training.Learner, "gradients", lambda self, samples: shown.append(samples[0][1]) or real(self, samples)
+    )
+    training.learn(catalogue.Case("tiny", "rwkv7", 0), tmp_path, torch.device("cpu"))
+    assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [6, 8, 10, 10]
+
+
+def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_path):
+    for case in catalogue.cases(["tiny"], [0, 1]):
+        training.learn(case, tmp_path, torch.device("cpu"))
+    page = report.write([tmp_path], tmp_path / "out")
+    assert page.count("| tiny | rwkv7 | 1 x 16 |") == 2
+    assert "| 12 bits | 0 1 |" in page
+    assert (tmp_path / "out" / report.PICTURE).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DataError, match="the same run"):
+        report.write([tmp_path, tmp_path], tmp_path / "out")
+    with pytest.raises(DataError, match="found none"):
+        report.write([tmp_path / "out"], tmp_path / "out")
+
+
+def test_a_process_trains_each_seed_once(tiny, tmp_path, capsys):
+    options = argparse.Namespace(
+        task="tiny", model="rwkv7", seeds=[0, 1], out=tmp_path, chosen_device=torch.device("cpu"), steps=1
+    )
+    assert proofs.train(options) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert proofs.train(options) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_trains_nothing_twice_and_reports(tmp_path, capfd):
+    command = ["parity", "--out", str(tmp_path), "--seeds", "0", "--steps", "1", "--device", "cpu"]
+    test = dict(val_loss=1.0, accuracy=0.5, whole=0.5, last=0.5, by_position=[0.5])
+    for model in ("rwkv7", "signed"):
+        done = tmp_path / "parity" / model / "0"
+        done.mkdir(parents=True)
+        record = dict(task="parity", model=model, seed=0, seconds=1.0, machine="CPU", torch="2", parameters=1)
+        (done / training.RESULT).write_text(json.dumps({**record, "tests": {"64 bits": test}}))
+    assert proofs.main(command) == 0
+    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert (tmp_path / report.TABLE).exists()
