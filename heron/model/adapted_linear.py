@@ -35,8 +35,8 @@ def adapted_linear() -> type[nn.Module]:
             name = None if impl == "reference" or args or kwargs else self._alone(x)
             if name is None:
                 return super().forward(x, *args, **kwargs)
-            down, up = self.lora_A[name].weight, self.lora_B[name].weight
-            return low_rank_linear(x, self.base_layer.weight, down, up, self.scaling[name], impl)
+            layers: Any = self.base_layer, self.lora_A[name], self.lora_B[name]
+            return low_rank_linear(x, *(layer.weight for layer in layers), self.scaling[name], impl)
 
         def _alone(self, x: Tensor) -> str | None:
             """The adapter in use where nothing but it and the frozen weight takes part."""
