@@ -59,7 +59,10 @@ def run(trials: int, seed: int) -> Result:
         controls, caught = max(1, trials // CONTROLS), 0
         for number in range(controls):
             settings = _settings(folder, f"control-{number}", *LAYOUTS[0])
-            _, problem = _goes_on(settings, 2, "validation", draw, references[LAYOUTS[0]], kills.forget_a_moment)
+            problem = None
+            while _resumed(settings)[1] in (None, f"step-{settings.max_steps:08d}"):  # something must be left to do
+                shutil.rmtree(settings.out, ignore_errors=True)
+                _, problem = _goes_on(settings, 2, "validation", draw, references[LAYOUTS[0]], kills.forget_a_moment)
             caught += problem == _DIFFERS
     return Result(
         "kill -9 of one of 2 or 4 processes: restarted by torchrun, the run ends bit-equal",
