@@ -275,11 +275,14 @@ def choose(wanted: str, ranks: Ranks, n_parameters: int, device: torch.device) -
         return machine.Choice("none", "one process")
     if wanted != "auto":
         return machine.Choice(wanted, "as asked")
-    if device.type == "cuda":
-        room = _FOR_WEIGHTS * torch.cuda.get_device_properties(device).total_memory
-        if _BYTES_PER_WEIGHT * n_parameters > room:
-            return machine.Choice("fsdp", "a GPU has no room for all weights and moments")
+    if device.type == "cuda" and not fits(n_parameters, torch.cuda.get_device_properties(device).total_memory):
+        return machine.Choice("fsdp", "a GPU has no room for all weights and moments")
     return machine.Choice("ddp", "each GPU has room for all weights and moments")
+
+
+def fits(n_parameters: int, n_bytes: int) -> bool:
+    """Whether a GPU of so many bytes has room for all weights and moments beside the activations."""
+    return _BYTES_PER_WEIGHT * n_parameters <= _FOR_WEIGHTS * n_bytes
 
 
 def prepare(
@@ -359,12 +362,16 @@ class Reduction:
 
     With `overlapped` a bucket leaves as soon as it is full, while the backward pass goes on, in a recorded pass too;
     gradients of several passes leave together, at :meth:`finish`. A gradient is then a part of its bucket.
+
+    Attributes:
+        held: whether all buckets wait for :meth:`finish`, as a process may have to do its pass again.
     """
 
     def __init__(self, leaves: Iterable[nn.Parameter], overlapped: bool):
         self._buckets = _buckets(leaf for leaf in leaves if leaf.requires_grad)
         self._under_way: list[tuple[list[nn.Parameter], Tensor, Any]] = []
         self._missing = list(map(len, self._buckets))
+        self.held = False
         for number, bucket in enumerate(self._buckets) if overlapped else ():
             for leaf in bucket:
                 leaf.register_post_accumulate_grad_hook(partial(self._arrived, number))
@@ -388,6 +395,8 @@ class Reduction:
         self._under_way, self._missing = [], list(map(len, self._buckets))
 
     def _arrived(self, number: int, _: Tensor) -> None:
+        if self.held:
+            return
         self._missing[number] -= 1
         if not self._missing[number]:
             self._send(number)

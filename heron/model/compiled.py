@@ -223,11 +223,15 @@ class PassGraph:
         return self._loss
 
 
+class FailedElsewhere(Exception):
+    """The compiler failed in another process of the run."""
+
+
 def is_failure(error: BaseException) -> bool:
-    """Whether the compiler raised this, rather than what it compiled."""
+    """Whether the compiler raised this, here or elsewhere, rather than what it compiled."""
     from torch._dynamo.exc import TorchDynamoException
 
-    return isinstance(error, TorchDynamoException)
+    return isinstance(error, (TorchDynamoException, FailedElsewhere))
 
 
 def first_line(error: BaseException) -> str:

@@ -127,6 +127,8 @@ class Learner:
         # Whether one pass has a step's gradients.
         self._at_once = config.accumulate == 1 and self._tbptt is None and not self._has_pairs
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
+        if self._reduction is not None:
+            self._reduction.held = self.compiled.value != "off" and self._context is None
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
             None if config.freezes else self.tables, machine.DTYPES[config.tables_state],
@@ -160,13 +162,16 @@ class Learner:
             The mean loss, an fp32 scalar on the device.
 
         Raises:
-            HeronError: the compiler failed. Under `compile: auto` that is said once, and the step made without.
+            HeronError: the compiler failed. Under `compile: auto` that is said once, and the step made without, by all
+                processes; unless one has failed where the others had already sent it what it then has no use for.
         """
         try:
             return self._gradients(samples)
         except Exception as error:
             if self.compiled.value == "off" or not compilation.is_failure(error):
                 raise
+            if self.ranks.count > 1:
+                self._tell_of_failure(error)
             self._do_without_compiler(error)
         return self._gradients(samples)
 
@@ -188,8 +193,8 @@ class Learner:
             loss += self._pass([_onto(self.device, tensor) for tensor in sample], len(samples), parts, part)
             if len(samples) > 1:
                 self._hand_over()
-        if self._reduction is not None and not self._at_once:
-            self._reduction.finish()
+        if not self._at_once:
+            self._exchange()
         if self.tables is not None:
             self.tables.collect()
         return loss
@@ -268,8 +273,8 @@ class Learner:
                 loss = self.network.loss(tokens, targets, **given)
                 loss = (loss if part is None else loss * part.share) / divisor
             loss.backward()
-            if self._reduction is not None and passes == 1:
-                self._reduction.finish()
+            if passes == 1:
+                self._exchange()
             return loss.detach()
 
         shape = (passes, *(None if tensor is None else tensor.shape for tensor in sample))
@@ -289,6 +294,26 @@ class Learner:
         on_rows = {id(weight) for weight in (self.tables.weights if self.tables is not None else [])}
         learning = (copy if self._at_once else master for copy, master in self.leaves.pairs)
         return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), self._at_once)
+
+    def _exchange(self) -> None:
+        """Add up the gradients of all processes; of the first step once the compiler has served all of them."""
+        if self._reduction is None:
+            return
+        if self._reduction.held:
+            if not self.ranks.all(True):
+                raise compilation.FailedElsewhere("in another process")
+            self._reduction.held = False
+        self._reduction.finish()
+
+    def _tell_of_failure(self, error: Exception) -> None:
+        """Let the others know that the compiler has failed here; HeronError where they are beyond the first step."""
+        if self._reduction is None or not self._reduction.held:
+            raise HeronError(
+                f"compile {self.config.compile}: {compilation.first_line(error)}, and other processes may have gone "
+                "on; use --compile off"
+            ) from error
+        if not isinstance(error, compilation.FailedElsewhere):
+            self.ranks.all(False)
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
@@ -390,6 +415,7 @@ class Learner:
         self._say(f"training steps are not compiled, so they take longer: {told}")
         self.compiled = machine.Choice("off", told)
         if self._reduction is not None:
+            self._reduction.held = False
             self._reduction.forget()
         compilation.undo(self.network)
         for pair in self.leaves.pairs:

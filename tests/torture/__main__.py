@@ -33,6 +33,7 @@ FULL = {
     "serving": 10_000,
     "serving_schema": 5000,
     "processes": 9,
+    "ranks": 60,
 }
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = ("| promise | trials | broken | control (must be found) | found | notes | seconds |", "|" + "---|" * 7)

@@ -46,7 +46,7 @@ def run(trials: int, seed: int, **changes: object) -> Result:
             failures.append(f"only {after_first} of {trials} kills came after the first checkpoint")
         controls = max(2, trials // CONTROLS)
         caught = 0
-        for number, forget in zip(range(controls), itertools.cycle((_forget_a_moment, _forget_the_cursor))):
+        for number, forget in zip(range(controls), itertools.cycle((forget_a_moment, _forget_the_cursor))):
             settings = minute.config(folder, **changes, out=str(folder / f"control-{number}"))
             last = Path(settings.out, "checkpoints", f"step-{settings.max_steps:08d}")
             while not _killed(settings, folder, draw, life) or last.exists():  # something must be left to do
@@ -107,7 +107,7 @@ def _goes_on(settings: TrainConfig, reference: TrainConfig, folder: Path) -> str
     return None if minute.same(settings, reference) else "the curve or the weights differ"
 
 
-def _forget_a_moment() -> None:
+def forget_a_moment() -> None:
     restore = checkpoints_of.restore
 
     def forgetful(folder, model, optimizer):

@@ -12,7 +12,16 @@ from heron.ops import _build
 from tests.torture import __main__ as torture
 from tests.torture.result import Result
 
-SHORT = {"kills": 2, "syscalls": 14, "disk_full": 10, "bit_flips": 60, "fields": 24, "nonfinite": 6, "signals": 7}
+SHORT = {
+    "kills": 2,
+    "syscalls": 14,
+    "disk_full": 10,
+    "bit_flips": 60,
+    "fields": 24,
+    "nonfinite": 6,
+    "signals": 7,
+    "ranks": 1,
+}
 NEEDS_COMPILER = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 POSIX = pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="forks, signals and rlimits are POSIX's")
 
