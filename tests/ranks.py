@@ -25,6 +25,7 @@ from torch.distributed import fsdp as fsdp
 from torch.distributed import tensor as tensor
 
 import heron
+from heron import cli
 from heron.checkpoint import run
 from heron.dist import Ranks
 from heron.errors import CheckpointError, HeronError
@@ -141,6 +142,16 @@ def of_packs(folder: Path) -> dict:
     return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), max_steps=6, eval_every=0)
 
 
+def bench(folder: Path) -> None:
+    """`heron bench`, and what it prints in each process."""
+    _next_port()
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    settings = ["--ctx_len=16", "--micro_bsz=2", "--accumulate=2", "--steps=2", "--threads=1", "--device=cpu"]
+    with open(folder / f"bench-{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
+        asked = ["bench", "--variant=v7", "--parallel=fsdp", f"--json={folder / 'bench.json'}"]
+        assert cli.main([*asked, *sizes, *settings]) == 0
+
+
 def again(folder: Path, text: Path, saved: str, name: str, parallel: str, variant: str = "v7") -> None:
     """Load the last checkpoint of a run, and save what came of it in another. Of tables leave the bytes they take."""
     _next_port()
@@ -206,6 +217,7 @@ def two(folder: Path, text: Path) -> None:
     assert made("spans-packs", **spans | of_packs(folder)) == "finished"
     assert made("spans-v8", **spans, **v8) == "finished"
     assert made("spans-nan", FaultyRank, on_nonfinite="skip", max_steps=5, **spans) == "finished"
+    bench(folder)
     os.environ["LOCAL_WORLD_SIZE"] = str(count // 2)  # as on two machines
     assert made("hsdp", parallel="hsdp") == "finished"
     for parallel in ("ddp", "fsdp", "hsdp"):

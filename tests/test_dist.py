@@ -133,6 +133,15 @@ def test_a_full_disk_of_any_process_ends_all_and_each_names_its_rank(folder):
     assert len(steps(folder / "full_fsdp")) < STEPS
 
 
+def test_bench_counts_the_tokens_of_all_processes_and_the_first_tells_it(folder):
+    assert (folder / "bench-1.txt").read_text() == ""
+    told, found = (folder / "bench-0.txt").read_text(), json.loads((folder / "bench.json").read_text())
+    assert found["tokens_per_s"] * found["seconds"] == pytest.approx(2 * 2 * 2 * 16)
+    assert "2 x 2 samples of 16 random tokens, each process" in told
+    assert "2 processes, fsdp: as asked" in told
+    assert f"{found['tokens_per_s']:,.0f} tokens/s, {found['tokens_per_s'] / 2:,.0f} each process" in told
+
+
 def saved_in(checkpoint):
     """The whole tensors of a checkpoint by name."""
     run.verify(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -35,10 +36,14 @@ _WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTo
 
 def run(options: argparse.Namespace) -> None:
     config, model = step_of(options)
-    if options.json:
-        refuse_foreign(Path(options.json), _is_ours)
-    with progress(f"making {options.steps} steps"):
-        result = bench(config, model, options.steps)
+    ranks = dist.Ranks.of_environment()
+    with ranks.joined(torch.device(config.device), config.dist_timeout):
+        if options.json:
+            ranks.first(lambda: refuse_foreign(Path(options.json), _is_ours))
+        with progress(f"making {options.steps} steps") if ranks.is_first else contextlib.nullcontext():
+            result = bench(config, model, options.steps, ranks)
+    if not ranks.is_first:
+        return
     print(describe(config, model, result))
     if options.json:
         with new_file(Path(options.json)) as temporary:
@@ -53,9 +58,10 @@ class Result(NamedTuple):
     seconds: float  # of a step
     gradients_seconds: float  # of it: forward and backward passes, and rows of tables that are on the host
     update_seconds: float  # of it: clipping and the optimizer
-    tokens_per_s: float
-    peak_bytes: int | None  # CUDA: allocated by PyTorch; CPU: resident in the process, all its libraries too
+    tokens_per_s: float  # of all processes
+    peak_bytes: int | None  # of the first; CUDA: allocated by PyTorch; CPU: resident, all its libraries too
     compile: str  # whether the steps were compiled, and why
+    parallel: str  # how the network lay over the processes, and why
 
 
 def bench(config: TrainConfig, model: ModelConfig, steps: int = 10, ranks: dist.Ranks = dist.ALONE) -> Result:
@@ -96,7 +102,8 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10, ranks: dist.
     )
     speed = config.tokens_per_step / seconds
     compiled = f"{learner.compiled.value}: {learner.compiled.reason}"
-    return Result(steps, seconds, of_gradients, of_update, speed, _peak(device), compiled)
+    parallel = f"{learner.parallel.value}: {learner.parallel.reason}"
+    return Result(steps, seconds, of_gradients, of_update, speed, _peak(device), compiled, parallel)
 
 
 def fresh_learner(config: TrainConfig, model: ModelConfig, ranks: dist.Ranks = dist.ALONE) -> Learner:
@@ -127,16 +134,20 @@ def describe(config: TrainConfig, model: ModelConfig, result: Result) -> str:
     """What ``heron bench`` prints, in lines of at most 80 columns."""
     peak = "not known on this system" if result.peak_bytes is None else memory.in_words(result.peak_bytes)
     what = "allocated on the device" if config.device.startswith("cuda") else "the whole process"
+    each, of_each = "", ""
+    if config.processes > 1:
+        each, of_each = ", each process", f", {result.tokens_per_s / config.processes:,.0f} each process"
     lines = [
         ("model", f"{model.variant} L{model.n_layer} C{model.n_embd} V{model.vocab_size}"),
-        ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} random tokens"),
+        ("step", f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} random tokens{each}"),
         ("precision", f"{config.dtype}, weights {config.weights}, tables {config.tables}"),
         ("compile", result.compile),
+        *([("parallel", f"{config.processes} processes, {result.parallel}")] if config.processes > 1 else []),
         ("device", f"{config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"),
         ("a step", f"{1e3 * result.seconds:,.1f} ms, the median of {result.steps}"),
         ("  forward, backward", f"{1e3 * result.gradients_seconds:,.1f} ms"),
         ("  clip, optimizer", f"{1e3 * result.update_seconds:,.1f} ms"),
-        ("speed", f"{result.tokens_per_s:,.0f} tokens/s"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s{of_each}"),
         ("memory", f"{peak} at its largest, {what}"),
     ]
     return "\n".join(f"{name:<21}{text}" for name, text in lines)

@@ -1,7 +1,8 @@
 """`heron estimate`: the memory of a training step before it is made, and which settings to change if it won't fit.
 
 No formula: the very step is run on tensors without contents, and every piece of memory that it would take is entered
-in a ledger. What the model, the loss or the optimizer come to hold tomorrow is in the figures tomorrow.
+in a ledger. What the model, the loss or the optimizer come to hold tomorrow is in the figures tomorrow. One of many
+processes runs it in a group whose others are made up.
 """
 
 from __future__ import annotations
@@ -16,28 +17,37 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed import device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from heron import dist
 from heron.commands import bench
 from heron.commands.settings import step_of
 from heron.config import FinetuneConfig, ModelConfig, TrainConfig
+from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.quantized import BYTES, quantized_layers
 from heron.optim import CopiedAdamW
 from heron.progress import progress
+from heron.tables.owners import Request
 from heron.train import memory
 from heron.train.step import Learner
 
 _WORTH_A_SETTING = 0.01  # of what a step takes; what a setting saves must be more, unless the step then fits
+_PER_MACHINE = 8  # GPUs; hsdp shares the weights among these
 _COMPARED = 2, 3  # layers that are run; each further one takes as much more as the last of these did
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.gpus < 1:
+        raise ConfigError(f"gpus: wanted at least 1, got {options.gpus}")
     config, model = step_of(options)
-    print(describe(config, model, None if options.memory is None else memory.size(options.memory)))
+    available = None if options.memory is None else memory.size(options.memory)
+    config = on_gpus(config, model, options.gpus, available)
+    print(describe(config, model, available))
     if options.probe:
         print(f"\nmeasured here\n{bench.describe(config, model, bench.bench(config, model, steps=5))}")
 
@@ -57,8 +67,21 @@ class Memory(NamedTuple):
         return Memory(*(round(a + share * (b - a)) for a, b in zip(self, other, strict=True)))
 
 
+def on_gpus(config: TrainConfig, model: ModelConfig, gpus: int, available: int | None = None) -> TrainConfig:
+    """The settings of one of `gpus` processes, with the layout decided as a run would on GPUs of `available` bytes."""
+    if gpus == 1:
+        return config
+    parallel = config.parallel
+    if parallel == "auto":
+        fits = available is None or dist.fits(memory.parameters(model), available)
+        parallel = "ddp" if fits else "fsdp"
+    return dataclasses.replace(config, processes=gpus, parallel=parallel)
+
+
 def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
     """What a step of `config` takes, after the first, on a GPU as on a CPU, as eager PyTorch asks for memory.
+
+    Of `config.processes` it is each one's, on its GPU; what tables have on the host is of each process, too.
 
     On top come what kernels use inside, what an allocator rounds up and loses between the pieces, and the few hundred
     MiB that CUDA itself takes.
@@ -93,6 +116,7 @@ def _described(config: TrainConfig, model: ModelConfig, available: int | None, n
     ]
     lines = [
         f"{model.variant} L{model.n_layer} C{model.n_embd} V{model.vocab_size}, {batch}",
+        *([f"each of {config.processes} GPUs, parallel {config.parallel}"] if config.processes > 1 else []),
         f"dtype {config.dtype}, weights {config.weights}, tables {config.tables}"
         + (", blocks recomputed" if config.grad_checkpoint else ""),
         "",
@@ -136,18 +160,21 @@ def _quantized(config: TrainConfig, finetune: FinetuneConfig, model: ModelConfig
 def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
     """A step in a ledger, after one of two tokens that makes the moments."""
     passes = min(config.accumulate, 2)  # any more take no more
-    distinct = min(config.accumulate * config.micro_bsz * config.ctx_len, model.vocab_size)
+    distinct = min(config.tokens_per_step // max(1, config.processes), model.vocab_size)  # ids of one process
     with torch.device("meta"):
         network = RWKV(model)
-    with FakeTensorMode(), _nothing_moves(), _Ledger() as ledger:
+    with _among_others(config.processes) as ranks, FakeTensorMode(), _nothing_moves(), _Ledger() as ledger:
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
-        learner = Learner(network, dataclasses.replace(config, compile="off"), torch.device("cpu"))
+        learner = Learner(network, dataclasses.replace(config, compile="off"), torch.device("cpu"), ranks=ranks)
         if learner.tables is not None:
             learner.tables.impl = "reference"  # in operations that the ledger sees
             made_up = torch.empty(distinct, dtype=torch.int64)
             learner.tables.distinct = lambda *_: made_up  # pyright: ignore[reportAttributeAccessIssue]
+            if learner.tables.owners is not None:
+                requested = _request(ranks, made_up, model.vocab_size)
+                learner.tables.owners.request = lambda _: requested  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(learner.optimizer, CopiedAdamW) and learner.optimizer.copies:
             learner.optimizer.impl = "reference"  # like the kernel, it never has all gradients in fp32
         sample, two = (_sample(model, *shape) for shape in ((config.micro_bsz, config.ctx_len), (1, 2)))
@@ -156,7 +183,7 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
         learner.update(learner.gradients([two]), 0.0, math.inf)
         ledger.peak = ledger.held
         loss = learner.gradients([sample] * passes)
-        on_host = [] if learner.tables is None else learner.tables.weights
+        on_host = learner.tables.weights if learner.tables is not None and config.tables == "host" else []
         rows = [] if learner.tables is None else learner.tables.rows
         trained = [parameter for parameter in learner.trained.parameters() if not _among(on_host, parameter)]
         others = [other for other in learner.network.parameters() if not _among([*trained, *on_host], other)]
@@ -172,6 +199,14 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
             peak=ledger.peak - tables,
             tables=tables,
         )
+
+
+def _request(ranks: dist.Ranks, ids: Tensor, n_rows: int) -> Request:
+    """What tables of so many rows are asked for where each process needs as many rows as this one, evenly owned."""
+    n, count = len(ids), ranks.count
+    evenly = [n // count + (number < n % count) for number in range(count)]
+    owned = torch.empty(min(n, -(-n_rows // count)), dtype=torch.int64)
+    return Request(ranks, ids, n, evenly, owned, torch.empty_like(owned), evenly, ids, ids)
 
 
 def _sample(model: ModelConfig, *shape: int) -> tuple[Tensor, ...]:
@@ -192,13 +227,50 @@ def _nothing_moves() -> Iterator[None]:
         nn.Module.to = usual
 
 
+@contextlib.contextmanager
+def _among_others(processes: int) -> Iterator[dist.Ranks]:
+    """Be the first of so many processes while inside. The others are made up: what they send has no contents either."""
+    if processes <= 1:
+        yield dist.ALONE
+        return
+    from torch.testing._internal.distributed import fake_pg  # torchtitan's estimates rest on it, too
+
+    usual = device_mesh.init_device_mesh
+
+    def of_numbers(*given: Any, **named: Any) -> Any:
+        with _disable_current_modes():  # which processes it has can't be made up
+            return usual(*given, **named)
+
+    distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=processes)
+    device_mesh.init_device_mesh = of_numbers
+    try:
+        yield dist.Ranks(0, processes, 0, min(processes, _PER_MACHINE))
+    finally:
+        device_mesh.init_device_mesh = usual
+        distributed.destroy_process_group()
+
+
 class _Ledger(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive. For tensors without contents: what depends on them is made up."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held = self.peak = 0
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}  # bytes by storage
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> _Ledger:
+        def resize(storage: torch.UntypedStorage, n_bytes: int) -> Any:  # so does FSDP give back a block's weights
+            if storage._cdata in self._known:
+                self._count(storage._cdata, n_bytes)
+            return self._resize(storage, n_bytes)
+
+        torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -208,20 +280,21 @@ class _Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
+                self._enter(dist.local(tensor).untyped_storage())
         return out
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
-        key, n_bytes = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.held += n_bytes
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self._strike, key, n_bytes)
+        if storage._cdata not in self._known:
+            self._count(storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._strike, storage._cdata)
 
-    def _strike(self, key: int, n_bytes: int) -> None:
-        self._known.discard(key)
-        self.held -= n_bytes
+    def _count(self, key: int, n_bytes: int) -> None:
+        self.held += n_bytes - self._known.get(key, 0)
+        self._known[key] = n_bytes
+        self.peak = max(self.peak, self.held)
+
+    def _strike(self, key: int) -> None:
+        self.held -= self._known.pop(key)
 
 
 @functools.cache
@@ -259,4 +332,4 @@ def _among(tensors: list[Tensor], tensor: Tensor) -> bool:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(dist.local(tensor).numel() * tensor.element_size() for tensor in tensors)

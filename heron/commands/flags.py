@@ -221,8 +221,9 @@ def parser() -> argparse.ArgumentParser:
     estimate.add_argument(
         "--memory", help="what the device has, such as 24GiB or 80GB; default: only say what a step takes"
     )
+    estimate.add_argument("--gpus", type=int, default=1, help="each of how many GPUs, that share the run by --parallel")
     estimate.add_argument("--probe", action="store_true", help="also make five steps here, and say how fast they were")
-    _add_training(estimate)
+    _add_training(estimate, own=("gpus",))
 
     bench = verb("bench", "measure a training step here: time, tokens/s, memory", trains=True)
     bench.add_argument("--steps", type=int, default=10, help="timed steps; their median is printed")
@@ -394,13 +395,17 @@ def _help_of(field: dataclasses.Field, of_model: bool) -> str:
     return f"{doc} (default: {field.default})"
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    """The settings of a training run, which train, estimate and bench have in common."""
+def _add_training(parser: argparse.ArgumentParser, own: Sequence[str] = ()) -> None:
+    """The settings of a training run, which train, estimate and bench have in common.
+
+    Args:
+        own: flags of the verb alone that the official trainer has, too, with another meaning.
+    """
     parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     _add_settings(parser, TrainConfig, prefix="", groups=groups)
     _add_settings(parser, ModelConfig, prefix="model.", groups=groups)
-    rwkv_lm_flags.add(parser)
+    rwkv_lm_flags.add(parser, own)
 
 
 def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ _PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-mixed": "bf16", "tf32": "fp
 _TOKENIZERS = {256: "bytes", 65536: "world"}
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Let a parser accept these flags."""
+def add(parser: argparse.ArgumentParser, own: Sequence[str] = ()) -> None:
+    """Let a parser accept these flags, but for its `own` of that name."""
     group = parser.add_argument_group("RWKV-LM names", "flags of the official trainer, and what each is here")
 
     def flag(name: str, text: str, **more: Any) -> None:
@@ -116,7 +116,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     for name, reason in NO_EFFECT.items():
         flag(name, f"no effect: {reason}")
     for name in (*LIGHTNING_NO_EFFECT, *LIGHTNING_REFUSED):  # its switches stand there with a value or without
-        flag(name, argparse.SUPPRESS, nargs="?", const="True")
+        if name not in own:
+            flag(name, argparse.SUPPRESS, nargs="?", const="True")
 
 
 @dataclasses.dataclass

@@ -35,8 +35,11 @@ def adapted_linear() -> type[nn.Module]:
             name = None if impl == "reference" or args or kwargs else self._alone(x)
             if name is None:
                 return super().forward(x, *args, **kwargs)
-            layers: Any = self.base_layer, self.lora_A[name], self.lora_B[name]
-            return low_rank_linear(x, *(layer.weight for layer in layers), self.scaling[name], impl)
+            base, down, up = (layer.weight for layer in self._layers(name))
+            return low_rank_linear(x, base, down, up, self.scaling[name], impl)
+
+        def _layers(self, name: str) -> tuple[Any, Any, Any]:
+            return self.base_layer, self.lora_A[name], self.lora_B[name]
 
         def _alone(self, x: Tensor) -> str | None:
             """The adapter in use where nothing but it and the frozen weight takes part."""
@@ -47,8 +50,7 @@ def adapted_linear() -> type[nn.Module]:
             name = self.active_adapters[0]
             if name not in self.lora_A or name in self.lora_variant or type(self.lora_dropout[name]) is not nn.Identity:
                 return None
-            layers = self.base_layer, self.lora_A[name], self.lora_B[name]
-            fits = all(is_plain(layer, nn.Linear) and layer.weight.dtype == x.dtype for layer in layers)
+            fits = all(is_plain(part, nn.Linear) and part.weight.dtype == x.dtype for part in self._layers(name))
             return name if fits and not self.base_layer.weight.requires_grad else None
 
     return AdaptedLinear

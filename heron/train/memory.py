@@ -95,7 +95,9 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
     found: list[dict[str, Any]] = []
     if not config.grad_checkpoint:
         found.append(dict(grad_checkpoint=True))
-    if not config.tbptt and config.ctx_len > EXACT_CHUNK and not (config.finetune and config.finetune.has_pairs):
+    has_pairs = config.finetune is not None and config.finetune.has_pairs
+    whole = config.parallel not in ("fsdp", "hsdp") and config.context_parallel == 1  # what chunks need, for now
+    if not config.tbptt and config.ctx_len > EXACT_CHUNK and whole and not has_pairs:
         found.append(dict(tbptt="exact" if model.rosa is None else str(EXACT_CHUNK)))
     if config.micro_bsz % 2 == 0:
         found.append(dict(micro_bsz=config.micro_bsz // 2, accumulate=config.accumulate * 2))
@@ -103,6 +105,8 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
         found.append(dict(tables="host"))
     if config.tables == "host" and config.tables_state == "fp32" and not config.freezes:  # else there are no moments
         found.append(dict(tables_state="bf16"))
+    if config.processes > 1 and config.parallel == "ddp" and not (config.freezes or config.tbptt or has_pairs):
+        found.append(dict(parallel="fsdp"))
     if config.dtype == "fp32":
         found.append(dict(dtype="bf16"))
     elif config.weights != "bf16" and not (config.finetune is not None and config.finetune.base == "fp32"):

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import heron
+from heron import cli
 from heron.commands import estimate
 from heron.errors import ConfigError
 from heron.train import memory
@@ -96,6 +97,31 @@ def test_host_tables_take_their_rows_alone_from_the_device():
     assert plain.optimizer - host.optimizer == 8 * table + 2 * 4  # and a step count a table
     assert host.tables == (4 + 2 * 2) * table + 2 * 4 * 600
     assert plain.gradients - host.gradients == 4 * 2 * (600 - 4) * 64
+
+
+def test_each_of_many_gpus_has_its_share_of_weights_and_of_rows_of_tables():
+    def found(gpus, model=MODEL, **changes):
+        config = estimate.on_gpus(training(ctx_len=2, **changes), model, gpus)
+        return estimate.estimate(config, model)
+
+    alone, copies, shards = found(1), found(2, parallel="ddp"), found(2, parallel="fsdp")
+    rows = 2 * 600 * 64  # of tables
+    assert copies.parameters == alone.parameters - 4 * rows // 2
+    assert shards.parameters == pytest.approx(alone.parameters / 2, rel=0.01)
+    assert shards.optimizer == pytest.approx(alone.optimizer / 2, rel=0.01)
+    plain = MODEL.changed(variant="v7", n_layer=6)
+    assert found(2, plain, parallel="fsdp").peak < 0.75 * found(2, plain, parallel="ddp").peak
+    assert found(2, parallel="fsdp", tables="host").tables == found(1, tables="host").tables / 2
+    assert found(16, parallel="hsdp").peak == pytest.approx(found(8, parallel="fsdp").peak, rel=0.05)
+
+
+def test_many_gpus_share_weights_where_one_has_no_room(capsys):
+    config = training()
+    assert estimate.on_gpus(config, MODEL, 1) is config
+    assert estimate.on_gpus(config, MODEL, 4, 1 << 40).parallel == "ddp"
+    assert estimate.on_gpus(config, MODEL, 4, 1 << 20).parallel == "fsdp"
+    assert cli.main(["estimate", "--gpus", "0"]) == 1
+    assert "gpus: wanted at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.fixture
