@@ -66,16 +66,15 @@ def some_request(chance):
 
 
 @pytest.mark.parametrize(
-    ("draws", "form", "memory"),
+    ("draws", "form", "memory", "seed"),
     [
-        *(("host", form, None) for form in ("v7", "v8", "v7a", "v7b")),
-        ("device", "v8", None),
-        *(("host", form, "memory") for form in ("v7", "v8", "v7a", "v7b")),
-        ("host", "v8", RosaConfig.preset("memory", window=6, max_match=4, n_matches=3)),
-        ("device", "v8", "memory"),
+        *(("host", form, None, 0) for form in ("v7", "v8", "v7a", "v7b")),
+        ("device", "v8", None, 1),
+        *(("host", form, "memory", 1) for form in ("v7", "v8", "v7a", "v7b")),
+        ("host", "v8", RosaConfig.preset("memory", window=6, max_match=4, n_matches=3), 2),
+        ("device", "v8", "memory", 2),
     ],
 )
-@pytest.mark.parametrize("seed", [0, 1])
 def test_a_sequence_says_what_it_says_alone_whatever_joins_and_leaves(
     random_model, monkeypatch, draws, form, memory, seed
 ):
