@@ -6,6 +6,7 @@ import gc
 import itertools
 import queue
 import random
+import signal
 import threading
 import time
 import weakref
@@ -400,9 +401,13 @@ def test_an_interrupt_ends_the_wait_for_a_request(random_model):
     gate = threading.Event()
     many = Engine(random_model(), INTEGERS)
     running = many.run(iter(gate.wait, None))
-    threading.Timer(0.3, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        next(running)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+    try:
+        threading.Timer(0.3, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(running)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert many.n_free == 1
     thread = the_thread()
     gate.set()
