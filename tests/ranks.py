@@ -36,7 +36,7 @@ from heron.train.step import Learner
 SIZES = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 MODELS = {variant: heron.ModelConfig(variant=variant, **SIZES) for variant in ("v7", "v8")}
 GATED = "gated.pth"  # a v8 whose gates have gradients from the first step on, that count in the norm
-STEPS, STOP = 20, 8
+STEPS, STOP = 10, 4
 TABLE = torch.randn(37, 5, generator=torch.Generator().manual_seed(0))
 WANTED = [torch.tensor(ids) for ids in ([0, 1, 2, 4, 9, 36], [3, 4, 36], [5], [0, 4, 8, 11, 36])]  # by each process
 _MOST_RUNS = 50
@@ -47,7 +47,7 @@ def settings(folder: Path, text: Path, name: str, **changes) -> heron.TrainConfi
     values = dict(
         model=MODELS["v7"], data=str(text), out=str(folder / name), ctx_len=32, micro_bsz=2, max_steps=STEPS,
         lr_init=3e-4, lr_final=1e-4, warmup_steps=2, threads=1, dtype="fp32", device="cpu", save_every=0,
-        eval_every=10, sample_every=0, sample_tokens=4, dist_timeout=60,
+        eval_every=STEPS // 2, sample_every=0, sample_tokens=4, dist_timeout=60,
     )  # fmt: skip
     return heron.TrainConfig(**{**values, **changes})
 
@@ -133,7 +133,7 @@ class FaultyRank(heron.Trainer):
 
 def full_disk(*_: object) -> Path:
     """In the place of what writes a checkpoint."""
-    raise CheckpointError("checkpoints/step-00000020: cannot be written: No space left on device")
+    raise CheckpointError(f"checkpoints/step-{STEPS:08d}: cannot be written: No space left on device")
 
 
 def of_packs(folder: Path) -> dict:

@@ -1,8 +1,13 @@
-"""What each process of tests/context/test_context.py runs: losses and gradients of tiny models in spans."""
+"""Losses and gradients of tiny models in spans on processes, for tests/context/test_context.py.
+
+It starts `python -m tests.context.spans_of_a_model FOLDER PROCESSES`, which imports all once and becomes the processes.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,12 +15,14 @@ import torch.distributed as dist
 
 import heron
 from heron.context import Context
+from tests.ranks import become
 
 
-def main(folder: Path, rank: int, n_processes: int) -> None:
+def do_jobs(folder: Path) -> None:
     """Do the jobs of folder/jobs.pt; rank 0 leaves [(loss, gradients by name)] in folder/answers.pt."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n_processes)
+    dist.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
     answers = []
     for n, config, weights, batch, options in torch.load(folder / "jobs.pt", weights_only=False):
         group = dist.new_group(range(n))
@@ -40,4 +47,4 @@ def main(folder: Path, rank: int, n_processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    become(int(sys.argv[2]), partial(do_jobs, Path(sys.argv[1])))

@@ -17,7 +17,6 @@ from heron.errors import ConfigError, DataError
 from heron.ops.spans import Span
 from tests.ops.spans_on_threads import on_threads
 
-SCRIPT = Path(__file__).with_name("spans_of_a_model.py")
 PACK = [0, 3, 9, 9, 21, 22, 35, 35]  # one that two borders cut, one of one token, two empty ones
 
 
@@ -111,14 +110,11 @@ def test_spans_on_processes_are_the_text_on_one(tmp_path, random_model):
         model = random_model(variant=variant, seed=seed)
         jobs.append((n, model.config, model.state_dict(), given, options))
     torch.save(jobs, tmp_path / "jobs.pt")
-    commands = [[sys.executable, str(SCRIPT), str(tmp_path), str(rank), "4"] for rank in range(4)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), said
+    started = subprocess.run(
+        [sys.executable, "-m", "tests.context.spans_of_a_model", str(tmp_path), "4"], cwd=Path(__file__).parents[2],
+        timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout
     for (_, config, weights, given, _), answer in zip(jobs, torch.load(tmp_path / "answers.pt"), strict=True):
         assert_alike(answer, alone(config, weights, given))
 

@@ -227,8 +227,9 @@ def test_text_is_what_the_model_gives_token_by_token(remembering, monkeypatch, f
     assert state is None
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("form", ["v8", "v7a", "v7b"])
+@pytest.mark.parametrize(
+    ("form", "memory"), [*(("v8", memory) for memory in MEMORIES), ("v7a", "3 matches"), ("v7b", "documents end")]
+)
 def test_many_sequences_go_on_from_one_snapshot_each_by_itself(remembering, tmp_path, monkeypatch, form, memory):
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 4)
     model, sampling = remembering(memory, variant=form), Sampling(top_p=0.95)

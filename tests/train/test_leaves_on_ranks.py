@@ -1,6 +1,6 @@
 """Adapters, tuned states and ROSA memory on two processes: the run that one process makes, and the same after a stop.
 
-The processes are `python -m tests.train.test_leaves_on_ranks FOLDER PORT PORT ...`, all runs one after another.
+`python -m tests.train.test_leaves_on_ranks FOLDER` imports all once and becomes the two, all runs one after another.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ import heron
 from heron import report
 from heron.model import quantized
 from heron.train import loop
-from tests.ranks import SIZES, free_ports, launch, settings
+from tests.ranks import SIZES, become, fit, settings
 
 pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
 
@@ -87,33 +89,27 @@ def folder(tmp_path_factory):
         for name in ALIKE:
             config = settings(folder / "one", folder / "text.txt", name, **runs(folder)[name] | dict(micro_bsz=4))
             assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
-    ports = map(str, free_ports(len(runs(folder)) + 1))
-    processes = launch(["-m", "tests.train.test_leaves_on_ranks", str(folder), *ports], 2)
-    try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    started = subprocess.run(
+        [sys.executable, "-m", "tests.train.test_leaves_on_ranks", str(folder)], cwd=Path(__file__).parents[2],
+        timeout=200, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout
     return folder
 
 
-def main(folder: Path, ports: list[str]) -> None:
+def two(folder: Path) -> None:
     """The runs of one of two processes, which draws initial values of its own."""
-    loop.plot = lambda folders, out: None
     quantized.DEVICES = ("cpu",)
     seed_all = torch.manual_seed
     torch.manual_seed = lambda seed: seed_all(seed + int(os.environ["RANK"]))
 
-    def fit(name: str, trainer: type[heron.Trainer] = heron.Trainer) -> str:
-        os.environ["MASTER_PORT"] = ports.pop()
-        config = settings(folder / "two", folder / "text.txt", name, **runs(folder)[name])
-        return trainer(config, say=lambda line: None).fit()
+    def made(name: str, trainer: type[heron.Trainer] = heron.Trainer) -> str:
+        return fit(folder / "two", folder / "text.txt", name, trainer, **runs(folder)[name])
 
     for name in (*ALIKE, "dropping"):
-        assert fit(name) == "finished"
-    assert fit("stopped", StopAt) == "preempted"
-    assert fit("stopped") == "finished"
+        assert made(name) == "finished"
+    assert made("stopped", StopAt) == "preempted"
+    assert made("stopped") == "finished"
 
 
 def load_adapter(run_folder):
@@ -138,4 +134,5 @@ def test_a_run_with_dropout_that_was_stopped_goes_on_bit_for_bit(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    loop.plot = lambda folders, out: None
+    become(2, partial(two, Path(sys.argv[1])))
