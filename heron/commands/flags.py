@@ -396,11 +396,7 @@ def _help_of(field: dataclasses.Field, of_model: bool) -> str:
 
 
 def _add_training(parser: argparse.ArgumentParser, own: Sequence[str] = ()) -> None:
-    """The settings of a training run, which train, estimate and bench have in common.
-
-    Args:
-        own: flags of the verb alone that the official trainer has, too, with another meaning.
-    """
+    """The settings of a training run. `own`: flags of the verb that mean something else in the official trainer."""
     parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; flags override it")
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     _add_settings(parser, TrainConfig, prefix="", groups=groups)
