@@ -225,7 +225,7 @@ def two(folder: Path, text: Path) -> None:
         again(folder, text, "one-v8", f"again-v8-{parallel}", parallel, "v8")
     run._write = full_disk
     if os.environ["RANK"] == "1":
-        run.entry_of = full_disk
+        run.Writer.files = full_disk
     for name, changes in dict(full=dict(parallel="ddp"), full_fsdp=dict(parallel="fsdp", save_every=3)).items():
         try:
             made(name, background_save="on", **changes)

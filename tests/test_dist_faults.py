@@ -85,7 +85,7 @@ def plant(fault: str) -> type[heron.Trainer]:
         elif fault == VALIDATION:
             due.evaluate = failing(due.evaluate, 1, RuntimeError("planted"))
         else:
-            run.entry_of = failing(run.entry_of, 1, RuntimeError("planted"))
+            run.Writer.files = failing(run.Writer.files, 1, RuntimeError("planted"))
     return heron.Trainer
 
 

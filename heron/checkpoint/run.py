@@ -29,7 +29,7 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
 from heron import dist, files
 from heron.checkpoint import rng, sharded, shares
 from heron.checkpoint.formats import safetensors
-from heron.checkpoint.writer import Writer, entry_of, serialized
+from heron.checkpoint.writer import Writer, serialized
 from heron.errors import CheckpointError
 from heron.optim import RowAdamW
 
@@ -144,14 +144,12 @@ def _write_parts(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ra
             return folder
 
         def write_mine() -> dict[str, Any]:
-            mine = {f"{sharded.FOLDER}/{path.name}": entry_of(path) for path in shards}
-            return mine | (shares.write(temporary, contents.tables, ranks) if contents.tables else {})
+            return mine.files() | (shares.write(temporary, contents.tables, ranks) if contents.tables else {})
 
-        temporary, shards = ranks.first(begin), []
+        temporary = ranks.first(begin)
+        mine = stack.enter_context(Writer(temporary))
         if contents.sharded:
-            there = temporary / sharded.FOLDER
-            sharded.write(there, contents.tensors[MODEL], contents.tensors[OPTIMIZER], ranks.connection)
-            shards = sorted(there.glob(sharded.files_of(ranks.rank)))
+            sharded.write(mine, contents.tensors[MODEL], contents.tensors[OPTIMIZER], ranks.connection)
         written = ranks.each(write_mine)
         return ranks.first(end)
 

@@ -7,7 +7,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,7 +52,7 @@ class Writer:
         self._written[name] = size, digest
 
     def add(self, files: dict[str, dict[str, Any]]) -> None:
-        """Count files that others have written, by what :func:`entry_of` gives of each, among :meth:`files`."""
+        """Count files that others have written, by what their :meth:`files` gives, among :meth:`files`."""
         self._others |= files
 
     def files(self) -> dict[str, dict[str, Any]]:
@@ -81,20 +81,17 @@ def entry(size: int, digest: Any) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def entry_of(path: Path) -> dict[str, Any]:
-    """The same of a file that is there."""
-    with open(path, "rb") as file:
-        return entry(path.stat().st_size, hashlib.file_digest(file, "sha256"))
-
-
-def serialized(tensors: dict[str, Tensor]) -> Iterator[bytearray | memoryview]:
+def serialized(tensors: dict[str, Tensor], metadata: Mapping[str, str] = {}) -> Iterator[bytearray | memoryview]:
     """A .safetensors file piece by piece: no second copy of all the weights is ever made.
+
+    Args:
+        metadata: more of it, for the header.
 
     Source of the format: huggingface/safetensors, README. Wide types come first so that each begins at a multiple of
     its size, as the format's readers want it.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
         tensor = tensors[name]
