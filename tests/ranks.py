@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -53,12 +54,19 @@ def settings(folder: Path, text: Path, name: str, **changes) -> heron.TrainConfi
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports of this machine that nobody listens at."""
+    """Ports of this machine that nobody listens at, below those that it gives to connections.
+
+    A rank that meets a stranger at the port of its run waits for an answer without end.
+    """
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        ports = []
+        for port in random.SystemRandom().sample(range(15000, 32768), 1000):
+            with contextlib.suppress(OSError):  # it is taken
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.append(port)
+            if len(ports) == n:
+                return ports
+    raise RuntimeError(f"wanted {n} free ports, got {len(ports)} among 1000")
 
 
 def launch(arguments: list[str], processes: int) -> list[subprocess.Popen]:
