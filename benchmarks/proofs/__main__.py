@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import jobs
+from benchmarks import command_line, jobs
 from benchmarks.proofs import report
 from benchmarks.proofs.catalogue import PROOFS, TASKS, Case, cases
 from benchmarks.proofs.models import MODELS
 from benchmarks.proofs.training import learn
 from benchmarks.timing import device_of
 from heron.commands import EXIT_FAILED, EXIT_PREEMPTED
-from heron.errors import HeronError
 
 WORTH_BEGINNING = 45.0  # seconds: a process starts, compiles and trains a case in no less
 
@@ -100,15 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if "device" in options:
         options.chosen_device = device_of(parser, options.device)
-    try:
-        return options.action(options)
-    except HeronError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return 130
+    return command_line.exit_code(parser, options)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_PREEMPTED))  # the processes are ended on the way out
-    sys.exit(main())
+    command_line.run(main)

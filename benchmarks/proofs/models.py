@@ -1,4 +1,4 @@
-"""The networks that the proofs compare: RWKV-7 as it is, and two controls of its size made of the same blocks."""
+"""The networks that the proofs compare: RWKV-7 as it is and with larger rates, and two controls of the same blocks."""
 
 from __future__ import annotations
 

@@ -11,15 +11,14 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
 import sysconfig
 from pathlib import Path
 
-from benchmarks import jobs
+from benchmarks import command_line, jobs
 from benchmarks.study_memory import report, runs, texts
 from heron.commands import EXIT_FAILED, EXIT_PREEMPTED
-from heron.errors import ConfigError, DataError, HeronError
+from heron.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[2]
 LAMBADA = Path(os.environ.get("HERON_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / "lambada_test.jsonl"
@@ -137,15 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     told.set_defaults(action=_report)
 
     options = parser.parse_args(arguments)
-    try:
-        return options.action(options)
-    except HeronError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return 130
+    return command_line.exit_code(parser, options)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_PREEMPTED))  # the runs are ended on the way out
-    sys.exit(main())
+    command_line.run(main)
