@@ -48,9 +48,11 @@ class Slots:
 
         There are some only where all sequences then fit a smaller step, and have done so for `PATIENCE` steps.
         """
+        if len(self._sizes) == 1:
+            return []
         enough = self._at_least(len(self._of))
         high = [sequence for sequence, slot in self._of.items() if slot >= enough]
-        if len(self._sizes) == 1 or not high:
+        if not high:
             self._n_too_large = 0
             return []
         self._n_too_large += 1
