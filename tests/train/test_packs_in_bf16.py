@@ -31,6 +31,7 @@ MODELS = {
     "rosa-lm": dict(variant="rosa-lm"),
     "v7, an adapter": dict(variant="v7"),
 }
+FEW = ("v8-hybrid", "v8 with memory", "v7, an adapter")
 TOKENS, MOST = 96, 5  # of a pack, and the conversations in it
 
 
@@ -112,8 +113,8 @@ def errors(got, true):
 @pytest.mark.parametrize(
     ("name", "device", "n_packs"),
     [
-        *((name, CPU, 2) for name in ("v8-hybrid", "v8 with memory", "v7, an adapter")),
-        *(pytest.param(name, GPU, 16, marks=needs_gpu) for name in MODELS),  # of few, either may be near
+        *(pytest.param(name, CPU, 2, id=f"{name}, on a CPU") for name in FEW),
+        *(pytest.param(name, GPU, 16, id=name, marks=needs_gpu) for name in MODELS),  # of few, either may be near
     ],
 )
 def test_a_pack_is_at_most_twice_as_far_from_fp64_as_each_alone(name, device, n_packs):
