@@ -167,7 +167,10 @@ BESIDE = {
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [*((name, CPU) for name in ("lora", "miss", "state")), *(pytest.param(name, GPU, marks=needs_gpu) for name in BESIDE)],
+    [
+        *((name, CPU) for name in ("lora", "miss", "state")),
+        *(pytest.param(name, GPU, marks=needs_gpu) for name in BESIDE),
+    ],
 )
 def test_compiled_steps_beside_frozen_weights_are_the_written_ones(request, random_model, device, name):
     if device is CPU:
