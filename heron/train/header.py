@@ -80,7 +80,7 @@ def _rosa(config: TrainConfig, device: torch.device, rosa: RosaConfig | None) ->
     found = [("rosa", f"{match.impl}: {match.reason}")]
     if rosa.grad == "soft_suffix":
         gradient = soft_choice(device, config.ctx_len, rosa.max_match)
-        found.append(("its bits", f"{rosa.grad} by {gradient.impl}: {gradient.reason}"))
+        found.append(("rosa grad", f"{rosa.grad} in {gradient.impl}: {gradient.reason}"))
     return found
 
 

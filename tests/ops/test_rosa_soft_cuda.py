@@ -43,7 +43,6 @@ def emulated(most_blocks=1024):
 def kernel(request):
     """A device, and the kernel for it."""
     if request.param == "cuda":
-        soft.FORM.require(GPU, False, torch.float32)
         return GPU, soft_gradients_cuda
     if _build.find_compiler() is None:
         pytest.skip("no C++ compiler")

@@ -121,7 +121,12 @@ def soft_gradients_cpu(
 def soft_gradients_cuda(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, middle: Tensor, no_match: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`soft_gradients` in CUDA (csrc/soft.cu), in fp32 and without a limit; the same bits every time."""
+    """:func:`soft_gradients` in CUDA (csrc/soft.cu), in fp32 and without a limit; the same bits every time.
+
+    Raises:
+        KernelError: as :meth:`FORM.require`.
+    """
+    FORM.require(q.device, False, slope.dtype)
     return torch.ops.heron.rosa_soft_gradients(*(x.contiguous() for x in (q, k, v, slope, middle, no_match)))
 
 

@@ -100,7 +100,6 @@ class Stream {
             p_.dk[at_ * p_.bits + cell] = rate * total(0, bit, place + 1);
             p_.dv[at_ * p_.bits + cell] = total(1, bit, place);
         }
-        __syncthreads();
     }
 
   private:
@@ -137,13 +136,13 @@ class Stream {
         return weight(length, shared_.row[r].top) * shared_.row[r].share;
     }
 
+    // By the first warp alone, before a barrier. Behind their last one the others read nothing that it writes here.
     __device__ void load(int i) {
-        for (int r = threadIdx.x; r < kSide; r += blockDim.x) {
-            const int t = min(kSide * i + r, p_.tokens - 1);
-            shared_.query[r] = p_.q[at_ + t];
-            shared_.middle[r] = p_.middle[at_ + t];
-            for (int b = 0; b < kBits; ++b) shared_.slope[b][r] = b < p_.bits ? p_.slope[(at_ + t) * p_.bits + b] : 0.0f;
-        }
+        if (warp_ != 0) return;
+        const int64_t t = at_ + min(kSide * i + lane_, p_.tokens - 1);
+        shared_.query[lane_] = p_.q[t];
+        shared_.middle[lane_] = p_.middle[t];
+        for (int b = 0; b < kBits; ++b) shared_.slope[b][lane_] = b < p_.bits ? p_.slope[t * p_.bits + b] : 0.0f;
     }
 
     // Puts the lengths of tile (i, j) into shared memory, and returns the last one of this lane's distance.
@@ -190,13 +189,12 @@ class Stream {
             rows_[kSide * i + lane_] = {all.top, static_cast<float>(1.0 / all.weights), static_cast<float>(mean),
                                         static_cast<float>(mean - static_cast<float>(mean))};
         }
-        __syncthreads();
     }
 
     // Finds dq of the rows of tile i, and adds what they give to the sums of keys and values.
     __device__ void backward(int i) {
         load(i);
-        for (int r = threadIdx.x; r < kSide; r += blockDim.x) shared_.row[r] = rows_[kSide * i + r];
+        if (warp_ == 0) shared_.row[lane_] = rows_[kSide * i + lane_];
         __syncthreads();
         float d_query[kBits] = {};
         for (int j = warp_; j <= i; j += warps_) {
@@ -238,7 +236,6 @@ class Stream {
             for (int w = 0; w < warps_; ++w) sum += shared_.d_query[w][b][r];
             if (kSide * i + r < p_.tokens) p_.dq[(at_ + kSide * i) * p_.bits + cell] = 1.5f / p_.bits * sum;
         }
-        __syncthreads();
     }
 
     // Adds part(r, bit, value(r, cell)) over the cells of each end: cell (r, l) has the end r - l behind that of (0, 0). A
