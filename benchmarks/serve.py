@@ -32,7 +32,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import serve_load
 import torch
 from generate import DTYPES, decoding, in_turns, random_model
@@ -280,7 +279,8 @@ def with_minutes(engine: heron.Engine, options: argparse.Namespace) -> None:
 
     def work(address: str) -> None:
         def asked(seconds: float) -> serve_load.Found:
-            load = {"address": address, "clients": options.clients, "tokens": options.tokens, "seconds": seconds}
+            port = int(address.rpartition(":")[2])
+            load = {"port": port, "clients": options.clients, "tokens": options.tokens, "seconds": seconds}
             return serve_load.Found(**in_process(serve_load.__file__, json.dumps(load)))
 
         asked(0)  # warms up
@@ -293,8 +293,7 @@ def with_minutes(engine: heron.Engine, options: argparse.Namespace) -> None:
             print(f"first token     {percentiles(seconds)}, {kind}")
         print(f"between pieces  {percentiles(found.gaps)}")
         print(f"memory          {before:.0f} MiB before, {server_mib():.0f} after")
-        lines = httpx.get(f"{address}/metrics").text.splitlines()
-        print("\n".join(line for line in lines if line.startswith("heron_prefix_")), flush=True)
+        print("\n".join(found.levels), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="heron-bench-") as folder:
         serve_while(engine, options, work, cache_device=4, cache_host=4, cache_disk=16, state_dir=folder)

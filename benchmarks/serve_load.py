@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import random
@@ -15,8 +16,6 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
-
-import httpx
 
 TIMEOUT_S = 300
 LETTERS = {str(token): -100 for token in range(256) if not 97 <= token <= 122}  # so that random weights write text
@@ -37,13 +36,49 @@ class Found:
     gaps: list[float] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
     n_tokens: int = 0
+    levels: list[str] = dataclasses.field(default_factory=list)  # of the prefix cache, as /metrics has them
+
+
+class Answer:
+    """What comes back of one request, behind the head."""
+
+    def __init__(self, reader: asyncio.StreamReader, head: str):
+        self._reader, self.status = reader, int(head.split()[1])
+        self._is_chunked = "transfer-encoding: chunked" in head
+
+    async def pieces(self) -> AsyncGenerator[bytes]:
+        if not self._is_chunked:
+            yield await self._reader.read(-1)
+            return
+        while size := int(await self._reader.readline(), 16):
+            yield (await self._reader.readexactly(size + 2))[:-2]
+
+    async def text(self) -> str:
+        return b"".join([piece async for piece in self.pieces()]).decode()
+
+
+@contextlib.asynccontextmanager
+async def asked(port: int, method: str, path: str, body: Any = None) -> AsyncGenerator[Answer]:
+    """A request over a connection of its own, which ends with the block."""
+    data = b"" if body is None else json.dumps(body).encode()
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    )
+    async with asyncio.timeout(TIMEOUT_S):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(head.encode() + data)
+            yield Answer(reader, (await reader.readuntil(b"\r\n\r\n")).decode().lower())
+        finally:
+            writer.close()
 
 
 class Client:
     """One of many: does one thing after another until the time is over."""
 
-    def __init__(self, http: httpx.AsyncClient, number: int, tokens: int, found: Found):
-        self._http, self._tokens, self._found = http, tokens, found
+    def __init__(self, port: int, number: int, tokens: int, found: Found):
+        self._port, self._tokens, self._found = port, tokens, found
         self._number, self._chance = number, random.Random(number)
         self._chats = collections.deque[list[dict[str, str]]](maxlen=20)
 
@@ -55,7 +90,7 @@ class Client:
     async def one(self, kind: Callable[[], Awaitable[None]]) -> None:
         try:
             await kind()
-        except (UnexpectedError, httpx.HTTPError, ValueError, LookupError) as error:
+        except (UnexpectedError, OSError, EOFError, TimeoutError, ValueError, LookupError) as error:
             self._found.errors.append(f"{kind.__name__}: {type(error).__name__}: {error}"[:300])
 
     async def every_kind(self) -> None:
@@ -77,20 +112,18 @@ class Client:
         name = f"client-{self._number}"
         body = {"messages": [{"role": "user", "content": self._said(8)}]}
         await self._whole("session", "/v1/chat/completions", {**body, "session_id": name})
-        await self._post("/v1/states", {"name": name, "session_id": name})
+        await self._json("POST", "/v1/states", {"name": name, "session_id": name})
         await self._whole("session", "/v1/chat/completions", {**body, "state": name})
-        answer = await self._http.delete(f"/v1/states/{name}")
-        _check(answer.status_code == 200, answer.text)
+        await self._json("DELETE", f"/v1/states/{name}")
 
     async def responses(self) -> None:
         before = None
         for _ in range(2):
             self._found.asked["response"] += 1
             body = {"input": self._said(8), "max_output_tokens": self._tokens, "previous_response_id": before}
-            answer = await self._post("/v1/responses", body)
+            answer = await self._json("POST", "/v1/responses", body)
             before = answer["id"]
-        answer = await self._http.delete(f"/v1/responses/{before}")
-        _check(answer.status_code == 200, answer.text)
+        await self._json("DELETE", f"/v1/responses/{before}")
 
     async def short(self) -> None:
         await self._whole("short", "/v1/completions", {"prompt": self._said(2)})
@@ -103,10 +136,11 @@ class Client:
         self._found.asked["leave"] += 1
         body = {"prompt": self._said(20), "max_tokens": 40 * self._tokens}
         n_wanted, n_seen = self._chance.randint(1, 4), 0
-        async for _ in self._events("/v1/completions", body):
-            n_seen += 1
-            if n_seen == n_wanted:
-                return
+        async with contextlib.aclosing(self._events("/v1/completions", body)) as events:
+            async for _ in events:
+                n_seen += 1
+                if n_seen == n_wanted:
+                    return
 
     # -- how it asks ----------------------------------------------------------------------------------------------
 
@@ -116,26 +150,28 @@ class Client:
     def _body(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"max_tokens": self._tokens, "logit_bias": LETTERS, "seed": self._chance.randrange(1 << 30), **body}
 
-    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self._http.post(path, json=body)
-        _check(answer.status_code == 200, answer.text)
-        return answer.json()
+    async def _json(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        async with asked(self._port, method, path, body) as answer:
+            text = await answer.text()
+            _check(answer.status == 200, text)
+            return json.loads(text)
 
     async def _whole(self, kind: str, path: str, body: dict[str, Any]) -> None:
         self._found.asked[kind] += 1
-        n = (await self._post(path, self._body(body)))["usage"]["completion_tokens"]
+        n = (await self._json("POST", path, self._body(body)))["usage"]["completion_tokens"]
         _check(n == self._tokens, f"{n} tokens")
         self._found.n_tokens += n
 
     async def _events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[str]:
         """The data of each event."""
         body = {**self._body(body), "stream": True, "stream_options": {"include_usage": True}}
-        async with self._http.stream("POST", path, json=body) as answer:
-            if answer.status_code != 200:
-                raise UnexpectedError((await answer.aread()).decode("utf-8", "replace"))
-            async for line in answer.aiter_lines():
-                if line:
-                    yield line.removeprefix("data: ")
+        async with asked(self._port, "POST", path, body) as answer:
+            _check(answer.status == 200, "" if answer.status == 200 else await answer.text())
+            rest = b""
+            async for piece in answer.pieces():
+                *events, rest = (rest + piece).split(b"\n\n")
+                for event in events:
+                    yield event.decode().removeprefix("data: ")
 
     async def _stream(self, kind: str, path: str, body: dict[str, Any]) -> str:
         """The text of a streamed answer, whose times are noted."""
@@ -165,15 +201,15 @@ def _check(is_right: bool, got: str) -> None:
         raise UnexpectedError(got)
 
 
-async def load(address: str, clients: int, tokens: int, seconds: float) -> Found:
+async def load(port: int, clients: int, tokens: int, seconds: float) -> Found:
     """What so many clients see in so many seconds; 0: in one round of everything."""
     found = Found()
-    async with httpx.AsyncClient(
-        base_url=address, timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None)
-    ) as http:
-        those = [Client(http, number, tokens, found) for number in range(clients)]
-        end = time.monotonic() + seconds
-        await asyncio.gather(*(client.run(end) if seconds else client.every_kind() for client in those))
+    those = [Client(port, number, tokens, found) for number in range(clients)]
+    end = time.monotonic() + seconds
+    await asyncio.gather(*(client.run(end) if seconds else client.every_kind() for client in those))
+    async with asked(port, "GET", "/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    found.levels = [line for line in lines if line.startswith("heron_prefix_")]
     return found
 
 
