@@ -31,9 +31,7 @@ class ServeConfig:
     state_dir: str | None = setting(None, "folder that keeps saved states; None: they are lost at the end")
     cache_device: int = setting(1024, "MiB of states of prompts that are kept where the model runs; 0: none")
     cache_host: int = setting(4096, "MiB of them in host memory, and of sessions; 0: none")
-    cache_disk: int = setting(
-        4096, "MiB of them in files in --state_dir, where memory is full and for the next start; 0: none"
-    )
+    cache_disk: int = setting(4096, "MiB of them in files in --state_dir, also for the next start; 0: none")
     queue: int = setting(256, "requests that may wait for a place; one more is answered 429")
     max_body: int = setting(1 << 20, "most bytes of a request's body")
     max_prompt: int = setting(131_072, "most tokens of a prompt")
