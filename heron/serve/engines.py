@@ -29,6 +29,7 @@ from heron.serve.sessions import NoSuchState, StateStore
 from heron.tokenizer import Tokenizer
 
 SEPARATOR = ":"  # between the model's name and that of a variant
+SECONDS_TO_KEEP = 5.0  # states for the next start
 PREFIXES = "prefixes"  # in the folder of saved states, that of the prefix cache
 _MIB = 1 << 20
 
@@ -100,13 +101,13 @@ class Engines:
             scheduler.start(functools.partial(deliver, name))
 
     def stop(self, grace: float) -> None:
-        """Finish what runs, within `grace` seconds, keep states for the next start in what is left of them, and end."""
+        """Finish what runs, within `grace` seconds, keep states for the next start while they last, and end."""
         until = time.monotonic() + grace
         with ThreadPoolExecutor(len(self._schedulers)) as pool:
             list(pool.map(lambda scheduler: scheduler.stop(grace), self._schedulers.values()))
         self._fetches.close()
         if self._cache is not None:
-            self._cache.close(until)
+            self._cache.close(min(until, time.monotonic() + SECONDS_TO_KEEP))
 
     def _files_of(self, config: ServeConfig, folder: Path | None) -> PrefixFiles | None:
         """The files of the prefix cache, where they are wanted and can be had."""
