@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -395,7 +396,7 @@ def tuned(model, seed):
     return state
 
 
-def test_a_name_that_stands_for_another_start_finds_none_of_the_first(engine_of, random_model):
+def test_a_name_that_stands_for_another_start_finds_none_of_the_first(engine_of, random_model, monkeypatch):
     def origins(engine, others=None, states=None):
         offered = Engines(ServeConfig(name="tiny"), engine, others or {}, states or {})
         return {name: offered._origin_of(name).identity for name in offered.offers}
@@ -409,6 +410,8 @@ def test_a_name_that_stands_for_another_start_finds_none_of_the_first(engine_of,
     begun = Engine(one.model, tokenizer.load("bytes"), start=tuned(one.model, 1))
     other = Engine(random_model(seed=1, vocab_size=256), tokenizer.load("bytes"))
     assert not {origins(begun)["tiny"], origins(other)["tiny"]} & {first["tiny"], first["tiny:clerk"]}
+    monkeypatch.setattr(begun, "documents", SimpleNamespace(hash="of other documents"))
+    assert origins(begun) != origins(Engine(one.model, tokenizer.load("bytes"), start=tuned(one.model, 1)))
     offered = Engines(ServeConfig(name="tiny"), one, {}, {})
     assert offered._origin_of("tiny\nmine\n1").identity != offered._origin_of("tiny\nmine\n2").identity
 
