@@ -63,8 +63,8 @@ class Engines:
         name = config.name or "heron"
         folder = None if config.state_dir is None else Path(config.state_dir)
         self._states = StateStore(folder, config.cache_host * _MIB)
-        self._files = self._files_of(config, folder)
         is_cached = config.cache_device or config.cache_host
+        self._files = self._files_of(folder, config.cache_disk * _MIB) if is_cached else None
         sizes = config.cache_device * _MIB, config.cache_host * _MIB
         self._cache = PrefixCache(*sizes, self._files) if is_cached else None
         self._fetches = Fetches(self._cache)
@@ -87,14 +87,14 @@ class Engines:
             self.offers[full] = self.offers[name]._replace(start=Start(full, pending=()))
 
     def warm_up(self) -> None:
-        """Build kernels, record graphs, hash weights before anyone waits for it. Call it before :meth:`start`."""
-        for name in self.offers if self._files is not None else ():
-            self._origin_of(name)
+        """Build kernels and record graphs before anyone waits for them. Call it before :meth:`start`."""
         for scheduler in self._schedulers.values():
             list(scheduler.engine.run([Request((0,), max_tokens=2)]))
 
     def start(self, deliver: Callable[[str, list[Drawn]], None]) -> None:
         """Begin. `deliver` gets the name of an engine and what it has drawn, in that engine's thread."""
+        for name in self.offers if self._files is not None else ():
+            self._origin_of(name)  # later somebody would wait until all is hashed
         if self._cache is not None:
             self._cache.start()
         for name, scheduler in self._schedulers.items():
@@ -109,12 +109,12 @@ class Engines:
         if self._cache is not None:
             self._cache.close(min(until, time.monotonic() + SECONDS_TO_KEEP))
 
-    def _files_of(self, config: ServeConfig, folder: Path | None) -> PrefixFiles | None:
+    def _files_of(self, folder: Path | None, max_bytes: int) -> PrefixFiles | None:
         """The files of the prefix cache, where they are wanted and can be had."""
-        if folder is None or not config.cache_disk:
+        if folder is None or not max_bytes:
             return None
         try:
-            return PrefixFiles(folder / PREFIXES, config.cache_disk * _MIB, self._origin_of)
+            return PrefixFiles(folder / PREFIXES, max_bytes, self._origin_of)
         except CheckpointError as error:
             _log.error("states of prompts are not kept in files: %s", error)
             return None

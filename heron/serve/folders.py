@@ -18,7 +18,7 @@ def writable(folder: Path, mode: int = 0o777) -> Path:
         folder.mkdir(mode, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise _unfit(folder, error) from None
+        raise unfit(folder, error) from None
     return folder
 
 
@@ -30,7 +30,7 @@ def sweep(folder: Path) -> None:
             for rest in folder.glob(pattern):
                 rest.unlink(missing_ok=True)
     except OSError as error:
-        raise _unfit(folder, error) from None
+        raise unfit(folder, error) from None
 
 
 def lock(folder: Path) -> IO[str]:
@@ -38,13 +38,14 @@ def lock(folder: Path) -> IO[str]:
     try:
         file = open(folder / "lock", "a", encoding="utf-8")  # noqa: SIM115 (its holder closes it)
     except OSError as error:
-        raise _unfit(folder, error) from None
+        raise unfit(folder, error) from None
     if not locked(file):
         file.close()
         raise CheckpointError(f"{folder}: another server keeps states there")
     return file
 
 
-def _unfit(folder: Path, error: OSError) -> CheckpointError:
+def unfit(folder: Path, error: OSError) -> CheckpointError:
+    """The error of a folder that refuses."""
     reason = error.strerror or str(error)
     return CheckpointError(f"{folder}: no folder that states can be written into: {reason}")

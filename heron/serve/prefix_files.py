@@ -18,7 +18,7 @@ from typing import NamedTuple
 from heron.errors import CheckpointError
 from heron.generation import Engine, Snapshot
 from heron.generation.snapshot import read_snapshot, write_snapshot
-from heron.serve.folders import SUFFIX, lock, sweep, writable
+from heron.serve.folders import SUFFIX, lock, sweep, unfit, writable
 from heron.serve.prefixes import Lengths, Prefix
 
 MOST_WAITING = 8  # states that wait to be written
@@ -64,11 +64,10 @@ class PrefixFiles:
         self._is_closing = self._is_off = False
         self._changed = threading.Condition()  # of `_waiting` and `_is_closing`
         self._thread = threading.Thread(target=self._run, name="heron-prefix-files", daemon=True)
-        with os.scandir(self._folder) as entries:
-            ours = [entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
-        for entry in sorted(ours, key=lambda entry: entry.stat().st_mtime_ns):
-            self._note(entry.name, entry.stat().st_size)
-        self._make_room(0)
+        try:
+            self._take_over()
+        except OSError as error:
+            raise unfit(folder, error) from None
 
     # -- what never waits for the disk ----------------------------------------------------------------------------
 
@@ -180,6 +179,14 @@ class PrefixFiles:
 
     def _name_of(self, prefix: Prefix) -> str:
         return f"{self._start_of(prefix.start_key)}-{prefix.length}-{prefix.digest.hex()}{SUFFIX}"
+
+    def _take_over(self) -> None:
+        """Note the files that other servers have left, or delete them where they are too many."""
+        with os.scandir(self._folder) as entries:
+            ours = [entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
+        for entry in sorted(ours, key=lambda entry: entry.stat().st_mtime_ns):
+            self._note(entry.name, entry.stat().st_size)
+        self._make_room(0)
 
     def _note(self, name: str, size: int) -> None:
         with self._lock:

@@ -106,7 +106,7 @@ def test_another_model_finds_nothing_and_deletes_nothing(files_of, behind):
     assert path.exists()
 
 
-def test_the_files_used_longest_ago_go_where_there_are_too_many(files_of, behind):
+def test_the_files_used_longest_ago_go_where_there_are_too_many(files_of, behind, monkeypatch):
     files, states = files_of(), {n: behind([n]) for n in range(6)}
     sizes = [wrote(files, [n], states[n]).stat().st_size for n in range(3)]
     most = sum(sizes) + sizes[0] // 2
@@ -115,7 +115,13 @@ def test_the_files_used_longest_ago_go_where_there_are_too_many(files_of, behind
         return [n for n in states if files.has(prefix_of([n]))]
 
     assert files.read(prefix_of([0])) is not None  # used last, which the next server knows, too
-    files = files_of(most)
+    files, write, n_bytes = files_of(most), prefix_files.write_snapshot, []
+
+    def noted(state, *more):
+        n_bytes.append(files.n_bytes + state.nbytes)
+        write(state, *more)
+
+    monkeypatch.setattr(prefix_files, "write_snapshot", noted)
     for n, left in ((3, [0, 2, 3]), (4, [0, 3, 4])):
         wrote(files, [n], states[n])
         assert there(files) == left
@@ -123,6 +129,7 @@ def test_the_files_used_longest_ago_go_where_there_are_too_many(files_of, behind
     files.offer(prefix_of([0]), states[0])  # is there already, and was in use until now
     wrote(files, [5], states[5])
     assert there(files) == [0, 4, 5]
+    assert max(n_bytes) <= most  # while they are written, too
     assert there(files_of(sizes[0] // 2)) == []
     assert names(files._folder) == []
 
