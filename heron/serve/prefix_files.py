@@ -199,8 +199,9 @@ class PrefixFiles:
         with self._lock:
             if name in self._sizes:
                 self._sizes.move_to_end(name)
+        now = time.time_ns()  # finer than what the file system would take
         with contextlib.suppress(OSError):  # deleted by now, or a disk that only reads
-            os.utime(self._folder / name)
+            os.utime(self._folder / name, ns=(now, now))
 
     def _make_room(self, n_bytes: int) -> None:
         """Delete those used longest ago until `n_bytes` more find room."""

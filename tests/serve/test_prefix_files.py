@@ -316,6 +316,10 @@ def test_what_falls_out_of_memory_is_found_in_its_file(files_of, behind):
 
 def test_at_the_end_what_is_in_memory_is_written_newest_first(files_of, behind):
     states = {n: behind([n]) for n in range(6)}
+
+    def there(files):
+        return [n for n in states if files.has(prefix_of([n]))]
+
     files = files_of()
     size = wrote(files, [9], states[0]).stat().st_size
     for most, until_, left in ((LARGE, 30, [0, 1, 2, 3, 4, 5]), (3 * size, 30, [3, 4, 5]), (LARGE, -1, [])):
@@ -326,7 +330,8 @@ def test_at_the_end_what_is_in_memory_is_written_newest_first(files_of, behind):
             cache.keep([n], state)
         cache.close(time.monotonic() + until_)
         cache.close(time.monotonic() + until_)
-        assert [n for n in states if files.has(prefix_of([n]))] == left
+        assert there(files) == left
+        assert there(files_of(2 * size)) == left[-2:]
     files = files_of(4 * size)
     PrefixCache(LARGE, LARGE, files).close(0)
 
