@@ -284,15 +284,24 @@ def with_minutes(engine: heron.Engine, options: argparse.Namespace) -> None:
             return serve_load.Found(**in_process(serve_load.__file__, json.dumps(load)))
 
         asked(0)  # warms up
-        before = server_mib()
+        memory, is_over = [server_mib()], threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(6 * options.minutes):
+                memory.append(server_mib())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         found = asked(60 * options.minutes)
+        is_over.set()
+        watcher.join()
         print("requests        " + ", ".join(f"{n} {kind}" for kind, n in sorted(found.asked.items())))
         print(f"errors          {len(found.errors)}" + "".join(f"\n  {one}" for one in found.errors[:5]))
         print(f"tokens          {found.n_tokens / options.minutes / 60:.0f} a second, {options.tokens} an answer")
         for kind, seconds in sorted(found.firsts.items()):
             print(f"first token     {percentiles(seconds)}, {kind}")
         print(f"between pieces  {percentiles(found.gaps)}")
-        print(f"memory          {before:.0f} MiB before, {server_mib():.0f} after")
+        print(f"memory          {', '.join(f'{one:.0f}' for one in (*memory, server_mib()))} MiB, from before to after")
         print("\n".join(found.levels), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="heron-bench-") as folder:
