@@ -303,6 +303,7 @@ def test_what_falls_out_of_memory_is_found_in_its_file(files_of, behind):
     prefix = cache.only_in_file([0, 7, 8, 9])
     assert prefix == prefix_of([0, 7, 8])
     cache.fetch(prefix)
+    assert cache.only_in_file([0, 7, 8, 9]) is None  # in memory, too
     for _ in range(2):
         found, n = cache.find([0, 7, 8, 9])
         assert n == 3
