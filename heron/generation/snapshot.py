@@ -118,7 +118,7 @@ def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
     tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
     for name in ("counts", "generator"):
         if (part := getattr(snapshot, name)) is not None:
-            tensors[name] = part.clone()
+            tensors[name] = part.to("cpu", copy=True)
     return tensors
 
 
