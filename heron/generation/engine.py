@@ -108,12 +108,12 @@ class Engine:
         elif next(model.parameters()).device != self._device:
             raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
         self.model = model
-        looked_into = None if documents is None else Documents(documents, model.config)
-        self._decoder = decoder_of(model, rows, moved, looked_into, fit_steps)
+        self.documents = None if documents is None else Documents(documents, model.config)
+        self._decoder = decoder_of(model, rows, moved, self.documents, fit_steps)
         is_cuda = self._device.type == "cuda"
         n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
         most_packed = packed if self._is_fusible and model.config.memory is None else 1
-        self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into, most_packed)
+        self._reader = PromptReader(model, self._device, n_at_once, moved, self.documents, most_packed)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
         self._open: list[OpenSequence] = []  # of those with a prompt to read, the first gets the next piece
         self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one

@@ -352,6 +352,17 @@ def test_documents_are_looked_into_beside_the_sequence(remembering, monkeypatch,
 
 
 @needs_cpp
+def test_documents_have_one_hash_where_the_same_is_found_in_them(remembering):
+    config, ids = remembering().config, torch.tensor(text_of(200, 9))
+    changed = ids.clone()
+    changed[100] += 1
+    indices = index_of(), index_of(), TokenIndex.of(changed), TokenIndex.of(ids[:-1]), index_of(end=2)
+    first, again, *others = (Documents(index, config).hash for index in indices)
+    assert first == again
+    assert len({first, *others}) == 4
+
+
+@needs_cpp
 def test_documents_that_do_not_fit_are_refused(remembering, random_model):
     for model in (random_model(), random_model(variant="v7b")):
         with pytest.raises(ConfigError, match="this model has no ROSA memory .* trained with --rosa memory"):
