@@ -164,11 +164,6 @@ class StateStore:
             kept = self._in_memory.get(key)
         return None if kept is None else kept.snapshot.to(kept.device)
 
-    def forget(self, key: str) -> bool:
-        """Forget a session or a response; whether it was there."""
-        with self._lock:
-            return self._in_memory.pop(key) is not None
-
 
 def _without(path: Path, name: str, error: CheckpointError) -> CheckpointError:
     """The error with the state's name in place of its path."""
