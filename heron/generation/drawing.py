@@ -23,6 +23,7 @@ from heron.generation.sampling import (
     not_finite,
     sample,
 )
+from heron.generation.sending import sent
 from heron.generation.text import stand_for_something
 from heron.ops import sample_rows
 from heron.tokenizer import Tokenizer
@@ -213,15 +214,15 @@ class DeviceDraws:
             settings = [(s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for s in samplings]
             decay = None
             if any(sampling.has_penalties for sampling in samplings):
-                decay = torch.tensor([[float(s.penalty_decay)] for s in samplings], device=self._device)
+                decay = sent([[float(s.penalty_decay)] for s in samplings], self._device)
             asking = [(row, one) for row, one in enumerate(extras) if one is not None]
             self._plan = _Plan(
                 sequences,
-                torch.tensor(places, device=self._device),
+                sent(places, self._device),
                 torch.arange(len(places), device=self._device),
-                torch.tensor(settings, dtype=torch.float64, device=self._device),
+                sent(settings, self._device, torch.float64),
                 decay,
-                torch.tensor([int(sampling.count_digits) for sampling in samplings], device=self._device),
+                sent([int(sampling.count_digits) for sampling in samplings], self._device),
                 StepExtras(asking, self._barred) if asking else None,
             )
         return self._plan

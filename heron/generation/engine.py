@@ -23,6 +23,7 @@ from heron.generation.decoder import is_fusible
 from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws, HostDraws
 from heron.generation.incoming import Incoming
+from heron.generation.next_tokens import next_tokens
 from heron.generation.prefill import PromptReader
 from heron.generation.requests import OpenSequence, Piece, Request, check_ids, check_marks, check_seed, prompt_ids
 from heron.generation.sampling import Sampling, Token, check_finite
@@ -318,6 +319,8 @@ class Engine:
         """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
 
         With `packed`, short pieces of several prompts are read, together as many tokens as one long piece.
+        On a GPU the next step has often begun by the time the tokens are given. Sequences that come then join the one
+        after it: no token is drawn for them until then.
 
         Gives them in order of place. A sequence that cannot go on is closed, and gets an error in place of a token: its
         logits are not finite, or its constraint fails. Where drawing is interrupted, all that are drawn for are closed.
@@ -339,22 +342,15 @@ class Engine:
             if not writing:
                 return []
             try:
-                logits = self._decoder.step([one.place for one in writing], [one.unread[0] for one in writing])
-                logits = logits[:, : self.tokenizer.vocab_size]
-                drawn = self._draws.draw(writing, logits, self._decoder.look_ahead)
+                drawn = next_tokens(self._decoder, self._draws, writing, self.tokenizer.vocab_size)
             except BaseException:  # an interrupt, too: their tokens may have been read, and would be read again
                 for one in writing:
                     self.close(one)
                 raise
-            matches = self._decoder.longest or [None] * len(drawn)
-            for i, (one, token, match) in enumerate(zip(writing, drawn, matches, strict=True)):
+            for one, token in drawn:
                 if isinstance(token, HeronError):
                     self.close(one)
-                    continue
-                one.go_on(token.id)
-                if match is not None and match.length > 0 and match.predicted == token.id:
-                    drawn[i] = token._replace(match=match)
-            return list(zip(writing, drawn, strict=True))
+            return drawn
 
     def snapshot(self, sequence: OpenSequence) -> Snapshot:
         """What `sequence` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on.
