@@ -97,6 +97,7 @@ class _Plan:
     """What stays the same from step to step while the same n sequences are open; tensors on the device."""
 
     sequences: list[tuple[int, Sampling, Extras | None]]
+    by_chance: Sequence[int]  # the rows of those that are not greedy
     places: Tensor  # (n,) int64
     rows: Tensor  # (n,) int64, from 0 on
     settings: Tensor  # (n, 5) fp64
@@ -121,6 +122,7 @@ class DeviceDraws:
         self._plan: _Plan | None = None
         is_cuda = device.type == "cuda"
         self._uniforms = torch.zeros(size, dtype=torch.float64, pin_memory=is_cuda)
+        self._uniform_of = self._uniforms.unbind()
         self._uniforms_there = torch.zeros(size, dtype=torch.float64, device=device)
         self._ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
         self._logprobs = torch.zeros(size, pin_memory=is_cuda)
@@ -154,16 +156,13 @@ class DeviceDraws:
                 them. It may overwrite the logits.
         """
         plan = self._plan_of([(one.place, one.sampling, one.extras) for one in sequences])
-        uniforms = [
-            0.0 if one.sampling.greedy else torch.rand((), generator=one.generator, dtype=torch.float64).item()
-            for one in sequences
-        ]
+        for row in plan.by_chance:
+            self._uniform_of[row].uniform_(generator=sequences[row].generator)
         counts, is_copy = None, False
         if plan.decay is not None:
             is_copy = [one.place for one in sequences] != list(range(self._size))
             counts = self._counts[plan.places] if is_copy else self._counts
         n = len(sequences)
-        self._uniforms.numpy()[:n] = uniforms
         self._uniforms_there.copy_(self._uniforms, non_blocking=True)
         allowed = logits if plan.extras is None else plan.extras.shaped(logits)
         ids, logprobs = sample_rows(allowed, counts, self._barred, plan.settings, self._uniforms_there[:n])
@@ -218,6 +217,7 @@ class DeviceDraws:
             asking = [(row, one) for row, one in enumerate(extras) if one is not None]
             self._plan = _Plan(
                 sequences,
+                [row for row, sampling in enumerate(samplings) if not sampling.greedy],
                 sent(places, self._device),
                 torch.arange(len(places), device=self._device),
                 sent(settings, self._device, torch.float64),
