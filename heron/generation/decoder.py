@@ -46,6 +46,7 @@ class Decoder(Protocol):
     def ahead(self) -> Set[int]:
         """The sequences whose next step has begun. :meth:`read` gives their states from before it; :meth:`write` and
         :meth:`free` leave a sequence out of it, and no other."""
+        ...
 
     def look_ahead(self, sequences: Sequence[int], others: Mapping[int, int]) -> Callable[[Tensor], None] | None:
         """A function that starts the next step on the device before the host has read what was drawn. None: cannot.

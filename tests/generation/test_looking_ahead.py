@@ -9,9 +9,10 @@ import torch
 
 from heron import tokenizer
 from heron.errors import HeronError
-from heron.generation import Request, Sampling
+from heron.generation import Sampling
 from heron.generation.graphed import GraphedDecoder
 from tests.generation import accuracy
+from tests.generation.lives import lived, lives
 from tests.generation.recording import engine_as_on_a_gpu, recorded
 from tests.ops.emulated_stream import emulate
 
@@ -23,22 +24,6 @@ MODELS = {
     "memory": dict(variant="v8", memory="memory"),
 }
 FITS = pytest.mark.parametrize("fit_steps", [True, False], ids=["fitting", "all places"])
-
-
-class Even:
-    """Allows ids that are even at one token and odd at the next."""
-
-    is_over = False
-
-    def __init__(self):
-        self.at = 0
-
-    def allowed(self):
-        return torch.arange(37) % 2 == self.at
-
-    def accept(self, token):
-        assert token % 2 == self.at
-        self.at = 1 - self.at
 
 
 def same(mine, true):
@@ -58,6 +43,7 @@ def test_sequences_that_come_and_go_while_a_step_is_ahead_get_what_each_gets_alo
     """Each is read in the middle of a step that has begun, goes on, or goes while it runs and is void for it."""
     model, chance = random_model(variant=form).double(), random.Random(form)
     many, alone = recorded(GraphedDecoder(model, 6, fit_steps=fit_steps)), GraphedDecoder(model, 1)
+    alone.step([0], [5])
     behind, tokens, begun = {}, {}, set()  # of each sequence: its state, and the token that it reads next
     for _ in range(120):
         for sequence in range(6):
@@ -108,49 +94,6 @@ def test_a_token_that_could_not_be_drawn_spoils_its_own_sequence_alone(random_mo
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------
-
-
-def lives(chance, n):
-    """What n sequences want, when they come, and how they end: by a stop text, a limit, or cancelled."""
-    return [
-        (
-            dict(
-                prompt=[chance.randrange(37) for _ in range(chance.randint(1, 5))],
-                max_tokens=chance.choice((1, 2, 9, 25)),
-                sampling=Sampling(chance.choice((0, 1.0)), 0.95, presence_penalty=chance.choice((0, 0.3))),
-                stop=tuple(str(chance.randrange(37)) for _ in range(chance.choice((0, 3)))),
-                seed=number,
-                logit_bias={5: 1.5} if chance.random() < 0.3 else {},
-                logprobs=chance.choice((None, 2)),
-            ),
-            chance.random() < 0.3,  # constrained
-            chance.randrange(40),  # the step at which it comes
-            chance.choice((None, None, 4)),  # cancelled behind so many tokens
-        )
-        for number in range(n)
-    ]
-
-
-def lived(engine, some):
-    """Of each: its tokens, its text, and what it is at behind its last token, taken while a step may be ahead."""
-    said, coming, going, step = {}, sorted(enumerate(some), key=lambda life: life[1][2]), {}, 0
-    while coming or going:
-        while coming and engine.n_free and coming[0][1][2] <= step:
-            number, (wanted, is_constrained, _, cancelled) = coming.pop(0)
-            constraint = Even() if is_constrained else None
-            going[engine.add(Request(**wanted, constraint=constraint))] = number, cancelled
-            said[number] = [], [], None
-        for sequence, token in engine.step():
-            number, cancelled = going[sequence]
-            tokens, pieces, _ = said[number]
-            tokens.append(token)
-            pieces.append(sequence.text.push(token.id))
-            if sequence.text.finish or len(tokens) == cancelled:
-                said[number] = tokens, [*pieces, sequence.text.finish], engine.snapshot(sequence)
-                engine.close(sequence)
-                del going[sequence]
-        step += 1
-    return said
 
 
 @FITS
