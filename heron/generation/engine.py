@@ -51,7 +51,7 @@ class Engine:
         model: an RWKV (or a module with its `forward`, `hidden_states`, `config.vocab_size`), in the dtype to run in;
             one that mixes dtypes runs as a copy in the widest of them.
         tokenizer: the one that the model was trained with. Ids that stand for nothing in it are never drawn.
-        rows: sequences that can be open at once; their states are allocated now.
+        rows: sequences that can be open at once; their states are allocated now, on a GPU most often twice.
         tables: where DeepEmbed tables are: "device" (with the weights), "host" (in memory, as `model` has them, or
             pinned copies for a GPU), or "disk" (in `tables_file`, mapped; once the caller lets go of `model` they take
             no memory). Their rows are the same bit for bit, and fetched once per token for all layers.
