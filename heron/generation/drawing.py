@@ -48,9 +48,10 @@ class HostDraws:
     def _barred(self) -> Tensor:
         return barred_ids(self._tokenizer)
 
-    def keep(self, place: int, counts: Tensor) -> Tensor:
-        """The occurrences (V,) of the sequence at `place`, with these values to begin with; draws update them."""
-        self._counts[place] = counts.clone()
+    def keep(self, place: int, counts: Tensor | None) -> Tensor:
+        """The occurrences (V,) of the sequence at `place`, with these values (None: zeros) to begin with; draws update
+        them."""
+        self._counts[place] = torch.zeros(self._tokenizer.vocab_size) if counts is None else counts.clone()
         return self._counts[place]
 
     def draw(
@@ -132,12 +133,12 @@ class DeviceDraws:
     def _increments(self) -> Tensor:
         return increments(self._tokenizer).to(self._device)
 
-    def keep(self, place: int, counts: Tensor) -> Tensor:
-        """The occurrences (V,) of the sequence at `place`, on the device, with these values to begin with; draws update
-        them."""
+    def keep(self, place: int, counts: Tensor | None) -> Tensor:
+        """The occurrences (V,) of the sequence at `place`, on the device, with these values to begin with; None: zeros.
+        Draws update them."""
         if not len(self._counts):
             self._counts = torch.zeros(self._size, len(self._barred), device=self._device)
-        return self._counts[place].copy_(counts)
+        return self._counts[place].zero_() if counts is None else self._counts[place].copy_(counts)
 
     @torch.inference_mode()
     def draw(

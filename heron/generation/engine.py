@@ -290,8 +290,7 @@ class Engine:
                 generator.set_state(after.generator)
             place, counts = self._free[0], None
             if request.sampling.has_penalties:
-                counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts
-                counts = self._draws.keep(place, counts)
+                counts = self._draws.keep(place, after.counts)
             state = state.fork() if isinstance(state, State) else state
             sequence = OpenSequence(place, ids, state, request, extras, counts, generator, text)
             if sequence.is_read:
