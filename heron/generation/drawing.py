@@ -51,7 +51,7 @@ class HostDraws:
     def keep(self, place: int, counts: Tensor | None) -> Tensor:
         """The occurrences (V,) of the sequence at `place`, with these values (None: zeros) to begin with; draws update
         them."""
-        self._counts[place] = torch.zeros(self._tokenizer.vocab_size) if counts is None else counts.clone()
+        self._counts[place] = torch.zeros(self._tokenizer.vocab_size) if counts is None else counts.to("cpu", copy=True)
         return self._counts[place]
 
     def draw(

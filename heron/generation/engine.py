@@ -359,7 +359,7 @@ class Engine:
         """
         with self._lock:
             self._check_open(sequence)
-            counts = None if sequence.counts is None else sequence.counts.to("cpu", copy=True)
+            counts = None if sequence.counts is None else sequence.counts.clone()  # no wait for the device
             state = self._decoder.read(sequence.place) if sequence.is_read else sequence.state
             return Snapshot(state and state.clone(), tuple(sequence.unread), counts, sequence.generator.get_state())
 
