@@ -32,7 +32,7 @@ class Snapshot:
     pending: tuple[int, ...] = ()
     """Ids that are still to be read: the rest of a prompt, or the last token drawn."""
     counts: Tensor | None = None
-    """(V,) fp32 decayed occurrences of each token for the penalties; None: none yet."""
+    """(V,) fp32 decayed occurrences of each token for the penalties, on any device; None: none yet."""
     generator: Tensor | None = None
     """State of the sequence's random generator; None: a seed decides."""
 
@@ -47,8 +47,9 @@ class Snapshot:
         return sum(part.nbytes for part in (self.state, self.counts, self.generator) if part is not None)
 
     def to(self, device: torch.device | str) -> Snapshot:
-        """The snapshot with its state on another device."""
-        return self if self.state is None else dataclasses.replace(self, state=self.state.to(device))
+        """The snapshot with its state and its occurrences on another device."""
+        state, counts = self.state and self.state.to(device), None if self.counts is None else self.counts.to(device)
+        return dataclasses.replace(self, state=state, counts=counts)
 
 
 def write_snapshot(snapshot: Snapshot, path: Path, model: str) -> None:

@@ -587,7 +587,7 @@ def looking_ahead(drawing_engine, monkeypatch):
         made = drawing_engine(model, INTEGERS)
         monkeypatch.setattr(made, "_decoder", recorded(GraphedDecoder(model, 1)))
         if not looks_ahead:
-            monkeypatch.setattr(made._decoder, "_before", None)
+            monkeypatch.setattr(made._decoder, "look_ahead", lambda *_: None)
         return made
 
     return make
@@ -628,7 +628,7 @@ def test_a_step_is_begun_before_its_token_is_known_on_the_host(looking_ahead, ra
     engine = looking_ahead(random_model())
     begun, known = [], []
     run, receive = engine._decoder._run, engine._draws._receive
-    monkeypatch.setattr(engine._decoder, "_run", lambda size: (begun.append(len(known)), run(size))[1])
+    monkeypatch.setattr(engine._decoder, "_run", lambda: (begun.append(len(known)), run())[1])
     monkeypatch.setattr(engine._draws, "_receive", lambda n: (known.append(n), receive(n))[1])
     engine.open([1, 2])
     for _ in range(4):

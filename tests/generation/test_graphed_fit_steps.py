@@ -13,6 +13,7 @@ from heron.generation import Request, Sampling
 from heron.generation.graphed import GraphedDecoder
 from heron.generation.slots import PATIENCE
 from tests.generation import accuracy
+from tests.generation.lives import lived, lives
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SIZES = dict(n_layer=3, n_embd=192, head_size=64, vocab_size=100)
@@ -31,7 +32,7 @@ def test_a_step_of_every_size_is_at_most_twice_as_far_from_fp64_as_the_model(ran
     model = random_model(**settings).to("cuda", dtype)
     texts = torch.randint(4 if "memory" in form else 100, (4, 16), generator=torch.Generator().manual_seed(1)).tolist()
     decoder = GraphedDecoder(model, 5, fit_steps=True)
-    assert len({tuple(size.graph.pool()) for size in decoder._sizes.values()}) == 1
+    assert len({tuple(step.graph.pool()) for step in decoder._largest_first()}) == 1
     for n_beside, size in ((0, 1), (1, 2), (2, 4), (3, 4), (4, 5)):
         for sequence in range(n_beside):
             decoder.write(sequence, None)
@@ -48,9 +49,9 @@ def test_one_sequence_in_an_engine_of_many_places_gets_the_bits_of_an_engine_of_
             row = engine.open([seed, 7], sampling=Sampling(top_p=0.9, presence_penalty=0.3), seed=seed)
             for _ in range(5):
                 told[-1].append(engine.step()[0][1])
+            assert engine._decoder.ahead
             told[-1] += engine.snapshot(row).state.to_list()
             engine.close(row)
-        assert engine._decoder.look_ahead is not None
     for mine, theirs in zip(*told, strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
@@ -92,6 +93,27 @@ def test_texts_that_come_and_go_are_those_of_an_engine_of_one_place(random_model
         assert [token.id for token in mine] == [token.id for token in true]
         assert [token.match for token in mine] == [token.match for token in true]
         assert [token.logprob for token in mine] == pytest.approx([token.logprob for token in true], abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [dict(variant="v8"), dict(variant="v7a"), dict(variant="v8", memory="memory")])
+def test_looking_ahead_with_many_changes_no_bit(random_model, monkeypatch, form, dtype):
+    """In an engine of one size, whose sequences are each their own: they join, end, are cancelled and saved."""
+    model, some, told = random_model(**form, **SIZES).to("cuda", dtype), lives(random.Random(5), 24, 100), []
+    begun, begin = [], GraphedDecoder._look_ahead
+    monkeypatch.setattr(GraphedDecoder, "_look_ahead", lambda *of: (begun.append(of), begin(*of)))
+    for looks_ahead in (True, False):
+        engine = heron.Engine(model, IDS, 5)
+        if not looks_ahead:
+            monkeypatch.setattr(engine._decoder, "look_ahead", lambda *_: None)
+        begun.clear()
+        told.append(lived(engine, some))
+        assert bool(begun) == (looks_ahead and "memory" not in form)
+    for number, (tokens, text, snapshot) in told[1].items():
+        mine, my_text, behind = told[0][number]
+        assert (mine, my_text, behind.pending) == (tokens, text, snapshot.pending)
+        assert all(map(torch.equal, behind.state.to_list(), snapshot.state.to_list()))
+        assert torch.equal(behind.generator, snapshot.generator)
 
 
 def test_a_state_is_moved_as_it_is(random_model):

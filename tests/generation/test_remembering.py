@@ -181,7 +181,7 @@ def test_looking_ahead_changes_nothing(remembering, monkeypatch, memory):
     for i, token in enumerate(ids):
         kind = chance.choice(["ahead", "ahead", "ahead", "step", "dropped"]) if i else "step"
         if kind != "step":
-            ahead.look_ahead(torch.tensor([token if kind == "ahead" else 3]))
+            ahead.look_ahead([0], {})(torch.tensor([token if kind == "ahead" else 3]))
             assert equal(ahead.read(0), plain.read(0))
         if kind == "dropped":
             ahead.write(0, plain.read(0))
@@ -193,17 +193,24 @@ def test_looking_ahead_changes_nothing(remembering, monkeypatch, memory):
             decoder.write(0, state)
         for number, token in enumerate(ids[i : i + 20]):
             if number:
-                ahead.look_ahead(torch.tensor([token]))
+                ahead.look_ahead([0], {})(torch.tensor([token]))
             assert torch.equal(ahead.step([0], [token]), plain.step([0], [token]))
 
 
 def test_no_step_is_begun_before_its_token_is_known_where_the_host_must_see_it(remembering, monkeypatch):
+    def looks_ahead(n_sequences, *arguments, **options):
+        decoder, sequences = GraphedDecoder(model, *arguments, **options), list(range(n_sequences))
+        decoder.step(sequences, sequences)
+        return decoder.look_ahead(sequences, {}) is not None
+
     model = remembering()
-    assert GraphedDecoder(model, 1).look_ahead is None
+    assert not looks_ahead(1, 1)
     emulate(monkeypatch)
-    assert GraphedDecoder(model, 1).look_ahead is not None
-    assert GraphedDecoder(model, 2).look_ahead is None
-    assert GraphedDecoder(model, 1, documents=Documents(index_of(), model.config)).look_ahead is None
+    assert looks_ahead(1, 1)
+    assert looks_ahead(1, 2, fit_steps=True)
+    assert not looks_ahead(2, 2, fit_steps=True)
+    assert not looks_ahead(1, 2)
+    assert not looks_ahead(1, 1, documents=Documents(index_of(), model.config))
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------
