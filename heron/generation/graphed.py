@@ -2,7 +2,7 @@
 
 All sequences decode at once by :mod:`heron.generation.step`: what is elementwise is compiled where PyTorch's compiler
 works, and all between the products of a time mix is :func:`heron.ops.head_step`. For one sequence all products are made
-by :func:`heron.ops.matvec`, those that need not wait for each other at once.
+by :func:`heron.ops.matvec`, for a few by :func:`heron.ops.few_rows`: those that need not wait for each other at once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from heron.generation.slots import Slots, sizes_up_to
 from heron.generation.step import (
     Compiler,
     Pieces,
-    apart,
+    Way,
     blocks_of,
     channel_mix,
-    for_many,
-    for_one,
     layers_of,
     lookup,
     of_any_number,
     time_mix,
-    together,
+    way_for,
 )
 from heron.model import RWKV, State
 from heron.model import compiled as compilation
@@ -43,20 +41,15 @@ from heron.ops.token_step import LayerWeights
 from heron.tables.store import Tables
 
 
-@dataclasses.dataclass
 class _Form:
-    """How steps of one slot, or of several, are computed."""
+    """How steps of some sizes are computed: at first as it is, nothing compiled."""
 
-    layers: list[LayerWeights]
-    pieces_for: Callable[[LayerWeights, Compiler | None], Pieces]
-    pieces: Pieces
+    def __init__(self, way: Way, layers: list[LayerWeights]):
+        self.layers, self._way = layers, way
+        self.pieces = self.pieces_for(None)
 
-    @classmethod
-    def of(cls, layers: Sequence[LayerWeights], n: int) -> _Form:
-        """That of n slots; nothing is compiled."""
-        laid_out, pieces_for = (apart, for_one) if n == 1 else (together, for_many)
-        mine = [laid_out(layer) for layer in layers]
-        return cls(mine, pieces_for, pieces_for(mine[0], None))
+    def pieces_for(self, compiled: Compiler | None) -> Pieces:
+        return self._way.pieces_for(self.layers[0], compiled)
 
 
 @dataclasses.dataclass
@@ -122,9 +115,11 @@ class GraphedDecoder(StateDecoder):
         self._before = SequenceStates(model, 1) if looks_ahead else None  # the last step of one slot
         self._is_ahead = False
         layers = layers_of(model)
-        forms = {min(n, 2): _Form.of(layers, n) for n in {sizes[0], sizes[-1]}}
+        ways = {n: way_for(layers[0], n) for n in sizes}
+        laid_out = {of: [of(layer) for layer in layers] for of in {way.laid_out for way in ways.values()}}
+        forms = {way: _Form(way, laid_out[way.laid_out]) for way in ways.values()}
         self._forms = list(forms.values())
-        self._sizes = {n: _Size(n, forms[min(n, 2)], self._states.first(n)) for n in sizes}
+        self._sizes = {n: _Size(n, forms[way], self._states.first(n)) for n, way in ways.items()}
         self._last, self._sequences = self._sizes[sizes[0]], [0]  # the last step: of which size, and of whom
         self._order: list[int] = []  # the slots of whom
         self._rows: slice | Tensor = slice(0)
@@ -237,7 +232,7 @@ class GraphedDecoder(StateDecoder):
         for layer, states, rows in zip(size.form.layers, size.states.layers, tables, strict=True):
             x, v_first = time_mix(size.form.pieces, layer, x, states, v_first)
             x = channel_mix(size.form.pieces, layer, x, states, rows, embedded)
-        logits = self._model.head(self._model.ln_out(x))
+        logits = size.form.pieces.head(self._model.ln_out(x), self._model.head.weight)
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))
@@ -259,7 +254,7 @@ class GraphedDecoder(StateDecoder):
         embed, bonus = self._embed, self._memory and self._memory.bonus
         varies = len(self._sizes) > 1
         for form in self._forms:
-            pieces = form.pieces_for(form.layers[0], compiled)
+            pieces = form.pieces_for(compiled)
             form.pieces = of_any_number(pieces) if varies else pieces
         if bonus is not None:  # otherwise the embedding is two kernels as it is
             self._embed, self._bonus = compiled(embed), compiled(bonus)
@@ -275,7 +270,7 @@ class GraphedDecoder(StateDecoder):
             reason = compilation.first_line(error)
             print(f"heron: decoding is not compiled, so it takes longer: {reason}", file=sys.stderr)
             for form in self._forms:
-                form.pieces = form.pieces_for(form.layers[0], None)
+                form.pieces = form.pieces_for(None)
             self._embed = embed
             if bonus is not None:
                 self._bonus = bonus
