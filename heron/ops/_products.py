@@ -83,8 +83,8 @@ def why_not_rows(dtype: torch.dtype, weights: Sequence[Tensor]) -> str | None:
 
 
 def launches(products: Sequence[Product], most: int, launch: Callable[..., list[Tensor]]) -> list[Tensor]:
-    """What `launch` gives for up to `most` products at a time: of their x, on multiples of 16 bytes, weights, numbers of
-    activations, factors and adds."""
+    """What `launch` gives for up to `most` products at a time: of their x, on multiples of 16 bytes, weights, numbers
+    of activations, factors and adds."""
     ys = []
     for begin in range(0, len(products), most):
         xs, weights, activations, factors, adds = zip(*products[begin : begin + most], strict=True)

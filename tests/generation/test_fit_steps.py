@@ -15,6 +15,7 @@ from heron.generation.drawing import DeviceDraws
 from heron.generation.graphed import GraphedDecoder
 from heron.generation.slots import PATIENCE, Slots, sizes_up_to
 from heron.model import compiled as compilation
+from heron.ops._choice import Choice
 from heron.tables.store import off_device
 from tests.generation import accuracy
 from tests.generation.recording import recorded
@@ -207,6 +208,32 @@ def test_all_sizes_above_one_are_compiled_once(random_model, form):
         return len(made)
 
     assert graphs(9) == graphs(2)
+
+
+@pytest.mark.parametrize("form", ["v8", "v7a", "memory"])
+def test_steps_of_few_sequences_that_have_a_kernel_of_their_own_are_the_same_steps(random_model, monkeypatch, form):
+    """On a CPU by the kernel's definition; one, few and many sequences are computed in three ways."""
+    choice = Choice("cuda", "as if there were a kernel"), Choice("reference", "they are too many")
+    monkeypatch.setattr("heron.generation.step.few_rows_choice", lambda weights, n: choice[n > 4])
+    model = random_model(**MODELS[form]).double()
+    fits, single = GraphedDecoder(model, 9, fit_steps=True), GraphedDecoder(model, 1)
+    ways = {n: size.form for n, size in fits._sizes.items()}
+    assert [ways[1] is ways[2], ways[2] is ways[4], ways[4] is ways[8], ways[8] is ways[9]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert ways[1].layers is ways[2].layers
+    for count in (2, 3, 7, 1):
+        for sequence in range(9):
+            fits.free(sequence)
+        for token in (3, 5):
+            got = fits.step(list(range(count)), [token] * count)
+        single.write(0, None)
+        for token in (3, 5):
+            want = single.step([0], [token])
+        assert all(accuracy.distance(row[None], want) < 1e-12 for row in got)
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------

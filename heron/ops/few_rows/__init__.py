@@ -26,14 +26,14 @@ def few_rows_choice(weights: Sequence[Tensor], n: int) -> _choice.Choice:
 def few_rows(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
     """``y = add + factor * activation(weight x)`` of each product, for n vectors x, all in one launch on a GPU.
 
-    Sums are in fp32 (fp64 for fp64), and so is what follows; a result is rounded once. The products do not read one
-    another's results, and what one gives does not depend on the others. In the kernel, what a vector gives depends neither
-    on the other vectors nor on how many there are, not by a bit. No gradients.
+    Everything is computed in fp32 (fp64 for fp64) and rounded once. The products do not read one another's results,
+    and what one gives does not depend on the others. In the kernel, what a vector gives depends neither on the other
+    vectors nor on how many there are, not by a bit. No gradients.
 
     Args:
         products: :class:`Product`, of one n and one dtype on one device; their other sizes may differ.
-        impl: "reference" (any device), "cuda" (a kernel for up to `MOST` vectors, built at first use), or "auto": "cuda"
-            where it runs.
+        impl: "reference" (any device), "cuda" (a kernel for up to `MOST` vectors, built at first use), or "auto":
+            "cuda" where it runs.
 
     Returns:
         y of each product, (n, out) in their dtype.
