@@ -4,12 +4,17 @@
 #include <cuda_runtime.h>
 
 // Until what the kernels before this one have written can be read. The next kernel may begin from here on: before it
-// waits itself, it reads nothing but weights, and it writes nothing.
+// waits itself, it reads nothing but weights, whatever it may prefetch, and it writes nothing.
 __device__ __forceinline__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Bring what is at `x` near, for a read behind wait_for_inputs: what others write there until then, that read sees.
+__device__ __forceinline__ void prefetch(const void* x) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(x)));
 }
 
 // Launch a kernel whose every thread calls wait_for_inputs; of more than one block a cluster only from 9.0 on.
