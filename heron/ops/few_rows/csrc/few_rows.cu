@@ -118,13 +118,24 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[4], const unsigned (&a
     }
 }
 
-// What the blocks of a cluster have written to shared memory can be read by them all.
-__device__ __forceinline__ void sync_cluster() {
+// What the blocks of a cluster of this size have written to shared memory can be read by them all.
+__device__ __forceinline__ void sync_cluster(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-#else
+    if (blocks > 1) {
+        asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+        return;
+    }
+#endif
     __syncthreads();
+}
+
+// All of them have used what they have read, and shared memory may go.
+__device__ __forceinline__ void leave_cluster(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (blocks == 1) return;
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
@@ -228,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
             of_side[(inner / kLine * columns + 8 * c + lane % 4 * 2 + i % 2) * kPitch + row + i / 2 * 8] = sums[c][i];
         }
     }
-    sync_cluster();
+    sync_cluster(products.cluster);
     const int first_rank = static_cast<int>(blockIdx.x) % products.cluster - part;
     for (int i = static_cast<int>(threadIdx.x) + kThreads * part; i < products.n * kTile; i += kThreads * p.parts) {
         const int v = i / kTile, r = i % kTile;
@@ -245,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
         }
         static_cast<T*>(p.y)[at] = static_cast<T>(add + factor * activated(sum, p.activation));
     }
-    sync_cluster();  // nobody's shared memory is gone while others read it
+    leave_cluster(products.cluster);
 }
 
 }  // namespace
