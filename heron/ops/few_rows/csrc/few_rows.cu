@@ -25,7 +25,6 @@ constexpr int kTile = 16 * kGroups;  // rows of a block
 constexpr int kLine = 64;            // numbers of a row that a warp reads at once: 128 bytes
 constexpr int kStep = kSides * kLine;
 constexpr int kStaged = 1024;        // numbers of each vector that a block holds at a time
-constexpr int kPitch = kTile + 4;    // of sums, so that those of a warp are in different banks
 constexpr int kProducts = 8;         // of a launch
 constexpr int kMostParts = 8;        // blocks of a cluster
 constexpr int kEnough = 128;         // blocks for one matrix
@@ -75,9 +74,11 @@ inline int plan(Products& products, int part, int most) {
     return blocks;
 }
 
-// In shared memory, in this order: sums of both sides, and vectors.
+// In shared memory, in this order: sums of all parts and both sides, of as many rows as a block finishes, and vectors.
 template <int columns>
-constexpr int kSumBytes = kSides * columns * kPitch * static_cast<int>(sizeof(float));
+constexpr int kPitch = columns + 2;  // of sums, so that those of several rows are in different banks
+template <int columns>
+constexpr int kSumBytes = kSides * kTile * kPitch<columns> * static_cast<int>(sizeof(float));
 template <int columns>
 int shared_bytes(int staged) {
     return kSumBytes<columns> + columns * staged * 2;
@@ -89,11 +90,14 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     return shared;
 }
 
+__device__ __forceinline__ unsigned shared_address(const void* x) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(x));
+}
+
 // 16 bytes from global to shared memory in the background; zeros where not `valid`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -118,33 +122,56 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[4], const unsigned (&a
     }
 }
 
-// What the blocks of a cluster of this size have written to shared memory can be read by them all.
-__device__ __forceinline__ void sync_cluster(int blocks) {
+// As many bytes of sums will be sent to this block; `arrived` counts them.
+__device__ __forceinline__ void expect_sums(unsigned long long* arrived, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (blocks > 1) {
-        asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-        return;
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrived)) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrived)), "r"(bytes)
+                     : "memory");
     }
-#endif
-    __syncthreads();
-}
-
-// All of them have used what they have read, and shared memory may go.
-__device__ __forceinline__ void leave_cluster(int blocks) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (blocks == 1) return;
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
-// As `x` of another block of the cluster, of this `rank` there.
-__device__ __forceinline__ const float* in_block(const float* x, int rank) {
+// Until every block of the cluster expects its sums.
+__device__ __forceinline__ void wait_for_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    return static_cast<const float*>(__cluster_map_shared_rank(x, static_cast<unsigned>(rank)));
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Two sums to where `to` is in the shared memory of a block of the cluster, of this `rank` there.
+__device__ __forceinline__ void send_sums(float* to, int rank, float a, float b, unsigned long long* arrived) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    unsigned there, counter;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(arrived)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(there),
+                 "f"(a), "f"(b), "r"(counter)
+                 : "memory");
 #else
-    return x;
+    to[0] = a, to[1] = b;
+#endif
+}
+
+// Until all that this block expects is there. It may leave then: nobody reads its shared memory but itself.
+__device__ __forceinline__ void receive_sums(unsigned long long* arrived) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    unsigned done = 0;
+    while (done == 0) {
+        asm volatile(
+            "{\n.reg .pred done;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
+            "selp.u32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(shared_address(arrived))
+            : "memory");
+    }
+#else
+    __syncthreads();
 #endif
 }
 #endif
@@ -184,9 +211,11 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
     Piece held[lines][4];
 #pragma unroll
     for (int i = 0; i < lines; ++i) fetch(held[i], i * kStep);
+    __shared__ unsigned long long arrived;
+    expect_sums(&arrived, kSides * kTile * columns * static_cast<int>(sizeof(float)));
     wait_for_inputs();
 
-    auto* const of_side = reinterpret_cast<float*>(shared_memory());
+    auto* const received = reinterpret_cast<float*>(shared_memory());
     auto* const vectors = reinterpret_cast<T*>(shared_memory() + kSumBytes<columns>);
     const T *const first = vectors + place<columns>(lane / 4, inner);
     const T *const second = vectors + place<columns>(lane / 4, inner + kLine / 2);
@@ -232,31 +261,31 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
         }
     }
 
+    wait_for_cluster();
+    const int rows = kTile / p.parts, first_rank = static_cast<int>(blockIdx.x) % products.cluster - part;
 #pragma unroll
-    for (int c = 0; c < columns / 8; ++c) {
+    for (int below = 0; below < 2; ++below) {
+        const int r = row + 8 * below;
+        float* to = received + ((part * kSides + inner / kLine) * rows + r % rows) * kPitch<columns> + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            of_side[(inner / kLine * columns + 8 * c + lane % 4 * 2 + i % 2) * kPitch + row + i / 2 * 8] = sums[c][i];
+        for (int c = 0; c < columns / 8; ++c) {
+            send_sums(to + 8 * c, first_rank + r / rows, sums[c][2 * below], sums[c][2 * below + 1], &arrived);
         }
     }
-    sync_cluster(products.cluster);
-    const int first_rank = static_cast<int>(blockIdx.x) % products.cluster - part;
-    for (int i = static_cast<int>(threadIdx.x) + kThreads * part; i < products.n * kTile; i += kThreads * p.parts) {
-        const int v = i / kTile, r = i % kTile;
-        if (first_row + r >= p.out) continue;
-        const int64_t at = static_cast<int64_t>(v) * p.out + first_row + r;
-        const float factor = p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[at]) : 1.0f;
-        const float add = p.add ? static_cast<float>(static_cast<const T*>(p.add)[at]) : 0.0f;
+    const int first_mine = first_row + rows * part;
+    for (int base = 0; base < products.n * rows; base += kThreads) {
+        const int i = base + static_cast<int>(threadIdx.x), v = i / rows, r = i % rows;
+        const bool is_there = v < products.n && first_mine + r < p.out;
+        const int64_t at = static_cast<int64_t>(v) * p.out + first_mine + r;
+        const float factor = is_there && p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[at]) : 1.0f;
+        const float add = is_there && p.add ? static_cast<float>(static_cast<const T*>(p.add)[at]) : 0.0f;
+        if (base == 0) receive_sums(&arrived);
+        if (!is_there) continue;
         float sum = 0.0f;
 #pragma unroll 4
-        for (int other = 0; other < p.parts; ++other) {
-            const float* theirs = in_block(of_side, first_rank + other) + v * kPitch + r;
-#pragma unroll
-            for (int s = 0; s < kSides; ++s) sum += theirs[s * columns * kPitch];
-        }
+        for (int other = 0; other < kSides * p.parts; ++other) sum += received[(other * rows + r) * kPitch<columns> + v];
         static_cast<T*>(p.y)[at] = static_cast<T>(add + factor * activated(sum, p.activation));
     }
-    leave_cluster(products.cluster);
 }
 
 }  // namespace
