@@ -15,13 +15,18 @@ template <typename T> void multiply_tiles(float (&c)[4], const unsigned (&a)[4],
 }
 
 inline std::vector<std::vector<float>> sent;  // to every block
+inline std::vector<int> missing;              // of every block, bytes that it has waited for in vain so far
 inline int blocks_of_cluster, bytes_of_sums;
-inline void expect_sums(unsigned long long*, int) {}
+inline void expect_sums(unsigned long long*, int bytes) {
+  if (threadIdx.x == 0) missing[blockIdx.x] += bytes;
+}
 inline void wait_for_cluster() {}
 inline void send_sums(float* to, int rank, float a, float b, unsigned long long*) {
   const auto at = to - reinterpret_cast<float*>(emulator::shared_words.data());
-  auto& theirs = sent[blockIdx.x / blocks_of_cluster * blocks_of_cluster + rank];
+  const auto block = blockIdx.x / blocks_of_cluster * blocks_of_cluster + rank;
+  auto& theirs = sent[block];
   theirs.at(at) = a, theirs.at(at + 1) = b;
+  missing[block] -= 8;
 }
 inline void receive_sums(unsigned long long*) {
   __syncthreads();
@@ -34,12 +39,16 @@ inline void receive_sums(unsigned long long*) {
 namespace {
 template <int columns, int lines> const char* run(const Products& products, int blocks) {
   sent.assign(blocks, std::vector<float>(kSumBytes<columns> / 4, NAN));
+  missing.assign(blocks, 0);
   bytes_of_sums = kSumBytes<columns>;
   blocks_of_cluster = products.cluster;
   const char* error = nullptr;
   for (int round = 0; round < 2 && !error; round++) {
     error = launch<Products>(few_rows<Brain, columns, lines>, dim3(blocks), kThreads,
                              shared_bytes<columns>(products.staged), nullptr, products);
+  }
+  for (const int bytes : missing) {
+    if (bytes != 0) return "a block waits for other bytes than those that are sent";
   }
   return error;
 }
