@@ -102,7 +102,7 @@ class GraphedDecoder(StateDecoder):
         if tables is not None and not tables.by_kernel:  # the host picks their rows
             self._tables, self._picked = tables, tables.staging(n, pinned=device.type == "cuda")
             self._there = there = self._picked.to(device)  # (n, L, width)
-            self._lookup = lambda ids: there[: len(ids)].unbind(1)
+            self._lookup = lambda ids: there[: len(ids)].transpose(0, 1).contiguous().unbind()
         self._found: Tensor | None = None  # by memory, (n, K, 2), and a buffer of the host for it
         if (rosa := model.config.memory) is not None and model.memory is not None:
             self._found_on_host = torch.zeros(n, rosa.n_matches, 2, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -210,13 +210,22 @@ def test_all_sizes_above_one_are_compiled_once(random_model, form):
     assert graphs(9) == graphs(2)
 
 
-@pytest.mark.parametrize("form", ["v8", "v7a", "memory"])
-def test_steps_of_few_sequences_that_have_a_kernel_of_their_own_are_the_same_steps(random_model, monkeypatch, form):
+def _with_tables_off(model, n):
+    moved = off_device(model, CPU, None)
+    assert moved is not None
+    return moved[0], n, moved[1]
+
+
+@pytest.mark.parametrize(("form", "tables"), [("v8", None), ("v8", "host"), ("v7a", None), ("memory", None)])
+def test_steps_of_few_sequences_that_have_a_kernel_of_their_own_are_the_same_steps(
+    random_model, monkeypatch, form, tables
+):
     """On a CPU by the kernel's definition; one, few and many sequences are computed in three ways."""
     choice = Choice("cuda", "as if there were a kernel"), Choice("reference", "they are too many")
     monkeypatch.setattr("heron.generation.step.few_rows_choice", lambda weights, n: choice[n > 4])
     model = random_model(**MODELS[form]).double()
-    fits, single = GraphedDecoder(model, 9, fit_steps=True), GraphedDecoder(model, 1)
+    single = GraphedDecoder(model, 1)
+    fits = GraphedDecoder(*(model, 9) if tables is None else _with_tables_off(model, 9), fit_steps=True)
     ways = {n: size.form for n, size in fits._sizes.items()}
     assert [ways[1] is ways[2], ways[2] is ways[4], ways[4] is ways[8], ways[8] is ways[9]] == [
         False,

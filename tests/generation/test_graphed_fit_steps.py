@@ -20,6 +20,7 @@ ODD = dict(n_layer=3, n_embd=48, head_size=16, ffn_dim=90, vocab_size=100)  # 90
 MODELS = {
     "v8": (dict(variant="v8", **SIZES), torch.bfloat16),
     "v7a memory": (dict(variant="v7a", memory="memory", **SIZES), torch.float32),
+    "v7a memory, few rows": (dict(variant="v7a", memory="memory", **SIZES), torch.bfloat16),
     "odd": (dict(variant="v8", **ODD), torch.float16),
 }
 IDS = tokenizer.load("integers:100")
