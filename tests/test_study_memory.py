@@ -214,6 +214,17 @@ def test_memory_is_compared_seed_by_seed(tmp_path):
     assert changes == [-0.25, -0.5]
 
 
+def test_at_equal_time_twins_have_as_much_as_both_have_whatever_other_seeds_took(tmp_path):
+    def run(seed, seconds, bits):  # `seconds` a step behind the first; bits fall from 4 at the first step
+        steps = [dict(step=n, loss=1.0, tokens=64.0 * n, tokens_per_s=64.0, seconds=seconds * (n - 1)) for n in (1, 2)]
+        validations = [dict(steps[n], val_loss=value, val_bpb=value) for n, value in enumerate((4.0, bits))]
+        return report.compare.Run(tmp_path, {}, seed, steps, validations)
+
+    fast, slow = (run(0, 1.0, 2.0), run(0, 1.0, 1.0)), (run(1, 10.0, 2.0), run(1, 20.0, 2.0))
+    changes = report.gain([fast[0], slow[0]], [fast[1], slow[1]], "time")
+    assert changes == [-0.5, 0.5]  # the slow twin with memory is half-way, at 3.0, when the other ends at 2.0
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

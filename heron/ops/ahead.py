@@ -19,7 +19,7 @@ from heron.ops.linear_cross_entropy import cuda as linear_cross_entropy
 from heron.ops.matvec import cuda as matvec
 from heron.ops.norm_mix import cuda as norm_mix
 from heron.ops.rosa import cuda as rosa
-from heron.ops.rosa import device_stream
+from heron.ops.rosa import device_stream, soft
 from heron.ops.rows import cuda as rows
 from heron.ops.sample_rows import cuda as sample_rows
 from heron.ops.shift_mix import cuda as shift_mix
@@ -28,8 +28,9 @@ from heron.ops.wkv7 import cuda as wkv7
 SEQUENCES = (wkv7.FORM, head_mix.FORM, shift_mix.FORM)  # the slowest first
 TRAINING = (*SEQUENCES, linear_cross_entropy.FORM, adamw.FORM)
 DECODING = (sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM, few_rows.FORM)
-TABLES, ROSA, STREAMS = rows.FORM, rosa.FORM, device_stream.FORM
-ALL = (*TRAINING, *DECODING, TABLES, ROSA, STREAMS)
+TABLES, STREAMS = rows.FORM, device_stream.FORM
+ROSA = (rosa.FORM, soft.FORM)
+ALL = (*TRAINING, *DECODING, TABLES, *ROSA, STREAMS)
 
 
 def build_for_training(device: torch.device) -> None:

@@ -8,7 +8,7 @@ the gradient of the state that it left. What is kept at once is one chunk, and o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from heron.config import ModelConfig
 from heron.config.tbptt import Tbptt
+from heron.context import Part
 from heron.errors import ConfigError
-from heron.model import RWKV
 from heron.model.state import State, States
+from heron.train.passes import IGNORED, Means, Sample, n_learned
 
-_IGNORED = -100
+_MOVED = ("tokens", "targets", "recalled", "cu_seqlens")  # to the device, of a chunk
 
 
 class Chunk(NamedTuple):
@@ -50,7 +51,7 @@ def check(tbptt: Tbptt, model: ModelConfig) -> None:
         )
 
 
-def cut(sample: Sequence[Tensor | None], length: int) -> list[Chunk]:
+def cut(sample: Sample, length: int) -> list[Chunk]:
     """A sample (tokens, targets, recalled, cu_seqlens) on the host in chunks of `length` tokens; the last is shorter.
 
     Of packed texts each chunk has those that it touches.
@@ -58,7 +59,7 @@ def cut(sample: Sequence[Tensor | None], length: int) -> list[Chunk]:
     tokens, targets, recalled, cu_seqlens = (*sample, None, None)[:4]
     assert tokens is not None
     assert targets is not None
-    T, n_learned = tokens.shape[1], int((targets != _IGNORED).sum())
+    T, n_of_sample = tokens.shape[1], n_learned(sample)
     starts = {0} if cu_seqlens is None else set(cu_seqlens.tolist())
     chunks = []
     for begin in range(0, T, length):
@@ -71,39 +72,40 @@ def cut(sample: Sequence[Tensor | None], length: int) -> list[Chunk]:
                 part,
                 None if recalled is None else recalled[:, begin:end],
                 None if cu_seqlens is None else torch.tensor(within, dtype=cu_seqlens.dtype) - begin,
-                int((part != _IGNORED).sum()) / max(n_learned, 1),
+                int((part != IGNORED).sum()) / max(n_of_sample, 1),
                 begin not in starts,
             )
         )
     return chunks
 
 
-class Reader:
-    """Makes the forward and backward passes of chunks.
+class Chunks:
+    """Makes a forward and a backward pass over each chunk of a sample."""
 
-    Args:
-        network: what computes the loss.
-        start: (tokens, cu_seqlens) -> the state that texts begin from, or None: zeros.
-        precision: a context for each forward pass.
-        passed: is called after each backward pass.
-    """
+    def __init__(self, means: Means, tbptt: Tbptt):
+        self._means, self._tbptt = means, tbptt
 
-    def __init__(
-        self,
-        network: RWKV,
-        start: Callable[[Tensor, Tensor | None], States | None],
-        precision: Callable[[], contextlib.AbstractContextManager],
-        passed: Callable[[], None],
-    ):
-        self._network, self._start, self._precision, self._passed = network, start, precision, passed
+    def count(self, samples: Sequence[Sample]) -> int:
+        """How many chunks the samples of a step have."""
+        return sum(-(-tokens.shape[1] // self._tbptt.chunk) for tokens, *_ in samples if tokens is not None)
 
-    def learn(self, chunks: Sequence[Chunk], exact: bool, parts: float) -> Tensor:
-        """The loss of a sample over `parts`; its gradients are in the leaves of the network.
+    def weight(self, sample: Sample) -> int:
+        """What counts in the mean loss of a step: targets that are learned."""
+        return n_learned(sample)
+
+    def learn(self, sample: Sample, parts: float, passes: int = 0, part: Part | None = None) -> Tensor:
+        """The loss of a sample over `parts`; its gradients are in the network's leaves, or where `passed` put them.
+
+        `passes` and `part` are those of :meth:`heron.train.passes.WholePasses.learn`; chunks have no use for them.
 
         Returns:
-            An fp32 scalar.
+            (1,) fp32, on the device.
         """
-        return self._exact(chunks, parts) if exact else self._truncated(chunks, parts)
+        chunks = [
+            chunk._replace(**{name: self._means.onto(getattr(chunk, name)) for name in _MOVED})
+            for chunk in cut(sample, self._tbptt.chunk)
+        ]
+        return (self._exact(chunks, parts) if self._tbptt.exact else self._truncated(chunks, parts)).view(1)
 
     def _truncated(self, chunks: Sequence[Chunk], parts: float) -> Tensor:
         total, state = torch.zeros((), device=chunks[0].tokens.device), None
@@ -112,7 +114,7 @@ class Reader:
             hidden, left = self._read(chunk, state, after)
             loss = self._loss(chunk, hidden, parts)
             loss.backward()
-            self._passed()
+            self._means.passed()
             total += loss.detach()
             state = None if left is None else left.map(_alone)
         return total
@@ -138,7 +140,7 @@ class Reader:
                 hidden, left = self._read(chunk, state, after)
             loss = self._loss(chunk, hidden, parts)
             torch.autograd.backward(*_with_gradients(loss, left, behind))
-            self._passed()
+            self._means.passed()
             total += loss.detach()
             behind = state
         return total
@@ -149,8 +151,8 @@ class Reader:
         `state`: of the text that goes on in this one.
         """
         wanted = after is not None and after.goes_on
-        with self._precision():
-            hidden, left = self._network.hidden_states(
+        with self._means.precision():
+            hidden, left = self._means.network.hidden_states(
                 chunk.tokens, self._entered(chunk, state), chunk.cu_seqlens, keep_state=wanted, recalled=chunk.recalled
             )
         if isinstance(left, tuple):
@@ -159,11 +161,11 @@ class Reader:
 
     def _entered(self, chunk: Chunk, state: State | None) -> States | None:
         """The state that the texts of a chunk begin from: the first one from `state`, if it goes on."""
-        start = self._start(chunk.tokens, chunk.cu_seqlens)
+        start = self._means.start(chunk.tokens, chunk.cu_seqlens)
         if state is None:
             return start
         n_others = 0 if chunk.cu_seqlens is None else len(chunk.cu_seqlens) - 2
-        config = self._network.config
+        config = self._means.network.config
         if chunk.cu_seqlens is not None and config.state_grows:
             zeros = State.zeros(config, 1, chunk.tokens.device, state.layers[0].ffn_shift.dtype)
             return state, *(start[1:] if isinstance(start, tuple) else [zeros] * n_others)
@@ -176,8 +178,8 @@ class Reader:
         )
 
     def _loss(self, chunk: Chunk, hidden: Tensor, parts: float) -> Tensor:
-        with self._precision():
-            return self._network.head_loss(hidden, chunk.targets, chunk.recalled) * (chunk.share / parts)
+        with self._means.precision():
+            return self._means.network.head_loss(hidden, chunk.targets, chunk.recalled) * (chunk.share / parts)
 
 
 def _with_gradients(loss: Tensor, left: State | None, behind: State | None) -> tuple[list[Tensor], list[Tensor | None]]:

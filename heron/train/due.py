@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from heron import machine
 from heron.config import TrainConfig
@@ -26,8 +25,8 @@ def validation(parts: Parts, progress: Progress, model: RWKV, config: TrainConfi
     val, share = parts.corpus.val, (ranks.rank, ranks.count)
     if val is None:
         return lambda: None  # it was owed by a run that had validation data before it was stopped
-    if parts.learner.references is not None and parts.val_packs is not None:
-        return _of_pairs(parts, parts.val_packs, parts.learner.references.val, progress, config, ranks)
+    if parts.learner.pairs is not None and parts.val_packs is not None:
+        return _of_pairs(parts, parts.learner.pairs, parts.val_packs, progress, config, ranks)
     precision = machine.autocast(config.dtype, torch.device(config.device))
     if parts.val_packs is not None:
         packs = parts.val_packs.each_once(config.micro_bsz)
@@ -48,10 +47,10 @@ def validation(parts: Parts, progress: Progress, model: RWKV, config: TrainConfi
 
 
 def _of_pairs(
-    parts: Parts, packs: Packs, reference: Tensor, progress: Progress, config: TrainConfig, ranks: Ranks
+    parts: Parts, pairs: preference.Pairs, packs: Packs, progress: Progress, config: TrainConfig, ranks: Ranks
 ) -> Callable[[], None]:
     """:func:`validation` where answers are preferred to others."""
-    sums = preference.score(packs, reference, config, (ranks.rank, ranks.count), parts.learner.likelihoods)
+    sums = preference.score(pairs, packs, config, (ranks.rank, ranks.count))
 
     def tell() -> None:
         *of_all, n = ranks.sum(sums)

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from heron import files
 from heron.config import TrainConfig
+from heron.context import Part
 from heron.data.conversations import Conversations
 from heron.data.packs import Packs
 from heron.errors import CheckpointError
-from heron.model import RWKV
-from heron.model.state import States
+from heron.train.passes import IGNORED, Means, Sample
 
 FILE = "reference.json"
 FIGURES = ("accuracy", "margin")  # of a step's pairs: the share with a margin above 0, and the mean margin
-_IGNORED = -100
 
 
 def losses_and_margins(logprobs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -39,40 +38,73 @@ def losses_and_margins(logprobs: Tensor, reference: Tensor, beta: float) -> tupl
     return -F.logsigmoid(margins), margins
 
 
-def log_likelihoods(
-    network: RWKV, sample: Sequence[Tensor | None], offsets: Sequence[int], start: States | None
-) -> Tensor:
-    """The log-probability (n,) of what is learned of each packed text, at least fp32.
-
-    Args:
-        sample: tokens, targets, recalled and cu_seqlens, on the device of `network`.
-        offsets: of the n texts, on the host: the first n + 1 numbers of cu_seqlens.
-        start: the state that the texts begin from.
-    """
-    tokens, targets, recalled, cu_seqlens = sample
-    assert tokens is not None
-    assert targets is not None
-    hidden, _ = network.hidden_states(tokens, start, cu_seqlens, keep_state=False, recalled=recalled)
-    found = []
-    for begin, end in pairwise(offsets):
-        of_text = targets[:, begin:end]
-        here = None if recalled is None else recalled[:, begin:end]
-        mean = network.head_loss(hidden[:, begin:end], of_text, here, l2wrap=0.0)  # which is of the likelihood's loss
-        found.append(-mean * (of_text != _IGNORED).sum())
-    return torch.stack(found)
-
-
-def n_texts(sample: Sequence[Tensor | None]) -> int:
-    """Of a sample of pairs on the host, the number of texts that are not empty."""
-    numbers = sample[4]
-    return 0 if numbers is None else int((numbers >= 0).sum())
-
-
 class References(NamedTuple):
     """The log-probability of each sample under what the run starts from: chosen, rejected, chosen, ...; fp64."""
 
     train: Tensor
     val: Tensor
+
+
+class Pairs:
+    """Makes a pass over each sample of pairs, in which two answers are compared.
+
+    Attributes:
+        references: what they are measured against; set before the first step.
+    """
+
+    references: References | None = None
+
+    def __init__(self, means: Means, beta: float):
+        self._means, self._beta = means, beta
+
+    def count(self, samples: Sequence[Sample]) -> int:
+        """How many passes a step of these makes."""
+        return len(samples)
+
+    def weight(self, sample: Sample) -> int:
+        """What counts in the mean loss of a step: texts that are not empty."""
+        numbers = sample[4]
+        return 0 if numbers is None else int((numbers >= 0).sum())
+
+    def log_likelihoods(self, sample: Sample) -> Tensor:
+        """The log-probability (n,) of what is learned of each text of a sample, at least fp32."""
+        tokens, targets, recalled, cu_seqlens = map(self._means.onto, sample[:4])
+        assert tokens is not None
+        assert targets is not None
+        offsets = sample[3][: self.weight(sample) + 1].tolist()  # pyright: ignore[reportOptionalSubscript]
+        network, found = self._means.network, []
+        with self._means.precision():
+            start = self._means.start(tokens, cu_seqlens)
+            hidden, _ = network.hidden_states(tokens, start, cu_seqlens, keep_state=False, recalled=recalled)
+            for begin, end in pairwise(offsets):
+                of_text = targets[:, begin:end]
+                here = None if recalled is None else recalled[:, begin:end]
+                mean = network.head_loss(
+                    hidden[:, begin:end], of_text, here, l2wrap=0.0
+                )  # the likelihood's loss has it
+                found.append(-mean * (of_text != IGNORED).sum())
+        return torch.stack(found)
+
+    def learn(self, sample: Sample, parts: float, passes: int = 0, part: Part | None = None) -> Tensor:
+        """A sample's share of the loss of a step, and of :data:`FIGURES`; its gradients are where `passed` put them.
+
+        `parts`: what its mean loss is divided by. `passes` and `part` are those of
+        :meth:`heron.train.passes.WholePasses.learn`; pairs have no use for them.
+
+        Returns:
+            (3,) fp32, on the device.
+        """
+        assert self.references is not None
+        assert sample[4] is not None
+        logprobs = self.log_likelihoods(sample)
+        reference = self._means.onto(self.references.train[sample[4][: len(logprobs)]])
+        assert reference is not None
+        losses, margins = losses_and_margins(logprobs, reference, self._beta)
+        loss = losses.mean() / parts
+        loss.backward()
+        self._means.passed()
+        margins = margins.detach()
+        return torch.stack((loss.detach(), (margins > 0).float().mean() / parts, margins.mean() / parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +123,7 @@ def references(
     corpus: Conversations,
     packs: tuple[Packs, Packs | None],
     resume_from: Path | None,
-    likelihoods: Callable[[tuple[Tensor | None, ...]], Tensor],
+    likelihoods: Callable[[Sample], Tensor],
 ) -> References:
     """Those of a run: computed, where it has none yet, and kept in its folder.
 
@@ -128,26 +160,25 @@ def references(
     return found
 
 
-def score(
-    packs: Packs, reference: Tensor, config: TrainConfig, share: tuple[int, int],
-    likelihoods: Callable[[tuple[Tensor | None, ...]], Tensor],
-) -> list[float]:  # fmt: skip
+def score(pairs: Pairs, packs: Packs, config: TrainConfig, share: tuple[int, int]) -> list[float]:
     """Sums over a share of the validation pairs: losses, margins above 0, margins, and the number of pairs.
 
     `share`: i, n: every n-th batch from number i on.
     """
     assert config.finetune is not None
+    assert pairs.references is not None
     sums = torch.zeros(4, dtype=torch.float64)
     for batch in islice(packs.each_once(config.micro_bsz), share[0], None, share[1]):
         with torch.no_grad():
-            logprobs = likelihoods(batch).double().cpu()
+            logprobs = pairs.log_likelihoods(batch).double().cpu()
         assert batch[4] is not None
-        losses, margins = losses_and_margins(logprobs, reference[batch[4][: len(logprobs)]], config.finetune.dpo_beta)
+        reference = pairs.references.val[batch[4][: len(logprobs)]]
+        losses, margins = losses_and_margins(logprobs, reference, config.finetune.dpo_beta)
         sums += torch.stack((losses.sum(), (margins > 0).sum(), margins.sum(), torch.tensor(len(losses)))).double()
     return sums.tolist()
 
 
-def _of(packs: Packs | None, n: int, count: int, likelihoods: Callable[[tuple[Tensor | None, ...]], Tensor]) -> Tensor:
+def _of(packs: Packs | None, n: int, count: int, likelihoods: Callable[[Sample], Tensor]) -> Tensor:
     found = torch.zeros(n, dtype=torch.float64)
     for batch in () if packs is None else packs.each_once(count):
         with torch.no_grad():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +25,8 @@ from heron.tables.rows import row_tables
 from heron.train import chunks, leaves, preference
 from heron.train.base_model import Base
 from heron.train.guard import is_bad
+from heron.train.passes import Means, Sample, WholePasses
 from heron.train.run_data import learns_ids
-
-_IN_CHUNK = ("tokens", "targets", "recalled", "cu_seqlens")
-_PASSES_BEFORE_GRAPH = 3  # by then all is compiled, tuned and loaded
 
 
 class Learner:
@@ -52,7 +48,7 @@ class Learner:
             that is `model`.
         tables: those of which each step is brought the rows that it needs, None where they are plain parameters.
         optimizer: of `trained`.
-        references: of objective dpo, what pairs are measured against; set before the first step.
+        pairs: of objective dpo, what compares them; :meth:`refer` comes before the first step.
         compiled: whether steps are compiled, and why.
         parallel: how the network lies over the processes, and why.
 
@@ -76,17 +72,15 @@ class Learner:
         sharded = self.parallel.value in ("fsdp", "hsdp")
         if sharded and config.freezes:
             raise ConfigError(f"parallel {self.parallel.value}: frozen weights are not sharded yet; use --parallel ddp")
-        self._tbptt = Tbptt.of(config.tbptt)
-        if self._tbptt is not None:
-            chunks.check(self._tbptt, model.config)
-        self._has_pairs = config.finetune is not None and config.finetune.has_pairs
-        if self._tbptt is not None or self._has_pairs:
-            what = "objective dpo" if self._has_pairs else f"tbptt {config.tbptt}"
-            if sharded or config.context_parallel > 1:
-                other = "sharded weights" if sharded else "samples that processes share"
-                raise ConfigError(f"{what}: does not work with {other} yet; use --parallel ddp alone")
-        self.references: preference.References | None = None
-        self._figures = torch.zeros(len(preference.FIGURES) if self._has_pairs else 0, device=device)
+        tbptt = Tbptt.of(config.tbptt)
+        if tbptt is not None:
+            chunks.check(tbptt, model.config)
+        has_pairs = config.finetune is not None and config.finetune.has_pairs
+        in_pieces = tbptt is not None or has_pairs
+        if in_pieces and (sharded or config.context_parallel > 1):
+            what = "objective dpo" if has_pairs else f"tbptt {config.tbptt}"
+            other = "sharded weights" if sharded else "samples that processes share"
+            raise ConfigError(f"{what}: does not work with {other} yet; use --parallel ddp alone")
         if config.context_parallel > 1 and (why := context.why_not(model.config)) is not None:
             raise ConfigError(f"context_parallel {config.context_parallel}: {why}; leave --context_parallel out")
         self._context = ranks.context(config.context_parallel, config.dist_timeout)
@@ -107,28 +101,37 @@ class Learner:
         if config.freezes:
             ranks.start_equal(self.trained, device)
             self.refresh()
-        self._autocast_dtype = "fp32" if in_half else config.dtype
         in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
         self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
-        in_pieces = self._tbptt is not None or self._has_pairs
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
             config.compile, device, model.config, config.tables, adds_up, in_pieces, kind, sharded,
             self._context is not None,
         )  # fmt: skip
-        self._passes, self._graphs = Counter(), {}  # by shape of batch
-        if self.tables is not None:
-            self.tables.before_moving = self._graphs.clear
         dist.prepare(
             self.network, ranks, self.parallel.value, device, config.grad_checkpoint, self.compiled.value != "off",
             in_half,
         )  # fmt: skip
-        # Whether one pass has a step's gradients.
-        self._at_once = config.accumulate == 1 and self._tbptt is None and not self._has_pairs
+        self._at_once = config.accumulate == 1 and not in_pieces  # one pass has a step's gradients
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
         if self._reduction is not None:
             self._reduction.held = self.compiled.value != "off" and self._context is None
+        autocast = "fp32" if in_half else config.dtype
+        means = Means(
+            self.network, self.leaves.start, lambda: machine.autocast(autocast, device), device, self._hand_over
+        )
+        self.pairs = preference.Pairs(means, config.finetune.dpo_beta) if has_pairs and config.finetune else None
+        self._passes: WholePasses | chunks.Chunks | preference.Pairs
+        if self.pairs is not None:
+            self._passes = self.pairs
+        elif tbptt is not None:
+            self._passes = chunks.Chunks(means, tbptt)
+        else:
+            self._passes = whole = WholePasses(means, self._exchange, self._recorded, self._learning)
+            if self.tables is not None:
+                self.tables.before_moving = whole.graphs.clear
+        self._figures: list[Tensor] = []  # of the last step: what `preference.FIGURES` names
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
             None if config.freezes else self.tables, machine.DTYPES[config.tables_state],
@@ -138,19 +141,19 @@ class Learner:
     def refer(
         self, corpus: Conversations, packs: tuple[Packs, Packs | None], resume_from: Path | None, base: Base | None
     ) -> None:
-        """Set :attr:`references`, where the run learns from pairs; see :func:`heron.train.preference.references`."""
-        if not self._has_pairs:
+        """Set what pairs are measured against, if the run has some: :func:`heron.train.preference.references`."""
+        if (pairs := self.pairs) is None:
             return
         fingerprint = None if base is None else base.fingerprint
         if resume_from is None and fingerprint is None:
             fingerprint = base_fingerprint(self.model)
         self.network.eval()  # an adapter drops nothing then
-        self.references = self.ranks.first(
-            lambda: preference.references(self.config, fingerprint, corpus, packs, resume_from, self.likelihoods)
+        pairs.references = self.ranks.first(
+            lambda: preference.references(self.config, fingerprint, corpus, packs, resume_from, pairs.log_likelihoods)
         )
         self.network.train()
 
-    def gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
+    def gradients(self, samples: Sequence[Sample]) -> Tensor:
         """Start the forward and backward passes of a step.
 
         Args:
@@ -175,119 +178,43 @@ class Learner:
             self._do_without_compiler(error)
         return self._gradients(samples)
 
-    def _gradients(self, samples: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
-        in_chunks = [] if self._tbptt is None else [chunks.cut(sample, self._tbptt.chunk) for sample in samples]
-        passes = sum(map(len, in_chunks)) or len(samples)
+    def _gradients(self, samples: Sequence[Sample]) -> Tensor:
+        passes = self._passes.count(samples)
         spans = [self._span(sample) for sample in samples]
         if self.tables is not None:
             read = [sample[0] if span is None else span.tokens for sample, span in zip(samples, spans, strict=True)]
             self.tables.bring(torch.cat([ids for ids in read if ids is not None]), passes, self._recorded(passes))
-        loss = torch.zeros((), device=self.device)
-        self._figures = torch.zeros_like(self._figures)
-        for number, (sample, parts, part) in enumerate(zip(samples, self._parts(samples), spans, strict=True)):
-            if in_chunks or self._has_pairs:
-                loss += self._read(in_chunks[number], parts) if in_chunks else self._compare(sample, parts)
-                continue
-            if part is not None:
-                sample = (part.tokens, part.targets, None, part.cu_seqlens)
-            loss += self._pass([_onto(self.device, tensor) for tensor in sample], len(samples), parts, part)
-            if len(samples) > 1:
-                self._hand_over()
+        n_figures = 0 if self.pairs is None else len(preference.FIGURES)
+        numbers = torch.zeros(1 + n_figures, device=self.device)
+        for sample, parts, part in zip(samples, self._parts(samples), spans, strict=True):
+            numbers += self._passes.learn(sample, parts, passes, part)
         if not self._at_once:
             self._exchange()
         if self.tables is not None:
             self.tables.collect()
+        loss, *self._figures = numbers
         return loss
 
-    def _span(self, sample: tuple[Tensor | None, ...]) -> Part | None:
+    def _span(self, sample: Sample) -> Part | None:
         """What this process reads of a sample that others read, too, and which has no memory; None: all of it."""
         if self._context is None:
             return None
         tokens, targets, *packed = (tensor for tensor in sample if tensor is not None)
         return self._context.part(tokens, targets, packed[0] if packed else None)
 
-    def _parts(self, samples: Sequence[tuple[Tensor | None, ...]]) -> list[float]:
+    def _parts(self, samples: Sequence[Sample]) -> list[float]:
         """Into how many parts of the size of each pass its step divides: each target counts the same in the mean."""
         if not self._uneven:
             return [len(samples) * self.ranks.group(self.config.context_parallel)[1]] * len(samples)
-        if self._has_pairs:
-            counts = [preference.n_texts(sample) for sample in samples]
-        else:
-            counts = [int((targets != -100).sum()) for _, targets, *_ in samples]  # pyright: ignore[reportAttributeAccessIssue]
+        counts = [self._passes.weight(sample) for sample in samples]
         (total,) = self.ranks.sum([sum(counts)])
         total /= self.config.context_parallel  # each of those that share a sample has counted it
         return [total / max(count, 1) for count in counts]
 
-    def _read(self, sample: list[chunks.Chunk], parts: float) -> Tensor:
-        """The share of the loss of a sample that is read in chunks; the gradients are in the masters."""
-        assert self._tbptt is not None
-        sample = [
-            chunk._replace(**{name: _onto(self.device, getattr(chunk, name)) for name in _IN_CHUNK}) for chunk in sample
-        ]
-        reader = chunks.Reader(
-            self.network,
-            self.leaves.start,
-            lambda: machine.autocast(self._autocast_dtype, self.device),
-            self._hand_over,
-        )
-        return reader.learn(sample, self._tbptt.exact, parts)
-
-    def likelihoods(self, sample: tuple[Tensor | None, ...]) -> Tensor:
-        """The log-probability (n,) of what is learned of each text of a sample of pairs, which is on the host."""
-        here = [_onto(self.device, part) for part in sample[:4]]
-        offsets = sample[3][: preference.n_texts(sample) + 1].tolist()  # pyright: ignore[reportOptionalSubscript]
-        with machine.autocast(self._autocast_dtype, self.device):
-            start = self.leaves.start(here[0], here[3])  # pyright: ignore[reportArgumentType]
-            return preference.log_likelihoods(self.network, here, offsets, start)
-
-    def _compare(self, sample: tuple[Tensor | None, ...], parts: float) -> Tensor:
-        """The share of the loss of a sample of pairs; the gradients are in the masters."""
-        assert self.references is not None
-        assert self.config.finetune is not None
-        assert sample[4] is not None
-        logprobs = self.likelihoods(sample)
-        reference = _onto(self.device, self.references.train[sample[4][: len(logprobs)]])
-        assert reference is not None
-        losses, margins = preference.losses_and_margins(logprobs, reference, self.config.finetune.dpo_beta)
-        loss = losses.mean() / parts
-        loss.backward()
-        self._hand_over()
-        margins = margins.detach()
-        self._figures += torch.stack(((margins > 0).float().mean(), margins.mean())) / parts
-        return loss.detach()
-
-    def _pass(self, sample: list[Any], passes: int, parts: float, part: Part | None = None) -> Tensor:
-        """One of the `passes` of a step: its share of the loss; the gradients are in the network's leaves.
-
-        `parts`: what its mean loss is divided by; `part`: of the sample, what `sample` is, where processes share it.
-        """
-
-        def run(
-            divisor: Tensor, tokens: Tensor, targets: Tensor, recalled: Any = None, cu_seqlens: Any = None
-        ) -> Tensor:
-            state = self.leaves.start(tokens, cu_seqlens)
-            span = None if part is None else part.span
-            given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens, "state": state, "span": span}
-            given = {name: part for name, part in given.items() if part is not None}
-            with machine.autocast(self._autocast_dtype, self.device):
-                loss = self.network.loss(tokens, targets, **given)
-                loss = (loss if part is None else loss * part.share) / divisor
-            loss.backward()
-            if passes == 1:
-                self._exchange()
-            return loss.detach()
-
-        shape = (passes, *(None if tensor is None else tensor.shape for tensor in sample))
-        self._passes[shape] += 1
-        given = [torch.full((), parts, device=self.device), *sample]
-        if not self._recorded(passes) or self._passes[shape] <= _PASSES_BEFORE_GRAPH:
-            return run(*given)
-        if shape not in self._graphs:
-            learning = [leaf for leaf, _ in self.leaves.pairs]
-            if self.tables is not None:
-                learning += self.tables.rows
-            self._graphs[shape] = compilation.PassGraph(run, learning, given)
-        return self._graphs[shape].replay(given)
+    def _learning(self) -> list[Tensor]:
+        """The leaves of the network that get a gradient by a pass."""
+        rows = [] if self.tables is None else self.tables.rows
+        return [*(leaf for leaf, _ in self.leaves.pairs), *rows]
 
     def _reduction_of(self) -> dist.Reduction:
         """Of the leaves that have a step's gradients: of several passes these are added up as the masters'."""
@@ -317,7 +244,7 @@ class Learner:
 
     def _recorded(self, passes: int) -> bool:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
-        if self.compiled.value != "graph" or passes != self.config.accumulate or self._tbptt is not None:
+        if self.compiled.value != "graph" or passes != self.config.accumulate:
             return False
         if any(map(has_hooks, self.network.modules())):
             return False  # a replay would not call them
@@ -421,13 +348,6 @@ class Learner:
         for pair in self.leaves.pairs:
             for leaf in pair:
                 leaf.grad = None
-
-
-def _onto(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    """Copy to a device without waiting for it."""
-    if tensor is None:
-        return None
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:

@@ -408,7 +408,7 @@ def test_a_replayed_pass_on_a_gpu_gives_the_same_bits(variant, changes):
     for compiled in ("on", "graph"):
         learner = learner_of(model, GPU, compile=compiled, **changes)
         results.append(trained(learner, 10, changes.get("accumulate", 1), few_ids_then_many))
-        assert len(learner._graphs) == (compiled == "graph")
+        assert len(learner._passes.graphs) == (compiled == "graph")
     (numbers, weights), (replayed, replayed_weights) = results
     assert torch.equal(numbers, replayed)
     assert all(torch.equal(weights[name], weight) for name, weight in replayed_weights.items())
@@ -426,7 +426,7 @@ def test_replayed_packs_on_a_gpu_give_the_same_bits(name):
         learner = learner_of(model, GPU, compile=compiled, **changes)
         numbers, _ = trained(learner, 10, 1, lambda n: packed_batch(n, 96))
         results.append((numbers, learner.trained.state_dict()))
-        assert len(learner._graphs) == (compiled == "graph")
+        assert len(learner._passes.graphs) == (compiled == "graph")
     (numbers, leaves), (replayed, replayed_leaves) = results
     assert torch.equal(numbers, replayed)
     assert all(torch.equal(leaves[name], leaf) for name, leaf in replayed_leaves.items())

@@ -59,6 +59,15 @@ def check_that_none_spills(
     assert set(spills) == {("0", "0")}, ran.stderr
 
 
+def kernels_launched(run: Callable[[], object]) -> list[str]:
+    """The names of the kernels that `run` launches on a GPU, without namespaces and arguments."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    names = (event.name for event in profile.events() or ())
+    return [re.sub(r"^void |\(anonymous namespace\)::|\w+::|[<(].*", "", name) for name in names]
+
+
 def check_that_a_failed_build_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,

@@ -17,7 +17,13 @@ from heron.ops import _build, _choice, head_mix
 from heron.ops.head_mix import _FORMS, HeadInputs, HeadWeights, cuda, head_mix_choice
 from heron.ops.spans import Span
 from tests.ops import emulator
-from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import (
+    BFLOAT16,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    kernels_launched,
+    needs_nvcc,
+)
 from tests.ops.spans_on_threads import on_threads
 from tests.ops.test_wkv7_span import edges_of
 
@@ -161,7 +167,11 @@ def test_packed_sequences_are_as_each_alone(first):
 
 @pytest.fixture(scope="module")
 def kernels_on_cpu():
-    """The kernels' source, compiled for a CPU, as the operators on CPU tensors; in strips of three tokens."""
+    """The kernels' source, compiled for a CPU, as the operators on CPU tensors; in strips of three tokens.
+
+    It gives a list to which each call of a backward adds how many sums over tokens it was asked for.
+    """
+    summed = []
     depends = [cuda.SOURCE, _build.STRIPS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O1", "-U_FORTIFY_SOURCE")
     emulated = _build.load_c_library("head_mix_emulated", [EMULATOR / "head_mix.cpp"], flags, depends)
@@ -177,13 +187,15 @@ def kernels_on_cpu():
         shape = (*of_heads.shape[:2], channels) if name == "after_backward" else (rows, channels)
         out = [torch.full(shape, torch.nan, dtype=like.dtype) for _ in range(outputs)]
         out += [torch.full((channels,), torch.nan, dtype=like.dtype) for _ in range(sums)]
-        of_strip = torch.full((-(-rows // strip), max(sums, 1), channels), torch.nan)
+        of_strip = torch.full((-(-rows // strip), sums, channels), torch.nan)
+        if "backward" in name:
+            summed.append(sums)
         with emulator.ONE_AT_A_TIME:
             error = emulated.head_mix_emulated(
                 name.encode(), int(like.dtype == BF16), int(mixes), pointers(inputs), pointers(weights), len(weights),
                 pointers(out), ctypes.c_void_p(None if of_heads is None else of_heads.data_ptr()),
-                ctypes.c_void_p(of_strip.data_ptr()), (ctypes.c_int * 4)(rows, channels, head_size, strip),
-                ctypes.c_float(eps),
+                ctypes.c_void_p(of_strip.data_ptr() if sums else None),
+                (ctypes.c_int * 4)(rows, channels, head_size, strip), ctypes.c_float(eps),
             )  # fmt: skip
         assert error is None, error.decode()
         return out
@@ -197,16 +209,16 @@ def kernels_on_cpu():
         (y,) = run("after", False, inputs, weights, 1, 0, None, head_size, eps)
         return [y.view(inputs[-1].shape)]
 
-    def after_backward(inputs, weights, head_size, eps):
+    def after_backward(inputs, weights, head_size, eps, of_weights):
         B, T, C = inputs[-1].shape
-        of_heads = torch.full((B, T, C // head_size, 2), torch.nan)
-        return [*run("after_backward", False, inputs, weights, 2, 3, of_heads, head_size, eps), of_heads]
+        of_heads, sums = torch.full((B, T, C // head_size, 2), torch.nan), 3 if of_weights else 0
+        return [*run("after_backward", False, inputs, weights, 2, sums, of_heads, head_size, eps), of_heads]
 
-    def before_backward(inputs, weights, of_heads, head_size):
+    def before_backward(inputs, weights, of_heads, head_size, of_weights):
         mixes = len(inputs) == 14
-        sizes = (6, 5) if mixes else (4, 4)
-        out = run("before_backward", mixes, inputs, weights, *sizes, of_heads, head_size)
-        return [x.view(inputs[0].shape) if i < sizes[0] else x for i, x in enumerate(out)]
+        outputs, sums = (6, 5) if mixes else (4, 4)
+        out = run("before_backward", mixes, inputs, weights, outputs, sums if of_weights else 0, of_heads, head_size)
+        return [x.view(inputs[0].shape) if i < outputs else x for i, x in enumerate(out)]
 
     library = torch.library.Library("heron", "IMPL")
     for name, form in zip(
@@ -215,7 +227,7 @@ def kernels_on_cpu():
         strict=True,
     ):
         library.impl(f"head_mix_{name}", form, "CPU")
-    yield
+    yield summed
     library._destroy()
 
 
@@ -366,6 +378,30 @@ def test_only_some_leaves_may_want_a_gradient(emulated):
         leaf.requires_grad_(False)
     got = gradients_of(head_mix(inputs, weights, state, impl="cuda"), wanted, gradients)
     assert all(torch.equal(got[name], every[name]) for name in wanted)
+
+
+def with_frozen_weights(given, call=head_mix):
+    """The gradient of each leaf but the weights, by name, which must be the bits that it has beside theirs."""
+    inputs, weights, state, gradients = given
+    every = results(*given, impl="cuda")
+    for weight in weights:
+        if isinstance(weight, Tensor):
+            weight.requires_grad_(False)
+    wanted = leaves_of(inputs, HeadWeights(*(None,) * len(weights)), state)
+    got = gradients_of(call(inputs, weights, state, impl="cuda"), wanted, gradients)
+    assert all(torch.equal(got[name], every[name]) for name in wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_frozen_weights_are_not_summed_for(emulated, kernels_on_cpu, first, traced):
+    given = problem(2, 12, 2, 16, FP32, first)
+    torch._dynamo.reset()
+    traceable = torch.compile(head_mix, backend="aot_eager", fullgraph=True, dynamic=False)
+    kernels_on_cpu.clear()
+    with_frozen_weights(given, traceable if traced else head_mix)
+    assert kernels_on_cpu == [3, 5 if first else 4, 0, 0]
 
 
 @needs_compiler
@@ -521,6 +557,13 @@ def test_packed_sequences_by_the_kernels_are_near_fp64(first, dtype):
 def test_the_kernels_are_near_fp64_at_a_models_size(first):
     given = problem(4, 512, 12, 64, BF16, first, device="cuda")
     compare_with_fp64(results(*given, impl="cuda"), given, BF16)
+
+
+@pytest.mark.parametrize("first", [pytest.param(first, marks=needs_gpu) for first in (True, False)])
+def test_on_a_gpu_frozen_weights_are_not_summed_for(first):
+    given = problem(2, 300, 3, 64, BF16, first, device="cuda")
+    results(*given, impl="cuda")
+    assert kernels_launched(lambda: with_frozen_weights(given)).count("add_up_strips") == 2  # beside theirs
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=needs_gpu) for tokens in (3, 70)])

@@ -13,7 +13,13 @@ from torch import nn
 from heron.errors import KernelError
 from heron.ops import _build, shift_mix
 from heron.ops.shift_mix import cuda, shift_mix_choice
-from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import (
+    BFLOAT16,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    kernels_launched,
+    needs_nvcc,
+)
 
 EMULATOR = Path(__file__).parent / "emulator"
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -108,14 +114,17 @@ def test_packed_sequences_are_as_each_alone(lengths, last):
 
 @pytest.fixture(scope="module")
 def kernels_on_cpu():
-    """heron::shift_mix for CPU tensors: the kernels' source, compiled for a CPU; in strips of three tokens."""
+    """heron::shift_mix for CPU tensors: the kernels' source, compiled for a CPU; in strips of three tokens.
+
+    It gives a list to which each call of the backward adds how many sums over tokens it was asked for.
+    """
     if _build.find_compiler() is None:
         pytest.skip("no C++ compiler on the path")
     depends = [cuda.SOURCE, _build.STRIPS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O1", "-U_FORTIFY_SOURCE")
     emulated = _build.load_c_library("shift_mix_emulated", [EMULATOR / "shift_mix.cpp"], flags, depends)
     emulated.shift_mix_emulated.restype = ctypes.c_char_p
-    strip = 3
+    strip, summed = 3, []
 
     def pointers(tensors):
         given = [x for x in tensors if x is not None]
@@ -147,20 +156,22 @@ def kernels_on_cpu():
         run(False, x, [x, branch, last], [weight, bias, *mixes], outs, begins, eps)
         return outs if total is not None else outs[:-1]
 
-    def backward(d_mixed, d_sum, d_new_last, total, stats, weight, bias, mixes, last, begins):
-        n, C = len(mixes), total.shape[2]
+    def backward(d_mixed, d_sum, d_new_last, total, stats, weight, bias, mixes, last, begins, of_weights):
+        summed.append(len(mixes) + 2 if of_weights else 0)
         strips = -(-total.shape[0] * total.shape[1] // strip)
-        d, of_strip = torch.full_like(total, torch.nan), torch.full((strips, n + 2, C), torch.nan)
+        d, of_strip = torch.full_like(total, torch.nan), None
+        if of_weights:
+            of_strip = torch.full((strips, summed[-1], total.shape[2]), torch.nan)
         d_last = None if last is None else of_sequences(total, begins, d_new_last)
         ins = [d_sum, d_new_last, total, stats, last, *d_mixed]
         run(True, total, ins, [weight, bias, *mixes], [d, of_strip, d_last], begins)
-        *d_mixes, d_weight, d_bias = of_strip.sum(0).to(total.dtype)
-        return [d, d_weight, d_bias, *d_mixes, *([] if d_last is None else [d_last])]
+        *d_mixes, d_weight, d_bias = (None, None) if of_strip is None else of_strip.sum(0).to(total.dtype)
+        return [x for x in (d, d_weight, d_bias, *d_mixes, d_last) if x is not None]
 
     library = torch.library.Library("heron", "IMPL")
     library.impl("shift_mix", forward, "CPU")
     library.impl("shift_mix_backward", backward, "CPU")
-    yield
+    yield summed
     library._destroy()
 
 
@@ -220,15 +231,46 @@ def test_gradients_reach_x_alone(emulated):
     assert max(distances(got, [part.double() for part in want])) < 1e-5
 
 
+def with_frozen_weights(leaves, mixes, gradients, call=shift_mix):
+    """Of x, branch and last the gradients must be the bits that they have beside those of the weights."""
+    every = results(leaves, mixes, None, gradients, impl="cuda")[len(mixes) + 2 :]
+    every = dict(zip((name for name, leaf in leaves.items() if leaf is not None), every, strict=False))  # then mixes
+    for weight in (leaves["weight"], leaves["bias"], *mixes):
+        weight.requires_grad_(False)
+    x, mixed, last = call(**leaves, mixes=mixes, impl="cuda")
+    wanted = [name for name in ("x", "branch", "last") if leaves[name] is not None]
+    got = torch.autograd.grad((x, *mixed, last), [leaves[name] for name in wanted], gradients)
+    assert all(torch.equal(gradient, every[name]) for name, gradient in zip(wanted, got, strict=True))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_frozen_weights_are_not_summed_for(emulated, kernels_on_cpu, last, traced):
+    leaves, mixes, _, gradients = problem((2, 5, 16), 6, torch.float32, last=last)
+    torch._dynamo.reset()
+    traceable = torch.compile(shift_mix, backend="aot_eager", fullgraph=True, dynamic=False)
+    kernels_on_cpu.clear()
+    with_frozen_weights(leaves, mixes, gradients, traceable if traced else shift_mix)
+    assert kernels_on_cpu == [8, 0]
+
+
+@pytest.mark.parametrize("trains", ["weight", "bias", 0, 5])
+def test_one_weight_that_trains_has_its_gradient(emulated, trains):
+    leaves, mixes, _, gradients = problem((2, 5, 16), 6, torch.float32)
+    every = results(leaves, mixes, None, gradients, impl="cuda")[8:]  # of x, branch, weight, bias and the mixes
+    weights = {"weight": leaves["weight"], "bias": leaves["bias"], **dict(enumerate(mixes))}
+    for name, weight in weights.items():
+        weight.requires_grad_(name == trains)
+    x, mixed, last = shift_mix(**leaves, mixes=mixes, impl="cuda")
+    (got,) = torch.autograd.grad((x, *mixed, last), [weights[trains]], gradients)
+    assert torch.equal(got, every[2 + list(weights).index(trains)])
+
+
 @pytest.mark.parametrize("last", [True, False])
 def test_it_is_traced_with_its_gradients(emulated, last):
     leaves, mixes, _, gradients = problem((2, 5, 16), 6, torch.float32, last=last)
-
-    def call(*given):
-        return shift_mix(*given[:4], mixes, given[4] if last else None, impl="cuda")
-
-    run = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=False)
-    x, mixed, new_last = run(*leaves.values())
+    run = torch.compile(shift_mix, backend="aot_eager", fullgraph=True, dynamic=False)
+    x, mixed, new_last = run(**leaves, mixes=mixes, impl="cuda")
     wanted = [leaf for leaf in (*leaves.values(), *mixes) if leaf is not None]
     got = [x, *mixed, new_last, *torch.autograd.grad((x, *mixed, new_last), wanted, gradients)]
     want = results(leaves, mixes, None, gradients, impl="cuda")
@@ -270,6 +312,15 @@ def test_x_may_have_no_gradient_of_its_own_on_a_gpu(left_out):
         for impl in ("cuda", "reference")
     )
     assert max(distances(got, [part.double() for part in want])) < 1e-5
+
+
+@pytest.mark.parametrize("n_mixes", [pytest.param(n, marks=needs_gpu) for n in (1, 6)])
+def test_on_a_gpu_frozen_weights_are_not_summed_for(n_mixes):
+    leaves, mixes, _, gradients = problem((2, 70, 128), n_mixes, torch.bfloat16, device="cuda")
+    results(leaves, mixes, None, gradients, impl="cuda")
+    launched = kernels_launched(lambda: with_frozen_weights(leaves, mixes, gradients))
+    assert launched.count("add_up_strips") == 1  # beside those of the weights
+    assert launched.count("backward") == 2
 
 
 def test_a_form_that_cannot_run_here_says_what_to_type():

@@ -207,11 +207,11 @@ def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model
         for step in range(9):
             ids = torch.randint(0, 10 if step < 6 else 300, (4, 33), generator=torch.Generator().manual_seed(step))
             loss = learner.gradients([(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())])
-            for graph in learner._graphs.values():
+            for graph in learner._passes.graphs.values():
                 assert all(any(part is leaf for leaf in graph.leaves) for part in learner.tables.rows)
             room.append(len(learner.tables.rows[0]))
             numbers.append(learner.update(loss, 1e-3, -1.0 if step == 5 else math.inf))
-        assert len(learner._graphs) == (compiled == "graph")
+        assert len(learner._passes.graphs) == (compiled == "graph")
         results.append((torch.stack(numbers), dict(learner.model.state_dict())))
     assert room[0] == room[5] < 100 < room[6]
     assert torch.equal(results[0][0], results[1][0])

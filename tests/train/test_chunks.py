@@ -19,7 +19,8 @@ from heron.config.tbptt import EXACT_CHUNK, Tbptt
 from heron.errors import ConfigError
 from heron.model.tuned_state import TunedState
 from heron.train import chunks, loop, memory
-from heron.train.chunks import Reader, cut
+from heron.train.chunks import Chunks
+from heron.train.passes import Means
 from heron.train.step import Learner
 
 CPU = torch.device("cpu")
@@ -27,8 +28,10 @@ T = 53
 PACKED = torch.tensor([0, 5, 30, 31, T, T, T])
 
 
-def reader_of(model, start=None):
-    return Reader(model, start or (lambda tokens, cu_seqlens: None), nullcontext, lambda: None)
+def learn(model, sample, length, exact, parts, start=None):
+    """The loss of a sample that is read in chunks, whose gradients are in `model` then."""
+    means = Means(model, start or (lambda tokens, cu_seqlens: None), nullcontext, CPU, lambda: None)
+    return Chunks(means, Tbptt(length, exact)).learn(sample, parts)
 
 
 def batch(model, packed, seed=0):
@@ -69,7 +72,7 @@ def test_exact_gradients_are_those_of_the_whole_text(random_model, changes, pack
     wanted = gradients_of(whole, expected)
     for length in (7, 16):
         by_chunks.zero_grad()
-        found = reader_of(by_chunks).learn(cut((tokens, targets, recalled, cu_seqlens), length), True, 3)
+        found = learn(by_chunks, (tokens, targets, recalled, cu_seqlens), length, True, 3)
         assert float(found) == pytest.approx(float(expected.detach()), rel=1e-6)
         got = gradients_of(by_chunks, found)
         assert got.keys() == wanted.keys()
@@ -93,7 +96,7 @@ def test_exact_gradients_reach_the_state_that_texts_begin_from(random_model, cha
     wanted = gradients_of(tuned, model.loss(tokens, targets, cu_seqlens, state=start(tokens, cu_seqlens)))
     wanted = {name: gradient.clone() for name, gradient in wanted.items()}
     tuned.zero_grad()
-    got = gradients_of(tuned, reader_of(model, start).learn(cut((tokens, targets, None, cu_seqlens), 9), True, 1))
+    got = gradients_of(tuned, learn(model, (tokens, targets, None, cu_seqlens), 9, True, 1, start))
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-6, atol=1e-9)  # the leaves are fp32
 
@@ -104,8 +107,8 @@ def test_truncated_gradients_stop_at_a_chunk_and_its_state_does_not(random_model
     model = random_model(n_layer=2, **changes).double()
     by_hand = copy.deepcopy(model)
     tokens, targets, recalled, cu_seqlens = batch(model, packed)
-    sample, n_learned = cut((tokens, targets, recalled, cu_seqlens), 16), int((targets != -100).sum())
-    found = reader_of(model).learn(sample, False, 1)
+    n_learned = int((targets != -100).sum())
+    found = learn(model, (tokens, targets, recalled, cu_seqlens), 16, False, 1)
     with torch.no_grad():
         assert float(found) == pytest.approx(float(by_hand.loss(tokens, targets, cu_seqlens)), rel=1e-6)
     offsets = [0, T] if cu_seqlens is None else sorted(set(cu_seqlens.tolist()))
@@ -144,9 +147,8 @@ def test_memory_does_not_grow_with_the_text(random_model, tbptt):
     peaks = []
     for n in (512, 3072):
         tokens = torch.zeros(1, n, dtype=torch.int64)
-        sample = cut((tokens, tokens), of.chunk)
         with Held() as held:
-            reader_of(model).learn(sample, of.exact, 1)
+            learn(model, (tokens, tokens), of.chunk, of.exact, 1)
         states = 4 * 32 * (16 + 2) * (n // of.chunk - 1) if of.exact else 0  # H * N * N values and two shifts of C
         peaks.append(held.ledger.peak - states)
         model.zero_grad()

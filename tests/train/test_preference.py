@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_those_of_the_formula(settings, random_model, chan
     chosen = sorted({int(n) for *_, numbers in batches for n in numbers if n >= 0 and n % 2 == 0})
     with torch.no_grad():
         reference = torch.stack([answer(reference_model, n) for n in range(len(data.samples))])
-    learner.references = preference.References(reference, torch.zeros(0))
+    learner.pairs.references = preference.References(reference, torch.zeros(0))
     margins = [BETA * (answer(model, n) - reference[n] - answer(model, n + 1) + reference[n + 1]) for n in chosen]
     expected = -torch.stack(margins).sigmoid().log().mean()
     expected.backward()
@@ -97,7 +97,7 @@ def test_loss_and_gradient_are_those_of_the_formula(settings, random_model, chan
         if leaf.grad is not None:
             got = learner.trained.get_parameter(name).grad
             torch.testing.assert_close(got, leaf.grad, rtol=1e-9, atol=1e-11, msg=name)
-    accuracy, margin = learner._figures.tolist()
+    accuracy, margin = map(float, learner._figures)
     assert accuracy == pytest.approx(sum(float(m.detach()) > 0 for m in margins) / len(margins))
     assert margin == pytest.approx(float(torch.stack(margins).mean().detach()), rel=1e-5)
 

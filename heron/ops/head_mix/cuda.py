@@ -25,18 +25,19 @@ SOURCE = Path(__file__).parent / "csrc" / "head_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16)
 
 _library = torch.library.Library("heron", "FRAGMENT")
-# What each takes and gives is listed in csrc/head_mix.cu, in the same order; sums over tokens are given last, but for
-# what after_backward tells before_backward of every head: (B, T, H, 2).
+# What each takes and gives is listed in csrc/head_mix.cu, in the same order; gradients of weights, which are sums over
+# tokens, are given if `of_weights`, and last, but for what after_backward tells before_backward of every head:
+# (B, T, H, 2).
 for _schema in (
     "head_mix_before(Tensor[] inputs, Tensor[] weights, int head_size)",
     "head_mix_after(Tensor[] inputs, Tensor[] weights, int head_size, float eps)",
-    "head_mix_after_backward(Tensor[] inputs, Tensor[] weights, int head_size, float eps)",
-    "head_mix_before_backward(Tensor[] inputs, Tensor[] weights, Tensor of_heads, int head_size)",
+    "head_mix_after_backward(Tensor[] inputs, Tensor[] weights, int head_size, float eps, bool of_weights)",
+    "head_mix_before_backward(Tensor[] inputs, Tensor[] weights, Tensor of_heads, int head_size, bool of_weights)",
     "head_mix_kernels(Tensor r, Tensor w, Tensor k, Tensor v, Tensor iclr, Tensor gate, Tensor? value, Tensor? v_first,"
     " Tensor w0, Tensor a0, Tensor k_k, Tensor k_a, Tensor r_k, Tensor norm_weight, Tensor norm_bias, float eps,"
     " Tensor? v0, Tensor state, Tensor? cu_seqlens, str? chain, Tensor? edges, bool save)",
     "head_mix_kernels_backward(Tensor d_y, Tensor? d_final, Tensor[] inputs, Tensor[] weights, Tensor[] kept,"
-    " Tensor? cu_seqlens, str? chain, Tensor? edges, int n_states, float eps)",
+    " Tensor? cu_seqlens, str? chain, Tensor? edges, int n_states, float eps, bool of_weights)",
 ):
     _library.define(f"{_schema} -> Tensor[]")
 
@@ -137,15 +138,16 @@ def _backward(
     edges: Tensor | None,
     n_states: int,
     eps: float,
+    of_weights: bool,
 ) -> list[Tensor]:
-    """The gradients of _forward's tensors in its order, but those of value, v_first and v0 last, if at all."""
+    """The gradients of r to gate, of the state, of value and v_first if there are, and of w0 to v0 if `of_weights`."""
     r, k, v, iclr, gate, *of_first = inputs
     a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
     wkv, decay_logits, wkv_k, a, b, *kept = kept
     wkv_v = kept.pop(0) if of_first else v
     head_size = r_k.shape[1]
-    d_wkv, d_gate, d_r_k, d_norm_weight, d_norm_bias, of_heads = torch.ops.heron.head_mix_after_backward(
-        [wkv, r, wkv_k, wkv_v, gate, d_y], [r_k, norm_weight, norm_bias], head_size, eps
+    d_wkv, d_gate, *d_of_after, of_heads = torch.ops.heron.head_mix_after_backward(
+        [wkv, r, wkv_k, wkv_v, gate, d_y], [r_k, norm_weight, norm_bias], head_size, eps, of_weights
     )
     recurrent = [x.view(wkv.shape) for x in (r, decay_logits, wkv_k, wkv_v, a, b)]
     backward, of_span = torch.ops.heron.wkv7_kernels_backward, ()
@@ -158,12 +160,16 @@ def _backward(
     d_r, d_w, d_k, d_v, d_a, d_b = (x.view(r.shape) for x in d_recurrent)
     of_values = [v, *of_first] if of_first else []
     d_r, d_k, d_iclr, d_v, *rest = torch.ops.heron.head_mix_before_backward(
-        [k, iclr, r, d_w, d_r, d_k, d_v, d_a, d_b, d_y, gate, *of_values], [a0, k_k, k_a, r_k, *v0], of_heads, head_size
+        [k, iclr, r, d_w, d_r, d_k, d_v, d_a, d_b, d_y, gate, *of_values],
+        [a0, k_k, k_a, r_k, *v0],
+        *(of_heads, head_size, of_weights),
     )
-    d_of_first, (d_w0, d_a0, d_k_k, d_k_a, *d_v0) = rest[: len(of_first)], rest[len(of_first) :]
-    of_inputs = [d_r, d_w, d_k, d_v, d_iclr, d_gate]
-    of_weights = [d_w0, d_a0, d_k_k, d_k_a, d_r_k.view(r_k.shape), d_norm_weight, d_norm_bias]
-    return [*of_inputs, *of_weights, d_state, *d_of_first, *d_v0]
+    d_of_first, d_of_before = rest[: len(of_first)], rest[len(of_first) :]
+    d_weights = []
+    if of_weights:
+        d_r_k, *of_norm = d_of_after
+        d_weights = [*d_of_before[:4], d_r_k.view(r_k.shape), *of_norm, *d_of_before[4:]]
+    return [d_r, d_w, d_k, d_v, d_iclr, d_gate, d_state, *d_of_first, *d_weights]
 
 
 class _Kernels(torch.autograd.Function):
@@ -188,12 +194,14 @@ class _Kernels(torch.autograd.Function):
         if not ctx.mixes:
             inputs, weights = inputs[:5], weights[:6]
         d_y = torch.zeros_like(inputs[0]) if d_y is None else d_y.contiguous()
+        of_weights = any(ctx.needs_input_grad[8:17])
         gradients = torch.ops.heron.head_mix_kernels_backward(
-            d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.chain, edges, ctx.n_states, ctx.eps
+            d_y, d_final, inputs, weights, kept, cu_seqlens, ctx.chain, edges, ctx.n_states, ctx.eps, of_weights
         )
-        of_inputs, of_weights, d_state = gradients[:6], gradients[6:13], gradients[13]
-        *of_first, d_v0 = gradients[14:] if ctx.mixes else (None, None, None)
-        return (*of_inputs, *of_first, *of_weights, None, d_v0, d_state, None, None, None, None)
+        of_inputs, d_state, rest = gradients[:6], gradients[6], gradients[7:]
+        of_first, rest = (rest[:2], rest[2:]) if ctx.mixes else ((None, None), rest)
+        *d_weights, d_v0 = (*rest, *(None,) * (8 - len(rest)))
+        return (*of_inputs, *of_first, *d_weights, None, d_v0, d_state, None, None, None, None)
 
 
 def _below_autograd(*arguments):
@@ -232,13 +240,14 @@ def _(inputs, weights, head_size, eps):
 
 
 @torch.library.register_fake("heron::head_mix_after_backward", lib=_library)
-def _(inputs, weights, head_size, eps):
+def _(inputs, weights, head_size, eps, of_weights):
     gate = inputs[4]
     heads = gate.new_empty(*gate.shape[:2], gate.shape[2] // head_size, 2, dtype=torch.float32)
-    return [*_like(gate, 2), *_like(weights[1], 3), heads]
+    return [*_like(gate, 2), *_like(weights[1], 3 if of_weights else 0), heads]
 
 
 @torch.library.register_fake("heron::head_mix_before_backward", lib=_library)
-def _(inputs, weights, of_heads, head_size):
+def _(inputs, weights, of_heads, head_size, of_weights):
     mixes = len(inputs) > 11
-    return [*_like(inputs[0], 6 if mixes else 4), *_like(weights[0], 5 if mixes else 4)]
+    sums = (5 if mixes else 4) if of_weights else 0
+    return [*_like(inputs[0], 6 if mixes else 4), *_like(weights[0], sums)]

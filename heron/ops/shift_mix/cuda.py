@@ -21,10 +21,10 @@ _library.define(
     "shift_mix(Tensor x, Tensor? branch, Tensor weight, Tensor bias, Tensor[] mixes, Tensor? last, Tensor? begins, "
     "float eps) -> Tensor[]"
 )
-# the gradients of x (and the branch), weight, bias, of each mix, and of `last` if there is one
+# the gradients of x (and the branch), of weight, bias and each mix if `of_weights`, and of `last` if there is one
 _library.define(
     "shift_mix_backward(Tensor[] d_mixed, Tensor? d_sum, Tensor? d_new_last, Tensor sum, Tensor stats, Tensor weight, "
-    "Tensor bias, Tensor[] mixes, Tensor? last, Tensor? begins) -> Tensor[]"
+    "Tensor bias, Tensor[] mixes, Tensor? last, Tensor? begins, bool of_weights) -> Tensor[]"
 )
 
 
@@ -72,9 +72,10 @@ def _(x, branch, weight, bias, mixes, last, begins, eps):
 
 
 @torch.library.register_fake("heron::shift_mix_backward", lib=_library)
-def _(d_mixed, d_sum, d_new_last, sum, stats, weight, bias, mixes, last, begins):
+def _(d_mixed, d_sum, d_new_last, sum, stats, weight, bias, mixes, last, begins, of_weights):
     of_last = [] if last is None else [torch.empty_like(last)]
-    return [torch.empty_like(sum), *(torch.empty_like(weight) for _ in range(len(mixes) + 2)), *of_last]
+    n_weights = len(mixes) + 2 if of_weights else 0
+    return [torch.empty_like(sum), *(torch.empty_like(weight) for _ in range(n_weights)), *of_last]
 
 
 def _keep(ctx, inputs, output):
@@ -90,10 +91,12 @@ def _gradients(ctx, gradients):
     *d_mixed, _, d_new_last, d_sum = (*gradients, *(() if ctx.has_branch else (None,)))
     d_mixed = [torch.zeros_like(total) if d is None else d.contiguous() for d in d_mixed]
     d_sum, d_new_last = (None if d is None else d.contiguous() for d in (d_sum, d_new_last))
-    d_x, d_weight, d_bias, *rest = torch.ops.heron.shift_mix_backward(
-        d_mixed, d_sum, d_new_last, total, stats, weight, bias, mixes, last, begins
+    of_weights = any((*ctx.needs_input_grad[2:4], *ctx.needs_input_grad[4]))
+    d_x, *rest = torch.ops.heron.shift_mix_backward(
+        d_mixed, d_sum, d_new_last, total, stats, weight, bias, mixes, last, begins, of_weights
     )
-    d_mixes, d_last = rest[: ctx.n_mixes], None if last is None else rest[ctx.n_mixes]
+    d_last = None if last is None else rest.pop()
+    d_weight, d_bias, *d_mixes = rest if of_weights else (None,) * (ctx.n_mixes + 2)
     return d_x, d_x if ctx.has_branch else None, d_weight, d_bias, d_mixes, d_last, None, None
 
 

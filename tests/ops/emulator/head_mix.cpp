@@ -58,7 +58,7 @@ const char* run(const char* name, bool mixes, void** in, void** weights, int n_w
   if (const char* error = launch<Problem<T>>(kernel.run, dim3(strips, blocks.columns), blocks.threads, blocks.bytes, nullptr, p)) {
     return error;
   }
-  if (!kernel.sums) return nullptr;
+  if (!of_strip) return nullptr;
   Columns<T> q{of_strip, {}, strips, p.channels, kernel.sums * p.channels};
   for (int i = 0; i < kernel.sums; i++) q.out[i] = static_cast<T*>(out[kernel.outputs + i]);
   const dim3 grid((q.columns + kColumns - 1) / kColumns);
@@ -66,7 +66,7 @@ const char* run(const char* name, bool mixes, void** in, void** weights, int n_w
 }
 }  // namespace
 
-// sizes: rows, channels, head size, tokens of a strip. out: outputs, then sums.
+// sizes: rows, channels, head size, tokens of a strip. out: outputs, then sums. of_strip: null, if none are wanted.
 extern "C" const char* head_mix_emulated(const char* name, int in_bf16, int mixes, void** in, void** weights,
                                          int n_weights, void** out, float* of_heads, float* of_strip, const int* sizes,
                                          float eps) {

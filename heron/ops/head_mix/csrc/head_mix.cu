@@ -57,7 +57,7 @@ struct Problem {
     const T* weights[kMostWeights];
     T* out[kMostOutputs];
     float2* of_heads;  // (rows, H): the sum of r k r_k, and its gradient
-    float* of_strip;   // (strips, sums, C)
+    float* of_strip;   // (strips, sums, C); null: no sums are wanted
     int rows, channels, head_size, strip;  // rows: tokens of all sequences
     float per_channel;                     // 1 / head_size
     float eps;
@@ -133,7 +133,7 @@ class Strip {
 
     __device__ __forceinline__ void put_sum(int which, int sums, const float (&values)[width]) const {
         const int64_t at = (static_cast<int64_t>(blockIdx.x) * sums + which) * p_.channels + column();
-        if (mine) store(p_.of_strip + at, values);
+        if (mine && p_.of_strip) store(p_.of_strip + at, values);
     }
 
   private:
@@ -510,7 +510,7 @@ Tensors after_on_cuda(const Tensors& inputs, const Tensors& weights, int64_t hea
 }
 
 Tensors after_backward_on_cuda(const Tensors& inputs, const Tensors& weights, int64_t head_size,
-                               double eps) {
+                               double eps, bool of_weights) {
     using namespace after_backward;
     const DeviceGuard guard(inputs[0].get_device_index());
     STD_TORCH_CHECK(inputs.size() == kInputs && weights.size() == kWeights, "head_mix: after_backward");
@@ -520,14 +520,14 @@ Tensors after_backward_on_cuda(const Tensors& inputs, const Tensors& weights, in
     Call call{inputs, weights, several_like(gate, kOutputs), of_heads, head_size, eps};
     with_dtype<float, BFloat16>(inputs[0], "head_mix", [&](auto zero) {
         using scalar_t = decltype(zero);
-        start<scalar_t>(run_after_backward<scalar_t>, kWidth<scalar_t>, kSums, call);
+        start<scalar_t>(run_after_backward<scalar_t>, kWidth<scalar_t>, of_weights ? kSums : 0, call);
     });
     call.out.push_back(of_heads);
     return call.out;
 }
 
 Tensors before_backward_on_cuda(const Tensors& inputs, const Tensors& weights,
-                                const Tensor& of_heads, int64_t head_size) {
+                                const Tensor& of_heads, int64_t head_size, bool of_weights) {
     using namespace before_backward;
     const DeviceGuard guard(inputs[0].get_device_index());
     const bool mixes = inputs.size() == kInputs;
@@ -537,7 +537,7 @@ Tensors before_backward_on_cuda(const Tensors& inputs, const Tensors& weights,
     with_dtype<float, BFloat16>(inputs[0], "head_mix", [&](auto zero) {
         using scalar_t = decltype(zero);
         start<scalar_t>(mixes ? run_before_backward<scalar_t, true> : run_before_backward<scalar_t, false>, kNarrow,
-                        mixes ? kSums : kDV0, call);
+                        !of_weights ? 0 : mixes ? kSums : kDV0, call);
     });
     return call.out;
 }

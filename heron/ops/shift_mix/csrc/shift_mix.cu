@@ -239,7 +239,7 @@ struct Backward {
     const T *last, *d_new_last;  // (sequences, C), each may be null
     T* d;             // (rows, C)
     T* d_last;        // (sequences, C); null without `last`; those of empty sequences are left as they are
-    float* of_strip;  // (strips, n_mixes + 2, C): gradients of the mixes, of weight and bias
+    float* of_strip;  // (strips, n_mixes + 2, C): gradients of the mixes, of weight and bias; null: they are not wanted
     Shape shape;
 };
 
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backwa
 #pragma unroll
         for (int v = 0; v < width; ++v) normed[v] = normed_before[v];
     }
-    if (!mine) return;
+    if (!mine || !p.of_strip) return;
     float* out = p.of_strip + static_cast<int64_t>(blockIdx.x) * (n_mixes + 2) * p.shape.channels + c;
     const auto put = [&](const float(&values)[width]) {
         store(out, values);
@@ -484,18 +484,20 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
                      const Optional& d_new_last, const Tensor& sum,
                      const Tensor& stats, const Tensor& weight, const Tensor& bias,
                      const Tensors& mixes, const Optional& last,
-                     const Optional& begins) {
+                     const Optional& begins, bool of_weights) {
     const DeviceGuard guard(sum.get_device_index());
     const auto stream = current_stream();
     const int n_mixes = static_cast<int>(mixes.size());
     const Shape shape = shape_of(sum, begins, n_mixes == kMixes ? kBackwardStrips : 2 * kBackwardStrips);
     check(sum, sum, "x");
     STD_TORCH_CHECK(d_mixed.size() == mixes.size(), "shift_mix: a gradient for each mix");
+    const int sums = of_weights ? n_mixes + 2 : 0;
     Tensors out{empty_like(sum)};
-    for (int i = 0; i < n_mixes + 2; ++i) out.push_back(shape.rows ? empty_like(weight) : zeros_like(weight));
+    for (int i = 0; i < sums; ++i) out.push_back(shape.rows ? empty_like(weight) : zeros_like(weight));
     if (last) out.push_back(of_sequences(sum, shape, d_new_last));
     if (shape.rows == 0) return out;
-    const auto of_strip = empty({strips_of(shape), n_mixes + 2, shape.channels}, sum, ScalarType::Float);
+    Tensor of_strip;
+    if (sums) of_strip = empty({strips_of(shape), sums, shape.channels}, sum, ScalarType::Float);
     with_dtype<float, BFloat16>(sum, "shift_mix", [&](auto zero) {
         using T = decltype(zero);
         Backward<T> p{};
@@ -512,7 +514,8 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
         p.last = checked_of_sequences<T>(last, sum, shape, "last");
         p.d_new_last = checked_of_sequences<T>(d_new_last, sum, shape, "gradient of the new last");
         if (last) p.d_last = out.back().mutable_data_ptr<T>();
-        p.d = out[0].mutable_data_ptr<T>(), p.of_strip = of_strip.mutable_data_ptr<float>();
+        p.d = out[0].mutable_data_ptr<T>();
+        if (sums) p.of_strip = of_strip.mutable_data_ptr<float>();
         p.shape = shape;
         with_mixes(n_mixes, [&](auto n) {
             const int threads = threads_for(shape.channels, kBackwardWidth<T, n.value>);
@@ -522,10 +525,11 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
             kernel<<<strips_of(shape), threads, bytes, stream>>>(p);
         });
         STD_CUDA_KERNEL_LAUNCH_CHECK();
-        const int columns = (n_mixes + 2) * shape.channels;
-        Columns<T> q{of_strip.const_data_ptr<float>(), {}, strips_of(shape), shape.channels, columns};
+        if (!sums) return;
+        const int columns = sums * shape.channels;
+        Columns<T> q{p.of_strip, {}, strips_of(shape), shape.channels, columns};
         // as the strips have them: the mixes, weight, bias; as they are returned: weight, bias, the mixes
-        for (int i = 0; i < n_mixes + 2; ++i) q.out[i] = out[i < n_mixes ? i + 3 : i - n_mixes + 1].mutable_data_ptr<T>();
+        for (int i = 0; i < sums; ++i) q.out[i] = out[i < n_mixes ? i + 3 : i - n_mixes + 1].mutable_data_ptr<T>();
         add_up_strips<T><<<(columns + kColumns - 1) / kColumns, kColumns * kPerColumn, 0, stream>>>(q);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
