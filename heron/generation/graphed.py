@@ -2,7 +2,7 @@
 
 All sequences decode at once by :mod:`heron.generation.step`: what is elementwise is compiled where PyTorch's compiler
 works, and all between the products of a time mix is :func:`heron.ops.head_step`. For one sequence all products are made
-by :func:`heron.ops.matvec`, those that need not wait for each other at once.
+by :func:`heron.ops.matvec`, for a few by :func:`heron.ops.few_rows`: those that need not wait for each other at once.
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ from heron.generation.slots import Slots, sizes_up_to
 from heron.generation.step import (
     Compiler,
     Pieces,
-    apart,
+    Way,
     blocks_of,
     channel_mix,
-    for_many,
-    for_one,
     layers_of,
     lookup,
     of_any_number,
     time_mix,
-    together,
+    way_for,
 )
 from heron.model import RWKV, State
 from heron.model import compiled as compilation
@@ -45,20 +43,15 @@ from heron.ops.token_step import LayerWeights
 from heron.tables.store import Tables
 
 
-@dataclasses.dataclass
 class _Form:
-    """How steps of one slot, or of several, are computed."""
+    """How steps of some sizes are computed: at first as it is, nothing compiled."""
 
-    layers: list[LayerWeights]
-    pieces_for: Callable[[LayerWeights, Compiler | None], Pieces]
-    pieces: Pieces
+    def __init__(self, way: Way, layers: list[LayerWeights]):
+        self.layers, self._way = layers, way
+        self.pieces = self.pieces_for(None)
 
-    @classmethod
-    def of(cls, layers: Sequence[LayerWeights], n: int) -> _Form:
-        """That of n slots; nothing is compiled."""
-        laid_out, pieces_for = (apart, for_one) if n == 1 else (together, for_many)
-        mine = [laid_out(layer) for layer in layers]
-        return cls(mine, pieces_for, pieces_for(mine[0], None))
+    def pieces_for(self, compiled: Compiler | None) -> Pieces:
+        return self._way.pieces_for(self.layers[0], compiled)
 
 
 @dataclasses.dataclass
@@ -113,7 +106,7 @@ class GraphedDecoder(StateDecoder):
         if tables is not None and not tables.by_kernel:  # the host picks their rows
             self._tables, self._picked = tables, tables.staging(n, pinned=device.type == "cuda")
             self._there = there = self._picked.to(device)  # (n, L, width)
-            self._lookup = lambda ids: there[: len(ids)].unbind(1)
+            self._lookup = lambda ids: there[: len(ids)].transpose(0, 1).contiguous().unbind()
         self._found: Tensor | None = None  # by memory, (n, K, 2), and a buffer of the host for it
         if (rosa := model.config.memory) is not None and model.memory is not None:
             self._found_on_host = torch.zeros(n, rosa.n_matches, 2, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -127,13 +120,15 @@ class GraphedDecoder(StateDecoder):
         self._before = SequenceStates(model, n) if self._largest_ahead else self._states  # the last step
         self._ahead: set[int] = set()
         layers = layers_of(model)
-        forms = {min(n, 2): _Form.of(layers, n) for n in {sizes[0], sizes[-1]}}
+        ways = {n: way_for(layers[0], n) for n in sizes}
+        laid_out = {of: [of(layer) for layer in layers] for of in {way.laid_out for way in ways.values()}}
+        forms = {way: _Form(way, laid_out[way.laid_out]) for way in ways.values()}
         self._forms = list(forms.values())
         places = [self._states, self._before] if self._largest_ahead else [self._states]
         self._steps: dict[int, list[_Step]] = {}  # of each size, from each place to the other
-        for n in sizes:
+        for n, way in ways.items():
             views = [states.first(n) for states in places]
-            self._steps[n] = [_Step(n, forms[min(n, 2)], views[i], views[i - 1]) for i in range(len(views))]
+            self._steps[n] = [_Step(n, forms[way], views[i], views[i - 1]) for i in range(len(views))]
         self._from = 0  # in which place the next step finds its states
         self._last = self._steps[sizes[0]][0]
         self._order: list[int] = []  # slots, and what gives their logits
@@ -264,7 +259,7 @@ class GraphedDecoder(StateDecoder):
         for layer, states, before, rows in of_layers:
             x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before.wkv)
             x = channel_mix(step.form.pieces, layer, x, states, rows, embedded)
-        logits = self._model.head(self._model.ln_out(x))
+        logits = step.form.pieces.head(self._model.ln_out(x), self._model.head.weight)
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))
@@ -286,7 +281,7 @@ class GraphedDecoder(StateDecoder):
         embed, bonus = self._embed, self._memory and self._memory.bonus
         varies = len(self._steps) > 1
         for form in self._forms:
-            pieces = form.pieces_for(form.layers[0], compiled)
+            pieces = form.pieces_for(compiled)
             form.pieces = of_any_number(pieces) if varies else pieces
         if bonus is not None:  # otherwise the embedding is two kernels as it is
             self._embed, self._bonus = compiled(embed), compiled(bonus)
@@ -302,7 +297,7 @@ class GraphedDecoder(StateDecoder):
             reason = compilation.first_line(error)
             print(f"heron: decoding is not compiled, so it takes longer: {reason}", file=sys.stderr)
             for form in self._forms:
-                form.pieces = form.pieces_for(form.layers[0], None)
+                form.pieces = form.pieces_for(None)
             self._embed = embed
             if bonus is not None:
                 self._bonus = bonus

@@ -12,6 +12,7 @@ import torch
 
 from heron.ops._choice import NativeForm
 from heron.ops.adamw import cuda as adamw
+from heron.ops.few_rows import cuda as few_rows
 from heron.ops.head_mix import cuda as head_mix
 from heron.ops.head_step import cuda as head_step
 from heron.ops.linear_cross_entropy import cuda as linear_cross_entropy
@@ -26,7 +27,7 @@ from heron.ops.wkv7 import cuda as wkv7
 
 SEQUENCES = (wkv7.FORM, head_mix.FORM, shift_mix.FORM)  # the slowest first
 TRAINING = (*SEQUENCES, linear_cross_entropy.FORM, adamw.FORM)
-DECODING = (sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM)
+DECODING = (sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM, few_rows.FORM)
 TABLES, STREAMS = rows.FORM, device_stream.FORM
 ROSA = (rosa.FORM, soft.FORM)
 ALL = (*TRAINING, *DECODING, TABLES, *ROSA, STREAMS)

@@ -14,6 +14,8 @@ from heron.generation import Request, Sampling, graphed
 from heron.generation.graphed import GraphedDecoder
 from heron.generation.slots import PATIENCE, Slots, sizes_up_to
 from heron.model import compiled as compilation
+from heron.ops._choice import Choice
+from heron.tables.store import off_device
 from tests.generation import accuracy
 from tests.generation.recording import engine_as_on_a_gpu, recorded
 from tests.ops.emulated_stream import emulate
@@ -169,6 +171,41 @@ def test_all_sizes_above_one_are_compiled_once(random_model, form):
         return len(made)
 
     assert graphs(9) == graphs(2)
+
+
+def _with_tables_off(model, n):
+    moved = off_device(model, torch.device("cpu"), None)
+    assert moved is not None
+    return moved[0], n, moved[1]
+
+
+@pytest.mark.parametrize(("form", "tables"), [("v8", None), ("v8", "host"), ("v7a", None), ("memory", None)])
+def test_steps_of_few_sequences_that_have_a_kernel_of_their_own_are_the_same_steps(
+    random_model, monkeypatch, form, tables
+):
+    """On a CPU by the kernel's definition; one, few and many sequences are computed in three ways."""
+    choice = Choice("cuda", "as if there were a kernel"), Choice("reference", "they are too many")
+    monkeypatch.setattr("heron.generation.step.few_rows_choice", lambda weights, n: choice[n > 4])
+    model = random_model(**MODELS[form]).double()
+    single = GraphedDecoder(model, 1)
+    fits = GraphedDecoder(*(model, 9) if tables is None else _with_tables_off(model, 9), fit_steps=True)
+    ways = {n: steps[0].form for n, steps in fits._steps.items()}
+    assert [ways[1] is ways[2], ways[2] is ways[4], ways[4] is ways[8], ways[8] is ways[9]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert ways[1].layers is ways[2].layers
+    for count in (2, 3, 7, 1):
+        for sequence in range(9):
+            fits.free(sequence)
+        for token in (3, 5):
+            got = fits.step(list(range(count)), [token] * count)
+        single.write(0, None)
+        for token in (3, 5):
+            want = single.step([0], [token])
+        assert all(accuracy.distance(row[None], want) < 1e-12 for row in got)
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------

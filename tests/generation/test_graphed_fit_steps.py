@@ -21,6 +21,7 @@ ODD = dict(n_layer=3, n_embd=48, head_size=16, ffn_dim=90, vocab_size=100)  # 90
 MODELS = {
     "v8": (dict(variant="v8", **SIZES), torch.bfloat16),
     "v7a memory": (dict(variant="v7a", memory="memory", **SIZES), torch.float32),
+    "v7a memory, few rows": (dict(variant="v7a", memory="memory", **SIZES), torch.bfloat16),
     "odd": (dict(variant="v8", **ODD), torch.float16),
 }
 IDS = tokenizer.load("integers:100")
@@ -54,6 +55,25 @@ def test_one_sequence_in_an_engine_of_many_places_gets_the_bits_of_an_engine_of_
             engine.close(row)
     for mine, theirs in zip(*told, strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["v7", "v8"])
+def test_a_text_beside_one_to_63_others_gets_the_same_bits(random_model, variant, dtype):
+    model, chance = random_model(variant=variant, **SIZES).to("cuda", dtype), random.Random(5)
+    decoder, text, told = GraphedDecoder(model, 64, fit_steps=True), [chance.randrange(100) for _ in range(6)], []
+    for n_beside, size in ((1, 2), (2, 4), (6, 8), (15, 16), (20, 32), (63, 64)):
+        for sequence in range(64):
+            decoder.free(sequence)
+        mine, *others = chance.sample(range(64), n_beside + 1)
+        order = [*others[: n_beside // 2], mine, *others[n_beside // 2 :]]
+        for token in text:
+            tokens = [token if sequence == mine else chance.randrange(100) for sequence in order]
+            logits = decoder.step(order, tokens)
+        assert decoder._last.n == size
+        told.append([logits[order.index(mine)].clone(), *decoder.read(mine).to_list()])
+    for other in told[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(told[0], other, strict=True))
 
 
 @pytest.mark.parametrize("memory", [None, "memory"])

@@ -57,20 +57,24 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
     const auto read = [&](Name name) {
         return static_cast<float>(static_cast<const T*>(p.of[name])[name < kW0 ? at : head * size + channel]);
     };
-    wait_for_inputs();
     const float* row = p.wkv + at * size;
     float* new_row = p.new_wkv + at * size;
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) prefetch(row + key(4 * i));
+    const float w0 = read(kW0), a0 = read(kA0), kk = read(kKK), ka = read(kKA), rk = read(kRK);
+    const float weight = read(kWeight), bias = read(kBias), v0 = p.of[kV0] != nullptr ? read(kV0) : 0.0f;
+    wait_for_inputs();
     Quad state[kKeys / 4];
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) state[i] = *reinterpret_cast<const Quad*>(row + key(4 * i));
-    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(read(kA0) + read(kIclr)), gate = read(kGate);
+    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(a0 + read(kIclr)), gate = read(kGate);
     float v = read(kV);
-    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(read(kV0) + read(kValue));
-    const float removal_key = raw_key * read(kKK), k = raw_key * (1.0f + (iclr - 1.0f) * read(kKA));
-    const float weight = read(kWeight), bias = read(kBias), bonus_part = r * k * read(kRK);
+    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(v0 + read(kValue));
+    const float removal_key = raw_key * kk, k = raw_key * (1.0f + (iclr - 1.0f) * ka);
+    const float bonus_part = r * k * rk;
     if (lane == 0) {
         vectors[0][channel] = r;
-        vectors[1][channel] = expf(-kDecayScale * sigmoid(read(kW0) + read(kW)));
+        vectors[1][channel] = expf(-kDecayScale * sigmoid(w0 + read(kW)));
         vectors[2][channel] = k;
         vectors[3][channel] = removal_key;
         vectors[4][channel] = removal_key * iclr;
