@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.model import adapted_linear
+from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import adapted, own_parameters
 from heron.model.rwkv import RWKV
 
@@ -50,7 +51,12 @@ class Adapter:
     Attributes:
         model: with the adapter on its layers.
         kind: one of :data:`heron.config.finetune_adapter.KINDS`.
+        row_ids: (n,) int64, ascending: the tokens whose rows of the model's tables are not the base's; None: all are.
+        base: the fingerprint of the base, where rows are not; None: the model tells it.
     """
+
+    row_ids: Tensor | None = None
+    base: str | None = None
 
     def __init__(self, model: RWKV, kind: str):
         self.model, self.kind = model, kind
@@ -104,16 +110,18 @@ class Adapter:
 def add_adapter(model: RWKV, config: AdapterConfig) -> Adapter:
     """Put a fresh adapter on linear layers of `model`, under which it computes what it did, and freeze all else.
 
+    But for tables where `config.tables` is "rows": these require a gradient.
+
     The adapter's parameters are fp32 (fp64 in a fp64 model) whatever the dtype of the weights, on their device. Its
     initial values are drawn from torch's global generator.
 
     Raises:
         ConfigError: peft is missing; a target that no layer has, that is no linear layer, or that has an adapter
             already; a rank that is too large for a layer; DoRA on a weight with a row of zeros, by whose length it
-            would divide.
+            would divide; tables that are to train, and there are none.
     """
     library = peft_library()
-    layers = _linear_layers(model, config)
+    layers, tables = _linear_layers(model, config), _tables(model, config)
     for name, layer in layers.items():
         _check_layer(name, layer, config)
     common: dict[str, Any] = dict(r=config.rank, target_modules=_peft_targets(config, layers))
@@ -130,6 +138,8 @@ def add_adapter(model: RWKV, config: AdapterConfig) -> Adapter:
         _inject(model, library.LoraConfig(**common), _START)
         for name in layers:
             _start_from_singular_vectors(model.get_submodule(name), math.sqrt(config.rank / alpha))
+    for table in tables.values() if config.tables == "rows" else ():
+        table.weight.requires_grad_(True)
     return Adapter(model, config.kind)
 
 
@@ -221,6 +231,7 @@ def _linear_layers(model: RWKV, config: AdapterConfig) -> dict[str, nn.Linear]:
             raise ConfigError(
                 f"adapter.targets: {target!r} names {other}, of the class {kind}, and wanted are linear layers, as "
                 f"{', '.join(_names_within_blocks(all_layers))}"
+                + ("; tables are for --adapter.tables" if isinstance(named[other], DeepEmbed) else "")
             )
         if not named:
             known = _names_within_blocks(all_layers)
@@ -231,6 +242,18 @@ def _linear_layers(model: RWKV, config: AdapterConfig) -> dict[str, nn.Linear]:
             )
         found |= {name: all_layers[name] for name in named}
     return {name: layer for name, layer in all_layers.items() if name in found}
+
+
+def _tables(model: RWKV, config: AdapterConfig) -> dict[str, DeepEmbed]:
+    """Those that are to change; none where `config` leaves them as they are."""
+    if config.tables == "frozen":
+        return {}
+    found = {name: part for name, part in model.named_modules() if isinstance(part, DeepEmbed)}
+    if not found:
+        raise ConfigError(
+            f"adapter.tables {config.tables}: variant {model.config.variant} has no DeepEmbed tables; leave it out"
+        )
+    return found
 
 
 def _check_layer(name: str, layer: nn.Linear, config: AdapterConfig) -> None:
