@@ -258,7 +258,10 @@ def _parameter_table(skeleton: RWKV, config: ModelConfig) -> list[str]:
         beside = "as above" if group is None else f"weights are frozen; group {group.reason}"
         legend.append(f"{'finetune':<12}--method {method}: {lrs}; {beside}")
     if TABLE.name in groups:
-        legend.append(f"{'finetune':<12}--method lora --adapter.tables rows: the tables train in group table, too")
+        legend.append(
+            f"{'finetune':<12}--adapter.tables rows: tables train, in group table; low-rank: factors beside them, "
+            "in group adapter"
+        )
     if any(row[-1] == "ours" for row in rows):
         legend.append(f"{'ours':<12}our own choice: nothing is public about how this starts and how it is trained")
     return [_table(rows), "", *legend]

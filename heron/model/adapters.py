@@ -1,4 +1,4 @@
-"""Adapters: low-rank updates of linear layers, trained while the weights of the layers stay as they are.
+"""Adapters: low-rank updates of linear layers and tables, trained while the weights of these stay as they are.
 
 The library peft computes them (LoRA, rsLoRA, DoRA, PiSSA, MiSS). PiSSA starts from the largest singular vectors of a
 weight W. Elsewhere their product is taken off W; here W stays as it is, and the product is subtracted by a second
@@ -110,7 +110,7 @@ class Adapter:
 def add_adapter(model: RWKV, config: AdapterConfig) -> Adapter:
     """Put a fresh adapter on linear layers of `model`, under which it computes what it did, and freeze all else.
 
-    But for tables where `config.tables` is "rows": these require a gradient.
+    But for DeepEmbed tables, which `config.tables` may let train ("rows") or put the adapter on, too ("low-rank").
 
     The adapter's parameters are fp32 (fp64 in a fp64 model) whatever the dtype of the weights, on their device. Its
     initial values are drawn from torch's global generator.
@@ -124,7 +124,12 @@ def add_adapter(model: RWKV, config: AdapterConfig) -> Adapter:
     layers, tables = _linear_layers(model, config), _tables(model, config)
     for name, layer in layers.items():
         _check_layer(name, layer, config)
-    common: dict[str, Any] = dict(r=config.rank, target_modules=_peft_targets(config, layers))
+    targets = _peft_targets(config, layers)
+    if config.tables == "low-rank":
+        for name, table in tables.items():
+            _check_rank(name, table.num_embeddings, table.embedding_dim, min(table.weight.shape), config)
+        targets = sorted({*targets, *_names_within_blocks(tables)})
+    common: dict[str, Any] = dict(r=config.rank, target_modules=targets)
     alpha = config.rank if config.alpha is None else config.alpha
     if config.kind == "miss":
         settings = library.MissConfig(miss_dropout=config.dropout, **common)
@@ -258,15 +263,18 @@ def _tables(model: RWKV, config: AdapterConfig) -> dict[str, DeepEmbed]:
 
 def _check_layer(name: str, layer: nn.Linear, config: AdapterConfig) -> None:
     largest = layer.in_features if config.kind == "miss" else min(layer.in_features, layer.out_features)
-    if config.rank > largest:
-        raise ConfigError(
-            f"adapter.rank: {config.rank} is more than the {largest} that {name} ({layer.out_features} x "
-            f"{layer.in_features}) has room for"
-        )
+    _check_rank(name, layer.out_features, layer.in_features, largest, config)
     if config.kind == "dora" and bool((layer.weight.detach() == 0).all(dim=1).any()):
         raise ConfigError(
             f"adapter.kind: dora divides by the length of each row of a weight, and {name} has rows of zeros, as fresh "
             "weights have; take lora, or other targets"
+        )
+
+
+def _check_rank(name: str, n_rows: int, n_columns: int, largest: int, config: AdapterConfig) -> None:
+    if config.rank > largest:
+        raise ConfigError(
+            f"adapter.rank: {config.rank} is more than the {largest} that {name} ({n_rows} x {n_columns}) has room for"
         )
 
 
@@ -278,18 +286,19 @@ def _peft_targets(config: AdapterConfig, layers: Mapping[str, nn.Linear]) -> lis
     return sorted(named)
 
 
-def _names_within_blocks(layers: Mapping[str, nn.Linear]) -> list[str]:
+def _names_within_blocks(layers: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(name.split(".", 2)[2] if name.startswith("blocks.") else name for name in layers))
 
 
 def _inject(model: RWKV, settings: Any, adapter_name: str) -> None:
-    """Have peft put an adapter on `model`, with parameters in at least fp32."""
+    """Have peft put an adapter on `model`, all on its device, whose tables may be elsewhere, in at least fp32."""
     if settings.peft_type == "LORA":
         adapted_linear.use_in(model, settings)
     with _quiet():
         peft_library().inject_adapter_in_model(settings, model, adapter_name=adapter_name)
     for parameter in adapter_parameters(model).values():
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        parameter.data = parameter.data.to(model.emb.weight.device, dtype)
 
 
 @torch.no_grad()

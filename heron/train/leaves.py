@@ -143,7 +143,7 @@ def check_tables(config: TrainConfig, ranks: dist.Ranks) -> None:
     if config.freezes and tables_train(config.finetune) and ranks.count > 1:
         raise ConfigError(
             "adapter.tables rows: several processes do not share the rows of tables beside an adapter yet; use one, or "
-            "leave it out"
+            "adapter.tables low-rank"
         )
 
 
