@@ -151,3 +151,10 @@ class FinetuneConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
         """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
         return from_dict(cls, values, where="finetune")
+
+
+def tables_train(finetune: FinetuneConfig | None) -> bool:
+    """Whether DeepEmbed tables train, and not only what is beside them; None: the run trains every weight."""
+    if finetune is None or not finetune.freezes:
+        return True
+    return finetune.adapter is not None and finetune.adapter.tables == "rows"

@@ -90,7 +90,9 @@ def _beside(learner: Learner) -> str:
     if finetune is not None and (adapter := finetune.adapter) is not None:
         alpha = "" if adapter.kind == "miss" else f", alpha {adapter.alpha or adapter.rank:g}"
         beside = f", beside a base in {finetune.base}" if finetune.quantizes else ""
-        return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}{beside}"
+        of_tables = {"rows": ", and the tables' rows of tokens that occur", "low-rank": " and the tables"}
+        tables = of_tables.get(adapter.tables, "")
+        return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}{tables}{beside}"
     shifts = " and the token shifts" if finetune is not None and finetune.token_shifts else ""
     return f"the state that sequences start from{shifts}"
 
