@@ -26,6 +26,7 @@ from generate import in_turns, random_model
 import heron
 from heron import tokenizer
 from heron.generation.decoder import CppDecoder
+from heron.model.int8 import quantize_for_running
 
 CPU = torch.device("cpu")
 _KEPT = []  # what llama.cpp calls
@@ -88,6 +89,7 @@ def forms_of(
     """Every form by its name; the files in `folder` are needed no longer."""
     half, eights = folder / "f16.gguf", folder / "q8_0.gguf"
     model = random_model("v7", *sizes, torch.float32, CPU)
+    in_8_bits = quantize_for_running(random_model("v7", *sizes, torch.bfloat16, CPU), CPU)
     heron.save(random_model("v7", *sizes, torch.float16, CPU), half, tokenizer="world" if sizes[2] == 65536 else None)
     settings = library.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = library.LLAMA_FTYPE_MOSTLY_Q8_0, threads
@@ -98,6 +100,7 @@ def forms_of(
         "llama.cpp Q8_0": of_llama_cpp(library, eights, threads, prompt),
         "heron fp32": of_heron(model, "llama.cpp F16"),
         "heron bf16": of_heron(random_model("v7", *sizes, torch.bfloat16, CPU), "llama.cpp F16"),
+        "heron int8": of_heron(in_8_bits, "llama.cpp Q8_0"),
     }
 
 

@@ -23,11 +23,12 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kUnroll = 2;  // vectors of a row that are under way at once
 #ifdef __AVX512F__          // how many registers there are
-constexpr int kRows = 4, kTogether = 4, kRowsTogether = 2;
+constexpr int kTogether = 4, kRowsTogether = 2;
 #else
-constexpr int kRows = 2, kTogether = 2, kRowsTogether = 1;
+constexpr int kTogether = 2, kRowsTogether = 1;
 #endif
-// kRows rows of a matrix are multiplied at once with one sequence, kRowsTogether with kTogether sequences.
+// kRowsTogether rows of a matrix are multiplied at once with kTogether sequences. With one sequence it is row after row:
+// that reads the matrix from its begin to its end, which is what the processor's own prefetching is made for.
 constexpr int kAhead = 8192;      // bytes of a matrix that are asked for before they are needed
 constexpr int kShare = 65536;     // bytes of a matrix that a thread takes at a time
 constexpr int kGroup = 64;        // int8 numbers of a row that share a scale
@@ -402,14 +403,14 @@ class Step {
         const auto next = [&turn] { return turn.fetch_add(1, std::memory_order_relaxed); };
         int number = next(), before = 0;
         const auto take = [&](const Product& p, const auto& weight) {
-            const int rows = std::max(kRows, kShare / weight.bytes());
+            const int rows = std::max(kRowsTogether, kShare / weight.bytes());
             const int shares = (p.out + rows - 1) / rows;
             for (; number - before < shares; number = next()) {
                 const int begin = (number - before) * rows, end = std::min(begin + rows, p.out);
                 int i = 0;
                 for (; i + kTogether <= n_; i += kTogether)
                     multiply_rows<kRowsTogether, kTogether>(p, weight, begin, end, i);
-                for (; i < n_; ++i) multiply_rows<kRows, 1>(p, weight, begin, end, i);
+                for (; i < n_; ++i) multiply_rows<1, 1>(p, weight, begin, end, i);
             }
             before += shares;
         };
