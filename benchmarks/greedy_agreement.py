@@ -2,14 +2,14 @@
 
 Prompts are cut from a text at even distances. Each is gone on from greedily, with the weights as --dtype has them and
 in 8 bits: how many texts are the same to the last token, and how many tokens are up to where they part; what comes
-behind is not compared. The loss of both on the text stands beside it.
+behind is not compared. Both are compared with fp32 too: rounding alone parts the texts of a model that is not sure. The
+loss of both on the text stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from pathlib import Path
 
 import torch
 
@@ -59,15 +59,17 @@ def main() -> None:
     tokens, _ = load_tokens(args.data, tokenizer, model.config.vocab_size, Reading(), lambda text: None)
     distance = (len(tokens) - args.prompt) // args.prompts
     prompts = [tokens[i * distance :][: args.prompt].tolist() for i in range(args.prompts)]
-    eights = quantize_for_running(copy.deepcopy(model), CPU)
-    as_it_is, in_8_bits = (greedy(one, tokenizer, prompts, args.tokens) for one in (model, eights))
-    alike = [same(*both) for both in zip(as_it_is, in_8_bits, strict=True)]
-    whole = sum(a == b for a, b in zip(as_it_is, in_8_bits, strict=True))
-    print(
-        f"{Path(args.model)}, {args.dtype}; {args.prompts} prompts of {args.prompt} tokens, {args.tokens} tokens each"
-    )
-    print(f"the same text          {100 * whole / len(prompts):.1f} %")
-    print(f"tokens before it parts {100 * sum(alike) / sum(map(len, as_it_is)):.1f} %")
+    eights, in_fp32 = quantize_for_running(copy.deepcopy(model), CPU), heron.load(args.model, torch.float32)
+    in_8_bits, as_it_is, exact = (greedy(one, tokenizer, prompts, args.tokens) for one in (eights, model, in_fp32))
+    print(f"{args.model}: {args.prompts} prompts of {args.prompt} tokens, {args.tokens} tokens behind each")
+    for name, one, other in (
+        (f"in 8 bits, in {args.dtype}", in_8_bits, as_it_is),
+        ("in 8 bits, in fp32", in_8_bits, exact),
+        (f"in {args.dtype}, in fp32", as_it_is, exact),
+    ):
+        whole = sum(a == b for a, b in zip(one, other, strict=True)) / len(prompts)
+        alike = sum(same(a, b) for a, b in zip(one, other, strict=True)) / sum(map(len, other))
+        print(f"{name:<20}{100 * whole:5.1f} % are the same text, {100 * alike:5.1f} % of tokens before they part")
     before, after = (evaluate.evaluate(one, tokens[: args.scored + 1], 1024).loss for one in (model, eights))
     print(f"loss of {min(args.scored, len(tokens) - 1):,} tokens: {before:.4f}, in 8 bits {after:.4f}")
 
