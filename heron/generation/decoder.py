@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from heron.errors import ConfigError
 from heron.generation.memories import SequenceMemories
-from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, norm_of, time_mix
+from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, matrix_of, norm_of, time_mix
 from heron.model import RWKV, State
 from heron.model.deep_embed import DeepEmbed
 from heron.model.memory import Documents, Match
@@ -304,7 +304,9 @@ class CppDecoder(StateDecoder):
     def __init__(self, model: RWKV, n: int, tables: Tables | None = None, documents: Documents | None = None):
         super().__init__(model, n, documents)
         self._embed = model.embed
-        self._step = TokenStep(Network(layers_of(model), self._states.layers, norm_of(model.ln_out), model.head.weight))
+        self._step = TokenStep(
+            Network(layers_of(model), self._states.layers, norm_of(model.ln_out), matrix_of(model.head))
+        )
         self._table_rows = lookup(model) if tables is None else tables.rows
 
     @torch.inference_mode()

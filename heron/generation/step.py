@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from heron.model import RWKV
 from heron.model.channel_mix import GATE_RANK
 from heron.model.compiled import varying
 from heron.model.deep_embed import DeepEmbed
+from heron.model.int8 import Int8Linear
 from heron.model.rwkv import Block
 from heron.ops._choice import Choice
 from heron.ops._products import ACTIVATIONS, Product
@@ -249,19 +250,24 @@ def _layer_weights(block: Block, deep_embed: str | None) -> LayerWeights:
     return LayerWeights(
         norm1=norm_of(block.ln1),
         mix=torch.stack([getattr(att, f"x_{letter}").detach().flatten() for letter in "rkvwag"]),
-        receptance=att.receptance.weight,
-        key=att.key.weight,
-        value=att.value.weight,
-        output=att.output.weight,
+        receptance=matrix_of(att.receptance),
+        key=matrix_of(att.key),
+        value=matrix_of(att.value),
+        output=matrix_of(att.output),
         low_rank=[LowRank(*(getattr(att, f"{letter}{i}").detach().t() for i in (1, 2))) for letter in "vwag"],
         head=att.head_weights(mixes_v_first=att.layer > 0),
         norm2=norm_of(block.ln2),
         channel_mix=ffn.x_k.detach().view(1, -1),
-        ffn_key=ffn.key.weight,
-        ffn_value=ffn.value.weight,
+        ffn_key=matrix_of(ffn.key),
+        ffn_value=matrix_of(ffn.value),
         deep_embed=deep_embed,
         low_rank_gate=gate,
     )
+
+
+def matrix_of(layer: nn.Module) -> Any:
+    """The weights of a linear layer: a tensor, or where it is in 8 bits an Int8Matrix."""
+    return layer.matrix if isinstance(layer, Int8Linear) else layer.weight
 
 
 def norm_of(norm: nn.LayerNorm) -> Norm:

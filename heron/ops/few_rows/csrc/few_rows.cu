@@ -122,9 +122,21 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[4], const unsigned (&a
     }
 }
 
+// Whether this block is a cluster by itself: st.async is an illegal instruction there.
+__device__ __forceinline__ bool is_alone() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    unsigned blocks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    return blocks == 1;
+#else
+    return true;
+#endif
+}
+
 // As many bytes of sums will be sent to this block; `arrived` counts them.
 __device__ __forceinline__ void expect_sums(unsigned long long* arrived, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (is_alone()) return;
     if (threadIdx.x == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrived)) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -139,12 +151,16 @@ __device__ __forceinline__ void expect_sums(unsigned long long* arrived, int byt
 // Until every block of the cluster expects its sums.
 __device__ __forceinline__ void wait_for_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (!is_alone()) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
 // Two sums to where `to` is in the shared memory of a block of the cluster, of this `rank` there.
 __device__ __forceinline__ void send_sums(float* to, int rank, float a, float b, unsigned long long* arrived) {
+    if (is_alone()) {
+        to[0] = a, to[1] = b;
+        return;
+    }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     unsigned there, counter;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
@@ -152,13 +168,12 @@ __device__ __forceinline__ void send_sums(float* to, int rank, float a, float b,
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(there),
                  "f"(a), "f"(b), "r"(counter)
                  : "memory");
-#else
-    to[0] = a, to[1] = b;
 #endif
 }
 
 // Until all that this block expects is there. It may leave then: nobody reads its shared memory but itself.
 __device__ __forceinline__ void receive_sums(unsigned long long* arrived) {
+    if (is_alone()) return __syncthreads();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     unsigned done = 0;
     while (done == 0) {
@@ -170,8 +185,6 @@ __device__ __forceinline__ void receive_sums(unsigned long long* arrived) {
             : "r"(shared_address(arrived))
             : "memory");
     }
-#else
-    __syncthreads();
 #endif
 }
 #endif
