@@ -66,8 +66,6 @@ class FinetuneConfig:
     show: int = setting(0, "print so many samples before training: learned tokens coloured, others dim, ids")
 
     def __post_init__(self) -> None:
-        if isinstance(self.pack, bool):  # YAML 1.1 reads on and off so
-            object.__setattr__(self, "pack", "on" if self.pack else "off")
         if isinstance(self.adapter, Mapping):
             object.__setattr__(self, "adapter", AdapterConfig.from_dict(self.adapter))
         check_types(self)
