@@ -32,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import history
 import serve_load
 import torch
 from generate import DTYPES, decoding, in_turns, random_model
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--one_process", action="store_true", help="HTTP in the process of the engine")
     parser.add_argument("--minutes", type=float, default=0.0, help="of mixed requests, in place of everything else")
     parser.add_argument("--last", type=float, default=0.0, help="seconds for which they ask again and again")
+    history.add_flags(parser)
     options = parser.parse_args()
     options.rows = options.rows or options.clients
     torch.set_num_threads(options.threads)
@@ -268,8 +270,16 @@ def main() -> None:
         measured(port, min(4, options.clients), options)  # warms up
         measured(port, options.clients, options, tokens=4)
         figures = measured(port, options.clients, options, arrive=options.arrive, last=options.last)
-        shown(f"server, {options.clients} clients", figures, alone[options.rows])
-        shown("server, 1 client", measured(port, 1, options, tokens=4 * options.tokens), alone[1])
+        one = measured(port, 1, options, tokens=4 * options.tokens)
+        for n, of_clients, engine_alone in ((options.clients, figures, alone[options.rows]), (1, one, alone[1])):
+            name = f"server, {n} client{'s' if n > 1 else ''}"
+            shown(name, of_clients, engine_alone)
+            told = {
+                "tokens/s": of_clients["tokens/s"],
+                "p50 first s": of_clients["p50 first"],
+                "engine tokens/s": engine_alone,
+            }
+            history.record(options, "serve.py", f"{sizes}, prompts of {options.prompt}, {name}", told)
 
     serve_while(engine, options, work)
 
