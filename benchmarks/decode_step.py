@@ -2,7 +2,8 @@
 
 For each number of sequences: the step that an engine of --places places with `fit_steps` runs, the prediction (weights
 read once, states read and written, at --bandwidth), and how often and how long each kind of kernel runs. With --forms,
-instead: ways to compute the products that a head step waits for, as they are now and others, by themselves, a layer.
+instead: microseconds of each product of a layer, by the library (without what follows a product) and by
+heron.ops.few_rows in several settings.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ from __future__ import annotations
 import argparse
 import collections
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from generate import DTYPES, random_model
 from timing import median_ms, need_gpu
 from torch import Tensor
 
 import heron
 from heron.generation.graphed import GraphedDecoder, recorded
-from heron.generation.step import apart, for_one, layers_of, project_together, together
-from heron.model.compiled import compiled
+from heron.generation.step import apart, layers_of, project, together
+from heron.ops.few_rows import MOST, Product
+from heron.ops.few_rows.cuda import few_rows_cuda
 from heron.ops.token_step import LayerWeights
 
+PARTS = (256, 512, 1024, 2048)
 KINDS = {  # by a part of the kernel's name; the first that fits
     "matvec": ("matvec",),
+    "few rows": ("few_rows",),
     "head step": ("head_step",),
     "norm": ("norm_mix", "layer_norm"),
     "library product": ("gemm", "nvjet", "cutlass", "splitk", "gemv", "xmma"),
@@ -68,60 +74,53 @@ def steps(model: heron.RWKV, places: int, numbers: list[int], bandwidth: float) 
         print(f"{n:>9}{ms:>8.3f}{predicted_ms(model, n, bandwidth):>11.3f}{1e3 * n / ms:>10.0f}   {spent}", flush=True)
 
 
-def squeezed(x: Tensor) -> Tensor:
-    return torch.stack((x[0], torch.tanh(x[1]), x[2], torch.sigmoid(x[3])))
+def forms(model: heron.RWKV, numbers: list[int], bandwidth: float) -> None:
+    """Each product by itself, of all layers in turn: together their weights are more than a GPU's caches hold."""
+    layers = layers_of(model)
+    many, few, head = [together(layer) for layer in layers], [apart(layer) for layer in layers], model.head.weight
+    settings = [(part, lines) for part in PARTS for lines in (4, 2)]
+    names = "".join(f"{f'{part} x {lines}':>10}" for part, lines in settings)
+    print(f"{'':>24}{'predicted':>10}{'library':>10}{names}   (PART x LINES of heron.ops.few_rows.cuda)")
+    for n in numbers:
+        C, wide = few[0].ffn_value.shape
+        mixed, of_hidden = (torch.randn(*s, device="cuda").to(head.dtype) for s in ((6, n, C), (n, wide)))
+        x = mixed[0]
+        products: dict[str, Callable[[LayerWeights], list[Product]]] = {
+            "output": lambda w, x=x: [Product(x, w.output, add=x)],
+            "key": lambda w, x=x: [Product(x, w.ffn_key, "squared relu")],
+            "value": lambda w, x=x, h=of_hidden: [Product(h, w.ffn_value, add=x)],
+            "head": lambda w, x=x: [Product(x, head)],
+        }
+        runs: dict[str, list[Callable[[int], object]]] = {
+            name: [lambda i, of=of: [F.linear(y.x, y.weight) for y in of(many[i])]]
+            + [lambda i, of=of, s=s: few_rows_cuda(of(few[i]), *s) for s in settings]
+            for name, of in products.items()
+        }
+        runs["projections"] = [lambda i, x=mixed: by_library(x, many[i])] + [
+            lambda i, x=mixed, s=s: project(
+                partial(few_rows_cuda, part=s[0], lines=s[1]), x, large(few[i]), few[i].low_rank
+            )
+            for s in settings
+        ]
+        read = {name: sum(p.weight.nbytes for p in of(few[0])) for name, of in products.items()}
+        read["projections"] = sum(w.nbytes for w in (*large(few[0]), *(m for part in few[0].low_rank for m in part)))
+        for name, ways in runs.items():
+            print(f"{n:>4} rows, {name:<13}{read[name] / bandwidth / 1e6:>10.1f}", end="")
+            for run in ways:
+                graph = recorded(lambda run=run: [run(i) for i in range(len(layers))])
+                print(f"{1e3 * median_ms(graph.replay, 10) / len(layers):>10.1f}", end="", flush=True)
+            print(flush=True)
 
 
-class Abreast:
-    """The products of `project_together` on streams of their own: of few rows, one leaves most of a GPU idle."""
-
-    def __init__(self, squeeze: Callable[[Tensor], Tensor]):
-        self._streams, self._squeeze = [torch.cuda.Stream() for _ in range(3)], squeeze
-
-    def __call__(self, mixed: Tensor, layer: LayerWeights) -> list[Tensor]:
-        now, products = torch.cuda.current_stream(), []
-        for stream, x, weight in zip(self._streams, mixed[:3], large(layer), strict=True):
-            stream.wait_stream(now)
-            with torch.cuda.stream(stream):
-                products.append(x @ weight.t())
-        products += low_rank(mixed, layer, self._squeeze)
-        for stream in self._streams:
-            now.wait_stream(stream)
-        return products
+def by_library(mixed: Tensor, layer: LayerWeights) -> tuple[list[Tensor], Tensor]:
+    ((down, up),) = layer.low_rank
+    return [F.linear(x, w) for x, w in zip(mixed, large(layer), strict=False)], torch.bmm(
+        torch.bmm(mixed[2:], down.mT), up.mT
+    )
 
 
 def large(layer: LayerWeights) -> tuple[Tensor, ...]:
     return layer.receptance, layer.key, layer.value
-
-
-def low_rank(mixed: Tensor, layer: LayerWeights, squeeze: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-    ((down, up),) = layer.low_rank
-    return torch.bmm(squeeze(torch.bmm(mixed[2:], down.mT)), up.mT).unbind()
-
-
-def forms(model: heron.RWKV, numbers: list[int], bandwidth: float) -> None:
-    layers, squeeze, now = layers_of(model), compiled(squeezed), compiled(project_together)
-    many, one = [together(layer) for layer in layers], [apart(layer) for layer in layers]
-    joined = [torch.stack(large(layer)) for layer in layers]
-    single, abreast = for_one(one[0], compiled), Abreast(squeeze)
-    for n in numbers:
-        mixed = torch.randn(6, n, model.config.n_embd, device="cuda").to(model.emb.weight.dtype)
-        of_layer = {
-            "as now": lambda i, x=mixed: now(x, large(many[i]), many[i].low_rank),
-            "on four streams": lambda i, x=mixed: abreast(x, many[i]),
-            "r, k, v as one": lambda i, x=mixed: (torch.bmm(x[:3], joined[i].mT), low_rank(x, many[i], squeeze)),
-            "matvec, one by one": lambda i, x=mixed: [
-                single.project(x[:, j : j + 1].contiguous(), large(one[i]), one[i].low_rank) for j in range(len(x[0]))
-            ],
-        }
-        if n > 4:
-            del of_layer["matvec, one by one"]
-        read = sum(x.nbytes for x in (*large(many[0]), *many[0].low_rank[0]))
-        print(f"{n:>3} sequences, predicted {read / bandwidth / 1e6:6.1f} us a layer:", end="")
-        for name, run in of_layer.items():
-            graph = recorded(lambda run=run: [run(i) for i in range(len(layers))])
-            print(f"   {name} {1e3 * median_ms(graph.replay, 20) / len(layers):.1f}", end="", flush=True)
-        print(flush=True)
 
 
 @torch.inference_mode()
@@ -134,14 +133,14 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=256)
     parser.add_argument("--taken", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s that the memory is said to have")
-    parser.add_argument("--forms", action="store_true", help="ways to compute the products before a head step")
+    parser.add_argument("--forms", action="store_true", help="each product by itself")
     options = parser.parse_args()
     need_gpu(parser)
     device = torch.device("cuda")
     model = random_model("v7", options.n_layer, options.n_embd, options.vocab_size, DTYPES[options.dtype], device)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, L{options.n_layer}-D{options.n_embd}\n")
     if options.forms:
-        forms(model, [n for n in options.taken if 1 < n <= 64], options.bandwidth)
+        forms(model, [n for n in options.taken if 1 < n <= MOST], options.bandwidth)
     else:
         steps(model, options.places, options.taken, options.bandwidth)
 

@@ -16,6 +16,7 @@ import multiprocessing
 import statistics
 from typing import NamedTuple
 
+import history
 import torch
 from timing import need_gpu
 from torch.profiler import ProfilerActivity, profile
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--profile", nargs="*", choices=ROWS, default=[], help="rows to look into")
     parser.add_argument("--top", type=int, default=30, help="kernels that a profile lists")
+    history.add_flags(parser)
     options = parser.parse_args()
     need_gpu(parser)
     size = f"L{options.layers}-D{options.channels}"
@@ -151,6 +153,8 @@ def main() -> None:
                 print(f"{name:<16}{str(error).splitlines()[0]}", flush=True)
                 continue
         times[name] = spent = result.milliseconds
+        figures = {"step ms": spent, "peak GiB": result.allocated / 2**30}
+        history.record(options, "finetune.py", f"{name} {size} rank {options.rank}", figures)
         full = times.get("speed-full") if name.startswith("speed") else None
         twin = times.get(name.removesuffix("-v8")) if name.endswith("-v8") else None
         of_full, of_v7 = "" if full is None else f"{full / spent:.2f}x", "" if twin is None else f"{twin / spent:.3f}"

@@ -1,9 +1,9 @@
 """ROSA on this CPU, against a plain suffix automaton in Python and, where it is installed, rosa-torch from PyPI.
 
-``python benchmarks/rosa_op.py [--threads 2]`` prints best times; quote the ratios. The forms take turns, and each turn
-of a fast one is many runs, so that other work on the machine falls on all of them. rosa-torch (``pip install
-'rosa-torch[numba]' rosa-torch-native``) chooses its own backend and compiles before it is timed. Where there is a GPU,
-its times follow.
+``python benchmarks/rosa_op.py [--threads 2] [--parts gradients]`` prints best times; quote the ratios. The forms take
+turns, and each turn of a fast one is many runs, so that other work on the machine falls on all of them. rosa-torch
+(``pip install 'rosa-torch[numba]' rosa-torch-native``) chooses its own backend and compiles before it is timed. Where
+there is a GPU, its times follow.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from timing import median_ms
 from torch import Tensor
 
-from heron.ops.rosa import rosa, rosa_last
+from heron.ops.rosa import rosa, rosa_last, soft
 
 CROWD = (768, 512)
 LENGTHS = (2048, 4096, 8192, 16384)
 ON_GPU = ((9216, 512), (9216, 1024), (9216, 2048), (768, 4096))
+SOFT_BITS = 4
+SOFT = {"cpu": ((48, 128), (48, 512)), "cuda": ((384, 128), (96, 512), (384, 512), (384, 1024), (8, 4096))}
+LONGEST_IN_PYTORCH = 128  # of those; longer ones take it minutes
 TURN_S = 0.5
 
 
@@ -165,18 +170,44 @@ def gpu(runs: int = 20) -> None:
         print(f"{size[0]:>6} x {size[1]:<6}{cells}", flush=True)
 
 
+def gradients(rounds: int, device: str) -> None:
+    name, native = ("CUDA", soft.soft_gradients_cuda) if device == "cuda" else ("C++", soft.soft_gradients_cpu)
+    print(f"\nsoft_suffix gradient of {SOFT_BITS}-bit streams, streams x length: ms in {name}")
+    for n_streams, n_tokens in SOFT[device]:
+        q, k, v = torch.randint(2**SOFT_BITS, (3, n_streams, n_tokens), dtype=torch.uint8, device=device)
+        slope, *others = torch.randn(SOFT_BITS + 2, n_streams, n_tokens, device=device).split((SOFT_BITS, 1, 1))
+        inputs = (q, k, v, slope.permute(1, 2, 0), others[0][0], others[1][0])
+        forms = [partial(native, *inputs)]
+        if n_tokens <= LONGEST_IN_PYTORCH:
+            forms.append(partial(soft.soft_gradients_torch, *inputs, max_match=None))
+        if device == "cuda":
+            taken = [median_ms(form, repeats=5, warm_up=1) for form in forms]
+        else:
+            taken = [1e3 * seconds for seconds in best(rounds, *forms)]
+        ratio = f"   PyTorch {taken[1]:>9.1f} ({taken[1] / taken[0]:.0f}x)" if taken[1:] else ""
+        print(f"{n_streams:>6} x {n_tokens:<6}{taken[0]:>9.3f}{ratio}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch and of the cpu form (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="timed turns of each form (default 3)")
+    parts = ("crowd", "growth", "steps", "gradients", "gpu")
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts, help="what to time (default: all of it)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.threads} threads, best of {args.rounds}\n")
-    crowd(args.rounds)
-    growth(args.rounds)
-    one_by_one()
-    if torch.cuda.is_available():
+    if "crowd" in args.parts:
+        crowd(args.rounds)
+    if "growth" in args.parts:
+        growth(args.rounds)
+    if "steps" in args.parts:
+        one_by_one()
+    if "gradients" in args.parts:
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            gradients(args.rounds, device)
+    if "gpu" in args.parts and torch.cuda.is_available():
         gpu()
 
 

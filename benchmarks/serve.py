@@ -3,12 +3,14 @@
     python benchmarks/serve.py --clients 256                       a v7 of random weights, --n_layer, --n_embd
     python benchmarks/serve.py --model x.pth --clients 64 --arrive 2 --prompt 512
     python benchmarks/serve.py --clients 256 --step 6              HTTP alone: an engine whose step waits 6 ms
+    python benchmarks/serve.py --minutes 10 --rows 8               no peer: mixed requests, errors, percentiles, memory
 
 In one run: the engine alone with as many rows (as benchmarks/generate.py has them), and with one; the server with
 --clients clients; the server with one client, its engine the same. A client is a few lines over a socket, so that the
 server is measured. With --arrive SECONDS the clients come spread over so long, and with --last SECONDS they ask again
 and again. The server speaks HTTP in a process of its own, as heron serve does, or with --one_process in that of the
-engine.
+engine. With --minutes the clients are those of serve_load.py, on a model of bytes, and all levels of the prefix cache
+are so small that each is full; the server's memory is that of both its processes.
 """
 
 from __future__ import annotations
@@ -16,18 +18,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import history
+import serve_load
 import torch
 from generate import DTYPES, decoding, in_turns, random_model
 from timing import device_of
@@ -103,17 +109,22 @@ async def clients(options: argparse.Namespace) -> list[Asked]:
     return answers
 
 
+def in_process(*command: str) -> Any:
+    """What clients in a process of their own print, as JSON."""
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
 def measured(port: int, n: int, options: argparse.Namespace, **changes: float) -> dict[str, float]:
     """Figures of `n` clients, that run in another process."""
     asked = {"port": port, "clients": n, "vocab_size": options.vocab_size, "prompt": options.prompt,
              "tokens": options.tokens, "arrive": 0.0, "last": 0.0, "seed": 0, **changes}  # fmt: skip
-    command = [sys.executable, __file__, "--as_clients", json.dumps(asked)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    answers = [Asked(*one) for one in json.loads(done.stdout)]
+    answers = [Asked(*one) for one in in_process(__file__, "--as_clients", json.dumps(asked))]
     errors = [one.error for one in answers if one.error]
     good = [one for one in answers if not one.error] or [Asked(0, 1, 0, 0, "")]
     begun, ended = min(one.began for one in good), max(one.began + one.seconds for one in good)
@@ -159,11 +170,10 @@ class Waiting(heron.Engine):
         return [(sequence, Token(1, 0.0)) for sequence in self._there]
 
 
-def serve_while(engine: heron.Engine, options: argparse.Namespace, work: Callable[[str], None]) -> None:
+def serve_while(engine: heron.Engine, options: argparse.Namespace, work: Callable[[str], None], **caches: Any) -> None:
     """Serve the engine until `work`, which gets the address in a thread, has ended."""
-    config = ServeConfig(
-        port=0, name="bench", rows=options.rows, queue=4 * options.clients, cache_device=0, cache_host=0
-    )
+    caches = caches or {"cache_device": 0, "cache_host": 0}
+    config = ServeConfig(port=0, name="bench", rows=options.rows, queue=4 * options.clients, **caches)
     if options.one_process:
         from heron.serve.server import server_of
 
@@ -222,12 +232,16 @@ def main() -> None:
     parser.add_argument("--arrive", type=float, default=0.0, help="seconds over which the clients come")
     parser.add_argument("--step", type=float, help="in place of a model: milliseconds that a step waits; prompts of 1")
     parser.add_argument("--one_process", action="store_true", help="HTTP in the process of the engine")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of mixed requests, in place of everything else")
     parser.add_argument("--last", type=float, default=0.0, help="seconds for which they ask again and again")
+    history.add_flags(parser)
     options = parser.parse_args()
     options.rows = options.rows or options.clients
     torch.set_num_threads(options.threads)
     device = device_of(parser, options.device)
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    if options.minutes:
+        options.vocab_size = 256
     if options.model is None:
         sizes = (options.n_layer, options.n_embd, options.vocab_size, dtype, device)
         model = random_model(options.variant, *sizes)
@@ -239,6 +253,9 @@ def main() -> None:
     sizes = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}"
     print(f"torch {torch.__version__}, {where}, {sizes}\n")
 
+    if options.minutes:
+        with_minutes(heron.Engine(model, tokenizer.load("bytes"), options.rows, fit_steps=True), options)
+        return
     if options.step is not None:
         engine = Waiting(model, options.rows, options.step / 1e3)
         alone = {rows: rows / max(options.step / 1e3, 1e-6) for rows in (options.rows, 1)}
@@ -253,10 +270,65 @@ def main() -> None:
         measured(port, min(4, options.clients), options)  # warms up
         measured(port, options.clients, options, tokens=4)
         figures = measured(port, options.clients, options, arrive=options.arrive, last=options.last)
-        shown(f"server, {options.clients} clients", figures, alone[options.rows])
-        shown("server, 1 client", measured(port, 1, options, tokens=4 * options.tokens), alone[1])
+        one = measured(port, 1, options, tokens=4 * options.tokens)
+        for n, of_clients, engine_alone in ((options.clients, figures, alone[options.rows]), (1, one, alone[1])):
+            name = f"server, {n} client{'s' if n > 1 else ''}"
+            shown(name, of_clients, engine_alone)
+            told = {
+                "tokens/s": of_clients["tokens/s"],
+                "p50 first s": of_clients["p50 first"],
+                "engine tokens/s": engine_alone,
+            }
+            history.record(options, "serve.py", f"{sizes}, prompts of {options.prompt}, {name}", told)
 
     serve_while(engine, options, work)
+
+
+def with_minutes(engine: heron.Engine, options: argparse.Namespace) -> None:
+    """Print what mixed requests have met, and the server's memory before and after."""
+
+    def work(address: str) -> None:
+        def asked(seconds: float) -> serve_load.Found:
+            port = int(address.rpartition(":")[2])
+            load = {"port": port, "clients": options.clients, "tokens": options.tokens, "seconds": seconds}
+            return serve_load.Found(**in_process(serve_load.__file__, json.dumps(load)))
+
+        asked(0)  # warms up
+        memory, is_over = [server_mib()], threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(6 * options.minutes):
+                memory.append(server_mib())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        found = asked(60 * options.minutes)
+        is_over.set()
+        watcher.join()
+        print("requests        " + ", ".join(f"{n} {kind}" for kind, n in sorted(found.asked.items())))
+        print(f"errors          {len(found.errors)}" + "".join(f"\n  {one}" for one in found.errors[:5]))
+        print(f"tokens          {found.n_tokens / options.minutes / 60:.0f} a second, {options.tokens} an answer")
+        for kind, seconds in sorted(found.firsts.items()):
+            print(f"first token     {percentiles(seconds)}, {kind}")
+        print(f"between pieces  {percentiles(found.gaps)}")
+        print(f"memory          {', '.join(f'{one:.0f}' for one in (*memory, server_mib()))} MiB, from before to after")
+        print("\n".join(found.levels), flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="heron-bench-") as folder:
+        serve_while(engine, options, work, cache_device=4, cache_host=4, cache_disk=16, state_dir=folder)
+
+
+def percentiles(seconds: list[float]) -> str:
+    ordered = sorted(seconds) or [0.0]
+    at = {p: 1e3 * ordered[int(p / 100 * (len(ordered) - 1))] for p in (50, 95, 99)}
+    return ", ".join(f"p{p} {value:.1f} ms" for p, value in at.items()) + f" of {len(seconds)}"
+
+
+def server_mib() -> float:
+    """Memory of this process and of that which speaks HTTP."""
+    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    pages = sum(int(Path(f"/proc/{process}/statm").read_text().split()[1]) for process in processes)
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def engines_alone(model: heron.RWKV, options: argparse.Namespace, device: torch.device) -> dict[int, float]:

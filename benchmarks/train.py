@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import history
 import torch
 from timing import need_gpu
 from torch.autograd import DeviceType
@@ -73,6 +74,9 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> str:
     row = ROWS[name]
     result = bench(*settings(row, options), options.steps, ranks)
     speed = result.tokens_per_s / 1e3
+    if ranks.is_first:
+        figures = {"k tokens/s": speed, "step ms": 1e3 * result.seconds, "peak GiB": result.peak_bytes / 2**30}
+        history.record(options, "train.py", f"{name} on {ranks.count}", figures)
     official = "" if row.official is None else f"{row.official[0]:8.1f}k {row.official[1]:6.1f}"
     share = "" if row.floor is None else f"{speed / row.floor / ranks.count:6.0%} of {ranks.count * row.floor:.0f}k"
     return (
@@ -140,6 +144,7 @@ def main() -> None:
     parser.add_argument("--weights", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--grad_checkpoint", action="store_true")
     parser.add_argument("--parallel", default="auto", choices=("auto", "ddp", "fsdp", "hsdp"))
+    history.add_flags(parser)
     options = parser.parse_args()
     need_gpu(parser, "; benchmarks/train_cpu.py needs none")
     ranks = Ranks.of_environment()

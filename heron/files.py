@@ -9,6 +9,12 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that use one file or folder go unnoticed there
+    fcntl = None
 
 from heron.errors import CheckpointError
 
@@ -30,6 +36,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def locked(file: IO) -> bool:
+    """Whether this process has a file for itself from now on, until it closes it or dies; False: another one has."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def sweep(folder: Path) -> None:

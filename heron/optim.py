@@ -211,6 +211,12 @@ class RowAdamW(CopiedAdamW):
             torch._foreach_div_(self.tables.gradients(), grad_scale)  # pyright: ignore[reportPrivateImportUsage]
         self.tables.step(exp_avgs, exp_avg_sqs, row_steps, group["lr"], group["betas"], group["eps"], found_inf)
 
+    def stepped(self) -> torch.Tensor:
+        """The ids (n,) int64, ascending, on the host, of the rows that have been stepped."""
+        self.tables.wait()
+        counts = [self.state[weight][self.STATE[0]].cpu() for weight in self.tables.weights if self.state[weight]]
+        return torch.stack(counts).any(0).nonzero().flatten() if counts else torch.empty(0, dtype=torch.int64)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, and the rows that were brought."""
         super().zero_grad(set_to_none)

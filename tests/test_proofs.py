@@ -44,13 +44,17 @@ def test_products_form_a_group_that_is_not_commutative(group, order, rng):
     assert (table != table.T).any()
 
 
+@pytest.mark.parametrize("silent", [0, 3])
 @pytest.mark.parametrize("group", ["S5", "A5"])
-def test_a_word_s_targets_are_the_permutations_applied_one_after_another(group, rng):
+def test_a_word_s_targets_are_the_permutations_applied_one_after_another(group, silent, rng):
     elements = list(itertools.permutations(range(5)))
     if group == "A5":
         elements = [one for one in elements if round(np.linalg.det(np.eye(5)[list(one)])) == 1]
-    tokens, targets = groups.words(group, 6, rng, 3)
-    for word, products in zip(tokens, targets, strict=True):
+    tokens, targets = groups.words(group, 6, silent, rng, 3)
+    tokens, targets = (part.reshape(3, 6, 1 + silent) for part in (tokens, targets))
+    assert (tokens[:, :, 1:] == len(elements)).all()
+    assert (targets[:, :, :-1] == IGNORED).all()
+    for word, products in zip(tokens[:, :, 0], targets[:, :, -1], strict=True):
         places = tuple(range(5))
         for token, product in zip(word, products, strict=True):
             places = tuple(elements[token][place] for place in places)
@@ -217,7 +221,7 @@ def tiny(monkeypatch):
     batch = partial(parity.bits, 10)
     task = catalogue.Task(
         2, 10, batch, {"10 bits": batch, "12 bits": partial(parity.bits, 12)}, dict(n_layer=1, n_embd=16, head_size=16),
-        dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), 0.5, 16,
+        dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), True, 16,
     )  # fmt: skip
     monkeypatch.setitem(catalogue.TASKS, "tiny", task)
     monkeypatch.setitem(catalogue.PROOFS, "tiny", [("tiny", ("rwkv7", "decay-only"))])
@@ -237,14 +241,16 @@ def test_runs_are_of_their_seed_and_heron_compare_reads_them(tiny, tmp_path):
     assert "val_loss" in compare.table(read)
 
 
-def test_a_sample_is_learned_from_its_beginning_on(tiny, tmp_path, monkeypatch):
+def test_one_more_answer_is_learned_when_those_before_are_known(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_GROW_EVERY", 1)
+    monkeypatch.setattr(training, "_KNOWN", 2.5)  # ln 2 a bit, as none is known yet: three are enough
     shown = []
     real = training.Learner.gradients
     monkeypatch.setattr(
         training.Learner, "gradients", lambda self, samples: shown.append(samples[0][1]) or real(self, samples)
     )
     training.learn(catalogue.Case("tiny", "rwkv7", 0), tmp_path, torch.device("cpu"))
-    assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [6, 8, 10, 10]
+    assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [2, 3, 4, 4]
 
 
 def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_path):

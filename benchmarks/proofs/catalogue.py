@@ -28,7 +28,7 @@ class Task:
         tests: what is asked of a trained model, by name; the first is also its validation.
         shape: fields of the ModelConfig.
         recipe: fields of the TrainConfig.
-        grows: share of the steps in which the part of a sample that is learned grows from its first tokens to all.
+        grows: whether the part of a sample that is learned grows, one answer at a time, from the first two to all.
         n_test: samples of each test.
     """
 
@@ -38,7 +38,7 @@ class Task:
     tests: Mapping[str, Maker]
     shape: Mapping[str, int]
     recipe: Mapping[str, float | str]
-    grows: float = 0.0
+    grows: bool = False
     n_test: int = 2048
 
 
@@ -64,13 +64,19 @@ class Case(NamedTuple):
         return config if steps is None else dataclasses.replace(config, max_steps=steps)
 
 
-def _words(group: str, n_layer: int, length: int) -> Task:
-    batch = partial(groups.words, group, length)
+# Tokens behind each element. A token makes at most one reflection of a state. A5 are the rotations of an icosahedron,
+# each a product of two reflections; an element of S5 is a product of up to four transpositions, which are reflections.
+_SILENT = {"A5": 1, "S5": 3}
+
+
+def _words(group: str, n_layer: int, length: int, silent: int) -> Task:
+    batch = partial(groups.words, group, length, silent)
+    tests = {f"{n} elements": partial(groups.words, group, n, silent) for n in (length, 4 * length)}
     return Task(
-        len(groups.product_table(group)), length, batch, {f"length {length}": batch},
-        dict(n_layer=n_layer, n_embd=128, head_size=16),
-        dict(micro_bsz=512, max_steps=6000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
-        grows=0.5,
+        len(groups.product_table(group)) + 1, length * (1 + silent), batch, tests,
+        dict(n_layer=n_layer, n_embd=128, head_size=32),
+        dict(micro_bsz=256, max_steps=3000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
+        grows=True, n_test=1024,
     )  # fmt: skip
 
 
@@ -83,8 +89,8 @@ def _recall(length: int, n_pairs: int, width: int) -> Task:
 
 
 TASKS: dict[str, Task] = {
-    **{f"{group}-20-l4": _words(group, 4, 20) for group in ("S5", "A5")},
-    **{f"{group}-64-l{n}": _words(group, n, 64) for group in ("S5", "A5") for n in (4, 3, 2, 1)},
+    **{f"{group}-20-l{n}": _words(group, n, 20, silent) for group, silent in _SILENT.items() for n in (4, 3, 2, 1)},
+    **{f"{group}-20-l4-dense": _words(group, 4, 20, silent=0) for group in _SILENT},
     **{
         f"recall-{length}-{n_pairs}-c{width}": _recall(length, n_pairs, width)
         for length, n_pairs in ((64, 4), (128, 8), (256, 16))
@@ -100,7 +106,7 @@ TASKS: dict[str, Task] = {
         {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
         dict(n_layer=2, n_embd=64, head_size=16),
         dict(micro_bsz=256, max_steps=5000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
-        grows=0.5, n_test=512,
+        grows=True, n_test=512,
     ),
     "copying": Task(
         copying.VOCAB, 256 + copying.COPIED, partial(copying.noisy, 256), {"16 of 256": partial(copying.noisy, 256)},
@@ -111,13 +117,14 @@ TASKS: dict[str, Task] = {
 
 # Of each proof: its tasks, and the models that learn them.
 PROOFS: dict[str, Sequence[tuple[str, Sequence[str]]]] = {
+    "A5": [("A5-20-l2", MODELS)],
     "S5": [("S5-20-l4", MODELS)],
-    "A5": [("A5-20-l4", MODELS)],
     "recall": [(name, ("rwkv7",)) for name in TASKS if name.startswith("recall-")],
     "reversal": [("reversal", ("rwkv7",))],
     "parity": [("parity", ("rwkv7", "signed"))],
     "copying": [("copying", ("rwkv7",))],
-    "layers": [(name, ("rwkv7", "signed")) for name in TASKS if "5-64-l" in name],
+    "layers": [(f"{group}-20-l{n}", ("rwkv7", "signed")) for group in _SILENT for n in (1, 2, 3, 4)],
+    "dense": [(f"{group}-20-l4-dense", MODELS) for group in _SILENT],
 }
 
 

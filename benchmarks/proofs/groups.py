@@ -1,4 +1,4 @@
-"""State tracking: which element is the product of all group elements so far? Asked at every position of a word."""
+"""State tracking: which element is the product of all group elements so far? Asked after every element of a word."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from benchmarks.proofs.batch import Batch
+from benchmarks.proofs.batch import IGNORED, Batch
 from heron.errors import ConfigError
 
 
@@ -26,15 +26,21 @@ def product_table(group: str) -> np.ndarray:
     return np.array([[number[tuple(b[i] for i in a)] for b in elements] for a in elements])
 
 
-def words(group: str, length: int, rng: np.random.Generator, n: int) -> Batch:
-    """Tokens (n, length): uniform elements. Targets (n, length): the product of each element and all before it."""
+def words(group: str, length: int, silent: int, rng: np.random.Generator, n: int) -> Batch:
+    """Uniform elements, each followed by `silent` tokens that say nothing, of one id above the elements'.
+
+    Returns:
+        Tokens (n, length (1 + silent)). Targets of that shape: at the last token of each element, the product of it and
+        all before it.
+    """
     table = product_table(group)
-    tokens = rng.integers(len(table), size=(n, length))
-    targets = np.empty_like(tokens)
-    product = targets[:, 0] = tokens[:, 0]
-    for t in range(1, length):
-        product = targets[:, t] = table[product, tokens[:, t]]
-    return tokens, targets
+    tokens = np.full((n, length, 1 + silent), len(table))
+    targets = np.full_like(tokens, IGNORED)
+    elements = tokens[:, :, 0] = rng.integers(len(table), size=(n, length))
+    product = targets[:, 0, -1] = elements[:, 0]
+    for i in range(1, length):
+        product = targets[:, i, -1] = table[product, elements[:, i]]
+    return tokens.reshape(n, -1), targets.reshape(n, -1)
 
 
 def _is_even(permutation: tuple[int, ...]) -> bool:

@@ -23,7 +23,9 @@ from heron.train.step import Learner
 RESULT = "result.json"
 _LOGS, _VALIDATIONS = 100, 20  # records of a run
 _TOKENS_AT_ONCE = 2**17  # of a test
-_FIRST = 6  # tokens that are learned at first, where the learned part grows
+_FIRST = 2  # answers that are learned at first, where the learned part grows
+_GROW_EVERY = 10  # steps
+_KNOWN = 1.0  # nats lost on all answers that are learned: below that one more is
 
 
 def learn(case: Case, results: Path, device: torch.device, steps: int | None = None) -> Path:
@@ -33,21 +35,23 @@ def learn(case: Case, results: Path, device: torch.device, steps: int | None = N
     part = folder.with_name(f".tmp-{case.seed}")
     shutil.rmtree(part, ignore_errors=True)
     torch.manual_seed(case.seed)
-    learner = Learner(build(case.model, config.model, task.length), config, device)
     rng = np.random.default_rng(case.seed)
+    longest = max(maker(rng, 1)[0].shape[1] for maker in (task.batch, *task.tests.values()))
+    learner = Learner(build(case.model, config.model, longest), config, device)
     total, begun, logged = config.total_steps, time.perf_counter(), 0.0
-    log_every, validate_every = max(1, total // _LOGS), max(1, total // _VALIDATIONS)
+    log_every, validate_every, shown = max(1, total // _LOGS), max(1, total // _VALIDATIONS), _FIRST
     with Reporter(part, total, quiet=True) as reporter:
         write_text(part / "config.yaml", config.to_yaml())
         for step in range(total):
             tokens, targets = task.batch(rng, config.micro_bsz)
             if task.grows:
-                shown = _FIRST + int((task.length - _FIRST) * min(1.0, step / (task.grows * total)))
-                targets = np.where(np.arange(task.length) < shown, targets, IGNORED)
+                targets = first_answers(targets, shown)
             lr = lr_at(step, config)
             loss = learner.gradients([(torch.from_numpy(tokens), torch.from_numpy(targets))])
             numbers = learner.update(loss, lr, float("inf"))
             done = step + 1
+            if task.grows and done % _GROW_EVERY == 0 and float(numbers[0]) * shown < _KNOWN:
+                shown += 1
             if done == 1 or done % log_every == 0 or done == total:
                 loss, grad_norm, *_ = numbers.tolist()
                 now = time.perf_counter() - begun
@@ -71,6 +75,12 @@ def learn(case: Case, results: Path, device: torch.device, steps: int | None = N
     write_text(part / RESULT, json.dumps(record) + "\n")
     part.rename(folder)
     return folder
+
+
+def first_answers(targets: np.ndarray, n: int) -> np.ndarray:
+    """Targets (samples, T) of which nothing is asked behind the first n places where something is."""
+    places = np.flatnonzero((targets != IGNORED).any(axis=0))
+    return np.where(np.arange(targets.shape[1]) <= places[min(n, len(places)) - 1], targets, IGNORED)
 
 
 @torch.no_grad()

@@ -21,11 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder go unnoticed there
-    fcntl = None
-
 from heron import dist, files
 from heron.checkpoint import rng, sharded, shares
 from heron.checkpoint.formats import safetensors
@@ -236,11 +231,8 @@ def verify(folder: Path) -> None:
 def lock(run_folder: Path) -> Iterator[None]:
     """Own a run folder while inside; CheckpointError when another process does. The kernel frees it if we die."""
     with open(run_folder / "run.lock", "a", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(f"{run_folder}: another process is training here; name another --out") from None
+        if not files.locked(file):
+            raise CheckpointError(f"{run_folder}: another process is training here; name another --out")
         yield
 
 

@@ -26,7 +26,7 @@ from heron.ops.head_step import head_step_choice
 from heron.ops.linear_cross_entropy import linear_cross_entropy_choice
 from heron.ops.norm_mix import norm_mix_choice
 from heron.ops.rosa import rosa_choice
-from heron.ops.rosa.cpu import gradients_choice
+from heron.ops.rosa.soft import soft_choice
 from heron.ops.rows import copy_rows_choice, row_adamw_choice
 from heron.ops.sample_rows import sample_rows_choice
 from heron.ops.shift_mix import shift_mix_choice
@@ -77,7 +77,7 @@ def report() -> str:
         "optimizer": adamw_choice(there),
         "rows of tables": row_adamw_choice(there),
         "rosa": rosa_choice(there),
-        "rosa gradients": gradients_choice(there),
+        "rosa gradients": soft_choice(there),
     }
     if there.type == "cpu":
         decoding = {"a step": token_step_choice(there)}

@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from heron import __version__
-from heron.commands import EXIT_USAGE, flag_values, rwkv_lm_flags, serve_flags
+from heron.commands import EXIT_USAGE, flag_values, running_flags, rwkv_lm_flags, serve_flags
 from heron.commands.help_texts import EVERY_FLAG, Help, HelpInTwoSizes
+from heron.commands.running_flags import TOKENIZERS
 from heron.commands.settings import READING
 from heron.config import (
     INIT_DTYPES,
@@ -104,8 +105,6 @@ def _with_underscores(argument: str) -> str:
 _NOT_OF_FINETUNE = (  # settings of a fresh model, and of data that are no conversations
     "model", "init_from", "init_dtype", "column", "glob", "split_at", "allow_normalized", "magic_prime", "num_workers",
 )  # fmt: skip
-_MEMORY = "documents that ROSA memory looks into, which heron memory build wrote; default: none"
-_TOKENIZERS = "world, bytes, integers:V[:E] (E ends a document), a tokenizer.json"
 
 _MODULES: dict[str, Callable[[], ModuleType]] = {  # most need PyTorch, so none is imported before its verb runs
     "demo": lambda: import_module("heron.commands.demo"),
@@ -163,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     inputs_help = "txt, jsonl ({'text': ...} a line), json, csv, parquet, each also .gz .bz2 .xz; folders, builtin:NAME"
     prepare.add_argument("inputs", nargs="+", help=inputs_help)
     prepare.add_argument("--out", help="prefix of the .bin and .idx files; default: the binidx that --memory reads")
-    prepare.add_argument("--tokenizer", default="world", help=_TOKENIZERS)
+    prepare.add_argument("--tokenizer", default="world", help=TOKENIZERS)
     _add_settings(prepare, TrainConfig, prefix="", names=READING)
     prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing files")
@@ -205,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
         "data": "jsonl of conversations: messages, prompt and completion, text, alpaca, ShareGPT; must be given",
         "val_data": "separate validation conversations; default: val_fraction of data",
         "val_fraction": "share of the conversations kept for validation (the last); default: 0.1",
-        "tokenizer": f"{_TOKENIZERS}; default: the base's own",
+        "tokenizer": f"{TOKENIZERS}; default: the base's own",
         "max_steps": "stop after this many optimizer steps; default: --epochs decides",
         "max_tokens": "stop after this many training tokens; default: --epochs decides",
     }
@@ -250,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--show_memory", action="store_true", help="underline what ROSA memory recalled, and say where it comes from"
     )
-    _add_running(generate, max_tokens=200, top_p=0.5, penalty=0.0)
+    running_flags.add_running(generate, max_tokens=200, top_p=0.5, penalty=0.0)
 
     chat = verb("chat", "talk with a model in the terminal")
     chat.add_argument("model", help="a weights file, a checkpoint or a run folder")
@@ -258,10 +257,10 @@ def parser() -> argparse.ArgumentParser:
     think_help = "open answers with a thought (on; short, long: of that length), or an empty one (off)"
     chat.add_argument("--think", choices=("on", "off", "short", "long"), default="", help=think_help)
     chat.add_argument("--load", help="go on from a file that /save wrote; default: a new conversation")
-    _add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
+    running_flags.add_running(chat, max_tokens=1000, top_p=0.3, penalty=0.3)
 
     serve = verb("serve", "answer requests as OpenAI's interface has them, many at a time, and show a page to chat")
-    serve_flags.add(serve, _add_settings, _add_source)
+    serve_flags.add(serve, _add_settings)
 
     evaluate = verb("eval", "how well one or more models predict: a text, LAMBADA, multiple choice")
     evaluate.add_argument("models", nargs="+", metavar="model", help="weights files, checkpoints or run folders")
@@ -273,14 +272,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--mode", default="gpt", help="gpt: sequences at once; rnn: token by token")
     evaluate.add_argument("--json", help="also write the figures to this file")
     evaluate.add_argument("--plot", help="also draw them over the models' steps, to a .png or .svg")
-    evaluate.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
+    evaluate.add_argument("--tokenizer", help=f"{TOKENIZERS}; default: the run's own")
     evaluate.add_argument("--ctx_len", type=int, default=1024, help="window length; each starts from a zero state")
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
-    evaluate.add_argument("--memory", metavar="FILE", help=_MEMORY)
+    evaluate.add_argument("--memory", metavar="FILE", help=running_flags.MEMORY)
     memory_from_help = "text or data, as --data takes it, that ROSA memory looks into beside what is scored"
     evaluate.add_argument("--memory_from", metavar="FILE", help=memory_from_help)
-    _add_tuned(evaluate)
-    _add_rosa(evaluate)
+    running_flags.add_weights(evaluate)
 
     convert = verb("convert", "rewrite weights: another format, variant, vocabulary or dtype")
     convert.add_argument("input", help="a .pth, .safetensors or .gguf, a Hugging Face folder, a checkpoint, a run")
@@ -297,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
         type=flag_values.rosa,
         help="add a ROSA branch, qkv-1bit or qkv-4bit, or ROSA memory: memory; default: none",
     )
-    _add_rosa(convert)
+    running_flags.add_rosa(convert)
     convert.add_argument("--check", action="store_true", help="compare the logits of input and output")
 
     merge = verb("merge", "add an adapter to the weights it was trained on, and write them as a model")
@@ -307,7 +305,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--format", help="pth, safetensors, hf (v7) or gguf (v7); default: by the output's suffix")
     merge.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the base")
     merge.add_argument("--tokenizer", help="the model's, which a folder or .gguf keeps; default: the base's own")
-    _add_rosa(merge)
+    running_flags.add_rosa(merge)
 
     memory = verb("memory", "documents that ROSA looks into while a model runs, in one file")
     actions = memory.add_subparsers(
@@ -322,21 +320,21 @@ def parser() -> argparse.ArgumentParser:
     build = action("build", "write documents and the index of their tokens as one file")
     build.add_argument("inputs", nargs="+", help=f"{inputs_help}, binidx prefixes")
     build.add_argument("--out", required=True, help="the file, such as docs.memory; an older one is replaced")
-    build.add_argument("--tokenizer", default="world", help=f"the model's: {_TOKENIZERS}")
+    build.add_argument("--tokenizer", default="world", help=f"the model's: {TOKENIZERS}")
     _add_settings(build, TrainConfig, prefix="", names=READING)
     build.add_argument("--max_match", type=int, default=64, help="tokens of a match that count")
     build.add_argument("--across_documents", choices=("on", "off"), default="on", help=across_help)
 
     described = action("info", "describe such a file")
     described.add_argument("file", help="what heron memory build wrote")
-    described.add_argument("--tokenizer", help=f"check that it fits: {_TOKENIZERS}; default: no check")
+    described.add_argument("--tokenizer", help=f"check that it fits: {TOKENIZERS}; default: no check")
     described.add_argument("--verify", action="store_true", help="read all of it, and compare its sha256")
 
     info = verb("info", "describe a weights file, a run, a preset or a dataset")
     info_help = "a weights file, a checkpoint, a run folder, a preset, an adapter's folder, or binidx data"
     info.add_argument("model", nargs="?", help=info_help)
     info.add_argument("--params", action="store_true", help="every parameter: shape, group, lr, decay, initial value")
-    _add_rosa(info)
+    running_flags.add_rosa(info)
     info.add_argument("--presets", action="store_true", help="list the presets")
 
     doctor = verb("doctor", "what this machine has, what each op would run on, what to install")
@@ -402,49 +400,3 @@ def _add_training(parser: argparse.ArgumentParser, own: Sequence[str] = ()) -> N
     _add_settings(parser, TrainConfig, prefix="", groups=groups)
     _add_settings(parser, ModelConfig, prefix="model.", groups=groups)
     rwkv_lm_flags.add(parser, own)
-
-
-def _add_running(parser: argparse.ArgumentParser, max_tokens: int, top_p: float, penalty: float) -> None:
-    """What generate and chat have in common, with the defaults that differ."""
-    _add_source(parser)
-    parser.add_argument("--max_tokens", type=int, default=max_tokens, help="stop after this many tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="randomness; 0: always the likeliest token")
-    parser.add_argument(
-        "--top_p", type=float, default=top_p, help="keep the likeliest tokens, up to this much probability"
-    )
-    parser.add_argument("--top_k", type=int, default=0, help="keep this many tokens; 0: all")
-    parser.add_argument("--presence_penalty", type=float, default=penalty, help="taken off the logit of written tokens")
-    parser.add_argument("--frequency_penalty", type=float, default=penalty, help="the same, each time it was written")
-    parser.add_argument("--penalty_decay", type=float, default=0.996, help="both fade by this factor with each token")
-    digits_help = "let the frequency penalty count space, tab and digits, which it leaves out otherwise"
-    parser.add_argument("--count_digits", action="store_true", help=digits_help)
-    parser.add_argument("--seed", type=flag_values.seed, default=0, help="same seed, same text")
-
-
-def _add_source(parser: argparse._ActionsContainer) -> None:
-    """What generate, chat and serve have in common: the model and where it runs."""
-    parser.add_argument("--tokenizer", help=f"{_TOKENIZERS}; default: the run's own")
-    parser.add_argument("--eod", help="token or id that ends a document; default: as the tokenizer's files say")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
-    parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
-    parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
-    parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
-    parser.add_argument("--memory", metavar="FILE", help=_MEMORY)
-    _add_tuned(parser)
-    _add_rosa(parser)
-
-
-def _add_tuned(parser: argparse._ActionsContainer) -> None:
-    """What fine-tuning left beside the model."""
-    adapter_help = "a fine-tuning run, or the folder of an adapter, to add to the weights in memory; default: none"
-    parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
-    state_help = "a tuned initial state, which every sequence starts from, or the run that made it; default: zeros"
-    parser.add_argument("--state", metavar="FILE", help=state_help)
-
-
-def _add_rosa(parser: argparse._ActionsContainer) -> None:
-    """What a bare file of weights cannot say."""
-    names = "qkv-1bit, qkv-4bit, memory"
-    parser.add_argument(
-        "--rosa", type=flag_values.rosa, help=f"how the ROSA in a bare file works: {names}; default: as its run"
-    )

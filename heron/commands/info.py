@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heron.checkpoint import STATE as STATE_FILE
-from heron.checkpoint import adapters, put_right, read_tensors, unsaid, weights_file
+from heron.checkpoint import adapters, put_right, read_tensors, table_rows, unsaid, weights_file
 from heron.checkpoint.architecture import LN0, UNUSED, config_of
 from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
 from heron.config.finetune import DEFAULTS
@@ -111,15 +111,21 @@ def describe_adapter(path: str) -> str:
     if file.kind == "pissa" and settings.get("init_lora_weights") is True:
         rank, alpha, kept = rank // 2, (alpha or 0) / 2, ", kept as LoRA of twice the rank beside the unchanged base"
     targets = settings.get("target_modules") or ()
-    groups = {group_of(name, tensor) for name, tensor in file.tensors.items()}
+    tables = {} if file.rows is None else file.rows.tables
+    groups = dict.fromkeys(group_of(name, tensor) for name, tensor in (*file.tensors.items(), *tables.items()))
     facts = [
         ("what", f"adapter {file.folder}"),
         ("kind", f"{file.kind}{kept}"),
         ("rank", f"{rank}" + (f", alpha {alpha:g}" if alpha else "")),
         ("targets", targets if isinstance(targets, str) else ", ".join(sorted(targets))),
+        *(
+            [("tables", f"{len(file.rows.ids):,} rows of each of {len(tables)}, in {table_rows.FILE}")]
+            if file.rows
+            else []
+        ),
         ("base", file.base or "not recorded"),
-        ("parameters", f"{sum(map(Tensor.numel, file.tensors.values())):,}"),
-        ("dtype", _dtypes(file.tensors)),
+        ("parameters", f"{sum(map(Tensor.numel, (*file.tensors.values(), *tables.values()))):,}"),
+        ("dtype", _dtypes({**file.tensors, **tables})),
         *(
             ("group", f"{group.name}: lr {DEFAULTS['lora']['lr_init']:g} unless set, no decay: {group.reason}")
             for group in groups
@@ -251,6 +257,11 @@ def _parameter_table(skeleton: RWKV, config: ModelConfig) -> list[str]:
         lrs = f"lr {DEFAULTS[method]['lr_init']:g} to {DEFAULTS[method]['lr_final']:g}, no decay"
         beside = "as above" if group is None else f"weights are frozen; group {group.reason}"
         legend.append(f"{'finetune':<12}--method {method}: {lrs}; {beside}")
+    if TABLE.name in groups:
+        legend.append(
+            f"{'finetune':<12}--adapter.tables rows: tables train, in group table; low-rank: factors beside them, "
+            "in group adapter"
+        )
     if any(row[-1] == "ours" for row in rows):
         legend.append(f"{'ours':<12}our own choice: nothing is public about how this starts and how it is trained")
     return [_table(rows), "", *legend]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from heron.commands import running_flags
 from heron.config.serve import NAME, ServeConfig
 
 
-def add(parser: argparse.ArgumentParser, add_settings: Callable[..., None], add_source: Callable[..., None]) -> None:
+def add(parser: argparse.ArgumentParser, add_settings: Callable[..., None]) -> None:
     """Add them to a parser."""
     parser.add_argument("model", help="a weights file, a checkpoint or a run folder")
     groups = {title: parser.add_argument_group(title) for title in ("the server", "the model", "beside the model")}
     add_settings(groups["the server"], ServeConfig, prefix="")
-    add_source(groups["the model"])
+    running_flags.add_source(groups["the model"])
     beside = groups["beside the model"]
     for kind, wanted, text in (
         ("adapter", "DIR", "an adapter, merged into weights of its own; chosen as MODEL:NAME"),

@@ -11,11 +11,13 @@ import torch
 from heron import machine
 from heron.checkpoint import beside, load, tuned_state, weights_file
 from heron.checkpoint.adapters import merged
+from heron.checkpoint.architecture import in_one_dtype
 from heron.data import token_index
 from heron.data.token_index import DocumentIndex
 from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
 from heron.model import RWKV, State
+from heron.model.int8 import quantize_for_running
 from heron.ops import ahead
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
@@ -53,11 +55,15 @@ def engine_of(
 
 
 def model_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None = None) -> RWKV:
-    """The model at `path`, in `dtype`, with the weights of --adapter merged into its own."""
+    """The model at `path`, in `dtype`, with the weights of --adapter merged into its own, and as --weights says."""
     with progress(f"reading {path}"):
         if options.adapter is None:
-            return load(path, dtype, rosa=options.rosa)
-        return merged(load(path, rosa=options.rosa), options.adapter, dtype)
+            model = load(path, dtype, rosa=options.rosa)
+        else:
+            model = merged(load(path, rosa=options.rosa), options.adapter, dtype)
+        if options.weights is None:
+            return model
+        return quantize_for_running(in_one_dtype(model), torch.device(device_of(options.device)))
 
 
 def start_of(options: argparse.Namespace, model: RWKV) -> State | None:

@@ -66,8 +66,6 @@ class FinetuneConfig:
     show: int = setting(0, "print so many samples before training: learned tokens coloured, others dim, ids")
 
     def __post_init__(self) -> None:
-        if isinstance(self.pack, bool):  # YAML 1.1 reads on and off so
-            object.__setattr__(self, "pack", "on" if self.pack else "off")
         if isinstance(self.adapter, Mapping):
             object.__setattr__(self, "adapter", AdapterConfig.from_dict(self.adapter))
         check_types(self)
@@ -151,3 +149,10 @@ class FinetuneConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
         """A config from plain values; an unknown key is a ConfigError that suggests the near name."""
         return from_dict(cls, values, where="finetune")
+
+
+def tables_train(finetune: FinetuneConfig | None) -> bool:
+    """Whether DeepEmbed tables train, and not only what is beside them; None: the run trains every weight."""
+    if finetune is None or not finetune.freezes:
+        return True
+    return finetune.adapter is not None and finetune.adapter.tables == "rows"

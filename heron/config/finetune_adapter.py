@@ -11,6 +11,8 @@ from heron.config.settings import from_dict
 from heron.errors import ConfigError, did_you_mean
 
 KINDS = ("lora", "rslora", "dora", "pissa", "miss")
+TABLES = ("frozen", "rows", "low-rank")
+_OF_LOW_RANK = ("lora", "rslora")
 
 
 def _setting(default: Any, doc: str) -> Any:
@@ -19,7 +21,7 @@ def _setting(default: Any, doc: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter: what is trained beside the frozen weights of linear layers.
+    """An adapter: what is trained beside the frozen weights of linear layers, and what becomes of DeepEmbed tables.
 
     Raises:
         ConfigError: an unknown kind, a rank below 1, and other numbers out of range.
@@ -34,11 +36,22 @@ class AdapterConfig:
         "all", "linear layers by name, as in key,value,att.output,head; all: every one but the head"
     )
     dropout: float = _setting(0.0, "share of an adapter's inputs that is set to 0 while training")
+    tables: str = _setting(
+        "frozen", "DeepEmbed tables: frozen, rows (those of tokens that occur train), or low-rank (LoRA on them)"
+    )
 
     def __post_init__(self):
         if self.kind not in KINDS:
             hint = did_you_mean(str(self.kind), KINDS)
             raise ConfigError(f"adapter.kind: wanted {', '.join(KINDS)}, got {self.kind!r}.{hint}")
+        if self.tables not in TABLES:
+            hint = did_you_mean(str(self.tables), TABLES)
+            raise ConfigError(f"adapter.tables: wanted {', '.join(TABLES)}, got {self.tables!r}.{hint}")
+        if self.tables == "low-rank" and self.kind not in _OF_LOW_RANK:
+            raise ConfigError(
+                f"adapter.tables low-rank: is for adapter.kind {' and '.join(_OF_LOW_RANK)}, got {self.kind}; use one "
+                "of these, or adapter.tables rows"
+            )
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"adapter.rank: wanted a whole number from 1 on, got {self.rank!r}")
         if self.alpha is not None:

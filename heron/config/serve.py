@@ -31,6 +31,7 @@ class ServeConfig:
     state_dir: str | None = setting(None, "folder that keeps saved states; None: they are lost at the end")
     cache_device: int = setting(1024, "MiB of states of prompts that are kept where the model runs; 0: none")
     cache_host: int = setting(4096, "MiB of them in host memory, and of sessions; 0: none")
+    cache_disk: int = setting(4096, "MiB of them in files in --state_dir, also for the next start; 0: none")
     queue: int = setting(256, "requests that may wait for a place; one more is answered 429")
     max_body: int = setting(1 << 20, "most bytes of a request's body")
     max_prompt: int = setting(131_072, "most tokens of a prompt")
@@ -40,10 +41,10 @@ class ServeConfig:
 
     def __post_init__(self):
         check_types(self)
-        lowest = {"port": 0, "cache_device": 0, "cache_host": 0, "grace": 0, "queue": 0}
-        for name in ("port", "rows", "cache_device", "cache_host", "queue", "max_prompt", "max_answer", "max_body"):
-            if getattr(self, name) < lowest.get(name, 1):
-                raise ConfigError(f"{name}: wanted at least {lowest.get(name, 1)}, got {getattr(self, name)}")
+        may_be_none = ("port", "cache_device", "cache_host", "cache_disk", "queue")
+        for name in (*may_be_none, "rows", "max_prompt", "max_answer", "max_body"):
+            if getattr(self, name) < (lowest := int(name not in may_be_none)):
+                raise ConfigError(f"{name}: wanted at least {lowest}, got {getattr(self, name)}")
         if self.port > 65535:
             raise ConfigError(f"port: wanted at most 65535, got {self.port}")
         if self.timeout <= 0 or self.grace < 0:

@@ -62,6 +62,8 @@ def check_types(config: Any) -> None:
             continue
         if isinstance(value, bool) and bool not in kinds:
             fits = False
+        elif kinds == (bool,) and value in ("on", "off"):
+            value, fits = value == "on", True
         elif int in kinds and isinstance(value, float) and value.is_integer():
             value, fits = int(value), True
         elif float in kinds and isinstance(value, (int, str)):

@@ -1,7 +1,12 @@
-"""Settings from a YAML file. PyYAML would take the last of two equal keys without a word; here they are refused."""
+"""Settings from a YAML file, read more strictly than PyYAML does.
+
+It would take the last of two equal keys without a word; here they are refused. And it would take ``on`` and ``off`` for
+true and false, which several settings have as values of their own; here they are text, as in YAML 1.2.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,13 @@ def read(path: str | Path) -> dict[str, Any]:
                     first = seen[key].line + 1
                     raise ConfigError(f"{path}: {key!r} stands in line {first} and in line {mark.line + 1}; keep one")
             return super().construct_mapping(node, deep)
+
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if tag != boolean]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(boolean, re.compile("(?i:true|false|yes|no)$"), list("tTfFyYnN"))
 
     try:
         loader = Loader(Path(path).read_text(encoding="utf-8-sig"))

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Protocol, TypeGuard
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from heron.errors import ConfigError
 from heron.generation.memories import SequenceMemories
-from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, norm_of, time_mix
+from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, matrix_of, norm_of, time_mix
 from heron.model import RWKV, State
 from heron.model.deep_embed import DeepEmbed
 from heron.model.memory import Documents, Match
@@ -43,11 +43,20 @@ class Decoder(Protocol):
     """Several sequences, numbered from 0, that go on token by token."""
 
     @property
-    def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """Start the next step of all sequences on the device before the host has read the token ids (n,).
+    def ahead(self) -> Set[int]:
+        """The sequences whose next step has begun. :meth:`read` gives their states from before it; :meth:`write` and
+        :meth:`free` leave a sequence out of it, and no other."""
+        ...
 
-        The next :meth:`step` returns its logits. Until then :meth:`read` gives the states from before it, and
-        :meth:`write` drops it. None: this decoder cannot.
+    def look_ahead(self, sequences: Sequence[int], others: Mapping[int, int]) -> Callable[[Tensor], None] | None:
+        """A function that starts the next step on the device before the host has read what was drawn. None: cannot.
+
+        The next :meth:`step` must be of sequences that are :attr:`ahead`, and returns their logits.
+
+        Args:
+            sequences: those of the last step that go on, with the token ids (n,) on the device that the function gets;
+                where none could be drawn (-1) the step means nothing.
+            others: those that join them, with their tokens.
         """
 
     def write(self, sequence: int, state: State | None) -> None:
@@ -76,7 +85,16 @@ class Decoder(Protocol):
 
 
 class Remembering:
-    """What is common to decoders: the memories of n sequences, where the model has a ROSA memory."""
+    """What is common to decoders: the memories of n sequences, where the model has a ROSA memory.
+
+    They do not look ahead, unless they say so.
+    """
+
+    ahead: Set[int] = frozenset()
+
+    def look_ahead(self, sequences: Sequence[int], others: Mapping[int, int]) -> Callable[[Tensor], None] | None:
+        """See :class:`Decoder`."""
+        return None
 
     def __init__(self, model: nn.Module, n: int, documents: Documents | None = None):
         rosa = getattr(model.config, "memory", None)
@@ -109,8 +127,6 @@ class Remembering:
 
 class ModelDecoder(Remembering):
     """Decodes with the model, one sequence after another: for models of which a step does not know every part."""
-
-    look_ahead = None
 
     def __init__(self, model: nn.Module, n: int, documents: Documents | None = None):
         super().__init__(model, n, documents)
@@ -181,10 +197,10 @@ class SequenceStates:
         self._shifts[:, :, target] = self._shifts[:, :, source]
         self._wkv[:, target] = self._wkv[:, source]
 
-    def copy_(self, other: SequenceStates) -> None:
-        """Take over the states of as many sequences of the same model."""
-        self._shifts.copy_(other._shifts)
-        self._wkv.copy_(other._wkv)
+    def begin_at(self, before: SequenceStates) -> None:
+        """Take over the shifts, which a step changes in place, of as many sequences of the same model."""
+        if before is not self:
+            self._shifts.copy_(before._shifts)
 
     def of(self, sequence: int) -> list[LayerStates]:
         """The part of each layer that belongs to `sequence`: views of batch size 1."""
@@ -213,11 +229,6 @@ class StateDecoder(Remembering):
         super().__init__(model, n, documents)
         self._states = SequenceStates(model, n)
         self._memory = model.memory
-
-    @property
-    def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """See :class:`Decoder`."""
-        return None
 
     def write(self, sequence: int, state: State | None) -> None:
         """Let `sequence` go on from `state` (batch size 1; None: zeros), which is copied."""
@@ -293,7 +304,9 @@ class CppDecoder(StateDecoder):
     def __init__(self, model: RWKV, n: int, tables: Tables | None = None, documents: Documents | None = None):
         super().__init__(model, n, documents)
         self._embed = model.embed
-        self._step = TokenStep(Network(layers_of(model), self._states.layers, norm_of(model.ln_out), model.head.weight))
+        self._step = TokenStep(
+            Network(layers_of(model), self._states.layers, norm_of(model.ln_out), matrix_of(model.head))
+        )
         self._table_rows = lookup(model) if tables is None else tables.rows
 
     @torch.inference_mode()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from heron.errors import ConfigError
 from heron.generation.decoder import CppDecoder, Decoder, ModelDecoder, TorchDecoder, is_fusible
 from heron.generation.graphed import GraphedDecoder
+from heron.model.int8 import is_int8
 from heron.model.memory import Documents
 from heron.ops.token_step import token_step_choice
 from heron.tables.store import Tables
@@ -24,7 +26,12 @@ def decoder_of(
         tables: DeepEmbed tables off the device; None: the model has its own.
         documents: what a ROSA memory looks into beside each sequence.
         fit_steps: on a GPU, see :class:`heron.generation.graphed.GraphedDecoder`.
+
+    Raises:
+        ConfigError: weights in 8 bits, and no decoder in C++ for them.
     """
+    if is_int8(model):
+        return _of_int8(model, n, tables, documents)
     if not is_fusible(model):
         return ModelDecoder(model, n, documents)
     weight, config = model.emb.weight, model.config
@@ -32,3 +39,16 @@ def decoder_of(
         return GraphedDecoder(model, n, tables, documents, fit_steps)
     in_cpp = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
     return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(model, n, tables, documents)
+
+
+def _of_int8(model: nn.Module, n: int, tables: Tables | None, documents: Documents | None) -> Decoder:
+    """Weights in 8 bits have one decoder; ConfigError where it does not run."""
+    if not is_fusible(model):
+        raise ConfigError(
+            "weights int8: this model has hooks, adapters or several dtypes; take the weights as they are"
+        )
+    weight = model.emb.weight
+    choice = token_step_choice(weight.device, weight.dtype, model.config.head_size)
+    if choice.impl != "cpu":
+        raise ConfigError(f"weights int8: needs the decoder in C++, and there is none here: {choice.reason}")
+    return CppDecoder(model, n, tables, documents)

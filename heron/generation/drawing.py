@@ -23,6 +23,7 @@ from heron.generation.sampling import (
     not_finite,
     sample,
 )
+from heron.generation.sending import sent
 from heron.generation.text import stand_for_something
 from heron.ops import sample_rows
 from heron.tokenizer import Tokenizer
@@ -47,9 +48,10 @@ class HostDraws:
     def _barred(self) -> Tensor:
         return barred_ids(self._tokenizer)
 
-    def keep(self, place: int, counts: Tensor) -> Tensor:
-        """The occurrences (V,) of the sequence at `place`, with these values to begin with; draws update them."""
-        self._counts[place] = counts.clone()
+    def keep(self, place: int, counts: Tensor | None) -> Tensor:
+        """The occurrences (V,) of the sequence at `place`, with these values (None: zeros) to begin with; draws update
+        them."""
+        self._counts[place] = torch.zeros(self._tokenizer.vocab_size) if counts is None else counts.to("cpu", copy=True)
         return self._counts[place]
 
     def draw(
@@ -96,6 +98,7 @@ class _Plan:
     """What stays the same from step to step while the same n sequences are open; tensors on the device."""
 
     sequences: list[tuple[int, Sampling, Extras | None]]
+    by_chance: Sequence[int]  # the rows of those that are not greedy
     places: Tensor  # (n,) int64
     rows: Tensor  # (n,) int64, from 0 on
     settings: Tensor  # (n, 5) fp64
@@ -120,6 +123,7 @@ class DeviceDraws:
         self._plan: _Plan | None = None
         is_cuda = device.type == "cuda"
         self._uniforms = torch.zeros(size, dtype=torch.float64, pin_memory=is_cuda)
+        self._uniform_of = self._uniforms.unbind()
         self._uniforms_there = torch.zeros(size, dtype=torch.float64, device=device)
         self._ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
         self._logprobs = torch.zeros(size, pin_memory=is_cuda)
@@ -129,12 +133,12 @@ class DeviceDraws:
     def _increments(self) -> Tensor:
         return increments(self._tokenizer).to(self._device)
 
-    def keep(self, place: int, counts: Tensor) -> Tensor:
-        """The occurrences (V,) of the sequence at `place`, on the device, with these values to begin with; draws update
-        them."""
+    def keep(self, place: int, counts: Tensor | None) -> Tensor:
+        """The occurrences (V,) of the sequence at `place`, on the device, with these values to begin with; None: zeros.
+        Draws update them."""
         if not len(self._counts):
             self._counts = torch.zeros(self._size, len(self._barred), device=self._device)
-        return self._counts[place].copy_(counts)
+        return self._counts[place].zero_() if counts is None else self._counts[place].copy_(counts)
 
     @torch.inference_mode()
     def draw(
@@ -153,16 +157,13 @@ class DeviceDraws:
                 them. It may overwrite the logits.
         """
         plan = self._plan_of([(one.place, one.sampling, one.extras) for one in sequences])
-        uniforms = [
-            0.0 if one.sampling.greedy else torch.rand((), generator=one.generator, dtype=torch.float64).item()
-            for one in sequences
-        ]
+        for row in plan.by_chance:
+            self._uniform_of[row].uniform_(generator=sequences[row].generator)
         counts, is_copy = None, False
         if plan.decay is not None:
             is_copy = [one.place for one in sequences] != list(range(self._size))
             counts = self._counts[plan.places] if is_copy else self._counts
         n = len(sequences)
-        self._uniforms.numpy()[:n] = uniforms
         self._uniforms_there.copy_(self._uniforms, non_blocking=True)
         allowed = logits if plan.extras is None else plan.extras.shaped(logits)
         ids, logprobs = sample_rows(allowed, counts, self._barred, plan.settings, self._uniforms_there[:n])
@@ -213,15 +214,16 @@ class DeviceDraws:
             settings = [(s.temperature, s.top_p, s.top_k, s.presence_penalty, s.frequency_penalty) for s in samplings]
             decay = None
             if any(sampling.has_penalties for sampling in samplings):
-                decay = torch.tensor([[float(s.penalty_decay)] for s in samplings], device=self._device)
+                decay = sent([[float(s.penalty_decay)] for s in samplings], self._device)
             asking = [(row, one) for row, one in enumerate(extras) if one is not None]
             self._plan = _Plan(
                 sequences,
-                torch.tensor(places, device=self._device),
+                [row for row, sampling in enumerate(samplings) if not sampling.greedy],
+                sent(places, self._device),
                 torch.arange(len(places), device=self._device),
-                torch.tensor(settings, dtype=torch.float64, device=self._device),
+                sent(settings, self._device, torch.float64),
                 decay,
-                torch.tensor([int(sampling.count_digits) for sampling in samplings], device=self._device),
+                sent([int(sampling.count_digits) for sampling in samplings], self._device),
                 StepExtras(asking, self._barred) if asking else None,
             )
         return self._plan

@@ -23,6 +23,7 @@ from heron.generation.decoder import is_fusible
 from heron.generation.decoders import decoder_of
 from heron.generation.drawing import DeviceDraws, HostDraws
 from heron.generation.incoming import Incoming
+from heron.generation.next_tokens import next_tokens
 from heron.generation.prefill import PromptReader
 from heron.generation.requests import OpenSequence, Piece, Request, check_ids, check_marks, check_seed, prompt_ids
 from heron.generation.sampling import Sampling, Token, check_finite
@@ -50,7 +51,7 @@ class Engine:
         model: an RWKV (or a module with its `forward`, `hidden_states`, `config.vocab_size`), in the dtype to run in;
             one that mixes dtypes runs as a copy in the widest of them.
         tokenizer: the one that the model was trained with. Ids that stand for nothing in it are never drawn.
-        rows: sequences that can be open at once; their states are allocated now.
+        rows: sequences that can be open at once; their states are allocated now, on a GPU most often twice.
         tables: where DeepEmbed tables are: "device" (with the weights), "host" (in memory, as `model` has them, or
             pinned copies for a GPU), or "disk" (in `tables_file`, mapped; once the caller lets go of `model` they take
             no memory). Their rows are the same bit for bit, and fetched once per token for all layers.
@@ -108,12 +109,12 @@ class Engine:
         elif next(model.parameters()).device != self._device:
             raise ConfigError(f"device: with tables on the device too, move the model: model.to({str(self._device)!r})")
         self.model = model
-        looked_into = None if documents is None else Documents(documents, model.config)
-        self._decoder = decoder_of(model, rows, moved, looked_into, fit_steps)
+        self.documents = None if documents is None else Documents(documents, model.config)
+        self._decoder = decoder_of(model, rows, moved, self.documents, fit_steps)
         is_cuda = self._device.type == "cuda"
         n_at_once = PREFILL_TOKENS_CUDA if is_cuda else PREFILL_TOKENS
         most_packed = packed if self._is_fusible and model.config.memory is None else 1
-        self._reader = PromptReader(model, self._device, n_at_once, moved, looked_into, most_packed)
+        self._reader = PromptReader(model, self._device, n_at_once, moved, self.documents, most_packed)
         self._draws = DeviceDraws(tokenizer, rows, self._device) if is_cuda else HostDraws(tokenizer)
         self._open: list[OpenSequence] = []  # of those with a prompt to read, the first gets the next piece
         self._free = list(range(rows))  # places; one statement changes both, so that no interrupt loses one
@@ -289,8 +290,7 @@ class Engine:
                 generator.set_state(after.generator)
             place, counts = self._free[0], None
             if request.sampling.has_penalties:
-                counts = torch.zeros(self.tokenizer.vocab_size) if after.counts is None else after.counts
-                counts = self._draws.keep(place, counts)
+                counts = self._draws.keep(place, after.counts)
             state = state.fork() if isinstance(state, State) else state
             sequence = OpenSequence(place, ids, state, request, extras, counts, generator, text)
             if sequence.is_read:
@@ -318,6 +318,8 @@ class Engine:
         """Read a piece of one prompt that waits, then draw a token for every sequence whose prompt was read.
 
         With `packed`, short pieces of several prompts are read, together as many tokens as one long piece.
+        On a GPU the next step has often begun by the time the tokens are given. Sequences that come then join the one
+        after it: no token is drawn for them until then.
 
         Gives them in order of place. A sequence that cannot go on is closed, and gets an error in place of a token: its
         logits are not finite, or its constraint fails. Where drawing is interrupted, all that are drawn for are closed.
@@ -339,22 +341,15 @@ class Engine:
             if not writing:
                 return []
             try:
-                logits = self._decoder.step([one.place for one in writing], [one.unread[0] for one in writing])
-                logits = logits[:, : self.tokenizer.vocab_size]
-                drawn = self._draws.draw(writing, logits, self._decoder.look_ahead)
+                drawn = next_tokens(self._decoder, self._draws, writing, self.tokenizer.vocab_size)
             except BaseException:  # an interrupt, too: their tokens may have been read, and would be read again
                 for one in writing:
                     self.close(one)
                 raise
-            matches = self._decoder.longest or [None] * len(drawn)
-            for i, (one, token, match) in enumerate(zip(writing, drawn, matches, strict=True)):
+            for one, token in drawn:
                 if isinstance(token, HeronError):
                     self.close(one)
-                    continue
-                one.go_on(token.id)
-                if match is not None and match.length > 0 and match.predicted == token.id:
-                    drawn[i] = token._replace(match=match)
-            return list(zip(writing, drawn, strict=True))
+            return drawn
 
     def snapshot(self, sequence: OpenSequence) -> Snapshot:
         """What `sequence` is at, as a copy: opened again, here or from a file, it says the same as if it had gone on.
@@ -364,7 +359,7 @@ class Engine:
         """
         with self._lock:
             self._check_open(sequence)
-            counts = None if sequence.counts is None else sequence.counts.to("cpu", copy=True)
+            counts = None if sequence.counts is None else sequence.counts.clone()  # no wait for the device
             state = self._decoder.read(sequence.place) if sequence.is_read else sequence.state
             return Snapshot(state and state.clone(), tuple(sequence.unread), counts, sequence.generator.get_state())
 

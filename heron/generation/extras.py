@@ -13,6 +13,7 @@ from torch import Tensor
 from heron.errors import HeronError
 from heron.generation.constraint import Constraint, may_follow
 from heron.generation.sampling import Token
+from heron.generation.sending import sent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,17 +37,17 @@ class StepExtras:
     def __init__(self, asking: Sequence[tuple[int, Extras]], barred: Tensor):
         self._asking, self._barred, device = list(asking), barred, barred.device
         self._is_cuda = device.type == "cuda"
-        self._rows = torch.tensor([row for row, _ in asking], device=device)
+        self._rows = sent([row for row, _ in asking], device)
         biases = [(row, token, value) for row, one in asking for token, value in one.bias.items()]
         self._biased = None
         if biases:
             rows, ids, values = zip(*biases, strict=True)
-            self._biased = torch.tensor(rows, device=device), torch.tensor(ids, device=device)
-            self._bias = torch.tensor(values, device=device)
+            self._biased = sent(rows, device), sent(ids, device)
+            self._bias = sent(values, device, torch.float32)
         self._constrained = [(row, one.constraint, one.ends) for row, one in asking if one.constraint is not None]
         self._errors: dict[int, HeronError] = {}  # of the rows whose constraint failed at this step
         if self._constrained:
-            self._constrained_rows = torch.tensor([row for row, _, _ in self._constrained], device=device)
+            self._constrained_rows = sent([row for row, _, _ in self._constrained], device)
             self._bars = torch.zeros(len(self._constrained), len(barred), dtype=torch.bool, pin_memory=self._is_cuda)
         self._n_likeliest = min(max(one.n_likeliest for _, one in asking), len(barred))
         sizes = len(asking), self._n_likeliest

@@ -2,7 +2,7 @@
 
 All sequences decode at once by :mod:`heron.generation.step`: what is elementwise is compiled where PyTorch's compiler
 works, and all between the products of a time mix is :func:`heron.ops.head_step`. For one sequence all products are made
-by :func:`heron.ops.matvec`, those that need not wait for each other at once.
+by :func:`heron.ops.matvec`, for a few by :func:`heron.ops.few_rows`: those that need not wait for each other at once.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heron.errors import HeronError
 from heron.generation.decoder import SequenceStates, StateDecoder
+from heron.generation.sending import sent
 from heron.generation.slots import Slots, sizes_up_to
 from heron.generation.step import (
     Compiler,
     Pieces,
-    apart,
+    Way,
     blocks_of,
     channel_mix,
-    for_many,
-    for_one,
     layers_of,
     lookup,
     of_any_number,
     time_mix,
-    together,
+    way_for,
 )
 from heron.model import RWKV, State
 from heron.model import compiled as compilation
@@ -43,30 +43,26 @@ from heron.ops.token_step import LayerWeights
 from heron.tables.store import Tables
 
 
-@dataclasses.dataclass
 class _Form:
-    """How steps of one slot, or of several, are computed."""
+    """How steps of some sizes are computed: at first as it is, nothing compiled."""
 
-    layers: list[LayerWeights]
-    pieces_for: Callable[[LayerWeights, Compiler | None], Pieces]
-    pieces: Pieces
+    def __init__(self, way: Way, layers: list[LayerWeights]):
+        self.layers, self._way = layers, way
+        self.pieces = self.pieces_for(None)
 
-    @classmethod
-    def of(cls, layers: Sequence[LayerWeights], n: int) -> _Form:
-        """That of n slots; nothing is compiled."""
-        laid_out, pieces_for = (apart, for_one) if n == 1 else (together, for_many)
-        mine = [laid_out(layer) for layer in layers]
-        return cls(mine, pieces_for, pieces_for(mine[0], None))
+    def pieces_for(self, compiled: Compiler | None) -> Pieces:
+        return self._way.pieces_for(self.layers[0], compiled)
 
 
 @dataclasses.dataclass
-class _Size:
+class _Step:
     """A step of the first n slots."""
 
     n: int
     form: _Form
-    states: SequenceStates  # views
-    logits: Tensor = dataclasses.field(init=False)  # (n, V), of the last step, until one of any size runs
+    before: SequenceStates  # views of those that it goes on from
+    states: SequenceStates  # views of where the new ones go: elsewhere, or there
+    logits: Tensor = dataclasses.field(init=False)  # (n, V), of its last run, until any other one runs
     graph: torch.cuda.CUDAGraph | None = None  # computes them where they are
 
 
@@ -76,14 +72,15 @@ class GraphedDecoder(StateDecoder):
     The graphs are recorded here, which takes a moment, and where a compiler is used up to half a minute the first time:
     recorded at first need they would hold up every sequence, and other threads may not allocate meanwhile. The largest
     is recorded first; the others lie in the same memory, since one runs at a time.
-    A step of one slot can look ahead: it keeps a copy of the state before each token, a hundredth of what a step reads.
+    A step can look ahead. The states are there twice for it: each step reads them from one place and writes the new
+    ones to the other, so that those from before it are there until the next one. They are copied nowhere.
 
     Args:
         model: see :func:`heron.generation.decoder.is_fusible`. On a CPU nothing is recorded or compiled (for tests).
         n: number of sequences it has room for.
         tables: DeepEmbed tables off the device; None: the model has its own.
         documents: what a ROSA memory looks into beside each sequence. With them no step looks ahead: they are on the
-            host, which must see a token first.
+            host, which must see a token first. Nor does one of several slots where there is a memory.
         fit_steps: whether a step computes the first 1, 2, 4, ... slots, as many as its sequences need, which are moved
             (:class:`heron.generation.slots.Slots`); else it computes all. The rounding of products may depend on it.
     """
@@ -109,7 +106,7 @@ class GraphedDecoder(StateDecoder):
         if tables is not None and not tables.by_kernel:  # the host picks their rows
             self._tables, self._picked = tables, tables.staging(n, pinned=device.type == "cuda")
             self._there = there = self._picked.to(device)  # (n, L, width)
-            self._lookup = lambda ids: there[: len(ids)].unbind(1)
+            self._lookup = lambda ids: there[: len(ids)].transpose(0, 1).contiguous().unbind()
         self._found: Tensor | None = None  # by memory, (n, K, 2), and a buffer of the host for it
         if (rosa := model.config.memory) is not None and model.memory is not None:
             self._found_on_host = torch.zeros(n, rosa.n_matches, 2, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -118,15 +115,23 @@ class GraphedDecoder(StateDecoder):
         self._embed: Callable[..., Tensor] = model.embed
         self._read_there: DeviceStream | None = None  # what the memory has read, on the device; None: a copy is due
         has_matches = self._found is None or (documents is None and device_stream_choice(device).impl == "cuda")
-        looks_ahead = sizes[0] == 1 and self._tables is None and has_matches
-        self._before = SequenceStates(model, 1) if looks_ahead else None  # the last step of one slot
-        self._is_ahead = False
+        has_ids = self._tables is None and has_matches  # all that a step needs, once these are on the device
+        self._largest_ahead = 0 if not has_ids else max((n for n in sizes if n == 1 or self._found is None), default=0)
+        self._before = SequenceStates(model, n) if self._largest_ahead else self._states  # the last step
+        self._ahead: set[int] = set()
         layers = layers_of(model)
-        forms = {min(n, 2): _Form.of(layers, n) for n in {sizes[0], sizes[-1]}}
+        ways = {n: way_for(layers[0], n) for n in sizes}
+        laid_out = {of: [of(layer) for layer in layers] for of in {way.laid_out for way in ways.values()}}
+        forms = {way: _Form(way, laid_out[way.laid_out]) for way in ways.values()}
         self._forms = list(forms.values())
-        self._sizes = {n: _Size(n, forms[min(n, 2)], self._states.first(n)) for n in sizes}
-        self._last, self._sequences = self._sizes[sizes[0]], [0]  # the last step: of which size, and of whom
-        self._order: list[int] = []  # the slots of whom
+        places = [self._states, self._before] if self._largest_ahead else [self._states]
+        self._steps: dict[int, list[_Step]] = {}  # of each size, from each place to the other
+        for n, way in ways.items():
+            views = [states.first(n) for states in places]
+            self._steps[n] = [_Step(n, forms[way], views[i], views[i - 1]) for i in range(len(views))]
+        self._from = 0  # in which place the next step finds its states
+        self._last = self._steps[sizes[0]][0]
+        self._order: list[int] = []  # slots, and what gives their logits
         self._rows: slice | Tensor = slice(0)
         if device.type == "cuda":
             self._record()
@@ -137,37 +142,46 @@ class GraphedDecoder(StateDecoder):
         self._states.write(slot, state)
         if self._memories is not None:
             self._memories.write(sequence, state)
+        self._ahead.discard(sequence)
         if slot == 0:
-            self._is_ahead, self._read_there = False, None
+            self._read_there = None
 
     def read(self, sequence: int) -> State:
         """The state of `sequence`, as a copy."""
-        slot = self._slots[sequence]
-        ahead = self._is_ahead and slot == 0
-        states = self._before if ahead and self._before is not None else self._states
-        return self._with_memory(states.read(slot), sequence)
+        states = self._before if sequence in self._ahead else self._states
+        return self._with_memory(states.read(self._slots[sequence]), sequence)
 
     def free(self, sequence: int) -> None:
         """Forget `sequence`: its slot is for another one."""
         super().free(sequence)
         self._slots.free(sequence)
+        self._ahead.discard(sequence)
 
     @property
-    def look_ahead(self) -> Callable[[Tensor], None] | None:
-        """See heron.generation.decoder.Decoder. None: the last step was of several slots, or the host must look into
-        tables or documents."""
-        return self._look_ahead if self._before is not None and self._last.n == 1 else None
+    def ahead(self) -> Set[int]:
+        """See heron.generation.decoder.Decoder."""
+        return self._ahead
+
+    def look_ahead(self, sequences: Sequence[int], others: Mapping[int, int]) -> Callable[[Tensor], None] | None:
+        """See heron.generation.decoder.Decoder. None: the host must look into tables, memories or documents."""
+        n = self._slots.size(self._slots[sequence] for sequence in (*sequences, *others))
+        return partial(self._look_ahead, sequences, others) if n <= self._largest_ahead else None
 
     @torch.inference_mode()
-    def _look_ahead(self, ids: Tensor) -> None:
+    def _look_ahead(self, sequences: Sequence[int], others: Mapping[int, int], ids: Tensor) -> None:
+        order = [*sequences, *others]
+        slots = self._prepare(order)
         if self._memories is None or self._found is None:
-            torch.clamp(ids, min=0, out=self._ids[:1])  # -1: none could be drawn
+            n = len(sequences)
+            if others:
+                self._send(slots[n:], list(others.values()), None)
+            self._ids[self._rows_of(slots[:n])] = ids.clamp(min=0)
         else:
             if self._read_there is None or self._read_there.is_full:
-                self._read_there = self._memories.on_device(self._sequences[0], ids.device)
+                self._read_there = self._memories.on_device(order[0], ids.device)
             self._read_there.read_one_(ids, self._ids[:1], self._found[0])
-        self._run(self._last)
-        self._is_ahead = True
+        self._run()
+        self._ahead = set(order)
 
     @torch.inference_mode()
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
@@ -176,31 +190,35 @@ class GraphedDecoder(StateDecoder):
         A sequence that is left out loses its state: write it anew before its next step. `recalled` as for
         :class:`heron.generation.decoder.Decoder`.
         """
-        sequences = list(sequences)
-        if self._is_ahead and self._before is not None:
-            self._is_ahead = False
-            if sequences == self._sequences:
-                self._recalled(sequences, tokens, recalled)  # what the device has found by itself
-                return self._last.logits
-            self._last.states.copy_(self._before)  # others have come: the one that was ahead goes on beside them
+        if self._ahead:
+            if not self._ahead.issuperset(sequences):
+                late = sorted(set(sequences) - self._ahead)
+                raise HeronError(f"step: one without the sequences {late} has begun; they join the next one")
+            self._ahead = set()
+            self._recalled(sequences, tokens, recalled)  # what the device has found by itself
+            return self._last.logits[self._rows_of([self._slots[sequence] for sequence in sequences])]
         for new in [sequence for sequence in sequences if sequence not in self._slots]:
             self.write(new, None)
-        for source, target in self._slots.moves():
-            self._states.move(source, target)
-        slots = [self._slots[sequence] for sequence in sequences]
-        if slots != self._order:
-            self._order, self._rows = slots, self._rows_of(slots)
-        self._last, self._sequences = self._sizes[self._slots.size(slots)], sequences
+        slots = self._prepare(sequences)
         self._read_there = None
         recalled = self._recalled(sequences, tokens, recalled)
         self._send(slots, tokens, recalled)
-        return self._run(self._last)[self._rows]
+        return self._run()[self._rows_of(slots)]
+
+    def _prepare(self, sequences: Sequence[int]) -> list[int]:
+        """Choose the next step, of `sequences`; their slots, into which they are moved."""
+        for source, target in self._slots.moves():
+            self._states.move(source, target)
+        slots = [self._slots[sequence] for sequence in sequences]
+        self._last = self._steps[self._slots.size(slots)][self._from]
+        return slots
 
     def _rows_of(self, slots: list[int]) -> slice | Tensor:
-        """What gives the logits of `slots`: on the device, so that no later step waits for a copy."""
-        if slots == list(range(len(slots))):
-            return slice(len(slots))
-        return torch.tensor(slots, device=self._ids.device)
+        """What gives the logits of `slots`: on the device, without a wait for what it still computes."""
+        if slots != self._order:
+            is_first = slots == list(range(len(slots)))
+            self._order, self._rows = slots, slice(len(slots)) if is_first else sent(slots, self._ids.device)
+        return self._rows
 
     def _send(self, slots: list[int], tokens: Sequence[int], recalled: Tensor | None) -> None:
         """Start the copy of what a step reads to the device."""
@@ -218,26 +236,30 @@ class GraphedDecoder(StateDecoder):
         if self._copied is not None:
             self._copied.record()
 
-    def _run(self, size: _Size) -> Tensor:
-        if size.graph is None:
-            size.logits = self._compute(size)
+    def _run(self) -> Tensor:
+        """The logits of the step that was prepared."""
+        step = self._last
+        if step.graph is None:
+            step.logits = self._compute(step)
         else:
-            size.graph.replay()
-        return size.logits
+            step.graph.replay()
+        self._states, self._before = self._before, self._states
+        self._from = (self._from + 1) % len(self._steps[step.n])
+        return step.logits
 
-    def _compute(self, size: _Size) -> Tensor:
-        """One step of the first slots, from `_ids` and what the host picked; changes their states in place."""
-        if self._before is not None and size.n == 1:
-            self._before.copy_(size.states)
-        ids, found = self._ids[: size.n], None if self._found is None else self._found[: size.n]
+    def _compute(self, step: _Step) -> Tensor:
+        """One step of the first slots, from `_ids` and what the host picked."""
+        ids, found = self._ids[: step.n], None if self._found is None else self._found[: step.n]
         embedded = x = self._embed(ids) if found is None else self._embed(ids, found)
         if found is not None and self._model.config.reads_embedded:
             embedded = self._model.embed(ids)  # the token alone
         tables, v_first = self._lookup(ids), None
-        for layer, states, rows in zip(size.form.layers, size.states.layers, tables, strict=True):
-            x, v_first = time_mix(size.form.pieces, layer, x, states, v_first)
-            x = channel_mix(size.form.pieces, layer, x, states, rows, embedded)
-        logits = self._model.head(self._model.ln_out(x))
+        step.states.begin_at(step.before)
+        of_layers = zip(step.form.layers, step.states.layers, step.before.layers, tables, strict=True)
+        for layer, states, before, rows in of_layers:
+            x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before.wkv)
+            x = channel_mix(step.form.pieces, layer, x, states, rows, embedded)
+        logits = step.form.pieces.head(self._model.ln_out(x), self._model.head.weight)
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))
@@ -247,19 +269,19 @@ class GraphedDecoder(StateDecoder):
         if importlib.util.find_spec("triton") is not None:
             self._compile()
         pool = torch.cuda.graph_pool_handle()
-        for size in self._largest_first():
-            size.graph = recorded(partial(self._compute_into_place, size), pool)
+        for step in self._largest_first():
+            step.graph = recorded(partial(self._compute_into_place, step), pool)
 
-    def _largest_first(self) -> list[_Size]:
-        return sorted(self._sizes.values(), key=lambda size: -size.n)
+    def _largest_first(self) -> list[_Step]:
+        return [step for n in sorted(self._steps, reverse=True) for step in self._steps[n]]
 
     @torch.inference_mode()
     def _compile(self, compiled: Compiler = compilation.compiled) -> None:
-        """Compile what has no kernel, once for all sizes above 1, and run a step of each size."""
+        """Compile what has no kernel, once for all sizes above 1, and run each step."""
         embed, bonus = self._embed, self._memory and self._memory.bonus
-        varies = len(self._sizes) > 1
+        varies = len(self._steps) > 1
         for form in self._forms:
-            pieces = form.pieces_for(form.layers[0], compiled)
+            pieces = form.pieces_for(compiled)
             form.pieces = of_any_number(pieces) if varies else pieces
         if bonus is not None:  # otherwise the embedding is two kernels as it is
             self._embed, self._bonus = compiled(embed), compiled(bonus)
@@ -267,21 +289,21 @@ class GraphedDecoder(StateDecoder):
                 self._embed = compilation.varying(self._embed, lambda ids, found: (ids, found))
                 self._bonus = compilation.varying(self._bonus, lambda found: (found,))
         try:
-            for size in self._largest_first():
-                self._compute(size)
+            for step in self._largest_first():
+                self._compute(step)
         except RuntimeError as error:
             if not compilation.is_failure(error):
                 raise
             reason = compilation.first_line(error)
             print(f"heron: decoding is not compiled, so it takes longer: {reason}", file=sys.stderr)
             for form in self._forms:
-                form.pieces = form.pieces_for(form.layers[0], None)
+                form.pieces = form.pieces_for(None)
             self._embed = embed
             if bonus is not None:
                 self._bonus = bonus
 
-    def _compute_into_place(self, size: _Size) -> None:
-        size.logits = self._compute(size)
+    def _compute_into_place(self, step: _Step) -> None:
+        step.logits = self._compute(step)
 
 
 class GraphedReader:
@@ -315,7 +337,7 @@ class GraphedReader:
 
         `recalled` (1, tokens, K, 2) is what ROSA memory found for them. The state comes without a memory.
         """
-        self._ids.copy_(torch.tensor([list(ids)]))
+        self._ids.copy_(sent([list(ids)], self._ids.device))
         if self._recalled is not None and recalled is not None:
             self._recalled.copy_(recalled)
         if state is None:

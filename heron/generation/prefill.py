@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heron.generation.decoder import is_fusible, only_computing
 from heron.generation.graphed import GraphedReader
+from heron.generation.sending import sent
 from heron.model import RWKV, State
 from heron.model.memory import Documents, Recollection, recall
 from heron.model.state import with_memory
@@ -77,7 +78,7 @@ class PromptReader:
         if any(state is not None for state in states):
             zeros = State.zeros(self._model.config, 1, self._device, self._model.emb.weight.dtype)
             before = State.joined([zeros if state is None else state for state in states])
-        offsets = torch.tensor([0, *itertools.accumulate(map(len, pieces))], device=self._device)
+        offsets = sent([0, *itertools.accumulate(map(len, pieces))], self._device)
         with only_computing(self._model):
             tokens = self._tokens(list(itertools.chain(*pieces)))
             behind = with_memory(self._model.hidden_states(tokens, before, offsets)[1], None)
@@ -112,7 +113,7 @@ class PromptReader:
 
     def _tokens(self, ids: Sequence[int]) -> Tensor:
         """ids as a batch (1, T) on the device; their rows of tables off the device are fetched."""
-        tokens = torch.tensor([list(ids)], device=self._device)
+        tokens = sent([list(ids)], self._device)
         if self._tables is not None:
             self._tables.fetch(tokens, self._device)
         return tokens

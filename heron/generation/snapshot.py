@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ class Snapshot:
     pending: tuple[int, ...] = ()
     """Ids that are still to be read: the rest of a prompt, or the last token drawn."""
     counts: Tensor | None = None
-    """(V,) fp32 decayed occurrences of each token for the penalties; None: none yet."""
+    """(V,) fp32 decayed occurrences of each token for the penalties, on any device; None: none yet."""
     generator: Tensor | None = None
     """State of the sequence's random generator; None: a seed decides."""
 
@@ -45,22 +47,23 @@ class Snapshot:
         return sum(part.nbytes for part in (self.state, self.counts, self.generator) if part is not None)
 
     def to(self, device: torch.device | str) -> Snapshot:
-        """The snapshot with its state on another device."""
-        return self if self.state is None else dataclasses.replace(self, state=self.state.to(device))
+        """The snapshot with its state and its occurrences on another device."""
+        state, counts = self.state and self.state.to(device), None if self.counts is None else self.counts.to(device)
+        return dataclasses.replace(self, state=state, counts=counts)
 
 
 def write_snapshot(snapshot: Snapshot, path: Path, model: str) -> None:
     """Write a snapshot of the model with the fingerprint `model`; CheckpointError as :meth:`heron.Engine.save`."""
-    parts = [] if snapshot.state is None else snapshot.state.to_list()
-    tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
-    tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
-    for name in ("counts", "generator"):
-        if (part := getattr(snapshot, name)) is not None:
-            tensors[name] = part.clone()
+    tensors = _tensors(snapshot)
     with new_file(path) as temporary:
         if path.exists() and _format_of(path) != _FORMAT:
             raise CheckpointError(f"{path} exists and is no state file; name another one")
-        safetensors.write(tensors, temporary, {"format": _FORMAT, "model": model})
+        safetensors.write(tensors, temporary, {"format": _FORMAT, "model": model, "hash": _hash(tensors)})
+
+
+def hash_of(snapshot: Snapshot) -> str:
+    """32 hex digits of every bit of a snapshot."""
+    return _hash(_tensors(snapshot))
 
 
 def read_snapshot(path: Path, model: str, config: ModelConfig, n_ids: int, device: torch.device) -> Snapshot:
@@ -104,7 +107,30 @@ def _content(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise CheckpointError(f"{path}: not a readable state file: {reason}") from None
     if about.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: wanted a state file ({_FORMAT}), got {about.get('format')!r}")
+    if about.get("hash", "") not in ("", _hash(tensors)):  # the first of these files had none
+        raise CheckpointError(f"{path}: damaged: its tensors are not those that were written")
     return tensors, about.get("model")
+
+
+def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    """What a state file holds, on the CPU."""
+    parts = [] if snapshot.state is None else snapshot.state.to_list()
+    tensors = {f"state.{i:04}": part.detach().cpu().clone().contiguous() for i, part in enumerate(parts)}
+    tensors["pending"] = torch.tensor(snapshot.pending, dtype=torch.int64)
+    for name in ("counts", "generator"):
+        if (part := getattr(snapshot, name)) is not None:
+            tensors[name] = part.to("cpu", copy=True)
+    return tensors
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """32 hex digits of names, dtypes, shapes and numbers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_rest(path: Path, tensors: dict[str, Tensor], n_ids: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,15 @@ from heron.model import RWKV
 from heron.model.channel_mix import GATE_RANK
 from heron.model.compiled import varying
 from heron.model.deep_embed import DeepEmbed
+from heron.model.int8 import Int8Linear
 from heron.model.rwkv import Block
 from heron.ops._choice import Choice
+from heron.ops._products import ACTIVATIONS, Product
+from heron.ops.few_rows import few_rows, few_rows_choice
 from heron.ops.head_step import HeadInputs, head_step, head_step_choice
 from heron.ops.head_step.reference import head_step_reference
-from heron.ops.matvec import Product, matvec, matvec_choice
-from heron.ops.matvec.reference import ACTIVATIONS, matvec_reference
+from heron.ops.matvec import matvec, matvec_choice
+from heron.ops.matvec.reference import matvec_reference
 from heron.ops.norm_mix import norm_mix, norm_mix_choice
 from heron.ops.norm_mix.reference import norm_mix_reference
 from heron.ops.token_step import LayerStates, LayerWeights, LowRank, LowRankGate, Norm
@@ -44,20 +47,32 @@ class Pieces(NamedTuple):
     head_step: Callable[..., Tensor]
     """As :func:`heron.ops.head_step`."""
     multiply: Callable[[Sequence[Product]], list[Tensor]]
-    """As :func:`heron.ops.matvec`, with x (n, in)."""
+    """As :func:`heron.ops.few_rows`."""
     low_rank_gate: Callable[..., Tensor]
     """As :func:`low_rank_gate`."""
+    head: Callable[[Tensor, Tensor], Tensor] = F.linear
+    """The normed residual (n, C) and the head's weight (V, C) -> logits (n, V)."""
 
 
 def time_mix(
-    run: Pieces, layer: LayerWeights, x: Tensor, states: LayerStates, v_first: Tensor | None
+    run: Pieces,
+    layer: LayerWeights,
+    x: Tensor,
+    states: LayerStates,
+    v_first: Tensor | None,
+    wkv_before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """residual (n, C) -> residual (n, C), and layer 0's values (n, C); `states`, of n sequences, change in place."""
+    """residual (n, C) -> residual (n, C), and layer 0's values (n, C); `states`, of n sequences, change in place.
+
+    Args:
+        wkv_before: what `states.wkv` goes on from, which stays as it is; None: from what it is.
+    """
     mixed = run.norm_mix(x, *layer.norm1, layer.mix, states.att_shift)
     large = layer.receptance, layer.key, layer.value
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
-    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, states.wkv)
+    wkv_before = states.wkv if wkv_before is None else wkv_before
+    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, wkv_before, states.wkv)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
 
@@ -82,7 +97,7 @@ def channel_mix(
 
 
 def multiply(products: Sequence[Product]) -> list[Tensor]:
-    """:func:`heron.ops.matvec` for x (n, in), each product a matrix product of PyTorch's."""
+    """:func:`heron.ops.few_rows` for any n, each product a matrix product of PyTorch's."""
     return [_product(*product) for product in products]
 
 
@@ -135,13 +150,24 @@ def low_rank_gate(weights: LowRankGate, x: Tensor, rows: Tensor, embedded: Tenso
 PLAIN = Pieces(norm_mix_reference, partial(project, multiply), head_step_reference, multiply, low_rank_gate)
 
 
-def for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
-    """Pieces for many sequences side by side, and layers as :func:`together` gives them.
+class Way(NamedTuple):
+    """How steps of some number of sequences are computed."""
 
-    Args:
-        layer: any of the layers.
-        compiled: compiles what has no kernel; None: it runs as it is.
-    """
+    laid_out: Callable[[LayerWeights], LayerWeights]
+    """What a layer's weights must go through before: :func:`together` or :func:`apart`."""
+    pieces_for: Callable[[LayerWeights, Compiler | None], Pieces]
+    """Any of the layers, laid out, and what compiles what has no kernel (None: it runs as it is) -> its pieces."""
+
+
+def way_for(layer: LayerWeights, n: int) -> Way:
+    """That of n sequences, for a model with such layers, which are not laid out yet."""
+    if n == 1:
+        return Way(apart, _for_one)
+    are_few = few_rows_choice(_matrices(apart(layer)), n).impl == "cuda"
+    return Way(apart, _for_few) if are_few else Way(together, _for_many)
+
+
+def _for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
     prepared = compiled or _as_it_is
     return Pieces(
         prepared(norm_mix_reference),
@@ -152,12 +178,23 @@ def for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
     )
 
 
-def for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
-    """Pieces for one sequence, n = 1, and layers as :func:`apart` gives them; arguments as of :func:`for_many`."""
+def _for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
+    multiply = _kernel(matvec, matvec_reference, matvec_choice(_matrices(layer)), compiled)
+    return _by_kernels(layer, compiled, multiply)
+
+
+def _for_few(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
+    pieces = _by_kernels(layer, compiled, few_rows)
+    return pieces._replace(head=lambda x, weight: few_rows([Product(x, weight)])[0])
+
+
+def _matrices(layer: LayerWeights) -> list[Tensor]:
     linears = (layer.receptance, layer.key, layer.value, layer.output, layer.ffn_key, layer.ffn_value)
-    products = matvec_choice([*linears, *(matrix for part in layer.low_rank for matrix in part)])
+    return [*linears, *(matrix for part in layer.low_rank for matrix in part)]
+
+
+def _by_kernels(layer: LayerWeights, compiled: Compiler | None, multiply: Callable[..., list[Tensor]]) -> Pieces:
     norms = norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
-    multiply = _kernel(matvec, matvec_reference, products, compiled)
     return Pieces(
         _kernel(norm_mix, norm_mix_reference, norms, compiled),
         partial(project, multiply),
@@ -172,9 +209,10 @@ def of_any_number(pieces: Pieces) -> Pieces:
     return Pieces(
         varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last: (x, last)),
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
-        varying(pieces.head_step, lambda inputs, weights, state: (*inputs, state)),
+        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv: (*inputs, wkv, new_wkv)),
         varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),
         varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
+        pieces.head,
     )
 
 
@@ -212,19 +250,24 @@ def _layer_weights(block: Block, deep_embed: str | None) -> LayerWeights:
     return LayerWeights(
         norm1=norm_of(block.ln1),
         mix=torch.stack([getattr(att, f"x_{letter}").detach().flatten() for letter in "rkvwag"]),
-        receptance=att.receptance.weight,
-        key=att.key.weight,
-        value=att.value.weight,
-        output=att.output.weight,
+        receptance=matrix_of(att.receptance),
+        key=matrix_of(att.key),
+        value=matrix_of(att.value),
+        output=matrix_of(att.output),
         low_rank=[LowRank(*(getattr(att, f"{letter}{i}").detach().t() for i in (1, 2))) for letter in "vwag"],
         head=att.head_weights(mixes_v_first=att.layer > 0),
         norm2=norm_of(block.ln2),
         channel_mix=ffn.x_k.detach().view(1, -1),
-        ffn_key=ffn.key.weight,
-        ffn_value=ffn.value.weight,
+        ffn_key=matrix_of(ffn.key),
+        ffn_value=matrix_of(ffn.value),
         deep_embed=deep_embed,
         low_rank_gate=gate,
     )
+
+
+def matrix_of(layer: nn.Module) -> Any:
+    """The weights of a linear layer: a tensor, or where it is in 8 bits an Int8Matrix."""
+    return layer.matrix if isinstance(layer, Int8Linear) else layer.weight
 
 
 def norm_of(norm: nn.LayerNorm) -> Norm:

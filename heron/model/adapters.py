@@ -1,4 +1,4 @@
-"""Adapters: low-rank updates of linear layers, trained while the weights of the layers stay as they are.
+"""Adapters: low-rank updates of linear layers and tables, trained while the weights of these stay as they are.
 
 The library peft computes them (LoRA, rsLoRA, DoRA, PiSSA, MiSS). PiSSA starts from the largest singular vectors of a
 weight W. Elsewhere their product is taken off W; here W stays as it is, and the product is subtracted by a second
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.model import adapted_linear
+from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import adapted, own_parameters
 from heron.model.rwkv import RWKV
 
@@ -50,7 +51,12 @@ class Adapter:
     Attributes:
         model: with the adapter on its layers.
         kind: one of :data:`heron.config.finetune_adapter.KINDS`.
+        row_ids: (n,) int64, ascending: the tokens whose rows of the model's tables are not the base's; None: all are.
+        base: the fingerprint of the base, where rows are not; None: the model tells it.
     """
+
+    row_ids: Tensor | None = None
+    base: str | None = None
 
     def __init__(self, model: RWKV, kind: str):
         self.model, self.kind = model, kind
@@ -104,19 +110,26 @@ class Adapter:
 def add_adapter(model: RWKV, config: AdapterConfig) -> Adapter:
     """Put a fresh adapter on linear layers of `model`, under which it computes what it did, and freeze all else.
 
+    But for DeepEmbed tables, which `config.tables` may let train ("rows") or put the adapter on, too ("low-rank").
+
     The adapter's parameters are fp32 (fp64 in a fp64 model) whatever the dtype of the weights, on their device. Its
     initial values are drawn from torch's global generator.
 
     Raises:
         ConfigError: peft is missing; a target that no layer has, that is no linear layer, or that has an adapter
             already; a rank that is too large for a layer; DoRA on a weight with a row of zeros, by whose length it
-            would divide.
+            would divide; tables that are to train, and there are none.
     """
     library = peft_library()
-    layers = _linear_layers(model, config)
+    layers, tables = _linear_layers(model, config), _tables(model, config)
     for name, layer in layers.items():
         _check_layer(name, layer, config)
-    common: dict[str, Any] = dict(r=config.rank, target_modules=_peft_targets(config, layers))
+    targets = _peft_targets(config, layers)
+    if config.tables == "low-rank":
+        for name, table in tables.items():
+            _check_rank(name, table.num_embeddings, table.embedding_dim, min(table.weight.shape), config)
+        targets = sorted({*targets, *_names_within_blocks(tables)})
+    common: dict[str, Any] = dict(r=config.rank, target_modules=targets)
     alpha = config.rank if config.alpha is None else config.alpha
     if config.kind == "miss":
         settings = library.MissConfig(miss_dropout=config.dropout, **common)
@@ -130,6 +143,8 @@ def add_adapter(model: RWKV, config: AdapterConfig) -> Adapter:
         _inject(model, library.LoraConfig(**common), _START)
         for name in layers:
             _start_from_singular_vectors(model.get_submodule(name), math.sqrt(config.rank / alpha))
+    for table in tables.values() if config.tables == "rows" else ():
+        table.weight.requires_grad_(True)
     return Adapter(model, config.kind)
 
 
@@ -221,6 +236,7 @@ def _linear_layers(model: RWKV, config: AdapterConfig) -> dict[str, nn.Linear]:
             raise ConfigError(
                 f"adapter.targets: {target!r} names {other}, of the class {kind}, and wanted are linear layers, as "
                 f"{', '.join(_names_within_blocks(all_layers))}"
+                + ("; tables are for --adapter.tables" if isinstance(named[other], DeepEmbed) else "")
             )
         if not named:
             known = _names_within_blocks(all_layers)
@@ -233,17 +249,32 @@ def _linear_layers(model: RWKV, config: AdapterConfig) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in all_layers.items() if name in found}
 
 
+def _tables(model: RWKV, config: AdapterConfig) -> dict[str, DeepEmbed]:
+    """Those that are to change; none where `config` leaves them as they are."""
+    if config.tables == "frozen":
+        return {}
+    found = {name: part for name, part in model.named_modules() if isinstance(part, DeepEmbed)}
+    if not found:
+        raise ConfigError(
+            f"adapter.tables {config.tables}: variant {model.config.variant} has no DeepEmbed tables; leave it out"
+        )
+    return found
+
+
 def _check_layer(name: str, layer: nn.Linear, config: AdapterConfig) -> None:
     largest = layer.in_features if config.kind == "miss" else min(layer.in_features, layer.out_features)
-    if config.rank > largest:
-        raise ConfigError(
-            f"adapter.rank: {config.rank} is more than the {largest} that {name} ({layer.out_features} x "
-            f"{layer.in_features}) has room for"
-        )
+    _check_rank(name, layer.out_features, layer.in_features, largest, config)
     if config.kind == "dora" and bool((layer.weight.detach() == 0).all(dim=1).any()):
         raise ConfigError(
             f"adapter.kind: dora divides by the length of each row of a weight, and {name} has rows of zeros, as fresh "
             "weights have; take lora, or other targets"
+        )
+
+
+def _check_rank(name: str, n_rows: int, n_columns: int, largest: int, config: AdapterConfig) -> None:
+    if config.rank > largest:
+        raise ConfigError(
+            f"adapter.rank: {config.rank} is more than the {largest} that {name} ({n_rows} x {n_columns}) has room for"
         )
 
 
@@ -255,18 +286,19 @@ def _peft_targets(config: AdapterConfig, layers: Mapping[str, nn.Linear]) -> lis
     return sorted(named)
 
 
-def _names_within_blocks(layers: Mapping[str, nn.Linear]) -> list[str]:
+def _names_within_blocks(layers: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(name.split(".", 2)[2] if name.startswith("blocks.") else name for name in layers))
 
 
 def _inject(model: RWKV, settings: Any, adapter_name: str) -> None:
-    """Have peft put an adapter on `model`, with parameters in at least fp32."""
+    """Have peft put an adapter on `model`, all on its device, whose tables may be elsewhere, in at least fp32."""
     if settings.peft_type == "LORA":
         adapted_linear.use_in(model, settings)
     with _quiet():
         peft_library().inject_adapter_in_model(settings, model, adapter_name=adapter_name)
     for parameter in adapter_parameters(model).values():
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        parameter.data = parameter.data.to(model.emb.weight.device, dtype)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ token that followed it and its length; 0 and 0 where there is none. docs/rosa.md
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -180,6 +181,14 @@ class Documents:
         self._index = TokenIndex(tokens, nodes, roots, max_match, index.end)
         self._vocab_size = config.vocab_size
         self.n_before = max_match - 1  # tokens before those in question that are of use
+
+    @property
+    def hash(self) -> str:
+        """32 hex digits of what is found in them: all of their tokens, and where matches end."""
+        tokens, digest = self._index.parts[0], hashlib.blake2b(digest_size=16)
+        digest.update(f"{tokens.dtype} {len(tokens)} {self._index.max_match} {self._index.end}\n".encode())
+        digest.update(tokens.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @staticmethod
     def rules_of(config: ModelConfig) -> RosaConfig:

@@ -12,13 +12,14 @@ import torch
 
 from heron.ops._choice import NativeForm
 from heron.ops.adamw import cuda as adamw
+from heron.ops.few_rows import cuda as few_rows
 from heron.ops.head_mix import cuda as head_mix
 from heron.ops.head_step import cuda as head_step
 from heron.ops.linear_cross_entropy import cuda as linear_cross_entropy
 from heron.ops.matvec import cuda as matvec
 from heron.ops.norm_mix import cuda as norm_mix
 from heron.ops.rosa import cuda as rosa
-from heron.ops.rosa import device_stream
+from heron.ops.rosa import device_stream, soft
 from heron.ops.rows import cuda as rows
 from heron.ops.sample_rows import cuda as sample_rows
 from heron.ops.shift_mix import cuda as shift_mix
@@ -26,9 +27,10 @@ from heron.ops.wkv7 import cuda as wkv7
 
 SEQUENCES = (wkv7.FORM, head_mix.FORM, shift_mix.FORM)  # the slowest first
 TRAINING = (*SEQUENCES, linear_cross_entropy.FORM, adamw.FORM)
-DECODING = (sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM)
-TABLES, ROSA, STREAMS = rows.FORM, rosa.FORM, device_stream.FORM
-ALL = (*TRAINING, *DECODING, TABLES, ROSA, STREAMS)
+DECODING = (sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM, few_rows.FORM)
+TABLES, STREAMS = rows.FORM, device_stream.FORM
+ROSA = (rosa.FORM, soft.FORM)
+ALL = (*TRAINING, *DECODING, TABLES, *ROSA, STREAMS)
 
 
 def build_for_training(device: torch.device) -> None:

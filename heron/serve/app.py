@@ -185,7 +185,8 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        levels = await service.link.ask(Engines.cache_levels)
+        return Response(service.metrics.text(levels), media_type=CONTENT_TYPE)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from heron.serve.models import Models
+    from heron.serve.prefix_cache import Level
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -21,7 +22,8 @@ class Metrics:
 
     def __init__(self, models: Models):
         self._registry = registry = CollectorRegistry()
-        registry.register(_Now(models))
+        self._now = _Now(models)
+        registry.register(self._now)
         self._answers = Counter("heron_http_responses", "answers", ["route", "status"], registry=registry)
         self.prompt_tokens = Counter("heron_prompt_tokens", "tokens of prompts", registry=registry)
         self.cached_tokens = Counter("heron_cached_prompt_tokens", "of them those read before", registry=registry)
@@ -35,17 +37,26 @@ class Metrics:
         """Count an answer."""
         self._answers.labels(route, str(status)).inc()
 
-    def text(self) -> bytes:
+    def text(self, levels: Mapping[str, Level]) -> bytes:
+        """All of them, with the levels of the prefix cache by their names."""
+        self._now.levels = levels
         return generate_latest(self._registry)
 
 
 class _Now(Collector):
-    """What each model is at, asked when it is shown."""
+    """What each model and each level of the prefix cache is at, asked when it is shown."""
 
     def __init__(self, models: Models):
         self._models = models
+        self.levels: Mapping[str, Level] = {}
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
+        hits = CounterMetricFamily("heron_prefix_hits", "states of prompts found there", labels=["level"])
+        n_bytes = GaugeMetricFamily("heron_prefix_bytes", "that they take there", labels=["level"])
+        for name, level in self.levels.items():
+            hits.add_metric([name], level.hits)
+            n_bytes.add_metric([name], level.n_bytes)
+        yield from (hits, n_bytes)
         waiting = GaugeMetricFamily("heron_waiting_requests", "requests that wait for a place", labels=["model"])
         writing = GaugeMetricFamily("heron_open_sequences", "texts that are being written", labels=["model"])
         for name, desk in self._models.desks.items():

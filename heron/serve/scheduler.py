@@ -14,8 +14,9 @@ from heron.errors import HeronError
 from heron.generation import Constraint, Engine, OpenSequence, Request, Snapshot
 from heron.serve.grammar import Grammar
 from heron.serve.orders import Drawn, Order
+from heron.serve.prefix_cache import PrefixCache
 from heron.serve.refusals import Refusal, engine_failed, stopping, too_slow
-from heron.serve.sessions import PrefixCache, StateStore
+from heron.serve.sessions import StateStore
 
 _log = logging.getLogger("heron.serve")
 _SECONDS_BETWEEN_LOOKS = 0.25  # at the clock, for orders whose time is over

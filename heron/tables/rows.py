@@ -315,24 +315,31 @@ class RowTables:
 
 
 def row_tables(
-    model: RWKV, device: torch.device, storage: str, trains: bool = True, ranks: Ranks = ALONE, moves: bool = True
+    model: RWKV,
+    device: torch.device,
+    storage: str,
+    trains: bool = True,
+    ranks: Ranks = ALONE,
+    moves: bool = True,
+    always: bool = False,
 ) -> RowTables | None:
     """The tables of a model that trains on `device`; None where they are plain parameters, which dense AdamW steps.
 
     That is what they are in one process on a device that has no kernels for rows, in a model without tables, and on any
-    device where they are frozen (not `trains`). Where several processes share rows, a CPU's tables are on the host.
+    device where they are frozen (not `trains`). Where they train by rows in any case, a CPU's tables are on the host.
 
     Args:
-        ranks, moves: see :class:`RowTables`.
+        ranks, moves: see :class:`RowTables`. Several processes share rows, in any case.
+        always: whether one process trains them by rows in any case, too.
 
     Raises:
-        ConfigError: `storage` is "host" and there are no tables; several processes on GPUs without kernels for rows.
+        ConfigError: `storage` is "host" and there are no tables; by rows in any case on GPUs without kernels for rows.
     """
     if storage == "host":
         return RowTables(model, device, storage, trains, ranks, moves)
     if not trains or not any(isinstance(module, DeepEmbed) for module in model.modules()):
         return None
-    if ranks.count > 1:
+    if always or ranks.count > 1:
         return RowTables(model, device, "host" if device.type == "cpu" else storage, trains, ranks, moves)
     if device.type == "cuda" and row_adamw_choice(device, next(model.parameters()).dtype).impl == "cuda":
         return RowTables(model, device, storage)

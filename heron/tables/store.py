@@ -16,6 +16,7 @@ from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.files import new_file
 from heron.model import RWKV
 from heron.model.deep_embed import DeepEmbed
+from heron.model.int8 import Int8Linear
 from heron.ops.rows import copy_rows, copy_rows_choice
 
 PLACES = ("device", "host", "disk")
@@ -162,6 +163,9 @@ def off_device(model: RWKV, device: torch.device, file: Path | None) -> tuple[RW
         )
     with torch.device("meta"):
         bare = RWKV(config)
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            bare.set_submodule(name, module)
     bare.load_state_dict(model.state_dict(), assign=True)
     [name] = [name for name, part in bare.get_submodule("blocks.0.ffn").named_children() if isinstance(part, DeepEmbed)]
     store = Tables([getattr(block.ffn, name).weight.detach().cpu() for block in bare.blocks], device, file)

@@ -17,7 +17,7 @@ import numpy as np
 
 from heron.errors import ConfigError, DataError, did_you_mean
 from heron.tokenizer import document_end
-from heron.tokenizer.checks import check_text, checked_ids, id_dtype, needed_package, utf8
+from heron.tokenizer.checks import check_text, checked_ids, id_dtype, listed_ids, needed_package, utf8
 from heron.tokenizer.json_file import JsonTokenizer
 from heron.tokenizer.world import WorldTokenizer
 
@@ -204,7 +204,7 @@ class IntegerTokenizer:
         return np.array(self.encode(text), dtype=id_dtype(self.vocab_size))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return " ".join(map(str, checked_ids(ids, self.spec, self.vocab_size).tolist()))
+        return " ".join(map(str, listed_ids(ids, self.spec, self.vocab_size)))
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self.decode(ids).encode("ascii")
@@ -223,7 +223,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._window: list[int] = []  # the last ids
+        self._window: list[int] = []  # the last ids; of integers one, which decides that a space comes next
         self._shown = ""  # as much of their text as was given
         for token in before[-_WINDOW:]:
             with contextlib.suppress(DataError):
@@ -234,6 +234,10 @@ class TextStream:
         """The characters that id `token` completes, possibly none. DataError for an id that stands for nothing."""
         if self._tokenizer.byte_level:
             return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        if not self._tokenizer.is_text:
+            new = self._tokenizer.decode([token])
+            space, self._window = " " if self._window else "", [token]
+            return space + new
         # Here the text of an id depends on its neighbours (spaces, byte fallback): decode it behind the ids before it.
         text = self._tokenizer.decode([*self._window, token])
         self._window.append(token)
@@ -249,9 +253,9 @@ class TextStream:
         """What is still held back, an incomplete character as U+FFFD; the stream starts anew."""
         if self._tokenizer.byte_level:
             return self._utf8.decode(b"", final=True)
-        new = self._tokenizer.decode(self._window)[len(self._shown) :]
+        held = self._tokenizer.decode(self._window)[len(self._shown) :] if self._tokenizer.is_text else ""
         self._window, self._shown = [], ""
-        return new
+        return held
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import numpy as np
 
 from heron.errors import ConfigError, DataError
 
+_FEW = 32  # ids
+
 
 def id_dtype(vocab_size: int) -> type[np.integer]:
     """The dtype that ids below `vocab_size` are kept in: uint16 where they fit, else int32."""
@@ -29,6 +31,13 @@ def checked_ids(ids: Sequence[int] | np.ndarray, spec: str, limit: int) -> np.nd
             f"tokenizer {spec}: id {array[position]} at position {position} stands for nothing; wanted 0 to {limit - 1}"
         )
     return array
+
+
+def listed_ids(ids: Sequence[int] | np.ndarray, spec: str, limit: int) -> list[int]:
+    """As :func:`checked_ids`, as a list; a few are checked faster here than by NumPy."""
+    if type(ids) is list and len(ids) <= _FEW and all(type(i) is int and 0 <= i < limit for i in ids):
+        return ids
+    return checked_ids(ids, spec, limit).tolist()
 
 
 def check_text(text: object) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from heron.errors import DataError
 from heron.tokenizer import document_end
 from heron.tokenizer.byte_fallback import byte_tokens, mended
-from heron.tokenizer.checks import checked_ids, id_dtype, needed_package, utf8
+from heron.tokenizer.checks import id_dtype, listed_ids, needed_package, utf8
 
 
 class JsonTokenizer:
@@ -84,7 +84,7 @@ class JsonTokenizer:
         return text if normalizer is None else normalizer.normalize_str(text)
 
     def _known(self, ids: Sequence[int] | np.ndarray) -> list[int]:
-        known = checked_ids(ids, self.spec, self.vocab_size).tolist()
+        known = listed_ids(ids, self.spec, self.vocab_size)
         table = self._bytes_of
         for position, token in enumerate(known):
             if token not in table:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from heron.errors import DataError
-from heron.tokenizer.checks import checked_ids, id_dtype, needed_package, utf8
+from heron.tokenizer.checks import id_dtype, listed_ids, needed_package, utf8
 
 
 class WorldTokenizer:
@@ -42,7 +42,7 @@ class WorldTokenizer:
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         table = self._bytes_of
-        return b"".join([table[i] for i in checked_ids(ids, self.spec, len(table)).tolist()])
+        return b"".join([table[i] for i in listed_ids(ids, self.spec, len(table))])
 
     @property
     def table(self) -> list[bytes]:

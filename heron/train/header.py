@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from heron import files, machine
-from heron.config import TrainConfig
+from heron.config import RosaConfig, TrainConfig
 from heron.data.loader import Batches, Corpus
 from heron.data.packs import Packs
 from heron.errors import CheckpointError
 from heron.model.plain import own_parameters
 from heron.ops._choice import counting_on_builds
 from heron.ops.rosa import rosa_choice
+from heron.ops.rosa.soft import soft_choice
 from heron.ops.wkv7 import wkv7_choice
 from heron.train import run_data
 from heron.train.parts import Progress
@@ -43,7 +44,6 @@ def header(
     model_config = learner.model.config
     with counting_on_builds():
         wkv7 = wkv7_choice(device, config.ctx_len)
-    rosa = rosa_choice(device) if model_config.rosa else None
     head_size = f"N{model_config.head_size} " if model_config.has_time_mix else ""
     n_parameters = sum(parameter.numel() for _, _, parameter in own_parameters(learner.model))
     n_parameters += 0 if learner.tables is None else learner.tables.n_elsewhere
@@ -66,10 +66,22 @@ def header(
         ("precision", f"{config.dtype}: {dtype.reason}; weights {config.weights}"),
         ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),
         ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
-        *([("rosa", f"{rosa.impl}: {rosa.reason}")] if rosa else []),
+        *_rosa(config, device, model_config.rosa),
         *([("memory", run_data.looks_back_on(config, corpus))] if model_config.memory else []),
         ("out", f"{Path(config.out)}" + (f", going on from {resume_from.name}" if resume_from else "")),
     ]  # fmt: skip
+
+
+def _rosa(config: TrainConfig, device: torch.device, rosa: RosaConfig | None) -> list[tuple[str, str]]:
+    """How a ROSA branch finds its matches, and the gradient of their bits."""
+    if rosa is None:
+        return []
+    match = rosa_choice(device, config.ctx_len)
+    found = [("rosa", f"{match.impl}: {match.reason}")]
+    if rosa.grad == "soft_suffix":
+        gradient = soft_choice(device, config.ctx_len, rosa.max_match)
+        found.append(("rosa grad", f"{rosa.grad} in {gradient.impl}: {gradient.reason}"))
+    return found
 
 
 def _beside(learner: Learner) -> str:
@@ -78,7 +90,9 @@ def _beside(learner: Learner) -> str:
     if finetune is not None and (adapter := finetune.adapter) is not None:
         alpha = "" if adapter.kind == "miss" else f", alpha {adapter.alpha or adapter.rank:g}"
         beside = f", beside a base in {finetune.base}" if finetune.quantizes else ""
-        return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}{beside}"
+        of_tables = {"rows": ", and the tables' rows of tokens that occur", "low-rank": " and the tables"}
+        tables = of_tables.get(adapter.tables, "")
+        return f"{adapter.kind} of rank {adapter.rank}{alpha} on {adapter.targets}{tables}{beside}"
     shifts = " and the token shifts" if finetune is not None and finetune.token_shifts else ""
     return f"the state that sequences start from{shifts}"
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from heron import dist
 from heron.config import TrainConfig
-from heron.config.finetune import QUANTIZED, FinetuneConfig
+from heron.config.finetune import QUANTIZED, FinetuneConfig, tables_train
 from heron.config.finetune_adapter import AdapterConfig
+from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.adapters import Adapter, adapter_parameters, add_adapter
 from heron.model.deep_embed import DeepEmbed
@@ -33,7 +34,7 @@ class Leaves:
         network: what computes the loss: `model`, or a copy of it in bf16.
         trained: the fp32 leaves, by name: what the optimizer steps and a checkpoint holds. `model` itself where every
             weight trains.
-        adapter, state: what trains beside a frozen `model`.
+        adapter, state: what trains beside a frozen `model`, of which an adapter may leave the tables to train.
         beside: the :attr:`pairs` of these.
     """
 
@@ -56,7 +57,7 @@ class Leaves:
 
     @property
     def freezes(self) -> bool:
-        """Whether the weights of `model` stay as they are."""
+        """Whether the weights of `model` stay as they are, but for tables that an adapter's settings let train."""
         return self.trained is not self.model
 
     def start(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> States | None:
@@ -75,7 +76,8 @@ def prepare_base(model: RWKV, in_half: bool, tables_stay: bool, base: str, devic
 
     Args:
         in_half: whether that is bf16.
-        tables_stay: whether DeepEmbed tables keep their dtype: rows are brought from the host as they lie there.
+        tables_stay: whether DeepEmbed tables keep their dtype: they train, or rows are brought from the host as they
+            lie there.
         base: FinetuneConfig's; int8 and nf4 are quantized, on `device`.
 
     Raises:
@@ -136,6 +138,15 @@ def in_bf16(model: RWKV) -> RWKV:
     return network
 
 
+def check_tables(config: TrainConfig, ranks: dist.Ranks) -> None:
+    """ConfigError where tables are to train by rows in several processes, beside weights that each has whole."""
+    if config.freezes and tables_train(config.finetune) and ranks.count > 1:
+        raise ConfigError(
+            "adapter.tables rows: several processes do not share the rows of tables beside an adapter yet; use one, or "
+            "adapter.tables low-rank"
+        )
+
+
 def n_on_device(model: RWKV, config: TrainConfig, ranks: dist.Ranks) -> int:
     """Parameters that each process has on its device where it has all that are not tables."""
     in_tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, DeepEmbed))
@@ -162,24 +173,27 @@ def whole_model(model: RWKV, tables: Mapping[str, Tensor]) -> RWKV:
 def _with_adapter(model: RWKV, config: AdapterConfig, in_half: bool) -> Leaves:
     """A fresh adapter on `model`, of which the network computes with bf16 copies where it computes in bf16."""
     adapter = add_adapter(model, config)
+    tables = {name: part for name, part in model.named_modules() if isinstance(part, DeepEmbed)}
+    tables = tables if config.tables == "rows" else {}
     leaves = masters = adapter_parameters(model)
     if in_half:
         masters = {name: nn.Parameter(leaf.detach().clone(), leaf.requires_grad) for name, leaf in leaves.items()}
         for leaf in leaves.values():
             leaf.data = leaf.data.to(torch.bfloat16)
-    pairs = list(zip(leaves.values(), masters.values(), strict=True))
-    return Leaves(model, model, _module_of(masters), adapter=adapter, beside=pairs)
+    pairs = [*zip(leaves.values(), masters.values(), strict=True)]
+    pairs += [(weight, weight) for weight in (model.get_parameter(f"{name}.weight") for name in tables)]
+    return Leaves(model, model, _module_of({**masters, **tables}), adapter=adapter, beside=pairs)
 
 
-def _module_of(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module of these parameters alone, under these names."""
+def _module_of(members: Mapping[str, nn.Parameter | nn.Module]) -> nn.Module:
+    """A module of these parameters and modules alone, under these names."""
     root = nn.Module()
-    for name, parameter in parameters.items():
+    for name, member in members.items():
         *path, leaf = name.split(".")
         parent: Any = root
         for part in path:
             if part not in dict(parent.named_children()):
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        parent.register_parameter(leaf, parameter)
+        setattr(parent, leaf, member)
     return root

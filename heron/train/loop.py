@@ -363,7 +363,7 @@ class Trainer:
         finished = progress.step == self.config.total_steps and not progress.owed
         if finished:  # before the last checkpoint: with that one in place, the run counts as finished
             model = parts.learner.whole()
-            written = self.ranks.first(lambda: result.write(self.out, parts.learner.leaves, parts.base, model))
+            written = self.ranks.first(lambda: result.write(self.out, parts.learner, parts.base, model))
             parts.reporter.note(f"wrote {written}")
         if finished or _every(self.config.save_every, progress.step):
             self._save(parts, progress)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from heron.config import ModelConfig, TrainConfig
-from heron.config.finetune import QUANTIZED
+from heron.config.finetune import QUANTIZED, tables_train
 from heron.config.tbptt import EXACT_CHUNK
 from heron.errors import ConfigError
 from heron.model import RWKV
@@ -103,7 +103,7 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
         found.append(dict(micro_bsz=config.micro_bsz // 2, accumulate=config.accumulate * 2))
     if model.deep_embed is not None and config.tables == "device":
         found.append(dict(tables="host"))
-    if config.tables == "host" and config.tables_state == "fp32" and not config.freezes:  # else there are no moments
+    if config.tables == "host" and config.tables_state == "fp32" and tables_train(config.finetune):
         found.append(dict(tables_state="bf16"))
     if config.processes > 1 and config.parallel == "ddp" and not (config.freezes or config.tbptt or has_pairs):
         found.append(dict(parallel="fsdp"))

@@ -8,16 +8,17 @@ from pathlib import Path
 from heron.checkpoint import STATE, ownership, save, save_tuned_state
 from heron.checkpoint.adapters import FOLDER, save_adapter
 from heron.model import RWKV
+from heron.optim import RowAdamW
 from heron.train.base_model import Base
-from heron.train.leaves import Leaves
+from heron.train.step import Learner
 
 
-def write(out: Path, leaves: Leaves, base: Base | None, model: RWKV) -> Path:
+def write(out: Path, learner: Learner, base: Base | None, model: RWKV) -> Path:
     """Write `adapter/`, `state.pth` or `rwkv-final.pth` into a run folder, over one that the run wrote earlier.
 
     Args:
         base: the frozen weights; None: all of them were trained.
-        model: `leaves.model`, whole.
+        model: the learner's, whole.
 
     Returns:
         What was written.
@@ -25,13 +26,14 @@ def write(out: Path, leaves: Leaves, base: Base | None, model: RWKV) -> Path:
     Raises:
         CheckpointError: it cannot be written; a number in it is not finite.
     """
-    fingerprint = None if base is None else base.fingerprint
+    fingerprint, leaves = None if base is None else base.fingerprint, learner.leaves
     if leaves.adapter is not None:
         folder, older = out / FOLDER, out / f".trash-{FOLDER}"
         shutil.rmtree(older, ignore_errors=True)
         if folder.exists():
             folder.rename(older)
-        save_adapter(leaves.adapter, folder, fingerprint, leaves.trained.state_dict())
+        row_ids = learner.optimizer.stepped() if isinstance(learner.optimizer, RowAdamW) else None
+        save_adapter(leaves.adapter, folder, fingerprint, leaves.trained.state_dict(), row_ids)
         shutil.rmtree(older, ignore_errors=True)
         return folder
     path = out / (ownership.FINAL if leaves.state is None else STATE)

@@ -46,10 +46,10 @@ def frozen_weights(config: TrainConfig, resume_from: Path) -> Path | None:
         CheckpointError: the run trains by another method, or an adapter of another shape.
     """
     record = run.trainer_of(resume_from)
-    before = {"method": "full", **record.get("exact", {})}
+    before = {"method": "full", "adapter.tables": "frozen", **record.get("exact", {})}
     now = {"method": "full" if config.finetune is None else config.finetune.method}
     if config.finetune is not None and (adapter := config.finetune.adapter) is not None:
-        now |= {f"adapter.{name}": getattr(adapter, name) for name in ("kind", "rank", "targets")}
+        now |= {f"adapter.{name}": getattr(adapter, name) for name in ("kind", "rank", "targets", "tables")}
     for name, value in now.items():
         if (earlier := before.get(name)) != value:
             raise CheckpointError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heron import context, dist, machine
 from heron.checkpoint.adapters import base_fingerprint
-from heron.config import TrainConfig
+from heron.config import TrainConfig, finetune
 from heron.config.tbptt import Tbptt
 from heron.context import Part
 from heron.data.conversations import Conversations
@@ -70,6 +70,7 @@ class Learner:
         self.config, self.device, self.ranks = config, device, ranks
         self.parallel = dist.choose(config.parallel, ranks, leaves.n_on_device(model, config, ranks), device)
         sharded = self.parallel.value in ("fsdp", "hsdp")
+        leaves.check_tables(config, ranks)
         if sharded and config.freezes:
             raise ConfigError(f"parallel {self.parallel.value}: frozen weights are not sharded yet; use --parallel ddp")
         tbptt = Tbptt.of(config.tbptt)
@@ -85,11 +86,14 @@ class Learner:
             raise ConfigError(f"context_parallel {config.context_parallel}: {why}; leave --context_parallel out")
         self._context = ranks.context(config.context_parallel, config.dist_timeout)
         ranks.start_equal(model, device)
+        tables_train = finetune.tables_train(config.finetune)
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
             base = "auto" if config.finetune is None else config.finetune.base
-            leaves.prepare_base(model, in_half, config.tables == "host", base, device)
-        self.tables = row_tables(model, device, config.tables, not config.freezes, ranks, moves=not sharded)
+            leaves.prepare_base(model, in_half, config.tables == "host" or tables_train, base, device)
+        self.tables = row_tables(
+            model, device, config.tables, tables_train, ranks, moves=not sharded, always=config.freezes and tables_train
+        )
         if self.tables is None and not sharded:
             model.to(device)
         if config.freezes and config.finetune is not None:
@@ -134,7 +138,7 @@ class Learner:
         self._figures: list[Tensor] = []  # of the last step: what `preference.FIGURES` names
         self.optimizer = build_optimizer(
             self.trained, config.lr_init, config.weight_decay, (config.beta1, config.beta2), config.adam_eps,
-            None if config.freezes else self.tables, machine.DTYPES[config.tables_state],
+            self.tables if tables_train else None, machine.DTYPES[config.tables_state],
             {master: copy for copy, master in self._copies},
         )  # fmt: skip
 

@@ -260,6 +260,17 @@ def test_a_file_that_is_no_config_is_refused_by_path(tmp_path, content):
         read_yaml(tmp_path / "missing.yaml")
 
 
+def test_on_and_off_in_yaml_are_what_they_say(tmp_path):
+    lines = "max_steps: 1\ncompile: off\ngrad_checkpoint: on\nmodel: {variant: v8, deep_embed_4x: yes}\n"
+    (tmp_path / "c.yaml").write_text(lines)
+    config = TrainConfig.from_yaml(tmp_path / "c.yaml")
+    assert (config.compile, config.grad_checkpoint, config.model.deep_embed_4x) == ("off", True, True)
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").to_yaml() == config.to_yaml()
+    (tmp_path / "c.yaml").write_text("max_steps: 1\ncompile: no\n")
+    with pytest.raises(ConfigError, match="compile: wanted str, got False"):
+        TrainConfig.from_yaml(tmp_path / "c.yaml")
+
+
 def test_configs_are_frozen_and_every_field_is_documented():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().n_layer = 3
@@ -300,7 +311,7 @@ def test_settings_of_fine_tuning_survive_a_file(tmp_path):
     assert (config.finetune.mix_data, config.finetune.mix_share) == ("a:b.txt", Fraction(1, 10))
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert TrainConfig.from_yaml(tmp_path / "c.yaml") == config
-    (tmp_path / "c.yaml").write_text("finetune: {pack: on}\nmax_steps: 3\n")  # YAML reads a boolean
+    (tmp_path / "c.yaml").write_text("finetune: {pack: on}\nmax_steps: 3\n")
     assert TrainConfig.from_yaml(tmp_path / "c.yaml").finetune == FinetuneConfig()
     with pytest.raises(ConfigError, match="keeps the base's vocabulary"):
         TrainConfig(finetune=FinetuneConfig(), tokenizer="bpe:300")

@@ -10,18 +10,17 @@ import torch
 
 from heron import tokenizer
 from heron.config import RosaConfig
-from heron.generation import Engine, Request, Sampling, graphed
-from heron.generation.drawing import DeviceDraws
+from heron.generation import Request, Sampling, graphed
 from heron.generation.graphed import GraphedDecoder
 from heron.generation.slots import PATIENCE, Slots, sizes_up_to
 from heron.model import compiled as compilation
+from heron.ops._choice import Choice
 from heron.tables.store import off_device
 from tests.generation import accuracy
-from tests.generation.recording import recorded
+from tests.generation.recording import engine_as_on_a_gpu, recorded
 from tests.ops.emulated_stream import emulate
 
 INTEGERS = tokenizer.load("integers:37")
-CPU = torch.device("cpu")
 MODELS = {
     "v7": dict(variant="v7"),
     "v8": dict(variant="v8"),
@@ -44,22 +43,8 @@ def computed(monkeypatch):
     return numbers
 
 
-@pytest.fixture
-def fitting(monkeypatch):
-    """A function as Engine's constructor; steps are those of a GPU, as if recorded, and tokens drawn as there."""
-
-    def make(model, rows, fit_steps=True, tables="device", looks_ahead=True):
-        made = Engine(model, INTEGERS, rows, tables=tables)
-        moved = None if tables == "device" else off_device(model, CPU, None)
-        model, moved = (model, None) if moved is None else moved
-        decoder = recorded(GraphedDecoder(model, rows, moved, fit_steps=fit_steps))
-        if not looks_ahead:
-            monkeypatch.setattr(decoder, "_before", None)
-        monkeypatch.setattr(made, "_decoder", decoder)
-        monkeypatch.setattr(made, "_draws", DeviceDraws(INTEGERS, rows, CPU))
-        return made
-
-    return make
+def fitting(model, rows, fit_steps=True, **options):
+    return engine_as_on_a_gpu(model, INTEGERS, rows, fit_steps, **options)
 
 
 # -- slots ------------------------------------------------------------------------------------------------------------
@@ -164,27 +149,6 @@ def test_sequences_that_come_and_go_get_the_logits_of_each_alone(random_model, c
     assert sizes == {1, 2, 4, 8, 9}
 
 
-def test_a_step_looked_ahead_is_taken_back_when_another_sequence_comes(random_model):
-    model = random_model()
-    ahead, plain = (recorded(GraphedDecoder(model, 4, fit_steps=True)) for _ in range(2))
-    for decoder in (ahead, plain):
-        decoder.step([2], [5])
-    assert ahead.look_ahead is not None
-    ahead.look_ahead(torch.tensor([7]))
-    for decoder in (ahead, plain):
-        decoder.write(0, None)
-    for part, want in zip(ahead.read(2).to_list(), plain.read(2).to_list(), strict=True):
-        assert torch.equal(part, want)
-    assert torch.equal(ahead.step([2, 0], [7, 3]), plain.step([2, 0], [7, 3]))
-    assert ahead.look_ahead is None
-    for decoder in (ahead, plain):
-        decoder.free(2)
-        for token in range(2 * PATIENCE):
-            decoder.step([0], [token])
-    assert ahead.look_ahead is not None
-    assert torch.equal(ahead.step([0], [1]), plain.step([0], [1]))
-
-
 @pytest.mark.parametrize("form", ["v7a", "memory"])
 def test_all_sizes_above_one_are_compiled_once(random_model, monkeypatch, form):
     torch._dynamo.reset()
@@ -215,12 +179,47 @@ def test_all_sizes_above_one_are_compiled_once(random_model, monkeypatch, form):
     assert len(made) == made_by[1]
 
 
+def _with_tables_off(model, n):
+    moved = off_device(model, torch.device("cpu"), None)
+    assert moved is not None
+    return moved[0], n, moved[1]
+
+
+@pytest.mark.parametrize(("form", "tables"), [("v8", None), ("v8", "host"), ("v7a", None), ("memory", None)])
+def test_steps_of_few_sequences_that_have_a_kernel_of_their_own_are_the_same_steps(
+    random_model, monkeypatch, form, tables
+):
+    """On a CPU by the kernel's definition; one, few and many sequences are computed in three ways."""
+    choice = Choice("cuda", "as if there were a kernel"), Choice("reference", "they are too many")
+    monkeypatch.setattr("heron.generation.step.few_rows_choice", lambda weights, n: choice[n > 4])
+    model = random_model(**MODELS[form]).double()
+    single = GraphedDecoder(model, 1)
+    fits = GraphedDecoder(*(model, 9) if tables is None else _with_tables_off(model, 9), fit_steps=True)
+    ways = {n: steps[0].form for n, steps in fits._steps.items()}
+    assert [ways[1] is ways[2], ways[2] is ways[4], ways[4] is ways[8], ways[8] is ways[9]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert ways[1].layers is ways[2].layers
+    for count in (2, 3, 7, 1):
+        for sequence in range(9):
+            fits.free(sequence)
+        for token in (3, 5):
+            got = fits.step(list(range(count)), [token] * count)
+        single.write(0, None)
+        for token in (3, 5):
+            want = single.step([0], [token])
+        assert all(accuracy.distance(row[None], want) < 1e-12 for row in got)
+
+
 # -- engines ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", MODELS)
 @pytest.mark.parametrize("tables", ["device", "host"])
-def test_texts_are_what_they_are_in_an_engine_of_one_place(random_model, fitting, monkeypatch, form, tables):
+def test_texts_are_what_they_are_in_an_engine_of_one_place(random_model, monkeypatch, form, tables):
     """Requests come by chance; some are cancelled, and some are saved and gone on with."""
     if tables == "host" and form not in ("v8", "v7a"):
         pytest.skip("tables off the device are those of a v8 or v7a without memory")
@@ -265,31 +264,7 @@ def test_texts_are_what_they_are_in_an_engine_of_one_place(random_model, fitting
         assert [[i for i, _ in token.top] for token in mine] == [[i for i, _ in token.top] for token in true]
 
 
-@pytest.mark.parametrize("form", ["v8", "memory"])
-def test_looking_ahead_changes_nothing(random_model, fitting, monkeypatch, form):
-    emulate(monkeypatch)
-    model, told = random_model(**MODELS[form]), []
-    for looks_ahead in (True, False):
-        chance, tokens = random.Random(2), []
-        engine = fitting(model, 4, looks_ahead=looks_ahead)
-        for _ in range(60):
-            if engine.n_free and chance.random() < 0.12:
-                prompt = [chance.randrange(37) for _ in range(chance.randint(1, 3))]
-                engine.open(prompt, sampling=Sampling(top_p=0.9, presence_penalty=0.2), seed=len(tokens))
-            drawn = engine.step()
-            tokens += [token for _, token in drawn]
-            for sequence, _ in drawn:
-                if chance.random() < 0.15:
-                    tokens += engine.snapshot(sequence).state.to_list()
-                if chance.random() < 0.08:
-                    engine.close(sequence)
-        told.append(tokens)
-    assert len(told[0]) > 60
-    for mine, theirs in zip(*told, strict=True):
-        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-
-
-def test_a_step_costs_what_its_sequences_need(random_model, fitting, computed):
+def test_a_step_costs_what_its_sequences_need(random_model, computed):
     model, steps = random_model(n_layer=1), {}
     for fit_steps in (True, False):
         engine = fitting(model, 16, fit_steps)
@@ -302,7 +277,7 @@ def test_a_step_costs_what_its_sequences_need(random_model, fitting, computed):
             for _ in range(PATIENCE + 2):
                 engine.step()
         steps[fit_steps] = list(computed)
-    assert steps[False] == [16] * 3 * (PATIENCE + 2)
+    looked_ahead = 1  # the step behind the first token
+    assert steps[False] == [16] * (looked_ahead + 3 * (PATIENCE + 2))
     before = PATIENCE - 1  # steps until sequences are moved
-    looked_ahead = 1  # behind the last token
-    assert steps[True] == [16] * (2 * (PATIENCE + 2) + before) + [1] * (3 + looked_ahead)
+    assert steps[True] == [16] * (looked_ahead + 2 * (PATIENCE + 2) + before) + [1] * 3

@@ -13,6 +13,7 @@ from heron.generation import Request, Sampling
 from heron.generation.graphed import GraphedDecoder
 from heron.generation.slots import PATIENCE
 from tests.generation import accuracy
+from tests.generation.lives import lived, lives
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SIZES = dict(n_layer=3, n_embd=192, head_size=64, vocab_size=100)
@@ -20,6 +21,7 @@ ODD = dict(n_layer=3, n_embd=48, head_size=16, ffn_dim=90, vocab_size=100)  # 90
 MODELS = {
     "v8": (dict(variant="v8", **SIZES), torch.bfloat16),
     "v7a memory": (dict(variant="v7a", memory="memory", **SIZES), torch.float32),
+    "v7a memory, few rows": (dict(variant="v7a", memory="memory", **SIZES), torch.bfloat16),
     "odd": (dict(variant="v8", **ODD), torch.float16),
 }
 IDS = tokenizer.load("integers:100")
@@ -31,7 +33,7 @@ def test_a_step_of_every_size_is_at_most_twice_as_far_from_fp64_as_the_model(ran
     model = random_model(**settings).to("cuda", dtype)
     texts = torch.randint(4 if "memory" in form else 100, (4, 16), generator=torch.Generator().manual_seed(1)).tolist()
     decoder = GraphedDecoder(model, 5, fit_steps=True)
-    assert len({tuple(size.graph.pool()) for size in decoder._sizes.values()}) == 1
+    assert len({tuple(step.graph.pool()) for step in decoder._largest_first()}) == 1
     for n_beside, size in ((0, 1), (1, 2), (2, 4), (3, 4), (4, 5)):
         for sequence in range(n_beside):
             decoder.write(sequence, None)
@@ -48,11 +50,30 @@ def test_one_sequence_in_an_engine_of_many_places_gets_the_bits_of_an_engine_of_
             row = engine.open([seed, 7], sampling=Sampling(top_p=0.9, presence_penalty=0.3), seed=seed)
             for _ in range(5):
                 told[-1].append(engine.step()[0][1])
+            assert engine._decoder.ahead
             told[-1] += engine.snapshot(row).state.to_list()
             engine.close(row)
-        assert engine._decoder.look_ahead is not None
     for mine, theirs in zip(*told, strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["v7", "v8"])
+def test_a_text_beside_one_to_63_others_gets_the_same_bits(random_model, variant, dtype):
+    model, chance = random_model(variant=variant, **SIZES).to("cuda", dtype), random.Random(5)
+    decoder, text, told = GraphedDecoder(model, 64, fit_steps=True), [chance.randrange(100) for _ in range(6)], []
+    for n_beside, size in ((1, 2), (2, 4), (6, 8), (15, 16), (20, 32), (63, 64)):
+        for sequence in range(64):
+            decoder.free(sequence)
+        mine, *others = chance.sample(range(64), n_beside + 1)
+        order = [*others[: n_beside // 2], mine, *others[n_beside // 2 :]]
+        for token in text:
+            tokens = [token if sequence == mine else chance.randrange(100) for sequence in order]
+            logits = decoder.step(order, tokens)
+        assert decoder._last.n == size
+        told.append([logits[order.index(mine)].clone(), *decoder.read(mine).to_list()])
+    for other in told[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(told[0], other, strict=True))
 
 
 @pytest.mark.parametrize("memory", [None, "memory"])
@@ -92,6 +113,27 @@ def test_texts_that_come_and_go_are_those_of_an_engine_of_one_place(random_model
         assert [token.id for token in mine] == [token.id for token in true]
         assert [token.match for token in mine] == [token.match for token in true]
         assert [token.logprob for token in mine] == pytest.approx([token.logprob for token in true], abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [dict(variant="v8"), dict(variant="v7a"), dict(variant="v8", memory="memory")])
+def test_looking_ahead_with_many_changes_no_bit(random_model, monkeypatch, form, dtype):
+    """In an engine of one size, whose sequences are each their own: they join, end, are cancelled and saved."""
+    model, some, told = random_model(**form, **SIZES).to("cuda", dtype), lives(random.Random(5), 24, 100), []
+    begun, begin = [], GraphedDecoder._look_ahead
+    monkeypatch.setattr(GraphedDecoder, "_look_ahead", lambda *of: (begun.append(of), begin(*of)))
+    for looks_ahead in (True, False):
+        engine = heron.Engine(model, IDS, 5)
+        if not looks_ahead:
+            monkeypatch.setattr(engine._decoder, "look_ahead", lambda *_: None)
+        begun.clear()
+        told.append(lived(engine, some))
+        assert bool(begun) == (looks_ahead and "memory" not in form)
+    for number, (tokens, text, snapshot) in told[1].items():
+        mine, my_text, behind = told[0][number]
+        assert (mine, my_text, behind.pending) == (tokens, text, snapshot.pending)
+        assert all(map(torch.equal, behind.state.to_list(), snapshot.state.to_list()))
+        assert torch.equal(behind.generator, snapshot.generator)
 
 
 def test_a_state_is_moved_as_it_is(random_model):

@@ -185,7 +185,7 @@ def test_looking_ahead_changes_nothing(remembering, monkeypatch, memory):
     for i, token in enumerate(ids):
         kind = chance.choice(["ahead", "ahead", "ahead", "step", "dropped"]) if i else "step"
         if kind != "step":
-            ahead.look_ahead(torch.tensor([token if kind == "ahead" else 3]))
+            ahead.look_ahead([0], {})(torch.tensor([token if kind == "ahead" else 3]))
             assert equal(ahead.read(0), plain.read(0))
         if kind == "dropped":
             ahead.write(0, plain.read(0))
@@ -197,17 +197,24 @@ def test_looking_ahead_changes_nothing(remembering, monkeypatch, memory):
             decoder.write(0, state)
         for number, token in enumerate(ids[i : i + 20]):
             if number:
-                ahead.look_ahead(torch.tensor([token]))
+                ahead.look_ahead([0], {})(torch.tensor([token]))
             assert torch.equal(ahead.step([0], [token]), plain.step([0], [token]))
 
 
 def test_no_step_is_begun_before_its_token_is_known_where_the_host_must_see_it(remembering, monkeypatch):
+    def looks_ahead(n_sequences, *arguments, **options):
+        decoder, sequences = GraphedDecoder(model, *arguments, **options), list(range(n_sequences))
+        decoder.step(sequences, sequences)
+        return decoder.look_ahead(sequences, {}) is not None
+
     model = remembering()
-    assert GraphedDecoder(model, 1).look_ahead is None
+    assert not looks_ahead(1, 1)
     emulate(monkeypatch)
-    assert GraphedDecoder(model, 1).look_ahead is not None
-    assert GraphedDecoder(model, 2).look_ahead is None
-    assert GraphedDecoder(model, 1, documents=Documents(index_of(), model.config)).look_ahead is None
+    assert looks_ahead(1, 1)
+    assert looks_ahead(1, 2, fit_steps=True)
+    assert not looks_ahead(2, 2, fit_steps=True)
+    assert not looks_ahead(1, 2)
+    assert not looks_ahead(1, 1, documents=Documents(index_of(), model.config))
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------
@@ -353,6 +360,17 @@ def test_documents_are_looked_into_beside_the_sequence(remembering, monkeypatch,
             assert stored[end - token.match.length : end] == ids[-token.match.length :]
         ids.append(token.id)
     assert len(positions) > 1
+
+
+@needs_cpp
+def test_documents_have_one_hash_where_the_same_is_found_in_them(remembering):
+    config, ids = remembering().config, torch.tensor(text_of(200, 9))
+    changed = ids.clone()
+    changed[100] += 1
+    indices = index_of(), index_of(), TokenIndex.of(changed), TokenIndex.of(ids[:-1]), index_of(end=2)
+    first, again, *others = (Documents(index, config).hash for index in indices)
+    assert first == again
+    assert len({first, *others}) == 4
 
 
 @needs_cpp

@@ -65,6 +65,20 @@ def test_the_definition_is_what_the_model_is_made_of(dtype, n, H, N, mixes):
     compare(got, wkv, want, TOLERANCES[dtype])
 
 
+def check_that_new_states_go_elsewhere(step, inputs, weights, wkv):
+    """They are those of a step in place, to the bit, and the old ones stay."""
+    before, elsewhere = wkv.clone(), torch.full_like(wkv, torch.nan)
+    got = step(inputs, weights, wkv, elsewhere)
+    assert torch.equal(wkv, before)
+    assert torch.equal(got, step(inputs, weights, wkv))
+    assert torch.equal(wkv, elsewhere)
+
+
+@pytest.mark.parametrize("dtype", [FP64, BF16])
+def test_new_states_go_where_they_should(dtype):
+    check_that_new_states_go_elsewhere(head_step, *problem(2, 3, 16, dtype))
+
+
 @pytest.fixture(scope="module")
 def emulated():
     """head_step, computed by the kernel's source on a CPU."""
@@ -73,13 +87,14 @@ def emulated():
     library = _build.load_c_library("head_step_emulated", [EMULATOR / "head_step.cpp"], flags, depends)
     library.head_step_emulated.restype = ctypes.c_char_p
 
-    def step(inputs, weights, wkv):
+    def step(inputs, weights, wkv, new_wkv=None):
         parts = [None if x is None else x.data_ptr() for x in (*inputs, *weights[:7], weights.v0)]
         y = torch.full_like(inputs.r, torch.nan)
         n, H, N, _ = wkv.shape
         error = library.head_step_emulated(
             int(y.dtype == BF16), (ctypes.c_void_p * len(parts))(*parts), ctypes.c_void_p(y.data_ptr()),
-            ctypes.c_void_p(wkv.data_ptr()), n, H, N, ctypes.c_float(weights.eps),
+            ctypes.c_void_p(wkv.data_ptr()), ctypes.c_void_p((wkv if new_wkv is None else new_wkv).data_ptr()),
+            n, H, N, ctypes.c_float(weights.eps),
         )  # fmt: skip
         assert error is None, error.decode()
         return y
@@ -94,6 +109,7 @@ def test_the_kernels_source_on_a_cpu_steps(emulated, dtype, n, H, N, mixes):
     inputs, weights, wkv = problem(n, H, N, dtype, mixes)
     want = exact(inputs, weights, wkv)
     compare(emulated(inputs, weights, wkv), wkv, want, TOLERANCES[dtype])
+    check_that_new_states_go_elsewhere(emulated, inputs, weights, wkv)
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
@@ -115,6 +131,7 @@ def test_a_removal_key_of_zeros_removes_nothing(emulated):
         (dict(v0=torch.zeros(16)), r"v0 must be of 32 values, torch.float32 and contiguous, got \(16,\)"),
         (dict(wkv=torch.zeros(1, 2, 16, 8)), r"wkv must be \(n, H, N, N\), got \(1, 2, 16, 8\)"),
         (dict(wkv=torch.zeros(1, 2, 16, 16).double()), "wkv must be .* torch.float32"),
+        (dict(new_wkv=torch.zeros(2, 2, 16, 16)), r"new_wkv must be \(1, 2, 16, 16\) .*, got \(2, 2, 16, 16\)"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
         (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
     ],
@@ -124,7 +141,7 @@ def test_unfit_arguments_are_refused_in_words(change, message):
     inputs = inputs._replace(**{name: x for name, x in change.items() if name in HeadInputs._fields})
     weights = weights._replace(**{name: x for name, x in change.items() if name in HeadWeights._fields})
     with pytest.raises(KernelError, match=message):
-        head_step(inputs, weights, change.get("wkv", wkv), change.get("impl", "auto"))
+        head_step(inputs, weights, change.get("wkv", wkv), change.get("new_wkv"), change.get("impl", "auto"))
 
 
 def test_heads_that_the_kernel_does_not_know_are_named():
@@ -168,3 +185,4 @@ def test_kernel_steps(dtype, N, mixes):
     one = before[3:4].clone()
     assert torch.equal(head_step(HeadInputs(*alone), weights, one, impl="cuda")[0], got[3])
     assert torch.equal(one[0], wkv[3])
+    check_that_new_states_go_elsewhere(head_step, inputs, weights, wkv)

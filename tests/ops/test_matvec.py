@@ -10,8 +10,8 @@ import torch
 
 from heron.errors import KernelError
 from heron.ops import _build, matvec
+from heron.ops._products import ACTIVATIONS
 from heron.ops.matvec import Product, cuda, matvec_choice
-from heron.ops.matvec.reference import ACTIVATIONS
 from tests.ops.kernels import (
     BFLOAT16,
     HALF,
@@ -65,7 +65,7 @@ def compare(got, wanted_of):
 @pytest.fixture(scope="module")
 def emulated():
     """matvec, computed by the kernel's source on a CPU."""
-    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    depends = [cuda.SOURCE, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O1", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("matvec_emulated", [EMULATOR / "matvec.cpp"], flags, depends)
     library.matvec_emulated.restype = ctypes.c_char_p
@@ -196,7 +196,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     forms = [f"matvec<{t}>(const __grid_constant__ Products)" for t in ("float", BFLOAT16, HALF)]
-    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY])
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY, _build.PRODUCTS])
 
 
 # On a GPU

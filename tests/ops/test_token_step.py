@@ -11,6 +11,7 @@ from heron.generation.decoder import SequenceStates
 from heron.generation.step import PLAIN, channel_mix, layers_of, norm_of, time_mix
 from heron.ops import _build
 from heron.ops.head_step import HeadWeights
+from heron.ops.int8 import Int8Matrix
 from heron.ops.token_step import (
     LayerStates,
     LayerWeights,
@@ -31,6 +32,9 @@ SIZES = [
     dict(C=256, head_size=256, hidden=90, ranks=(1, 40, 8, 8), vocab=5),
     dict(C=32, head_size=16, hidden=32, ranks=(8, 8, 8, 8), vocab=11),  # gates of one width for outputs and hidden
 ]
+
+
+GROUPED = dict(C=192, head_size=64, hidden=320, ranks=(8, 24, 16, 40), vocab=77)  # multiples of 64, for 8 bits
 
 
 def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP64, seed=0, gates=None):
@@ -64,6 +68,23 @@ def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP6
 
     weights = [layer(number) for number in range(layers)]
     return Network(weights, [states() for _ in range(layers)], norm(), matrix(vocab, C))
+
+
+def in_8_bits(network):
+    """`network` with its large matrices in 8 bits, and with the matrices that these stand for."""
+    names = "receptance", "key", "value", "output", "ffn_key", "ffn_value"
+    eights = [
+        layer._replace(**{name: Int8Matrix.of(getattr(layer, name)) for name in names}) for layer in network.layers
+    ]
+    stood_for = [
+        layer._replace(**{name: getattr(layer, name).dequantized(network.head.dtype) for name in names})
+        for layer in eights
+    ]
+    head = Int8Matrix.of(network.head)
+    return (
+        network._replace(layers=eights, head=head),
+        network._replace(layers=stood_for, head=head.dequantized(network.head.dtype)),
+    )
 
 
 def by_definition(network, sequences, x, gates=None):
@@ -122,6 +143,23 @@ def test_the_step_in_cpp_is_its_definition(sizes, gates, dtype):
             assert near(new[sequences], *(part[sequences] for part in others))
 
 
+@needs_compiler
+@pytest.mark.parametrize("gates", [None, "output", "hidden"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_matrices_in_8_bits_are_those_that_they_stand_for(dtype, gates):
+    _, exact = in_8_bits(network(**GROUPED, gates=gates))
+    built, _ = in_8_bits(network(**GROUPED, dtype=dtype, gates=gates))
+    eager = in_8_bits(network(**GROUPED, dtype=dtype, gates=gates))[1]  # with states of its own
+    step = TokenStep(built)
+    for seed, sequences in enumerate(([2, 0, 5, 1, 6], [4], [0, 4])):
+        x, rows = tokens(GROUPED, len(sequences), gates, seed=seed)
+        inputs = sequences, x.to(dtype), None if rows is None else rows.to(dtype)
+        want = by_definition(exact, sequences, x, rows)
+        assert distance(step(*inputs), want) < max(2 * distance(by_definition(eager, *inputs), want), 1e-6)
+        for new, one, true in zip(*map(parts, (built.states, eager.states, exact.states)), strict=True):
+            assert distance(new, true) < max(2 * distance(one, true), 1e-6)
+
+
 @pytest.mark.parametrize("form", [dict(variant="v7"), dict(), dict(deep_embed_4x=True), dict(variant="v7a")])
 def test_the_definition_is_the_model(random_model, form):
     model = random_model(**form).double()
@@ -144,8 +182,10 @@ def test_the_definition_is_the_model(random_model, form):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("sizes", SIZES[:2], ids=lambda sizes: f"C{sizes['C']}")
-def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, dtype):
+@pytest.mark.parametrize(
+    ("sizes", "bits"), [(SIZES[0], None), (SIZES[1], None), (GROUPED, 8)], ids=["C48", "C128", "8-bits"]
+)
+def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, bits, dtype):
     x, gates = tokens(sizes, 7, "output", dtype)
     results, threads = [], torch.get_num_threads()
     alone, in_two = [[i] for i in range(7)], [[6, 0, 3], [5, 1, 4, 2]]
@@ -153,7 +193,8 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, 
         for number, companies in ((1, [list(range(7))]), (3, alone), (2, in_two)):
             torch.set_num_threads(number)
             network_ = network(**sizes, dtype=dtype, gates="output")
-            step, logits = TokenStep(network_), torch.empty(7, sizes["vocab"])
+            step = TokenStep(network_ if bits is None else in_8_bits(network_)[0])
+            logits = torch.empty(7, sizes["vocab"])
             for _ in range(2):
                 for some in companies:
                     logits[some] = step(some, x[some], gates[:, some])

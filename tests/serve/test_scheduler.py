@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 
 import pytest
 import torch
 
+from heron import tokenizer
 from heron.config.serve import ServeConfig
 from heron.errors import HeronError
 from heron.generation import Engine, Request, Sampling
 from heron.serve.engines import Engines
 from heron.serve.link import Direct
 from heron.serve.models import Models
-from heron.serve.orders import Order
+from heron.serve.orders import Order, Start
 from heron.serve.refusals import Refusal
+from heron.serve.scheduler import Scheduler
+from heron.serve.sessions import PrefixCache, StateStore
+from tests.generation import accuracy
+from tests.generation.recording import engine_as_on_a_gpu
 
 ANY = Sampling(top_p=1.0)
 
@@ -66,6 +72,39 @@ def test_jobs_say_what_the_engine_says_alone(engine_of):
 
     engine = engine_of(1)
     assert running(engine_of(8), work) == [alone(engine, request) for request in requests]
+
+
+def test_what_is_kept_behind_texts_is_the_same_where_the_engine_looks_ahead(random_model):
+    """Texts join and end at their limit or a stop text, while a step beyond their last token has begun."""
+    model, requests, told = random_model(vocab_size=256).double(), [], []
+    for n in range(9):
+        stop = tuple(map(chr, range(32, 127))) if n % 3 else ()
+        requests.append(Request([n + 1, 2], 3 + 2 * (n % 4), ANY, stop, n, logit_bias={0: -100}))
+    for looks_ahead in (True, False):
+        engine = engine_as_on_a_gpu(model, tokenizer.load("bytes"), 3, looks_ahead=looks_ahead)
+        cache, states, texts = PrefixCache(1 << 30, 1 << 30), StateStore(None, 1 << 30), {}
+        orders = [
+            Order(dataclasses.replace(request, logprobs=0), 60, Start("base"), keeps=True, session=str(n))
+            for n, request in enumerate(requests)
+        ]
+        for order in orders:
+            texts[order.number] = []
+        scheduler = Scheduler(engine, cache, states)
+        scheduler.start(lambda drawn, texts=texts: [texts[piece.number].extend(piece.tokens) for piece in drawn])
+        scheduler.submit(*orders)
+        scheduler.stop(30)
+        said = [[token.id for token in tokens] for tokens in texts.values()]
+        kept = [states.find(order.session) for order in orders]
+        found = [cache.find([n + 1, 2, *ids], "base") for n, ids in enumerate(said)]
+        told.append((said, kept, found))
+    (said, kept, found), (true_said, true_kept, true_found) = told
+    assert said == true_said
+    assert [n for _, n in found] == [n for _, n in true_found] == [1 + len(ids) for ids in said]
+    pairs = [*zip(kept, true_kept, strict=True), *zip((s for s, _ in found), (s for s, _ in true_found), strict=True)]
+    for mine, true in pairs:
+        assert mine.pending == true.pending
+        for part, want in zip(mine.state.to_list(), true.state.to_list(), strict=True):
+            assert accuracy.distance(part, want) < 1e-12
 
 
 def test_what_comes_while_a_piece_is_used_is_one_piece(engine_of):

@@ -1,4 +1,5 @@
-"""kill -9 at random instants of fine-tuning beside a frozen base, packed: an adapter, a state, preferences (DPO)."""
+"""kill -9 at random instants of fine-tuning beside a frozen base, packed: an adapter, alone and with rows of tables, a
+state, preferences (DPO)."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from heron.config import AdapterConfig
 from tests.torture import kills, minute
 from tests.torture.result import Result
 
-METHODS = ("lora", "state", "dpo")
+METHODS = ("lora", "state", "dpo", "rows")
 
 
 def run(trials: int, seed: int) -> Result:
-    """`trials` kills, a third of them of each."""
+    """`trials` kills, as many of each."""
     with tempfile.TemporaryDirectory(prefix="heron-kills-") as name:
         parts = [
             kills.run(max(1, trials // len(METHODS)), seed + number, **settings(Path(name), method))
@@ -27,7 +28,7 @@ def run(trials: int, seed: int) -> Result:
     first, *others = parts
     return dataclasses.replace(
         first,
-        promise="kill -9 while an adapter or a state trains, packed, pairs too: the curve and the result are bit-equal",
+        promise="kill -9 while an adapter, table rows or a state train, packed, pairs too: curve and result bit-equal",
         trials=sum(part.trials for part in parts),
         failures=[failure for part in parts for failure in part.failures],
         caught=sum(part.caught for part in parts),
@@ -52,7 +53,8 @@ def settings(folder: Path, method: str) -> dict[str, object]:
         pairs = [{"prompt": question, "chosen": answer, "rejected": "I can't say."} for question, answer in talks]
         data = folder / "pairs.jsonl"
         data.write_text("\n".join(map(json.dumps, pairs)))
-    adapter = AdapterConfig(rank=4, dropout=0.1) if method != "state" else None
+    tables = "rows" if method == "rows" else "frozen"
+    adapter = AdapterConfig(rank=4, dropout=0.1, tables=tables) if method != "state" else None
     objective = "dpo" if method == "dpo" else "likelihood"
     finetune = heron.FinetuneConfig(method="state" if adapter is None else "lora", adapter=adapter, objective=objective)
     return dict(model=str(base), data=str(data), ctx_len=96, finetune=finetune, spike=0.0)

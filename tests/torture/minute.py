@@ -121,7 +121,8 @@ def final_weights(settings: heron.TrainConfig) -> dict[str, torch.Tensor]:
     """What a finished run left: its weights, its adapter or its state."""
     method = "full" if settings.finetune is None else settings.finetune.method
     if method == "lora":
-        return load_file(Path(settings.out, "adapter", "adapter_model.safetensors"))
+        files = sorted(Path(settings.out, "adapter").glob("*.safetensors"))  # of tables that train, their rows
+        return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
     file = "state.pth" if method == "state" else "rwkv-final.pth"
     return torch.load(Path(settings.out, file), weights_only=True)
 

@@ -37,12 +37,13 @@ def runs(folder: Path) -> dict[str, dict]:
     )  # fmt: skip
     memory = heron.ModelConfig(variant="v8", rosa="memory", **SIZES)
     adapter = dict(method="lora", adapter=dict(rank=4))
+    on_tables = dict(method="lora", adapter=dict(rank=4, tables="low-rank"))
     quantizing = beside | dict(model=str(folder / "wide.pth"), dtype="bf16")  # nf4 has a scale for 64 weights
     preferring = heron.FinetuneConfig.from_dict(adapter | dict(objective="dpo"))
     dropping = dict(method="lora", adapter=dict(rank=4, dropout=0.3))
     return {
         "memory": dict(model=memory, max_steps=6, eval_every=3, parallel="ddp"),
-        "adapter": beside | dict(finetune=heron.FinetuneConfig.from_dict(adapter)),
+        "adapter": beside | dict(finetune=heron.FinetuneConfig.from_dict(on_tables)),
         "state": beside | dict(finetune=heron.FinetuneConfig(method="state", token_shifts=True)),
         "chunks": dict(ctx_len=64, tbptt="16", max_steps=6, eval_every=3, parallel="ddp"),
         "exact": dict(ctx_len=64, tbptt="exact:16", max_steps=6, eval_every=3, parallel="ddp"),

@@ -126,6 +126,6 @@ def test_a_pack_is_at_most_twice_as_far_from_fp64_as_each_alone(name, device, n_
     true = [of_each_alone(exact, *pack) for pack in packs]
     alone = errors([of_each_alone(eager, *pack) for pack in packs], true)
     packed = errors([of_the_pack(learner, *pack) for pack in packs], true)
-    assert len(learner._graphs) == (learner.compiled.value == "graph")
+    assert len(learner._passes.graphs) == (learner.compiled.value == "graph")
     further = {leaf: (error, alone[leaf]) for leaf, error in packed.items() if error > 2 * alone[leaf]}
     assert not further

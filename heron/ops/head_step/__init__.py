@@ -20,8 +20,10 @@ def head_step_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, 
     return cuda.FORM.choice("a block of threads a head, its state in registers", other, device, dtype, head_size)
 
 
-def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str = "auto") -> Tensor:
-    """What the output matrix of the time mix is multiplied with, for one token; `wkv` changes in place.
+def head_step(
+    inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """What the output matrix of the time mix is multiplied with, for one token, and the states behind it.
 
     With ``iclr = sigmoid(a0 + iclr)``, and per head::
 
@@ -38,6 +40,7 @@ def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str =
         inputs: :class:`HeadInputs`, (n, C) each, in one dtype, contiguous, C = H N.
         weights: :class:`HeadWeights`, in that dtype, contiguous.
         wkv: the states (n, H, N_value, N_key), contiguous, fp32 (fp64 for fp64).
+        new_wkv: as `wkv`, where the new states go; None: into `wkv`.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:
@@ -46,13 +49,14 @@ def head_step(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, impl: str =
     Raises:
         KernelError: shapes, dtypes or devices that do not fit together, an `impl` that does not exist or run here.
     """
-    _check(inputs, weights, wkv)
+    new_wkv = wkv if new_wkv is None else new_wkv
+    _check(inputs, weights, wkv, new_wkv)
     if impl == "auto":
         impl = head_step_choice(wkv.device, inputs.r.dtype, wkv.shape[3]).impl
-    return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv)
+    return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv, new_wkv)
 
 
-def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -> None:
+def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor) -> None:
     if wkv.dim() != 4 or wkv.shape[2] != wkv.shape[3]:
         raise KernelError(f"head_step: wkv must be (n, H, N, N), got {tuple(wkv.shape)}")
     if len({x is None for x in (inputs.value, inputs.v_first, weights.v0)}) > 1:
@@ -62,7 +66,10 @@ def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -> None:
     wanted = {
         **{name: (x, (n, H * N), dtype) for name, x in inputs._asdict().items()},
         **{name: (x, None, dtype) for name, x in weights._asdict().items() if name != "eps"},
-        "wkv": (wkv, tuple(wkv.shape), torch.promote_types(dtype, torch.float32)),
+        **{
+            name: (x, tuple(wkv.shape), torch.promote_types(dtype, torch.float32))
+            for name, x in (("wkv", wkv), ("new_wkv", new_wkv))
+        },
     }
     for name, (tensor, shape, kind) in wanted.items():
         if tensor is None:

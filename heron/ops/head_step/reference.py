@@ -50,7 +50,7 @@ class HeadWeights(NamedTuple):
     """None in layer 0."""
 
 
-def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -> Tensor:
+def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor) -> Tensor:
     """The definition; see :func:`heron.ops.head_step`."""
     n, H, N, _ = wkv.shape
 
@@ -67,11 +67,11 @@ def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor) -
     k = k * (1 + (iclr - 1) * k_a)
     decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w0 + w))
     removed = _times(wkv, removal_key)
-    wkv.mul_(decay.unsqueeze(2))
-    wkv.addcmul_(removed.unsqueeze(3), (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(
+    torch.mul(wkv, decay.unsqueeze(2), out=new_wkv)
+    new_wkv.addcmul_(removed.unsqueeze(3), (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(
         v.unsqueeze(3), k.unsqueeze(2)
     )
-    y = _times(wkv, r)
+    y = _times(new_wkv, r)
     y = F.layer_norm(y, (N,), eps=weights.eps) * norm_weight + norm_bias
     y = y + (r * k * r_k).sum(dim=-1, keepdim=True) * v
     return (y * gate).view(n, H * N).to(inputs.r.dtype)

@@ -47,8 +47,7 @@ def flips_by_runs(
     from heron.ops.rosa import rosa
 
     n_streams, n_tokens = q.shape
-    flips = torch.tensor([(t, 1 << bit) for t in range(n_tokens) for bit in range(n_bits)], dtype=torch.long)
-    flips = flips.view(-1, 2).to(q.device)
+    flips = torch.arange(n_tokens * n_bits, device=q.device)
     difference = gain.new_empty(n_streams, len(flips))
 
     def worth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,10 +59,11 @@ def flips_by_runs(
 
     at_once = max(1, _SYMBOLS_AT_ONCE // max(1, q.numel()))
     for part in range(0, len(flips), at_once):
-        place, mask = flips[part : part + at_once].unbind(1)
-        masks = q.new_zeros(len(place), 1, n_tokens).scatter_(2, place[:, None, None], mask[:, None, None].to(q.dtype))
+        flip = flips[part : part + at_once]
+        place, mask = (x[:, None, None] for x in (flip // n_bits, 1 << flip % n_bits))
+        masks = q.new_zeros(len(flip), 1, n_tokens).scatter_(2, place, mask.to(q.dtype))
         run = [
-            x ^ masks if flipped in (name, "all") else x.expand(len(place), -1, -1)
+            x ^ masks if flipped in (name, "all") else x.expand(len(flip), -1, -1)
             for name, x in zip("qkv", (q, k, v), strict=True)
         ]
         difference[:, part : part + at_once] = (worth(*run) - worth(q[None], k[None], v[None])).T.to(gain.dtype)

@@ -262,7 +262,11 @@ def value_gradient(v: Tensor, gy: Tensor, height: Tensor, src: Tensor, bits: int
         (B, T, C).
     """
     matched = _per_stream(gy, bits) * (src >= 0)[..., None]
-    arrived = torch.zeros_like(matched).scatter_add_(1, (src + 1)[..., None].expand_as(matched), matched)
+    arrived = torch.zeros_like(matched)
+    if matched.is_cuda:  # sorted first, so that sums have an order; scatter_add_ has none there
+        arrived.index_put_((torch.arange(len(src), device=src.device)[:, None], src + 1), matched, accumulate=True)
+    else:
+        arrived.scatter_add_(1, (src + 1)[..., None].expand_as(matched), matched)
     return _per_size(_joined(arrived, v) * height, v)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from heron.errors import KernelError
+from heron.ops import _build, _choice
 from heron.ops.rosa import cpu
 
+SOURCE = Path(__file__).parent / "csrc" / "soft.cu"
 _BYTES_AT_ONCE = 1 << 28  # of one (S, T, T) tensor of the PyTorch form
 
 
@@ -57,8 +61,8 @@ def soft_gradients(
     """Gradients by the signs (1 or -1) of all bits of what the soft matches are worth together.
 
     The worth of a stream is the sum over t of ``p(t, u) (middle[t] + slope[t] . signs of v[u + 1])`` over u < t, and of
-    ``no_match[t]`` by the weight of no match. In C++ (CPU, fp32, no limit below T) it takes T^2 memory a thread, else
-    T^2 a stream.
+    ``no_match[t]`` by the weight of no match. In fp32 and with no limit below T it runs in C++ (T^2 memory a thread) or
+    CUDA (at most 256 MiB, or T^2 / 16 bytes if that is more), else in PyTorch (T^2 memory a stream).
 
     Args:
         q, k, v: (S, T) uint8 symbols below 2^D, D at most 8.
@@ -72,11 +76,13 @@ def soft_gradients(
     Raises:
         KernelError: memory ran out.
     """
-    unlimited = max_match is None or max_match >= q.shape[1]
-    fits = unlimited and q.numel() > 0 and slope.dtype == torch.float32
-    if fits and cpu.gradients_choice(q.device).impl == "cpu":
-        return soft_gradients_cpu(q, k, v, slope, middle, no_match)
-    return soft_gradients_torch(q, k, v, slope, middle, no_match, max_match)
+    if q.numel() == 0:
+        return torch.empty_like(slope), torch.empty_like(slope), torch.empty_like(slope)
+    impl = soft_choice(q.device, q.shape[1], max_match, slope.dtype).impl
+    if impl == "torch":
+        return soft_gradients_torch(q, k, v, slope, middle, no_match, max_match)
+    form = soft_gradients_cuda if impl == "cuda" else soft_gradients_cpu
+    return form(q, k, v, slope, middle, no_match)
 
 
 def soft_gradients_torch(
@@ -110,3 +116,42 @@ def soft_gradients_cpu(
     if cpu.gradient_library().heron_rosa_soft(*pointers[0], *slope.shape, torch.get_num_threads(), *pointers[1]):
         raise KernelError(f"rosa: memory ran out over the soft matches of {q.shape[0]} streams of {q.shape[1]} symbols")
     return gradients
+
+
+def soft_gradients_cuda(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, middle: Tensor, no_match: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`soft_gradients` in CUDA (csrc/soft.cu), in fp32 and without a limit; the same bits every time.
+
+    Raises:
+        KernelError: as :meth:`FORM.require`.
+    """
+    FORM.require(q.device, False, slope.dtype)
+    return torch.ops.heron.rosa_soft_gradients(*(x.contiguous() for x in (q, k, v, slope, middle, no_match)))
+
+
+@functools.cache
+def library(capability: tuple[int, int]) -> None:
+    """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
+    _build.load_kernels_for(capability, "rosa", "rosa_soft", [SOURCE])
+
+
+def why_not(device: torch.device, is_limited: bool, dtype: torch.dtype) -> str | None:
+    """Why neither C++ nor CUDA takes such streams, as a clause; None where they do."""
+    if is_limited:
+        return "it counts matches of every length, and max_match is below that of the streams"
+    return _choice.why_not_dtype(dtype, (torch.float32,))
+
+
+CPU_FORM = _choice.NativeForm("rosa", "cpu", cpu.GRADIENTS_FORM.what, why_not, cpu.gradient_library)
+FORM = _choice.NativeForm("rosa", "cuda", "ROSA's soft gradients", why_not, library)
+
+
+def soft_choice(
+    device: torch.device, n_tokens: int = 0, max_match: int | None = None, dtype: torch.dtype = torch.float32
+) -> _choice.Choice:
+    """The form that :func:`soft_gradients` takes for streams of `n_tokens` on `device`."""
+    facts = device, max_match is not None and max_match < n_tokens, dtype
+    other = _choice.Choice("torch", f"automatic differentiation, row by row; runs on {device.type}")
+    other = CPU_FORM.choice("C++, one stream after another", other, *facts)
+    return FORM.choice("a block for a stream, tile by tile", other, *facts)

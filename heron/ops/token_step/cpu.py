@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _build, _choice
+from heron.ops.int8 import Int8Matrix
 from heron.ops.token_step.network import LayerStates, LayerWeights, Network
 
 SOURCE = Path(__file__).parent / "csrc" / "token_step.cpp"
@@ -33,8 +34,8 @@ class Prepared:
     """
 
     def __init__(self, network: Network):
-        x, wkv, (first, *_) = network.head, network.states[0].wkv, network.layers
-        FORM.require(x.device, x.dtype, wkv.shape[3])
+        (shift, wkv, _), (first, *_) = network.states[0], network.layers
+        FORM.require(shift.device, shift.dtype, wkv.shape[3])
         if first.deep_embed == "low-rank":
             raise KernelError("token_step: it has no low-rank gate (v7a); TorchDecoder of heron.generation.decoder has")
         self.library = library()
@@ -46,7 +47,7 @@ class Prepared:
         self.structure = _Network(
             self._layers, *self._vectors(network.norm.weight, network.norm.bias), self._matrix(network.head),
             len(network.layers), channels, wkv.shape[1], first.ffn_key.shape[0], self.vocab,
-            x.dtype == torch.bfloat16, first.deep_embed == "hidden", network.norm.eps, first.head.eps,
+            shift.dtype == torch.bfloat16, first.deep_embed == "hidden", network.norm.eps, first.head.eps,
         )  # fmt: skip
 
     def _layer(self, w: LayerWeights, states: LayerStates) -> _Layer:
@@ -55,8 +56,8 @@ class Prepared:
         return _Layer(
             *self._vectors(w.norm1.weight, w.norm1.bias, w.mix),
             *map(self._matrix, (w.receptance, w.key, w.value, w.output)),
-            pointers(*(self._matrix(part.down) for part in w.low_rank)),
-            pointers(*(self._matrix(part.up) for part in w.low_rank)),
+            pointers(*(self._plain(part.down) for part in w.low_rank)),
+            pointers(*(self._plain(part.up) for part in w.low_rank)),
             (ctypes.c_void_p * 3)(of_values, *self._vectors(head.w0, head.a0)),
             ranks(*(part.down.shape[0] for part in w.low_rank)),
             *self._vectors(head.k_k, head.k_a, head.r_k, head.norm_weight, head.norm_bias),
@@ -71,7 +72,12 @@ class Prepared:
     def _vector(self, vector: Tensor) -> int:
         return self._address(vector.detach().float().contiguous())
 
-    def _matrix(self, matrix: Tensor) -> int:
+    def _matrix(self, matrix: Tensor | Int8Matrix) -> _Matrix:
+        if isinstance(matrix, Int8Matrix):
+            return _Matrix(*(self._address(part.contiguous()) for part in matrix))
+        return _Matrix(self._plain(matrix), None)
+
+    def _plain(self, matrix: Tensor) -> int:
         return self._address(matrix.detach().contiguous())
 
     def _state(self, state: Tensor) -> int:
@@ -117,19 +123,26 @@ def library() -> ctypes.CDLL:
 FORM = _choice.NativeForm("token_step", "cpu", "decoding", why_not, library)
 
 
+class _Matrix(ctypes.Structure):
+    """HeronMatrix of csrc/token_step.cpp."""
+
+    _fields_ = [("numbers", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
+
+
 class _Layer(ctypes.Structure):
     """HeronLayer of csrc/token_step.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("norm1_weight", "norm1_bias", "mix")),
-        *((name, ctypes.c_void_p) for name in ("receptance", "key", "value", "output")),
+        *((name, _Matrix) for name in ("receptance", "key", "value", "output")),
         ("down", ctypes.c_void_p * 4),
         ("up", ctypes.c_void_p * 4),
         ("bias", ctypes.c_void_p * 3),
         ("rank", ctypes.c_int32 * 4),
         *((name, ctypes.c_void_p) for name in ("k_k", "k_a", "r_k", "head_norm_weight", "head_norm_bias")),
         *((name, ctypes.c_void_p) for name in ("norm2_weight", "norm2_bias", "channel_mix")),
-        *((name, ctypes.c_void_p) for name in ("ffn_key", "ffn_value", "att_shift", "ffn_shift", "wkv")),
+        *((name, _Matrix) for name in ("ffn_key", "ffn_value")),
+        *((name, ctypes.c_void_p) for name in ("att_shift", "ffn_shift", "wkv")),
     ]
 
 
@@ -138,7 +151,8 @@ class _Network(ctypes.Structure):
 
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias", "head")),
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")),
+        ("head", _Matrix),
         *((name, ctypes.c_int32) for name in ("n_layer", "channels", "heads", "hidden", "vocab")),
         *((name, ctypes.c_int32) for name in ("in_half", "gates_hidden")),
         *((name, ctypes.c_float) for name in ("norm_eps", "head_norm_eps")),

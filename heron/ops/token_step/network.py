@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from heron.ops.head_step.reference import HeadWeights
+from heron.ops.int8 import Int8Matrix
+
+Matrix = TypeVar("Matrix", Tensor, Int8Matrix)
+"""A large matrix, (out, in). In 8 bits it is read by C++ alone."""
 
 
 class Norm(NamedTuple):
@@ -40,25 +44,25 @@ class LowRankGate(NamedTuple):
     """(1024, C): what it makes of the embedded token is added to the table's row."""
 
 
-class LayerWeights(NamedTuple):
+class LayerWeights(NamedTuple, Generic[Matrix]):
     """A block. Matrices are (out, in), as nn.Linear has them; F is the number of hidden channels."""
 
     norm1: Norm
     mix: Tensor
     """(6, C), of the inputs of r, k, v, decay, iclr and gate."""
-    receptance: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
+    receptance: Matrix
+    key: Matrix
+    value: Matrix
+    output: Matrix
     low_rank: Sequence[LowRank]
     """Of the values' gate, decay, iclr and gate; or one that holds all four, (4, rank, C) and (4, C, rank)."""
     head: HeadWeights
     norm2: Norm
     channel_mix: Tensor
     """(1, C)."""
-    ffn_key: Tensor
+    ffn_key: Matrix
     """(F, C)."""
-    ffn_value: Tensor
+    ffn_value: Matrix
     """(C, F)."""
     deep_embed: str | None
     """What DeepEmbed's rows gate: the channel mix's "output" or its "hidden" channels, these also by "low-rank"."""
@@ -77,11 +81,11 @@ class LayerStates(NamedTuple):
     """(sequences, C)."""
 
 
-class Network(NamedTuple):
-    """Weights and states of a network, all of one dtype but for wkv, on one device."""
+class Network(NamedTuple, Generic[Matrix]):
+    """Weights and states of a network, all of one dtype but for wkv and matrices in 8 bits, on one device."""
 
-    layers: Sequence[LayerWeights]
+    layers: Sequence[LayerWeights[Matrix]]
     states: Sequence[LayerStates]
     norm: Norm
-    head: Tensor
+    head: Matrix
     """(V, C)."""

@@ -15,12 +15,13 @@ template <typename T> const char* step(const Problem& problem, int rows, int siz
 }  // namespace
 
 // parts: in the order of Name.
-extern "C" const char* head_step_emulated(int in_bf16, const void** parts, void* y, float* wkv, int rows, int heads,
-                                          int size, float eps) {
+extern "C" const char* head_step_emulated(int in_bf16, const void** parts, void* y, const float* wkv, float* new_wkv,
+                                          int rows, int heads, int size, float eps) {
   Problem problem{};
   for (int i = 0; i < kNames; i++) problem.of[i] = parts[i];
   problem.y = y;
   problem.wkv = wkv;
+  problem.new_wkv = new_wkv;
   problem.heads = heads;
   problem.eps = eps;
   return (in_bf16 ? step<Brain> : step<float>)(problem, rows, size);

@@ -20,7 +20,8 @@ enum Name { kR, kW, kK, kV, kIclr, kGate, kValue, kVFirst, kW0, kA0, kKK, kKA, k
 struct Problem {
     const void* of[kNames];
     void* y;
-    float* wkv;  // (sequences, H, N, N), changed in place
+    const float* wkv;  // (sequences, H, N, N)
+    float* new_wkv;    // as wkv, or wkv itself
     int heads;
     float eps;
 };
@@ -56,19 +57,24 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
     const auto read = [&](Name name) {
         return static_cast<float>(static_cast<const T*>(p.of[name])[name < kW0 ? at : head * size + channel]);
     };
+    const float* row = p.wkv + at * size;
+    float* new_row = p.new_wkv + at * size;
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) prefetch(row + key(4 * i));
+    const float w0 = read(kW0), a0 = read(kA0), kk = read(kKK), ka = read(kKA), rk = read(kRK);
+    const float weight = read(kWeight), bias = read(kBias), v0 = p.of[kV0] != nullptr ? read(kV0) : 0.0f;
     wait_for_inputs();
-    float* row = p.wkv + at * size;
     Quad state[kKeys / 4];
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) state[i] = *reinterpret_cast<const Quad*>(row + key(4 * i));
-    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(read(kA0) + read(kIclr)), gate = read(kGate);
+    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(a0 + read(kIclr)), gate = read(kGate);
     float v = read(kV);
-    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(read(kV0) + read(kValue));
-    const float removal_key = raw_key * read(kKK), k = raw_key * (1.0f + (iclr - 1.0f) * read(kKA));
-    const float weight = read(kWeight), bias = read(kBias), bonus_part = r * k * read(kRK);
+    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(v0 + read(kValue));
+    const float removal_key = raw_key * kk, k = raw_key * (1.0f + (iclr - 1.0f) * ka);
+    const float bonus_part = r * k * rk;
     if (lane == 0) {
         vectors[0][channel] = r;
-        vectors[1][channel] = expf(-kDecayScale * sigmoid(read(kW0) + read(kW)));
+        vectors[1][channel] = expf(-kDecayScale * sigmoid(w0 + read(kW)));
         vectors[2][channel] = k;
         vectors[3][channel] = removal_key;
         vectors[4][channel] = removal_key * iclr;
@@ -89,7 +95,7 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
         y += s * vectors[0][key(i)];
     }
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) *reinterpret_cast<Quad*>(row + key(4 * i)) = state[i];
+    for (int i = 0; i < kKeys / 4; ++i) *reinterpret_cast<Quad*>(new_row + key(4 * i)) = state[i];
     y += __shfl_xor_sync(kAll, y, 1);
     y += __shfl_xor_sync(kAll, y, 2);
     const float distance = y - head_sum<size>(y, rooms[2]) / size;
@@ -120,7 +126,7 @@ void start_size(const Problem& problem, int64_t sequences, int size, int device)
 // Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
 // or value, v_first and v0.
 Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_values, double eps,
-           const Tensor& wkv) {
+           const Tensor& wkv, const Tensor& new_wkv) {
     const Tensor& r = inputs[0];
     const DeviceGuard guard(r.get_device_index());
     auto y = empty_like(r);
@@ -133,7 +139,8 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
         problem.of[kV0] = of_values[2].const_data_ptr();
     }
     problem.y = y.mutable_data_ptr();
-    problem.wkv = wkv.mutable_data_ptr<float>();
+    problem.wkv = wkv.const_data_ptr<float>();
+    problem.new_wkv = new_wkv.mutable_data_ptr<float>();
     problem.heads = static_cast<int>(wkv.size(1));
     problem.eps = static_cast<float>(eps);
     const auto start = r.scalar_type() == ScalarType::Float      ? start_size<float>
@@ -147,7 +154,8 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
-        "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor(a!) wkv) -> Tensor");
+        "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor wkv, Tensor(a!) new_wkv)"
+        " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", TORCH_BOX(&run)); }

@@ -11,6 +11,7 @@
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
 #endif
+#include "../../csrc/products.cuh"
 
 namespace {
 
@@ -18,8 +19,6 @@ constexpr int kWarps = 8;     // of a block
 constexpr int kAhead = 8;     // pieces that a lane waits for
 constexpr int kProducts = 8;  // of a launch
 constexpr unsigned kAll = 0xffffffffu;
-
-enum Activation { kNone, kTanh, kSigmoid, kSquaredRelu };
 
 // y = add + factor activation(weight x)
 struct Product {
@@ -44,30 +43,12 @@ struct Products {
     int n;
 };
 
-// 16 bytes, which are taken apart only where they are used: they wait in fewer registers.
-struct alignas(16) Piece {
-    unsigned words[4];
-};
-
 #ifdef __CUDACC__
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char shared[];
     return shared;
 }
-
-// Read once: it is the first to leave the caches.
-__device__ __forceinline__ Piece streamed(const Piece* from) {
-    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
-    return {{bits.x, bits.y, bits.z, bits.w}};
-}
 #endif
-
-__device__ __forceinline__ float activated(float x, int activation) {
-    if (activation == kTanh) return tanhf(x);
-    if (activation == kSigmoid) return 1.0f / (1.0f + expf(-x));
-    if (activation == kSquaredRelu) return x > 0.0f ? x * x : x * 0.0f;  // NaN stays NaN
-    return x;
-}
 
 // Adds the products of the numbers in two words to two sums.
 template <typename T>

@@ -14,18 +14,24 @@
 #include <utility>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int kLanes = 16;
 constexpr int kUnroll = 2;  // vectors of a row that are under way at once
 #ifdef __AVX512F__          // how many registers there are
-constexpr int kRows = 4, kTogether = 4, kRowsTogether = 2;
+constexpr int kTogether = 4, kRowsTogether = 2;
 #else
-constexpr int kRows = 2, kTogether = 2, kRowsTogether = 1;
+constexpr int kTogether = 2, kRowsTogether = 1;
 #endif
-// kRows rows of a matrix are multiplied at once with one sequence, kRowsTogether with kTogether sequences.
-constexpr int64_t kAhead = 8192;  // bytes of a matrix that are asked for before they are needed, at most
+// kRowsTogether rows of a matrix are multiplied at once with kTogether sequences. With one sequence it is row after row:
+// that reads the matrix from its begin to its end, which is what the processor's own prefetching is made for.
+constexpr int kAhead = 8192;      // bytes of a matrix that are asked for before they are needed
 constexpr int kShare = 65536;     // bytes of a matrix that a thread takes at a time
+constexpr int kGroup = 64;        // int8 numbers of a row that share a scale
 constexpr float kDecayScale = 0.60653065971263342f;  // e^-0.5
 constexpr float kLeastNorm = 1e-12f;
 
@@ -41,15 +47,33 @@ Vector load(const float* from) {
     return v;
 }
 
+// GCC 12 makes of a conversion to numbers of twice the size one instruction or a few, of any larger step a loop.
 Vector load(const Bf16* from) {
     using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
     using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
+#ifdef __AVX512F__
+    const Words words = (Words)_mm512_cvtepu16_epi32((__m256i)halves) << 16;
+#else
     const Words words = __builtin_convertvector(halves, Words) << 16;
+#endif
     Vector v;
     std::memcpy(&v, &words, sizeof v);
     return v;
+}
+
+Vector load(const int8_t* from) {
+    using Codes = int8_t __attribute__((vector_size(kLanes)));
+    Codes codes;
+    std::memcpy(&codes, from, sizeof codes);
+#ifdef __AVX512F__
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)codes));
+#else
+    using Halves = int16_t __attribute__((vector_size(kLanes * sizeof(int16_t))));
+    using Words = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(codes, Halves), Words), Vector);
+#endif
 }
 
 // The first `some` numbers, and zeros.
@@ -105,17 +129,38 @@ float multiply_add(float a, float b, float c) {
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-// sums[r][i] = row r of the weight . x[i], of `n` numbers each; vectors of x lie n apart too.
+// A matrix from one of its rows on: n numbers each, fp32 or bf16.
+template <typename T>
+struct Rows {
+    const T* numbers;
+    int n;
+
+    Rows from(int64_t row) const { return {numbers + row * n, n}; }
+    int bytes() const { return n * static_cast<int>(sizeof(T)); }  // of a row
+};
+
+// The same in 8 bits: a number is its code times the scale of its group. n is a multiple of kGroup.
+template <>
+struct Rows<int8_t> {
+    const int8_t* codes;
+    const Bf16* scales;
+    int n;
+
+    Rows from(int64_t row) const { return {codes + row * n, scales + row * (n / kGroup), n}; }
+    int bytes() const { return n; }
+};
+
+// sums[r][i] = row r of the weight . x[i]; vectors of x lie n apart too.
 template <int rows, int together, typename T>
-void dots(const T* weight, const float* x, int n, float (&sums)[rows][together]) {
+void dots(const Rows<T>& weight, const float* x, float (&sums)[rows][together]) {
+    const int n = weight.n;
     Vector parts[rows][together][kUnroll] = {};
-    const auto ahead = std::min(int64_t{rows} * n * static_cast<int64_t>(sizeof(T)), kAhead);  // the rows behind these
     int at = 0;
     for (; at + kUnroll * kLanes <= n; at += kUnroll * kLanes) {
         for (int r = 0; r < rows; ++r) {
-            const T* here = weight + int64_t{r} * n + at;
+            const T* here = weight.numbers + int64_t{r} * n + at;
             for (int line = 0; line < kUnroll * kLanes * static_cast<int>(sizeof(T)); line += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(here) + ahead + line);
+                __builtin_prefetch(reinterpret_cast<const char*>(here) + kAhead + line);
             for (int u = 0; u < kUnroll; ++u) {
                 const Vector w = load(here + u * kLanes);
                 for (int i = 0; i < together; ++i) parts[r][i][u] += w * load(x + int64_t{i} * n + at + u * kLanes);
@@ -126,10 +171,31 @@ void dots(const T* weight, const float* x, int n, float (&sums)[rows][together])
         const int some = std::min(kLanes, n - at);
         for (int r = 0; r < rows; ++r)
             for (int i = 0; i < together; ++i)
-                parts[r][i][0] += load(weight + int64_t{r} * n + at, some) * load(x + int64_t{i} * n + at, some);
+                parts[r][i][0] += load(weight.numbers + int64_t{r} * n + at, some) * load(x + int64_t{i} * n + at, some);
     }
     for (int r = 0; r < rows; ++r)
         for (int i = 0; i < together; ++i) sums[r][i] = sum(parts[r][i][0] + parts[r][i][1]);
+}
+
+template <int rows, int together>
+void dots(const Rows<int8_t>& weight, const float* x, float (&sums)[rows][together]) {
+    const int n = weight.n, groups = n / kGroup;
+    Vector parts[rows][together] = {};
+    for (int g = 0; g < groups; ++g) {
+        for (int r = 0; r < rows; ++r) {
+            const int8_t* here = weight.codes + int64_t{r} * n + g * kGroup;
+            const float scale = value(weight.scales[r * groups + g]);
+            __builtin_prefetch(here + kAhead);
+            for (int i = 0; i < together; ++i) {
+                const float* with = x + int64_t{i} * n + g * kGroup;
+                Vector part = load(here) * load(with);
+                for (int at = kLanes; at < kGroup; at += kLanes) part += load(here + at) * load(with + at);
+                parts[r][i] += scale * part;
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < together; ++i) sums[r][i] = sum(parts[r][i]);
 }
 
 // A point that all threads reach before any goes on.
@@ -166,10 +232,48 @@ float activated(float x, Activation activation) {
     }
 }
 
+}  // namespace
+
+extern "C" {
+
+// What cpu.py fills in; all contiguous.
+struct HeronMatrix {
+    const void* numbers;  // (out, in), fp32 or bf16; int8 where there are scales
+    const void* scales;   // null, or (out, in / kGroup) in bf16
+};
+
+// Vectors of channels are fp32, shifts and matrices without scales fp32 or bf16.
+struct HeronLayer {
+    const float *norm1_weight, *norm1_bias, *mix;  // mix: (6, C), of r, k, v, w, a, g
+    HeronMatrix receptance, key, value, output;
+    const void* down[4];   // (rank, C) of values, decay, iclr, gate
+    const void* up[4];     // (C, rank)
+    const float* bias[3];  // of values (null in layer 0), decay, iclr
+    int32_t rank[4];
+    const float *k_k, *k_a, *r_k, *head_norm_weight, *head_norm_bias;
+    const float *norm2_weight, *norm2_bias, *channel_mix;
+    HeronMatrix ffn_key, ffn_value;
+    void *att_shift, *ffn_shift;  // (all sequences, C)
+    float* wkv;                   // (all sequences, H, N, N)
+};
+
+struct HeronNetwork {
+    const HeronLayer* layers;
+    const float *norm_weight, *norm_bias;
+    HeronMatrix head;  // (V, C)
+    int32_t n_layer, channels, heads, hidden, vocab;
+    int32_t in_half;      // shifts and matrices without scales are bf16
+    int32_t gates_hidden; // the gates are of the hidden channels, not of the output
+    float norm_eps, head_norm_eps;
+};
+
+}  // extern "C"
+
+namespace {
+
 // y = add + factor activation(weight x) for each sequence; where it adds onto itself, y takes the place of add.
-template <typename T>
 struct Product {
-    const T* weight;  // (out, in)
+    HeronMatrix weight;  // (out, in)
     int out, in;
     const float* x;  // (n, in)
     float* y;        // (n, out)
@@ -178,39 +282,6 @@ struct Product {
     const float* factor = nullptr;  // (n, out)
     bool onto_itself = false;
 };
-
-}  // namespace
-
-extern "C" {
-
-// What cpu.py fills in; all contiguous. Vectors of channels are fp32, matrices and shifts fp32 or bf16.
-struct HeronLayer {
-    const float *norm1_weight, *norm1_bias, *mix;  // mix: (6, C), of r, k, v, w, a, g
-    const void *receptance, *key, *value, *output;
-    const void* down[4];   // (rank, C) of values, decay, iclr, gate
-    const void* up[4];     // (C, rank)
-    const float* bias[3];  // of values (null in layer 0), decay, iclr
-    int32_t rank[4];
-    const float *k_k, *k_a, *r_k, *head_norm_weight, *head_norm_bias;
-    const float *norm2_weight, *norm2_bias, *channel_mix;
-    const void *ffn_key, *ffn_value;
-    void *att_shift, *ffn_shift;  // (all sequences, C)
-    float* wkv;                   // (all sequences, H, N, N)
-};
-
-struct HeronNetwork {
-    const HeronLayer* layers;
-    const float *norm_weight, *norm_bias;
-    const void* head;  // (V, C)
-    int32_t n_layer, channels, heads, hidden, vocab;
-    int32_t in_half;      // matrices and shifts are bf16
-    int32_t gates_hidden; // the gates are of the hidden channels, not of the output
-    float norm_eps, head_norm_eps;
-};
-
-}  // extern "C"
-
-namespace {
 
 float dot(const float* a, const float* b, int n) {
     Vector sums = {};
@@ -268,12 +339,11 @@ class Step {
         for (int i = thread; i < n_; i += threads_)
             layer_norm(x_ + i * C(), net_.norm_weight, net_.norm_bias, net_.norm_eps, net_.channels, normed_ + i * C());
         barrier_.wait();
-        multiply(turns_[kProducts * net_.n_layer], {{matrix(net_.head), net_.vocab, net_.channels, normed_, logits_}});
+        multiply(turns_[kProducts * net_.n_layer], {{net_.head, net_.vocab, net_.channels, normed_, logits_}});
     }
 
   private:
     int64_t C() const { return net_.channels; }
-    static const T* matrix(const void* data) { return static_cast<const T*>(data); }
 
     void layer(int thread, const HeronLayer& w, int number) {
         const int c = net_.channels;
@@ -284,31 +354,31 @@ class Step {
         const float *x_r = mixed_, *x_k = x_r + part, *x_v = x_k + part, *x_w = x_v + part, *x_a = x_w + part, *x_g = x_a + part;
         float* down[4] = {down_};
         for (int i = 1; i < 4; ++i) down[i] = down[i - 1] + n_ * w.rank[i - 1];
-        multiply(*turn++, {{matrix(w.receptance), c, c, x_r, r_},
-                          {matrix(w.key), c, c, x_k, k_},
-                          {matrix(w.value), c, c, x_v, v_},
-                          {matrix(w.down[0]), w.rank[0], c, x_v, down[0]},
-                          {matrix(w.down[1]), w.rank[1], c, x_w, down[1], kTanh},
-                          {matrix(w.down[2]), w.rank[2], c, x_a, down[2]},
-                          {matrix(w.down[3]), w.rank[3], c, x_g, down[3], kSigmoid}});
+        multiply(*turn++, {{w.receptance, c, c, x_r, r_},
+                          {w.key, c, c, x_k, k_},
+                          {w.value, c, c, x_v, v_},
+                          {{w.down[0]}, w.rank[0], c, x_v, down[0]},
+                          {{w.down[1]}, w.rank[1], c, x_w, down[1], kTanh},
+                          {{w.down[2]}, w.rank[2], c, x_a, down[2]},
+                          {{w.down[3]}, w.rank[3], c, x_g, down[3], kSigmoid}});
         barrier_.wait();
-        multiply(*turn++, {{matrix(w.up[0]), c, w.rank[0], down[0], up_, kNone, w.bias[0]},
-                          {matrix(w.up[1]), c, w.rank[1], down[1], up_ + part, kNone, w.bias[1]},
-                          {matrix(w.up[2]), c, w.rank[2], down[2], up_ + 2 * part, kNone, w.bias[2]},
-                          {matrix(w.up[3]), c, w.rank[3], down[3], up_ + 3 * part}});
+        multiply(*turn++, {{{w.up[0]}, c, w.rank[0], down[0], up_, kNone, w.bias[0]},
+                          {{w.up[1]}, c, w.rank[1], down[1], up_ + part, kNone, w.bias[1]},
+                          {{w.up[2]}, c, w.rank[2], down[2], up_ + 2 * part, kNone, w.bias[2]},
+                          {{w.up[3]}, c, w.rank[3], down[3], up_ + 3 * part}});
         barrier_.wait();
         const int size = c / net_.heads;
         for (int i = thread; i < n_ * net_.heads; i += threads_) head(w, number == 0, i / net_.heads, i % net_.heads, size);
         barrier_.wait();
-        multiply(*turn++, {{matrix(w.output), c, c, y_, x_, kNone, nullptr, nullptr, true}});
+        multiply(*turn++, {{w.output, c, c, y_, x_, kNone, nullptr, nullptr, true}});
         barrier_.wait();
         mix(thread, w.norm2_weight, w.norm2_bias, w.channel_mix, 1, w.ffn_shift);
         barrier_.wait();
         const float* gates = gates_ ? gates_ + number * n_ * int64_t{net_.gates_hidden ? net_.hidden : c} : nullptr;
-        multiply(*turn++, {{matrix(w.ffn_key), net_.hidden, c, mixed_, hidden_, kSquaredRelu, nullptr,
+        multiply(*turn++, {{w.ffn_key, net_.hidden, c, mixed_, hidden_, kSquaredRelu, nullptr,
                            net_.gates_hidden ? gates : nullptr}});
         barrier_.wait();
-        multiply(*turn++, {{matrix(w.ffn_value), c, net_.hidden, hidden_, x_, kNone, nullptr,
+        multiply(*turn++, {{w.ffn_value, c, net_.hidden, hidden_, x_, kNone, nullptr,
                            net_.gates_hidden ? nullptr : gates, true}});
         barrier_.wait();
     }
@@ -329,35 +399,43 @@ class Step {
     }
 
     // Rows of all these matrices, as many as this thread can get hold of. `turn` counts the shares that are taken.
-    void multiply(std::atomic<int>& turn, std::initializer_list<Product<T>> products) {
+    void multiply(std::atomic<int>& turn, std::initializer_list<Product> products) {
         const auto next = [&turn] { return turn.fetch_add(1, std::memory_order_relaxed); };
         int number = next(), before = 0;
-        for (const auto& p : products) {
-            const int rows = std::max(kRows, kShare / (p.in * static_cast<int>(sizeof(T))));
+        const auto take = [&](const Product& p, const auto& weight) {
+            const int rows = std::max(kRowsTogether, kShare / weight.bytes());
             const int shares = (p.out + rows - 1) / rows;
             for (; number - before < shares; number = next()) {
                 const int begin = (number - before) * rows, end = std::min(begin + rows, p.out);
                 int i = 0;
-                for (; i + kTogether <= n_; i += kTogether) multiply_rows<kRowsTogether, kTogether>(p, begin, end, i);
-                for (; i < n_; ++i) multiply_rows<kRows, 1>(p, begin, end, i);
+                for (; i + kTogether <= n_; i += kTogether)
+                    multiply_rows<kRowsTogether, kTogether>(p, weight, begin, end, i);
+                for (; i < n_; ++i) multiply_rows<1, 1>(p, weight, begin, end, i);
             }
             before += shares;
+        };
+        for (const auto& p : products) {
+            const void* numbers = p.weight.numbers;
+            if (p.weight.scales)
+                take(p, Rows<int8_t>{static_cast<const int8_t*>(numbers), static_cast<const Bf16*>(p.weight.scales), p.in});
+            else
+                take(p, Rows<T>{static_cast<const T*>(numbers), p.in});
         }
     }
 
-    template <int rows, int together>
-    static void multiply_rows(const Product<T>& p, int begin, int end, int i) {
+    template <int rows, int together, typename Number>
+    static void multiply_rows(const Product& p, const Rows<Number>& weight, int begin, int end, int i) {
         const float* x = p.x + int64_t{i} * p.in;
         for (; begin + rows <= end; begin += rows) {
             float sums[rows][together];
-            dots(p.weight + int64_t{begin} * p.in, x, p.in, sums);
+            dots(weight.from(begin), x, sums);
             for (int r = 0; r < rows; ++r)
                 for (int k = 0; k < together; ++k) put(p, i + k, begin + r, sums[r][k]);
         }
-        if constexpr (rows > 1) multiply_rows<1, together>(p, begin, end, i);
+        if constexpr (rows > 1) multiply_rows<1, together>(p, weight, begin, end, i);
     }
 
-    static void put(const Product<T>& p, int64_t i, int64_t j, float sum) {
+    static void put(const Product& p, int64_t i, int64_t j, float sum) {
         float& y = p.y[i * p.out + j];
         const float factor = p.factor ? p.factor[i * p.out + j] : 1.0f;
         const float add = p.onto_itself ? y : p.add ? p.add[j] : 0.0f;

@@ -1,0 +1,78 @@
+"""What weights in 8 bits change in a trained model's texts. ``python benchmarks/greedy_agreement.py MODEL --data TEXT``
+
+Prompts are cut from a text at even distances. Each is gone on from greedily, with the weights as --dtype has them and
+in 8 bits: how many texts are the same to the last token, and how many tokens are up to where they part; what comes
+behind is not compared. Both are compared with fp32 too: rounding alone parts the texts of a model that is not sure. The
+loss of both on the text stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+
+import heron
+from heron import evaluate, machine
+from heron.commands.sources import tokenizer_of
+from heron.data.corpora import Reading
+from heron.data.loader import load_tokens
+from heron.generation import Engine, Request, Sampling
+from heron.model.int8 import quantize_for_running
+from heron.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+SIDE_BY_SIDE = 8
+
+
+def greedy(model: heron.RWKV, tokenizer: Tokenizer, prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+    """The ids that the model goes on with behind each prompt."""
+    engine = Engine(model, tokenizer, SIDE_BY_SIDE)
+    texts: list[list[int]] = [[] for _ in prompts]
+    for piece in engine.run([Request(ids, n_tokens, Sampling(temperature=0)) for ids in prompts]):
+        if piece.token is not None:
+            texts[piece.request].append(piece.token.id)
+    return texts
+
+
+def same(one: list[int], other: list[int]) -> int:
+    """How many ids two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a weights file, a checkpoint or a run folder")
+    parser.add_argument("--data", required=True, help="a text that the model was not trained on")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--dtype", choices=machine.DTYPES, default="bf16")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="that are written behind it")
+    parser.add_argument(
+        "--scored", type=int, default=16384, help="tokens that the loss is of, from the text's begin on"
+    )
+    args = parser.parse_args()
+    model = heron.load(args.model, machine.DTYPES[args.dtype])
+    tokenizer = tokenizer_of(args.model, args.tokenizer, model.config.vocab_size)
+    tokens, _ = load_tokens(args.data, tokenizer, model.config.vocab_size, Reading(), lambda text: None)
+    distance = (len(tokens) - args.prompt) // args.prompts
+    prompts = [tokens[i * distance :][: args.prompt].tolist() for i in range(args.prompts)]
+    eights, in_fp32 = quantize_for_running(copy.deepcopy(model), CPU), heron.load(args.model, torch.float32)
+    in_8_bits, as_it_is, exact = (greedy(one, tokenizer, prompts, args.tokens) for one in (eights, model, in_fp32))
+    print(f"{args.model}: {args.prompts} prompts of {args.prompt} tokens, {args.tokens} tokens behind each")
+    for name, one, other in (
+        (f"in 8 bits, in {args.dtype}", in_8_bits, as_it_is),
+        ("in 8 bits, in fp32", in_8_bits, exact),
+        (f"in {args.dtype}, in fp32", as_it_is, exact),
+    ):
+        whole = sum(a == b for a, b in zip(one, other, strict=True)) / len(prompts)
+        alike = sum(same(a, b) for a, b in zip(one, other, strict=True)) / sum(map(len, other))
+        print(f"{name:<20}{100 * whole:5.1f} % are the same text, {100 * alike:5.1f} % of tokens before they part")
+    before, after = (evaluate.evaluate(one, tokens[: args.scored + 1], 1024).loss for one in (model, eights))
+    print(f"loss of {min(args.scored, len(tokens) - 1):,} tokens: {before:.4f}, in 8 bits {after:.4f}")
+
+
+if __name__ == "__main__":
+    main()

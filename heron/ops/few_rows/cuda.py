@@ -1,0 +1,49 @@
+"""The kernel of few_rows (csrc/few_rows.cu), built at first use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heron.ops import _build, _choice, _products
+from heron.ops._products import Product
+
+SOURCE = Path(__file__).parent / "csrc" / "few_rows.cu"
+DTYPES = (torch.bfloat16, torch.float16)
+MOST = 64  # vectors
+PART = 512  # numbers of a row for a block, where there are so many blocks
+LINES = 4  # of 16 rows x 128 bytes that a warp waits for; 2 or 4
+_MOST_PRODUCTS = 8  # of a launch
+
+
+def few_rows_cuda(products: Sequence[Product], part: int = PART, lines: int = LINES) -> list[Tensor]:
+    """See :func:`heron.ops.few_rows`; KernelError as :meth:`FORM.require`."""
+    weights = [product.weight for product in products]
+    FORM.require(weights[0].device, weights[0].dtype, weights, len(products[0].x))
+    launch = functools.partial(torch.ops.heron.few_rows, part=part, lines=lines)
+    return _products.launches(products, _MOST_PRODUCTS, launch)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor], n: int) -> str | None:
+    """Why the kernel does not run for n vectors and `weights`, as a clause; None where it does."""
+    if against := _choice.why_not_dtype(dtype, DTYPES):
+        return against
+    if not 1 <= n <= MOST:
+        return f"it takes 1 to {MOST} vectors, not {n}"
+    for weight in weights:
+        if (n_in := weight.shape[1]) % 8:
+            return f"it takes vectors of a multiple of 8, not of {n_in}"
+    return _products.why_not_rows(dtype, weights)
+
+
+@functools.cache
+def library(capability: tuple[int, int]) -> None:
+    """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
+    _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], [_build.EARLY, _build.PRODUCTS])
+
+
+FORM = _choice.NativeForm("few_rows", "cuda", "products with few vectors", why_not, library)

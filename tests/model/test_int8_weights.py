@@ -1,0 +1,118 @@
+"""Weights in 8 bits: what is replaced, that sequences and steps compute with the same ones, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import heron
+from heron import cli, tokenizer
+from heron.errors import ConfigError
+from heron.generation import Engine, Request, Sampling, decoders
+from heron.generation.decoder import CppDecoder
+from heron.model.int8 import Int8Linear, quantize_for_running
+from heron.model.quantized import quantized_layers
+from heron.ops import _build
+from heron.ops._choice import Choice
+from heron.ops.int8 import Int8Matrix
+
+CPU = torch.device("cpu")
+SIZES = dict(n_layer=2, n_embd=64, ffn_dim=128, vocab_size=256)
+needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+
+
+def stood_for(model: heron.RWKV) -> heron.RWKV:
+    """A copy whose matrices are those that the ones in 8 bits stand for."""
+    model = copy.deepcopy(model)
+    for layer in [*quantized_layers(model).values(), model.head]:
+        layer.weight.data = Int8Matrix.of(layer.weight).dequantized(layer.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("variant", ["v7", "v8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_are_read_with_the_matrices_that_8_bits_stand_for(random_model, variant, dtype):
+    model = random_model(variant=variant, **SIZES).to(dtype)
+    want, kept = stood_for(model), {name: p for name, p in model.named_parameters() if "emb" in name or p.dim() != 2}
+    assert quantize_for_running(model, CPU) is model
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 2 * 6 + 1
+    assert all(model.get_parameter(name) is p for name, p in kept.items())
+    ids = torch.randint(256, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], want(ids)[0])
+        assert torch.equal(model.loss(ids, ids), heron.ops.cross_entropy(want(ids)[0], ids, 1e-4))
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", ["v7", "v8"])
+def test_an_engine_writes_on_with_the_matrices_that_8_bits_stand_for(random_model, variant):
+    model = random_model(variant=variant, **SIZES)
+    texts = []
+    for one in (stood_for(model), quantize_for_running(model, CPU)):
+        engine = Engine(one, tokenizer.load("bytes"), rows=3)
+        asked = [Request(f"of {i}", 24, Sampling(temperature=0)) for i in range(3)]
+        texts.append(sorted((piece.request, piece.token.id) for piece in engine.run(asked) if piece.token))
+    assert texts[0] == texts[1]
+    assert isinstance(engine._decoder, CppDecoder)
+
+
+@needs_compiler
+def test_tables_off_the_device_are_found_beside_weights_in_8_bits(random_model, tmp_path):
+    model = quantize_for_running(random_model(**SIZES), CPU)
+    asked = [Request("of", 24, Sampling(temperature=0))]
+    places = (dict(), dict(tables="host"), dict(tables="disk", tables_file=tmp_path / "x.tables"))
+    texts = [[p.text for p in Engine(model, tokenizer.load("bytes"), **place).run(asked)] for place in places]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        (dict(variant="v7a"), "cpu", "is for v7 and v8, and this is a v7a"),
+        (dict(variant="v8-hybrid"), "cpu", "is for v7 and v8, and this is a v8-hybrid"),
+        (dict(n_embd=96, head_size=32), "cpu", "n_embd must be a multiple of 64, got 96"),
+        (dict(ffn_dim=100), "cpu", "ffn_dim must be a multiple of 64, got 100"),
+        (dict(), "cuda", "runs on a CPU so far, and the device is cuda; add --device cpu"),
+    ],
+)
+def test_what_has_no_form_in_8_bits_is_refused_in_words(random_model, changes, device, message):
+    model = random_model(**{**SIZES, **changes})
+    with pytest.raises(ConfigError, match=f"weights int8: {message}"):
+        quantize_for_running(model, torch.device(device))
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def test_without_the_decoder_in_cpp_there_is_none(random_model, monkeypatch):
+    model = quantize_for_running(random_model(**SIZES), CPU)
+    monkeypatch.setattr(
+        decoders, "token_step_choice", lambda *_: Choice("reference", "plain PyTorch; not in C++ (none)")
+    )
+    with pytest.raises(ConfigError, match=r"needs the decoder in C\+\+, and there is none here: plain PyTorch; not in"):
+        Engine(model, tokenizer.load("bytes"))
+    model.blocks[0].att.key.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match="this model has hooks, adapters or several dtypes"):
+        Engine(model, tokenizer.load("bytes"))
+
+
+@needs_compiler
+def test_the_command_line_runs_and_scores_weights_in_8_bits(random_model, tmp_path, capsys):
+    path, text = tmp_path / "x.pth", tmp_path / "x.txt"
+    heron.save(random_model(**SIZES), path)
+    text.write_text("what is scored " * 9)
+    tokens, figures = ["--tokenizer", "bytes", "--device", "cpu"], {}
+    assert cli.main(["generate", str(path), "--weights", "int8", "--max_tokens", "4", *tokens]) == 0
+    for name, flags in {
+        "file": [],
+        "gpt": ["--weights", "int8"],
+        "rnn": ["--weights", "int8", "--mode", "rnn"],
+    }.items():
+        capsys.readouterr()
+        assert cli.main(["eval", str(path), "--data", str(text), *tokens, *flags]) == 0
+        figures[name] = float(capsys.readouterr().out.partition("loss")[2].split()[0])
+    assert figures["gpt"] == pytest.approx(figures["rnn"], abs=2e-4)
+    assert figures["gpt"] != figures["file"]
+    assert figures["gpt"] == pytest.approx(figures["file"], abs=0.05)

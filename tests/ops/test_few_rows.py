@@ -1,0 +1,302 @@
+"""heron.ops.few_rows: its definition by fp64, its kernel by both, on a CPU by its source."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from heron.errors import KernelError
+from heron.ops import _build, few_rows
+from heron.ops._products import ACTIVATIONS
+from heron.ops.few_rows import MOST, Product, cuda, few_rows_choice
+from tests.ops.kernels import (
+    BFLOAT16,
+    HALF,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    needs_nvcc,
+)
+
+EMULATOR = Path(__file__).parent / "emulator"
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+GPU = torch.device("cuda")
+ROUNDING = {FP64: 1e-15, FP32: 1e-6, FP16: 5e-4, BF16: 4e-3}  # half a unit in the last place, relative, or more
+FORMS = [(name, factor, add) for name in ACTIVATIONS for factor in (False, True) for add in (False, True)]
+
+
+def products(shapes, n, dtype, device="cpu", seed=0):
+    """One product of each shape (out, in), the forms in turn; every second weight is a part of a wider matrix."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def numbers(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
+
+    made = []
+    for i, (n_out, n_in) in enumerate(shapes):
+        activation, has_factor, has_add = FORMS[(5 * i + seed) % len(FORMS)]
+        weight = numbers(n_out, n_in + 8 * (i % 2), scale=2 * n_in**-0.5)[:, :n_in]
+        factor, add = (numbers(n, n_out) if wanted else None for wanted in (has_factor, has_add))
+        made.append(Product(numbers(n, n_in), weight, activation, factor, add))
+    return made
+
+
+def exact(product):
+    """The product in fp64, and what its terms are large at most."""
+    x, weight, activation, factor, add = (part.double() if torch.is_tensor(part) else part for part in product)
+    functions = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+    y = functions.get(activation, lambda x: x.clamp(min=0) ** 2)(x @ weight.T)
+    scale = (x.abs() @ weight.abs().T) * (1 + y.abs().sqrt()) + 1
+    y = y * (1 if factor is None else factor)
+    scale = scale * (1 if factor is None else factor.abs())
+    return y + (0 if add is None else add), scale
+
+
+def compare(got, wanted_of):
+    for y, product in zip(got, wanted_of, strict=True):
+        want, scale = exact(product)
+        assert y.shape == want.shape
+        assert y.dtype == product.x.dtype
+        in_fp32 = 0 if y.dtype == FP64 else 2e-6
+        least = torch.finfo(y.dtype).smallest_normal * torch.finfo(y.dtype).eps / 2  # half of what subnormals differ by
+        limit = ROUNDING[y.dtype] * want.abs() + (in_fp32 + 1e-15) * scale + least
+        assert ((y.double() - want).abs() <= limit).all()
+
+
+def of_vectors(some, chosen):
+    """The same products for `chosen` vectors alone."""
+    parts = [[part[chosen].contiguous() if i != 1 and torch.is_tensor(part) else part for i, part in enumerate(product)]
+             for product in some]  # fmt: skip
+    return [Product(*part) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """few_rows, computed by the kernel's source on a CPU."""
+    depends = [cuda.SOURCE, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    flags = ("-O1", "-U_FORTIFY_SOURCE")
+    library = _build.load_c_library("few_rows_emulated", [EMULATOR / "few_rows.cpp"], flags, depends)
+    library.few_rows_emulated.restype = ctypes.c_char_p
+
+    def multiply(some, part=256, lines=4, cluster=8):
+        xs, weights, activations, factors, adds = zip(*some, strict=True)
+        n = len(xs[0])
+        ys = [torch.full((n, len(weight)), torch.nan, dtype=weight.dtype) for weight in weights]
+
+        def pointers(tensors):
+            return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
+
+        def integers(values, kind=ctypes.c_int):
+            return (kind * len(some))(*values)
+
+        error = library.few_rows_emulated(
+            len(some), n, part, lines, cluster, *map(pointers, (xs, weights, factors, adds, ys)),
+            integers([weight.stride(0) for weight in weights], ctypes.c_int64),
+            integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
+            integers([list(ACTIVATIONS).index(name) for name in activations]),
+        )  # fmt: skip
+        assert error is None, error.decode()
+        return ys
+
+    return multiply
+
+
+SMALL = [(3, 8), (65, 776), (70, 40), (9, 136)]
+needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("n", "lines"), [(2, 4), (9, 2), (17, 4), (33, 2)])
+def test_the_kernels_source_on_a_cpu_multiplies(emulated, n, lines):
+    some = products(SMALL, n, BF16, seed=n)
+    together = emulated(some, lines=lines)
+    compare(together, some)
+    for y, product in zip(together, some, strict=True):
+        assert torch.equal(emulated([product], lines=lines)[0], y)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("part", "cluster"), [(64, 8), (512, 2), (8192, 1)])
+def test_every_way_to_share_a_matrix_out_multiplies(emulated, part, cluster):
+    some = products([(40, 2312), (3, 1024), (67, 120)], 5, BF16, seed=part)
+    compare(emulated(some, part, cluster=cluster), some)
+
+
+@needs_compiler
+def test_what_a_vector_gives_is_the_same_bits_whatever_is_beside_it(emulated):
+    some = products(SMALL, 35, BF16)
+    for product in some:  # and it may be anything
+        product.x[20] = torch.inf
+        product.x[21] = torch.nan
+    together = emulated(some)
+    for chosen in ([3], [34, 3, 1], [*range(17)]):
+        for alone, beside in zip(emulated(of_vectors(some, chosen)), together, strict=True):
+            assert torch.equal(alone, beside[chosen])
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_stays_so_in_the_kernels_source(emulated, activation):
+    weight = torch.zeros(3, 8, dtype=BF16)
+    weight[1, 7], weight[2, 0] = torch.nan, torch.inf
+    some = [Product(torch.ones(2, 8, dtype=BF16), weight, activation)]
+    (got,), (want,) = emulated(some), few_rows(some)
+    assert torch.equal(got.nan_to_num(nan=-7.0), want.nan_to_num(nan=-7.0))
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
+@pytest.mark.parametrize("n", [1, 3, 70])
+def test_the_definition_multiplies_several_vectors(dtype, n):
+    some = products([*SMALL, (4, 7), (1, 1)], n, dtype, seed=n)
+    compare(few_rows(some), some)
+    assert few_rows([]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(8)), r"few_rows: product 1: x must be \(2, 8\) and contiguous, got \(8,\)"),
+        (dict(x=torch.zeros(3, 8)), r"x must be \(2, 8\) and contiguous, got \(3, 8\)"),
+        (dict(factor=torch.zeros(1, 4)), r"factor must be \(2, 4\) and contiguous, got \(1, 4\)"),
+        (dict(activation="relu"), "activation must be none, tanh, sigmoid, squared relu; got 'relu'"),
+    ],
+)
+def test_unfit_products_of_several_vectors_are_refused_in_words(change, message):
+    good = Product(torch.zeros(2, 8), torch.zeros(4, 8))
+    with pytest.raises(KernelError, match=message):
+        few_rows([good, good._replace(**change)])
+    if "3, 8" not in message:
+        with pytest.raises(KernelError, match="few_rows: product 0"):
+            few_rows([good._replace(**change)])
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        ("fast", "impl must be auto, reference, cuda; got 'fast'"),
+        ("cuda", 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
+    ],
+)
+def test_a_form_that_does_not_run_here_is_refused(impl, message):
+    with pytest.raises(KernelError, match=message):
+        few_rows([Product(torch.zeros(2, 8), torch.zeros(4, 8))], impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("weight", "n", "reason"),
+    [
+        (torch.zeros(4, 8, dtype=BF16), MOST, None),
+        (torch.zeros(4, 96, dtype=FP16)[:, :8], 2, None),
+        (torch.zeros(4, 8), 2, "it takes bf16 and fp16, not torch.float32"),
+        (torch.zeros(4, 8, dtype=BF16), MOST + 1, f"it takes 1 to {MOST} vectors, not {MOST + 1}"),
+        (torch.zeros(4, 12, dtype=BF16), 2, "a multiple of 8, not of 12"),
+        (torch.zeros(4, 9, dtype=BF16)[:, :8], 2, "begin at multiples of 16 bytes"),
+        (torch.zeros(4, 16, dtype=BF16)[:, 1:9], 2, "begin at multiples of 16 bytes"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_named(weight, n, reason):
+    said = cuda.why_not(GPU, weight.dtype, [weight], n)
+    assert said is None if reason is None else reason in said
+
+
+def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
+    class OnDevice:
+        device, dtype, shape = torch.device("cuda"), BF16, (8, 8)
+
+        def __getattr__(self, name):
+            return getattr(torch.zeros(8, 8, dtype=BF16), name)
+
+    said = cuda.FORM, lambda: few_rows_choice([OnDevice()], 2), "reference", "few_rows"
+    check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
+
+
+# What nvcc makes of the source
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("arch", "lines"), [("80", cuda.LINES), ("90a", 4), ("90a", 2)])
+def test_the_kernel_compiles_without_spilling(tmp_path, arch, lines):
+    forms = [
+        f"few_rows<{t}, {columns}, {lines}>(const __grid_constant__ Products)"
+        for t in (BFLOAT16, HALF)
+        for columns in (8, 16, 32, 64)
+    ]
+    headers = ["algorithm", "type_traits", _build.EARLY, _build.PRODUCTS]
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, headers, before="using Half = __half;")
+
+
+# On a GPU
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 9, 17, 32, 33, 63, 64])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_kernel_multiplies_few_vectors(gpu, n, dtype):
+    shapes = [(96, 2048), (1, 8), (2048, 2048), (77, 768), (2048, 96), (65, 8192), (640, 8192), (3000, 264), (5, 20000)]
+    some = products(shapes, n, dtype, gpu, seed=n)  # more than one launch
+    together = few_rows(some, impl="cuda")
+    compare(together, some)
+    for y, product in zip(together, some, strict=True):
+        assert torch.equal(few_rows([product], impl="cuda")[0], y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", [256, 512, 1024, 4096])
+@pytest.mark.parametrize("lines", [2, 4])
+def test_kernel_multiplies_however_a_matrix_is_shared_out(gpu, part, lines):
+    for n in (2, 16, 31, 64):
+        some = products([(2048, 2048), (8192, 2048), (2048, 8192), (65536, 1024)], n, BF16, gpu, seed=n)
+        compare(cuda.few_rows_cuda(some, part, lines), some)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_vector_on_a_gpu_gives_the_same_bits_whatever_is_beside_it(gpu, dtype):
+    some = products([(2048, 2048), (96, 2048), (640, 8192), (513, 264)], MOST, dtype, gpu)
+    for product in some:
+        product.x[20] = torch.nan
+    together = few_rows(some, impl="cuda")
+    for chosen in ([3], [63, 3], [*range(9)], [*range(24, 47)]):
+        for alone, beside in zip(few_rows(of_vectors(some, chosen), impl="cuda"), together, strict=True):
+            assert torch.equal(alone, beside[chosen])
+
+
+@pytest.mark.gpu
+def test_few_rows_are_at_most_twice_as_far_from_fp64_as_pytorchs(gpu):
+    some = [p._replace(activation="none", factor=None, add=None) for p in products([(2048, 8192)], 32, BF16, gpu)]
+    (x, weight, *_), (want, _) = some[0], exact(some[0])
+    mine, theirs = ((y.double() - want).norm() for y in (few_rows(some, impl="cuda")[0], x @ weight.T))
+    assert mine <= 2 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [2, 32])
+def test_a_chain_of_products_in_a_graph_is_the_chain(gpu, n):
+    """Each waits for the one before it, however early it began."""
+    matrices = products([(1024, 1024)] * 6, n, BF16, gpu)
+    source = torch.randn(n, 1024, device=gpu).to(BF16)
+
+    def chain(x, after_each):
+        for product in matrices:
+            (x,) = few_rows([product._replace(x=x, activation="tanh", factor=None)], impl="cuda")
+            after_each()
+        return x
+
+    chain(source, torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(source, lambda: None)
+    for seed in range(20):
+        source.copy_(torch.randn(n, 1024, generator=torch.Generator().manual_seed(seed)))
+        want = chain(source, torch.cuda.synchronize)
+        graph.replay()
+        assert torch.equal(got, want)
