@@ -29,8 +29,9 @@ TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 ROWS = list(rows(2, full(), [0], 1.0))
 HEAD = ("what", "one GPU", "{gpus} GPUs", "times one GPU", "share of linear", "GiB a GPU", "share of bf16 peak")
 NOTE = """\
-Tokens/s of all GPUs. Share of the bf16 peak: 6 x weights x tokens/s of {peak:.0f} TF/s a GPU. The weights are all but embeddings
-and tables, of which a token looks up a row; WKV7, and what is computed twice, does not count. GiB: allocated by PyTorch."""
+Tokens/s of all GPUs. Share of the bf16 peak: 6 x weights x tokens/s of {peak:.0f} TF/s a GPU. The weights are all but
+embeddings and tables, of which a token looks up a row; WKV7, and what is computed twice, does not count. GiB: allocated
+by PyTorch."""
 
 
 def measure(options: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ LARGE = dict(n_layer=24, n_embd=2048, micro_bsz=8, ctx_len=2048)
 # `heron estimate`: 76 GiB on each of 8 H200s, 86 on each of 4. Two samples would take 140, more than there is.
 HUGE = dict(variant="v7", n_layer=32, n_embd=4096, micro_bsz=1, ctx_len=4096)
 ONE_TEXT = dict(variant="v7", n_layer=12, n_embd=768, micro_bsz=1)
+LONG, LONGEST = 131_072, 1_048_576  # tokens; of LONG, one GPU has room for the activations
 
 
 class Scale(NamedTuple):
@@ -52,12 +53,14 @@ def full() -> Scale:
 def tiny(text: Path) -> Scale:
     run = dataclasses.replace(
         full().run, model=ModelConfig(variant="v7", n_layer=1, n_embd=32, head_size=16, vocab_size=256), data=str(text),
-        tokenizer="bytes", ctx_len=16, micro_bsz=4, dtype="fp32", device="cpu", threads=1, max_steps=4, save_every=2,
+        tokenizer="bytes", ctx_len=16, micro_bsz=4, dtype="fp32", device="cpu", threads=1, max_steps=6, save_every=3,
+        lr_init=1e-2, warmup_steps=1,
     )  # fmt: skip
     settings = dict(
-        n_layer=1, n_embd=32, head_size=16, vocab_size=256, ctx_len=16, dtype="fp32", device="cpu", threads=1
+        n_layer=1, n_embd=32, head_size=16, vocab_size=256, ctx_len=16, dtype="fp32", device="cpu", threads=1,
+        lr_init=1e-2, warmup_steps=1,
     )  # fmt: skip
-    return Scale(settings, dict(data=str(text), tokenizer="bytes"), run, 4, 4, 1.0)
+    return Scale(settings, dict(data=str(text), tokenizer="bytes"), run, 8, 4, 1.0)
 
 
 class Part(NamedTuple):
@@ -97,23 +100,23 @@ def rows(gpus: int, scale: Scale, seeds: Sequence[int], peak: float) -> dict[str
     speed, losses = partial(_speed, gpus, scale, peak), partial(_losses, gpus, scale, seeds)
     ddp, fsdp, spans = dict(parallel="ddp"), dict(parallel="fsdp"), dict(context_parallel=gpus)
     return {
-        "wide": speed("v7 L12-D768, B64 T512 a GPU, ddp", dict(WIDE, variant="v7"), ddp, (50, 40)),
-        "large": speed("v7 L24-D2048, B8 T2048 a GPU, fsdp", dict(LARGE, variant="v7"), fsdp, (40, 50)),
-        "7.2b": speed("v7 L32-D4096 (7.2 B), B1 T4096 a GPU, fsdp", HUGE, fsdp, (None, 90)),
+        "wide": speed("v7 L12-D768, B64 T512 a GPU, ddp", dict(WIDE, variant="v7"), ddp, (45, 30)),
+        "large": speed("v7 L24-D2048, B8 T2048 a GPU, fsdp", dict(LARGE, variant="v7"), fsdp, (30, 30)),
+        "7.2b": speed("v7 L32-D4096 (7.2 B), B1 T4096 a GPU, fsdp", HUGE, fsdp, (None, 100)),
         "going-on": _going_on(gpus, scale),
-        "loss-fp32": losses("v7 L4-D256 in fp32", dict(n_layer=4, n_embd=256, dtype="fp32"), 70),
+        "loss-fp32": losses("v7 L4-D256 in fp32", dict(n_layer=4, n_embd=256, dtype="fp32"), 55),
         "1m": speed(
-            "v7 L12-D768, one text of 1,048,576 tokens, context parallel", dict(ONE_TEXT, ctx_len=1048576),
-            dict(spans, grad_checkpoint=True), (None, 50),
+            f"v7 L12-D768, one text of {LONGEST:,} tokens, context parallel", dict(ONE_TEXT, ctx_len=LONGEST),
+            {**spans, **(dict(grad_checkpoint=True) if gpus * LONG < LONGEST else {})}, (None, 50),
         ),
         "v8": _on_text(gpus, scale),
         "131k": speed(
-            "v7 L12-D768, one text of 131,072 tokens, context parallel", dict(ONE_TEXT, ctx_len=131072), spans, (30, 30)
+            f"v7 L12-D768, one text of {LONG:,} tokens, context parallel", dict(ONE_TEXT, ctx_len=LONG), spans, (25, 25)
         ),
         "loss-bf16": losses("v7 L12-D768 in bf16", dict(n_layer=12, n_embd=768, dtype="bf16"), 60),
         "large-v8": speed(
             "v8 L24-D2048 (4.7 B), B8 T2048 a GPU, tables on the host, fsdp", dict(LARGE, variant="v8", tables="host"),
-            fsdp, (90, 90),
+            fsdp, (60, 60),
         ),
     }  # fmt: skip
 
@@ -160,7 +163,7 @@ def _on_text(gpus: int, scale: Scale) -> Row:
         return {"tokens_per_s": statistics.median(record["tokens_per_s"] for record in records[len(records) // 2 :])}
 
     what = "v8 L12-D768 on text, B64 T512 a GPU, tables on the host, ddp"
-    parts = [_part(scale, f"{what}, on {n}", 45, partial(measure, n)) for n in (1, gpus)]
+    parts = [_part(scale, f"{what}, on {n}", 35, partial(measure, n)) for n in (1, gpus)]
     return Row(what, parts, partial(_compared, gpus))
 
 
@@ -190,10 +193,13 @@ def _losses(gpus: int, scale: Scale, seeds: Sequence[int], model: str, settings:
         one, accumulated, many = (statistics.mean(f[name] for f in there) for name in ("one", "accumulated", "many"))
         return Cells(
             f"{one:.4f}; in {gpus} passes {accumulated:.4f}",
-            "; ".join([f"{many:.4f}, {abs(many - one):.4f} apart", *missing[:1]]),
+            "; ".join([f"{many:.4f}, {abs(many - one):.5f} apart", *missing[:1]]),
         )
 
-    what = f"{model}, loss of the last {scale.steps // 4} of {scale.steps} steps of {batch} samples, {len(seeds)} seeds"
+    what = (
+        f"{model}, loss of the last {scale.steps // 4} of {scale.steps} steps of {batch} samples, "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    )
     name = f"{model}, loss, on 1 and {gpus}"
     return Row(what, [_part(scale, f"{name}, seed {seed}", seconds, partial(measure, seed)) for seed in seeds], cells)
 
@@ -216,13 +222,13 @@ def _going_on(gpus: int, scale: Scale) -> Row:
 
     what = "v7 L12-D768, fsdp: save, kill one process, go on"
     measure = partial(going_on.measure, config=scale.run, gpus=gpus)
-    return Row(what, [_part(scale, f"{what}, on {gpus}", 150, measure)], cells)
+    return Row(what, [_part(scale, f"{what}, on {gpus}", 130, measure)], cells)
 
 
 def _train(scale: Scale, out: Path, settings: Settings) -> list[str]:
     """`heron train` with nothing but its steps."""
-    nothing = dict(warmup_steps=20, save_every=0, eval_every=0, sample_every=0, log_every=1, out=out)
-    return _heron("train", {**settings, **scale.text, **scale.settings, **nothing})
+    nothing = dict(warmup_steps=20, save_every=0, eval_every=0, sample_every=0, log_every=1)
+    return _heron("train", {**nothing, **settings, **scale.text, **scale.settings, "out": out})
 
 
 def _heron(verb: str, settings: Settings) -> list[str]:
