@@ -70,7 +70,7 @@ class Launcher:
     def _started(self, program: Sequence[str], gpus: int, first: int, restarts: int) -> Iterator[Callable[[], str]]:
         """Start a program on GPU number `first` and those behind it; what waits for its end, which is here at last."""
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": path}
         if self._devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._devices[first : first + gpus])
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
