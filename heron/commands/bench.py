@@ -71,7 +71,8 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10, ranks: dist.
 
     Args:
         config: with the device and the dtype decided, as `Trainer(config).config` has them.
-        ranks: the processes that share the steps, joined; each has random tokens of its own.
+        ranks: the processes that share the steps, joined; each has random tokens of its own, under
+            `context_parallel` each group.
 
     Raises:
         ConfigError: steps below 1.
@@ -82,7 +83,7 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10, ranks: dist.
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     learner = fresh_learner(config, model, ranks)
-    torch.manual_seed(config.seed + ranks.rank)
+    torch.manual_seed(config.seed + ranks.group(config.context_parallel)[0])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = [random_batch(config, model) for _ in range(_WARM_UP + steps)]

@@ -38,7 +38,9 @@ from heron.train.step import Learner
 
 _WORTH_A_SETTING = 0.01  # of what a step takes; what a setting saves must be more, unless the step then fits
 _PER_MACHINE = 8  # GPUs; hsdp shares the weights among these
-_COMPARED = 2, 3  # layers that are run; each further one takes as much more as the last of these did
+# Layers that are run; each further one takes as much more as the last of these did. A sharded backward pass holds up to
+# three gathered blocks, which the third layer still adds to.
+_COMPARED = 3, 4
 
 
 def run(options: argparse.Namespace) -> None:
@@ -59,8 +61,15 @@ class Memory(NamedTuple):
     optimizer: int  # on the device
     gradients: int  # on the device, all there at the end of the backward pass
     activations: int  # on the device, held when the forward pass of a micro-batch ends
-    peak: int  # on the device, the most at any moment of a step; less than the sum, as gradients come activations go
+    in_forward: int  # on the device, the most at any moment until the gradient of what the last block gave is there
+    in_backward: int  # on the device, the most at any moment from there on; gradients come as activations go
+    in_update: int  # on the device, the most at any moment behind the passes
     tables: int  # in host memory, with their moments; 0 where they are on the device
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment of a step, on the device; which moment that is depends on the number of layers."""
+        return max(self.in_forward, self.in_backward, self.in_update)
 
     def between(self, other: Memory, share: float) -> Memory:
         """Each figure `share` of the way from these to those of `other`; beyond them for a share above 1."""
@@ -154,7 +163,8 @@ def _quantized(config: TrainConfig, finetune: FinetuneConfig, model: ModelConfig
     with torch.device("meta"):
         n_weights = sum(layer.weight.numel() for layer in quantized_layers(RWKV(model)).values())
     saved = round(n_weights * (2 - BYTES[finetune.base]))
-    return found._replace(parameters=found.parameters - saved, peak=found.peak - saved)
+    held = ("parameters", "in_forward", "in_backward", "in_update")
+    return found._replace(**{name: getattr(found, name) - saved for name in held})
 
 
 def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
@@ -181,13 +191,14 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
         counts: dict[str, int] = {}
         _count_activations(learner.network, ledger, counts)
         learner.update(learner.gradients([two]), 0.0, math.inf)
-        ledger.peak = ledger.held
+        ledger.peaks.clear()
         loss = learner.gradients([sample] * passes)
         on_host = learner.tables.weights if learner.tables is not None and config.tables == "host" else []
         rows = [] if learner.tables is None else learner.tables.rows
         trained = [parameter for parameter in learner.trained.parameters() if not _among(on_host, parameter)]
         others = [other for other in learner.network.parameters() if not _among([*trained, *on_host], other)]
         gradients = _bytes(tensor.grad for tensor in (*trained, *others, *rows) if tensor.grad is not None)
+        ledger.begin("update")
         learner.update(loss, 0.0, math.inf)
         state = learner.optimizer.state
         tables = _bytes(on_host) + _bytes(part for weight in on_host for part in state.get(weight, {}).values())
@@ -196,7 +207,7 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
             optimizer=_bytes(part for parameter in trained for part in state.get(parameter, {}).values()),
             gradients=gradients,
             activations=counts["activations"],
-            peak=ledger.peak - tables,
+            **{f"in_{phase}": most - tables for phase, most in ledger.peaks.items()},
             tables=tables,
         )
 
@@ -251,13 +262,23 @@ def _among_others(processes: int) -> Iterator[dist.Ranks]:
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive. For tensors without contents: what depends on them is made up."""
+    """Counts the bytes of all tensors that are alive. For tensors without contents: what depends on them is made up.
+
+    Attributes:
+        peaks: the most in each phase that :meth:`begin` has named.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.held = 0
+        self.peaks: dict[str, int] = {}
+        self._phase = ""
         self._known: dict[int, int] = {}  # bytes by storage
         self._resize = torch.UntypedStorage.resize_
+
+    def begin(self, phase: str) -> None:
+        self._phase = phase
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.held)
 
     def __enter__(self) -> _Ledger:
         def resize(storage: torch.UntypedStorage, n_bytes: int) -> Any:  # so does FSDP give back a block's weights
@@ -291,7 +312,7 @@ class _Ledger(TorchDispatchMode):
     def _count(self, key: int, n_bytes: int) -> None:
         self.held += n_bytes - self._known.get(key, 0)
         self._known[key] = n_bytes
-        self.peak = max(self.peak, self.held)
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.held)
 
     def _strike(self, key: int) -> None:
         self.held -= self._known.pop(key)
@@ -307,17 +328,19 @@ def _written(func: Any) -> str | None:
 
 
 def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -> None:
-    """Note what is held once a forward pass has ended and was not before."""
+    """Note what is held once a forward pass has ended and was not before, and tell the ledger where passes are."""
 
     def noting(method: Callable[..., Any]) -> Callable[..., Any]:
         def begun(*given: Any, **named: Any) -> Any:
             counts["before"] = ledger.held
+            ledger.begin("forward")
             return method(*given, **named)
 
         return begun
 
-    def head_loss(*given: Any) -> Tensor:
-        value = of_network(*given)
+    def head_loss(hidden: Tensor, *given: Any) -> Tensor:
+        hidden.register_hook(lambda _: ledger.begin("backward"))
+        value = of_network(hidden, *given)
         counts["activations"] = max(counts.get("activations", 0), ledger.held - counts["before"])
         return value
 

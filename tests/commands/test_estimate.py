@@ -82,9 +82,26 @@ def test_a_memory_counts_with_what_it_adds_to_a_step(tmp_path):
 
 
 def test_layers_that_are_not_run_are_extrapolated():
-    config, model = training(grad_checkpoint=True, ctx_len=2), MODEL.changed(n_layer=4)
+    config, model = training(grad_checkpoint=True, ctx_len=2), MODEL.changed(n_layer=6)
     found, counted = estimate.estimate(config, model), estimate._counted(config, model)
     assert tuple(found) == pytest.approx(tuple(counted), rel=1e-3)
+
+
+def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
+    config = training(grad_checkpoint=True, micro_bsz=1, ctx_len=64)
+    shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=4000) for n in (4, 10))
+    of_shallow, found = (estimate.estimate(config, model) for model in (shallow, deep))
+    assert of_shallow.peak == of_shallow.in_forward
+    assert found.peak == found.in_backward
+    assert tuple(found) == pytest.approx(tuple(estimate._counted(config, deep)), rel=1e-3)
+
+
+def test_blocks_that_a_sharded_pass_has_gathered_are_not_counted_for_every_layer():
+    model = heron.ModelConfig(variant="v7", n_layer=6, n_embd=256, head_size=64, vocab_size=64)
+    config = estimate.on_gpus(training(grad_checkpoint=True, parallel="fsdp", micro_bsz=1), model, 8)
+    found = estimate.estimate(config, model)
+    assert found.peak == found.in_backward
+    assert found.peak == pytest.approx(estimate._counted(config, model).peak, rel=1e-2)
 
 
 def test_host_tables_take_their_rows_alone_from_the_device():
@@ -131,7 +148,7 @@ def peaks(monkeypatch):
     def pretend(shares):
         def estimated(config, _):
             left = math.prod(share for (name, value), share in shares.items() if getattr(config, name) == value)
-            return estimate.Memory(0, 0, 0, 0, round(1000 * left) << 20, 0)
+            return estimate.Memory(0, 0, 0, 0, round(1000 * left) << 20, 0, 0, 0)
 
         monkeypatch.setattr(estimate, "estimate", estimated)
 
