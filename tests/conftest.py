@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -49,14 +51,20 @@ def random_model() -> Callable[..., heron.RWKV]:
     def make(seed: int = 0, **changes) -> heron.RWKV:
         sizes = dict(n_layer=3, n_embd=32, vocab_size=37, head_size=16, ffn_dim=50)
         ranks = dict(decay_rank=5, iclr_rank=6, value_rank=7, gate_rank=9)
-        with torch.device("meta"):  # the reference initial values would only be overwritten
-            model = heron.RWKV(heron.ModelConfig(**{"variant": "v8", **sizes, **ranks, **changes}))
-        _randomize(model.to_empty(device="cpu"), seed)
-        if not model.config.has_ln0:
-            model.blocks[0].ln0.reset_parameters()  # no forward reads it; a file in which it is neutral loads silently
-        return model
+        config = heron.ModelConfig(**{"variant": "v8", **sizes, **ranks, **changes})
+        return copy.deepcopy(_random_model(config, seed))
 
     return make
+
+
+@functools.lru_cache(maxsize=100)  # a copy takes a third of the time
+def _random_model(config: heron.ModelConfig, seed: int) -> heron.RWKV:
+    with torch.device("meta"):  # the reference initial values would only be overwritten
+        model = heron.RWKV(config)
+    _randomize(model.to_empty(device="cpu"), seed)
+    if not config.has_ln0:
+        model.blocks[0].ln0.reset_parameters()  # no forward reads it; a file in which it is neutral loads silently
+    return model
 
 
 _PACKAGE_SCRIPT = """

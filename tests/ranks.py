@@ -37,7 +37,7 @@ from heron.train.step import Learner
 SIZES = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 MODELS = {variant: heron.ModelConfig(variant=variant, **SIZES) for variant in ("v7", "v8")}
 GATED = "gated.pth"  # a v8 whose gates have gradients from the first step on, that count in the norm
-STEPS, STOP = 10, 4
+STEPS, STOP = 6, 3
 TABLE = torch.randn(37, 5, generator=torch.Generator().manual_seed(0))
 WANTED = [torch.tensor(ids) for ids in ([0, 1, 2, 4, 9, 36], [3, 4, 36], [5], [0, 4, 8, 11, 36])]  # by each process
 _MOST_RUNS = 50
@@ -147,7 +147,7 @@ def full_disk(*_: object) -> Path:
 def of_packs(folder: Path) -> dict:
     """Settings of a run that learns from conversations, several of them in a sample."""
     data = str(folder / "chat.jsonl")
-    return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), max_steps=6, eval_every=0)
+    return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), eval_every=0)
 
 
 def bench(folder: Path) -> None:
@@ -199,29 +199,25 @@ def two(folder: Path, text: Path) -> None:
     count = int(os.environ["WORLD_SIZE"])
     for parallel in ("ddp", "fsdp"):
         assert made(parallel, parallel=parallel) == "finished"
-        beside = dict(parallel=parallel, background_save="on", save_every=3, keep=9)
-        assert made(f"{parallel}-stopped", StopAt, **beside) == "preempted"
-        assert made(f"{parallel}-stopped", **beside) == "finished"
-        nan = dict(parallel=parallel, on_nonfinite="skip", max_steps=5)
-        assert made(f"{parallel}-nan", FaultyRank, **nan) == "finished"
+    assert made("fsdp-nan", FaultyRank, parallel="fsdp", on_nonfinite="skip", max_steps=5) == "finished"
     for parallel, tables in itertools.product(("ddp", "fsdp"), ("host", "device")):
         v8 = dict(model=str(folder / GATED), parallel=parallel, tables=tables, sample_every=STEPS)
         v8 |= dict(micro_bsz=1, accumulate=2) if (parallel, tables) == ("fsdp", "device") else {}
         assert made(f"v8-{parallel}-{tables}", **v8) == "finished"
     v8 = dict(model=str(folder / GATED), tables="host")
-    for parallel in ("ddp", "fsdp"):
-        beside = dict(parallel=parallel, background_save="on", save_every=3, keep=9)
-        assert made(f"v8-{parallel}-stopped", StopAt, **beside, **v8) == "preempted"
-        assert made(f"v8-{parallel}-stopped", **beside, **v8) == "finished"
+    for name, beside in {"fsdp-stopped": dict(parallel="fsdp"), "v8-ddp-stopped": dict(parallel="ddp", **v8)}.items():
+        beside |= dict(background_save="on", save_every=3, keep=9)
+        assert made(name, StopAt, **beside) == "preempted"
+        assert made(name, **beside) == "finished"
     assert made("v8-nan", FaultyRank, on_nonfinite="skip", max_steps=5, parallel="ddp", **v8) == "finished"
-    accumulated = dict(micro_bsz=1, accumulate=2, max_steps=8)
+    accumulated = dict(micro_bsz=1, accumulate=2)
     assert made("accumulated-fsdp", grad_checkpoint=True, parallel="fsdp", **accumulated) == "finished"
     assert made("accumulated-ddp", parallel="ddp", **accumulated) == "finished"
     for parallel in ("ddp", "fsdp"):
         spans = dict(context_parallel=2, parallel=parallel, micro_bsz=4)
         assert made(f"spans-{parallel}", **spans) == "finished"
     spans = dict(context_parallel=2, parallel="ddp", micro_bsz=4)
-    assert made("spans-accumulated", **spans | dict(micro_bsz=2, accumulate=2, max_steps=8)) == "finished"
+    assert made("spans-accumulated", **spans | dict(micro_bsz=2, accumulate=2)) == "finished"
     assert made("spans-packs", **spans | of_packs(folder)) == "finished"
     assert made("spans-v8", **spans, **v8) == "finished"
     assert made("spans-nan", FaultyRank, on_nonfinite="skip", max_steps=5, **spans) == "finished"
@@ -234,7 +230,7 @@ def two(folder: Path, text: Path) -> None:
     run._write = full_disk
     if os.environ["RANK"] == "1":
         run.Writer.files = full_disk
-    for name, changes in dict(full=dict(parallel="ddp"), full_fsdp=dict(parallel="fsdp", save_every=3)).items():
+    for name, changes in dict(full=dict(parallel="ddp"), full_fsdp=dict(parallel="fsdp", save_every=2)).items():
         try:
             made(name, background_save="on", **changes)
         except HeronError as error:
@@ -247,7 +243,7 @@ def four(folder: Path, text: Path) -> None:
     lend(folder)
     for parallel in ("ddp", "fsdp"):
         name = f"pairs-{parallel}"
-        assert fit(folder, text, name, parallel=parallel, context_parallel=2, max_steps=8) == "finished"
+        assert fit(folder, text, name, parallel=parallel, context_parallel=2) == "finished"
         again(folder, text, "fsdp", f"four-{parallel}", parallel)
         again(folder, text, f"v8-{parallel}-host", f"four-v8-{parallel}", parallel, "v8")
 

@@ -56,7 +56,7 @@ def folder(text):
         for name, changes in {
             "one": {},
             "one-v8": dict(model=str(folder / GATED), tables="host"),
-            "one-accumulated": dict(micro_bsz=2, accumulate=2, max_steps=8),
+            "one-accumulated": dict(micro_bsz=2, accumulate=2),
             "one-packs": of_packs(folder),
         }.items():
             config = settings(folder, text, name, **{"micro_bsz": 4, **changes})
@@ -88,7 +88,7 @@ def steps(run_folder):
 )  # fmt: skip
 def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
     ours, theirs = losses(folder / many), losses(folder / one)
-    assert len(ours) == len(theirs) >= 6
+    assert len(ours) == len(theirs) == STEPS
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
     assert losses(folder / many, "grad_norm") == pytest.approx(losses(folder / one, "grad_norm"), rel=1e-5)
     if many in ("ddp", "fsdp", "hsdp", "v8-ddp-host", "v8-fsdp-host"):
@@ -100,9 +100,8 @@ def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
 
 @pytest.mark.parametrize(
     ("name", "stopped"),
-    [("ddp", "ddp-stopped"), ("fsdp", "fsdp-stopped"), ("v8-ddp-host", "v8-ddp-stopped"),
-     ("v8-fsdp-host", "v8-fsdp-stopped")],
-)  # fmt: skip
+    [("fsdp", "fsdp-stopped"), ("v8-ddp-host", "v8-ddp-stopped")],
+)
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(folder, name, stopped):
     assert steps(folder / stopped) == steps(folder / name)
     assert f"step-{STOP + 1:08d}" in [path.name for path in (folder / stopped / "checkpoints").iterdir()]
@@ -110,7 +109,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(folde
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", ["ddp-nan", "fsdp-nan", "spans-nan", "v8-nan"])
+@pytest.mark.parametrize("name", ["fsdp-nan", "spans-nan", "v8-nan"])
 def test_a_nan_in_one_process_makes_all_skip_the_same_step(folder, name):
     lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
     (refused,) = [line for line in lines if "refused" in line]

@@ -34,10 +34,10 @@ def args_for(path=None, **settings):
     return types.SimpleNamespace(MODEL_NAME=name, **settings)
 
 
-@pytest.fixture(params=["v7", "v7a", "v7b", "v8", "v8-hybrid"])
-def file(request, random_model, tmp_path):
+@pytest.fixture(scope="module", params=["v7", "v7a", "v7b", "v8", "v8-hybrid"])
+def file(request, random_model, tmp_path_factory):
     """A file of random fp32 weights: 3 layers, C 32, head size 16, V 37."""
-    path = tmp_path / "weights.pth"
+    path = tmp_path_factory.mktemp("drop-in") / "weights.pth"
     heron.save(random_model(variant=request.param), path)
     return path
 

@@ -150,27 +150,33 @@ def test_sequences_that_come_and_go_get_the_logits_of_each_alone(random_model, c
 
 
 @pytest.mark.parametrize("form", ["v7a", "memory"])
-def test_all_sizes_above_one_are_compiled_once(random_model, form):
-    def graphs(n):
-        torch._dynamo.reset()
-        model, made = random_model(**MODELS[form], n_layer=2).double(), []
+def test_all_sizes_above_one_are_compiled_once(random_model, monkeypatch, form):
+    torch._dynamo.reset()
+    model, made, made_by = random_model(**MODELS[form], n_layer=2).double(), [], {}
+    plain, compiled = (GraphedDecoder(model, 9, fit_steps=True) for _ in range(2))
+    compute = compiled._compute
 
-        def backend(graph, _):
-            made.append(graph)
-            return graph
+    def backend(graph, _):
+        made.append(graph)
+        return graph
 
-        plain, compiled = (GraphedDecoder(model, n, fit_steps=True) for _ in range(2))
-        compiled._compile(lambda piece: compilation.compiled(piece, backend))
-        for count in (n, 2, 1):
-            order = list(range(count))
-            got, want = (decoder.step(order, [3] * count).clone() for decoder in (compiled, plain))
-            assert accuracy.distance(got, want) < 1e-12
-            for decoder in (compiled, plain):
-                for i in range(n):
-                    decoder.free(i)
-        return len(made)
+    def noted(size):
+        logits = compute(size)
+        made_by[size.n] = len(made)
+        return logits
 
-    assert graphs(9) == graphs(2)
+    monkeypatch.setattr(compiled, "_compute", noted)
+    compiled._compile(lambda piece: compilation.compiled(piece, backend))
+    assert list(made_by) == [9, 8, 4, 2, 1]
+    assert len({made_by[n] for n in (9, 8, 4, 2)}) == 1
+    for count in (9, 2, 1):
+        order = list(range(count))
+        got, want = (decoder.step(order, [3] * count).clone() for decoder in (compiled, plain))
+        assert accuracy.distance(got, want) < 1e-12
+        for decoder in (compiled, plain):
+            for i in range(9):
+                decoder.free(i)
+    assert len(made) == made_by[1]
 
 
 def _with_tables_off(model, n):

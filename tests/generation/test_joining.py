@@ -69,9 +69,9 @@ def some_request(chance):
 @pytest.mark.parametrize(
     ("draws", "form", "memory", "seed"),
     [
-        *(("host", form, None, 0) for form in ("v7", "v8", "v7a", "v7b")),
+        *(("host", form, None, 0) for form in ("v8", "v7a", "v7b")),
         ("device", "v8", None, 1),
-        *(("host", form, "memory", 1) for form in ("v7", "v8", "v7a", "v7b")),
+        *(("host", form, "memory", 1) for form in ("v8", "v7a", "v7b")),
         ("host", "v8", RosaConfig.preset("memory", window=6, max_match=4, n_matches=3), 2),
         ("device", "v8", "memory", 2),
     ],

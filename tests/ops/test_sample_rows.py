@@ -274,11 +274,8 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     arguments = "int64_t, const float*, const bool*, const double*, const double*, int, bool, int64_t*, float*"
-    forms = [
-        f"sample_rows<{t}, {blocks}>(const {t}*, {arguments})"
-        for t in ("float", BFLOAT16, HALF)
-        for blocks in ((1, 8) if arch == "90a" else (1,))
-    ]
+    kinds = {"80": [("float", 1)], "90a": [*((t, 1) for t in ("float", BFLOAT16, HALF)), ("float", 8), (BFLOAT16, 8)]}
+    forms = [f"sample_rows<{t}, {blocks}>(const {t}*, {arguments})" for t, blocks in kinds[arch]]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch)
 
 

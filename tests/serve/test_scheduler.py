@@ -18,9 +18,10 @@ from heron.serve.engines import Engines
 from heron.serve.link import Direct
 from heron.serve.models import Models
 from heron.serve.orders import Order, Start
+from heron.serve.prefix_cache import PrefixCache
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Scheduler
-from heron.serve.sessions import PrefixCache, StateStore
+from heron.serve.sessions import StateStore
 from tests.generation import accuracy
 from tests.generation.recording import engine_as_on_a_gpu
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from heron import report
 from heron.checkpoint import run as checkpoints_of
 from heron.config import TrainConfig
 from tests.torture import minute
@@ -30,10 +31,11 @@ CONTROLS = 10  # one control for so many trials
 
 def run(trials: int, seed: int, **changes: object) -> Result:
     """`trials` kills, each of a run of its own, with `changes` of the settings of :mod:`tests.torture.minute`."""
-    draw, life, failures, checkpoints = random.Random(seed), _Life(), [], []
+    draw, failures, checkpoints = random.Random(seed), [], []
     with tempfile.TemporaryDirectory(prefix="heron-kills-") as name:
         folder = Path(name)
         reference = minute.reference(folder, **changes)
+        life = _Life.of(reference)
         for trial in range(trials):
             settings = minute.config(folder, **changes, out=str(folder / f"run-{trial}"))
             checkpoints.append(_killed(settings, folder, draw, life))
@@ -69,8 +71,15 @@ def run(trials: int, seed: int, **changes: object) -> Result:
 class _Life:
     """How long a run takes here and now, in seconds: to its first checkpoint, and from there to its end."""
 
-    start: float = 1.0
-    rest: float = 1.0
+    start: float
+    rest: float
+
+    @classmethod
+    def of(cls, run: TrainConfig) -> _Life:
+        """That of a finished run."""
+        times = [record["time"] for record in report.read_log(Path(run.out))[0]]
+        first = times[run.save_every - 1]
+        return cls(first, times[-1] - first)
 
 
 def _killed(settings: TrainConfig, folder: Path, draw: random.Random, life: _Life) -> int:

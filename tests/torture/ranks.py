@@ -22,6 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch.distributed import checkpoint as checkpoint  # processes that are forked find it imported
+from torch.distributed import fsdp as fsdp
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from heron import cli
 from heron.checkpoint import run as checkpoints
@@ -138,10 +143,6 @@ def _torchrun(
         sys.exit(cli.main(arguments))
 
     def launch() -> int:
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
         config = LaunchConfig(
             1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=1,
             monitor_interval=0.05, start_method="fork", local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(),

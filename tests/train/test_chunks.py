@@ -62,8 +62,14 @@ MODELS = [
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("changes", MODELS, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("changes", "dtype", "tolerance"),
+    [
+        *((changes, torch.float64, 1e-12) for changes in MODELS),
+        *((changes, torch.float32, 1e-6) for changes in ({}, dict(variant="v7b"))),
+    ],
+    ids=str,
+)
 def test_exact_gradients_are_those_of_the_whole_text(random_model, changes, packed, dtype, tolerance):
     whole = random_model(n_layer=2, **changes).to(dtype)
     by_chunks = copy.deepcopy(whole)

@@ -205,7 +205,7 @@ def test_a_bad_batch_is_kept_and_passed_over(settings):
 def test_kills_leave_no_trace(chat, tmp_path):
     (tmp_path / "old.txt").write_text("What the base was trained on. " * 40)
     finetune = heron.FinetuneConfig(mix=f"{tmp_path / 'old.txt'}:0.3")
-    result = kills.run(3, seed=1, data=str(chat), finetune=finetune, ctx_len=160, spike=0.0)
+    result = kills.run(3, seed=1, data=str(chat), finetune=finetune, ctx_len=160, max_steps=12, spike=0.0)
     assert result.failures == []
     assert result.caught == result.control_trials > 0
 
