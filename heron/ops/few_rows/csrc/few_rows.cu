@@ -1,10 +1,10 @@
-// Products of matrices with 1 to 64 vectors each, several in one launch, by tensor cores: a block for 64 rows of a matrix,
+// Products of matrices with 1 to 32 vectors each, several in one launch, by tensor cores: a block for 64 rows of a matrix,
 // or from compute capability 9.0 on a cluster of blocks, each with a part of these rows, so that a small matrix is read by
 // all multiprocessors, too.
 //
 // The weights go from memory straight into the registers that the tensor cores read. A matrix instruction sums over 16
 // numbers in any order, as long as that is the same for weight and vector: the eight that a lane reads at once are two
-// pairs of each of two instructions. A warp has asked for its next `lines` pieces of 16 rows x 128 bytes, first of all before
+// pairs of each of two instructions. A warp has asked for its next kLines pieces of 16 rows x 128 bytes, first of all before
 // the kernel that computes the vectors has ended.
 //
 // No sum depends on other vectors, nor on how many there are.
@@ -24,10 +24,11 @@ constexpr int kThreads = 32 * kGroups * kSides;
 constexpr int kTile = 16 * kGroups;  // rows of a block
 constexpr int kLine = 64;            // numbers of a row that a warp reads at once: 128 bytes
 constexpr int kStep = kSides * kLine;
-constexpr int kStaged = 1024;        // numbers of each vector that a block holds at a time
+constexpr int kLines = 4;            // that a warp waits for
+constexpr int kStaged = 32768;       // numbers that a block holds at a time, of all vectors together
 constexpr int kProducts = 8;         // of a launch
-constexpr int kMostParts = 8;        // blocks of a cluster
 constexpr int kEnough = 128;         // blocks for one matrix
+constexpr int kMany = 512;           // blocks for one matrix with which more of them only read more vectors
 constexpr int kLeast = 128;          // numbers of a row that are worth a block
 
 // y = add + factor activation(weight x), of n vectors
@@ -48,13 +49,21 @@ struct Products {
     int staged;   // numbers of each vector that fit
 };
 
-// How many blocks share the rows of a matrix, each at most `part` numbers of a row if there are so many blocks.
+// How many blocks share the rows of a matrix, up to `most`: each takes at most `part` numbers of a row, if there are not
+// many blocks anyway.
 inline int parts_of(const Product& p, int part, int most) {
     const int tiles = (p.out + kTile - 1) / kTile;
     int parts = 1;
-    while (parts < most && (p.in > part * parts || (tiles * parts < kEnough && p.in > kLeast * parts))) parts *= 2;
+    const auto wants_more = [&] {
+        const int blocks = tiles * parts;
+        return blocks < kMany && (p.in > part * parts || (blocks < kEnough && p.in > kLeast * parts));
+    };
+    while (parts < most && wants_more()) parts *= 2;
     return parts;
 }
+
+// Vectors for which there is a kernel, `n` or more.
+inline int columns_of(int n) { return n <= 8 ? 8 : n <= 16 ? 16 : 32; }
 
 // Share out the products to blocks, at most `most` to a cluster; how many blocks there are.
 inline int plan(Products& products, int part, int most) {
@@ -69,7 +78,7 @@ inline int plan(Products& products, int part, int most) {
         p.span = (p.in + kStep * p.parts - 1) / (kStep * p.parts) * kStep;
         p.first_block = blocks;
         blocks += ((p.out + kTile - 1) / kTile * p.parts + products.cluster - 1) / products.cluster * products.cluster;
-        products.staged = std::max(products.staged, std::min(p.span, kStaged));
+        products.staged = std::max(products.staged, std::min(p.span, kStaged / columns_of(products.n)));
     }
     return blocks;
 }
@@ -198,9 +207,8 @@ __device__ __forceinline__ int place(int vector, int i) {
 
 // Up to `columns` vectors, a multiple of 8. Numbers of vectors that are not there are whatever shared memory holds: they
 // count in no other's sums.
-template <typename T, int columns, int lines>
-__global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
-    few_rows(const __grid_constant__ Products products) {
+template <typename T, int columns>
+__global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ Products products) {
     int which = 0;
     while (which + 1 < products.count && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
     const Product& p = products.of[which];
@@ -221,9 +229,9 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
                           : Piece{};
         }
     };
-    Piece held[lines][4];
+    Piece held[kLines][4];
 #pragma unroll
-    for (int i = 0; i < lines; ++i) fetch(held[i], i * kStep);
+    for (int i = 0; i < kLines; ++i) fetch(held[i], i * kStep);
     __shared__ unsigned long long arrived;
     expect_sums(&arrived, kSides * kTile * columns * static_cast<int>(sizeof(float)));
     wait_for_inputs();
@@ -249,9 +257,9 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
         copy_wait<0>();
         __syncthreads();
 #pragma unroll 1
-        for (int base = 0; base < here; base += lines * kStep) {
+        for (int base = 0; base < here; base += kLines * kStep) {
 #pragma unroll
-            for (int i = 0; i < lines; ++i) {
+            for (int i = 0; i < kLines; ++i) {
                 const int at = base + i * kStep;
                 if (at < here) {
 #pragma unroll
@@ -269,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
                         }
                     }
                 }
-                fetch(held[i], from + at + lines * kStep);
+                fetch(held[i], from + at + kLines * kStep);
             }
         }
     }
@@ -310,9 +318,9 @@ using Several = std::vector<Optional>;
 
 const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
-template <typename T, int columns, int lines>
+template <typename T, int columns>
 void start(const Products& products, int blocks, int device) {
-    const auto kernel = few_rows<T, columns, lines>;
+    const auto kernel = few_rows<T, columns>;
     const int bytes = shared_bytes<columns>(products.staged);
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -320,17 +328,17 @@ void start(const Products& products, int blocks, int device) {
                                 products, static_cast<unsigned>(products.cluster)));
 }
 
-template <typename T, int lines>
+template <typename T>
 void start_for(const Products& products, int blocks, int device) {
-    if (products.n <= 8) return start<T, 8, lines>(products, blocks, device);
-    if (products.n <= 16) return start<T, 16, lines>(products, blocks, device);
-    if (products.n <= 32) return start<T, 32, lines>(products, blocks, device);
-    start<T, 64, lines>(products, blocks, device);
+    const int columns = columns_of(products.n);
+    if (columns == 8) start<T, 8>(products, blocks, device);
+    if (columns == 16) start<T, 16>(products, blocks, device);
+    if (columns == 32) start<T, 32>(products, blocks, device);
 }
 
-// Shapes, dtypes and alignment as heron.ops.few_rows says, and checks. `part`: of a row, for a block; `lines`: 2 or 4.
+// Shapes, dtypes and alignment as heron.ops.few_rows says, and checks. `part` of a row for a block; `most` blocks of a cluster.
 Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
-            const Several& factors, const Several& adds, int64_t part, int64_t lines) {
+            const Several& factors, const Several& adds, int64_t part, int64_t most) {
     const Tensor& first = weights[0];
     const int device = first.get_device_index();
     const DeviceGuard guard(device);
@@ -349,10 +357,8 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
         p.in = static_cast<int>(weights[i].size(1)), p.out = static_cast<int>(weights[i].size(0));
         p.activation = static_cast<int>(activations[i]);
     }
-    const int blocks = plan(products, static_cast<int>(part), major < 9 ? 1 : kMostParts);
-    const bool in_bf16 = first.scalar_type() == ScalarType::BFloat16;
-    const auto start = lines > 2 ? (in_bf16 ? start_for<BFloat16, 4> : start_for<Half, 4>)
-                                 : (in_bf16 ? start_for<BFloat16, 2> : start_for<Half, 2>);
+    const int blocks = plan(products, static_cast<int>(part), major < 9 ? 1 : static_cast<int>(most));
+    const auto start = first.scalar_type() == ScalarType::BFloat16 ? start_for<BFloat16> : start_for<Half>;
     start(products, blocks, device);
     return ys;
 }
@@ -362,7 +368,7 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "few_rows(Tensor[] xs, Tensor[] weights, int[] activations, Tensor?[] factors, Tensor?[] adds, int part, "
-        "int lines) -> Tensor[]");
+        "int most) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("few_rows", TORCH_BOX(&run)); }
