@@ -20,6 +20,7 @@ from timing import median_ms, need_gpu
 from torch import Tensor
 
 import heron
+from heron.generation import step
 from heron.generation.graphed import GraphedDecoder, recorded
 from heron.generation.step import apart, layers_of, project, together
 from heron.ops.few_rows import MOST, Product
@@ -132,9 +133,13 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=256)
     parser.add_argument("--taken", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s that the memory is said to have")
+    parser.add_argument(
+        "--fewest", type=int, choices=(1, 2), default=step.FEWEST, help="FEWEST of heron.generation.step"
+    )
     parser.add_argument("--forms", action="store_true", help="each product by itself")
     options = parser.parse_args()
     need_gpu(parser)
+    step.FEWEST = options.fewest
     device = torch.device("cuda")
     model = random_model("v7", options.n_layer, options.n_embd, options.vocab_size, DTYPES[options.dtype], device)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, L{options.n_layer}-D{options.n_embd}\n")
