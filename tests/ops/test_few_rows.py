@@ -118,9 +118,9 @@ def test_the_kernels_source_on_a_cpu_multiplies(emulated, n):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("part", "most"), [(64, 8), (512, 2), (8192, 1)])
-def test_every_way_to_share_a_matrix_out_multiplies(emulated, part, most):
-    some = products([(40, 2312), (3, 1024), (67, 120)], 5, BF16, seed=part)
+@pytest.mark.parametrize(("part", "most", "n"), [(64, 8, 5), (512, 2, 20), (8192, 1, 5), (8192, 1, 11), (8192, 1, 20)])
+def test_every_way_to_share_a_matrix_out_multiplies(emulated, part, most, n):
+    some = products([(40, 2312), (3, 1024), (67, 120)], n, BF16, seed=part)
     compare(emulated(some, part, most), some)
 
 

@@ -25,7 +25,8 @@ constexpr int kTile = 16 * kGroups;  // rows of a block
 constexpr int kLine = 64;            // numbers of a row that a warp reads at once: 128 bytes
 constexpr int kStep = kSides * kLine;
 constexpr int kLines = 4;            // that a warp waits for
-constexpr int kStaged = 32768;       // numbers that a block holds at a time, of all vectors together
+constexpr int kChunk = kLines * kStep;  // numbers of a vector that a block waits for at once
+constexpr int kStaged = 32768;          // numbers that a block holds or waits for, of all vectors together
 constexpr int kProducts = 8;         // of a launch
 constexpr int kEnough = 128;         // blocks for one matrix
 constexpr int kMany = 512;           // blocks for one matrix with which more of them only read more vectors
@@ -82,6 +83,9 @@ inline int plan(Products& products, int part, int most) {
     }
     return blocks;
 }
+
+template <int columns>
+constexpr int kAhead = kStaged / columns / kChunk;  // chunks that are there or on their way
 
 // In shared memory, in this order: sums of all parts and both sides, of as many rows as a block finishes, and vectors.
 template <int columns>
@@ -238,48 +242,59 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
 
     auto* const received = reinterpret_cast<float*>(shared_memory());
     auto* const vectors = reinterpret_cast<T*>(shared_memory() + kSumBytes<columns>);
-    const T *const first = vectors + place<columns>(lane / 4, inner);
-    const T *const second = vectors + place<columns>(lane / 4, inner + kLine / 2);
-    float sums[columns / 8][4] = {};
-#pragma unroll 1
-    for (int from = 0; from < length; from += products.staged) {
-        const int here = min(products.staged, length - from);
-        if (from > 0) __syncthreads();
+    // Chunks take turns in as much room as there is; they are on their way while earlier ones are multiplied.
+    const auto room = [&](int from) { return vectors + from % (kAhead<columns> * kChunk) * columns; };
+    const auto bring = [&](int from) {
+        const int here = min(kChunk, length - from);
+        T* const to = room(from);
 #pragma unroll 1
         for (int v = warp; v < products.n; v += kGroups * kSides) {
-            const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(v) * p.in + begin + from;
+            const T* x = static_cast<const T*>(p.x) + (v * p.in + begin + from);
 #pragma unroll 1
             for (int i = 8 * lane; i < (here + kStep - 1) / kStep * kStep; i += 8 * 32) {
-                copy_async(vectors + place<columns>(v, i), x + i, i < here);
+                copy_async(to + place<columns>(v, i), x + i, i < here);
             }
         }
-        copy_commit();
-        copy_wait<0>();
-        __syncthreads();
+    };
+    float sums[columns / 8][4] = {};
 #pragma unroll 1
-        for (int base = 0; base < here; base += kLines * kStep) {
+    for (int i = 0; i < kAhead<columns>; ++i) {
+        bring(i * kChunk);
+        copy_commit();
+    }
+#pragma unroll 1
+    for (int from = 0; from < length; from += kChunk) {
+        copy_wait<kAhead<columns> - 1>();
+        __syncthreads();
+        const T *const first = room(from) + place<columns>(lane / 4, inner);
+        const T *const second = room(from) + place<columns>(lane / 4, inner + kLine / 2);
 #pragma unroll
-            for (int i = 0; i < kLines; ++i) {
-                const int at = base + i * kStep;
-                if (at < here) {
+        for (int i = 0; i < kLines; ++i) {
+            const int at = i * kStep;
+            if (from + at < length) {
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const T* x = half ? second : first;
-                        const Piece &a = held[i][2 * half], &b = held[i][2 * half + 1];
+                for (int half = 0; half < 2; ++half) {
+                    const T* x = half ? second : first;
+                    const Piece &a = held[i][2 * half], &b = held[i][2 * half + 1];
 #pragma unroll
-                        for (int c = 0; c < columns / 8; ++c) {
-                            const Piece u = *reinterpret_cast<const Piece*>(x + (at * columns + 8 * c * kLine));
+                    for (int c = 0; c < columns / 8; ++c) {
+                        const Piece u = *reinterpret_cast<const Piece*>(x + (at * columns + 8 * c * kLine));
 #pragma unroll
-                            for (int j = 0; j < 4; j += 2) {
-                                const unsigned tile[] = {a.words[j], b.words[j], a.words[j + 1], b.words[j + 1]};
-                                multiply_tiles<T>(sums[c], tile, u.words[j], u.words[j + 1]);
-                            }
+                        for (int j = 0; j < 4; j += 2) {
+                            const unsigned tile[] = {a.words[j], b.words[j], a.words[j + 1], b.words[j + 1]};
+                            multiply_tiles<T>(sums[c], tile, u.words[j], u.words[j + 1]);
                         }
                     }
                 }
-                fetch(held[i], from + at + kLines * kStep);
             }
+            fetch(held[i], from + at + kChunk);
         }
+        const int next = from + kAhead<columns> * kChunk;
+        if (next < length) {
+            __syncthreads();
+            bring(next);
+        }
+        copy_commit();
     }
 
     wait_for_cluster();
