@@ -73,12 +73,18 @@ def of_vectors(some, chosen):
 
 
 @pytest.fixture(scope="module")
-def emulated():
-    """few_rows, computed by the kernel's source on a CPU."""
+def library():
+    """The kernel's source, compiled for a CPU."""
     depends = [cuda.SOURCE, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O1", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("few_rows_emulated", [EMULATOR / "few_rows.cpp"], flags, depends)
     library.few_rows_emulated.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(scope="module")
+def emulated(library):
+    """few_rows, computed by the kernel's source on a CPU."""
 
     def multiply(some, part=256, most=8):
         xs, weights, activations, factors, adds = zip(*some, strict=True)
@@ -122,6 +128,15 @@ def test_the_kernels_source_on_a_cpu_multiplies(emulated, n):
 def test_every_way_to_share_a_matrix_out_multiplies(emulated, part, most, n):
     some = products([(40, 2312), (3, 1024), (67, 120)], n, BF16, seed=part)
     compare(emulated(some, part, most), some)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("n_out", "n_in", "parts"),
+    [(2048, 2048, 4), (8192, 2048, 2), (2048, 8192, 4), (65536, 2048, 1), (96, 2048, 4), (2048, 96, 1), (2048, 256, 2)],
+)
+def test_rows_are_divided_as_the_documents_say(library, n_out, n_in, parts):
+    assert library.few_rows_parts(n_out, n_in, cuda.PART, cuda.MOST_PARTS) == parts
 
 
 @needs_compiler

@@ -69,3 +69,9 @@ extern "C" const char* few_rows_emulated(int count, int n, int part, int most, c
   const int columns = columns_of(n);
   return columns == 8 ? run<8>(products, blocks) : columns == 16 ? run<16>(products, blocks) : run<32>(products, blocks);
 }
+
+extern "C" int few_rows_parts(int out, int in, int part, int most) {
+  Product product{};
+  product.out = out, product.in = in;
+  return parts_of(product, part, most);
+}
