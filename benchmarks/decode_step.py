@@ -20,13 +20,14 @@ from timing import median_ms, need_gpu
 from torch import Tensor
 
 import heron
+from heron.generation import step
 from heron.generation.graphed import GraphedDecoder, recorded
 from heron.generation.step import apart, layers_of, project, together
 from heron.ops.few_rows import MOST, Product
 from heron.ops.few_rows.cuda import few_rows_cuda
 from heron.ops.token_step import LayerWeights
 
-PARTS = (256, 512, 1024, 2048)
+SETTINGS = [(part, most) for part in (512, 1024, 2048) for most in (4, 8)]  # PART and MOST_PARTS of few_rows
 KINDS = {  # by a part of the kernel's name; the first that fits
     "matvec": ("matvec",),
     "few rows": ("few_rows",),
@@ -78,9 +79,8 @@ def forms(model: heron.RWKV, numbers: list[int], bandwidth: float) -> None:
     """Each product by itself, of all layers in turn: together their weights are more than a GPU's caches hold."""
     layers = layers_of(model)
     many, few, head = [together(layer) for layer in layers], [apart(layer) for layer in layers], model.head.weight
-    settings = [(part, lines) for part in PARTS for lines in (4, 2)]
-    names = "".join(f"{f'{part} x {lines}':>10}" for part, lines in settings)
-    print(f"{'':>24}{'predicted':>10}{'library':>10}{names}   (PART x LINES of heron.ops.few_rows.cuda)")
+    names = "".join(f"{f'{part}, {most}':>10}" for part, most in SETTINGS)
+    print(f"{'':>24}{'predicted':>10}{'library':>10}{names}   (PART, MOST_PARTS of heron.ops.few_rows.cuda)")
     for n in numbers:
         C, wide = few[0].ffn_value.shape
         mixed, of_hidden = (torch.randn(*s, device="cuda").to(head.dtype) for s in ((6, n, C), (n, wide)))
@@ -93,14 +93,14 @@ def forms(model: heron.RWKV, numbers: list[int], bandwidth: float) -> None:
         }
         runs: dict[str, list[Callable[[int], object]]] = {
             name: [lambda i, of=of: [F.linear(y.x, y.weight) for y in of(many[i])]]
-            + [lambda i, of=of, s=s: few_rows_cuda(of(few[i]), *s) for s in settings]
+            + [lambda i, of=of, s=s: few_rows_cuda(of(few[i]), *s) for s in SETTINGS]
             for name, of in products.items()
         }
         runs["projections"] = [lambda i, x=mixed: by_library(x, many[i])] + [
             lambda i, x=mixed, s=s: project(
-                partial(few_rows_cuda, part=s[0], lines=s[1]), x, large(few[i]), few[i].low_rank
+                partial(few_rows_cuda, part=s[0], most=s[1]), x, large(few[i]), few[i].low_rank
             )
-            for s in settings
+            for s in SETTINGS
         ]
         read = {name: sum(p.weight.nbytes for p in of(few[0])) for name, of in products.items()}
         read["projections"] = sum(w.nbytes for w in (*large(few[0]), *(m for part in few[0].low_rank for m in part)))
@@ -133,9 +133,13 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=256)
     parser.add_argument("--taken", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s that the memory is said to have")
+    parser.add_argument(
+        "--fewest", type=int, choices=(1, 2), default=step.FEWEST, help="FEWEST of heron.generation.step"
+    )
     parser.add_argument("--forms", action="store_true", help="each product by itself")
     options = parser.parse_args()
     need_gpu(parser)
+    step.FEWEST = options.fewest
     device = torch.device("cuda")
     model = random_model("v7", options.n_layer, options.n_embd, options.vocab_size, DTYPES[options.dtype], device)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, L{options.n_layer}-D{options.n_embd}\n")

@@ -34,6 +34,7 @@ from heron.ops.norm_mix.reference import norm_mix_reference
 from heron.ops.token_step import LayerStates, LayerWeights, LowRank, LowRankGate, Norm
 
 Compiler = Callable[[Callable], Callable]
+FEWEST = 2  # sequences of a step whose products few_rows makes; those of fewer are matvec's
 
 
 class Pieces(NamedTuple):
@@ -161,7 +162,7 @@ class Way(NamedTuple):
 
 def way_for(layer: LayerWeights, n: int) -> Way:
     """That of n sequences, for a model with such layers, which are not laid out yet."""
-    if n == 1:
+    if n < FEWEST:
         return Way(apart, _for_one)
     are_few = few_rows_choice(_matrices(apart(layer)), n).impl == "cuda"
     return Way(apart, _for_few) if are_few else Way(together, _for_many)

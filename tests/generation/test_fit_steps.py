@@ -13,6 +13,7 @@ from heron.config import RosaConfig
 from heron.generation import Request, Sampling, graphed
 from heron.generation.graphed import GraphedDecoder
 from heron.generation.slots import PATIENCE, Slots, sizes_up_to
+from heron.generation.step import layers_of, way_for
 from heron.model import compiled as compilation
 from heron.ops._choice import Choice
 from heron.tables.store import off_device
@@ -203,6 +204,8 @@ def test_steps_of_few_sequences_that_have_a_kernel_of_their_own_are_the_same_ste
         True,
     ]
     assert ways[1].layers is ways[2].layers
+    monkeypatch.setattr("heron.generation.step.FEWEST", 1)
+    assert way_for(layers_of(model)[0], 1) == way_for(layers_of(model)[0], 2)
     for count in (2, 3, 7, 1):
         for sequence in range(9):
             fits.free(sequence)

@@ -73,14 +73,20 @@ def of_vectors(some, chosen):
 
 
 @pytest.fixture(scope="module")
-def emulated():
-    """few_rows, computed by the kernel's source on a CPU."""
+def library():
+    """The kernel's source, compiled for a CPU."""
     depends = [cuda.SOURCE, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O1", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("few_rows_emulated", [EMULATOR / "few_rows.cpp"], flags, depends)
     library.few_rows_emulated.restype = ctypes.c_char_p
+    return library
 
-    def multiply(some, part=256, lines=4, cluster=8):
+
+@pytest.fixture(scope="module")
+def emulated(library):
+    """few_rows, computed by the kernel's source on a CPU."""
+
+    def multiply(some, part=256, most=8):
         xs, weights, activations, factors, adds = zip(*some, strict=True)
         n = len(xs[0])
         ys = [torch.full((n, len(weight)), torch.nan, dtype=weight.dtype) for weight in weights]
@@ -92,7 +98,7 @@ def emulated():
             return (kind * len(some))(*values)
 
         error = library.few_rows_emulated(
-            len(some), n, part, lines, cluster, *map(pointers, (xs, weights, factors, adds, ys)),
+            len(some), n, part, most, *map(pointers, (xs, weights, factors, adds, ys)),
             integers([weight.stride(0) for weight in weights], ctypes.c_int64),
             integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
             integers([list(ACTIVATIONS).index(name) for name in activations]),
@@ -108,30 +114,46 @@ needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C
 
 
 @needs_compiler
-@pytest.mark.parametrize(("n", "lines"), [(2, 4), (9, 2), (17, 4), (33, 2)])
-def test_the_kernels_source_on_a_cpu_multiplies(emulated, n, lines):
+@pytest.mark.parametrize("n", [2, 9, 17, 32])
+def test_the_kernels_source_on_a_cpu_multiplies(emulated, n):
     some = products(SMALL, n, BF16, seed=n)
-    together = emulated(some, lines=lines)
+    together = emulated(some)
     compare(together, some)
     for y, product in zip(together, some, strict=True):
-        assert torch.equal(emulated([product], lines=lines)[0], y)
+        assert torch.equal(emulated([product])[0], y)
 
 
 @needs_compiler
-@pytest.mark.parametrize(("part", "cluster"), [(64, 8), (512, 2), (8192, 1)])
-def test_every_way_to_share_a_matrix_out_multiplies(emulated, part, cluster):
-    some = products([(40, 2312), (3, 1024), (67, 120)], 5, BF16, seed=part)
-    compare(emulated(some, part, cluster=cluster), some)
+@pytest.mark.parametrize(("part", "most", "n"), [(64, 8, 5), (512, 2, 20), (8192, 1, 5), (8192, 1, 11), (8192, 1, 20)])
+def test_every_way_to_share_a_matrix_out_multiplies(emulated, part, most, n):
+    some = products([(40, 2312), (3, 1024), (67, 120)], n, BF16, seed=part)
+    compare(emulated(some, part, most), some)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("n_out", "n_in", "parts"),
+    [(2048, 2048, 4), (8192, 2048, 2), (2048, 8192, 4), (65536, 2048, 1), (96, 2048, 4), (2048, 96, 1), (2048, 256, 2)],
+)
+def test_rows_are_divided_as_the_documents_say(library, n_out, n_in, parts):
+    assert library.few_rows_parts(n_out, n_in, cuda.PART, cuda.MOST_PARTS) == parts
+
+
+@needs_compiler
+def test_a_matrix_of_many_rows_multiplies(emulated):
+    some = products([(64 * 512 + 1, 136)], 2, BF16)
+    compare(emulated(some, 64), some)
+    compare(emulated(some, 512), some)
 
 
 @needs_compiler
 def test_what_a_vector_gives_is_the_same_bits_whatever_is_beside_it(emulated):
-    some = products(SMALL, 35, BF16)
+    some = products(SMALL, MOST, BF16)
     for product in some:  # and it may be anything
         product.x[20] = torch.inf
         product.x[21] = torch.nan
     together = emulated(some)
-    for chosen in ([3], [34, 3, 1], [*range(17)]):
+    for chosen in ([3], [31, 3, 1], [*range(17)]):
         for alone, beside in zip(emulated(of_vectors(some, chosen)), together, strict=True):
             assert torch.equal(alone, beside[chosen])
 
@@ -216,12 +238,12 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("arch", "lines"), [("80", cuda.LINES), ("90a", 4), ("90a", 2)])
-def test_the_kernel_compiles_without_spilling(tmp_path, arch, lines):
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     forms = [
-        f"few_rows<{t}, {columns}, {lines}>(const __grid_constant__ Products)"
+        f"few_rows<{t}, {columns}>(const __grid_constant__ Products)"
         for t in (BFLOAT16, HALF)
-        for columns in (8, 16, 32, 64)
+        for columns in (8, 16, 32)
     ]
     headers = ["algorithm", "type_traits", _build.EARLY, _build.PRODUCTS]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, headers, before="using Half = __half;")
@@ -238,7 +260,7 @@ def gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 9, 17, 32, 33, 63, 64])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 32])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_kernel_multiplies_few_vectors(gpu, n, dtype):
     shapes = [(96, 2048), (1, 8), (2048, 2048), (77, 768), (2048, 96), (65, 8192), (640, 8192), (3000, 264), (5, 20000)]
@@ -251,11 +273,11 @@ def test_kernel_multiplies_few_vectors(gpu, n, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", [256, 512, 1024, 4096])
-@pytest.mark.parametrize("lines", [2, 4])
-def test_kernel_multiplies_however_a_matrix_is_shared_out(gpu, part, lines):
-    for n in (2, 16, 31, 64):
+@pytest.mark.parametrize("most", [2, 4, 8])
+def test_kernel_multiplies_however_a_matrix_is_shared_out(gpu, part, most):
+    for n in (2, 16, 31):
         some = products([(2048, 2048), (8192, 2048), (2048, 8192), (65536, 1024)], n, BF16, gpu, seed=n)
-        compare(cuda.few_rows_cuda(some, part, lines), some)
+        compare(cuda.few_rows_cuda(some, part, most), some)
 
 
 @pytest.mark.gpu
@@ -265,7 +287,7 @@ def test_a_vector_on_a_gpu_gives_the_same_bits_whatever_is_beside_it(gpu, dtype)
     for product in some:
         product.x[20] = torch.nan
     together = few_rows(some, impl="cuda")
-    for chosen in ([3], [63, 3], [*range(9)], [*range(24, 47)]):
+    for chosen in ([3], [31, 3], [*range(9)], [*range(12, 32)]):
         for alone, beside in zip(few_rows(of_vectors(some, chosen), impl="cuda"), together, strict=True):
             assert torch.equal(alone, beside[chosen])
 

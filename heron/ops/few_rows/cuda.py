@@ -14,17 +14,17 @@ from heron.ops._products import Product
 
 SOURCE = Path(__file__).parent / "csrc" / "few_rows.cu"
 DTYPES = (torch.bfloat16, torch.float16)
-MOST = 64  # vectors
-PART = 512  # numbers of a row for a block, where there are so many blocks
-LINES = 4  # of 16 rows x 128 bytes that a warp waits for; 2 or 4
+MOST = 32  # vectors
+PART = 1024  # numbers of a row for a block, where there are so many blocks
+MOST_PARTS = 4  # blocks that share rows; 1, 2, 4 or 8
 _MOST_PRODUCTS = 8  # of a launch
 
 
-def few_rows_cuda(products: Sequence[Product], part: int = PART, lines: int = LINES) -> list[Tensor]:
+def few_rows_cuda(products: Sequence[Product], part: int = PART, most: int = MOST_PARTS) -> list[Tensor]:
     """See :func:`heron.ops.few_rows`; KernelError as :meth:`FORM.require`."""
     weights = [product.weight for product in products]
     FORM.require(weights[0].device, weights[0].dtype, weights, len(products[0].x))
-    launch = functools.partial(torch.ops.heron.few_rows, part=part, lines=lines)
+    launch = functools.partial(torch.ops.heron.few_rows, part=part, most=most)
     return _products.launches(products, _MOST_PRODUCTS, launch)
 
 

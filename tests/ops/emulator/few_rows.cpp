@@ -37,14 +37,14 @@ inline void receive_sums(unsigned long long*) {
 #include "../../../heron/ops/few_rows/csrc/few_rows.cu"
 
 namespace {
-template <int columns, int lines> const char* run(const Products& products, int blocks) {
+template <int columns> const char* run(const Products& products, int blocks) {
   sent.assign(blocks, std::vector<float>(kSumBytes<columns> / 4, NAN));
   missing.assign(blocks, 0);
   bytes_of_sums = kSumBytes<columns>;
   blocks_of_cluster = products.cluster;
   const char* error = nullptr;
   for (int round = 0; round < 2 && !error; round++) {
-    error = launch<Products>(few_rows<Brain, columns, lines>, dim3(blocks), kThreads,
+    error = launch<Products>(few_rows<Brain, columns>, dim3(blocks), kThreads,
                              shared_bytes<columns>(products.staged), nullptr, products);
   }
   for (const int bytes : missing) {
@@ -53,17 +53,10 @@ template <int columns, int lines> const char* run(const Products& products, int 
   return error;
 }
 
-template <int lines> const char* run_for(const Products& products, int blocks) {
-  if (products.n <= 8) return run<8, lines>(products, blocks);
-  if (products.n <= 16) return run<16, lines>(products, blocks);
-  if (products.n <= 32) return run<32, lines>(products, blocks);
-  return run<64, lines>(products, blocks);
-}
 }  // namespace
 
-// Of `count` products with n vectors; `strides` in elements; `part`, `lines` and `most` (blocks of a cluster) as plan and
-// start_for have them.
-extern "C" const char* few_rows_emulated(int count, int n, int part, int lines, int most, const void** xs,
+// Of `count` products with n vectors; `strides` in elements; `part` and `most` as plan has them.
+extern "C" const char* few_rows_emulated(int count, int n, int part, int most, const void** xs,
                                          const void** weights, const void** factors, const void** adds, void** ys,
                                          const int64_t* strides, const int* ins, const int* outs,
                                          const int* activations) {
@@ -73,5 +66,12 @@ extern "C" const char* few_rows_emulated(int count, int n, int part, int lines, 
   }
   products.count = count, products.n = n;
   const int blocks = plan(products, part, most);
-  return lines > 2 ? run_for<4>(products, blocks) : run_for<2>(products, blocks);
+  const int columns = columns_of(n);
+  return columns == 8 ? run<8>(products, blocks) : columns == 16 ? run<16>(products, blocks) : run<32>(products, blocks);
+}
+
+extern "C" int few_rows_parts(int out, int in, int part, int most) {
+  Product product{};
+  product.out = out, product.in = in;
+  return parts_of(product, part, most);
 }

@@ -1,10 +1,10 @@
-// Products of matrices with 1 to 64 vectors each, several in one launch, by tensor cores: a block for 64 rows of a matrix,
+// Products of matrices with 1 to 32 vectors each, several in one launch, by tensor cores: a block for 64 rows of a matrix,
 // or from compute capability 9.0 on a cluster of blocks, each with a part of these rows, so that a small matrix is read by
 // all multiprocessors, too.
 //
 // The weights go from memory straight into the registers that the tensor cores read. A matrix instruction sums over 16
 // numbers in any order, as long as that is the same for weight and vector: the eight that a lane reads at once are two
-// pairs of each of two instructions. A warp has asked for its next `lines` pieces of 16 rows x 128 bytes, first of all before
+// pairs of each of two instructions. A warp has asked for its next kLines pieces of 16 rows x 128 bytes, first of all before
 // the kernel that computes the vectors has ended.
 //
 // No sum depends on other vectors, nor on how many there are.
@@ -24,10 +24,12 @@ constexpr int kThreads = 32 * kGroups * kSides;
 constexpr int kTile = 16 * kGroups;  // rows of a block
 constexpr int kLine = 64;            // numbers of a row that a warp reads at once: 128 bytes
 constexpr int kStep = kSides * kLine;
-constexpr int kStaged = 1024;        // numbers of each vector that a block holds at a time
+constexpr int kLines = 4;            // that a warp waits for
+constexpr int kChunk = kLines * kStep;  // numbers of a vector that a block waits for at once
+constexpr int kStaged = 32768;          // numbers that a block holds or waits for, of all vectors together
 constexpr int kProducts = 8;         // of a launch
-constexpr int kMostParts = 8;        // blocks of a cluster
 constexpr int kEnough = 128;         // blocks for one matrix
+constexpr int kMany = 512;           // blocks for one matrix with which more of them only read more vectors
 constexpr int kLeast = 128;          // numbers of a row that are worth a block
 
 // y = add + factor activation(weight x), of n vectors
@@ -48,13 +50,21 @@ struct Products {
     int staged;   // numbers of each vector that fit
 };
 
-// How many blocks share the rows of a matrix, each at most `part` numbers of a row if there are so many blocks.
+// How many blocks share the rows of a matrix, up to `most`: each takes at most `part` numbers of a row, if there are not
+// many blocks anyway.
 inline int parts_of(const Product& p, int part, int most) {
     const int tiles = (p.out + kTile - 1) / kTile;
     int parts = 1;
-    while (parts < most && (p.in > part * parts || (tiles * parts < kEnough && p.in > kLeast * parts))) parts *= 2;
+    const auto wants_more = [&] {
+        const int blocks = tiles * parts;
+        return blocks < kMany && (p.in > part * parts || (blocks < kEnough && p.in > kLeast * parts));
+    };
+    while (parts < most && wants_more()) parts *= 2;
     return parts;
 }
+
+// Vectors for which there is a kernel, `n` or more.
+inline int columns_of(int n) { return n <= 8 ? 8 : n <= 16 ? 16 : 32; }
 
 // Share out the products to blocks, at most `most` to a cluster; how many blocks there are.
 inline int plan(Products& products, int part, int most) {
@@ -69,10 +79,13 @@ inline int plan(Products& products, int part, int most) {
         p.span = (p.in + kStep * p.parts - 1) / (kStep * p.parts) * kStep;
         p.first_block = blocks;
         blocks += ((p.out + kTile - 1) / kTile * p.parts + products.cluster - 1) / products.cluster * products.cluster;
-        products.staged = std::max(products.staged, std::min(p.span, kStaged));
+        products.staged = std::max(products.staged, std::min(p.span, kStaged / columns_of(products.n)));
     }
     return blocks;
 }
+
+template <int columns>
+constexpr int kAhead = kStaged / columns / kChunk;  // chunks that are there or on their way
 
 // In shared memory, in this order: sums of all parts and both sides, of as many rows as a block finishes, and vectors.
 template <int columns>
@@ -198,9 +211,8 @@ __device__ __forceinline__ int place(int vector, int i) {
 
 // Up to `columns` vectors, a multiple of 8. Numbers of vectors that are not there are whatever shared memory holds: they
 // count in no other's sums.
-template <typename T, int columns, int lines>
-__global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
-    few_rows(const __grid_constant__ Products products) {
+template <typename T, int columns>
+__global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ Products products) {
     int which = 0;
     while (which + 1 < products.count && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
     const Product& p = products.of[which];
@@ -221,57 +233,68 @@ __global__ void __launch_bounds__(kThreads, lines > 2 || columns > 32 ? 2 : 3)
                           : Piece{};
         }
     };
-    Piece held[lines][4];
+    Piece held[kLines][4];
 #pragma unroll
-    for (int i = 0; i < lines; ++i) fetch(held[i], i * kStep);
+    for (int i = 0; i < kLines; ++i) fetch(held[i], i * kStep);
     __shared__ unsigned long long arrived;
     expect_sums(&arrived, kSides * kTile * columns * static_cast<int>(sizeof(float)));
     wait_for_inputs();
 
     auto* const received = reinterpret_cast<float*>(shared_memory());
     auto* const vectors = reinterpret_cast<T*>(shared_memory() + kSumBytes<columns>);
-    const T *const first = vectors + place<columns>(lane / 4, inner);
-    const T *const second = vectors + place<columns>(lane / 4, inner + kLine / 2);
-    float sums[columns / 8][4] = {};
-#pragma unroll 1
-    for (int from = 0; from < length; from += products.staged) {
-        const int here = min(products.staged, length - from);
-        if (from > 0) __syncthreads();
+    // Chunks take turns in as much room as there is; they are on their way while earlier ones are multiplied.
+    const auto room = [&](int from) { return vectors + from % (kAhead<columns> * kChunk) * columns; };
+    const auto bring = [&](int from) {
+        const int here = min(kChunk, length - from);
+        T* const to = room(from);
 #pragma unroll 1
         for (int v = warp; v < products.n; v += kGroups * kSides) {
-            const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(v) * p.in + begin + from;
+            const T* x = static_cast<const T*>(p.x) + (v * p.in + begin + from);
 #pragma unroll 1
             for (int i = 8 * lane; i < (here + kStep - 1) / kStep * kStep; i += 8 * 32) {
-                copy_async(vectors + place<columns>(v, i), x + i, i < here);
+                copy_async(to + place<columns>(v, i), x + i, i < here);
             }
         }
-        copy_commit();
-        copy_wait<0>();
-        __syncthreads();
+    };
+    float sums[columns / 8][4] = {};
 #pragma unroll 1
-        for (int base = 0; base < here; base += lines * kStep) {
+    for (int i = 0; i < kAhead<columns>; ++i) {
+        bring(i * kChunk);
+        copy_commit();
+    }
+#pragma unroll 1
+    for (int from = 0; from < length; from += kChunk) {
+        copy_wait<kAhead<columns> - 1>();
+        __syncthreads();
+        const T *const first = room(from) + place<columns>(lane / 4, inner);
+        const T *const second = room(from) + place<columns>(lane / 4, inner + kLine / 2);
 #pragma unroll
-            for (int i = 0; i < lines; ++i) {
-                const int at = base + i * kStep;
-                if (at < here) {
+        for (int i = 0; i < kLines; ++i) {
+            const int at = i * kStep;
+            if (from + at < length) {
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const T* x = half ? second : first;
-                        const Piece &a = held[i][2 * half], &b = held[i][2 * half + 1];
+                for (int half = 0; half < 2; ++half) {
+                    const T* x = half ? second : first;
+                    const Piece &a = held[i][2 * half], &b = held[i][2 * half + 1];
 #pragma unroll
-                        for (int c = 0; c < columns / 8; ++c) {
-                            const Piece u = *reinterpret_cast<const Piece*>(x + (at * columns + 8 * c * kLine));
+                    for (int c = 0; c < columns / 8; ++c) {
+                        const Piece u = *reinterpret_cast<const Piece*>(x + (at * columns + 8 * c * kLine));
 #pragma unroll
-                            for (int j = 0; j < 4; j += 2) {
-                                const unsigned tile[] = {a.words[j], b.words[j], a.words[j + 1], b.words[j + 1]};
-                                multiply_tiles<T>(sums[c], tile, u.words[j], u.words[j + 1]);
-                            }
+                        for (int j = 0; j < 4; j += 2) {
+                            const unsigned tile[] = {a.words[j], b.words[j], a.words[j + 1], b.words[j + 1]};
+                            multiply_tiles<T>(sums[c], tile, u.words[j], u.words[j + 1]);
                         }
                     }
                 }
-                fetch(held[i], from + at + lines * kStep);
             }
+            fetch(held[i], from + at + kChunk);
         }
+        const int next = from + kAhead<columns> * kChunk;
+        if (next < length) {
+            __syncthreads();
+            bring(next);
+        }
+        copy_commit();
     }
 
     wait_for_cluster();
@@ -310,9 +333,9 @@ using Several = std::vector<Optional>;
 
 const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
-template <typename T, int columns, int lines>
+template <typename T, int columns>
 void start(const Products& products, int blocks, int device) {
-    const auto kernel = few_rows<T, columns, lines>;
+    const auto kernel = few_rows<T, columns>;
     const int bytes = shared_bytes<columns>(products.staged);
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -320,17 +343,17 @@ void start(const Products& products, int blocks, int device) {
                                 products, static_cast<unsigned>(products.cluster)));
 }
 
-template <typename T, int lines>
+template <typename T>
 void start_for(const Products& products, int blocks, int device) {
-    if (products.n <= 8) return start<T, 8, lines>(products, blocks, device);
-    if (products.n <= 16) return start<T, 16, lines>(products, blocks, device);
-    if (products.n <= 32) return start<T, 32, lines>(products, blocks, device);
-    start<T, 64, lines>(products, blocks, device);
+    const int columns = columns_of(products.n);
+    if (columns == 8) start<T, 8>(products, blocks, device);
+    if (columns == 16) start<T, 16>(products, blocks, device);
+    if (columns == 32) start<T, 32>(products, blocks, device);
 }
 
-// Shapes, dtypes and alignment as heron.ops.few_rows says, and checks. `part`: of a row, for a block; `lines`: 2 or 4.
+// Shapes, dtypes and alignment as heron.ops.few_rows says, and checks. `part` of a row for a block; `most` blocks of a cluster.
 Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
-            const Several& factors, const Several& adds, int64_t part, int64_t lines) {
+            const Several& factors, const Several& adds, int64_t part, int64_t most) {
     const Tensor& first = weights[0];
     const int device = first.get_device_index();
     const DeviceGuard guard(device);
@@ -349,10 +372,8 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
         p.in = static_cast<int>(weights[i].size(1)), p.out = static_cast<int>(weights[i].size(0));
         p.activation = static_cast<int>(activations[i]);
     }
-    const int blocks = plan(products, static_cast<int>(part), major < 9 ? 1 : kMostParts);
-    const bool in_bf16 = first.scalar_type() == ScalarType::BFloat16;
-    const auto start = lines > 2 ? (in_bf16 ? start_for<BFloat16, 4> : start_for<Half, 4>)
-                                 : (in_bf16 ? start_for<BFloat16, 2> : start_for<Half, 2>);
+    const int blocks = plan(products, static_cast<int>(part), major < 9 ? 1 : static_cast<int>(most));
+    const auto start = first.scalar_type() == ScalarType::BFloat16 ? start_for<BFloat16> : start_for<Half>;
     start(products, blocks, device);
     return ys;
 }
@@ -362,7 +383,7 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "few_rows(Tensor[] xs, Tensor[] weights, int[] activations, Tensor?[] factors, Tensor?[] adds, int part, "
-        "int lines) -> Tensor[]");
+        "int most) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("few_rows", TORCH_BOX(&run)); }
