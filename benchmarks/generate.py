@@ -5,7 +5,8 @@ and take turns, a few tokens each, so that other work on the machine falls on bo
 ratio is that of the fastest turns, the median stands beside it. The package runs RWKV-8 files without their tables, so
 v8 stands beside our own v7. With --constant, instead: time per token far into a text, and memory. With --memory,
 instead: what ROSA memory costs a token, beside the same model without it, and how that grows with what it has read.
-With --taken, instead: an engine of --rows places on a GPU, of which only so many are taken.
+With --taken, instead: an engine of --rows places on a GPU, of which only so many are taken. With --weights int8,
+instead: the same weights in 8 bits beside themselves, one text and --rows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import heron
 from heron import tokenizer
 from heron.generation import Snapshot
 from heron.model import State
+from heron.model.int8 import quantize_for_running
 from heron.model.memory import Recollection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,6 +90,22 @@ def partly_taken(model: heron.RWKV, rows: int, taken: list[int], turns: int, tok
             for sequence, _ in engine.step():
                 engine.close(sequence)
         report(seconds, dict.fromkeys(seconds, n))
+
+
+def in_8_bits(sizes: tuple, rows: int, turns: int, tokens: int, ids: list[int]) -> None:
+    """One text and `rows` with weights as they are and in 8 bits, and what these take."""
+    device = sizes[-1]
+    models = {"as they are": random_model("v7", *sizes)}
+    start = time.perf_counter()
+    models["int8"] = quantize_for_running(random_model("v7", *sizes), device)
+    seconds = time.perf_counter() - start
+    for name, model in models.items():
+        gb = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) / 1e9
+        print(f"weights {name}: {gb:.2f} GB, of which the embedding {model.emb.weight.nbytes / 1e9:.2f}")
+    print(f"made and put in 8 bits in {seconds:.1f} s", flush=True)
+    for n in (1, rows):
+        steps = {f"{name}, {n} of {n}": decoding(model, n, ids) for name, model in models.items()}
+        report(in_turns(steps, turns, tokens, device), dict.fromkeys(steps, n))
 
 
 def package(path: Path, strategy: str, ids: list[int]) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -197,6 +215,7 @@ def main() -> None:
     parser.add_argument("--constant", action="store_true", help="time per token far into a text, and memory")
     parser.add_argument("--memory", action="store_true", help="a token with ROSA memory beside one without")
     parser.add_argument("--taken", type=int, nargs="+", help="places that are taken, of --rows")
+    parser.add_argument("--weights", choices=("int8",), help="beside the same weights as they are")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = device_of(parser, args.device)
@@ -211,6 +230,9 @@ def main() -> None:
     sizes = (args.n_layer, args.n_embd, args.vocab_size, DTYPES[dtype], device)
     if args.memory:
         with_memory(sizes, args.turns, args.tokens)
+        return
+    if args.weights == "int8":
+        in_8_bits(sizes, args.rows, args.turns, args.tokens, ids)
         return
     v7 = random_model("v7", *sizes)
     if args.taken:

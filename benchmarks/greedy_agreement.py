@@ -12,6 +12,7 @@ import argparse
 import copy
 
 import torch
+from timing import device_of
 
 import heron
 from heron import evaluate, machine
@@ -22,13 +23,12 @@ from heron.generation import Engine, Request, Sampling
 from heron.model.int8 import quantize_for_running
 from heron.tokenizer import Tokenizer
 
-CPU = torch.device("cpu")
-SIDE_BY_SIDE = 8
 
-
-def greedy(model: heron.RWKV, tokenizer: Tokenizer, prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
-    """The ids that the model goes on with behind each prompt."""
-    engine = Engine(model, tokenizer, SIDE_BY_SIDE)
+def greedy(
+    model: heron.RWKV, tokenizer: Tokenizer, prompts: list[list[int]], n_tokens: int, rows: int
+) -> list[list[int]]:
+    """The ids that the model goes on with behind each prompt, `rows` texts side by side."""
+    engine = Engine(model, tokenizer, rows)
     texts: list[list[int]] = [[] for _ in prompts]
     for piece in engine.run([Request(ids, n_tokens, Sampling(temperature=0)) for ids in prompts]):
         if piece.token is not None:
@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a text that the model was not trained on")
     parser.add_argument("--tokenizer")
     parser.add_argument("--dtype", choices=machine.DTYPES, default="bf16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rows", type=int, help="texts side by side; default: 8, and on a GPU 1, which int8 is for")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="that are written behind it")
@@ -54,13 +56,17 @@ def main() -> None:
         "--scored", type=int, default=16384, help="tokens that the loss is of, from the text's begin on"
     )
     args = parser.parse_args()
-    model = heron.load(args.model, machine.DTYPES[args.dtype])
+    device = device_of(parser, args.device)
+    rows = args.rows or (8 if device.type == "cpu" else 1)
+    model = heron.load(args.model, machine.DTYPES[args.dtype]).to(device)
     tokenizer = tokenizer_of(args.model, args.tokenizer, model.config.vocab_size)
     tokens, _ = load_tokens(args.data, tokenizer, model.config.vocab_size, Reading(), lambda text: None)
     distance = (len(tokens) - args.prompt) // args.prompts
     prompts = [tokens[i * distance :][: args.prompt].tolist() for i in range(args.prompts)]
-    eights, in_fp32 = quantize_for_running(copy.deepcopy(model), CPU), heron.load(args.model, torch.float32)
-    in_8_bits, as_it_is, exact = (greedy(one, tokenizer, prompts, args.tokens) for one in (eights, model, in_fp32))
+    eights, in_fp32 = quantize_for_running(copy.deepcopy(model), device), heron.load(args.model, torch.float32)
+    in_8_bits, as_it_is, exact = (
+        greedy(one, tokenizer, prompts, args.tokens, rows) for one in (eights, model, in_fp32.to(device))
+    )
     print(f"{args.model}: {args.prompts} prompts of {args.prompt} tokens, {args.tokens} tokens behind each")
     for name, one, other in (
         (f"in 8 bits, in {args.dtype}", in_8_bits, as_it_is),

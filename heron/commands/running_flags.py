@@ -44,7 +44,7 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--weights",
         choices=("int8",),
-        help="int8: the large matrices in 8 bits, a scale for 64 weights; v7 and v8, on a CPU; default: as in the file",
+        help="int8: the large matrices in 8 bits, a scale for 64 weights; v7 and v8; default: as in the file",
     )
     adapter_help = "a fine-tuning run, or the folder of an adapter, to add to the weights in memory; default: none"
     parser.add_argument("--adapter", metavar="DIR", help=adapter_help)

@@ -28,10 +28,10 @@ def decoder_of(
         fit_steps: on a GPU, see :class:`heron.generation.graphed.GraphedDecoder`.
 
     Raises:
-        ConfigError: weights in 8 bits, and no decoder in C++ for them.
+        ConfigError: weights in 8 bits, and no decoder for them; on a CPU that is the one in C++.
     """
     if is_int8(model):
-        return _of_int8(model, n, tables, documents)
+        return _of_int8(model, n, tables, documents, fit_steps)
     if not is_fusible(model):
         return ModelDecoder(model, n, documents)
     weight, config = model.emb.weight, model.config
@@ -41,13 +41,15 @@ def decoder_of(
     return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(model, n, tables, documents)
 
 
-def _of_int8(model: nn.Module, n: int, tables: Tables | None, documents: Documents | None) -> Decoder:
-    """Weights in 8 bits have one decoder; ConfigError where it does not run."""
+def _of_int8(model: nn.Module, n: int, tables: Tables | None, documents: Documents | None, fit_steps: bool) -> Decoder:
+    """Weights in 8 bits have one decoder on a CPU and one on a GPU; ConfigError where it does not run."""
     if not is_fusible(model):
         raise ConfigError(
             "weights int8: this model has hooks, adapters or several dtypes; take the weights as they are"
         )
     weight = model.emb.weight
+    if weight.device.type == "cuda":
+        return GraphedDecoder(model, n, tables, documents, fit_steps)
     choice = token_step_choice(weight.device, weight.dtype, model.config.head_size)
     if choice.impl != "cpu":
         raise ConfigError(f"weights int8: needs the decoder in C++, and there is none here: {choice.reason}")

@@ -29,6 +29,7 @@ from heron.generation.step import (
     channel_mix,
     layers_of,
     lookup,
+    matrix_of,
     of_any_number,
     time_mix,
     way_for,
@@ -259,7 +260,7 @@ class GraphedDecoder(StateDecoder):
         for layer, states, before, rows in of_layers:
             x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before.wkv)
             x = channel_mix(step.form.pieces, layer, x, states, rows, embedded)
-        logits = step.form.pieces.head(self._model.ln_out(x), self._model.head.weight)
+        logits = step.form.pieces.head(self._model.ln_out(x), matrix_of(self._model.head))
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))

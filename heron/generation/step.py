@@ -27,6 +27,7 @@ from heron.ops._products import ACTIVATIONS, Product
 from heron.ops.few_rows import few_rows, few_rows_choice
 from heron.ops.head_step import HeadInputs, head_step, head_step_choice
 from heron.ops.head_step.reference import head_step_reference
+from heron.ops.int8 import Int8Matrix, dense
 from heron.ops.matvec import matvec, matvec_choice
 from heron.ops.matvec.reference import matvec_reference
 from heron.ops.norm_mix import norm_mix, norm_mix_choice
@@ -51,8 +52,8 @@ class Pieces(NamedTuple):
     """As :func:`heron.ops.few_rows`."""
     low_rank_gate: Callable[..., Tensor]
     """As :func:`low_rank_gate`."""
-    head: Callable[[Tensor, Tensor], Tensor] = F.linear
-    """The normed residual (n, C) and the head's weight (V, C) -> logits (n, V)."""
+    head: Callable[[Tensor, Any], Tensor] = F.linear
+    """The normed residual (n, C) and the head's weight (V, C), as :func:`matrix_of` gives it -> logits (n, V)."""
 
 
 def time_mix(
@@ -102,8 +103,10 @@ def multiply(products: Sequence[Product]) -> list[Tensor]:
     return [_product(*product) for product in products]
 
 
-def _product(x: Tensor, weight: Tensor, activation: str, factor: Tensor | None, add: Tensor | None) -> Tensor:
-    y = F.linear(x, weight)
+def _product(
+    x: Tensor, weight: Tensor | Int8Matrix, activation: str, factor: Tensor | None, add: Tensor | None
+) -> Tensor:
+    y = F.linear(x, dense(weight, x.dtype))
     if activation != "none":
         y = ACTIVATIONS[activation](y)
     if factor is not None:
@@ -164,6 +167,8 @@ def way_for(layer: LayerWeights, n: int) -> Way:
     """That of n sequences, for a model with such layers, which are not laid out yet."""
     if n < FEWEST:
         return Way(apart, _for_one)
+    if isinstance(layer.key, Int8Matrix):
+        return Way(apart, _for_many_in_8_bits)
     are_few = few_rows_choice(_matrices(apart(layer)), n).impl == "cuda"
     return Way(apart, _for_few) if are_few else Way(together, _for_many)
 
@@ -180,7 +185,12 @@ def _for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
 
 
 def _for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
-    multiply = _kernel(matvec, matvec_reference, matvec_choice(_matrices(layer)), compiled)
+    multiply = _kernel(matvec, matvec_reference, matvec_choice(_matrices(layer), layer.mix.dtype), compiled)
+    return _by_kernels(layer, compiled, multiply)
+
+
+def _for_many_in_8_bits(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
+    """Each matrix is dequantized for its product, which is the library's."""
     return _by_kernels(layer, compiled, multiply)
 
 
@@ -189,7 +199,7 @@ def _for_few(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
     return pieces._replace(head=lambda x, weight: few_rows([Product(x, weight)])[0])
 
 
-def _matrices(layer: LayerWeights) -> list[Tensor]:
+def _matrices(layer: LayerWeights) -> list[Any]:
     linears = (layer.receptance, layer.key, layer.value, layer.output, layer.ffn_key, layer.ffn_value)
     return [*linears, *(matrix for part in layer.low_rank for matrix in part)]
 
@@ -202,7 +212,12 @@ def _by_kernels(layer: LayerWeights, compiled: Compiler | None, multiply: Callab
         _head_step(layer, compiled),
         multiply,
         (compiled or _as_it_is)(low_rank_gate),
+        partial(_head, multiply),
     )
+
+
+def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int8Matrix) -> Tensor:
+    return multiply([Product(x, weight)])[0] if isinstance(weight, Int8Matrix) else F.linear(x, weight)
 
 
 def of_any_number(pieces: Pieces) -> Pieces:

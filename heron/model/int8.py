@@ -1,4 +1,4 @@
-"""Weights in 8 bits for running a model: half the memory of bf16, and half of what a token reads on a CPU."""
+"""Weights in 8 bits for running a model: half the memory of bf16, and half of what a token of one text reads."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def is_int8(model: nn.Module) -> bool:
 
 
 def quantize_for_running(model: RWKV, device: torch.device) -> RWKV:
-    """`model` itself, to run on `device`, the matrices of blocks and head now in 8 bits (heron.ops.int8).
+    """`model` itself, to run on `device`, the matrices of blocks and head now in 8 bits there (heron.ops.int8).
 
-    Embedding, tables, low-rank matrices and vectors stay as they are. It can be run, not trained or saved.
+    Embedding, tables, low-rank matrices and vectors stay as and where they are. It can be run, not trained or saved.
 
     Raises:
-        ConfigError: not a v7 or v8 without ROSA layers, no CPU, or sizes that are no multiples of 64.
+        ConfigError: not a v7 or v8 without ROSA layers, neither CPU nor GPU, or sizes that are no multiples of 64.
     """
     config = model.config
-    if device.type != "cpu":
-        raise ConfigError(f"weights int8: runs on a CPU so far, and the device is {device.type}; add --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"weights int8: runs on a CPU or a CUDA GPU, not on {device.type}; add --device cpu")
     if config.variant not in ("v7", "v8") or config.rosa is not None:
         what = config.variant if config.rosa is None else f"{config.variant} with ROSA layers"
         raise ConfigError(f"weights int8: is for v7 and v8, and this is a {what}; leave --weights int8 out")
@@ -58,5 +58,5 @@ def quantize_for_running(model: RWKV, device: torch.device) -> RWKV:
                 f"weights int8: {name} must be a multiple of {GROUP}, got {size}; leave --weights int8 out"
             )
     for name, layer in {**quantized_layers(model), "head": model.head}.items():
-        model.set_submodule(name, Int8Linear(Int8Matrix.of(layer.weight)))
+        model.set_submodule(name, Int8Linear(Int8Matrix.of(layer.weight.to(device))))
     return model

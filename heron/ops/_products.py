@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
 from heron.errors import KernelError
+from heron.ops.int8 import GROUP, Int8Matrix, Matrix
 
 
-class Product(NamedTuple):
-    """``y = add + factor * activation(weight x)`` for n vectors x; all tensors of one dtype on one device."""
+class Product(NamedTuple, Generic[Matrix]):
+    """``y = add + factor * activation(weight x)`` for n vectors x; all on one device, all but weights in 8 bits of one
+    dtype."""
 
     x: Tensor
     """(n, in)."""
-    weight: Tensor
-    """(out, in), the last stride 1."""
+    weight: Matrix
+    """(out, in), the last stride 1. In 8 bits it is read by matvec alone."""
     activation: str = "none"
     """A key of ACTIVATIONS."""
     factor: Tensor | None = None
@@ -44,15 +46,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
-def check(op: str, products: Sequence[Product], n: int) -> None:
-    """KernelError, in the name of `op`, unless all `products` are as they say, of n vectors, and of one dtype."""
+def check(op: str, products: Sequence[Product], n: int, in_8_bits: bool = False) -> None:
+    """KernelError, in the name of `op`, unless all `products` are as they say, of n vectors, and of one dtype.
+
+    Args:
+        in_8_bits: whether `op` takes such weights.
+    """
     for number, product in enumerate(products):
-        _check(f"{op}: product {number}:", product, products[0].weight, n)
+        if isinstance(product.weight, Int8Matrix) and not in_8_bits:
+            raise KernelError(f"{op}: product {number}: weight must be floating, got one in 8 bits; dequantize it")
+        _check(f"{op}: product {number}:", product, products[0].x, n)
 
 
 def _check(where: str, product: Product, first: Tensor, n: int) -> None:
     weight = product.weight
-    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape or weight.stride(1) != 1:
+    if isinstance(weight, Int8Matrix):
+        _check_int8(where, weight, first.device)
+    elif weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape or weight.stride(1) != 1:
         raise KernelError(
             f"{where} weight must be (out, in), floating, not empty, its last stride 1; "
             f"got {tuple(weight.shape)} {weight.dtype}, strides {weight.stride()}"
@@ -63,7 +73,7 @@ def _check(where: str, product: Product, first: Tensor, n: int) -> None:
     wanted = {"x": n_in, "weight": None, "factor": n_out, "add": n_out}
     for name, size in wanted.items():
         tensor = getattr(product, name)
-        if tensor is None:
+        if tensor is None or isinstance(tensor, Int8Matrix):
             continue
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise KernelError(
@@ -74,10 +84,24 @@ def _check(where: str, product: Product, first: Tensor, n: int) -> None:
             raise KernelError(f"{where} {name} must be ({n}, {size}) and contiguous, got {tuple(tensor.shape)}")
 
 
-def why_not_rows(dtype: torch.dtype, weights: Sequence[Tensor]) -> str | None:
+def _check_int8(where: str, weight: Int8Matrix, device: torch.device) -> None:
+    codes, scales = weight
+    n_out, n_in = codes.shape
+    fits = 0 not in codes.shape and n_in % GROUP == 0 and tuple(scales.shape) == (n_out, n_in // GROUP)
+    dtypes = codes.dtype, scales.dtype
+    if not fits or dtypes != (torch.int8, torch.bfloat16) or not codes.is_contiguous() or not scales.is_contiguous():
+        raise KernelError(
+            f"{where} weight in 8 bits must be (out, in) int8 and (out, in / {GROUP}) torch.bfloat16, contiguous, not "
+            f"empty; got {tuple(codes.shape)} {codes.dtype} and {tuple(scales.shape)} {scales.dtype}"
+        )
+    if codes.device != device or scales.device != device:
+        raise KernelError(f"{where} all tensors must be on {device}; weight is on {codes.device} and {scales.device}")
+
+
+def why_not_rows(weights: Sequence[Tensor]) -> str | None:
     """Why a kernel that reads pieces of 16 bytes can't read the rows of `weights`, as a clause; None where it can."""
     for weight in weights:
-        if weight.data_ptr() % 16 or weight.stride(0) * dtype.itemsize % 16:
+        if weight.data_ptr() % 16 or weight.stride(0) * weight.itemsize % 16:
             return "it reads rows of a weight that begin at multiples of 16 bytes"
     return None
 

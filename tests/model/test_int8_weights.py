@@ -12,12 +12,18 @@ import heron
 from heron import cli, tokenizer
 from heron.errors import ConfigError
 from heron.generation import Engine, Request, Sampling, decoders
+from heron.generation import engine as engine_module
 from heron.generation.decoder import CppDecoder
+from heron.generation.graphed import GraphedDecoder
+from heron.generation.step import matrix_of
 from heron.model.int8 import Int8Linear, quantize_for_running
 from heron.model.quantized import quantized_layers
 from heron.ops import _build
 from heron.ops._choice import Choice
+from heron.ops._products import Product
 from heron.ops.int8 import Int8Matrix
+from heron.ops.matvec.reference import matvec_reference
+from tests.generation import accuracy
 
 CPU = torch.device("cpu")
 SIZES = dict(n_layer=2, n_embd=64, ffn_dim=128, vocab_size=256)
@@ -76,7 +82,7 @@ def test_tables_off_the_device_are_found_beside_weights_in_8_bits(random_model, 
         (dict(variant="v8-hybrid"), "cpu", "is for v7 and v8, and this is a v8-hybrid"),
         (dict(n_embd=96, head_size=32), "cpu", "n_embd must be a multiple of 64, got 96"),
         (dict(ffn_dim=100), "cpu", "ffn_dim must be a multiple of 64, got 100"),
-        (dict(), "cuda", "runs on a CPU so far, and the device is cuda; add --device cpu"),
+        (dict(), "mps", "runs on a CPU or a CUDA GPU, not on mps; add --device cpu"),
     ],
 )
 def test_what_has_no_form_in_8_bits_is_refused_in_words(random_model, changes, device, message):
@@ -84,6 +90,56 @@ def test_what_has_no_form_in_8_bits_is_refused_in_words(random_model, changes, d
     with pytest.raises(ConfigError, match=f"weights int8: {message}"):
         quantize_for_running(model, torch.device(device))
     assert not any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["v7", "v8"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_decoder_of_a_gpu_is_near_what_8_bits_stand_for(random_model, variant, dtype, n):
+    model = quantize_for_running(random_model(variant=variant, **SIZES).to(dtype), CPU)
+    texts = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    accuracy.check(GraphedDecoder(model, n), n // 2, model, *texts)
+
+
+@needs_compiler
+def test_layers_in_8_bits_are_compiled_as_others_are(random_model):
+    model = quantize_for_running(random_model(variant="v7", **SIZES), CPU)
+    with torch.inference_mode():
+        layer, matrix = model.blocks[0].ffn.key, matrix_of(model.head)
+        x, product = torch.randn(1, 8, 64), Product(torch.randn(1, 64), matrix)
+        assert torch.allclose(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5)
+        (got,), (want,) = torch.compile(matvec_reference, fullgraph=True)([product]), matvec_reference([product])
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_recorded_step_is_near_what_8_bits_stand_for(random_model, dtype, n):
+    model = random_model(variant="v8", n_layer=3, n_embd=192, head_size=64, ffn_dim=320, vocab_size=100).to(dtype)
+    model = quantize_for_running(model, torch.device("cuda")).to("cuda")
+    texts = torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    accuracy.check(GraphedDecoder(model, n), n // 2, model, *texts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_engine_on_a_gpu_writes_with_half_the_memory(random_model, monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS_CUDA", 64)
+    sizes = dict(n_layer=4, n_embd=512, head_size=64, ffn_dim=2048, vocab_size=256)
+    given, taken, texts = random_model(variant="v7", **sizes).bfloat16(), [], []
+    for wanted in (copy.deepcopy(given), quantize_for_running(copy.deepcopy(given), torch.device("cuda"))):
+        model = wanted.to("cuda")
+        taken.append(sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if x.dim() == 2))
+    assert taken[1] < 0.6 * taken[0]
+    prompts = [bytes(range(32, 32 + 70 + 9 * i)).decode("latin-1") for i in range(3)]
+    for place in (dict(rows=1), dict(rows=3), dict(rows=3, fit_steps=True), dict(rows=3, packed=2)):
+        engine = Engine(model, tokenizer.load("bytes"), **place)
+        asked = [Request(prompt, 24, Sampling(temperature=0)) for prompt in prompts]
+        texts.append([(piece.request, piece.token.id) for piece in engine.run(asked) if piece.token])
+        assert len(texts[-1]) == 3 * 24
+        assert isinstance(engine._decoder, GraphedDecoder)
 
 
 def test_without_the_decoder_in_cpp_there_is_none(random_model, monkeypatch):

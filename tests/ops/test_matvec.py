@@ -11,6 +11,8 @@ import torch
 from heron.errors import KernelError
 from heron.ops import _build, matvec
 from heron.ops._products import ACTIVATIONS
+from heron.ops.few_rows import few_rows
+from heron.ops.int8 import GROUP, Int8Matrix, dense
 from heron.ops.matvec import Product, cuda, matvec_choice
 from tests.ops.kernels import (
     BFLOAT16,
@@ -28,23 +30,25 @@ FORMS = [(name, factor, add) for name in ACTIVATIONS for factor in (False, True)
 
 
 def products(shapes, dtype, device="cpu", seed=0):
-    """One product of each shape (out, in), the forms in turn; every second weight is a part of a wider matrix."""
+    """One product of each shape (out, in), the forms in turn; every second weight is a part of a wider matrix. Those of
+    (out, in, "int8") are in 8 bits."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def numbers(*shape, scale=1.0):
         return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
 
     made = []
-    for i, (n_out, n_in) in enumerate(shapes):
+    for i, (n_out, n_in, *kind) in enumerate(shapes):
         activation, has_factor, has_add = FORMS[(5 * i + seed) % len(FORMS)]
         weight = numbers(n_out, n_in + 8 * (i % 2), scale=2 * n_in**-0.5)[:, :n_in]
         factor, add = (numbers(1, n_out) if wanted else None for wanted in (has_factor, has_add))
-        made.append(Product(numbers(1, n_in), weight, activation, factor, add))
+        made.append(Product(numbers(1, n_in), Int8Matrix.of(weight) if kind else weight, activation, factor, add))
     return made
 
 
 def exact(product):
     """The product in fp64, from matrix and vector by PyTorch, and what its terms are large at most."""
+    product = product._replace(weight=dense(product.weight, torch.float64))
     x, weight, activation, factor, add = (part.double() if torch.is_tensor(part) else part for part in product)
     functions = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
     y = functions.get(activation, lambda x: x.clamp(min=0) ** 2)(x @ weight.T)
@@ -72,7 +76,9 @@ def emulated():
 
     def multiply(some):
         xs, weights, activations, factors, adds = zip(*some, strict=True)
-        ys = [torch.full((1, len(weight)), torch.nan, dtype=weight.dtype) for weight in weights]
+        ys = [torch.full((1, weight.shape[0]), torch.nan, dtype=xs[0].dtype) for weight in weights]
+        scales = [weight.scales if isinstance(weight, Int8Matrix) else None for weight in weights]
+        weights = [weight.codes if isinstance(weight, Int8Matrix) else weight for weight in weights]
 
         def pointers(tensors):
             return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
@@ -81,7 +87,7 @@ def emulated():
             return (kind * len(some))(*values)
 
         error = library.matvec_emulated(
-            int(xs[0].dtype == BF16), len(some), *map(pointers, (xs, weights, factors, adds, ys)),
+            int(xs[0].dtype == BF16), len(some), *map(pointers, (xs, weights, scales, factors, adds, ys)),
             integers([weight.stride(0) for weight in weights], ctypes.c_int64),
             integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
             integers([list(ACTIVATIONS).index(name) for name in activations]),
@@ -93,13 +99,15 @@ def emulated():
 
 
 SMALL = [(3, 8), (1, 768), (9, 40), (9, 2056), (17, 264), (3, 8192), (5, 16), (24, 4104)]
+MIXED = [(3, 64, "int8"), (9, 40), (17, 320, "int8"), (1, 768, "int8"), (5, 2112, "int8"), (9, 264), (3, 8192, "int8")]
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_kernels_source_on_a_cpu_multiplies(emulated, dtype, seed):
-    some = products(SMALL, dtype, seed=seed)
+@pytest.mark.parametrize("shapes", [SMALL, MIXED], ids=["floating", "with int8"])
+def test_the_kernels_source_on_a_cpu_multiplies(emulated, dtype, seed, shapes):
+    some = products(shapes, dtype, seed=seed)
     together = emulated(some)
     compare(together, some)
     for y, product in zip(together, some, strict=True):
@@ -119,7 +127,7 @@ def test_what_is_not_finite_stays_so(emulated, activation):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_definition_multiplies(dtype, seed):
-    some = products([*SMALL, (4, 7), (1, 1)], dtype, seed=seed)
+    some = products([*SMALL, *MIXED, (4, 7), (1, 1)], dtype, seed=seed)
     compare(matvec(some), some)
     assert matvec([]) == []
 
@@ -127,6 +135,14 @@ def test_the_definition_multiplies(dtype, seed):
 def test_the_definition_computes_fp64_in_fp64():
     product = Product(torch.full((1, 3), 1 / 3).double(), torch.full((2, 3), 1 / 3).double())
     assert (matvec([product])[0] - product.x @ product.weight.T).abs().max() < 1e-15
+
+
+CODES = Int8Matrix.of(torch.ones(4, 64))
+
+
+def test_ops_that_read_no_8_bits_say_so():
+    with pytest.raises(KernelError, match="few_rows: product 0: weight must be floating, got one in 8 bits"):
+        few_rows([Product(torch.zeros(2, 64), CODES)])
 
 
 @pytest.mark.parametrize(
@@ -139,6 +155,11 @@ def test_the_definition_computes_fp64_in_fp64():
         (dict(factor=torch.zeros(1, 3)), r"factor must be \(1, 4\) and contiguous, got \(1, 3\)"),
         (dict(add=torch.zeros(1, 8)[:, ::2]), r"add must be \(1, 4\) and contiguous"),
         (dict(add=torch.zeros(1, 4, device="meta")), "add is torch.float32 on meta"),
+        (dict(weight=CODES._replace(codes=CODES.codes.long())), r"in 8 bits must be .* got \(4, 64\) torch.int64 and"),
+        (dict(weight=CODES._replace(scales=torch.zeros(4, 2).bfloat16())), r"int8 and \(4, 2\) torch.bfloat16"),
+        (dict(weight=CODES._replace(scales=torch.zeros(4, 1))), r"int8 and \(4, 1\) torch.float32"),
+        (dict(weight=CODES._replace(codes=torch.zeros(4, 96).to(torch.int8))), r"got \(4, 96\) torch.int8"),
+        (dict(weight=CODES), r"x must be \(1, 64\) and contiguous, got \(1, 8\)"),
         (dict(activation="relu"), "activation must be none, tanh, sigmoid, squared relu; got 'relu'"),
     ],
 )
@@ -171,10 +192,12 @@ def test_a_form_that_does_not_run_here_is_refused(impl, message):
         (torch.zeros(4, 24584, dtype=BF16), "up to 24576 of torch.bfloat16, not of 24584"),
         (torch.zeros(4, 9)[:, :8], "begin at multiples of 16 bytes"),
         (torch.zeros(4, 16)[:, 1:9], "begin at multiples of 16 bytes"),
+        (CODES, None),
+        (Int8Matrix.of(torch.zeros(1, 12352)), "up to 12288 of torch.float32, not of 12352"),
     ],
 )
 def test_weights_that_the_kernel_cannot_read_are_named(weight, reason):
-    said = cuda.why_not(GPU, weight.dtype, [weight])
+    said = cuda.why_not(GPU, weight.dtype if torch.is_tensor(weight) else FP32, [weight])
     assert said is None if reason is None else reason in said
 
 
@@ -185,7 +208,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
         def __getattr__(self, name):
             return getattr(torch.zeros(8, 8, dtype=BF16), name)
 
-    said = cuda.FORM, lambda: matvec_choice([OnDevice()]), "reference", "matvec"
+    said = cuda.FORM, lambda: matvec_choice([OnDevice()], BF16), "reference", "matvec"
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 
@@ -212,8 +235,9 @@ def gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_kernel_multiplies_the_longest_vectors(gpu, dtype):
-    some = products([(17, 48 * 1024 // dtype.itemsize), (2, 8)], dtype, gpu)
-    assert cuda.why_not(GPU, some[0].weight.dtype, [product.weight for product in some]) is None
+    longest = 48 * 1024 // dtype.itemsize
+    some = products([(17, longest), (2, 8), (17, longest, "int8")], dtype, gpu)
+    assert cuda.why_not(GPU, dtype, [product.weight for product in some]) is None
     compare(matvec(some, impl="cuda"), some)
 
 
@@ -222,6 +246,8 @@ def test_kernel_multiplies_the_longest_vectors(gpu, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_kernel_multiplies(gpu, n_in, dtype):
     shapes = [(n_out, n_in) for n_out in (1, 3, 96, 2048, 96, 65536, 3, 2048, 1, 96)]  # more than one launch
+    if n_in % GROUP == 0:
+        shapes += [(*shape, "int8") for shape in shapes]
     some = products(shapes, dtype, gpu, seed=n_in)
     together = matvec(some, impl="cuda")
     compare(together, some)
@@ -231,9 +257,10 @@ def test_kernel_multiplies(gpu, n_in, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_chain_of_kernels_in_a_graph_is_the_chain(gpu, dtype):
+@pytest.mark.parametrize("kind", [(), ("int8",)], ids=["floating", "int8"])
+def test_a_chain_of_kernels_in_a_graph_is_the_chain(gpu, dtype, kind):
     """Each waits for the one before it, however early it began."""
-    matrices = products([(1024, 1024)] * 6, dtype, gpu)
+    matrices = products([(1024, 1024, *kind)] * 6, dtype, gpu)
     source = torch.randn(1, 1024, device=gpu).to(dtype)
 
     def chain(x):

@@ -37,7 +37,7 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor],
     for weight in weights:
         if (n_in := weight.shape[1]) % 8:
             return f"it takes vectors of a multiple of 8, not of {n_in}"
-    return _products.why_not_rows(dtype, weights)
+    return _products.why_not_rows(weights)
 
 
 @functools.cache

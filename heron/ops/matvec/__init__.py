@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from heron.ops import _choice, _products
 from heron.ops._products import Product
+from heron.ops.int8 import Int8Matrix
 from heron.ops.matvec import cuda
 from heron.ops.matvec.reference import matvec_reference
 
@@ -15,9 +17,9 @@ __all__ = ["Product", "matvec", "matvec_choice"]
 _FORMS = {"reference": matvec_reference, "cuda": cuda.matvec_cuda}
 
 
-def matvec_choice(weights: Sequence[Tensor]) -> _choice.Choice:
-    """The form that "auto" takes for products with `weights`, (out, in) each, of one dtype on one device."""
-    device, dtype = weights[0].device, weights[0].dtype
+def matvec_choice(weights: Sequence[Tensor | Int8Matrix], dtype: torch.dtype) -> _choice.Choice:
+    """The form that "auto" takes for products with `weights`, (out, in) each, on one device, and vectors of `dtype`."""
+    device = weights[0].device
     other = _choice.Choice("reference", f"an elementwise product and a sum, in PyTorch; runs on {device.type}")
     return cuda.FORM.choice("a warp for a row of a weight, each read once", other, device, dtype, weights)
 
@@ -29,7 +31,8 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
     what one gives does not depend on the others. No gradients.
 
     Args:
-        products: :class:`Product`, each of one vector, of one dtype on one device; their shapes may differ.
+        products: :class:`Product`, each of one vector, of one dtype on one device; their shapes may differ. Weights may
+            be in 8 bits (:class:`heron.ops.int8.Int8Matrix`): they are read as they are.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:
@@ -39,9 +42,9 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
         KernelError: shapes, dtypes or devices that do not fit together, an unknown activation, an `impl` that does not
             exist or run here.
     """
-    _products.check("matvec", products, 1)
+    _products.check("matvec", products, 1, in_8_bits=True)
     if not products:
         return []
     if impl == "auto":
-        impl = matvec_choice([product.weight for product in products]).impl
+        impl = matvec_choice([product.weight for product in products], products[0].x.dtype).impl
     return _choice.form_of("matvec", impl, _FORMS)(products)

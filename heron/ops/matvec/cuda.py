@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heron.ops import _build, _choice, _products
 from heron.ops._products import Product
+from heron.ops.int8 import Int8Matrix
 
 SOURCE = Path(__file__).parent / "csrc" / "matvec.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,12 +21,22 @@ _LONGEST_BYTES = 48 * 1024  # of a vector, which a block keeps in shared memory
 
 def matvec_cuda(products: Sequence[Product]) -> list[Tensor]:
     """See :func:`heron.ops.matvec`; KernelError as :meth:`FORM.require`."""
-    weights = [product.weight for product in products]
-    FORM.require(weights[0].device, weights[0].dtype, weights)
-    return _products.launches(products, _MOST, torch.ops.heron.matvec)
+    x = products[0].x
+    FORM.require(x.device, x.dtype, [product.weight for product in products])
+    return _products.launches(products, _MOST, _launch)
 
 
-def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor]) -> str | None:
+def _launch(xs: Sequence[Tensor], weights: Sequence[Tensor | Int8Matrix], *rest: Sequence) -> list[Tensor]:
+    scales = [weight.scales if isinstance(weight, Int8Matrix) else None for weight in weights]
+    return torch.ops.heron.matvec(xs, list(map(_numbers, weights)), scales, *rest)
+
+
+def _numbers(weight: Tensor | Int8Matrix) -> Tensor:
+    """What the kernel reads row by row."""
+    return weight.codes if isinstance(weight, Int8Matrix) else weight
+
+
+def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor | Int8Matrix]) -> str | None:
     """Why the kernel can't read one of the `weights`, as a clause; None where it can read all."""
     if against := _choice.why_not_dtype(dtype, DTYPES):
         return against
@@ -34,7 +45,7 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor])
         n_in = weight.shape[1]
         if n_in % 8 or not 0 < n_in <= longest:
             return f"it takes vectors of a multiple of 8, up to {longest} of {dtype}, not of {n_in}"
-    return _products.why_not_rows(dtype, weights)
+    return _products.why_not_rows(list(map(_numbers, weights)))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heron.ops._products import Product
+from heron.ops.int8 import dense
 
 
 def matvec_reference(products: Sequence[Product]) -> list[Tensor]:
@@ -17,4 +18,4 @@ def matvec_reference(products: Sequence[Product]) -> list[Tensor]:
 
 def _product(product: Product) -> Tensor:
     dtype = torch.promote_types(product.x.dtype, torch.float32)
-    return product.finished((product.weight.to(dtype) * product.x.to(dtype)).sum(dim=-1).unsqueeze(0))
+    return product.finished((dense(product.weight, dtype) * product.x.to(dtype)).sum(dim=-1).unsqueeze(0))

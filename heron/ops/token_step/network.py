@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple
 
 from torch import Tensor
 
 from heron.ops.head_step.reference import HeadWeights
-from heron.ops.int8 import Int8Matrix
-
-Matrix = TypeVar("Matrix", Tensor, Int8Matrix)
-"""A large matrix, (out, in). In 8 bits it is read by C++ alone."""
+from heron.ops.int8 import Matrix
 
 
 class Norm(NamedTuple):

@@ -11,6 +11,12 @@ struct Brain {
 };
 
 inline float __uint_as_float(uint32_t bits) { return bits_float(bits); }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; i++) picked |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return picked;
+}
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
   using namespace emulator;
   memcpy(my_warp().in[my_lane()], &x, sizeof x);

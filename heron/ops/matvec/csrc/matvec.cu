@@ -4,6 +4,9 @@
 // A lane holds the next kAhead pieces of 16 bytes of its row in registers and asks for another as it uses one, so that a
 // multiprocessor has tens of KiB under way. The first ones are asked for before the kernel that computes the vectors has
 // ended (programmatic dependent launch, from compute capability 9.0 on): the weights do not depend on it.
+//
+// A matrix may be in 8 bits (heron/ops/int8.py): then a piece is 16 codes, of one group, and its sum is multiplied by the
+// group's scale. Vectors and what follows the product stay in their dtype.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <algorithm>
@@ -18,11 +21,13 @@ namespace {
 constexpr int kWarps = 8;     // of a block
 constexpr int kAhead = 8;     // pieces that a lane waits for
 constexpr int kProducts = 8;  // of a launch
+constexpr int kPiecesOfGroup = 4;  // of 16 codes, which share a scale
 constexpr unsigned kAll = 0xffffffffu;
 
 // y = add + factor activation(weight x)
 struct Product {
     const void *x, *weight, *factor, *add;  // the last two may be null
+    const uint16_t* scales;                 // bf16, of a weight of codes; else null
     void* y;
     int64_t stride;  // of the weight's rows, in elements
     int in, out, activation;
@@ -64,26 +69,47 @@ __device__ __forceinline__ void multiply_add(unsigned a, unsigned b, float (&sum
     }
 }
 
+// Adds the products of four codes and the numbers in sizeof(T) words to two sums. A code becomes a float as the last bits
+// of 2^23, which is subtracted again: exact, and faster than a conversion.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, 24 / kWarps) matvec(const __grid_constant__ Products products) {
-    int which = 0;
-    while (which + 1 < products.n && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
-    const Product& p = products.of[which];
+__device__ __forceinline__ void multiply_add_codes(unsigned codes, const unsigned* words, float (&sums)[2]) {
+    T x[4];
+    memcpy(x, words, sizeof x);
+    const unsigned biased = codes ^ 0x80808080u;  // code + 128
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float code = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7650u + i)) - (8388608.0f + 128.0f);
+        sums[i % 2] += code * static_cast<float>(x[i]);
+    }
+}
+
+template <typename T, bool kIsInt8>
+__device__ __forceinline__ void compute(const Product& p, float* of_warp) {
+    constexpr int kBytes = kIsInt8 ? 1 : static_cast<int>(sizeof(T));        // of a number of the weight
+    constexpr int kVectors = static_cast<int>(sizeof(T)) / kBytes;           // pieces of the vector for one of the weight
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int row = ((static_cast<int>(blockIdx.x) - p.first_block) * kWarps + warp) / p.warps;
-    const int first = warp % p.warps * 32 + lane, step = 32 * p.warps, pieces = p.in * static_cast<int>(sizeof(T)) / 16;
+    const int first = warp % p.warps * 32 + lane, step = 32 * p.warps, pieces = p.in * kBytes / 16;
     const bool is_there = row < p.out;
     const auto* weight =
-        reinterpret_cast<const Piece*>(static_cast<const T*>(p.weight) + (is_there ? row : 0) * p.stride);
+        reinterpret_cast<const Piece*>(static_cast<const char*>(p.weight) + (is_there ? row : 0) * p.stride * kBytes);
+    const uint16_t* scales = p.scales + (is_there ? row : 0) * (pieces / kPiecesOfGroup);
     Piece held[kAhead];
+    unsigned scale[kAhead];
+    const auto ask = [&](int j, int at) {
+        if (at >= pieces) return;
+        held[j] = streamed(weight + at);
+        if constexpr (kIsInt8) scale[j] = scales[at / kPiecesOfGroup];
+    };
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-        if (first + step * j < pieces) held[j] = streamed(weight + first + step * j);
-    }
+    for (int j = 0; j < kAhead; ++j) ask(j, first + step * j);
     wait_for_inputs();
     auto* x = reinterpret_cast<Piece*>(shared_memory());
 #pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < pieces; i += 32 * kWarps) x[i] = static_cast<const Piece*>(p.x)[i];
+    for (int i = static_cast<int>(threadIdx.x); i < pieces * kVectors; i += 32 * kWarps) {
+        // Of those for one piece of the weight, all first ones, then all second ones: lanes read from different banks.
+        x[i % kVectors * pieces + i / kVectors] = static_cast<const Piece*>(p.x)[i];
+    }
     const bool writes = is_there && first == 0;
     const float factor = writes && p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[row]) : 1.0f;
     const float add = writes && p.add ? static_cast<float>(static_cast<const T*>(p.add)[row]) : 0.0f;
@@ -94,23 +120,45 @@ __global__ void __launch_bounds__(32 * kWarps, 24 / kWarps) matvec(const __grid_
         for (int j = 0; j < kAhead; ++j) {
             const int at = begin + step * j;
             if (at < pieces) {
-                const Piece u = x[at];
+                if constexpr (kIsInt8) {
+                    Piece u[kVectors];
+                    float of_piece[2][2] = {};
 #pragma unroll
-                for (int i = 0; i < 4; ++i) multiply_add<T>(held[j].words[i], u.words[i], sums[i % 2]);
+                    for (int i = 0; i < kVectors; ++i) u[i] = x[i * pieces + at];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        multiply_add_codes<T>(held[j].words[i], u[i * kVectors / 4].words + i * kVectors % 4, of_piece[i % 2]);
+                    }
+                    const float by = __uint_as_float(scale[j] << 16);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) sums[0][i] += by * (of_piece[0][i] + of_piece[1][i]);
+                } else {
+                    const Piece u = x[at];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) multiply_add<T>(held[j].words[i], u.words[i], sums[i % 2]);
+                }
             }
-            if (at + step * kAhead < pieces) held[j] = streamed(weight + at + step * kAhead);
+            ask(j, at + step * kAhead);
         }
     }
     float sum = (sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]);
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kAll, sum, mask);
     if (p.warps > 1) {
-        __shared__ float of_warp[kWarps];
         if (lane == 0) of_warp[warp] = sum;
         __syncthreads();
         for (int i = 1; i < p.warps && writes; ++i) sum += of_warp[warp + i];
     }
     if (writes) static_cast<T*>(p.y)[row] = static_cast<T>(add + factor * activated(sum, p.activation));
+}
+
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarps, 24 / kWarps) matvec(const __grid_constant__ Products products) {
+    __shared__ float of_warp[kWarps];
+    int which = 0;
+    while (which + 1 < products.n && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
+    const Product& p = products.of[which];
+    p.scales ? compute<T, true>(p, of_warp) : compute<T, false>(p, of_warp);
 }
 
 }  // namespace
@@ -125,22 +173,23 @@ using Several = std::vector<Optional>;
 
 const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
-// Shapes, dtypes and alignment as heron.ops.matvec says, and checks.
-Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
+// Shapes, dtypes and alignment as heron.ops.matvec says, and checks. Weights with scales are codes.
+Tensors run(const Tensors& xs, const Tensors& weights, const Several& scales, const std::vector<int64_t>& activations,
             const Several& factors, const Several& adds) {
-    const Tensor& first = weights[0];
+    const Tensor& first = xs[0];
     const DeviceGuard guard(first.get_device_index());
     Tensors ys;
     Products products{};
     int64_t blocks = 0, longest = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
         const int64_t out = weights[i].size(0), in = weights[i].size(1);
-        const int warps = warps_of(in * first.element_size());
-        ys.push_back(empty({1, out}, weights[i]));
+        const int warps = warps_of(in * weights[i].element_size());
+        ys.push_back(empty({1, out}, first));
         products.of[products.n++] = {xs[i].const_data_ptr(),
                                      weights[i].const_data_ptr(),
                                      data_of(factors[i]),
                                      data_of(adds[i]),
+                                     static_cast<const uint16_t*>(data_of(scales[i])),
                                      ys.back().mutable_data_ptr(),
                                      weights[i].stride(0),
                                      static_cast<int>(in),
@@ -168,7 +217,8 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
 
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
-        "matvec(Tensor[] xs, Tensor[] weights, int[] activations, Tensor?[] factors, Tensor?[] adds) -> Tensor[]");
+        "matvec(Tensor[] xs, Tensor[] weights, Tensor?[] scales, int[] activations, Tensor?[] factors, Tensor?[] adds) "
+        "-> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("matvec", TORCH_BOX(&run)); }
