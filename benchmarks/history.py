@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 HISTORY = Path(__file__).with_name("history.jsonl")
+UNKNOWN, CHANGED = "unknown", "+"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +51,12 @@ def record(options: argparse.Namespace, benchmark: str, row: str, figures: dict[
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it; "unknown" elsewhere."""
+    """The commit of this checkout, with CHANGED behind it where files differ from it; UNKNOWN elsewhere."""
     try:
-        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
+        command = ["git", "describe", "--always", f"--dirty={CHANGED}", "--abbrev=7", "--exclude=*"]
         return subprocess.run(command, cwd=HISTORY.parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN
 
 
 def found(lines: list[str], words: list[str]) -> list[str]:

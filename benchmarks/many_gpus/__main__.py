@@ -8,23 +8,21 @@ commit, device and version of PyTorch, and the same command goes on behind it. `
 from __future__ import annotations
 
 import argparse
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import command_line
+from benchmarks import command_line, history
 from benchmarks.jobs import visible_devices
-from benchmarks.many_gpus.launch import REPOSITORY, Launcher
+from benchmarks.many_gpus.launch import Launcher
 from benchmarks.many_gpus.results import Results
 from benchmarks.many_gpus.rows import Row, full, rows, tiny
 from heron.commands import EXIT_FAILED, EXIT_PREEMPTED
 from heron.errors import ConfigError
 
 RESULTS = "results.jsonl"
-_UNKNOWN, _DIRTY = "not known", "-dirty"
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 ROWS = list(rows(2, full(), [0], 1.0))
 HEAD = ("what", "one GPU", "{gpus} GPUs", "times one GPU", "share of linear", "GiB a GPU", "share of bf16 peak")
@@ -48,11 +46,11 @@ def measure(options: argparse.Namespace) -> int:
         if scale.run.micro_bsz % gpus:
             raise ConfigError(f"gpus: wanted a number that divides {scale.run.micro_bsz} samples, got {gpus}")
         options.out.mkdir(parents=True, exist_ok=True)
-        commit = options.commit or _commit()
+        commit = options.commit or history.commit()
         device = "CPU, models too small to tell anything" if options.tiny else torch.cuda.get_device_name()
         results = Results(
             options.out / RESULTS, {"commit": commit, "device": device, "torch": torch.__version__},
-            trusted=commit != _UNKNOWN and not commit.endswith(_DIRTY),
+            trusted=commit != history.UNKNOWN and not commit.endswith(history.CHANGED),
         )  # fmt: skip
         print(f"{gpus} x {device}, torch {torch.__version__}, commit {commit}\n")
         print(_line([cell.format(gpus=gpus) for cell in HEAD]))
@@ -74,16 +72,6 @@ def _row(row: Row, results: Results, launcher: Launcher) -> list[str]:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
-def _commit() -> str:
-    """Of the checkout that this file is in."""
-    asked = ["git", "-C", str(REPOSITORY), "describe", "--always", f"--dirty={_DIRTY}", "--exclude", "*"]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return _UNKNOWN
-    return done.stdout.strip()
 
 
 def main(arguments: list[str] | None = None) -> int:
