@@ -12,7 +12,7 @@ from heron.errors import KernelError
 from heron.ops import _build, matvec
 from heron.ops._products import ACTIVATIONS
 from heron.ops.few_rows import few_rows
-from heron.ops.int8 import GROUP, Int8Matrix, dense
+from heron.ops.int8 import GROUP, Int8Matrix
 from heron.ops.matvec import Product, cuda, matvec_choice
 from tests.ops.kernels import (
     BFLOAT16,
@@ -21,49 +21,11 @@ from tests.ops.kernels import (
     check_that_none_spills,
     needs_nvcc,
 )
+from tests.ops.products import compare, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GPU = torch.device("cuda")
-ROUNDING = {FP32: 1e-6, FP16: 5e-4, BF16: 4e-3}  # half a unit in the last place, relative, or more
-FORMS = [(name, factor, add) for name in ACTIVATIONS for factor in (False, True) for add in (False, True)]
-
-
-def products(shapes, dtype, device="cpu", seed=0):
-    """One product of each shape (out, in), the forms in turn; every second weight is a part of a wider matrix. Those of
-    (out, in, "int8") are in 8 bits."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def numbers(*shape, scale=1.0):
-        return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
-
-    made = []
-    for i, (n_out, n_in, *kind) in enumerate(shapes):
-        activation, has_factor, has_add = FORMS[(5 * i + seed) % len(FORMS)]
-        weight = numbers(n_out, n_in + 8 * (i % 2), scale=2 * n_in**-0.5)[:, :n_in]
-        factor, add = (numbers(1, n_out) if wanted else None for wanted in (has_factor, has_add))
-        made.append(Product(numbers(1, n_in), Int8Matrix.of(weight) if kind else weight, activation, factor, add))
-    return made
-
-
-def exact(product):
-    """The product in fp64, from matrix and vector by PyTorch, and what its terms are large at most."""
-    product = product._replace(weight=dense(product.weight, torch.float64))
-    x, weight, activation, factor, add = (part.double() if torch.is_tensor(part) else part for part in product)
-    functions = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-    y = functions.get(activation, lambda x: x.clamp(min=0) ** 2)(x @ weight.T)
-    scale = (x.abs() @ weight.abs().T) * (1 + y.abs().sqrt()) + 1
-    y = y * (1 if factor is None else factor)
-    scale = scale * (1 if factor is None else factor.abs())
-    return y + (0 if add is None else add), scale
-
-
-def compare(got, wanted_of):
-    for y, product in zip(got, wanted_of, strict=True):
-        want, scale = exact(product)
-        assert y.shape == want.shape
-        assert y.dtype == product.x.dtype
-        assert ((y.double() - want).abs() <= ROUNDING[y.dtype] * want.abs() + 2e-6 * scale).all()
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +69,7 @@ MIXED = [(3, 64, "int8"), (9, 40), (17, 320, "int8"), (1, 768, "int8"), (5, 2112
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shapes", [SMALL, MIXED], ids=["floating", "with int8"])
 def test_the_kernels_source_on_a_cpu_multiplies(emulated, dtype, seed, shapes):
-    some = products(shapes, dtype, seed=seed)
+    some = products(shapes, 1, dtype, seed=seed)
     together = emulated(some)
     compare(together, some)
     for y, product in zip(together, some, strict=True):
@@ -127,7 +89,7 @@ def test_what_is_not_finite_stays_so(emulated, activation):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_definition_multiplies(dtype, seed):
-    some = products([*SMALL, *MIXED, (4, 7), (1, 1)], dtype, seed=seed)
+    some = products([*SMALL, *MIXED, (4, 7), (1, 1)], 1, dtype, seed=seed)
     compare(matvec(some), some)
     assert matvec([]) == []
 
@@ -236,7 +198,7 @@ def gpu():
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_kernel_multiplies_the_longest_vectors(gpu, dtype):
     longest = 48 * 1024 // dtype.itemsize
-    some = products([(17, longest), (2, 8), (17, longest, "int8")], dtype, gpu)
+    some = products([(17, longest), (2, 8), (17, longest, "int8")], 1, dtype, gpu)
     assert cuda.why_not(GPU, dtype, [product.weight for product in some]) is None
     compare(matvec(some, impl="cuda"), some)
 
@@ -248,7 +210,7 @@ def test_kernel_multiplies(gpu, n_in, dtype):
     shapes = [(n_out, n_in) for n_out in (1, 3, 96, 2048, 96, 65536, 3, 2048, 1, 96)]  # more than one launch
     if n_in % GROUP == 0:
         shapes += [(*shape, "int8") for shape in shapes]
-    some = products(shapes, dtype, gpu, seed=n_in)
+    some = products(shapes, 1, dtype, gpu, seed=n_in)
     together = matvec(some, impl="cuda")
     compare(together, some)
     for y, product in zip(together, some, strict=True):
@@ -260,7 +222,7 @@ def test_kernel_multiplies(gpu, n_in, dtype):
 @pytest.mark.parametrize("kind", [(), ("int8",)], ids=["floating", "int8"])
 def test_a_chain_of_kernels_in_a_graph_is_the_chain(gpu, dtype, kind):
     """Each waits for the one before it, however early it began."""
-    matrices = products([(1024, 1024, *kind)] * 6, dtype, gpu)
+    matrices = products([(1024, 1024, *kind)] * 6, 1, dtype, gpu)
     source = torch.randn(1, 1024, device=gpu).to(dtype)
 
     def chain(x):
