@@ -13,6 +13,7 @@ import collections
 from collections.abc import Callable
 from functools import partial
 
+import history
 import torch
 import torch.nn.functional as F
 from generate import DTYPES, random_model
@@ -62,10 +63,12 @@ def kinds(run: Callable[[], object]) -> dict[str, tuple[int, float]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
-def steps(model: heron.RWKV, places: int, numbers: list[int], bandwidth: float) -> None:
+def steps(model: heron.RWKV, options: argparse.Namespace) -> None:
+    places, bandwidth, config = options.places, options.bandwidth, model.config
     decoder = GraphedDecoder(model, places, fit_steps=True)
+    what = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}"
     print(f"{'sequences':>9}{'ms':>8}{'predicted':>11}{'tokens/s':>10}   kernels: how many, microseconds together")
-    for n in numbers:
+    for n in options.taken:
         for sequence in range(places):
             decoder.free(sequence)
         sequences, tokens = list(range(n)), [7] * n
@@ -73,6 +76,7 @@ def steps(model: heron.RWKV, places: int, numbers: list[int], bandwidth: float) 
         parts = kinds(lambda s=sequences, t=tokens: decoder.step(s, t))
         spent = ", ".join(f"{kind} {count}, {time:.0f}" for kind, (count, time) in parts.items())
         print(f"{n:>9}{ms:>8.3f}{predicted_ms(model, n, bandwidth):>11.3f}{1e3 * n / ms:>10.0f}   {spent}", flush=True)
+        history.record(options, "decode_step.py", f"{what}, {n} of {places} places", {"tokens/s": 1e3 * n / ms})
 
 
 def forms(model: heron.RWKV, numbers: list[int], bandwidth: float) -> None:
@@ -137,6 +141,7 @@ def main() -> None:
         "--fewest", type=int, choices=(1, 2), default=step.FEWEST, help="FEWEST of heron.generation.step"
     )
     parser.add_argument("--forms", action="store_true", help="each product by itself")
+    history.add_flags(parser)
     options = parser.parse_args()
     need_gpu(parser)
     step.FEWEST = options.fewest
@@ -146,7 +151,7 @@ def main() -> None:
     if options.forms:
         forms(model, [n for n in options.taken if 1 < n <= MOST], options.bandwidth)
     else:
-        steps(model, options.places, options.taken, options.bandwidth)
+        steps(model, options)
 
 
 if __name__ == "__main__":

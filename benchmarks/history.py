@@ -1,4 +1,4 @@
-"""What benchmarks have measured so far, a JSON object a line: ``--record`` of a benchmark adds its figures.
+"""What benchmarks have measured so far, a JSON object a line: ``--record`` of those that have it adds their figures.
 
 ``python benchmarks/history.py [WORD ...]`` prints the lines of history.jsonl that hold all the words, the newest last.
 """
