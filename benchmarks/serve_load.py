@@ -202,7 +202,7 @@ def _check(is_right: bool, got: str) -> None:
 
 
 async def load(port: int, clients: int, tokens: int, seconds: float) -> Found:
-    """What so many clients see in so many seconds; 0: in one round of everything."""
+    """Let `clients` ask for `seconds`, and gather what they saw; 0 seconds: each kind of request once."""
     found = Found()
     those = [Client(port, number, tokens, found) for number in range(clients)]
     end = time.monotonic() + seconds

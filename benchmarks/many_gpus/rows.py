@@ -31,7 +31,7 @@ LONG, LONGEST = 131_072, 1_048_576  # tokens; of LONG, one GPU has room for the 
 
 
 class Scale(NamedTuple):
-    """How much is measured: what GPUs are for, or so little that the command can be tried on CPUs."""
+    """The sizes of what is measured: those of GPUs, or ones small enough to try the command on CPUs."""
 
     settings: Settings  # in the place of a row's
     text: Settings  # of runs on text
@@ -146,7 +146,7 @@ def _speed(
 
 
 def n_multiplied(model: ModelConfig) -> int:
-    """How many weights a token is multiplied with: all but those of which it looks up a row."""
+    """The number of weights in matrix products: all but embeddings and tables, of which a token looks up a row."""
     with torch.device("meta"):
         weights = RWKV(model).named_parameters()
     return sum(weight.numel() for name, weight in weights if not (name.startswith("emb.") or ".enn." in name))

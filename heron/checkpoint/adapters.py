@@ -22,7 +22,7 @@ from heron.checkpoint.architecture import LN0, UNUSED, in_one_dtype, is_finite
 from heron.checkpoint.formats import safetensors
 from heron.checkpoint.table_rows import TableRows
 from heron.errors import CheckpointError
-from heron.files import as_path, new_folder, sync
+from heron.files import as_path, new_folder, sha256, sync
 from heron.model import RWKV
 from heron.model.adapters import PREFIX, Adapter, kind_of, put_adapter
 from heron.model.plain import own_parameters
@@ -178,7 +178,7 @@ def _rows_beside(folder: Path, about: Mapping[str, str]) -> TableRows | None:
         return None
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, and the adapter was trained with it; copy the whole folder")
-    if (found := table_rows.digest(path)) != wanted:
+    if (found := sha256(path)) != wanted:
         raise CheckpointError(f"{path}: damaged, or of another adapter: wanted the sha256 {wanted}, got {found}")
     rows = table_rows.read(path)
     _refuse_nonfinite(rows.tables, path)

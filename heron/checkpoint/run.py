@@ -219,7 +219,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path}: missing, though the manifest lists it")
         if path.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{path}: wanted {entry['bytes']} bytes, got {path.stat().st_size}")
-        if _sha256(path) != entry["sha256"]:
+        if files.sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: its sha256 is not the manifest's; the file was damaged or changed")
     for path in (path for of_parts in (sharded.FOLDER, shares.FOLDER) for path in (folder / of_parts).glob("*")):
         if f"{path.parent.name}/{path.name}" not in manifest["files"]:
@@ -372,11 +372,6 @@ def _free(run_folder: Path) -> str:
         return f"{shutil.disk_usage(run_folder).free:,}"
     except OSError:
         return "an unknown number"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

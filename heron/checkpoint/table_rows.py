@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from heron.checkpoint.formats import safetensors
 from heron.errors import CheckpointError
-from heron.model.deep_embed import DeepEmbed
+from heron.files import sha256
+from heron.model.deep_embed import tables_of
 
 FILE = "table_rows.safetensors"
 _IDS = "ids"
@@ -63,7 +63,7 @@ def put_rows(model: nn.Module, rows: TableRows, source: object) -> None:
 def write(rows: TableRows, path: Path, about: dict[str, str]) -> str:
     """Write rows with `about` as metadata; gives the sha256 of the file."""
     safetensors.write({_IDS: rows.ids, **{name: part.contiguous() for name, part in rows.tables.items()}}, path, about)
-    return digest(path)
+    return sha256(path)
 
 
 def read(path: Path) -> TableRows:
@@ -79,11 +79,5 @@ def read(path: Path) -> TableRows:
     return TableRows(ids, tensors)
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _tables(model: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, DeepEmbed)}
+    return {f"{name}.weight": table.weight for name, table in tables_of(model).items()}

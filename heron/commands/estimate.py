@@ -328,7 +328,7 @@ def _written(func: Any) -> str | None:
 
 
 def _count_activations(network: RWKV, ledger: _Ledger, counts: dict[str, int]) -> None:
-    """Note what is held once a forward pass has ended and was not before, and tell the ledger where passes are."""
+    """Note what each forward pass leaves behind, and tell the ledger when a forward or a backward pass begins."""
 
     def noting(method: Callable[..., Any]) -> Callable[..., Any]:
         def begun(*given: Any, **named: Any) -> Any:

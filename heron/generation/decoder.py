@@ -51,7 +51,7 @@ class Decoder(Protocol):
     def look_ahead(self, sequences: Sequence[int], others: Mapping[int, int]) -> Callable[[Tensor], None] | None:
         """A function that starts the next step on the device before the host has read what was drawn. None: cannot.
 
-        The next :meth:`step` must be of sequences that are :attr:`ahead`, and returns their logits.
+        :meth:`step` then returns the logits of that step; it may be asked only for sequences that are :attr:`ahead`.
 
         Args:
             sequences: those of the last step that go on, with the token ids (n,) on the device that the function gets;

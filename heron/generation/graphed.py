@@ -215,7 +215,7 @@ class GraphedDecoder(StateDecoder):
         return slots
 
     def _rows_of(self, slots: list[int]) -> slice | Tensor:
-        """What gives the logits of `slots`: on the device, without a wait for what it still computes."""
+        """The index that picks the logits of `slots`; made without waiting for what the device still computes."""
         if slots != self._order:
             is_first = slots == list(range(len(slots)))
             self._order, self._rows = slots, slice(len(slots)) if is_first else sent(slots, self._ids.device)

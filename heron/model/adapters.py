@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.model import adapted_linear
-from heron.model.deep_embed import DeepEmbed
+from heron.model.deep_embed import DeepEmbed, tables_of
 from heron.model.plain import adapted, own_parameters
 from heron.model.rwkv import RWKV
 
@@ -253,7 +253,7 @@ def _tables(model: RWKV, config: AdapterConfig) -> dict[str, DeepEmbed]:
     """Those that are to change; none where `config` leaves them as they are."""
     if config.tables == "frozen":
         return {}
-    found = {name: part for name, part in model.named_modules() if isinstance(part, DeepEmbed)}
+    found = tables_of(model)
     if not found:
         raise ConfigError(
             f"adapter.tables {config.tables}: variant {model.config.variant} has no DeepEmbed tables; leave it out"

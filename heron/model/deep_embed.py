@@ -78,6 +78,11 @@ class DeepEmbed(nn.Embedding):
         return x * self(ids).to(x.dtype)
 
 
+def tables_of(model: nn.Module) -> dict[str, DeepEmbed]:
+    """The DeepEmbed tables of a model, by the names of their modules."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, DeepEmbed)}
+
+
 class Lookup(NamedTuple):
     """What tables are looked up with: a run of tokens, as ids and as the network's first activations."""
 

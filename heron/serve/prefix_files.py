@@ -204,7 +204,7 @@ class PrefixFiles:
             os.utime(self._folder / name, ns=(now, now))
 
     def _make_room(self, n_bytes: int) -> None:
-        """Delete those used longest ago until `n_bytes` more find room."""
+        """Make room for `n_bytes` more: delete the files that were used longest ago."""
         gone = []
         with self._lock:
             left = self.n_bytes

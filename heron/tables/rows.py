@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from heron.dist import ALONE, Ranks
 from heron.errors import ConfigError, DataError
-from heron.model.deep_embed import Brought, DeepEmbed, Where
+from heron.model.deep_embed import Brought, Where, tables_of
 from heron.model.rwkv import RWKV
 from heron.ops import rows
 from heron.ops.rows import row_adamw_choice
@@ -76,7 +76,7 @@ class RowTables:
         ranks: Ranks = ALONE,
         moves: bool = True,
     ):
-        named = {name: module for name, module in model.named_modules() if isinstance(module, DeepEmbed)}
+        named = tables_of(model)
         modules = list(named.values())
         if not modules:
             raise ConfigError(
@@ -337,7 +337,7 @@ def row_tables(
     """
     if storage == "host":
         return RowTables(model, device, storage, trains, ranks, moves)
-    if not trains or not any(isinstance(module, DeepEmbed) for module in model.modules()):
+    if not trains or not tables_of(model):
         return None
     if always or ranks.count > 1:
         return RowTables(model, device, "host" if device.type == "cpu" else storage, trains, ranks, moves)

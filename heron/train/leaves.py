@@ -17,7 +17,7 @@ from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.adapters import Adapter, adapter_parameters, add_adapter
-from heron.model.deep_embed import DeepEmbed
+from heron.model.deep_embed import tables_of
 from heron.model.quantized import quantize
 from heron.model.state import State, States
 from heron.model.tuned_state import TunedState
@@ -83,7 +83,7 @@ def prepare_base(model: RWKV, in_half: bool, tables_stay: bool, base: str, devic
     Raises:
         ConfigError: see :func:`heron.model.quantized.quantize`.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, DeepEmbed)}
+    tables = {id(table.weight) for table in tables_of(model).values()}
     model.requires_grad_(False)
     for weight in model.parameters() if in_half else ():
         if not (tables_stay and id(weight) in tables):
@@ -127,7 +127,7 @@ def in_bf16(model: RWKV) -> RWKV:
     """
     with torch.device("meta"):
         network = RWKV(model.config)
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, DeepEmbed)}
+    tables = tables_of(model)
     for name, table in tables.items():
         network.set_submodule(name, table)
     masters = dict(model.named_parameters())
@@ -149,7 +149,7 @@ def check_tables(config: TrainConfig, ranks: dist.Ranks) -> None:
 
 def n_on_device(model: RWKV, config: TrainConfig, ranks: dist.Ranks) -> int:
     """Parameters that each process has on its device where it has all that are not tables."""
-    in_tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, DeepEmbed))
+    in_tables = sum(table.weight.numel() for table in tables_of(model).values())
     others = sum(parameter.numel() for parameter in model.parameters()) - in_tables
     if config.tables == "host":
         return others
@@ -173,8 +173,7 @@ def whole_model(model: RWKV, tables: Mapping[str, Tensor]) -> RWKV:
 def _with_adapter(model: RWKV, config: AdapterConfig, in_half: bool) -> Leaves:
     """A fresh adapter on `model`, of which the network computes with bf16 copies where it computes in bf16."""
     adapter = add_adapter(model, config)
-    tables = {name: part for name, part in model.named_modules() if isinstance(part, DeepEmbed)}
-    tables = tables if config.tables == "rows" else {}
+    tables = tables_of(model) if config.tables == "rows" else {}
     leaves = masters = adapter_parameters(model)
     if in_half:
         masters = {name: nn.Parameter(leaf.detach().clone(), leaf.requires_grad) for name, leaf in leaves.items()}

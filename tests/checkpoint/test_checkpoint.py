@@ -501,7 +501,7 @@ def test_a_damaged_checkpoint_takes_no_place_of_the_whole_ones_that_are_kept(tra
 
 def test_what_was_verified_is_not_read_again_until_it_changes(trained, tmp_path, monkeypatch):
     save_step(tmp_path, 5, *trained, keep=2)
-    monkeypatch.setattr(run, "_sha256", None)
+    monkeypatch.setattr(run.files, "sha256", None)
     save_step(tmp_path, 10, *trained, keep=2)
     touched = save_step(tmp_path, 15, *trained, keep=3)
     (touched / run.TRAINER).touch()

@@ -24,7 +24,7 @@ class Even:
 
 
 def lives(chance, n, n_ids=37):
-    """What n sequences want, when they come, and how they end: by a stop text, a limit, or cancelled."""
+    """For n sequences: the request of each, the step at which it joins, and how it ends (stop text, limit, cancel)."""
     return [
         (
             dict(

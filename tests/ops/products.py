@@ -12,6 +12,15 @@ ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 5e-4, torc
 FORMS = [(name, factor, add) for name in ACTIVATIONS for factor in (False, True) for add in (False, True)]
 
 
+class AsIfOnAGpu:
+    """A weight (8, 8) in bf16 that says it is on a CUDA device."""
+
+    device, dtype, shape = torch.device("cuda"), torch.bfloat16, (8, 8)
+
+    def __getattr__(self, name):
+        return getattr(torch.zeros(self.shape, dtype=self.dtype), name)
+
+
 def products(shapes, n, dtype, device="cpu", seed=0):
     """One product of each shape (out, in) with n vectors, the forms in turn; every second weight is a part of a wider
     matrix. Those of (out, in, "int8") are in 8 bits."""

@@ -19,7 +19,7 @@ from tests.ops.kernels import (
     check_that_none_spills,
     needs_nvcc,
 )
-from tests.ops.products import compare, exact, products
+from tests.ops.products import AsIfOnAGpu, compare, exact, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -185,13 +185,7 @@ def test_what_the_kernel_does_not_take_is_named(weight, n, reason):
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    class OnDevice:
-        device, dtype, shape = torch.device("cuda"), BF16, (8, 8)
-
-        def __getattr__(self, name):
-            return getattr(torch.zeros(8, 8, dtype=BF16), name)
-
-    said = cuda.FORM, lambda: few_rows_choice([OnDevice()], 2), "reference", "few_rows"
+    said = cuda.FORM, lambda: few_rows_choice([AsIfOnAGpu()], 2), "reference", "few_rows"
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 

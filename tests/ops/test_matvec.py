@@ -21,7 +21,7 @@ from tests.ops.kernels import (
     check_that_none_spills,
     needs_nvcc,
 )
-from tests.ops.products import compare, products
+from tests.ops.products import AsIfOnAGpu, compare, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -164,13 +164,7 @@ def test_weights_that_the_kernel_cannot_read_are_named(weight, reason):
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
-    class OnDevice:
-        device, dtype, shape = torch.device("cuda"), BF16, (8, 8)
-
-        def __getattr__(self, name):
-            return getattr(torch.zeros(8, 8, dtype=BF16), name)
-
-    said = cuda.FORM, lambda: matvec_choice([OnDevice()], BF16), "reference", "matvec"
+    said = cuda.FORM, lambda: matvec_choice([AsIfOnAGpu()], BF16), "reference", "matvec"
     check_that_a_failed_build_is_said_once(monkeypatch, capsys, *said)
 
 

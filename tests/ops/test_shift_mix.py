@@ -232,7 +232,7 @@ def test_gradients_reach_x_alone(emulated):
 
 
 def with_frozen_weights(leaves, mixes, gradients, call=shift_mix):
-    """Of x, branch and last the gradients must be the bits that they have beside those of the weights."""
+    """The gradients of x, branch and last must be bit-equal whether or not those of the weights are computed."""
     every = results(leaves, mixes, None, gradients, impl="cuda")[len(mixes) + 2 :]
     every = dict(zip((name for name, leaf in leaves.items() if leaf is not None), every, strict=False))  # then mixes
     for weight in (leaves["weight"], leaves["bias"], *mixes):

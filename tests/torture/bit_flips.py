@@ -38,8 +38,8 @@ def run(trials: int, seed: int) -> Result:
         header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
         good = safetensors.read(weights)
         caught = 0
-        digests = {path: checkpoints._sha256(path) for path in (*newest.iterdir(), *older.iterdir())}
-        with minute.replaced(checkpoints, "_sha256", digests.__getitem__):
+        digests = {path: checkpoints.files.sha256(path) for path in (*newest.iterdir(), *older.iterdir())}
+        with minute.replaced(checkpoints.files, "sha256", digests.__getitem__):
             for _ in range(controls):
                 bit = draw.randrange(8 * header, 8 * weights.stat().st_size)
                 _flip(weights, bit)

@@ -87,7 +87,7 @@ def _without(checkpoint: Path, field: tuple[str, ...], copy: Path) -> Path:
         del tensors[field[1]]
         save_file(tensors, file)
     if file.exists():
-        manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoints._sha256(file)}
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoints.files.sha256(file)}
     del manifest["sha256"]
     (copy / checkpoints.MANIFEST).write_bytes(checkpoints._sealed(manifest))
     return copy

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from heron.errors import ConfigError, DataError
 from heron.model import RWKV
-from heron.model.deep_embed import DeepEmbed
+from heron.model.deep_embed import tables_of
 from heron.model.init import initial_value
 
 
 def rows_of(model: RWKV) -> int:
     """How many tokens the embedding has a row for; ConfigError where an adapter is on one of the tables."""
-    for name, table in {"emb": model.emb, "head": model.head, **_tables(model)}.items():
+    for name, table in {"emb": model.emb, "head": model.head, **tables_of(model)}.items():
         is_inside = name.endswith((".base_layer", ".original_module")) or ".modules_to_save." in name
         if is_inside or not isinstance(table, nn.Embedding | nn.Linear | nn.Identity):
             raise ConfigError(f"resize_token_embeddings: an adapter is on {name}; resize first, then add the adapter")
@@ -30,7 +30,7 @@ def resize(model: RWKV, n_old: int, n: int, by_mean: bool) -> None:
     config = model.config = dataclasses.replace(model.config, vocab_size=n)
     if n == n_old:
         return
-    tables = _tables(model)
+    tables = tables_of(model)
     for table in tables.values():
         old = table.weight.detach()
         new = old.mean(dim=0, dtype=torch.promote_types(old.dtype, torch.float32)).to(old.dtype).repeat(n, 1)
@@ -74,7 +74,3 @@ def ids_of(model: RWKV, embeddings: Tensor, ids: Tensor | None, mask: Tensor | N
         name = config.variant if config.memory is None else f"{config.variant} with ROSA memory"
         raise DataError(f"inputs_embeds: a {name} looks up by token id, and they are not {what}; {cure}")
     return found
-
-
-def _tables(model: RWKV) -> dict[str, DeepEmbed]:
-    return {name: part for name, part in model.named_modules() if isinstance(part, DeepEmbed)}

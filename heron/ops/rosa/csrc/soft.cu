@@ -123,7 +123,7 @@ class Stream {
         return shared_.gain[__popc(shared_.query[r] ^ symbol(p_.k, kSide * (i - j) + r - 1 - lane_))];
     }
 
-    // What the value after the match in row r at distance `lane` is worth.
+    // The worth of the value that follows the match in row r at distance `lane`.
     __device__ float worth(int i, int j, int r, int lane) const {
         const unsigned value = symbol(p_.v, kSide * (i - j) + r - lane);
         float sum = shared_.middle[r];
