@@ -55,7 +55,7 @@ class RosaMemory(nn.Module):
         scale = self.scale.view(len(predicted), *(1,) * (predicted.dim() - 2), -1)
         scale = scale * (lengths.movedim(-1, 0) > 0).unsqueeze(-1)
         added = (predicted * scale.to(predicted.dtype)).sum(dim=0)
-        added = added + _RowsOf.apply(self._numbers(lengths), self.length.to(predicted.dtype))
+        added = added + _RowsOf.apply(self.numbers(lengths), self.length.to(predicted.dtype))
         return tokens + added.to(tokens.dtype)
 
     def begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
@@ -86,9 +86,9 @@ class RosaMemory(nn.Module):
         return self(tokens.squeeze(0), predicted, lengths)
 
     def _values(self, lengths: Tensor) -> Tensor:
-        return (_chosen(self._numbers(lengths), self.copy) * self.copy).sum(dim=-1)
+        return (_chosen(self.numbers(lengths), self.copy) * self.copy).sum(dim=-1)
 
-    def _numbers(self, lengths: Tensor) -> Tensor:
+    def numbers(self, lengths: Tensor) -> Tensor:
         """The row that each of lengths (..., K) has in the tables, from 1 on; 0 for no match."""
         n_rows = self.copy.shape[1]
         numbers = lengths.clamp(max=min(n_rows, _EXACT))
