@@ -186,8 +186,9 @@ def with_memory(sizes: tuple, turns: int, tokens: int) -> None:
         steps[f"v8 with memory, behind {n:,}"] = lambda engine=engine: engine.step()
     seconds = in_turns(steps, turns, tokens, device)
     report(seconds, dict.fromkeys(seconds, 1))
-    first, *others = (statistics.median(taken) for taken in seconds.values())
-    print("\nmedian over that without:", ", ".join(f"{one / first:.3f}" for one in others))
+    first, *others = seconds.values()
+    ratios = (statistics.median(one / without for one, without in zip(other, first, strict=True)) for other in others)
+    print("\ntime over that without in the same turn, median:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
 
 
 def peak_memory(device: torch.device) -> float:
