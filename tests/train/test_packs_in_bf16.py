@@ -1,10 +1,10 @@
 """Packs in bf16, as a run learns from them, beside fp64 of each conversation alone.
 
-Loss and gradients are at most twice as far from it as those of eager PyTorch in bf16, on the same device, of each
-conversation alone. On a CPU the packs are read as the model is written, too; on a GPU by kernels, in compiled blocks,
-in passes that are replayed: by what of these there is for the model.
+Gradients are at most twice as far from it, the loss three times, as those of eager PyTorch in bf16, on the same device,
+of each conversation alone. On a CPU the packs are read as the model is written, too; on a GPU by kernels, in compiled
+blocks, in passes that are replayed: by what of these there is for the model.
 
-Eager PyTorch on a GPU, not on a CPU: there it sums the gradients of a layer norm's weights in bf16, over 384 tokens
+On a GPU eager PyTorch is not that of a CPU, which sums the gradients of a layer norm's weights in bf16: over 384 tokens
 with an error of 2 %, behind which a sum in bf16 of ours would hide.
 """
 
@@ -142,11 +142,19 @@ def errors(got, true):
     return {name: math.sqrt(sum(of_name) / len(of_name)) for name, of_name in squares.items()}
 
 
+def most_times(part):
+    """How many times eager's error one may have: twice.
+
+    The loss is one number a pack. Of two equally good ways to it, one has by chance twice the other's root mean square
+    over 16 packs once in 230 times, three times once in 30,000: so three times.
+    """
+    return 3 if part.numel() == 1 else 2
+
+
 @pytest.mark.parametrize(
     ("name", "device", "n_packs", "n_tokens"),
     [
         *(pytest.param(name, CPU, 4, 96, id=f"{name}, on a CPU") for name in FEW),
-        # Of few packs a single number may be near by chance, as the loss is.
         *(pytest.param(name, GPU, 16, 96 if name in SLOW else 512, id=name, marks=needs_gpu) for name in MODELS),
     ],
 )
@@ -161,5 +169,6 @@ def test_a_pack_is_at_most_twice_as_far_from_fp64_as_each_alone(name, device, n_
         alone = errors([of_each_alone(eager, *pack) for pack in packs], true)
     packed = errors([of_the_pack(learner, *pack) for pack in packs], true)
     assert len(learner._passes.graphs) == (learner.compiled.value == "graph")
-    further = {leaf: (error, alone[leaf]) for leaf, error in packed.items() if not error <= 2 * alone[leaf]}
+    limits = {leaf: most_times(true[0][leaf]) * error for leaf, error in alone.items()}
+    further = {leaf: (error, alone[leaf]) for leaf, error in packed.items() if not error <= limits[leaf]}
     assert not further
