@@ -83,6 +83,42 @@ __device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, c
   multiply_add(c[0], a, b[0], b[1]);
   multiply_add(c[1], a, b[2], b[3]);
 }
+// c += a b for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by columns or by depth.
+// The four warps of a half come to it together. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
+// are of use; the rest of a is zero, the rest of c comes out as anything.
+template <int n, int groups, bool by_depth>
+__device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
+                                         int of_groups = -1) {
+#ifdef HERON_WARPGROUPS
+  start_products();
+#pragma unroll
+  for (int k = 0; k < n; k++) {
+    const uint64_t b = matrix_descriptor(tile + k * (by_depth ? 16 * 128 : 32));
+    if (groups == 4) {
+      multiply_add_64<by_depth>(c, a[k], b);
+    } else {
+      multiply_add_32<by_depth>(c, a[k], b);
+    }
+  }
+  end_products();
+#else
+#pragma unroll
+  for (int k = 0; k < n; k++) {
+    if (!(depths >> k & 1)) continue;
+#pragma unroll
+    for (int group = 0; group < groups; group++) {
+      if (!(of_groups >> group & 1)) continue;
+      Fragment b;
+      if (by_depth) {
+        load_b_by_depth(me, b, tile, 16 * k, 16 * group);
+      } else {
+        load_b(me, b, tile, 16 * k, 16 * group);
+      }
+      multiply_16(c + 2 * group, a[k], b);
+    }
+  }
+#endif
+}
 // Two accumulators side by side as an A operand.
 __device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
   f[0] = pack(c[0][0], c[0][1]);
@@ -227,18 +263,10 @@ __device__ __forceinline__ void invert(Thread me, Tile m, int first, const float
 __device__ __forceinline__ void attend(Thread me, Tile m, Tile stage, float* scratch) {
   const int warp = me.warp, late = warp % 2;
   Accumulator c[8] = {};
+  Fragment a[4];
 #pragma unroll
-  for (int k = 0; k < kSize; k += 16) {
-    Fragment a, b;
-    load_a(me, a, stage + kA * kTile, 16 * warp, k);
-#pragma unroll
-    for (int group = 0; group < 4; group++) {
-      if (group % 2 <= late) {
-        load_b(me, b, stage + kB * kTile, k, 16 * group);
-        multiply_16(c + 2 * group, a, b);
-      }
-    }
-  }
+  for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * warp, 16 * k);
+  multiply<4, 4, false>(me, c, a, stage + kB * kTile, -1, late ? 15 : 5);
 #pragma unroll
   for (int group = 0; group < 4; group++) {
     if (group % 2 > late) continue;
@@ -259,7 +287,7 @@ __device__ __forceinline__ void attend(Thread me, Tile m, Tile stage, float* scr
 }
 
 // u^T = z^T J^T with z in the four accumulators; the result as two A operands.
-__device__ __forceinline__ void solve(Thread me, Fragment (&u)[2], Accumulator* z, Tile m) {
+__device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
   Fragment a, b;
   Accumulator c[2] = {}, d[2] = {};
   as_operand(a, z);
@@ -274,7 +302,7 @@ __device__ __forceinline__ void solve(Thread me, Fragment (&u)[2], Accumulator* 
   as_operand(u[1], d);
 }
 // x^T = z^T J.
-__device__ __forceinline__ void solve_transposed(Thread me, Fragment (&x)[2], Accumulator* z, Tile m) {
+__device__ __forceinline__ void solve_transposed(Thread me, Fragment* x, Accumulator* z, Tile m) {
   Fragment a, b;
   Accumulator c[2] = {}, d[2] = {};
   as_operand(a, z + 2);
@@ -357,6 +385,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     copy_commit();
     me = this_thread();
     scale_inputs<4>(me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
@@ -365,28 +394,25 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       __syncwarp();
       invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
     }
-    Fragment a, b;
+    Fragment of_state[4], b;
     Accumulator z[8] = {};  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const row = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head) +
                           (16 * me.warp + me.lane / 4) * kSize;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      as_operand(a, state + 2 * k);
+      as_operand(of_state[k], state + 2 * k);
       if (saves) {
-        store_global(me, row + 16 * k, a[0], a[2], true);
-        store_global(me, row + 8 * kSize + 16 * k, a[1], a[3], true);
-      }
-#pragma unroll
-      for (int group = 0; group < (transfer ? 2 : 4); group++) {
-        load_b(me, b, stage + kA * kTile, 16 * k, 16 * group);
-        multiply_16(z + 2 * group, a, b);
+        store_global(me, row + 16 * k, of_state[k][0], of_state[k][2], true);
+        store_global(me, row + 8 * kSize + 16 * k, of_state[k][1], of_state[k][3], true);
       }
     }
+    multiply<4, transfer ? 2 : 4, false>(me, z, of_state, stage + kA * kTile);
     __syncthreads();
     me = this_thread();
 
-    Fragment u[2], v[2];
+    Fragment uv[4];
+    Fragment *const u = uv, *const v = uv + 2;
     load_a_by_depth(me, v[0], stage + kV * kTile, 16 * me.warp, 0);
     load_a_by_depth(me, v[1], stage + kV * kTile, 16 * me.warp, 16);
 #pragma unroll
@@ -408,16 +434,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       multiply_16(z + 6, u[1], b);
       store_tokens(me, p.y, p, sequence, start, valid, z + 4);
     }
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-#pragma unroll
-      for (int group = 0; group < 4; group++) {
-        load_b_by_depth(me, b, stage + kB * kTile, 16 * k, 16 * group);
-        multiply_16(state + 2 * group, u[k], b);
-        load_b_by_depth(me, b, stage + kB * kTile, kChunk + 16 * k, 16 * group);
-        multiply_16(state + 2 * group, v[k], b);
-      }
-    }
+    multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const Floats factor = *reinterpret_cast<const Floats*>(end + 8 * i + me.lane % 4 * 2);
@@ -559,6 +576,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     }
     me = this_thread();
     scale_inputs<8>(first_warp + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains_log2, nullptr, valid);
+    show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
@@ -572,15 +590,10 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
         invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
       }
       if (!transfer) {
+        Fragment of_state[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-          load_a(me, a, state, 16 * me.warp, 16 * k);
-#pragma unroll
-          for (int group = 0; group < 2; group++) {
-            load_b(me, b, left, 16 * k, 16 * group);
-            multiply_16(z + 2 * group, a, b);
-          }
-        }
+        for (int k = 0; k < 4; k++) load_a(me, of_state[k], state, 16 * me.warp, 16 * k);
+        multiply<4, 2, false>(me, z, of_state, left);
       }
     } else {
 #pragma unroll
@@ -592,21 +605,19 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
         d_state[i][2] *= first;
         d_state[i][3] *= second;
       }
+      Fragment of_state[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        as_operand(a, d_state + 2 * k);
-        if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, a);
-#pragma unroll
-        for (int group = 0; group < (transfer ? 2 : 4); group++) {
-          load_b(me, b, right, 16 * k, 16 * group);
-          multiply_16(d_uv + 2 * group, a, b);
-        }
+        as_operand(of_state[k], d_state + 2 * k);
+        if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, of_state[k]);
       }
+      multiply<4, transfer ? 2 : 4, false>(me, d_uv, of_state, right);
     }
     __syncthreads();
     me = this_thread();
 
-    Fragment x[2], dy_a[2];
+    Fragment of_x[4];
+    Fragment *const x = of_x, *const dy_a = of_x + 2;  // (values, [X; dY])
     if (of_left && !transfer) {
       Fragment u[2], v;
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 0);
@@ -646,6 +657,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
       }
     }
     if (!transfer) {
+      show_to_warpgroups();
       __syncthreads();
       me = this_thread();
     }
@@ -653,16 +665,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     Floats start_sum = {};
     Fragment rows[4], dm[4];  // this warp's 16 rows of [X; dY], and of dM
     if (!of_left) {
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-#pragma unroll
-        for (int group = 0; group < 4; group++) {
-          load_b_by_depth(me, b, left, 16 * k, 16 * group);
-          multiply_16(d_state + 2 * group, x[k], b);
-          load_b_by_depth(me, b, left, kChunk + 16 * k, 16 * group);
-          multiply_16(d_state + 2 * group, dy_a[k], b);
-        }
-      }
+      multiply<4, 4, true>(me, d_state, of_x, left);
       if (!transfer) {
         store_tokens(me, p.dv, p, sequence, start, valid, d_uv + 4);
         start_sum = sum_rows(me, state, d_state);
@@ -678,21 +681,14 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
         } else {
           load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
         }
-#pragma unroll
-        for (int group = 0; group < 4; group++) {
-          if (group % 2 > late) continue;
-          if (group < 2) {
-            load_b_by_depth(me, b, ux, 16 * k, 16 * group);
-          } else {
-            load_b(me, b, stage + kV * kTile, 16 * k, 16 * (group - 2));
-          }
-          multiply_16(c + 2 * group, rows[k], b);
-        }
       }
+      multiply<4, 2, true>(me, c, rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false>(me, c + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
 #pragma unroll
       for (int group = 0; group < 4; group++) {
         if (group % 2 == late) mask_diagonal(me, c + 2 * group, !upper);
         as_operand(dm[group], c + 2 * group);
+        if (group % 2 > late) dm[group][0] = dm[group][1] = dm[group][2] = dm[group][3] = 0;
         store_operand(me, m, 16 * me.warp, 16 * group, dm[group]);
       }
     }
@@ -700,38 +696,29 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     me = this_thread();
 
     Accumulator gradient[8] = {};  // of this warp's 16 rows of left, or of right
+    if (of_left) {
+      multiply<4, 4, true>(me, gradient, dm, right, late ? 15 : 5);
+      multiply<4, 4, true>(me, gradient, rows, state);
+    } else {
+      Fragment of_m[4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (of_left) {
-#pragma unroll
-        for (int group = 0; group < 4; group++) {
-          if (k % 2 <= late) {
-            load_b_by_depth(me, b, right, 16 * k, 16 * group);
-            multiply_16(gradient + 2 * group, dm[k], b);
-          }
-          load_b_by_depth(me, b, state, 16 * k, 16 * group);
-          multiply_16(gradient + 2 * group, rows[k], b);
-        }
-      } else {
+      for (int k = 0; k < 4; k++) {
         if (k % 2 >= late) {
-          load_a_by_depth(me, a, m, 16 * me.warp, 16 * k);
-#pragma unroll
-          for (int group = 0; group < 4; group++) {
-            load_b_by_depth(me, b, left, 16 * k, 16 * group);
-            multiply_16(gradient + 2 * group, a, b);
-          }
-        }
-        if (upper) {
-          load_a_by_depth(me, a, ux, 16 * me.warp, 16 * k);
+          load_a_by_depth(me, of_m[k], m, 16 * me.warp, 16 * k);
         } else {
-          load_a(me, a, stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
-        }
-#pragma unroll
-        for (int group = 0; group < 4; group++) {
-          load_b_by_depth(me, b, d, 16 * k, 16 * group);
-          multiply_16(gradient + 2 * group, a, b);
+          of_m[k][0] = of_m[k][1] = of_m[k][2] = of_m[k][3] = 0;
         }
       }
+      multiply<4, 4, true>(me, gradient, of_m, left, late ? 10 : 15);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (upper) {
+          load_a_by_depth(me, of_m[k], ux, 16 * me.warp, 16 * k);
+        } else {
+          load_a(me, of_m[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+        }
+      }
+      multiply<4, 4, true>(me, gradient, of_m, d);
     }
     if (of_left) {
       store_gradient(me, upper ? p.da : p.dr, p, sequence, start, valid, gradient, left, remains_log2, false, upper);
