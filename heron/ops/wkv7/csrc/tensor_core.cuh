@@ -164,15 +164,15 @@ __device__ __forceinline__ void find_sources(Tile table, const Wkv7sProblem& p, 
   __syncthreads();
 }
 
-// A chunk of the first `n` inputs, each to its tile.
+// A chunk of the first `n` inputs, each to its tile, by so many threads.
 template <int threads, int n>
-__device__ __forceinline__ void copy_inputs(Tile stage, Tile table, int start) {
-#pragma unroll 2
+__device__ __forceinline__ void copy_inputs(int thread, Tile stage, Tile table, int start) {
+#pragma unroll
   for (int i = 0; i < n; i++) {
     const Source from = source(table, i);
 #pragma unroll
     for (int j = 0; j < kTile / 16 / threads; j++) {
-      const int piece = int(threadIdx.x) + j * threads, row = piece / 8, column = piece % 8 * 8;
+      const int piece = thread + j * threads, row = piece / 8, column = piece % 8 * 8;
       const bool there = start + row < from.length;
       const char* token = from.first + int64_t(there ? start + row : 0) * from.step;
       copy_async(stage + i * kTile + place(row, column), token + column * 2, there);
@@ -183,10 +183,10 @@ __device__ __forceinline__ void copy_inputs(Tile stage, Tile table, int start) {
 __device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp2_fast(-kLog2E * x)); }
 
 // Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. Each of `warps`
-// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains_log2` (by `cell`) or `end`
-// (64) may be null.
+// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) by `cell`, or `end`,
+// exp(G) at the end (64), may be null.
 template <int warps>
-__device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, float* sums, float* remains_log2, float* end,
+__device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, float* sums, float* remains, float* end,
                                              int valid) {
   constexpr int tokens = kChunk / warps;
   const int column = lane * 2;
@@ -224,7 +224,7 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
     *r = pack(low_half(*r) * after0, high_half(*r) * after1);
     *b = pack(low_half(*b) * inverse0, high_half(*b) * inverse1);
     *k = pack(low_half(*k) * inverse0, high_half(*k) * inverse1);
-    if (remains_log2 != nullptr) *reinterpret_cast<Floats*>(remains_log2 + cell(t, column)) = {g0, g1};
+    if (remains != nullptr) *reinterpret_cast<Floats*>(remains + cell(t, column)) = {after0, after1};
     before0 = after0;
     before1 = after1;
   }
@@ -369,10 +369,10 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
   }
   auto copy_chunk = [&](int start) {
     const Tile table = shared_memory() + 2 * kForwardStage + kChunk * 128;
-    copy_inputs<kThreads, kW + 1>(shared_memory() + start / kChunk % 2 * kForwardStage, table, start);
+    copy_inputs<64, kW + 1>(int(threadIdx.x) - 64, shared_memory() + start / kChunk % 2 * kForwardStage, table, start);
   };
   find_sources(shared_memory() + 2 * kForwardStage + kChunk * 128, p, sequence, kW + 1, identity ? kV : -1);
-  if (sequence.length > 0) copy_chunk(0);
+  if (me.warp >= 2 && sequence.length > 0) copy_chunk(0);
   copy_commit();
   for (int start = 0; start < sequence.length; start += kChunk) {
     const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
@@ -381,8 +381,6 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     float* const end = reinterpret_cast<float*>(stage + kW * kTile) + 768;  // the logits are dead once they are summed
     copy_wait<0>();
     __syncthreads();
-    if (valid > kChunk) copy_chunk(start + kChunk);
-    copy_commit();
     me = this_thread();
     scale_inputs<4>(me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
     show_to_warpgroups();
@@ -393,6 +391,9 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     if (me.warp < 2) {
       __syncwarp();
       invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
+    } else {
+      if (valid > kChunk) copy_chunk(start + kChunk);
+      copy_commit();
     }
     Fragment of_state[4], b;
     Accumulator z[8] = {};  // (values, [a-rows; r-rows])
@@ -456,7 +457,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
 // A 16-token x 64 gradient of scaled vectors to the output it belongs to, and times the scaled vectors themselves.
 // `inverse`: the scale is exp(-G), else exp(G); `shift` 1 takes G of the token before.
 __device__ __forceinline__ void store_gradient(Thread me, void* out, const Wkv7sProblem& p, const Sequence& sequence, int start,
-                                               int valid, Accumulator* c, Tile scaled, const float* remains_log2,
+                                               int valid, Accumulator* c, Tile scaled, const float* remains,
                                                bool inverse, int shift) {
   const int warp = me.warp, lane = me.lane;
 #pragma unroll
@@ -470,11 +471,11 @@ __device__ __forceinline__ void store_gradient(Thread me, void* out, const Wkv7s
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int column = 16 * group + 8 * i + lane % 4 * 2;
-        Floats g = {0.0f, 0.0f};
-        if (t >= shift) g = *reinterpret_cast<const Floats*>(remains_log2 + cell(t - shift, column));
+        Floats scale = {1.0f, 1.0f};
+        if (t >= shift) scale = *reinterpret_cast<const Floats*>(remains + cell(t - shift, column));
+        if (inverse) scale = {divide_fast(1.0f, scale.first), divide_fast(1.0f, scale.second)};
         float* const x = c[2 * group + i] + 2 * half;
-        packed[i] = inverse ? pack(x[0] * exp2_fast(-g.first), x[1] * exp2_fast(-g.second))
-                            : pack(x[0] * exp2_fast(g.first), x[1] * exp2_fast(g.second));
+        packed[i] = pack(x[0] * scale.first, x[1] * scale.second);
         const uint32_t operand = *reinterpret_cast<const uint32_t*>(scaled + place(row, column));
         x[0] *= low_half(operand);
         x[1] *= high_half(operand);
@@ -539,43 +540,40 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     load_state(me, d_state, from_zero ? nullptr : state_of(d_final, p, sequence.index, sequence.head));
   }
 
+  // The half of right copies the inputs, and the last two warps of left the states, while the first two invert.
   auto copy_chunk = [&](int start) {
     const Tile stage = shared_memory() + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
-    copy_inputs<kBackwardThreads, kDy + 1>(stage, shared_memory() + kBackwardShared - kSources, start);
-    if (!transfer) {
+    if (!of_left) {
+      copy_inputs<kThreads, kDy + 1>(int(threadIdx.x) - kThreads, stage, shared_memory() + kBackwardShared - kSources, start);
+    } else if (!transfer && me.warp >= 2) {
       const bfloat16* from =
           state_of(static_cast<const bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
 #pragma unroll
-      for (int i = 0; i < kSquare / 16 / kBackwardThreads; i++) {
-        const int piece = int(threadIdx.x) + i * kBackwardThreads, row = piece / 8, column = piece % 8 * 8;
+      for (int i = 0; i < kSquare / 16 / 64; i++) {
+        const int piece = int(threadIdx.x) - 64 + i * 64, row = piece / 8, column = piece % 8 * 8;
         copy_async(stage + kState + place(row, column), from + row * kSize + column, true);
       }
     }
+    copy_commit();
   };
   find_sources(shared_memory() + kBackwardShared - kSources, p, sequence, kDy + 1, transfer ? kV : -1);
   if (HERON_BACKWARD_STAGES == 2 && last >= 0) copy_chunk(last);
-  copy_commit();
   for (int start = last; start >= 0; start -= kChunk) {
     const Tile shared = shared_memory() + unknown_zero();
     const Tile m = shared + HERON_BACKWARD_STAGES * kBackwardStage, ux = m + kSquare;
     const Tile d = ux + kSquare;  // the gradient of the state at the end of the chunk, decayed
-    float* const remains_log2 = reinterpret_cast<float*>(d + kSquare);
+    float* const remains = reinterpret_cast<float*>(d + kSquare);
     const Tile stage = shared + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
     const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
     const int valid = sequence.length - start;
     if (HERON_BACKWARD_STAGES == 1) {
       __syncthreads();
       copy_chunk(start);
-      copy_commit();
     }
     copy_wait<0>();
     __syncthreads();
-    if (HERON_BACKWARD_STAGES == 2) {
-      if (start > 0) copy_chunk(start - kChunk);
-      copy_commit();
-    }
     me = this_thread();
-    scale_inputs<8>(first_warp + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains_log2, nullptr, valid);
+    scale_inputs<8>(first_warp + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains, nullptr, valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
@@ -588,6 +586,8 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
       if (me.warp < 2) {
         __syncwarp();
         invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
+      } else if (HERON_BACKWARD_STAGES == 2 && start > 0) {
+        copy_chunk(start - kChunk);
       }
       if (!transfer) {
         Fragment of_state[4];
@@ -596,14 +596,14 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
         multiply<4, 2, false>(me, z, of_state, left);
       }
     } else {
+      if (HERON_BACKWARD_STAGES == 2 && start > 0) copy_chunk(start - kChunk);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const Floats g = *reinterpret_cast<const Floats*>(remains_log2 + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
-        const float first = exp2_fast(g.first), second = exp2_fast(g.second);
-        d_state[i][0] *= first;
-        d_state[i][1] *= second;
-        d_state[i][2] *= first;
-        d_state[i][3] *= second;
+        const Floats end = *reinterpret_cast<const Floats*>(remains + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
+        d_state[i][0] *= end.first;
+        d_state[i][1] *= end.second;
+        d_state[i][2] *= end.first;
+        d_state[i][3] *= end.second;
       }
       Fragment of_state[4];
 #pragma unroll
@@ -721,9 +721,9 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
       multiply<4, 4, true>(me, gradient, of_m, d);
     }
     if (of_left) {
-      store_gradient(me, upper ? p.da : p.dr, p, sequence, start, valid, gradient, left, remains_log2, false, upper);
+      store_gradient(me, upper ? p.da : p.dr, p, sequence, start, valid, gradient, left, remains, false, upper);
     } else {
-      store_gradient(me, upper ? p.db : p.dk, p, sequence, start, valid, gradient, right, remains_log2, true, 0);
+      store_gradient(me, upper ? p.db : p.dk, p, sequence, start, valid, gradient, right, remains, true, 0);
     }
     __syncthreads();
 
