@@ -262,7 +262,8 @@ inline void copy_async(void* to, const void* from, bool valid, int bytes = 16) {
   }
   emulator::current->copies.push_back({to, from, valid, emulator::current->group, bytes});
 }
-inline void show_to_warpgroups() {}  // no warpgroup: what one multiplies, each warp multiplies here
+inline void show_to_warpgroups() {}  // no warpgroup: what one multiplies, each warp multiplies here, at once
+inline void wait_for_products() {}
 inline void copy_commit() { emulator::current->group++; }
 template <int pending> inline void copy_wait() {
   auto& copies = emulator::current->copies;

@@ -70,7 +70,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* tile) {
   return uint64_t(shared_address(tile) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
 }
 // c += a b for 64 rows, of which each warp has 16, in the registers that multiply_add has them in: 16 x 16 of a in
-// registers, `columns` of b in shared memory, stored by columns or by depth. Between start_products and end_products.
+// registers, 32 or 64 columns of b in shared memory, stored by columns or by depth. Between start_products and commit_products.
 template <bool by_depth>
 __device__ __forceinline__ void multiply_add_32(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
@@ -95,10 +95,14 @@ __device__ __forceinline__ void multiply_add_64(float (*c)[4], const uint32_t (&
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(by_depth ? 1 : 0));
 }
 __device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 #endif
+// Until what this warpgroup multiplies is there.
+__device__ __forceinline__ void wait_for_products() {
+#ifdef HERON_WARPGROUPS
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
 // What this thread has written to shared memory, or has seen copied to it, is there for warpgroups behind the next barrier.
 __device__ __forceinline__ void show_to_warpgroups() {
 #ifdef HERON_WARPGROUPS

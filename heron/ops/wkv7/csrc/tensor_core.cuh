@@ -84,7 +84,7 @@ __device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, c
   multiply_add(c[1], a, b[2], b[3]);
 }
 // c += a b for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by columns or by depth.
-// The four warps of a half come to it together. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
+// The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
 // are of use; the rest of a is zero, the rest of c comes out as anything.
 template <int n, int groups, bool by_depth>
 __device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
@@ -100,7 +100,7 @@ __device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragme
       multiply_add_32<by_depth>(c, a[k], b);
     }
   }
-  end_products();
+  commit_products();
 #else
 #pragma unroll
   for (int k = 0; k < n; k++) {
@@ -267,6 +267,7 @@ __device__ __forceinline__ void attend(Thread me, Tile m, Tile stage, float* scr
 #pragma unroll
   for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * warp, 16 * k);
   multiply<4, 4, false>(me, c, a, stage + kB * kTile, -1, late ? 15 : 5);
+  wait_for_products();
 #pragma unroll
   for (int group = 0; group < 4; group++) {
     if (group % 2 > late) continue;
@@ -409,6 +410,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       }
     }
     multiply<4, transfer ? 2 : 4, false>(me, z, of_state, stage + kA * kTile);
+    wait_for_products();
     __syncthreads();
     me = this_thread();
 
@@ -436,6 +438,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       store_tokens(me, p.y, p, sequence, start, valid, z + 4);
     }
     multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
+    wait_for_products();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const Floats factor = *reinterpret_cast<const Floats*>(end + 8 * i + me.lane % 4 * 2);
@@ -578,23 +581,24 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     __syncthreads();
     me = this_thread();
 
-    Fragment a, b;
+    Fragment b;
     Accumulator z[4] = {};  // (values, a-rows) of u's bracket
     Accumulator d_uv[8] = {};  // (values, [b-rows; k-rows]): the gradient of [u; v]
     if (of_left) {
       attend(me, m, stage, reinterpret_cast<float*>(ux));
+      Fragment of_state[4];
+      if (!transfer) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, of_state[k], state, 16 * me.warp, 16 * k);
+        multiply<4, 2, false>(me, z, of_state, left);
+      }
       if (me.warp < 2) {
         __syncwarp();
         invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
       } else if (HERON_BACKWARD_STAGES == 2 && start > 0) {
         copy_chunk(start - kChunk);
       }
-      if (!transfer) {
-        Fragment of_state[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, of_state[k], state, 16 * me.warp, 16 * k);
-        multiply<4, 2, false>(me, z, of_state, left);
-      }
+      wait_for_products();
     } else {
       if (HERON_BACKWARD_STAGES == 2 && start > 0) copy_chunk(start - kChunk);
 #pragma unroll
@@ -612,6 +616,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
         if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, of_state[k]);
       }
       multiply<4, transfer ? 2 : 4, false>(me, d_uv, of_state, right);
+      wait_for_products();
     }
     __syncthreads();
     me = this_thread();
@@ -666,6 +671,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     Fragment rows[4], dm[4];  // this warp's 16 rows of [X; dY], and of dM
     if (!of_left) {
       multiply<4, 4, true>(me, d_state, of_x, left);
+      wait_for_products();
       if (!transfer) {
         store_tokens(me, p.dv, p, sequence, start, valid, d_uv + 4);
         start_sum = sum_rows(me, state, d_state);
@@ -684,6 +690,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
       }
       multiply<4, 2, true>(me, c, rows, ux, -1, late ? 3 : 1);
       multiply<4, 2, false>(me, c + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+      wait_for_products();
 #pragma unroll
       for (int group = 0; group < 4; group++) {
         if (group % 2 == late) mask_diagonal(me, c + 2 * group, !upper);
@@ -699,8 +706,9 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     if (of_left) {
       multiply<4, 4, true>(me, gradient, dm, right, late ? 15 : 5);
       multiply<4, 4, true>(me, gradient, rows, state);
+      wait_for_products();
     } else {
-      Fragment of_m[4];
+      Fragment of_m[4], uv[4];  // this warp's 16 rows of dM^T, and of [U; V]
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         if (k % 2 >= late) {
@@ -708,17 +716,15 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
         } else {
           of_m[k][0] = of_m[k][1] = of_m[k][2] = of_m[k][3] = 0;
         }
-      }
-      multiply<4, 4, true>(me, gradient, of_m, left, late ? 10 : 15);
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
         if (upper) {
-          load_a_by_depth(me, of_m[k], ux, 16 * me.warp, 16 * k);
+          load_a_by_depth(me, uv[k], ux, 16 * me.warp, 16 * k);
         } else {
-          load_a(me, of_m[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+          load_a(me, uv[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
         }
       }
-      multiply<4, 4, true>(me, gradient, of_m, d);
+      multiply<4, 4, true>(me, gradient, of_m, left, late ? 10 : 15);
+      multiply<4, 4, true>(me, gradient, uv, d);
+      wait_for_products();
     }
     if (of_left) {
       store_gradient(me, upper ? p.da : p.dr, p, sequence, start, valid, gradient, left, remains, false, upper);
