@@ -28,6 +28,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 __device__ __forceinline__ float low_half(uint32_t packed) { return __uint_as_float(packed << 16); }
 __device__ __forceinline__ float high_half(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
 
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

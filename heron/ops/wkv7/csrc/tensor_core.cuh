@@ -167,7 +167,7 @@ __device__ __forceinline__ void find_sources(Tile table, const Wkv7sProblem& p, 
 // A chunk of the first `n` inputs, each to its tile, by so many threads.
 template <int threads, int n>
 __device__ __forceinline__ void copy_inputs(int thread, Tile stage, Tile table, int start) {
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < n; i++) {
     const Source from = source(table, i);
 #pragma unroll
@@ -259,15 +259,10 @@ __device__ __forceinline__ void invert(Thread me, Tile m, int first, const float
   }
 }
 
-// This warp's 16 rows of M = mask(left right^T), as far as they are not zero; `scratch` is 2 x 16 x kPitch floats.
-__device__ __forceinline__ void attend(Thread me, Tile m, Tile stage, float* scratch) {
+// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the two blocks that are to be inverted go to
+// `scratch` (2 x 16 x kPitch floats), by columns.
+__device__ __forceinline__ void store_attention(Thread me, Tile m, Accumulator* c, float* scratch) {
   const int warp = me.warp, late = warp % 2;
-  Accumulator c[8] = {};
-  Fragment a[4];
-#pragma unroll
-  for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * warp, 16 * k);
-  multiply<4, 4, false>(me, c, a, stage + kB * kTile, -1, late ? 15 : 5);
-  wait_for_products();
 #pragma unroll
   for (int group = 0; group < 4; group++) {
     if (group % 2 > late) continue;
@@ -338,14 +333,13 @@ __device__ __forceinline__ void store_state(Thread me, float* state, const Accum
 }
 
 // Rows of four accumulators that hold (values, tokens), as (tokens, values) to an output.
-__device__ __forceinline__ void store_tokens(Thread me, void* out, const Wkv7sProblem& p, const Sequence& sequence, int start,
-                                             int valid, const Accumulator* c) {
+__device__ __forceinline__ void store_tokens(Thread me, bfloat16* out, int step, int start, int valid, const Accumulator* c) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const uint32_t low = transpose_matrix(pack(c[i][0], c[i][1])), high = transpose_matrix(pack(c[i][2], c[i][3]));
     const int t = 8 * i + me.lane / 4;
     const bool there = t < valid;
-    bfloat16* row = token_of<bfloat16>(out, p, sequence, start + (there ? t : 0)) + 16 * me.warp;
+    bfloat16* row = out + int64_t(start + (there ? t : 0)) * step + 16 * me.warp;
     store_global(me, row, low, high, there);
   }
 }
@@ -388,7 +382,15 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     __syncthreads();
     me = this_thread();
 
-    attend(me, m, stage, reinterpret_cast<float*>(stage + kW * kTile));
+    {
+      Accumulator c[8] = {};
+      Fragment a[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
+      multiply<4, 4, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      wait_for_products();
+      store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
+    }
     if (me.warp < 2) {
       __syncwarp();
       invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
@@ -435,7 +437,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       multiply_16(z + 6, u[0], b);
       load_b(me, b, m, 16, kChunk + 16);
       multiply_16(z + 6, u[1], b);
-      store_tokens(me, p.y, p, sequence, start, valid, z + 4);
+      store_tokens(me, token_of<bfloat16>(p.y, p, sequence, 0), p.heads * kSize, start, valid, z + 4);
     }
     multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
     wait_for_products();
@@ -459,15 +461,14 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
 
 // A 16-token x 64 gradient of scaled vectors to the output it belongs to, and times the scaled vectors themselves.
 // `inverse`: the scale is exp(-G), else exp(G); `shift` 1 takes G of the token before.
-__device__ __forceinline__ void store_gradient(Thread me, void* out, const Wkv7sProblem& p, const Sequence& sequence, int start,
-                                               int valid, Accumulator* c, Tile scaled, const float* remains,
-                                               bool inverse, int shift) {
+__device__ __forceinline__ void store_gradient(Thread me, bfloat16* out, int step, int start, int valid, Accumulator* c,
+                                               Tile scaled, const float* remains, bool inverse, int shift) {
   const int warp = me.warp, lane = me.lane;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = 16 * warp + lane / 4 + 8 * half, t = row % kChunk;
     const bool there = t < valid;
-    bfloat16* const to = token_of<bfloat16>(out, p, sequence, start + (there ? t : 0));
+    bfloat16* const to = out + int64_t(start + (there ? t : 0)) * step;
 #pragma unroll
     for (int group = 0; group < 4; group++) {
       uint32_t packed[2];
@@ -525,41 +526,54 @@ __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumula
   return {sums[0], sums[1]};
 }
 
-// One half of the backward's warps: of left, which has M, J, U, dM and the gradients of left, or else of right, which has the
-// state's gradient, X, dV and the gradients of right. Both go through the same barriers.
-template <bool transfer, bool of_left>
-__device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
-  constexpr int first_warp = of_left ? 0 : 4;
+// `transfer`: only the gradient of the segment's first state as far as it comes from its own y.
+//
+// The warps are two halves: of left, which has M, J, U, dM and the gradients of left, and of right, which has the state's
+// gradient, X, dV and the gradients of right. What both do alike they do by the same instructions, since instructions that
+// are not yet at hand are what this kernel waits for most.
+template <bool transfer>
+__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p) {
+  const bool of_left = of_first_lane(threadIdx.x / kThreads) == 0;
   Thread me = this_thread();
-  const Sequence sequence = find_sequence<kChunk>(p);
-  const int last = (sequence.length + kChunk - 1) / kChunk * kChunk - kChunk;
   const int late = me.warp % 2;
   const bool upper = me.warp < 2;  // rows of a or b, not of r or k
 
-  Accumulator d_state[8];
-  if (!of_left) {
-    const float* d_final = p.segments > 1 ? p.edges : p.d_final;
-    const bool from_zero = transfer || d_final == nullptr;
-    load_state(me, d_state, from_zero ? nullptr : state_of(d_final, p, sequence.index, sequence.head));
+  // Of right: rows of the state's gradient. Of left, from dM to the gradients: the bits of dM and of [X; dY], 16 rows each.
+  Accumulator held[8] = {};
+  int length;
+  int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
+  const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
+  {
+    const Sequence sequence = find_sequence<kChunk>(p);
+    length = sequence.length;
+    first_output = ((sequence.row * p.tokens + sequence.first) * p.heads + sequence.head) * kSize;
+    first_state = (sequence.slot * p.heads + sequence.head) * kSize * kSize;
+    find_sources(shared_memory() + kBackwardShared - kSources, p, sequence, kDy + 1, transfer ? kV : -1);
+    if (!of_left) {
+      const float* d_final = p.segments > 1 ? p.edges : p.d_final;
+      const bool from_zero = transfer || d_final == nullptr;
+      load_state(me, held, from_zero ? nullptr : state_of(d_final, p, sequence.index, sequence.head));
+    }
   }
+  const int last = (length + kChunk - 1) / kChunk * kChunk - kChunk;
 
   // The half of right copies the inputs, and the last two warps of left the states, while the first two invert.
   auto copy_chunk = [&](int start) {
     const Tile stage = shared_memory() + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
+    const int thread = int(threadIdx.x) + unknown_zero();
     if (!of_left) {
-      copy_inputs<kThreads, kDy + 1>(int(threadIdx.x) - kThreads, stage, shared_memory() + kBackwardShared - kSources, start);
-    } else if (!transfer && me.warp >= 2) {
+      copy_inputs<kThreads, kDy + 1>(thread - kThreads, stage, shared_memory() + kBackwardShared - kSources, start);
+    } else if (!transfer && !upper) {
       const bfloat16* from =
-          state_of(static_cast<const bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
-#pragma unroll
+          static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step;
+#pragma unroll 1
       for (int i = 0; i < kSquare / 16 / 64; i++) {
-        const int piece = int(threadIdx.x) - 64 + i * 64, row = piece / 8, column = piece % 8 * 8;
+        const int piece = thread - 64 + i * 64, row = piece / 8, column = piece % 8 * 8;
         copy_async(stage + kState + place(row, column), from + row * kSize + column, true);
       }
     }
     copy_commit();
   };
-  find_sources(shared_memory() + kBackwardShared - kSources, p, sequence, kDy + 1, transfer ? kV : -1);
   if (HERON_BACKWARD_STAGES == 2 && last >= 0) copy_chunk(last);
   for (int start = last; start >= 0; start -= kChunk) {
     const Tile shared = shared_memory() + unknown_zero();
@@ -568,7 +582,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     float* const remains = reinterpret_cast<float*>(d + kSquare);
     const Tile stage = shared + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
     const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
-    const int valid = sequence.length - start;
+    const int valid = length - start;
     if (HERON_BACKWARD_STAGES == 1) {
       __syncthreads();
       copy_chunk(start);
@@ -576,53 +590,52 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     copy_wait<0>();
     __syncthreads();
     me = this_thread();
-    scale_inputs<8>(first_warp + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains, nullptr, valid);
+    scale_inputs<8>((of_left ? 0 : 4) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains, nullptr, valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
-    Fragment b;
-    Accumulator z[4] = {};  // (values, a-rows) of u's bracket
-    Accumulator d_uv[8] = {};  // (values, [b-rows; k-rows]): the gradient of [u; v]
+    Fragment b, rows[4], more_rows[4];
     if (of_left) {
-      attend(me, m, stage, reinterpret_cast<float*>(ux));
-      Fragment of_state[4];
-      if (!transfer) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, of_state[k], state, 16 * me.warp, 16 * k);
-        multiply<4, 2, false>(me, z, of_state, left);
-      }
-      if (me.warp < 2) {
-        __syncwarp();
-        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
-      } else if (HERON_BACKWARD_STAGES == 2 && start > 0) {
-        copy_chunk(start - kChunk);
-      }
-      wait_for_products();
+      for (int k = 0; k < 4; k++) load_a(me, rows[k], left, 16 * me.warp, 16 * k);
     } else {
-      if (HERON_BACKWARD_STAGES == 2 && start > 0) copy_chunk(start - kChunk);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const Floats end = *reinterpret_cast<const Floats*>(remains + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
-        d_state[i][0] *= end.first;
-        d_state[i][1] *= end.second;
-        d_state[i][2] *= end.first;
-        d_state[i][3] *= end.second;
+        held[i][0] *= end.first;
+        held[i][1] *= end.second;
+        held[i][2] *= end.first;
+        held[i][3] *= end.second;
       }
-      Fragment of_state[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        as_operand(of_state[k], d_state + 2 * k);
-        if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, of_state[k]);
+        as_operand(rows[k], held + 2 * k);
+        if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, rows[k]);
       }
-      multiply<4, transfer ? 2 : 4, false>(me, d_uv, of_state, right);
+    }
+    Accumulator c[8] = {};  // rows of M, or (values, [b-rows; k-rows]): the gradient of [u; v]
+    multiply<4, 4, false>(me, c, rows, right, -1, of_left ? late ? 15 : 5 : transfer ? 3 : 15);
+    if (HERON_BACKWARD_STAGES == 2 && start > 0 && !(of_left && upper)) copy_chunk(start - kChunk);
+    wait_for_products();
+    Accumulator z[4] = {};  // (values, a-rows) of u's bracket
+    if (of_left) {
+      store_attention(me, m, c, reinterpret_cast<float*>(ux));
+      if (!transfer) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, rows[k], state, 16 * me.warp, 16 * k);
+        multiply<4, 2, false>(me, z, rows, left);
+      }
+      if (upper) {
+        __syncwarp();
+        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
+      }
       wait_for_products();
     }
     __syncthreads();
     me = this_thread();
 
-    Fragment of_x[4];
-    Fragment *const x = of_x, *const dy_a = of_x + 2;  // (values, [X; dY])
+    // u to `ux`, or x, and dv.
     if (of_left && !transfer) {
       Fragment u[2], v;
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 0);
@@ -637,28 +650,28 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
       store_operand(me, ux, 16 * me.warp, 0, u[0]);
       store_operand(me, ux, 16 * me.warp, 16, u[1]);
     }
-    if (!of_left) {
-      load_a_by_depth(me, dy_a[0], dy, 16 * me.warp, 0);
-      load_a_by_depth(me, dy_a[1], dy, 16 * me.warp, 16);
+    if (!of_left) {  // rows becomes (values, [X; dY])
+      load_a_by_depth(me, rows[2], dy, 16 * me.warp, 0);
+      load_a_by_depth(me, rows[3], dy, 16 * me.warp, 16);
 #pragma unroll
       for (int group = 0; group < (transfer ? 2 : 4); group++) {
         if (group % 2 == 0) {
           load_b_by_depth(me, b, m, kChunk, 16 * group);
-          multiply_16(d_uv + 2 * group, dy_a[0], b);
+          multiply_16(c + 2 * group, rows[2], b);
         }
         load_b_by_depth(me, b, m, kChunk + 16, 16 * group);
-        multiply_16(d_uv + 2 * group, dy_a[1], b);
+        multiply_16(c + 2 * group, rows[3], b);
       }
-      solve_transposed(me, x, d_uv, m);
+      solve_transposed(me, rows, c, m);
       if (!transfer) {
-        store_operand(me, ux, 16 * me.warp, kChunk, x[0]);
-        store_operand(me, ux, 16 * me.warp, kChunk + 16, x[1]);
+        store_operand(me, ux, 16 * me.warp, kChunk, rows[0]);
+        store_operand(me, ux, 16 * me.warp, kChunk + 16, rows[1]);
         load_b_by_depth(me, b, m, 0, kChunk);
-        multiply_16(d_uv + 4, x[0], b);
+        multiply_16(c + 4, rows[0], b);
         load_b_by_depth(me, b, m, 16, kChunk);
-        multiply_16(d_uv + 4, x[1], b);
+        multiply_16(c + 4, rows[1], b);
         load_b_by_depth(me, b, m, 16, kChunk + 16);
-        multiply_16(d_uv + 6, x[1], b);
+        multiply_16(c + 6, rows[1], b);
       }
     }
     if (!transfer) {
@@ -667,70 +680,74 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
       me = this_thread();
     }
 
+    // dM to `m`, or the gradient of the state before the chunk.
     Floats start_sum = {};
-    Fragment rows[4], dm[4];  // this warp's 16 rows of [X; dY], and of dM
     if (!of_left) {
-      multiply<4, 4, true>(me, d_state, of_x, left);
-      wait_for_products();
+      multiply<4, 4, true>(me, held, rows, left);
       if (!transfer) {
-        store_tokens(me, p.dv, p, sequence, start, valid, d_uv + 4);
-        start_sum = sum_rows(me, state, d_state);
+        store_tokens(me, static_cast<bfloat16*>(p.dv) + first_output, output_step, start, valid, c + 4);
       }
+      wait_for_products();
+      if (!transfer) start_sum = sum_rows(me, state, held);
     }
     if (transfer) continue;
     if (of_left) {
-      Accumulator c[8] = {};
+      if (upper) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        if (upper) {
-          load_a_by_depth(me, rows[k], ux, kChunk + 16 * me.warp, 16 * k);
-        } else {
-          load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
-        }
+        for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], ux, kChunk + 16 * me.warp, 16 * k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
       }
-      multiply<4, 2, true>(me, c, rows, ux, -1, late ? 3 : 1);
-      multiply<4, 2, false>(me, c + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+      Accumulator dm[8] = {};
+      multiply<4, 2, true>(me, dm, rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
       wait_for_products();
 #pragma unroll
       for (int group = 0; group < 4; group++) {
-        if (group % 2 == late) mask_diagonal(me, c + 2 * group, !upper);
-        as_operand(dm[group], c + 2 * group);
-        if (group % 2 > late) dm[group][0] = dm[group][1] = dm[group][2] = dm[group][3] = 0;
-        store_operand(me, m, 16 * me.warp, 16 * group, dm[group]);
+        Fragment of_m;
+        if (group % 2 == late) mask_diagonal(me, dm + 2 * group, !upper);
+        as_operand(of_m, dm + 2 * group);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          if (group % 2 > late) of_m[i] = 0;
+          held[group][i] = as_float(of_m[i]);
+          held[4 + group][i] = as_float(rows[group][i]);
+        }
+        store_operand(me, m, 16 * me.warp, 16 * group, of_m);
       }
     }
     __syncthreads();
     me = this_thread();
 
-    Accumulator gradient[8] = {};  // of this warp's 16 rows of left, or of right
+    // This warp's 16 rows of dM R + X S_0, or of dM^T L + [U; V] D.
     if (of_left) {
-      multiply<4, 4, true>(me, gradient, dm, right, late ? 15 : 5);
-      multiply<4, 4, true>(me, gradient, rows, state);
-      wait_for_products();
-    } else {
-      Fragment of_m[4], uv[4];  // this warp's 16 rows of dM^T, and of [U; V]
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        if (k % 2 >= late) {
-          load_a_by_depth(me, of_m[k], m, 16 * me.warp, 16 * k);
-        } else {
-          of_m[k][0] = of_m[k][1] = of_m[k][2] = of_m[k][3] = 0;
-        }
-        if (upper) {
-          load_a_by_depth(me, uv[k], ux, 16 * me.warp, 16 * k);
-        } else {
-          load_a(me, uv[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          rows[k][i] = as_bits(held[k][i]);
+          more_rows[k][i] = as_bits(held[4 + k][i]);
         }
       }
-      multiply<4, 4, true>(me, gradient, of_m, left, late ? 10 : 15);
-      multiply<4, 4, true>(me, gradient, uv, d);
-      wait_for_products();
-    }
-    if (of_left) {
-      store_gradient(me, upper ? p.da : p.dr, p, sequence, start, valid, gradient, left, remains, false, upper);
     } else {
-      store_gradient(me, upper ? p.db : p.dk, p, sequence, start, valid, gradient, right, remains, true, 0);
+#pragma unroll
+      for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
+      if (upper) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a_by_depth(me, more_rows[k], ux, 16 * me.warp, 16 * k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, more_rows[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+      }
     }
+    Accumulator gradient[8] = {};
+    multiply<4, 4, true>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
+    multiply<4, 4, true>(me, gradient, more_rows, of_left ? state : d);
+    wait_for_products();
+    void* const out = of_left ? upper ? p.da : p.dr : upper ? p.db : p.dk;
+    store_gradient(me, static_cast<bfloat16*>(out) + first_output, output_step, start, valid, gradient, of_left ? left : right,
+                   remains, !of_left, of_left && upper);
     __syncthreads();
 
     // dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of state * d_state.
@@ -747,7 +764,7 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
     __syncthreads();
     me = this_thread();
     constexpr int tokens = kChunk / 8;
-    const int warp = first_warp + me.warp, column = 2 * me.lane;
+    const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
     float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
     for (int i = 0; i < tokens; i++) {
@@ -783,7 +800,8 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
       if (t < valid) {
         const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
         const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
-        *reinterpret_cast<uint32_t*>(token_of<bfloat16>(p.dw, p, sequence, start + t) + column) =
+        bfloat16* const to = static_cast<bfloat16*>(p.dw) + first_output + int64_t(start + t) * output_step + column;
+        *reinterpret_cast<uint32_t*>(to) =
             pack(-kDecayScale * s0 * (1.0f - s0) * dg0, -kDecayScale * s1 * (1.0f - s1) * dg1);
       }
       dg0 += rises[i][0];
@@ -792,22 +810,13 @@ __device__ __forceinline__ void backward_half(const Wkv7sProblem& p) {
   }
   copy_wait<0>();
   if (of_left) return;
+  const Sequence sequence = find_sequence<kChunk>(p);
   if (transfer) {
-    store_state(me, state_of(p.local, p, sequence.index, sequence.head), d_state);
+    store_state(me, state_of(p.local, p, sequence.index, sequence.head), held);
   } else if (p.segments == 1) {
-    store_state(me, state_of(p.d_state, p, sequence.index, sequence.head), d_state);
+    store_state(me, state_of(p.d_state, p, sequence.index, sequence.head), held);
   } else if (sequence.index % p.segments == 0) {
-    store_state(me, state_of(p.d_state, p, sequence.row, sequence.head), d_state);
-  }
-}
-
-// `transfer`: only the gradient of the segment's first state as far as it comes from its own y.
-template <bool transfer>
-__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p) {
-  if (of_first_lane(threadIdx.x / kThreads) == 0) {
-    backward_half<transfer, true>(p);
-  } else {
-    backward_half<transfer, false>(p);
+    store_state(me, state_of(p.d_state, p, sequence.row, sequence.head), held);
   }
 }
 
