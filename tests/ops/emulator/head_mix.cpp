@@ -8,7 +8,7 @@
 struct float2 { float x, y; };
 struct __nv_bfloat162 { uint32_t bits; };
 inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {pack(low, high)}; }
-inline unsigned __float_as_uint(float x) { return float_bits(x); }
+inline unsigned __float_as_uint(float x) { return as_bits(x); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
