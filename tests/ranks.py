@@ -7,6 +7,7 @@ compared there.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -94,6 +95,7 @@ def become(processes: int, work: Callable[[], None]) -> None:
     for rank in range(processes):
         if (child := os.fork()) == 0:
             try:
+                gc.freeze()  # to look for cycles in what was imported would copy it
                 os.environ.update(_environment(rank, processes, ports[0]))
                 os.environ["HERON_TEST_PORTS"] = ",".join(map(str, ports))
                 work()

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import heron
 from heron import report
 from heron.model import quantized
 from heron.train import loop
+from tests import warm
 from tests.ranks import SIZES, become, fit, settings
 
 pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
@@ -90,11 +90,7 @@ def folder(tmp_path_factory):
         for name in ALIKE:
             config = settings(folder / "one", folder / "text.txt", name, **runs(folder)[name] | dict(micro_bsz=4))
             assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
-    started = subprocess.run(
-        [sys.executable, "-m", "tests.train.test_leaves_on_ranks", str(folder)], cwd=Path(__file__).parents[2],
-        timeout=200, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert started.returncode == 0, started.stdout
+    warm.run(["-m", "tests.train.test_leaves_on_ranks", folder])
     return folder
 
 
