@@ -260,7 +260,7 @@ def test_a_run_in_chunks_learns_and_goes_on_bit_for_bit(tmp_path, monkeypatch, r
 def test_an_estimate_knows_of_chunks():
     model = ModelConfig(variant="v7", n_layer=1, n_embd=32, vocab_size=256, head_size=16)
     whole, *in_chunks = (
-        estimate.estimate(config_of(micro_bsz=1, ctx_len=384, tbptt=tbptt), model) for tbptt in ("", "48", "exact:48")
+        estimate.estimate(config_of(micro_bsz=1, ctx_len=320, tbptt=tbptt), model) for tbptt in ("", "64", "exact:64")
     )
     assert all(found.activations < whole.activations / 4 for found in in_chunks)
     assert all(found.peak < whole.peak / 2 for found in in_chunks)
