@@ -38,11 +38,6 @@ TALKS = [(f"What is {n} and {n % 3}?", f"It is {n + n % 3}.") for n in range(30)
 METHODS = {"lora": dict(method="lora", adapter=dict(rank=4)), "state": dict(method="state", token_shifts=True)}
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(loop, "plot", lambda folders, out: None)
-
-
 @pytest.fixture
 def chat(tmp_path):
     """A file of 30 conversations."""

@@ -41,15 +41,6 @@ MODEL = heron.ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "time"}
 
 
-@pytest.fixture(autouse=True)
-def drawn(request, monkeypatch):
-    """A picture takes longer than such a run, so only one test has it drawn. The runs that would have had one."""
-    runs = []
-    if "picture" not in request.fixturenames:
-        monkeypatch.setattr(train, "plot", lambda folders, out: runs.append((folders, out)))
-    return runs
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
@@ -154,11 +145,6 @@ def test_the_run_folder(settings, tmp_path, capsys):
     assert_same_weights(heron.load(out).state_dict(), heron.load(out / "rwkv-final.pth").state_dict())
     assert heron.load(out).config == MODEL
     assert "0.08 M parameters" in capsys.readouterr().out
-
-
-@pytest.fixture
-def picture():
-    """Has `loss.png` drawn (see `drawn`)."""
 
 
 def test_the_picture_is_drawn_of_the_run(settings, drawn, tmp_path):

@@ -23,11 +23,6 @@ from tests import warm
 TEXT = "".join(f"Number {n} is {n * n % 97}; its root is near {n**0.5:.1f}.\n" for n in range(150))
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(train, "plot", lambda folders, out: None)
-
-
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
@@ -143,6 +138,7 @@ def test_interruptible_work_gives_its_result_and_its_error():
 
 def test_a_vocabulary_is_what_the_library_learns_and_its_refusal_comes_back(monkeypatch):
     said = []
+    monkeypatch.setattr(vocabulary, "_SECONDS_UNTIL_A_LINE", 60.0)
     assert vocabulary.learn([TEXT], 300, said.append) == tokenizer.learn_bpe([TEXT], 300)
     assert said == []
     monkeypatch.setattr(vocabulary, "_SECONDS_UNTIL_A_LINE", 0.0)

@@ -22,7 +22,6 @@ from heron.errors import CheckpointError, ConfigError
 from heron.model.adapters import add_adapter
 from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import own_parameters
-from heron.train import loop
 from heron.train.step import Learner
 from tests.train.finetuning import packs_of, settings_of
 
@@ -32,11 +31,6 @@ CPU = torch.device("cpu")
 IDS = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
 ROWS, LOW_RANK = dict(rank=4, tables="rows"), dict(rank=4, tables="low-rank")
 FORMS = {"v8": {}, "4x": dict(deep_embed_4x=True), "v7b": dict(variant="v7b")}
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(loop, "plot", lambda folders, out: None)
 
 
 @pytest.fixture
