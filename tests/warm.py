@@ -94,7 +94,7 @@ def _reads_and_written(wanted: int | IO[str]) -> tuple[IO[str] | None, int]:
 def start(
     arguments: Sequence[object], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=None, cwd=None
 ) -> Process | subprocess.Popen[str]:
-    """Start `python ARGUMENTS`. What it prints into pipes must fit into them.
+    """Start `python ARGUMENTS` in a session of its own. What it prints into pipes must fit into them.
 
     Args:
         arguments: "-m" or "-c", and what follows.
@@ -103,7 +103,8 @@ def start(
     if hasattr(os, "fork"):
         return Process(arguments, stdout, stderr, env, cwd)
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, cwd=cwd, text=True)
+    options = dict(env=env, cwd=cwd, text=True, start_new_session=True)
+    return subprocess.Popen(command, stdout=stdout, stderr=stderr, **options)
 
 
 def run(arguments: Sequence[object], timeout: float = 300, env: Mapping[str, str] | None = None) -> None:
@@ -155,6 +156,7 @@ def _begin(tells: int, out: int, errors: int) -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.write(tells, code.to_bytes(_NUMBER, sys.byteorder, signed=True))
         os._exit(0)
+    os.setsid()
     for file, number in ((out, 1), (errors, 2)):
         os.dup2(file, number)
     for file in (tells, out, errors):
