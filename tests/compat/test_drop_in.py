@@ -164,6 +164,7 @@ def test_hidden_states_is_the_batched_form(model):
     assert model.emb.weight.grad.any()
 
 
+@pytest.mark.parametrize("file", ["v8"], indirect=True)
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
