@@ -100,7 +100,7 @@ def start(
         arguments: "-m" or "-c", and what follows.
         env: the whole environment, for the program; Python itself reads none of it, such as PYTHONPATH.
     """
-    if hasattr(os, "fork"):
+    if sys.platform == "linux":  # elsewhere a fork is not there, or not safe
         return Process(arguments, stdout, stderr, env, cwd)
     command = [sys.executable, *map(str, arguments)]
     options = dict(env=env, cwd=cwd, text=True, start_new_session=True)
