@@ -63,7 +63,7 @@ def check_that_none_spills(
 def _said_of(file: Path, arch: str) -> str:
     """What nvcc says of registers. It takes seconds, so what it has said of the same sources is kept."""
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    key = hashlib.sha256("\0".join([*flags, file.read_text(), _sources_and_compiler()]).encode()).hexdigest()
+    key = hashlib.sha256("\0".join([*flags, file.read_text(), _headers_and_compiler()]).encode()).hexdigest()
     kept = _build.cache_folder() / "registers" / f"{key}.txt"
     if not kept.exists():
         command = ["nvcc", *flags, str(file), "-o", str(file.with_suffix(".cubin"))]
@@ -75,11 +75,11 @@ def _said_of(file: Path, arch: str) -> str:
 
 
 @functools.cache
-def _sources_and_compiler() -> str:
+def _headers_and_compiler() -> str:
     """All that kernels may include, and the version of nvcc."""
-    files = sorted(path for path in Path(_build.__file__).parent.glob("**/csrc/*") if path.is_file())
+    headers = sorted(Path(_build.__file__).parent.glob("**/csrc/*.*h"))  # .h and .cuh
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    return "\0".join([version, *(path.read_text() for path in files)])
+    return "\0".join([version, *(path.read_text() for path in headers)])
 
 
 def kernels_launched(run: Callable[[], object]) -> list[str]:
