@@ -12,7 +12,7 @@ lint: .venv/installed-dev        ## ruff over all files, their format too, pyrig
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint                       ## the whole suite
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 torture: .venv/installed-dev     ## the promises under attack at full count, and the table of docs/reliability.md
 	$(BIN)/python -m tests.torture --write

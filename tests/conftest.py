@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +19,15 @@ import heron
 from heron import progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` is not part of the installed package
+
+
+def pytest_configure():
+    """Look for cycles of objects seldom: among all that is imported a look takes a second."""
+    gc.set_threshold(20_000, 20, 10)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is there now stays to the end
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,14 +107,14 @@ def rwkv_package(tmp_path) -> Callable[..., list[tuple[Tensor, list[Tensor]]]]:
     def run(
         jobs: list[tuple[Any, ...]], jit: bool = False, deep_embed: bool = False
     ) -> list[tuple[Tensor, list[Tensor]]]:
+        from tests import warm
+
         asked, answered = tmp_path / "jobs.pt", tmp_path / "answers.pt"
         torch.save([(str(path), *rest) for path, *rest in jobs], asked)
         environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0"}
         if deep_embed:
             environment["RWKV_DE_VERSION"] = "1"
-        command = [sys.executable, "-c", _PACKAGE_SCRIPT, str(asked), str(answered)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        warm.run(["-c", _PACKAGE_SCRIPT, asked, answered], env=environment)
         return torch.load(answered)
 
     return run

@@ -7,6 +7,7 @@ compared there.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -33,6 +34,7 @@ from heron.errors import CheckpointError, HeronError
 from heron.tables.owners import Owners
 from heron.train import loop
 from heron.train.step import Learner
+from tests.train.faults import StopAt
 
 SIZES = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 MODELS = {variant: heron.ModelConfig(variant=variant, **SIZES) for variant in ("v7", "v8")}
@@ -94,6 +96,7 @@ def become(processes: int, work: Callable[[], None]) -> None:
     for rank in range(processes):
         if (child := os.fork()) == 0:
             try:
+                gc.freeze()  # to look for cycles in what was imported would copy it
                 os.environ.update(_environment(rank, processes, ports[0]))
                 os.environ["HERON_TEST_PORTS"] = ",".join(map(str, ports))
                 work()
@@ -112,20 +115,10 @@ def _next_port() -> None:
     os.environ.update(MASTER_PORT=port, HERON_TEST_PORTS=",".join(others))
 
 
-def fit(folder: Path, text: Path, name: str, trainer: type[heron.Trainer] = heron.Trainer, **changes) -> str:
+def fit(folder: Path, text: Path, name: str, trainer: Callable[..., heron.Trainer] = heron.Trainer, **changes) -> str:
     """Make a run of :func:`settings`."""
     _next_port()
     return trainer(settings(folder, text, name, **changes), say=lambda line: None).fit()
-
-
-class StopAt(heron.Trainer):
-    """A trainer of which the last process is asked to stop during the step behind STOP others."""
-
-    def _gradients(self, parts, first):
-        last = self.ranks.rank == self.ranks.count - 1
-        if last and first == STOP * self.config.samples_per_step:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return super()._gradients(parts, first)
 
 
 class FaultyRank(heron.Trainer):
@@ -207,7 +200,7 @@ def two(folder: Path, text: Path) -> None:
     v8 = dict(model=str(folder / GATED), tables="host")
     for name, beside in {"fsdp-stopped": dict(parallel="fsdp"), "v8-ddp-stopped": dict(parallel="ddp", **v8)}.items():
         beside |= dict(background_save="on", save_every=3, keep=9)
-        assert made(name, StopAt, **beside) == "preempted"
+        assert made(name, partial(StopAt, step=STOP + 1, number=signal.SIGUSR1, rank=1), **beside) == "preempted"
         assert made(name, **beside) == "finished"
     assert made("v8-nan", FaultyRank, on_nonfinite="skip", max_steps=5, parallel="ddp", **v8) == "finished"
     accumulated = dict(micro_bsz=1, accumulate=2)

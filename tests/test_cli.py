@@ -25,6 +25,7 @@ from heron.commands import flags, info
 from heron.config import MINI_EPOCH, ModelConfig, TrainConfig, groups
 from heron.data import binidx
 from heron.train import loop as train
+from tests import warm
 
 TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
 SIZES = "--n_layer 2 --n_embd 32 --head_size 16 --vocab_size 256"
@@ -668,7 +669,7 @@ def test_demo_runs_its_own_settings(heron_, tmp_path, monkeypatch):
 def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(heron_, tmp_path, text):
     words = [*f"train {SMALL} --data {text} --out {tmp_path}/run --max_steps 100000 --sample_every 0".split()]
     log = tmp_path / "run" / "log.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "heron", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = warm.start(["-m", "heron", *words])
     try:
         deadline = time.monotonic() + 60
         while not (log.exists() and log.stat().st_size > 500):
@@ -680,11 +681,11 @@ def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(heron_, t
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, err) == (75, b"")
+    assert (process.returncode, err) == (75, "")
     done = report.read_log(tmp_path / "run")[0][-1]["step"]
     status = {"status": "preempted", "step": done, "checkpoint": f"step-{done:08d}"}
     assert json.loads((tmp_path / "run" / "run_status.json").read_text()) == status
-    assert f"stopped by SIGTERM at step {done}; the same command goes on from here" in out.decode()
+    assert f"stopped by SIGTERM at step {done}; the same command goes on from here" in out
     words[words.index("100000")] = str(done + 2)
     code, out, err = heron_(*words)
     assert (code, err) == (0, "")

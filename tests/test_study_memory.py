@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +19,7 @@ from benchmarks.study_memory import __main__ as study
 from benchmarks.study_memory import report, runs, texts
 from heron.commands import demo
 from heron.errors import DataError
+from tests import warm
 
 KEPT = ("config.yaml", "job.json", "log.jsonl")
 SMALL = ["--n_layer", "1", "--n_embd", "64", "--ctx_len", "32", "--micro_bsz", "1", "--steps", "2"]
@@ -165,9 +168,16 @@ def test_jobs_go_round_the_devices(monkeypatch):
 # -- the whole of it ------------------------------------------------------------------------------------------------
 
 
+def popen(command, env, stdout, stderr, start_new_session):
+    """In the place of subprocess.Popen."""
+    assert start_new_session
+    return warm.start(command[1:], stdout, stderr, env)
+
+
 def test_the_study_from_its_texts_to_its_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "SOURCES", {})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT))
     prose = "".join(f"On day {n} she counted {n * n % 97} birds, and went home.\n" for n in range(400))
     (tmp_path / "tale.txt").write_text(prose)
     data, results = str(tmp_path / "texts"), tmp_path / "results"

@@ -69,9 +69,12 @@ def test_a_file_of_llama_cpp_runs_in_every_verb(llama_file, tmp_path, capsys, dt
 
 
 @pytest.mark.parametrize(
-    ("matrices", "vectors"), [(F16, F32), (BF16, F32), (F32, F16), (F16, BF16), (BF16, torch.float64)]
+    ("variant", "matrices", "vectors"),
+    [
+        *((variant, *two) for variant in ("v7", "v7b", "v8-hybrid", "rosa-lm") for two in ((BF16, F32), (F32, F16))),
+        *(("v8", *two) for two in ((F16, F32), (BF16, F32), (F32, F16), (F16, BF16), (BF16, torch.float64))),
+    ],
 )
-@pytest.mark.parametrize("variant", ["v7", "v7b", "v8", "v8-hybrid", "rosa-lm"])
 @pytest.mark.filterwarnings("ignore:.*mix dtypes", "ignore:.*cannot say whether its ln0")
 def test_every_variant_computes_in_the_widest(random_model, tmp_path, variant, matrices, vectors):
     rosa = RosaConfig.preset("qkv-1bit") if variant == "rosa-lm" else None

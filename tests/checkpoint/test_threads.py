@@ -64,7 +64,8 @@ def no_threads_that_compute(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:threads. wanted")
-def test_a_run_trains_and_goes_on_with_one(tmp_path, request):
+def test_a_run_trains_and_goes_on_with_one(tmp_path, request, monkeypatch):
+    monkeypatch.setattr("heron.train.loop.plot", lambda folders, out: None)  # which takes longer than the run
     settings = dict(
         model=heron.ModelConfig(variant="v7", n_layer=1, n_embd=64, vocab_size=256),
         out=str(tmp_path / "r"), ctx_len=16, micro_bsz=1, sample_every=0, eval_every=0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,14 @@ from heron.train.step import Learner
 
 MODEL = heron.ModelConfig(variant="v8", n_layer=2, n_embd=64, head_size=32, vocab_size=600)
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _counted_once():
+    """Steps that several tests ask for are run once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "_counted", functools.cache(estimate._counted))
+        yield
 
 
 def training(**changes):
@@ -82,14 +91,14 @@ def test_a_memory_counts_with_what_it_adds_to_a_step(tmp_path):
 
 
 def test_layers_that_are_not_run_are_extrapolated():
-    config, model = training(grad_checkpoint=True, ctx_len=2), MODEL.changed(n_layer=6)
+    config, model = training(grad_checkpoint=True, ctx_len=2), MODEL.changed(n_layer=5)
     found, counted = estimate.estimate(config, model), estimate._counted(config, model)
     assert tuple(found) == pytest.approx(tuple(counted), rel=1e-3)
 
 
 def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
     config = training(grad_checkpoint=True, micro_bsz=1, ctx_len=64)
-    shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=4000) for n in (4, 10))
+    shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=2500) for n in (4, 6))
     of_shallow, found = (estimate.estimate(config, model) for model in (shallow, deep))
     assert of_shallow.peak == of_shallow.in_forward
     assert found.peak == found.in_backward
@@ -97,7 +106,7 @@ def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
 
 
 def test_blocks_that_a_sharded_pass_has_gathered_are_not_counted_for_every_layer():
-    model = heron.ModelConfig(variant="v7", n_layer=6, n_embd=256, head_size=64, vocab_size=64)
+    model = heron.ModelConfig(variant="v7", n_layer=5, n_embd=256, head_size=64, vocab_size=64)
     config = estimate.on_gpus(training(grad_checkpoint=True, parallel="fsdp", micro_bsz=1), model, 8)
     found = estimate.estimate(config, model)
     assert found.peak == found.in_backward
@@ -126,7 +135,7 @@ def test_each_of_many_gpus_has_its_share_of_weights_and_of_rows_of_tables():
     assert copies.parameters == alone.parameters - 4 * rows // 2
     assert shards.parameters == pytest.approx(alone.parameters / 2, rel=0.01)
     assert shards.optimizer == pytest.approx(alone.optimizer / 2, rel=0.01)
-    plain = MODEL.changed(variant="v7", n_layer=6)
+    plain = MODEL.changed(variant="v7", n_layer=3)
     assert found(2, plain, parallel="fsdp").peak < 0.75 * found(2, plain, parallel="ddp").peak
     assert found(2, parallel="fsdp", tables="host").tables == found(1, tables="host").tables / 2
     assert found(16, parallel="hsdp").peak == pytest.approx(found(8, parallel="fsdp").peak, rel=0.05)

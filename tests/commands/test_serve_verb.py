@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import sys
 
 import httpx
@@ -12,6 +11,7 @@ import pytest
 
 import heron
 from heron import cli
+from tests import warm
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,7 @@ def model(random_model, tmp_path_factory):
 
 def test_it_says_where_it_listens_and_ends_in_order_at_a_signal(model, tmp_path):
     (tmp_path / "key").write_text("secret\n")
-    command = [sys.executable, "-m", "heron", "serve", str(model), "--port", "0", "--api_key_file", tmp_path / "key"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with warm.start(["-m", "heron", "serve", model, "--port", "0", "--api_key_file", tmp_path / "key"]) as process:
         address = process.stdout.readline().removeprefix("listening on ").strip()
         headers = {"Authorization": "Bearer secret"}
         models = httpx.get(f"{address}/v1/models", headers=headers).json()["data"]
@@ -43,8 +42,7 @@ def test_it_says_where_it_listens_and_ends_in_order_at_a_signal(model, tmp_path)
 
 
 def test_what_does_not_end_in_time_is_told_when_the_server_ends(model):
-    command = [sys.executable, "-m", "heron", "serve", str(model), "--port", "0", "--grace", "0.2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with warm.start(["-m", "heron", "serve", model, "--port", "0", "--grace", "0.2"]) as process:
         address = process.stdout.readline().removeprefix("listening on ").strip()
         body = {"prompt": "a", "max_tokens": 30_000, "stream": True, "logit_bias": {"0": -100}}
         with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:

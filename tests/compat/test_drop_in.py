@@ -22,6 +22,7 @@ from heron.compat import x070
 from heron.errors import CheckpointError, ConfigError, DataError
 from heron.ops import _build, _choice
 from heron.ops.wkv7 import wkv7_choice
+from tests import warm
 
 REPOSITORY = Path(__file__).parents[2]
 NEVER_USED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
@@ -163,6 +164,7 @@ def test_hidden_states_is_the_batched_form(model):
     assert model.emb.weight.grad.any()
 
 
+@pytest.mark.parametrize("file", ["v8"], indirect=True)
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
@@ -536,9 +538,12 @@ def test_on_windows_the_compilers_variables_are_taken_over(monkeypatch, capsys, 
 # Beside and inside an application
 
 
+def environment_of(**changes):
+    return {name: value for name, value in os.environ.items() if name not in NAMES} | changes
+
+
 def python(code, *path, cwd):
-    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    environment = environment_of(PYTHONPATH=os.pathsep.join(map(str, path)))
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, check=False
     )
@@ -601,7 +606,10 @@ def test_the_folder_works_when_it_is_copied_into_an_application(tmp_path):
         "    except ConfigError as error:\n"
         "        print(error)\n"
     )
-    lines = python(code, tmp_path, REPOSITORY, cwd=tmp_path).splitlines()
+    with warm.start(["-c", code], env=environment_of(), cwd=tmp_path) as process:
+        out, errors = process.communicate(60)
+    lines = out.splitlines()
+    assert process.returncode == 0, errors
     copied = ["__init__", "env_hijack", "rwkv_training/__init__", "rwkv_training/rwkv_v8_model", "settings"]
     assert sorted(lines[0].split(";")) == [str(tmp_path / "core" / f"{name}.py") for name in copied]
     assert lines[1] == "(3, 9) 6 False False"  # no global switch was moved

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from heron import context
 from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError
 from heron.ops.spans import Span
+from tests import warm
 from tests.ops.spans_on_threads import on_threads
 
 PACK = [0, 3, 9, 9, 21, 22, 35, 35]  # one that two borders cut, one of one token, two empty ones
@@ -110,11 +108,7 @@ def test_spans_on_processes_are_the_text_on_one(tmp_path, random_model):
         model = random_model(variant=variant, seed=seed)
         jobs.append((n, model.config, model.state_dict(), given, options))
     torch.save(jobs, tmp_path / "jobs.pt")
-    started = subprocess.run(
-        [sys.executable, "-m", "tests.context.spans_of_a_model", str(tmp_path), "4"], cwd=Path(__file__).parents[2],
-        timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert started.returncode == 0, started.stdout
+    warm.run(["-m", "tests.context.spans_of_a_model", tmp_path, 4])
     for (_, config, weights, given, _), answer in zip(jobs, torch.load(tmp_path / "answers.pt"), strict=True):
         assert_alike(answer, alone(config, weights, given))
 

@@ -125,7 +125,8 @@ def test_only_rows_of_ids_count_as_such(write, tmp_path):
     assert not sequences.holds_ids(str(tmp_path / "torn.jsonl"))
 
 
-def test_heron_train_learns_what_is_marked_and_goes_on_exactly(write, tmp_path, capsys):
+def test_heron_train_learns_what_is_marked_and_goes_on_exactly(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("heron.train.loop.plot", lambda folders, out: None)  # which takes longer than the run
     data, val = write(*(song(bars) for bars in (3, 2, 5))), write(song(4), name="val.jsonl")
 
     def train(out, *more):

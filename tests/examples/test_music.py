@@ -8,6 +8,7 @@ import math
 import re
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from examples.music import evaluate, hearing, prepare, scores, train, trigram, w
 from examples.music.keys import Key, key_of, pitch_classes, share_in  # noqa: E402
 from heron.data import sequences  # noqa: E402
 from heron.generation import Sampling  # noqa: E402
+from tests import warm  # noqa: E402
 
 VOCABULARY = scores.Vocabulary()
 
@@ -49,6 +51,7 @@ def trained(chorales, tmp_path_factory):
 
     out, printed = tmp_path_factory.mktemp("runs") / "music", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(train, "subprocess", SimpleNamespace(run=lambda command, check: warm.run(command[1:])))
         patch.setattr(train, "WIDTHS", {"variant": "v8", "n_layer": 1, "n_embd": 32, "head_size": 32})
         train.main(["--data", str(chorales), "--out", str(out), "--steps", "3"])
     return out, printed.getvalue()

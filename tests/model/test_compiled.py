@@ -81,7 +81,6 @@ def distance(got, want):
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
-        (dict(variant="v7"), {}),
         (dict(variant="v8"), dict(grad_checkpoint=True, accumulate=2, tables="host")),
         (dict(variant="v7a"), dict(dtype="bf16", weights="bf16")),
         (dict(variant="v8", memory="memory"), {}),
@@ -134,26 +133,17 @@ def packed_batch(seed, T=48):
     return tokens, targets, None, torch.tensor([0, *starts.tolist(), *[T] * (6 - len(starts))])
 
 
-@pytest.mark.parametrize(
-    ("model", "device"),
-    [
-        (dict(variant="v8"), CPU),
-        pytest.param(dict(variant="v7"), GPU, marks=needs_gpu),
-        pytest.param(dict(variant="v8"), GPU, marks=needs_gpu),
-    ],
-    ids=str,
-)
-def test_compiled_steps_over_packs_are_the_written_ones(request, random_model, device, model):
-    if device is CPU:
-        request.getfixturevalue("compiles")
-    model = random_model(n_layer=3, n_embd=64, head_size=64, **model)
+@pytest.mark.parametrize("variant", [pytest.param("v7", marks=needs_gpu), pytest.param("v8", marks=needs_gpu)])
+def test_compiled_steps_over_packs_are_the_written_ones(random_model, variant):
+    """On a CPU packs stand beside frozen weights, below, and the gradients of all weights over documents above."""
+    model = random_model(n_layer=3, n_embd=64, head_size=64, variant=variant)
     changes = dict(accumulate=2, finetune=heron.FinetuneConfig())
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    learner = learner_of(model, device, **changes)
+    learner = learner_of(model, GPU, **changes)
     numbers, weights = trained(learner, 3, 2, packed_batch)
     assert learner.compiled.value == "on"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
-    plain_numbers, plain_weights = trained(learner_of(model, device, **changes, compile="off"), 3, 2, packed_batch)
+    plain_numbers, plain_weights = trained(learner_of(model, GPU, **changes, compile="off"), 3, 2, packed_batch)
     assert distance(numbers, plain_numbers) < 1e-5
     for name, weight in plain_weights.items():
         assert distance(weights[name], weight) < 1e-5, name
@@ -247,7 +237,7 @@ def test_where_the_compiler_fails_auto_says_so_once_and_goes_on(compiles, random
 def test_hooks_of_users_fire_in_every_compiled_step(request, random_model, device, how):
     if device is CPU:
         request.getfixturevalue("compiles")
-    model = random_model(n_layer=3, n_embd=64, head_size=64, ffn_dim=128)
+    model = random_model(variant="v7", n_layer=3, n_embd=64, head_size=64, ffn_dim=128)
     learner = learner_of(model, device, compile=how)
     plain, fired = learner_of(model, device, compile="off"), []
     for step in range(9):
@@ -260,6 +250,8 @@ def test_hooks_of_users_fire_in_every_compiled_step(request, random_model, devic
         for one, loss in zip((learner, plain), losses, strict=True):
             one.update(loss, 1e-3, math.inf)
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for name, weight in plain.model.state_dict().items():
+        assert distance(learner.model.state_dict()[name], weight) < 1e-4, name
     assert fired == [0, 1, 2] * 2 + [0, "key", 1, 2] * 2
 
 

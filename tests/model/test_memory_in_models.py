@@ -166,6 +166,8 @@ def test_gradients_are_those_of_the_loss_by_finite_differences(changes, random_m
         return F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
 
     names = [name for name, _ in model.named_parameters() if ".rosa." not in name and ".ln3." not in name]
+    if changes != {"variant": "v8"}:
+        names = [name for name in names if not name.startswith("blocks.0.")]
     if changes["variant"] == "rosa-lm":  # below a bit, gradients are stand-ins
         names = ["head.weight", "ln_out.weight", "memory.copy"]
     elif "rosa" in changes:

@@ -7,16 +7,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from heron.errors import KernelError
 from heron.ops import _build
+from tests import warm
 from tests.ops.kernels import needs_nvcc
 
 needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler on the path")
@@ -259,13 +258,10 @@ def test_a_build_in_the_background_keeps_no_process_alive_and_blocks_no_later_on
     slow.chmod(0o755)
     path = f"{slow.parent}{os.pathsep}{os.environ['PATH']}"
     script = BEGINS + ("time.sleep(60)" if how == "it is killed" else "")
-    command = [sys.executable, "-c", script, str(source)]
-    with subprocess.Popen(
-        command, env={**os.environ, "PATH": path}, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+    environment = {**os.environ, "PATH": path}
+    with warm.start(["-c", script, source], stderr=subprocess.DEVNULL, env=environment) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"begun\n"
+        assert process.stdout.readline() == "begun\n"
         if how == "it is killed":
             process.kill()
         code = process.wait(15)

@@ -94,8 +94,10 @@ def test_the_kernel_has_at_most_twice_the_error_of_eager_pytorch(kernel, n_token
         check_error(gradients, problem(kind, 8, n_tokens, n_bits), device)
 
 
-@pytest.mark.parametrize("n_bits", [1, 3, 4, 6, 7])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "n_bits"),
+    [*((kind, 4) for kind in KINDS), *((kind, n) for kind in ("random", "one long match") for n in (1, 3, 6, 7))],
+)
 def test_a_warp_of_the_kernel_may_have_several_tiles_of_a_row(kernel, kind, n_bits):
     device, gradients = kernel
     check_error(gradients, problem(kind, 4, 300, n_bits), device)

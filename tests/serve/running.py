@@ -6,7 +6,6 @@ import contextlib
 import json
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -15,6 +14,7 @@ from typing import Any
 
 from heron.serve import ServeConfig, create_app
 from heron.serve.server import server_of
+from tests import warm
 
 
 @contextlib.contextmanager
@@ -35,8 +35,8 @@ def running(engine, engines=None, states=None, template=None, **settings) -> Gen
 @contextlib.contextmanager
 def running_alone(model: Path, *flags: str) -> Generator[tuple[str, int]]:
     """The address and the process number of a `heron serve` in a process of its own."""
-    command = [sys.executable, "-m", "heron", "serve", str(model), "--port", "0", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    arguments = ["-m", "heron", "serve", model, "--port", "0", *flags]
+    with warm.start(arguments, stderr=subprocess.DEVNULL) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             assert line.startswith("listening on "), line

@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -17,6 +15,7 @@ import pytest
 import heron
 from heron import tokenizer
 from heron.generation import Engine, Request, Sampling
+from tests import warm
 from tests.serve.running import children, raw, request_of, until
 
 NO_END = {"0": -100}
@@ -39,8 +38,7 @@ class Served:
     """A `heron serve`: its address, the process that was started, and the one that speaks HTTP."""
 
     def __init__(self, path: Path, *flags: str):
-        command = [sys.executable, "-m", "heron", "serve", str(path), "--port", "0", "--device", "cpu", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = warm.start(["-m", "heron", "serve", path, "--port", "0", "--device", "cpu", *flags])
         self.address = self.process.stdout.readline().removeprefix("listening on ").strip()
         self.children = children(self.process.pid)
         [self.http] = [child for child in self.children if "spawn_main" in command_of(child)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -61,6 +62,7 @@ def child(work: Callable[[], int], output: Path | None = None) -> int:
         return pid
     code = 99
     try:
+        gc.freeze()  # to look for cycles in what was imported would copy it
         os.setpgid(0, 0)
         sink = os.open(os.devnull if output is None else output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, 1)

@@ -85,14 +85,13 @@ def _around(model: heron.RWKV, fault: Fault) -> Iterator[None]:
 
 
 class StopAt(heron.Trainer):
-    """A trainer that is asked to stop by a signal during the given step."""
+    """A trainer of which one process is asked to stop by a signal during the given step."""
 
-    def __init__(self, config, step, number=signal.SIGTERM):
-        super().__init__(config)
-        self._stop_step, self._number = step, number
+    def __init__(self, config, step, number=signal.SIGTERM, rank=0, **options):
+        super().__init__(config, **options)
+        self._stop_step, self._number, self._signalled = step, number, rank
 
     def _gradients(self, parts, first):
-        gradients = super()._gradients(parts, first)
-        if first == (self._stop_step - 1) * self.config.micro_bsz * self.config.accumulate:
+        if self.ranks.rank == self._signalled and first == (self._stop_step - 1) * self.config.samples_per_step:
             os.kill(os.getpid(), self._number)
-        return gradients
+        return super()._gradients(parts, first)

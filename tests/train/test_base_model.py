@@ -20,11 +20,6 @@ MODEL = heron.ModelConfig(variant="v7", n_layer=1, n_embd=32, head_size=16, voca
 SIZES = ["--variant", "v7", "--n_layer", "1", "--n_embd", "32", "--head_size", "16", "--vocab_size", "256"]
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(train, "plot", lambda folders, out: None)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Weights of three seeds, and a text."""

@@ -15,7 +15,6 @@ from heron import report
 from heron.data import conversations, template
 from heron.data.packs import Packs
 from heron.errors import ConfigError, HeronError
-from heron.train import loop as train
 from heron.train import run_data
 from heron.train.step import Learner
 from tests.torture import kills
@@ -31,11 +30,6 @@ TALKS = [
     ]
     for n in range(30)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(train, "plot", lambda folders, out: None)
 
 
 @pytest.fixture

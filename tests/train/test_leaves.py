@@ -21,8 +21,6 @@ from heron.checkpoint.adapters import base_fingerprint, load_adapter, merged
 from heron.commands import estimate
 from heron.config.finetune import DEFAULTS
 from heron.config.finetune_adapter import KINDS
-from heron.data import conversations, template
-from heron.data.packs import Packs
 from heron.errors import CheckpointError, ConfigError
 from heron.model.adapters import adapter_parameters, add_adapter
 from heron.model.plain import own_parameters
@@ -31,17 +29,13 @@ from heron.train import leaves, loop
 from heron.train.step import Learner
 from tests.torture import kills, kills_of_finetuning
 from tests.train.faults import Fault, faulty
+from tests.train.finetuning import packs_of, settings_of
 
 pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
 
 CPU = torch.device("cpu")
 TALKS = [(f"What is {n} and {n % 3}?", f"It is {n + n % 3}.") for n in range(30)]
 METHODS = {"lora": dict(method="lora", adapter=dict(rank=4)), "state": dict(method="state", token_shifts=True)}
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(loop, "plot", lambda folders, out: None)
 
 
 @pytest.fixture
@@ -68,24 +62,13 @@ def base(tmp_path, random_model):
 def settings(tmp_path, chat, base):
     def make(method="lora", model=None, **changes):
         finetune = heron.FinetuneConfig(**{**METHODS.get(method, {}), **changes.pop("finetune", {})})
-        values = dict(
-            model=str(model or base()), data=str(chat), out=str(tmp_path / "run"), ctx_len=96, micro_bsz=2, max_steps=4,
-            warmup_steps=1, lr_init=1e-2, weight_decay=0.0, threads=1, device="cpu", dtype="fp32", sample_tokens=4,
-            finetune=finetune,
-        )  # fmt: skip
-        return heron.TrainConfig(**{**values, **changes})
+        return settings_of(tmp_path, model or base(), chat, finetune, **changes)
 
     return make
 
 
 def fit(config, said=None):
     return heron.Trainer(config, say=(lambda line: None) if said is None else said.append).fit()
-
-
-def packs_of(config, val_fraction=0.0):
-    tokenizer = heron.tokenizer.load("bytes")
-    data = conversations.load(config.data, tokenizer, config.ctx_len, template.load("rwkv"), val_fraction=val_fraction)
-    return Packs(data.samples if not val_fraction else data.val_samples, config.ctx_len, 0, True)
 
 
 def weights_of(model):

@@ -9,8 +9,8 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,9 @@ import heron
 from heron import report
 from heron.model import quantized
 from heron.train import loop
+from tests import warm
 from tests.ranks import SIZES, become, fit, settings
+from tests.train.faults import StopAt
 
 pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
 
@@ -63,15 +65,6 @@ ALIKE = ("memory", "adapter", "state", "chunks", "exact", "pairs", *QUANTIZED)
 CLOSE = dict.fromkeys(QUANTIZED, 2e-2)  # where the network computes in bf16
 
 
-class StopAt(heron.Trainer):
-    """A trainer of which the first process is asked to stop during the step behind STOP others."""
-
-    def _gradients(self, parts, first):
-        if self.ranks.is_first and first == STOP * self.config.samples_per_step:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return super()._gradients(parts, first)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The runs of one process with four samples a step, in one/, and those of two with two each, in two/."""
@@ -90,11 +83,7 @@ def folder(tmp_path_factory):
         for name in ALIKE:
             config = settings(folder / "one", folder / "text.txt", name, **runs(folder)[name] | dict(micro_bsz=4))
             assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
-    started = subprocess.run(
-        [sys.executable, "-m", "tests.train.test_leaves_on_ranks", str(folder)], cwd=Path(__file__).parents[2],
-        timeout=200, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert started.returncode == 0, started.stdout
+    warm.run(["-m", "tests.train.test_leaves_on_ranks", folder])
     return folder
 
 
@@ -104,12 +93,12 @@ def two(folder: Path) -> None:
     seed_all = torch.manual_seed
     torch.manual_seed = lambda seed: seed_all(seed + int(os.environ["RANK"]))
 
-    def made(name: str, trainer: type[heron.Trainer] = heron.Trainer) -> str:
+    def made(name: str, trainer: Callable[..., heron.Trainer] = heron.Trainer) -> str:
         return fit(folder / "two", folder / "text.txt", name, trainer, **runs(folder)[name])
 
     for name in (*ALIKE, "dropping"):
         assert made(name) == "finished"
-    assert made("stopped", StopAt) == "preempted"
+    assert made("stopped", partial(StopAt, step=STOP + 1, number=signal.SIGUSR1)) == "preempted"
     assert made("stopped") == "finished"
 
 

@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -34,20 +33,12 @@ from heron.optim import lr_at
 from heron.train import loop as train
 from heron.train import result
 from heron.train.step import Learner
+from tests import warm
 from tests.train.faults import Fault, StopAt, faulty
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 MODEL = heron.ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "time"}
-
-
-@pytest.fixture(autouse=True)
-def drawn(request, monkeypatch):
-    """A picture takes longer than such a run, so only one test has it drawn. The runs that would have had one."""
-    runs = []
-    if "picture" not in request.fixturenames:
-        monkeypatch.setattr(train, "plot", lambda folders, out: runs.append((folders, out)))
-    return runs
 
 
 @pytest.fixture
@@ -154,11 +145,6 @@ def test_the_run_folder(settings, tmp_path, capsys):
     assert_same_weights(heron.load(out).state_dict(), heron.load(out / "rwkv-final.pth").state_dict())
     assert heron.load(out).config == MODEL
     assert "0.08 M parameters" in capsys.readouterr().out
-
-
-@pytest.fixture
-def picture():
-    """Has `loss.png` drawn (see `drawn`)."""
 
 
 def test_the_picture_is_drawn_of_the_run(settings, drawn, tmp_path):
@@ -308,7 +294,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(settings, tmp_pa
     whole, cut = (settings(out=str(tmp_path / name), save_every=3, eval_every=2) for name in ("whole", "cut"))
     fit(whole)
     (tmp_path / "cut.yaml").write_text(cut.to_yaml())
-    process = subprocess.Popen([sys.executable, "-c", _SLOW_RUN, str(tmp_path / "cut.yaml")], stdout=subprocess.DEVNULL)
+    process = warm.start(["-c", _SLOW_RUN, tmp_path / "cut.yaml"], stdout=subprocess.DEVNULL)
     with killed_at_the_end(process):
         wait_until(lambda: (tmp_path / "cut" / "log.jsonl").exists() and len(steps(cut)) == 5)
         with pytest.raises(CheckpointError, match="another process is training here"):

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from heron import cli
-from heron.train import loop
 
 ROOT = Path(__file__).parents[2]
 OLDER = "f702d6b52cb0109613fdde28f6cf20f545229d25"  # before modules moved to their folders and blocks became one
@@ -31,8 +30,7 @@ raise SystemExit(max(heron.cli.main(words) for words in json.loads(sys.argv[2]))
 """
 
 
-def test_runs_of_older_code_go_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "plot", lambda *_: None)
+def test_runs_of_older_code_go_on_bit_for_bit(tmp_path):
     older = unpacked(OLDER, tmp_path / "older")
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(4000)))
     settings = f"--data {tmp_path}/text.txt --tokenizer bytes --n_layer 2 --n_embd 64 --ctx_len 32 --micro_bsz 2"

@@ -17,7 +17,7 @@ from heron.data import conversations, template
 from heron.data.packs import Packs
 from heron.data.pairs import encode_pair
 from heron.errors import CheckpointError, ConfigError, DataError
-from heron.train import loop, preference
+from heron.train import preference
 from heron.train.step import Learner
 from tests.train.faults import StopAt
 
@@ -31,11 +31,6 @@ ROWS = [
     }
     for n in range(20)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(loop, "plot", lambda folders, out: None)
 
 
 @pytest.fixture

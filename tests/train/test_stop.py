@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -19,13 +18,9 @@ from heron.tokenizer import learned as vocabulary
 from heron.train import loop as train
 from heron.train import run_data
 from heron.train import stop as preemption
+from tests import warm
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its root is near {n**0.5:.1f}.\n" for n in range(150))
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(train, "plot", lambda folders, out: None)
 
 
 @pytest.fixture
@@ -143,6 +138,7 @@ def test_interruptible_work_gives_its_result_and_its_error():
 
 def test_a_vocabulary_is_what_the_library_learns_and_its_refusal_comes_back(monkeypatch):
     said = []
+    monkeypatch.setattr(vocabulary, "_SECONDS_UNTIL_A_LINE", 60.0)
     assert vocabulary.learn([TEXT], 300, said.append) == tokenizer.learn_bpe([TEXT], 300)
     assert said == []
     monkeypatch.setattr(vocabulary, "_SECONDS_UNTIL_A_LINE", 0.0)
@@ -179,8 +175,8 @@ def test_the_command_ends_with_code_75(config, tmp_path):
     """In a process of its own, while the vocabulary of a longer text is learned."""
     (tmp_path / "text.txt").write_text("\n".join(heron.data.corpora.builtin("builtin:python-docs")) * 8)
     words = ["train", "--data", str(tmp_path / "text.txt"), "--tokenizer", "bpe:4000", "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "heron", *words, "--max_steps", "2", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words += ["--max_steps", "2", "--device", "cpu"]
+    process = warm.start(["-m", "heron", *words], stderr=subprocess.STDOUT)
     try:
         _wait_until((tmp_path / "run" / "run.lock").exists, 60)
         time.sleep(0.5)

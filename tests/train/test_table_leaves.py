@@ -18,14 +18,12 @@ from heron.checkpoint import table_rows
 from heron.checkpoint.adapters import base_fingerprint, load_adapter, merged, save_adapter
 from heron.commands import estimate
 from heron.config import AdapterConfig
-from heron.data import conversations, template
-from heron.data.packs import Packs
 from heron.errors import CheckpointError, ConfigError
 from heron.model.adapters import add_adapter
 from heron.model.deep_embed import DeepEmbed
 from heron.model.plain import own_parameters
-from heron.train import loop
 from heron.train.step import Learner
+from tests.train.finetuning import packs_of, settings_of
 
 peft = pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
 
@@ -33,11 +31,6 @@ CPU = torch.device("cpu")
 IDS = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
 ROWS, LOW_RANK = dict(rank=4, tables="rows"), dict(rank=4, tables="low-rank")
 FORMS = {"v8": {}, "4x": dict(deep_embed_4x=True), "v7b": dict(variant="v7b")}
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(loop, "plot", lambda folders, out: None)
 
 
 @pytest.fixture
@@ -51,12 +44,7 @@ def settings(tmp_path, random_model):
         talks = [{"prompt": f"What is {n}?", **{name: f"It is {n + len(name)}." for name in names}} for n in range(30)]
         data.write_text("\n".join(map(json.dumps, talks)))
         finetune = heron.FinetuneConfig(method="lora", adapter=adapter or ROWS, objective=objective)
-        values = dict(
-            model=str(base), data=str(data), out=str(tmp_path / "run"), ctx_len=96, micro_bsz=2, max_steps=4,
-            warmup_steps=1, lr_init=1e-2, weight_decay=0.0, threads=1, device="cpu", dtype="fp32", sample_tokens=4,
-            finetune=finetune,
-        )  # fmt: skip
-        return heron.TrainConfig(**{**values, **changes})
+        return settings_of(tmp_path, base, data, finetune, **changes)
 
     return make
 
@@ -69,12 +57,6 @@ def fit(config, said=None):
     trainer._loop = lambda parts, progress: (learners.append(parts.learner), rest(parts, progress))[1]
     assert trainer.fit() == "finished"
     return learners[0]
-
-
-def packs_of(config):
-    tokenizer = heron.tokenizer.load("bytes")
-    data = conversations.load(config.data, tokenizer, config.ctx_len, template.load("rwkv"))
-    return Packs(data.samples, config.ctx_len, 0, True)
 
 
 def tables_of(model):
