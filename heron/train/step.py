@@ -21,6 +21,7 @@ from heron.model import RWKV
 from heron.model import compiled as compilation
 from heron.model.plain import has_hooks
 from heron.optim import build_optimizer, set_lr
+from heron.reduction import Reduction
 from heron.tables.rows import row_tables
 from heron.train import chunks, leaves, preference
 from heron.train.base_model import Base
@@ -220,11 +221,11 @@ class Learner:
         rows = [] if self.tables is None else self.tables.rows
         return [*(leaf for leaf, _ in self.leaves.pairs), *rows]
 
-    def _reduction_of(self) -> dist.Reduction:
+    def _reduction_of(self) -> Reduction:
         """Of the leaves that have a step's gradients: of several passes these are added up as the masters'."""
         on_rows = {id(weight) for weight in (self.tables.weights if self.tables is not None else [])}
         learning = (copy if self._at_once else master for copy, master in self.leaves.pairs)
-        return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), self._at_once)
+        return Reduction((leaf for leaf in learning if id(leaf) not in on_rows), self._at_once)
 
     def _exchange(self) -> None:
         """Add up the gradients of all processes; of the first step once the compiler has served all of them."""
