@@ -57,6 +57,7 @@ class Step(NamedTuple):
     """What a GPU did in a step; milliseconds, of kernels by their names."""
 
     seconds: float
+    loss: float  # behind the steps that were timed
     peak_bytes: int
     kernels: Counter[str]
     busy: float
@@ -95,22 +96,22 @@ def measure(
     batches = [random_batch(config, config.model) for _ in range(4)]
     torch.cuda.reset_peak_memory_stats()
     timed(learner, batches, WARM_UP, together)
-    seconds = timed(learner, batches, steps, together)
-    return profiled(learner, batches, seconds, together)
+    seconds, loss = timed(learner, batches, steps, together)
+    return profiled(learner, batches, seconds, loss, together)
 
 
-def timed(learner: Learner, batches: Batches, steps: int, together: Ranks) -> float:
-    """Seconds of a step, the mean: the host does not wait between them."""
+def timed(learner: Learner, batches: Batches, steps: int, together: Ranks) -> tuple[float, float]:
+    """Seconds of a step, the mean, and the last one's loss: the host does not wait between them."""
     torch.cuda.synchronize()
     together.all(True)
-    begun = time.perf_counter()
+    numbers, begun = torch.full((1,), math.nan), time.perf_counter()
     for step in range(steps):
-        learner.update(learner.gradients(batches[step % len(batches)]), learner.config.lr_init, math.inf)
+        numbers = learner.update(learner.gradients(batches[step % len(batches)]), learner.config.lr_init, math.inf)
     torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / steps
+    return (time.perf_counter() - begun) / steps, float(numbers[0])
 
 
-def profiled(learner: Learner, batches: Batches, seconds: float, together: Ranks) -> Step:
+def profiled(learner: Learner, batches: Batches, seconds: float, loss: float, together: Ranks) -> Step:
     """What the GPU does in such a step; and how large its memory became until here."""
     peak = torch.cuda.max_memory_allocated()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -123,11 +124,11 @@ def profiled(learner: Learner, batches: Batches, seconds: float, together: Ranks
         kernels[event.name] += event.time_range.elapsed_us() / PROFILED / 1e3
     all_spans = [*spans[True], *spans[False]]
     if not all_spans:
-        return Step(seconds, peak, kernels, math.nan, math.nan, math.nan)
+        return Step(seconds, loss, peak, kernels, math.nan, math.nan, math.nan)
     length = max(end for _, end in all_spans) - min(begin for begin, _ in all_spans)
     busy, covered = covered_by(spans[False]), covered_by(all_spans)
     parts = (part / PROFILED / 1e3 for part in (busy, covered - busy, length - covered))
-    return Step(seconds, peak, kernels, *parts)
+    return Step(seconds, loss, peak, kernels, *parts)
 
 
 def covered_by(spans: Iterable[tuple[float, float]]) -> float:
@@ -147,7 +148,7 @@ def told(row: Row, name: str, ranks: Ranks, one: Step, many: Step, top: int) -> 
     lines = [
         f"{name}: alone {', '.join(f'{ms:.2f}' for ms in of_each)} ms; together {1e3 * many.seconds:.2f} ms, "
         f"{slowest:.3f} times one GPU, {mean:.3f} of the mean; {one.peak_bytes / 2**30:.2f} and "
-        f"{many.peak_bytes / 2**30:.2f} GiB ({many.peak_bytes / one.peak_bytes:.3f})",
+        f"{many.peak_bytes / 2**30:.2f} GiB ({many.peak_bytes / one.peak_bytes:.3f}); loss {one.loss:.5f}, {many.loss:.5f}",
         *(
             f"  {which}: busy {step.busy:.2f}, NCCL exposed {step.exposed:.2f}, idle {step.idle:.2f} ms"
             for which, step in (("alone", one), ("together", many))
