@@ -1,8 +1,8 @@
 """Where the time of a step on many GPUs goes, kernel by kernel, beside a step of each GPU alone.
 
-``torchrun --nproc-per-node 2 -m benchmarks.many_gpus.differences [--rows wide large 131k]``: for each row first all GPUs
-at a time, each with a step of its own and nothing said between them, then the same GPUs together. A step of all takes
-as long as the slowest GPU does, so `times one GPU` is of the slowest alone; `of the mean` is of all of them.
+``torchrun --nproc-per-node 2 -m benchmarks.many_gpus.differences [--rows wide large 131k]``: for each row first all
+GPUs at a time, each with a step of its own and nothing said between them, then the same GPUs together. A step of all
+takes as long as the slowest GPU does, so `times one GPU` is of the slowest alone; `of the mean` is of all of them.
 
 Then what the first GPU did in a step: `busy` with kernels that compute, `exposed` with NCCL's alone, `idle`; and the
 kernels of which it took most more, or less, than alone.
@@ -147,8 +147,9 @@ def told(row: Row, name: str, ranks: Ranks, one: Step, many: Step, top: int) -> 
     slowest, mean = (work * ms / (1e3 * many.seconds) for ms in (max(of_each), sum(of_each) / ranks.count))
     lines = [
         f"{name}: alone {', '.join(f'{ms:.2f}' for ms in of_each)} ms; together {1e3 * many.seconds:.2f} ms, "
-        f"{slowest:.3f} times one GPU, {mean:.3f} of the mean; {one.peak_bytes / 2**30:.2f} and "
-        f"{many.peak_bytes / 2**30:.2f} GiB ({many.peak_bytes / one.peak_bytes:.3f}); loss {one.loss:.5f}, {many.loss:.5f}",
+        f"{slowest:.3f} times one GPU, {mean:.3f} of the mean; "
+        f"{one.peak_bytes / 2**30:.2f} and {many.peak_bytes / 2**30:.2f} GiB "
+        f"({many.peak_bytes / one.peak_bytes:.3f}); loss {one.loss:.5f}, {many.loss:.5f}",
         *(
             f"  {which}: busy {step.busy:.2f}, NCCL exposed {step.exposed:.2f}, idle {step.idle:.2f} ms"
             for which, step in (("alone", one), ("together", many))
