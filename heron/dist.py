@@ -315,11 +315,15 @@ def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device, bf1
         mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False),
         ignored_params={module.weight for module in network.modules() if isinstance(module, DeepEmbed)},
     )
-    parts = [*network.blocks]
+    parts, last = [network.emb, *network.blocks], network.blocks[-1]
     if isinstance(norm := getattr(network.blocks[0], "ln0", None), nn.Module):
-        parts.insert(0, norm)  # it is called before its block is
+        parts.insert(1, norm)  # it is called before its block is
+    last.add_module("head", network.head)  # for the moment: it travels with the last block, behind which it is used
     for part in parts:  # the last block is the first that the backward pass needs
-        fully_shard(part, **how, reshard_after_forward=part is not network.blocks[-1])
+        fully_shard(part, **how, reshard_after_forward=part is not last)
+    del last.head
+    network.emb.set_unshard_in_backward(False)  # pyright: ignore[reportCallIssue]
+    how["ignored_params"].add(network.head.weight)
     fully_shard(network, **how, reshard_after_forward=False)
     # Nothing is added in place to what a block returns, which is where a view would do harm.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

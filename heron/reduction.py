@@ -16,7 +16,7 @@ class Reduction:
     """Adds up the gradients of `leaves` over all processes, a bucket at a time.
 
     With `overlapped` a bucket leaves as soon as it is full, while the backward pass goes on, in a recorded pass too;
-    gradients of several passes leave together, at :meth:`finish`. A gradient is then a part of its bucket.
+    gradients of several passes leave together, at :meth:`finish`. As a bucket leaves, its gradients become parts of it.
 
     Attributes:
         held: whether all buckets wait for :meth:`finish`, as a process may have to do its pass again.
@@ -24,7 +24,7 @@ class Reduction:
 
     def __init__(self, leaves: Iterable[nn.Parameter], overlapped: bool):
         self._buckets = _buckets(leaf for leaf in leaves if leaf.requires_grad)
-        self._under_way: list[tuple[list[nn.Parameter], Tensor, Any]] = []
+        self._under_way: list[Any] = []
         self._missing = list(map(len, self._buckets))
         self.held = False
         for number, bucket in enumerate(self._buckets) if overlapped else ():
@@ -36,13 +36,8 @@ class Reduction:
         for number, missing in enumerate(self._missing):
             if missing:  # all of them, or those that this model has no use for
                 self._send(number)
-        for leaves, flat, work in self._under_way:
+        for work in self._under_way:
             work.wait()
-            parts = torch._C._nn.unflatten_dense_tensors(  # pyright: ignore[reportAttributeAccessIssue]
-                flat, [leaf.grad for leaf in leaves]
-            )
-            for leaf, part in zip(leaves, parts, strict=True):
-                leaf.grad = part
         self.forget()
 
     def forget(self) -> None:
@@ -59,10 +54,18 @@ class Reduction:
     @torch.no_grad()
     def _send(self, number: int) -> None:
         leaves = [leaf for leaf in self._buckets[number] if leaf.grad is not None]
-        gradients = [leaf.grad.flatten() for leaf in leaves if leaf.grad is not None]
-        if gradients:
-            flat = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
-            self._under_way.append((leaves, flat, distributed.all_reduce(flat, async_op=True)))
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if len(gradients) == 1 and gradients[0].is_contiguous():
+            flat = gradients[0]
+        elif gradients:  # torch.cat takes five times as long for as many
+            flat = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
+            parts = torch._C._nn.unflatten_dense_tensors(flat, gradients)  # pyright: ignore[reportAttributeAccessIssue]
+            torch._foreach_copy_(parts, gradients)  # pyright: ignore[reportPrivateImportUsage]
+            for leaf, part in zip(leaves, parts, strict=True):
+                leaf.grad = part
+        else:
+            return
+        self._under_way.append(distributed.all_reduce(flat, async_op=True))
 
 
 def _buckets(leaves: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -1,8 +1,9 @@
 """Where the time of a step on many GPUs goes, kernel by kernel, beside a step of each GPU alone.
 
-``torchrun --nproc-per-node 2 -m benchmarks.many_gpus.differences [--rows wide large 131k]``: for each row first all
-GPUs at a time, each with a step of its own and nothing said between them, then the same GPUs together. A step of all
-takes as long as the slowest GPU does, so `times one GPU` is of the slowest alone; `of the mean` is of all of them.
+``torchrun --nproc-per-node 2 -m benchmarks.many_gpus.differences [--rows wide large 131k]``: for each row all GPUs at a
+time make steps of their own, with nothing said between them, then steps together, and so on in turns, since a GPU that
+has become warm is slower. A step of all takes as long as the slowest GPU does, so `times one GPU` is of the slowest
+alone; `of the mean` is of all of them.
 
 Then what the first GPU did in a step: `busy` with kernels that compute, `exposed` with NCCL's alone, `idle`; and the
 kernels of which it took most more, or less, than alone.
@@ -14,13 +15,13 @@ import argparse
 import dataclasses
 import gc
 import math
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,9 +32,8 @@ from heron.dist import ALONE, Ranks
 from heron.train.loop import Trainer
 from heron.train.step import Learner
 
-WARM_UP, PROFILED = 4, 3  # steps; in three all is compiled, the fourth may be recorded
+WARM_UP, TURNS, PROFILED = 4, 3, 3  # in three steps all is compiled, the fourth may be recorded
 ANNOTATIONS = ("FSDP::", "nccl:", "Optimizer.", "ProfilerStep")  # what a profile lists beside kernels
-Batches = Sequence[Sequence[Sequence[Tensor]]]
 
 
 class Row(NamedTuple):
@@ -53,23 +53,11 @@ def rows(gpus: int) -> dict[str, Row]:
     }
 
 
-class Step(NamedTuple):
-    """What a GPU did in a step; milliseconds, of kernels by their names."""
-
-    seconds: float
-    loss: float  # behind the steps that were timed
-    peak_bytes: int
-    kernels: Counter[str]
-    busy: float
-    exposed: float
-    idle: float
-
-
 def config_of(row: Row, **changes: object) -> TrainConfig:
     """The run of all processes."""
-    settings = {**row.settings, **row.of_many, **changes}
-    sizes = {name: settings.pop(name) for name in ("n_layer", "n_embd")}
-    model = ModelConfig(variant="v7", vocab_size=65536, **sizes)
+    settings = {"variant": "v7", **row.settings, **row.of_many, **changes}
+    sizes = {name: settings.pop(name) for name in ("variant", "n_layer", "n_embd")}
+    model = ModelConfig(vocab_size=65536, **sizes)
     return Trainer(TrainConfig(model=model, max_steps=1, dtype="bf16", device="cuda", **settings)).config
 
 
@@ -78,57 +66,82 @@ def alone(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, parallel="auto", context_parallel=1, processes=0)
 
 
-def measure(
-    config: TrainConfig, ranks: Ranks, together: Ranks, steps: int, change: Callable[[Learner], object] = lambda _: None
-) -> Step:
-    """Make steps with a fresh model.
+class Kernels(NamedTuple):
+    """What a GPU did in a step, milliseconds."""
+
+    by_name: Counter[str]
+    counts: Counter[str]
+    busy: float
+    exposed: float
+    idle: float
+
+
+class Steps:
+    """Steps with a fresh model.
 
     Args:
         ranks: who share them.
         together: who begin at the same time.
-        change: is done to the learner before its first step.
+
+    Attributes:
+        seconds: of a step, the mean of each call of :meth:`make`.
+        loss: of the last step.
+        peak_bytes: what they took at most, at first.
     """
-    assert isinstance(config.model, ModelConfig)
-    torch.manual_seed(config.seed)
-    learner = fresh_learner(config, config.model, ranks)
-    change(learner)
-    torch.manual_seed(config.seed + ranks.group(config.context_parallel)[0])
-    batches = [random_batch(config, config.model) for _ in range(4)]
-    torch.cuda.reset_peak_memory_stats()
-    timed(learner, batches, WARM_UP, together)
-    seconds, loss = timed(learner, batches, steps, together)
-    return profiled(learner, batches, seconds, loss, together)
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, together: Ranks):
+        assert isinstance(config.model, ModelConfig)
+        before = torch.cuda.memory_allocated()
+        torch.manual_seed(config.seed)
+        self.learner: Learner = fresh_learner(config, config.model, ranks)
+        torch.manual_seed(config.seed + ranks.group(config.context_parallel)[0])
+        self._batches = [random_batch(config, config.model) for _ in range(4)]
+        self._together, self._made = together, 0
+        self.seconds: list[float] = []
+        torch.cuda.reset_peak_memory_stats()
+        self.warm_up()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def warm_up(self) -> None:
+        """Make steps that do not count."""
+        self.make(WARM_UP)
+        self.seconds.clear()
+
+    def make(self, steps: int) -> None:
+        """Make so many; the host does not wait between them."""
+        torch.cuda.synchronize()
+        self._together.all(True)
+        begun, numbers = time.perf_counter(), torch.full((1,), math.nan)
+        for _ in range(steps):
+            samples = self._batches[self._made % len(self._batches)]
+            numbers = self.learner.update(self.learner.gradients(samples), self.learner.config.lr_init, math.inf)
+            self._made += 1
+        torch.cuda.synchronize()
+        self.seconds.append((time.perf_counter() - begun) / steps)
+        self.loss = float(numbers[0])
+
+    def profiled(self) -> Kernels:
+        """What the GPU does in such a step."""
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            self.make(PROFILED)
+        self.seconds.pop()
+        spans, by_name, counts = {True: [], False: []}, Counter(), Counter()
+        for event in seen.events() or ():
+            if event.device_type == DeviceType.CUDA and not event.name.startswith(ANNOTATIONS):
+                spans["nccl" in event.name].append((event.time_range.start, event.time_range.end))
+                by_name[event.name] += event.time_range.elapsed_us() / PROFILED / 1e3
+                counts[event.name] += 1 / PROFILED
+        every = [*spans[True], *spans[False]]
+        length = max(end for _, end in every) - min(begin for begin, _ in every)
+        busy, covered = covered_by(spans[False]), covered_by(every)
+        return Kernels(by_name, counts, *(us / PROFILED / 1e3 for us in (busy, covered - busy, length - covered)))
 
 
-def timed(learner: Learner, batches: Batches, steps: int, together: Ranks) -> tuple[float, float]:
-    """Seconds of a step, the mean, and the last one's loss: the host does not wait between them."""
-    torch.cuda.synchronize()
-    together.all(True)
-    numbers, begun = torch.full((1,), math.nan), time.perf_counter()
-    for step in range(steps):
-        numbers = learner.update(learner.gradients(batches[step % len(batches)]), learner.config.lr_init, math.inf)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / steps, float(numbers[0])
-
-
-def profiled(learner: Learner, batches: Batches, seconds: float, loss: float, together: Ranks) -> Step:
-    """What the GPU does in such a step; and how large its memory became until here."""
-    peak = torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        timed(learner, batches, PROFILED, together)
-    spans, kernels = {True: [], False: []}, Counter()
-    for event in seen.events() or ():
-        if event.device_type != DeviceType.CUDA or event.name.startswith(ANNOTATIONS):
-            continue
-        spans["nccl" in event.name].append((event.time_range.start, event.time_range.end))
-        kernels[event.name] += event.time_range.elapsed_us() / PROFILED / 1e3
-    all_spans = [*spans[True], *spans[False]]
-    if not all_spans:
-        return Step(seconds, loss, peak, kernels, math.nan, math.nan, math.nan)
-    length = max(end for _, end in all_spans) - min(begin for begin, _ in all_spans)
-    busy, covered = covered_by(spans[False]), covered_by(all_spans)
-    parts = (part / PROFILED / 1e3 for part in (busy, covered - busy, length - covered))
-    return Step(seconds, loss, peak, kernels, *parts)
+def in_turns(one: Steps, many: Steps, steps: int) -> None:
+    """Make steps of both, so that both meet the same clocks."""
+    for _ in range(TURNS):
+        for each in (one, many):
+            each.make(steps)
 
 
 def covered_by(spans: Iterable[tuple[float, float]]) -> float:
@@ -140,33 +153,32 @@ def covered_by(spans: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
-def told(row: Row, name: str, ranks: Ranks, one: Step, many: Step, top: int) -> list[str]:
-    """A row's lines. All processes call it together."""
-    of_each = [float(ms) for ms in ranks.gathered(torch.tensor([1e3 * one.seconds], dtype=torch.float64))]
+def compared(row: Row, name: str, ranks: Ranks, one: Steps, many: Steps) -> str:
+    """A row's line. All processes call it together."""
+    seconds = statistics.median(many.seconds)
+    mine = torch.tensor([statistics.median(one.seconds)], dtype=torch.float64)
+    of_each = [float(alone) for alone in ranks.gathered(mine)]
     work = 1 if row.is_shared else ranks.count
-    slowest, mean = (work * ms / (1e3 * many.seconds) for ms in (max(of_each), sum(of_each) / ranks.count))
-    lines = [
-        f"{name}: alone {', '.join(f'{ms:.2f}' for ms in of_each)} ms; together {1e3 * many.seconds:.2f} ms, "
+    slowest, mean = (work * alone / seconds for alone in (max(of_each), statistics.mean(of_each)))
+    return (
+        f"{name}: alone {', '.join(f'{1e3 * alone:.2f}' for alone in of_each)} ms; together {1e3 * seconds:.2f} ms, "
         f"{slowest:.3f} times one GPU, {mean:.3f} of the mean; "
         f"{one.peak_bytes / 2**30:.2f} and {many.peak_bytes / 2**30:.2f} GiB "
-        f"({many.peak_bytes / one.peak_bytes:.3f}); loss {one.loss:.5f}, {many.loss:.5f}",
-        *(
-            f"  {which}: busy {step.busy:.2f}, NCCL exposed {step.exposed:.2f}, idle {step.idle:.2f} ms"
-            for which, step in (("alone", one), ("together", many))
-        ),
+        f"({many.peak_bytes / one.peak_bytes:.3f}); loss {one.loss:.5f}, {many.loss:.5f}"
+    )
+
+
+def differences(share: float, one: Kernels, many: Kernels, top: int) -> list[str]:
+    """What of one and of many steps differs most, if many take a `share` of one's work each."""
+    lines = [
+        f"  {which}: busy {step.busy:.2f}, NCCL exposed {step.exposed:.2f}, idle {step.idle:.2f} ms"
+        for which, step in (("alone", one), ("together", many))
     ]
-    share = 1 / ranks.count if row.is_shared else 1.0
-    names = {*one.kernels, *many.kernels}
-    more = {kernel: many.kernels[kernel] - share * one.kernels[kernel] for kernel in names}
-    for kernel in sorted(names, key=lambda kernel: -abs(more[kernel]))[:top]:
-        lines.append(f"  {more[kernel]:+8.3f} ms to {many.kernels[kernel]:8.3f}  {kernel[:110]}")
+    more = {name: many.by_name[name] - share * one.by_name[name] for name in {*one.by_name, *many.by_name}}
+    for name in sorted(more, key=lambda name: -abs(more[name]))[:top]:
+        counts = f"{one.counts[name]:.0f}, {many.counts[name]:.0f} x"
+        lines.append(f"  {more[name]:+8.3f} ms to {many.by_name[name]:8.3f} {counts:>12}  {name[:100]}")
     return lines
-
-
-def clear() -> None:
-    """Give back what the last learner had."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -174,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [*rows(2)]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
-    parser.add_argument("--steps", type=int, default=12, help="timed steps")
+    parser.add_argument("--steps", type=int, default=6, help=f"of each of {TURNS} turns")
     parser.add_argument("--top", type=int, default=25, help="kernels that are listed")
     options = parser.parse_args()
     ranks = Ranks.of_environment()
@@ -184,13 +196,16 @@ def main() -> None:
         for name in options.rows:
             row = rows(ranks.count)[name]
             config = config_of(row)
-            one = measure(alone(config), ALONE, ranks, options.steps)
-            clear()
-            many = measure(config, ranks, ranks, options.steps)
-            clear()
-            lines = told(row, name, ranks, one, many, options.top)
+            one, many = Steps(alone(config), ALONE, ranks), Steps(config, ranks, ranks)
+            in_turns(one, many, options.steps)
+            line = compared(row, name, ranks, one, many)
+            share = 1 / ranks.count if row.is_shared else 1.0
+            lines = differences(share, one.profiled(), many.profiled(), options.top)
             if ranks.is_first:
-                print(*lines, sep="\n", flush=True)
+                print(line, *lines, sep="\n", flush=True)
+            del one, many
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
