@@ -1,8 +1,9 @@
 """Many processes that make one run: who they are, what they decide together, and how a network lies over them.
 
-Elsewhere only those that share a text speak with each other (:mod:`heron.context`), and those that write a checkpoint
-together (:mod:`heron.checkpoint.sharded`). torchrun starts the processes, one a GPU, and tells each its number in the
-environment; PyTorch moves the numbers: NCCL between GPUs, Gloo between hosts and for what is decided.
+Elsewhere only gradients travel (:mod:`heron.reduction`), those that share a text speak with each other
+(:mod:`heron.context`), and those that write a checkpoint together (:mod:`heron.checkpoint.sharded`). torchrun starts
+the processes, one a GPU, and tells each its number in the environment; PyTorch moves the numbers: NCCL between GPUs,
+Gloo between hosts and for what is decided.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +30,6 @@ Result = TypeVar("Result")
 
 _BYTES_PER_WEIGHT = 16  # fp32 weights, their bf16 copies, bf16 gradients and two fp32 moments
 _FOR_WEIGHTS = 0.6  # of a GPU's memory; the rest is for activations
-_BUCKET = 64 << 20  # bytes of gradients that travel together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,11 +315,15 @@ def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device, bf1
         mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False),
         ignored_params={module.weight for module in network.modules() if isinstance(module, DeepEmbed)},
     )
-    parts = [*network.blocks]
+    parts, last = [network.emb, *network.blocks], network.blocks[-1]
     if isinstance(norm := getattr(network.blocks[0], "ln0", None), nn.Module):
-        parts.insert(0, norm)  # it is called before its block is
+        parts.insert(1, norm)  # it is called before its block is
+    last.add_module("head", network.head)  # for the moment: it travels with the last block, behind which it is used
     for part in parts:  # the last block is the first that the backward pass needs
-        fully_shard(part, **how, reshard_after_forward=part is not network.blocks[-1])
+        fully_shard(part, **how, reshard_after_forward=part is not last)
+    del last.head
+    network.emb.set_unshard_in_backward(False)  # pyright: ignore[reportCallIssue]
+    how["ignored_params"].add(network.head.weight)
     fully_shard(network, **how, reshard_after_forward=False)
     # Nothing is added in place to what a block returns, which is where a view would do harm.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -357,58 +360,6 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")  # to ask for the class would load half a second of modules
 
 
-class Reduction:
-    """Adds up the gradients of `leaves` over all processes, a bucket at a time.
-
-    With `overlapped` a bucket leaves as soon as it is full, while the backward pass goes on, in a recorded pass too;
-    gradients of several passes leave together, at :meth:`finish`. A gradient is then a part of its bucket.
-
-    Attributes:
-        held: whether all buckets wait for :meth:`finish`, as a process may have to do its pass again.
-    """
-
-    def __init__(self, leaves: Iterable[nn.Parameter], overlapped: bool):
-        self._buckets = _buckets(leaf for leaf in leaves if leaf.requires_grad)
-        self._under_way: list[tuple[list[nn.Parameter], Tensor, Any]] = []
-        self._missing = list(map(len, self._buckets))
-        self.held = False
-        for number, bucket in enumerate(self._buckets) if overlapped else ():
-            for leaf in bucket:
-                leaf.register_post_accumulate_grad_hook(partial(self._arrived, number))
-
-    def finish(self) -> None:
-        """End it, after the backward pass: every leaf has the gradient of all processes."""
-        for number, missing in enumerate(self._missing):
-            if missing:  # all of them, or those that this model has no use for
-                self._send(number)
-        for leaves, flat, work in self._under_way:
-            work.wait()
-            parts = torch._C._nn.unflatten_dense_tensors(  # pyright: ignore[reportAttributeAccessIssue]
-                flat, [leaf.grad for leaf in leaves]
-            )
-            for leaf, part in zip(leaves, parts, strict=True):
-                leaf.grad = part
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew, after a pass that failed."""
-        self._under_way, self._missing = [], list(map(len, self._buckets))
-
-    def _arrived(self, number: int, _: Tensor) -> None:
-        if self.held:
-            return
-        self._missing[number] -= 1
-        if not self._missing[number]:
-            self._send(number)
-
-    @torch.no_grad()
-    def _send(self, number: int) -> None:
-        leaves = [leaf for leaf in self._buckets[number] if leaf.grad is not None]
-        if leaves:
-            flat = torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
-            self._under_way.append((leaves, flat, distributed.all_reduce(flat, async_op=True)))
-
-
 def _after_restart(wait: datetime.timedelta) -> dict[str, Any]:
     """How processes that torchrun has restarted meet: its store may still have the addresses of those before them."""
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -419,20 +370,6 @@ def _after_restart(wait: datetime.timedelta) -> dict[str, Any]:
     store, rank, count = next(rendezvous("env://", timeout=wait))
     apart = distributed.PrefixStore(f"restart-{restart}", store)  # pyright: ignore[reportPrivateImportUsage]
     return {"store": apart, "rank": rank, "world_size": count}
-
-
-def _buckets(leaves: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters of one dtype that travel together, in the order in which a backward pass reaches them, about."""
-    buckets: list[list[nn.Parameter]] = []
-    filling: dict[torch.dtype, tuple[list[nn.Parameter], int]] = {}
-    for leaf in reversed(list(leaves)):
-        bucket, n_bytes = filling.get(leaf.dtype, ([], _BUCKET))
-        if n_bytes >= _BUCKET:
-            bucket, n_bytes = [], 0
-            buckets.append(bucket)
-        bucket.append(leaf)
-        filling[leaf.dtype] = bucket, n_bytes + leaf.numel() * leaf.element_size()
-    return buckets
 
 
 def _is_of_connection(error: RuntimeError) -> bool:

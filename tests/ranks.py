@@ -27,7 +27,7 @@ from torch.distributed import fsdp as fsdp
 from torch.distributed import tensor as tensor
 
 import heron
-from heron import cli
+from heron import cli, machine
 from heron.checkpoint import run
 from heron.dist import Ranks
 from heron.errors import CheckpointError, HeronError
@@ -161,6 +161,7 @@ def again(folder: Path, text: Path, saved: str, name: str, parallel: str, varian
     trainer = heron.Trainer(config)
     with trainer.ranks.joined(trainer.device, 60):
         learner = Learner(heron.RWKV(MODELS[variant]), trainer.config, trainer.device, ranks=trainer.ranks)
+        _check_recorded(learner)
         record = run.restore(folder / saved / "checkpoints" / f"step-{STEPS:08d}", learner.model, learner.optimizer)
         Path(config.out).mkdir(exist_ok=True)
         run.save(Path(config.out), STEPS, learner.model, learner.optimizer, record, "seed: 0\n", 1, trainer.ranks)
@@ -168,6 +169,18 @@ def again(folder: Path, text: Path, saved: str, name: str, parallel: str, varian
         held = [tensor for weight in weights for tensor in (weight, *learner.optimizer.state[weight].values())]
         n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in held)
         Path(config.out, f"bytes-{trainer.ranks.rank}.txt").write_text(str(n_bytes))
+
+
+def _check_recorded(learner: Learner) -> None:
+    """Hooks that sharding has set do not keep a pass from being replayed; those of users do."""
+    compiled, learner.compiled = learner.compiled, machine.Choice("graph", "for a test")
+    replayed = learner._recorded(1)
+    assert replayed == (learner.tables is None)
+    hook = learner.network.blocks[0].register_forward_hook(lambda *_: None)
+    assert not learner._recorded(1)
+    hook.remove()
+    assert learner._recorded(1) == replayed
+    learner.compiled = compiled
 
 
 def lend(folder: Path) -> None:

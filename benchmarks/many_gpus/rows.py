@@ -227,7 +227,7 @@ def _going_on(gpus: int, scale: Scale) -> Row:
 
 def _train(scale: Scale, out: Path, settings: Settings) -> list[str]:
     """`heron train` with nothing but its steps."""
-    nothing = dict(warmup_steps=20, save_every=0, eval_every=0, sample_every=0, log_every=1)
+    nothing = dict(warmup_steps=20, val_fraction=0, save_every=0, eval_every=0, sample_every=0, log_every=1)
     return _heron("train", {**nothing, **settings, **scale.text, **scale.settings, "out": out})
 
 

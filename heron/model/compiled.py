@@ -38,8 +38,7 @@ def choose(
     adds_up: bool = False,
     in_pieces: bool = False,
     adapter: str | None = None,
-    sharded: bool = False,
-    in_spans: bool = False,
+    cut_packs: bool = False,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -48,8 +47,7 @@ def choose(
         adds_up: whether each pass adds its gradients to those of the passes before, in place.
         in_pieces: whether a step reads texts chunk by chunk, or compares pairs.
         adapter: the kind of the adapter that is on the model, if there is one.
-        sharded: whether the weights lie over several GPUs, and are gathered block by block.
-        in_spans: whether several processes share a sample.
+        cut_packs: whether several processes share a sample in which texts are packed.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -57,7 +55,7 @@ def choose(
     if wanted == "off":
         return machine.Choice("off", "as asked")
     reason = why_not(device, model) or (_DORA if adapter == "dora" else None)
-    no_graph = _why_no_graph(model, tables, adds_up, in_pieces, sharded, in_spans)
+    no_graph = _why_no_graph(model, tables, adds_up, in_pieces, cut_packs)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
@@ -82,14 +80,10 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
     return _why_no_triton()
 
 
-def _why_no_graph(
-    model: ModelConfig, tables: str, adds_up: bool, in_pieces: bool, sharded: bool, in_spans: bool
-) -> str | None:
+def _why_no_graph(model: ModelConfig, tables: str, adds_up: bool, in_pieces: bool, cut_packs: bool) -> str | None:
     """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
-    if sharded:
-        return "the weights of a block arrive while a pass runs"
-    if in_spans:
-        return "the processes that share a sample hear of each other while a pass runs"
+    if cut_packs:
+        return "where processes cut a pack is not the same for every step"
     if in_pieces:
         return "texts are read chunk by chunk, or in pairs"
     if adds_up:  # a replay overwrites its gradients

@@ -18,6 +18,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
+def hooks_of(model: nn.Module) -> set[int]:
+    """The numbers that PyTorch gave to all that is called before or after a module of `model`, or its gradients."""
+    return {number for module in model.modules() for name in _HOOKS for number in getattr(module, name)}
+
+
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """True where nothing stands between a call of `module` and its parameters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -94,21 +95,23 @@ class WholePasses:
         return loss.view(1)
 
     def _pass(self, sample: list[Any], parts: float, passes: int, part: Part | None) -> Tensor:
+        span = None if part is None else part.span
+
         def run(
             divisor: Tensor, tokens: Tensor, targets: Tensor, recalled: Any = None, cu_seqlens: Any = None
         ) -> Tensor:
             state = self._means.start(tokens, cu_seqlens)
-            span = None if part is None else part.span
             given: dict[str, Any] = {"recalled": recalled, "cu_seqlens": cu_seqlens, "state": state, "span": span}
             given = {name: part for name, part in given.items() if part is not None}
             with self._means.precision():
-                loss = self._means.network.loss(tokens, targets, **given)
-                loss = (loss if part is None else loss * part.share) / divisor
+                loss = self._means.network.loss(tokens, targets, **given) / divisor
             loss.backward()
             if passes == 1:
                 self._exchange()
             return loss.detach()
 
+        if part is not None:
+            parts = parts / part.share if part.share else math.inf
         shape = (passes, *(None if tensor is None else tensor.shape for tensor in sample))
         self._made[shape] += 1
         given = [torch.full((), parts, device=self._means.device), *sample]

@@ -19,8 +19,9 @@ from heron.data.packs import Packs
 from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
-from heron.model.plain import has_hooks
+from heron.model.plain import hooks_of
 from heron.optim import build_optimizer, set_lr
+from heron.reduction import Reduction
 from heron.tables.rows import row_tables
 from heron.train import chunks, leaves, preference
 from heron.train.base_model import Base
@@ -110,13 +111,15 @@ class Learner:
         self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
-            config.compile, device, model.config, config.tables, adds_up, in_pieces, kind, sharded,
-            self._context is not None,
+            config.compile, device, model.config, config.tables, adds_up, in_pieces, kind,
+            self._context is not None and config.finetune is not None,
         )  # fmt: skip
+        of_users = hooks_of(self.network)
         dist.prepare(
             self.network, ranks, self.parallel.value, device, config.grad_checkpoint, self.compiled.value != "off",
             in_half,
         )  # fmt: skip
+        self._replayed_hooks = hooks_of(self.network) - of_users  # what they start is in the recording
         self._at_once = config.accumulate == 1 and not in_pieces  # one pass has a step's gradients
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
         if self._reduction is not None:
@@ -220,11 +223,11 @@ class Learner:
         rows = [] if self.tables is None else self.tables.rows
         return [*(leaf for leaf, _ in self.leaves.pairs), *rows]
 
-    def _reduction_of(self) -> dist.Reduction:
+    def _reduction_of(self) -> Reduction:
         """Of the leaves that have a step's gradients: of several passes these are added up as the masters'."""
         on_rows = {id(weight) for weight in (self.tables.weights if self.tables is not None else [])}
         learning = (copy if self._at_once else master for copy, master in self.leaves.pairs)
-        return dist.Reduction((leaf for leaf in learning if id(leaf) not in on_rows), self._at_once)
+        return Reduction((leaf for leaf in learning if id(leaf) not in on_rows), self._at_once)
 
     def _exchange(self) -> None:
         """Add up the gradients of all processes; of the first step once the compiler has served all of them."""
@@ -250,7 +253,7 @@ class Learner:
         """Whether such passes, `passes` a step, are replayed from a CUDA graph once all is compiled."""
         if self.compiled.value != "graph" or passes != self.config.accumulate:
             return False
-        if any(map(has_hooks, self.network.modules())):
+        if hooks_of(self.network) - self._replayed_hooks:
             return False  # a replay would not call them
         return self.tables is None or self.tables.recordable
 

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -294,27 +295,28 @@ def test_what_a_gpu_compiles(monkeypatch, capsys, variant, kernels, triton, reas
 
 
 @pytest.mark.parametrize(
-    ("model", "tables", "adds_up", "reason"),
+    ("model", "settings", "reason"),
     [
-        (dict(variant="v7"), "device", False, None),
-        (dict(variant="v8"), "device", False, None),
-        (dict(variant="v7"), "device", True, "added up"),
-        (dict(variant="v8"), "host", False, "on the host"),
-        (dict(variant="v8", deep_embed_4x=True), "device", False, "looked up"),
-        (dict(variant="v7a"), "device", False, "looked up"),
+        (dict(variant="v7"), {}, None),
+        (dict(variant="v8"), {}, None),
+        (dict(variant="v7"), dict(adds_up=True), "added up"),
+        (dict(variant="v7"), dict(cut_packs=True), "cut a pack"),
+        (dict(variant="v8"), dict(tables="host"), "on the host"),
+        (dict(variant="v8", deep_embed_4x=True), {}, "looked up"),
+        (dict(variant="v7a"), {}, "looked up"),
     ],
     ids=str,
 )
-def test_what_is_recorded(monkeypatch, model, tables, adds_up, reason):
+def test_what_is_recorded(monkeypatch, model, settings, reason):
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
-    settings = GPU, heron.ModelConfig(**model), tables, adds_up
-    choice = compilation.choose("auto", *settings)
+    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(**model), **settings)
+    choice = choose("auto")
     assert choice.value == ("graph" if reason is None else "on")
     assert reason is None or reason in choice.reason
     if reason is not None:
         with pytest.raises(ConfigError, match=f"compile graph: .*{reason}.*--compile auto"):
-            compilation.choose("graph", *settings)
-    assert compilation.choose("on", *settings).value == "on"
+            choose("graph")
+    assert choose("on").value == "on"
 
 
 @pytest.mark.parametrize(

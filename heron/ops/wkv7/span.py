@@ -33,15 +33,17 @@ def composed(transfer: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
 
     Not to be called under autocast: rounded to bf16 a chain of maps is of no use.
     """
-    N = transfer.shape[-1]
-    maps = torch.cat((transfer, local), dim=-2)
-    while len(maps) > 1:
-        even = len(maps) // 2 * 2
-        first, second = maps[0:even:2], maps[1:even:2]
-        both = first @ second[..., :N, :]
-        both[..., N:, :] += second[..., N:, :]
-        maps = torch.cat((both, maps[even:]))
-    return maps[0, ..., :N, :], maps[0, ..., N:, :]
+    n, *batch, N, _ = transfer.shape
+    n_more = (1 << (n - 1).bit_length()) - n  # maps that change nothing, to a power of two
+    identity, zeros = torch.eye(N, dtype=transfer.dtype, device=transfer.device), local.new_zeros(())
+    transfer = torch.cat((transfer, identity.expand(n_more, *batch, N, N)))
+    local = torch.cat((local, zeros.expand(n_more, *batch, N, N)))
+    # Those of one chain lie side by side: the pairs of all chains are then one batch of products, without copies.
+    transfer, local = (x.movedim(0, -3).reshape(-1, N, N) for x in (transfer, local))
+    for _ in range((n - 1).bit_length()):
+        local = torch.baddbmm(local[1::2], local[0::2], transfer[1::2])
+        transfer = torch.bmm(transfer[0::2], transfer[1::2])
+    return transfer.view(*batch, N, N), local.view(*batch, N, N)
 
 
 def composed_backwards(transfer: Tensor, local: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def _leave(
 ) -> Tensor:
     """The gradient of the last states, that of the spans behind included."""
     with torch.autocast(w.device.type, enabled=False):
-        return _left((r, w, k, v, a, b, dy), d_final, own, transfers, impl, chain, edges)[0]
+        return _left((r, w, k, v, a, b, dy), d_final, own, transfers, impl, chain, edges)
 
 
 def _left(
@@ -164,22 +166,23 @@ def _left(
     impl: str,
     chain: str,
     edges: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the last states; of the first sequence's runs their part of it, where it came from before."""
+    local: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the last states; `local`: what the first sequence's runs add to it, where that is known."""
     (B, T), mine = inputs[0].shape[:2], spans.CHAINS[chain]
     ends, behind = spans.ends(mine, edges, T), slice(mine.index + 1, None)
-    local, handed_back = None, torch.zeros_like(d_final[:B])
+    handed_back = torch.zeros_like(d_final[:B])
     if ends.continues:
         r, w, k, v, a, b, dy = (x[:, : ends.first_end] for x in inputs)
         if edges is not None:
             own, _ = MAPS[impl](w, k, v, a, b)
-        local = GRADIENTS[impl](r, w, a, b, dy)
+        local = GRADIENTS[impl](r, w, a, b, dy) if local is None else local
         handed_back = composed_backwards(own, torch.cat((local[:-1], local[-1:] + d_final[:B] @ own[-1].mT)))
     everyone = mine.gather(handed_back)
     d_final = _copied(d_final)
     if mine.index + 1 < mine.size:
         d_final[ends.last : ends.last + B] += composed_backwards(transfers[behind], everyone[behind])
-    return d_final, local
+    return d_final
 
 
 @_leave.register_fake
@@ -258,10 +261,12 @@ def _kernels_backward(
     inputs = (r, w, k, v, a, b)
     if d_final is None:
         d_final = transfers.new_zeros(n_states, *transfers.shape[2:])
-    runs = own if edges is not None else cuda.by_segment(own, w.shape[0])
+    runs, local = own, None
     with torch.autocast(w.device.type, enabled=False):
-        d_final, local = _left((*inputs, dy), d_final, runs, transfers, "cuda", chain, edges)
-    local = None if local is None or edges is not None else cuda.by_row(local)
+        if edges is None:  # every span finds this at the same time, before one waits for another
+            runs, local = cuda.by_segment(own, w.shape[0]), cuda.span_gradient_kernels(r, w, a, b, dy)
+        d_final = _left((*inputs, dy), d_final, runs, transfers, "cuda", chain, edges, local)
+    local = None if local is None else cuda.by_row(local)
     *grads, d_initial = cuda.run_backward(
         *inputs, dy, d_final, saved, own, cu_seqlens, n_states, tensor_cores, local
     )  # fmt: skip
