@@ -81,6 +81,7 @@ class Trainer:
         Raises:
             HeronError: bad settings, data or checkpoints; a loss that is not finite; a process of the run that is gone.
         """
+        machine.check_dtype(self.config.dtype, self.device)
         with self.ranks.joined(self.device, self.config.dist_timeout):
             return self._fit_here()
 
