@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from heron.errors import KernelError
-from heron.ops import fp8_linear
-from heron.ops.fp8_linear import fp8_linear_reference, why_not_fp8
+from heron.ops import _build, fp8_linear
+from heron.ops.fp8_linear import cuda, fp8_linear_reference, scaled, why_not_fp8
+from tests.ops.kernels import check_that_none_spills, needs_nvcc
+
+EMULATOR = Path(__file__).parent / "emulator"
 
 DEVICES = [
     "cpu",
@@ -138,6 +143,88 @@ def test_compiled_for_a_gpu_it_is_the_same():
     compiled = torch.compile(fp8_linear, fullgraph=True)
     for got, wanted in zip(results(compiled, *given), results(fp8_linear, *given), strict=True):
         assert torch.equal(got, wanted)
+
+
+# -- the kernels that make operands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """rows_cuda and turned_cuda, computed by the kernels' source on a CPU."""
+    if _build.find_compiler() is None:
+        pytest.skip("no C++ compiler on the path")
+    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    library = _build.load_c_library(
+        "fp8_operands_emulated", [EMULATOR / "fp8_operands.cpp"], ("-O1", "-U_FORTIFY_SOURCE"), depends
+    )
+
+    def run(function, x, *others, out):
+        function.restype = ctypes.c_char_p
+        pointers = (ctypes.c_void_p(None if part is None else part.data_ptr()) for part in (x, *others))
+        error = function(*pointers, *map(ctypes.c_int64, x.shape), *out)
+        assert error is None, error.decode()
+
+    def rows(x, smallest):
+        out, scales = torch.full(x.shape, torch.nan).to(torch.float8_e4m3fn), torch.full((len(x), 1), torch.nan)
+        run(library.fp8_rows_emulated, x, out, scales, out=[ctypes.c_float(smallest)])
+        return out, scales
+
+    def turned(x, factors):
+        out = torch.full((x.shape[1], x.shape[0]), torch.nan).to(x.dtype)
+        run(library.fp8_turned_emulated, x, factors, out, out=[])
+        return out
+
+    return rows, turned
+
+
+def same_numbers(got, wanted):
+    """Whether these are the same bits of e4m3, but for the sign of a NaN."""
+    bits = [torch.where(x.float().isnan(), 0x7F, x.contiguous().view(torch.uint8)) for x in (got, wanted)]
+    return torch.equal(*bits)
+
+
+def check_rows(rows, device, n, m):
+    x, _, _ = inputs(n, m, 16, device, spread=20.0)
+    x[0], x[1, m // 2], x[2, m - 1], x[3, 0] = 0.0, math.inf, math.nan, -math.inf
+    x[4] = 448.0 * 2.0**20
+    got, of_got = rows(x, scaled._SMALLEST)
+    wanted, of_wanted = scaled.quantized(x.cpu())
+    assert torch.equal(of_got.cpu(), of_wanted)
+    assert same_numbers(got.cpu(), wanted)
+    assert got[1:4].float().isnan().sum() == 3
+
+
+def check_turned(turned, device, n, m):
+    """All numbers that e4m3 has, in some order."""
+    bits = torch.arange(n * m, device=device).mul(37).remainder(256).to(torch.uint8).view(n, m)
+    x, factors = bits.view(torch.float8_e4m3fn), torch.exp2(-torch.arange(float(n), device=device).remainder(29))
+    assert torch.equal(turned(x, None).view(torch.uint8), bits.t())
+    assert same_numbers(turned(x, factors.view(n, 1)), (x.float() * factors.view(n, 1)).to(x.dtype).t())
+    assert turned(x, torch.full_like(factors, math.nan)).float().isnan().all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (10, 272), (9, 2048)])
+def test_the_kernels_source_on_a_cpu_rounds_rows(emulated, n, m):
+    check_rows(emulated[0], "cpu", n, m)
+
+
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (144, 272)])
+def test_the_kernels_source_on_a_cpu_turns_and_multiplies(emulated, n, m):
+    check_turned(emulated[1], "cpu", n, m)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (144, 272), (4096, 2048)])
+def test_the_kernels_round_rows_and_turn(n, m):
+    cuda.FORM.require(torch.device("cuda"))
+    check_rows(cuda.rows_cuda, "cuda", n, m)
+    check_turned(cuda.turned_cuda, "cuda", n, m)
+
+
+@needs_nvcc
+def test_the_kernels_compile_without_spilling(tmp_path):
+    check_that_none_spills(tmp_path, cuda.SOURCE, ["round_rows", "turn"], "90a", ["cuda_fp8.h"])
 
 
 @pytest.mark.parametrize(
