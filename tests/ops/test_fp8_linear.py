@@ -23,7 +23,7 @@ DEVICES = [
     ),
 ]
 ROUNDED = 0.04  # numbers of 3 bits are away by 2^-4 / sqrt(3) of themselves at most, 2.7 % on the average: two make 3.8
-IN_BF16 = 2.0**-8
+IN_BF16 = {"cpu": 2.0**-8, "cuda": 2.0**-7}  # of y; the tensor cores of a GPU add up with fewer bits than fp32
 
 
 def inputs(n=96, n_in=64, n_out=80, device="cpu", spread=0.0, seed=0):
@@ -60,7 +60,7 @@ def test_y_is_the_product_of_numbers_in_e4m3_each_row_with_a_scale_of_its_own(de
     x, weight, _ = inputs(*sizes, device=device, spread=3.0)
     wanted = fp8_linear_reference(*in_fp64(x, weight))
     row_by_row = (fp8_linear(x, weight).double().cpu() - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert row_by_row.max() < IN_BF16
+    assert row_by_row.max() < IN_BF16[device]
 
 
 @pytest.mark.parametrize("device", DEVICES)
