@@ -3,10 +3,11 @@
 On many GPUs ``torchrun --nproc-per-node N benchmarks/train.py --rows wide``: each has the batch of its row, tokens/s
 are those of all together, and memory is that of the first.
 
-A fresh model on random tokens, bf16, warm, the median of the steps: the very step of ``heron train``. `official` is
-what the official trainer's model reached with its own kernels (rwkv7_clampw_v3_for_h100; bf16 weights, fp32 masters,
-fused AdamW), `floor` what matrix products at 790 TF/s and the fewest bytes at 4.3 TB/s leave room for: both on an H200,
-given, not measured here. `--profile ROW` lists what the GPU does in a step of that row, and what the host.
+A fresh model on random tokens, bf16 or what --dtype says, warm, the median of the steps: the step of ``heron train``.
+`official` is what the official trainer's model reached with its own kernels (rwkv7_clampw_v3_for_h100; bf16 weights,
+fp32 masters, fused AdamW), `floor` what matrix products in bf16 at 790 TF/s and the fewest bytes at 4.3 TB/s leave room
+for: both on an H200, given, not measured here. `--profile ROW` lists what the GPU does in a step of that row, and what
+the host.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def settings(row: Row, options: argparse.Namespace) -> tuple[TrainConfig, ModelC
     sizes = dict(n_layer=options.layers or row.n_layer, n_embd=row.n_embd)
     model = ModelConfig(variant=row.variant, rosa=row.memory, **sizes)
     config = TrainConfig(
-        model=model, micro_bsz=row.micro_bsz, ctx_len=row.ctx_len, tables=row.tables, max_steps=1, dtype="bf16",
+        model=model, micro_bsz=row.micro_bsz, ctx_len=row.ctx_len, tables=row.tables, max_steps=1, dtype=options.dtype,
         device="cuda", weights=options.weights, compile=options.compile, grad_checkpoint=options.grad_checkpoint,
         parallel=options.parallel,
     )  # fmt: skip
@@ -76,7 +77,8 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> str:
     speed = result.tokens_per_s / 1e3
     if ranks.is_first:
         figures = {"k tokens/s": speed, "step ms": 1e3 * result.seconds, "peak GiB": result.peak_bytes / 2**30}
-        history.record(options, "train.py", f"{name} on {ranks.count}", figures)
+        precision = "" if options.dtype == "bf16" else f" in {options.dtype}"
+        history.record(options, "train.py", f"{name}{precision} on {ranks.count}", figures)
     official = "" if row.official is None else f"{row.official[0]:8.1f}k {row.official[1]:6.1f}"
     share = "" if row.floor is None else f"{speed / row.floor / ranks.count:6.0%} of {ranks.count * row.floor:.0f}k"
     return (
@@ -120,7 +122,7 @@ def profiled(name: str, options: argparse.Namespace) -> str:
 def lines(options: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
     """What is printed, as it is measured."""
     many = f"{ranks.count} x " if ranks.count > 1 else ""
-    yield f"{many}{torch.cuda.get_device_name()}, torch {torch.__version__}, compile {options.compile}"
+    yield f"{many}{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, compile {options.compile}"
     if options.rows:
         titles = f"{'tokens/s':>9} {'step ms':>8} {'f+b':>8} {'update':>7} {'GiB':>7}  {'official':<16} of the floor"
         yield " " * 38 + titles
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=40, help="kernels that a profile lists")
     parser.add_argument("--layers", type=int, help="other than the row's: two compile what any number uses")
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "graph", "off"))
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp8", "fp32"))
     parser.add_argument("--weights", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--grad_checkpoint", action="store_true")
     parser.add_argument("--parallel", default="auto", choices=("auto", "ddp", "fsdp", "hsdp"))

@@ -12,6 +12,7 @@ import torch
 from heron.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8_CAPABILITY = (8, 9)
 
 
 class Choice(NamedTuple):
@@ -82,7 +83,10 @@ def numbered(device: torch.device | str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> Choice:
-    """fp32 or bf16 for the matrix products of a training run; weights and the WKV state stay in fp32 either way."""
+    """fp32, bf16 or fp8 for the matrix products of a training run; weights and the WKV state stay in fp32 always.
+
+    Whether a device has fp8 is for :func:`check_dtype` to say.
+    """
     if wanted != "auto":
         if wanted == "bf16" and device.type == "cpu" and not cpu_flags() & {"amx_bf16", "avx512_bf16"}:
             return Choice(wanted, "as asked, but this CPU has no bf16 units: fp32 is many times faster")
@@ -96,15 +100,31 @@ def choose_dtype(wanted: str, device: torch.device) -> Choice:
     return Choice("fp32", "this CPU has no bf16 matrix units (AMX)")
 
 
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """ConfigError where `device` does not multiply numbers of a decided `dtype`."""
+    if dtype != "fp8":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"dtype fp8: needs a GPU, and the device is {device}; use --dtype bf16 or fp32")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ConfigError(
+            "dtype fp8: needs a GPU of compute capability {}.{} or newer (Ada, Hopper, Blackwell); {} has {}.{}; "
+            "use --dtype bf16".format(*FP8_CAPABILITY, torch.cuda.get_device_name(device), *capability)
+        )
+
+
 def choose_weights(wanted: str, dtype: str, device: torch.device) -> Choice:
     """fp32 or bf16 for what a training run's network computes with; those that train are fp32 either way."""
     if wanted != "auto":
         return Choice(wanted, "as asked")
+    if dtype == "fp8":
+        return Choice("bf16", "what is rounded to fp8, and all beside it, is in bf16")
     if dtype == "bf16" and device.type == "cuda":
         return Choice("bf16", "a copy in bf16 halves what a GPU moves")
     return Choice("fp32", "a copy in bf16 is of use to a GPU at dtype bf16")
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    """The precision context for `dtype`: bf16 matrix products over fp32 weights, or nothing at all."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+    """The precision context for `dtype`: bf16 matrix products over fp32 weights (also for fp8), or nothing at all."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype in ("bf16", "fp8"))

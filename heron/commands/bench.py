@@ -75,10 +75,11 @@ def bench(config: TrainConfig, model: ModelConfig, steps: int = 10, ranks: dist.
             `context_parallel` each group.
 
     Raises:
-        ConfigError: steps below 1.
+        ConfigError: steps below 1, or a dtype that the device does not have.
     """
     if steps < 1:
         raise ConfigError(f"steps: wanted at least 1, got {steps}")
+    machine.check_dtype(config.dtype, torch.device(config.device))
     machine.settle_threads()
     device = torch.device(config.device)
     torch.manual_seed(config.seed)

@@ -96,7 +96,7 @@ def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
     MiB that CUDA itself takes.
 
     Args:
-        config: its `dtype` is fp32 or bf16; `model` in it is not looked at.
+        config: its `dtype` is fp32, bf16 or fp8; `model` in it is not looked at.
     """
     if config.finetune is not None and config.finetune.quantizes:
         return _quantized(config, config.finetune, model)

@@ -13,6 +13,7 @@ from typing import Any
 
 from heron.config.finetune import FinetuneConfig
 from heron.config.finetune_adapter import AdapterConfig as AdapterConfig
+from heron.config.precision import DTYPES, INIT_DTYPES, TABLES_STATE, WEIGHTS, check_precision
 from heron.config.presets import PRESETS, ROSA_PRESETS
 from heron.config.settings import check_types as _check_types
 from heron.config.settings import from_dict as _from_dict
@@ -25,11 +26,7 @@ from heron.errors import ConfigError, did_you_mean
 # Where the DeepEmbed gate of each variant acts; see ModelConfig.deep_embed.
 _DEEP_EMBED = {"v7": None, "v7a": "low-rank", "v7b": "low-rank", "v8": "output", "v8-hybrid": "output", "rosa-lm": None}
 VARIANTS = tuple(_DEEP_EMBED)
-DTYPES = ("auto", "fp32", "bf16")
-INIT_DTYPES = ("fp32", "bf16")
 TRAINING_TABLES = ("device", "host")
-TABLES_STATE = ("fp32", "bf16")
-WEIGHTS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "graph", "off")
 ON_NONFINITE = ("stop", "skip", "rewind")
 ON_OFF = ("auto", "on", "off")
@@ -301,7 +298,7 @@ class TrainConfig:
     grad_clip: float = _setting(1.0, "clip the global gradient norm to this; 0: never")
     grad_checkpoint: bool = _setting(False, "recompute each block in the backward: less memory, more time")
     tbptt: str = _setting("", "read samples in chunks of so many tokens, states passed on; exact: gradients too")
-    dtype: str = _setting("auto", "fp32, bf16 (matrix products only), or auto: what this machine is fast at")
+    dtype: str = _setting("auto", "of matrix products: fp32, bf16, fp8 (large ones; a GPU), or auto: what is fast here")
     weights: str = _setting(
         "auto", "the network computes with fp32 weights, a bf16 copy of them, or auto: bf16 on a GPU"
     )
@@ -393,10 +390,7 @@ class TrainConfig:
             object.__setattr__(self, "weights", base)
         if self.freezes and self.init_from:
             raise ConfigError(f"init_from {self.init_from}: beside a frozen base nothing else can train; name a model")
-        if self.weights == "bf16" and self.dtype == "fp32":
-            raise ConfigError("weights bf16 needs dtype bf16; dtype is fp32")
-        if self.tables_state != "fp32" and self.tables != "host":
-            raise ConfigError(f"tables_state {self.tables_state} needs tables host; tables is {self.tables}")
+        check_precision(self.dtype, self.weights, self.freezes, self.tables, self.tables_state)
         if self.val_data is not None and self.val_fraction:
             raise ConfigError(
                 f"val_data {self.val_data!r} and val_fraction {self.val_fraction} exclude each other; drop one"

@@ -1,6 +1,7 @@
 """The operators: one folder each, with its definition, its fast forms, and a README on both."""
 
 from heron.ops.few_rows import few_rows
+from heron.ops.fp8_linear import fp8_linear
 from heron.ops.head_mix import head_mix
 from heron.ops.head_step import head_step
 from heron.ops.linear_cross_entropy import cross_entropy, linear_cross_entropy
@@ -15,6 +16,7 @@ from heron.ops.wkv7 import wkv7, wkv7_span, wkv7_span_gradient
 __all__ = [
     "cross_entropy",
     "few_rows",
+    "fp8_linear",
     "head_mix",
     "head_step",
     "linear_cross_entropy",

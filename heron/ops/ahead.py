@@ -13,6 +13,7 @@ import torch
 from heron.ops._choice import NativeForm
 from heron.ops.adamw import cuda as adamw
 from heron.ops.few_rows import cuda as few_rows
+from heron.ops.fp8_linear import cuda as fp8_linear
 from heron.ops.head_mix import cuda as head_mix
 from heron.ops.head_step import cuda as head_step
 from heron.ops.linear_cross_entropy import cuda as linear_cross_entropy
@@ -28,14 +29,14 @@ from heron.ops.wkv7 import cuda as wkv7
 SEQUENCES = (wkv7.FORM, head_mix.FORM, shift_mix.FORM)  # the slowest first
 TRAINING = (*SEQUENCES, linear_cross_entropy.FORM, adamw.FORM)
 DECODING = (sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM, few_rows.FORM)
-TABLES, STREAMS = rows.FORM, device_stream.FORM
+TABLES, STREAMS, FP8 = rows.FORM, device_stream.FORM, fp8_linear.FORM
 ROSA = (rosa.FORM, soft.FORM)
-ALL = (*TRAINING, *DECODING, TABLES, *ROSA, STREAMS)
+ALL = (*TRAINING, *DECODING, TABLES, *ROSA, STREAMS, FP8)
 
 
-def build_for_training(device: torch.device) -> None:
-    """Begin with what a training step of any model runs."""
-    _begin(TRAINING, device)
+def build_for_training(device: torch.device, in_fp8: bool = False) -> None:
+    """Begin with what a training step of any model runs, `in_fp8` or not."""
+    _begin((*TRAINING, FP8) if in_fp8 else TRAINING, device)
 
 
 def build_for_decoding(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from heron.config import RosaConfig, TrainConfig
 from heron.data.loader import Batches, Corpus
 from heron.data.packs import Packs
 from heron.errors import CheckpointError
+from heron.model.fp8 import described
 from heron.model.plain import own_parameters
 from heron.ops._choice import counting_on_builds
 from heron.ops.rosa import rosa_choice
@@ -63,7 +64,8 @@ def header(
         *([("parallel", f"{learner.parallel.value} on {config.processes} processes: {learner.parallel.reason}"
                         + (f"; {config.context_parallel} share each sample" if config.context_parallel > 1 else ""))]
           if config.processes > 1 else []),
-        ("precision", f"{config.dtype}: {dtype.reason}; weights {config.weights}"),
+        ("precision", f"{config.dtype}: {dtype.reason}; weights {config.weights}"
+                      + (f"; {described(learner.network)}" if config.dtype == "fp8" else "")),
         ("compile", f"{learner.compiled.value}: {learner.compiled.reason}"),
         ("wkv7", f"{wkv7.impl}: {wkv7.reason}" if model_config.has_time_mix else "not in this model"),
         *_rosa(config, device, model_config.rosa),

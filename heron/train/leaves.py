@@ -18,6 +18,7 @@ from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.adapters import Adapter, adapter_parameters, add_adapter
 from heron.model.deep_embed import tables_of
+from heron.model.fp8 import multiply_in_fp8
 from heron.model.quantized import quantize
 from heron.model.state import State, States
 from heron.model.tuned_state import TunedState
@@ -115,9 +116,17 @@ def seed_dropout(config: TrainConfig, first: int, rank: int) -> None:
         torch.manual_seed(random.Random(f"{config.seed} {first} {rank}").getrandbits(32))
 
 
-def all_weights(model: RWKV, in_half: bool) -> Leaves:
-    """Every weight of `model`; `in_half`: the network computes with a copy of them in bf16."""
-    return Leaves(model, in_bf16(model) if in_half else model, model)
+def all_weights(model: RWKV, in_half: bool, in_fp8: bool = False) -> Leaves:
+    """Every weight of `model`.
+
+    Args:
+        in_half: the network computes with a copy of them in bf16.
+        in_fp8: that copy multiplies its large matrices in fp8.
+    """
+    network = in_bf16(model) if in_half else model
+    if in_fp8:
+        multiply_in_fp8(network)
+    return Leaves(model, network, model)
 
 
 def in_bf16(model: RWKV) -> RWKV:

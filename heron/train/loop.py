@@ -54,7 +54,7 @@ class Trainer:
         self._sizes: ModelConfig | None = None  # of the model, once they are known
         device = self.ranks.device(config.device)
         self.device = torch.device(device.value)
-        ahead.build_for_training(self.device)
+        ahead.build_for_training(self.device, config.dtype == "fp8")
         self.dtype = machine.choose_dtype(config.dtype, self.device)
         weights = machine.choose_weights(config.weights, self.dtype.value, self.device)
         threads.check(config.threads)
@@ -81,6 +81,7 @@ class Trainer:
         Raises:
             HeronError: bad settings, data or checkpoints; a loss that is not finite; a process of the run that is gone.
         """
+        machine.check_dtype(self.config.dtype, self.device)
         with self.ranks.joined(self.device, self.config.dist_timeout):
             return self._fit_here()
 

@@ -35,7 +35,7 @@ class Learner:
 
     Args:
         model: with fp32 weights, on the CPU; it is moved. Weights that `config.finetune` freezes are cast.
-        config: its `dtype` is fp32 or bf16.
+        config: its `dtype` is fp32, bf16 or fp8.
         device: where steps run.
         say: takes a line for the user; None: standard error.
         ranks: the processes that learn together. Each hands in its own samples, or, with the others of a group of
@@ -43,7 +43,8 @@ class Learner:
 
     Attributes:
         model: what is evaluated and sampled from.
-        network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, which each step changes too.
+        network: what computes the loss: `model`, or under `weights: bf16` a copy in bf16, which each step changes too,
+            and which under `dtype: fp8` multiplies in fp8.
         leaves: what is trained, and how the network has it (:mod:`heron.train.leaves`).
         trained: the fp32 leaves alone: what the optimizer steps and a checkpoint holds. Without an adapter or a state
             that is `model`.
@@ -54,9 +55,10 @@ class Learner:
         parallel: how the network lies over the processes, and why.
 
     Raises:
-        ConfigError: tables on the host for a model that has none; frozen weights to be sharded; `compile` on or graph
-            where nothing can be compiled; samples to be shared by processes for a model that reads them whole; chunks
-            that the model or its shards don't fit; an adapter or a state that the model has no place for.
+        ConfigError: tables on the host for a model that has none; frozen weights to be sharded, or those of a network
+            in fp8; `compile` on or graph where nothing can be compiled; samples to be shared by processes for a model
+            that reads them whole; chunks that the model or its shards don't fit; an adapter or a state that the model
+            has no place for.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Learner:
         self.parallel = dist.choose(config.parallel, ranks, leaves.n_on_device(model, config, ranks), device)
         sharded = self.parallel.value in ("fsdp", "hsdp")
         leaves.check_tables(config, ranks)
+        if sharded and config.dtype == "fp8":
+            raise ConfigError("dtype fp8: weights are not sharded in it yet; use --parallel ddp, or --dtype bf16")
         if sharded and config.freezes:
             raise ConfigError(f"parallel {self.parallel.value}: frozen weights are not sharded yet; use --parallel ddp")
         tbptt = Tbptt.of(config.tbptt)
@@ -100,7 +104,7 @@ class Learner:
         if config.freezes and config.finetune is not None:
             self.leaves = leaves.of_method(model, config.finetune, in_half)
         else:
-            self.leaves = leaves.all_weights(model, in_half and not sharded)
+            self.leaves = leaves.all_weights(model, in_half and not sharded, config.dtype == "fp8")
         self.model, self.network, self.trained = self.leaves.model, self.leaves.network, self.leaves.trained
         self._copies = self.leaves.copies
         if config.freezes:
