@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import itertools
 import json
@@ -16,7 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.proofs import __main__ as proofs
-from benchmarks.proofs import catalogue, copying, groups, models, parity, recall, report, reversal, training
+from benchmarks.proofs import catalogue, copying, curriculum, groups, models, parity, recall, report, reversal, training
 from benchmarks.proofs.batch import IGNORED
 from heron import ModelConfig
 from heron.errors import ConfigError, DataError
@@ -59,6 +60,21 @@ def test_a_word_s_targets_are_the_permutations_applied_one_after_another(group, 
         for token, product in zip(word, products, strict=True):
             places = tuple(elements[token][place] for place in places)
             assert elements[product] == places
+
+
+def test_a_word_of_few_swaps_has_elements_that_so_many_make(rng):
+    elements = list(itertools.permutations(range(5)))
+    swapped = {tuple(range(5))}
+    for at_most, count in ((1, 11), (2, 46), (3, 96), (4, 120)):
+        for one in list(swapped):
+            for a, b in itertools.combinations(range(5), 2):
+                other = list(one)
+                other[a], other[b] = other[b], other[a]
+                swapped.add(tuple(other))
+        tokens, _ = groups.words("S5", 20, 0, rng, 100, at_most)
+        assert {elements[token] for token in tokens.flat} == swapped
+        assert len(swapped) == count
+    assert np.bincount(groups.swaps("A5")).tolist() == [1, 0, 35, 0, 24]
 
 
 def test_recall_asks_once_for_each_key_and_wants_its_value(rng):
@@ -181,6 +197,7 @@ def test_a_signed_model_with_halved_rates_is_rwkv7():
         for block in model.blocks:
             torch.nn.init.normal_(block.att.output.weight)
             torch.nn.init.constant_(block.att.a0, float(np.log(rate / (1 - rate))))
+            torch.nn.init.constant_(block.att.w0, -5.0)
             torch.nn.init.zeros_(block.att.k_a)
         hidden, _ = model.hidden_states(torch.arange(16).view(2, 8), keep_state=False)
         results.append(hidden.detach())
@@ -221,7 +238,7 @@ def tiny(monkeypatch):
     batch = partial(parity.bits, 10)
     task = catalogue.Task(
         2, 10, batch, {"10 bits": batch, "12 bits": partial(parity.bits, 12)}, dict(n_layer=1, n_embd=16, head_size=16),
-        dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), True, 16,
+        dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), True, n_test=16,
     )  # fmt: skip
     monkeypatch.setitem(catalogue.TASKS, "tiny", task)
     monkeypatch.setitem(catalogue.PROOFS, "tiny", [("tiny", ("rwkv7", "decay-only"))])
@@ -242,8 +259,9 @@ def test_runs_are_of_their_seed_and_heron_compare_reads_them(tiny, tmp_path):
 
 
 def test_one_more_answer_is_learned_when_those_before_are_known(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_GROW_EVERY", 1)
-    monkeypatch.setattr(training, "_KNOWN", 2.5)  # ln 2 a bit, as none is known yet: three are enough
+    monkeypatch.setattr(curriculum, "_EVERY", 1)
+    monkeypatch.setattr(curriculum, "_WHOLE", 2.0)
+    monkeypatch.setattr(curriculum, "_KNOWN", 2.5)  # ln 2 a bit, as none is known yet: three are enough
     shown = []
     real = training.Learner.gradients
     monkeypatch.setattr(
@@ -251,6 +269,36 @@ def test_one_more_answer_is_learned_when_those_before_are_known(tiny, tmp_path, 
     )
     training.learn(catalogue.Case("tiny", "rwkv7", 0), tmp_path, torch.device("cpu"))
     assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [2, 3, 4, 4]
+
+
+def _asked(lessons, rng):
+    """The largest element of what a curriculum makes, and how many answers are asked for."""
+    tokens, targets = lessons.batch(rng, 200)
+    return groups.swaps("S5")[tokens[tokens < 120]].max(), int((targets != IGNORED).sum(axis=1).max())
+
+
+def test_all_answers_of_easier_samples_are_learned_before_the_next_are_begun(monkeypatch, rng):
+    monkeypatch.setattr(curriculum, "_EVERY", 1)
+    batch = partial(groups.words, "S5", 3, 0)
+    task = dataclasses.replace(
+        catalogue.TASKS["S5-20-l4"], batch=batch, easier=[partial(batch, at_most=n) for n in (1, 2)]
+    )
+    lessons = curriculum.Curriculum(task, 100)
+    seen = []
+    for step in range(1, 8):
+        seen.append(_asked(lessons, rng))
+        lessons.after(step, torch.tensor(0.1 if step != 2 else 0.4))  # the second time three answers lose 1.2 nats
+    assert seen == [(1, 2), (1, 3), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3)]
+    assert lessons.whole_from == 6
+
+
+def test_a_model_that_learns_nothing_is_asked_for_all_from_half_of_the_steps_on(rng):
+    lessons = curriculum.Curriculum(catalogue.TASKS["S5-20-l4"], 100)
+    for step in range(1, 51):
+        assert _asked(lessons, rng) == (1, 2)
+        lessons.after(step, torch.tensor(9.0))
+    assert _asked(lessons, rng) == (4, 20)
+    assert lessons.whole_from == 50
 
 
 def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_path):

@@ -29,6 +29,7 @@ class Task:
         shape: fields of the ModelConfig.
         recipe: fields of the TrainConfig.
         grows: whether the part of a sample that is learned grows, one answer at a time, from the first two to all.
+        easier: where it grows: makes samples that are learned before those of `batch`, from the easiest on.
         n_test: samples of each test.
     """
 
@@ -39,6 +40,7 @@ class Task:
     shape: Mapping[str, int]
     recipe: Mapping[str, float | str]
     grows: bool = False
+    easier: Sequence[Maker] = ()
     n_test: int = 2048
 
 
@@ -71,12 +73,13 @@ _SILENT = {"A5": 1, "S5": 3}
 
 def _words(group: str, n_layer: int, length: int, silent: int) -> Task:
     batch = partial(groups.words, group, length, silent)
+    *few, _ = sorted({int(count) for count in groups.swaps(group) if count})
     tests = {f"{n} elements": partial(groups.words, group, n, silent) for n in (length, 4 * length)}
     return Task(
         len(groups.product_table(group)) + 1, length * (1 + silent), batch, tests,
         dict(n_layer=n_layer, n_embd=128, head_size=32),
-        dict(micro_bsz=256, max_steps=3000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
-        grows=True, n_test=1024,
+        dict(micro_bsz=256, max_steps=4000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
+        grows=True, easier=[partial(batch, at_most=count) for count in few], n_test=1024,
     )  # fmt: skip
 
 
@@ -112,6 +115,7 @@ TASKS: dict[str, Task] = {
         copying.VOCAB, 256 + copying.COPIED, partial(copying.noisy, 256), {"16 of 256": partial(copying.noisy, 256)},
         dict(n_layer=2, n_embd=64, head_size=32),
         dict(micro_bsz=128, max_steps=6000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
+        grows=True,
     ),
 }  # fmt: skip
 

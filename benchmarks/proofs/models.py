@@ -16,13 +16,16 @@ from heron.model.time_mix import TimeMix
 
 MODELS = ("rwkv7", "signed", "decay-only", "attention")
 _CLOSED = -40.0  # sigmoid gives 4e-18
+_NEAR_REFLECTIONS = 2.0  # added to logits of in-context learning rates: with 1.7 of 2, an eigenvalue of -0.7
+_SLOWER = 3.0  # taken off decay logits
 
 
 def build(name: str, config: ModelConfig, length: int) -> RWKV:
     """A model with fresh initial values, for samples of up to `length` tokens.
 
     * "rwkv7" is :class:`heron.RWKV`.
-    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign.
+    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign. It
+      starts with high rates and slow decay.
     * "decay-only" never removes what its state holds under a key: the state fades and is added to, as in RWKV-6.
     * "attention" has causal softmax attention in the place of time mixing, and so many hidden channels more that it is
       of the same size.
@@ -62,10 +65,13 @@ def _decay_only(att: TimeMix) -> None:
 
 
 def _signed(att: TimeMix, config: ModelConfig, layer: int) -> TimeMix:
-    """A time mix with the weights of `att` whose in-context learning rate is doubled where it removes."""
+    """A time mix whose in-context learning rate is doubled where it removes. It starts near reflections."""
     with torch.device("meta"):
         signed = SignedTimeMix(config, layer)
     signed.load_state_dict(att.state_dict(), assign=True)
+    with torch.no_grad():
+        signed.a0 += _NEAR_REFLECTIONS
+        signed.w0 -= _SLOWER
     return signed
 
 

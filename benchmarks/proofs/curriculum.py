@@ -1,0 +1,64 @@
+"""What a run is asked: of a task that grows, easier samples first, and of these the first answers."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.proofs.batch import IGNORED, Batch
+from benchmarks.proofs.catalogue import Task
+
+_FIRST = 2  # answers that a lesson begins with
+_EVERY = 10  # steps
+_KNOWN = 1.0  # nats lost on all answers that are learned: below that one more is
+_WHOLE = 0.5  # of the steps: from there on every model is asked for all, however far it has come
+
+
+class Curriculum:
+    """The lessons of a run: the easier samples of its task, then the task.
+
+    A lesson begins with two answers. One more is asked for when those before are known; when all are, the next lesson
+    begins.
+
+    Args:
+        task: what is learned.
+        steps: of the run.
+
+    Attributes:
+        whole_from: the number of steps after which all of the task was asked for; None: not yet.
+    """
+
+    def __init__(self, task: Task, steps: int):
+        self._lessons = [*task.easier, task.batch]
+        _, targets = task.batch(np.random.default_rng(0), 1)
+        self._n_answers = int((targets != IGNORED).sum())
+        self._steps = steps
+        self._asked = _FIRST
+        self.whole_from = None if task.grows else 0
+
+    def batch(self, rng: np.random.Generator, n: int) -> Batch:
+        """`n` samples of the lesson, with targets where something is asked for."""
+        if self.whole_from is not None:
+            return self._lessons[-1](rng, n)
+        tokens, targets = self._lessons[0](rng, n)
+        return tokens, first_answers(targets, self._asked)
+
+    def after(self, step: int, loss: Tensor) -> None:
+        """Ask for more, if the `loss` of a batch, the last of so many steps, says that it is time."""
+        if self.whole_from is not None or step % _EVERY:
+            return
+        if step >= _WHOLE * self._steps:
+            self.whole_from = step
+        elif float(loss) * self._asked < _KNOWN:
+            self._asked += 1
+        if self._asked > self._n_answers and len(self._lessons) > 1:
+            del self._lessons[0]
+            self._asked = _FIRST
+        elif self._asked == self._n_answers and len(self._lessons) == 1:
+            self.whole_from = step
+
+
+def first_answers(targets: np.ndarray, n: int) -> np.ndarray:
+    """Targets (samples, T) of which nothing is asked behind the first n places where something is."""
+    places = np.flatnonzero((targets != IGNORED).any(axis=0))
+    return np.where(np.arange(targets.shape[1]) <= places[min(n, len(places)) - 1], targets, IGNORED)
