@@ -277,19 +277,20 @@ def _asked(lessons, rng):
     return groups.swaps("S5")[tokens[tokens < 120]].max(), int((targets != IGNORED).sum(axis=1).max())
 
 
-def test_all_answers_of_easier_samples_are_learned_before_the_next_are_begun(monkeypatch, rng):
+def test_the_first_answers_of_easier_samples_are_learned_before_the_next_are_begun(monkeypatch, rng):
     monkeypatch.setattr(curriculum, "_EVERY", 1)
-    batch = partial(groups.words, "S5", 3, 0)
+    monkeypatch.setattr(curriculum, "_EASIER", 3)
+    batch = partial(groups.words, "S5", 5, 0)
     task = dataclasses.replace(
         catalogue.TASKS["S5-20-l4"], batch=batch, easier=[partial(batch, at_most=n) for n in (1, 2)]
     )
     lessons = curriculum.Curriculum(task, 100)
     seen = []
-    for step in range(1, 8):
+    for step in range(1, 9):
         seen.append(_asked(lessons, rng))
         lessons.after(step, torch.tensor(0.1 if step != 2 else 0.4))  # the second time three answers lose 1.2 nats
-    assert seen == [(1, 2), (1, 3), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3)]
-    assert lessons.whole_from == 6
+    assert seen == [(1, 2), (1, 3), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3), (4, 4)]
+    assert lessons.whole_from == 8
 
 
 def test_a_model_that_learns_nothing_is_asked_for_all_from_half_of_the_steps_on(rng):

@@ -9,6 +9,7 @@ from benchmarks.proofs.batch import IGNORED, Batch
 from benchmarks.proofs.catalogue import Task
 
 _FIRST = 2  # answers that a lesson begins with
+_EASIER = 5  # answers of an easier lesson
 _EVERY = 10  # steps
 _KNOWN = 1.0  # nats lost on all answers that are learned: below that one more is
 _WHOLE = 0.5  # of the steps: from there on every model is asked for all, however far it has come
@@ -17,8 +18,8 @@ _WHOLE = 0.5  # of the steps: from there on every model is asked for all, howeve
 class Curriculum:
     """The lessons of a run: the easier samples of its task, then the task.
 
-    A lesson begins with two answers. One more is asked for when those before are known; when all are, the next lesson
-    begins.
+    A lesson begins with two answers. One more is asked for when those before are known. When the first five of an
+    easier one are, the next begins.
 
     Args:
         task: what is learned.
@@ -51,10 +52,11 @@ class Curriculum:
             self.whole_from = step
         elif float(loss) * self._asked < _KNOWN:
             self._asked += 1
-        if self._asked > self._n_answers and len(self._lessons) > 1:
-            del self._lessons[0]
-            self._asked = _FIRST
-        elif self._asked == self._n_answers and len(self._lessons) == 1:
+        if len(self._lessons) > 1:
+            if self._asked > min(_EASIER, self._n_answers):
+                del self._lessons[0]
+                self._asked = _FIRST
+        elif self._asked >= self._n_answers:
             self.whole_from = step
 
 
