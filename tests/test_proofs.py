@@ -158,6 +158,26 @@ def test_scores_count_what_is_asked_alone():
 )
 def test_solved_to_is_the_last_place_before_a_wrong_one(shares, place):
     assert report.solved_to(shares) == place
+    assert report.n_solved(shares) == sum(share is not None for share in shares[:place])
+
+
+def test_the_picture_has_a_panel_by_layers_where_these_differ(tmp_path, monkeypatch):
+    def run(task, seed, curve):
+        return dict(
+            task=task, model="signed", seed=seed, tests={"20": dict(by_position=[1.0]), "80": dict(by_position=curve)}
+        )
+
+    drawn = []
+    monkeypatch.setattr(report, "_draw_layers", lambda axes, *given: drawn.append(given))
+    found = [run("A5-20-l1", 0, [1.0, 0.9]), run("A5-20-l2", 0, [1.0, 1.0]), run("parity", 0, [1.0])]
+    report.draw(found, tmp_path / "some.png")
+    assert [(title, [task for task, *_ in groups]) for title, groups in drawn] == [("A5-20", ["A5-20-l1", "A5-20-l2"])]
+    monkeypatch.undo()
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    report._draw_layers(axes, *drawn[0])
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 1.0], [2.0, 2.0]]
 
 
 # -- the models -----------------------------------------------------------------------------------------------------
