@@ -87,7 +87,7 @@ def _recall(length: int, n_pairs: int, width: int) -> Task:
     batch = partial(recall.pairs, length, n_pairs)
     return Task(
         recall.VOCAB, length, batch, {f"{n_pairs} pairs": batch}, dict(n_layer=2, n_embd=width, head_size=64),
-        dict(micro_bsz=128, max_steps=6000, lr_init=2e-3, lr_final=2e-5, warmup_steps=100),
+        dict(micro_bsz=2**15 // length, max_steps=6000, lr_init=2e-3, lr_final=2e-5, warmup_steps=100),
     )  # fmt: skip
 
 
