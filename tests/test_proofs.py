@@ -209,7 +209,7 @@ def test_a_decay_only_model_removes_nothing_and_does_not_learn_to(removed):
 
 
 def test_a_signed_model_with_halved_rates_is_rwkv7():
-    """Rates are 1/2 in one and 1/4 in the other; keys do not depend on them."""
+    """Rates are 1/2 in one and 1/4 in the other; keys do not depend on them, and nothing decays."""
     results = []
     for name, rate in (("rwkv7", 0.5), ("signed", 0.25)):
         torch.manual_seed(0)
@@ -217,11 +217,32 @@ def test_a_signed_model_with_halved_rates_is_rwkv7():
         for block in model.blocks:
             torch.nn.init.normal_(block.att.output.weight)
             torch.nn.init.constant_(block.att.a0, float(np.log(rate / (1 - rate))))
-            torch.nn.init.constant_(block.att.w0, -5.0)
+            torch.nn.init.constant_(block.att.w0, -40.0)  # no decay
             torch.nn.init.zeros_(block.att.k_a)
         hidden, _ = model.hidden_states(torch.arange(16).view(2, 8), keep_state=False)
         results.append(hidden.detach())
     torch.testing.assert_close(*results)
+
+
+def test_no_transition_of_a_signed_model_makes_a_state_larger(monkeypatch):
+    """Rates are the same in all channels: then a transition is a reflection of part of a state, then a decay."""
+    seen, wkv7 = [], models.ops.wkv7
+
+    def spy(r, w, k, v, a, b, *rest):
+        decay = torch.exp(-np.exp(-0.5) * torch.sigmoid(w))
+        seen.append((torch.diag_embed(decay) + a[..., :, None] * b[..., None, :]).detach())
+        return wkv7(r, w, k, v, a, b, *rest)
+
+    monkeypatch.setattr(models.ops, "wkv7", spy)
+    model = models.build("signed", SMALL, 8).double()
+    for block in model.blocks:
+        torch.nn.init.constant_(block.att.a0, 9.0)
+        torch.nn.init.uniform_(block.att.w0, -4, 4)
+    model.hidden_states(torch.randint(60, (2, 8)), keep_state=False)
+    norms = torch.linalg.matrix_norm(torch.stack(seen), ord=2)
+    assert float(norms.max()) < 1 + 1e-9
+    eigenvalues = torch.linalg.eigvals(torch.stack(seen)).real
+    assert float(eigenvalues.min()) < -0.4
 
 
 @pytest.mark.parametrize("name", models.MODELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ def build(name: str, config: ModelConfig, length: int) -> RWKV:
 
     * "rwkv7" is :class:`heron.RWKV`.
     * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign. It
-      starts with high rates and slow decay.
+      starts with high rates and slow decay. It removes before the state decays, not after: else eigenvalues could be
+      below -1, and a state that grows with each reflection ends beyond what fp32 holds.
     * "decay-only" never removes what its state holds under a key: the state fades and is added to, as in RWKV-6.
     * "attention" has causal softmax attention in the place of time mixing, and so many hidden channels more that it is
       of the same size.
@@ -76,7 +78,7 @@ def _signed(att: TimeMix, config: ModelConfig, layer: int) -> TimeMix:
 
 
 class SignedTimeMix(TimeMix):
-    """A time mix in whose recurrence ``b = 2 kk iclr``: eigenvalues of a transition reach from -1 to 1.
+    """A time mix whose transition is ``(I - 2 kk (kk iclr)^T) diag(decay)``: its eigenvalues reach from -1 to 1.
 
     It has no fused form, and no state: it is for whole samples.
     """
@@ -105,8 +107,9 @@ class SignedTimeMix(TimeMix):
         iclr = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
         removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1)
         k = k * (1 + (iclr - 1) * self.k_a)
-        r, decay_logits, k, v, iclr = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, iclr))
-        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, 2 * removal_key * iclr, wkv_state)
+        added = 2 * iclr * torch.exp(-math.exp(-0.5) * torch.sigmoid(decay_logits))  # reflected, then decayed
+        r, decay_logits, k, v, added = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, added))
+        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * added, wkv_state)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
         y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
         gate = torch.sigmoid(x_g @ self.g1) @ self.g2
