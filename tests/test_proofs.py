@@ -225,7 +225,6 @@ def test_a_signed_model_with_halved_rates_is_rwkv7():
 
 
 def test_no_transition_of_a_signed_model_makes_a_state_larger(monkeypatch):
-    """Rates are the same in all channels: then a transition is a reflection of part of a state, then a decay."""
     seen, wkv7 = [], models.ops.wkv7
 
     def spy(r, w, k, v, a, b, *rest):
@@ -236,13 +235,13 @@ def test_no_transition_of_a_signed_model_makes_a_state_larger(monkeypatch):
     monkeypatch.setattr(models.ops, "wkv7", spy)
     model = models.build("signed", SMALL, 8).double()
     for block in model.blocks:
-        torch.nn.init.constant_(block.att.a0, 9.0)
+        torch.nn.init.uniform_(block.att.a0, 0, 9)
         torch.nn.init.uniform_(block.att.w0, -4, 4)
     model.hidden_states(torch.randint(60, (2, 8)), keep_state=False)
     norms = torch.linalg.matrix_norm(torch.stack(seen), ord=2)
     assert float(norms.max()) < 1 + 1e-9
     eigenvalues = torch.linalg.eigvals(torch.stack(seen)).real
-    assert float(eigenvalues.min()) < -0.4
+    assert float(eigenvalues.min()) < -0.3
 
 
 @pytest.mark.parametrize("name", models.MODELS)

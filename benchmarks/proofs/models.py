@@ -25,9 +25,9 @@ def build(name: str, config: ModelConfig, length: int) -> RWKV:
     """A model with fresh initial values, for samples of up to `length` tokens.
 
     * "rwkv7" is :class:`heron.RWKV`.
-    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign. It
-      starts with high rates and slow decay. It removes before the state decays, not after: else eigenvalues could be
-      below -1, and a state that grows with each reflection ends beyond what fp32 holds.
+    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign. They
+      are one a head, and what is removed is so before the state decays: else a state may grow with each reflection, and
+      ends beyond what fp32 holds. It starts with high rates and slow decay.
     * "decay-only" never removes what its state holds under a key: the state fades and is added to, as in RWKV-6.
     * "attention" has causal softmax attention in the place of time mixing, and so many hidden channels more that it is
       of the same size.
@@ -78,7 +78,7 @@ def _signed(att: TimeMix, config: ModelConfig, layer: int) -> TimeMix:
 
 
 class SignedTimeMix(TimeMix):
-    """A time mix whose transition is ``(I - 2 kk (kk iclr)^T) diag(decay)``: its eigenvalues reach from -1 to 1.
+    """A time mix whose transition is ``(I - rate kk kk^T) diag(decay)``, rate from 0 to 2: no state grows by it.
 
     It has no fused form, and no state: it is for whole samples.
     """
@@ -107,9 +107,10 @@ class SignedTimeMix(TimeMix):
         iclr = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
         removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1)
         k = k * (1 + (iclr - 1) * self.k_a)
-        added = 2 * iclr * torch.exp(-math.exp(-0.5) * torch.sigmoid(decay_logits))  # reflected, then decayed
-        r, decay_logits, k, v, added = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, added))
-        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * added, wkv_state)
+        r, decay_logits, k, v, iclr = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, iclr))
+        rate = 2 * iclr.mean(dim=-1, keepdim=True)
+        decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(decay_logits))
+        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * rate * decay, wkv_state)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
         y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
         gate = torch.sigmoid(x_g @ self.g1) @ self.g2
