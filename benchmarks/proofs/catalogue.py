@@ -69,6 +69,7 @@ class Case(NamedTuple):
 # Tokens behind each element. A token makes at most one reflection of a state. A5 are the rotations of an icosahedron,
 # each a product of two reflections; an element of S5 is a product of up to four transpositions, which are reflections.
 _SILENT = {"A5": 1, "S5": 3}
+_WORD_TOKENS = 10_240  # of a step
 
 
 def _words(group: str, n_layer: int, length: int, silent: int) -> Task:
@@ -78,7 +79,10 @@ def _words(group: str, n_layer: int, length: int, silent: int) -> Task:
     return Task(
         len(groups.product_table(group)) + 1, length * (1 + silent), batch, tests,
         dict(n_layer=n_layer, n_embd=128, head_size=32),
-        dict(micro_bsz=256, max_steps=4000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
+        dict(
+            micro_bsz=_WORD_TOKENS // (length * (1 + silent)), max_steps=4000, lr_init=3e-3, lr_final=3e-5,
+            warmup_steps=100, dtype="fp32",
+        ),
         grows=True, easier=[partial(batch, at_most=count) for count in few], n_test=1024,
     )  # fmt: skip
 
@@ -87,7 +91,7 @@ def _recall(length: int, n_pairs: int, width: int) -> Task:
     batch = partial(recall.pairs, length, n_pairs)
     return Task(
         recall.VOCAB, length, batch, {f"{n_pairs} pairs": batch}, dict(n_layer=2, n_embd=width, head_size=64),
-        dict(micro_bsz=2**15 // length, max_steps=6000, lr_init=2e-3, lr_final=2e-5, warmup_steps=100),
+        dict(micro_bsz=2**15 // length, max_steps=2000, lr_init=2e-3, lr_final=2e-5, warmup_steps=100),
     )  # fmt: skip
 
 
@@ -101,14 +105,14 @@ TASKS: dict[str, Task] = {
     },
     "reversal": Task(
         reversal.VOCAB, reversal.LENGTH - 1, reversal.numbers, {"1 to 60": partial(reversal.numbers, first_only=True)},
-        dict(n_layer=2, n_embd=32, head_size=16),
+        dict(n_layer=2, n_embd=64, head_size=32),
         dict(micro_bsz=256, max_steps=10_000, lr_init=4e-3, lr_final=1e-6, dtype="fp32"),
     ),
     "parity": Task(
         parity.VOCAB, 64, partial(parity.bits, 64),
         {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
         dict(n_layer=2, n_embd=64, head_size=16),
-        dict(micro_bsz=256, max_steps=5000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
+        dict(micro_bsz=256, max_steps=2500, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
         grows=True, n_test=512,
     ),
     "copying": Task(
