@@ -130,7 +130,7 @@ def test_every_task_fits_its_recipe(name):
     config = catalogue.Case(name, "rwkv7", 0).settings()
     task = catalogue.TASKS[name]
     tokens, targets = task.batch(np.random.default_rng(0), 4)
-    assert tokens.shape == targets.shape == (4, config.ctx_len)
+    assert tokens.shape == targets.shape == (4, config.ctx_len * task.pieces)
     assert max(tokens.max(), targets.max()) < config.model.vocab_size
     assert config.model.n_layer <= 4
 
@@ -264,6 +264,28 @@ def test_controls_are_as_large():
     assert max(sizes) < 1.02 * min(sizes)
 
 
+def test_a_model_that_carries_states_reads_a_sample_piece_by_piece():
+    torch.manual_seed(0)
+    model = models.build("signed", SMALL, 8, carries=True)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.att.output.weight)
+    tokens, targets = torch.randint(60, (2, 2, 8))
+    for _ in range(2):
+        losses = []
+        for pieces in ([slice(0, 8)], [slice(0, 4), slice(4, 8)]):
+            model.forget(2)
+            parts = [model.loss(tokens[:, piece], targets[:, piece]) for piece in pieces]
+            parts[-1].backward()
+            losses.append(float(sum(part.detach() for part in parts)) / len(parts))
+        assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert model.loss(tokens[:, :4], targets[:, :4]).item() != pytest.approx(parts[0].item(), abs=1e-3)
+
+
+def test_attention_carries_no_states():
+    with pytest.raises(ConfigError, match="attention has no state"):
+        models.build("attention", SMALL, 8, carries=True)
+
+
 def test_an_unknown_model_is_refused():
     with pytest.raises(ConfigError, match="wanted one of rwkv7"):
         models.build("mamba", SMALL, 8)
@@ -340,6 +362,24 @@ def test_a_model_that_learns_nothing_is_asked_for_all_from_half_of_the_steps_on(
         lessons.after(step, torch.tensor(9.0))
     assert _asked(lessons, rng) == (4, 20)
     assert lessons.whole_from == 50
+
+
+def test_of_a_sample_in_pieces_those_are_learned_that_are_asked_for(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(curriculum, "_EVERY", 1)
+    monkeypatch.setattr(curriculum, "_WHOLE", 2.0)
+    monkeypatch.setattr(curriculum, "_KNOWN", 100.0)
+    monkeypatch.setattr(curriculum, "_FASTER", 1)
+    monkeypatch.setitem(catalogue.TASKS, "tiny", dataclasses.replace(tiny, batch=partial(parity.bits, 40), pieces=4))
+    begun, shown = [], []
+    real = training.Learner.gradients
+    monkeypatch.setattr(
+        training.Learner, "gradients", lambda self, samples: shown.append(samples[0][1]) or real(self, samples)
+    )
+    forget = models.CarryingRWKV.forget
+    monkeypatch.setattr(models.CarryingRWKV, "forget", lambda self, n: begun.append(len(shown)) or forget(self, n))
+    training.learn(catalogue.Case("tiny", "signed", 0), tmp_path, torch.device("cpu"), steps=9)
+    assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [2, 5, 10, 1, 10, 10, 3, 10, 10]
+    assert begun == [0, 1, 2, 4, 7]
 
 
 def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_path):

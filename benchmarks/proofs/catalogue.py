@@ -30,6 +30,8 @@ class Task:
         recipe: fields of the TrainConfig.
         grows: whether the part of a sample that is learned grows, one answer at a time, from the first two to all.
         easier: where it grows: makes samples that are learned before those of `batch`, from the easiest on.
+        pieces: in how many pieces, of `length` tokens each, a training sample is learned. Each is a step of its own,
+            from the states that the piece before left.
         n_test: samples of each test.
     """
 
@@ -41,6 +43,7 @@ class Task:
     recipe: Mapping[str, float | str]
     grows: bool = False
     easier: Sequence[Maker] = ()
+    pieces: int = 1
     n_test: int = 2048
 
 
@@ -95,6 +98,19 @@ def _recall(length: int, n_pairs: int, width: int) -> Task:
     )  # fmt: skip
 
 
+def _parity(steps: int, pieces: int = 1) -> Task:
+    return Task(
+        parity.VOCAB, 64, partial(parity.bits, 64 * pieces),
+        {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
+        dict(n_layer=2, n_embd=64, head_size=16),
+        dict(
+            micro_bsz=64 if pieces > 1 else 256, max_steps=steps, lr_init=4e-3, lr_final=4e-5, warmup_steps=100,
+            dtype="fp32",
+        ),
+        grows=True, pieces=pieces, n_test=512,
+    )  # fmt: skip
+
+
 TASKS: dict[str, Task] = {
     **{f"{group}-20-l{n}": _words(group, n, 20, silent) for group, silent in _SILENT.items() for n in (4, 3, 2, 1)},
     **{f"{group}-20-l4-dense": _words(group, 4, 20, silent=0) for group in _SILENT},
@@ -108,13 +124,8 @@ TASKS: dict[str, Task] = {
         dict(n_layer=2, n_embd=64, head_size=32),
         dict(micro_bsz=256, max_steps=10_000, lr_init=4e-3, lr_final=1e-6, dtype="fp32"),
     ),
-    "parity": Task(
-        parity.VOCAB, 64, partial(parity.bits, 64),
-        {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
-        dict(n_layer=2, n_embd=64, head_size=16),
-        dict(micro_bsz=256, max_steps=2500, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
-        grows=True, n_test=512,
-    ),
+    "parity": _parity(2500),
+    "parity-carried": _parity(5000, pieces=256),
     "copying": Task(
         copying.VOCAB, 256 + copying.COPIED, partial(copying.noisy, 256), {"16 of 256": partial(copying.noisy, 256)},
         dict(n_layer=2, n_embd=64, head_size=32),
@@ -129,7 +140,7 @@ PROOFS: dict[str, Sequence[tuple[str, Sequence[str]]]] = {
     "S5": [("S5-20-l4", MODELS)],
     "recall": [(name, ("rwkv7",)) for name in TASKS if name.startswith("recall-")],
     "reversal": [("reversal", ("rwkv7",))],
-    "parity": [("parity", ("rwkv7", "signed"))],
+    "parity": [(task, ("rwkv7", "signed")) for task in ("parity", "parity-carried")],
     "copying": [("copying", ("rwkv7",))],
     "layers": [(f"{group}-20-l{n}", ("rwkv7", "signed")) for group in _SILENT for n in (1, 2, 3, 4)],
     "dense": [(f"{group}-20-l4-dense", MODELS) for group in _SILENT],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -11,15 +13,16 @@ from benchmarks.proofs.catalogue import Task
 _FIRST = 2  # answers that a lesson begins with
 _EASIER = 5  # answers of an easier lesson
 _EVERY = 10  # steps
-_KNOWN = 1.0  # nats lost on all answers that are learned: below that one more is
+_FASTER = 16  # answers, for each of which one more is asked for at a time
+_KNOWN = 1.0  # nats lost on the answers of a step: below that more is asked for
 _WHOLE = 0.5  # of the steps: from there on every model is asked for all, however far it has come
 
 
 class Curriculum:
     """The lessons of a run: the easier samples of its task, then the task.
 
-    A lesson begins with two answers. One more is asked for when those before are known. When the first five of an
-    easier one are, the next begins.
+    A lesson begins with two answers. One more is asked for when those before are known, of long samples several. When
+    the first five of an easier one are, the next begins.
 
     Args:
         task: what is learned.
@@ -33,9 +36,19 @@ class Curriculum:
         self._lessons = [*task.easier, task.batch]
         _, targets = task.batch(np.random.default_rng(0), 1)
         self._n_answers = int((targets != IGNORED).sum())
-        self._steps = steps
-        self._asked = _FIRST
+        self._pieces, self._length, self._steps = task.pieces, task.length, steps
+        self._asked, self._looked, self._at_end = _FIRST, 0, True
         self.whole_from = None if task.grows else 0
+
+    def pieces(self, rng: np.random.Generator, n: int) -> Iterator[tuple[bool, Batch]]:
+        """Without end, what a step learns of `n` samples, and whether it is their beginning."""
+        while True:
+            tokens, targets = self.batch(rng, n)
+            asked = np.flatnonzero((targets != IGNORED).any(axis=0))[-1]
+            for begin in range(0, asked + 1, self._length):
+                piece = slice(begin, begin + self._length)
+                self._at_end = asked < piece.stop
+                yield begin == 0, (tokens[:, piece], targets[:, piece])
 
     def batch(self, rng: np.random.Generator, n: int) -> Batch:
         """`n` samples of the lesson, with targets where something is asked for."""
@@ -45,13 +58,14 @@ class Curriculum:
         return tokens, first_answers(targets, self._asked)
 
     def after(self, step: int, loss: Tensor) -> None:
-        """Ask for more, if the `loss` of a batch, the last of so many steps, says that it is time."""
-        if self.whole_from is not None or step % _EVERY:
+        """Ask for more, if the `loss` of what is asked for last, in the last of so many steps, says that it is time."""
+        if self.whole_from is not None or not self._at_end or step - self._looked < _EVERY:
             return
+        self._looked = step
         if step >= _WHOLE * self._steps:
             self.whole_from = step
-        elif float(loss) * self._asked < _KNOWN:
-            self._asked += 1
+        elif float(loss) * min(self._asked, self._n_answers // self._pieces) < _KNOWN:
+            self._asked += 1 + self._asked // _FASTER
         if len(self._lessons) > 1:
             if self._asked > min(_EASIER, self._n_answers):
                 del self._lessons[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from heron import RWKV, ModelConfig, ops
 from heron.errors import ConfigError
 from heron.model.attention import FirstAttention, attend
+from heron.model.state import State
 from heron.model.time_mix import TimeMix
 
 MODELS = ("rwkv7", "signed", "decay-only", "attention")
@@ -21,8 +22,9 @@ _NEAR_REFLECTIONS = 2.0  # added to logits of in-context learning rates: with 1.
 _SLOWER = 3.0  # taken off decay logits
 
 
-def build(name: str, config: ModelConfig, length: int) -> RWKV:
-    """A model with fresh initial values, for samples of up to `length` tokens.
+def build(name: str, config: ModelConfig, length: int, carries: bool = False) -> RWKV:
+    """A model with fresh initial values, for samples of up to `length` tokens; one that `carries` is a
+    :class:`CarryingRWKV`.
 
     * "rwkv7" is :class:`heron.RWKV`.
     * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign. They
@@ -33,9 +35,11 @@ def build(name: str, config: ModelConfig, length: int) -> RWKV:
       of the same size.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, or attention that shall carry states, of which it has none.
     """
-    model = RWKV(config)
+    if carries and name == "attention":
+        raise ConfigError("model: attention has no state to carry; wanted another for a task of several pieces")
+    model = CarryingRWKV(config) if carries else RWKV(config)
     if name == "decay-only":
         for block in model.blocks:
             _decay_only(block.att)
@@ -51,6 +55,32 @@ def build(name: str, config: ModelConfig, length: int) -> RWKV:
     elif name != "rwkv7":
         raise ConfigError(f"model: wanted one of {', '.join(MODELS)}, got {name!r}")
     return model
+
+
+class CarryingRWKV(RWKV):
+    """A network whose :meth:`loss` goes on from the states that the last one left, until it is told to forget them.
+
+    No gradient flows into these. They stay where they are in memory, so that a pass can be replayed from a graph.
+    """
+
+    _carried: State | None = None
+
+    def forget(self, n_seq: int) -> None:
+        """Begin `n_seq` new samples with the next loss; their number stays the same."""
+        if self._carried is None:
+            weight = self.head.weight
+            self._carried = State.zeros(self.config, n_seq, weight.device, weight.dtype).clone()
+        self._carried.map(Tensor.zero_)
+
+    def loss(self, tokens: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
+        """See :meth:`heron.RWKV.loss`, of which the first two arguments are taken."""
+        assert self._carried is not None, "forget() comes before the first loss"
+        hidden, state = self.hidden_states(tokens, self._carried.clone())
+        assert isinstance(state, State)
+        with torch.no_grad():
+            for old, new in zip(self._carried.to_list(), state.to_list(), strict=True):
+                old.copy_(new)
+        return self.head_loss(hidden, targets)
 
 
 def _size(module: nn.Module) -> int:

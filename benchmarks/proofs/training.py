@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from benchmarks.proofs.batch import IGNORED
 from benchmarks.proofs.catalogue import TASKS, Case, Maker
 from benchmarks.proofs.curriculum import Curriculum
-from benchmarks.proofs.models import build
+from benchmarks.proofs.models import CarryingRWKV, build
 from heron import RWKV
 from heron.files import write_text
 from heron.optim import lr_at
@@ -35,14 +36,16 @@ def learn(case: Case, results: Path, device: torch.device, steps: int | None = N
     torch.manual_seed(case.seed)
     rng = np.random.default_rng(case.seed)
     longest = max(maker(rng, 1)[0].shape[1] for maker in (task.batch, *task.tests.values()))
-    learner = Learner(build(case.model, config.model, longest), config, device)
+    model = build(case.model, config.model, longest, task.pieces > 1)
+    learner = Learner(model, config, device)
     total, begun, logged = config.total_steps, time.perf_counter(), 0.0
     log_every, validate_every = max(1, total // _LOGS), max(1, total // _VALIDATIONS)
     curriculum = Curriculum(task, total)
     with Reporter(part, total, quiet=True) as reporter:
         write_text(part / "config.yaml", config.to_yaml())
-        for step in range(total):
-            tokens, targets = curriculum.batch(rng, config.micro_bsz)
+        for step, (begins, (tokens, targets)) in enumerate(islice(curriculum.pieces(rng, config.micro_bsz), total)):
+            if begins and isinstance(model, CarryingRWKV):
+                model.forget(config.micro_bsz)
             lr = lr_at(step, config)
             loss = learner.gradients([(torch.from_numpy(tokens), torch.from_numpy(targets))])
             numbers = learner.update(loss, lr, float("inf"))
