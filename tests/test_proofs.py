@@ -408,11 +408,10 @@ def test_a_process_trains_each_seed_once(tiny, tmp_path, capsys):
 def test_the_command_trains_nothing_twice_and_reports(tmp_path, capfd):
     command = ["parity", "--out", str(tmp_path), "--seeds", "0", "--steps", "1", "--device", "cpu"]
     test = dict(val_loss=1.0, accuracy=0.5, whole=0.5, last=0.5, by_position=[0.5])
-    for model in ("rwkv7", "signed"):
-        done = tmp_path / "parity" / model / "0"
-        done.mkdir(parents=True)
-        record = dict(task="parity", model=model, seed=0, seconds=1.0, machine="CPU", torch="2", parameters=1)
-        (done / training.RESULT).write_text(json.dumps({**record, "tests": {"64 bits": test}}))
+    for case in catalogue.cases(["parity"], [0]):
+        (tmp_path / case.name).mkdir(parents=True)
+        record = dict(case._asdict(), seconds=1.0, machine="CPU", torch="2", parameters=1)
+        (tmp_path / case.name / training.RESULT).write_text(json.dumps({**record, "tests": {"64 bits": test}}))
     assert proofs.main(command) == 0
-    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert "4 runs, 4 of them done before" in capfd.readouterr().out
     assert (tmp_path / report.TABLE).exists()
