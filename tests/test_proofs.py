@@ -368,6 +368,7 @@ def test_of_a_sample_in_pieces_those_are_learned_that_are_asked_for(tiny, tmp_pa
     monkeypatch.setattr(curriculum, "_EVERY", 1)
     monkeypatch.setattr(curriculum, "_WHOLE", 2.0)
     monkeypatch.setattr(curriculum, "_KNOWN", 100.0)
+    monkeypatch.setattr(curriculum, "_LOST", 100.0)
     monkeypatch.setattr(curriculum, "_FASTER", 1)
     monkeypatch.setitem(catalogue.TASKS, "tiny", dataclasses.replace(tiny, batch=partial(parity.bits, 40), pieces=4))
     begun, shown = [], []
@@ -380,6 +381,16 @@ def test_of_a_sample_in_pieces_those_are_learned_that_are_asked_for(tiny, tmp_pa
     training.learn(catalogue.Case("tiny", "signed", 0), tmp_path, torch.device("cpu"), steps=9)
     assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [2, 5, 10, 1, 10, 10, 3, 10, 10]
     assert begun == [0, 1, 2, 4, 7]
+
+
+def test_a_sample_of_which_a_model_has_lost_track_is_given_up(tiny, rng):
+    task = dataclasses.replace(tiny, batch=partial(parity.bits, 40), pieces=4, grows=False)
+    lessons = curriculum.Curriculum(task, 100)
+    pieces, begun = lessons.pieces(rng, 3), []
+    for step, loss in enumerate((0.1, 0.7, 0.1, 0.1, 0.1, 0.7, 0.1)):
+        begun.append(next(pieces)[0])
+        lessons.after(step + 1, torch.tensor(loss))
+    assert begun == [True, False, True, False, False, False, True]
 
 
 def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_path):

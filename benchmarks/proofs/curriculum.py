@@ -15,6 +15,7 @@ _EASIER = 5  # answers of an easier lesson
 _EVERY = 10  # steps
 _FASTER = 16  # answers, for each of which one more is asked for at a time
 _KNOWN = 1.0  # nats lost on the answers of a step: below that more is asked for
+_LOST = 0.3  # nats lost on an answer: above that the other pieces of a sample would teach nothing
 _WHOLE = 0.5  # of the steps: from there on every model is asked for all, however far it has come
 
 
@@ -37,11 +38,12 @@ class Curriculum:
         _, targets = task.batch(np.random.default_rng(0), 1)
         self._n_answers = int((targets != IGNORED).sum())
         self._pieces, self._length, self._steps = task.pieces, task.length, steps
-        self._asked, self._looked, self._at_end = _FIRST, 0, True
+        self._asked, self._looked, self._at_end, self._is_lost = _FIRST, 0, True, False
         self.whole_from = None if task.grows else 0
 
     def pieces(self, rng: np.random.Generator, n: int) -> Iterator[tuple[bool, Batch]]:
-        """Without end, what a step learns of `n` samples, and whether it is their beginning."""
+        """Without end, what a step learns of `n` samples, and whether it is their beginning. Samples of which a model
+        has lost track are given up."""
         while True:
             tokens, targets = self.batch(rng, n)
             asked = np.flatnonzero((targets != IGNORED).any(axis=0))[-1]
@@ -49,6 +51,8 @@ class Curriculum:
                 piece = slice(begin, begin + self._length)
                 self._at_end = asked < piece.stop
                 yield begin == 0, (tokens[:, piece], targets[:, piece])
+                if self._is_lost:
+                    break
 
     def batch(self, rng: np.random.Generator, n: int) -> Batch:
         """`n` samples of the lesson, with targets where something is asked for."""
@@ -58,7 +62,8 @@ class Curriculum:
         return tokens, first_answers(targets, self._asked)
 
     def after(self, step: int, loss: Tensor) -> None:
-        """Ask for more, if the `loss` of what is asked for last, in the last of so many steps, says that it is time."""
+        """Look at the `loss` of the last of so many steps: where it is low, and of what is asked for last, ask more."""
+        self._is_lost = self._pieces > 1 and float(loss) > _LOST
         if self.whole_from is not None or not self._at_end or step - self._looked < _EVERY:
             return
         self._looked = step
