@@ -102,7 +102,7 @@ def _parity(pieces: int, **recipe: float) -> Task:
     return Task(
         parity.VOCAB, 64, partial(parity.bits, 64 * pieces),
         {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
-        dict(n_layer=2, n_embd=64, head_size=16), dict(warmup_steps=100, dtype="fp32", **recipe),
+        dict(n_layer=2, n_embd=32, head_size=16), dict(warmup_steps=100, dtype="fp32", **recipe),
         grows=True, pieces=pieces, n_test=512,
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ TASKS: dict[str, Task] = {
         dict(micro_bsz=256, max_steps=10_000, lr_init=4e-3, lr_final=1e-6, dtype="fp32"),
     ),
     "parity": _parity(1, micro_bsz=256, max_steps=2500, lr_init=4e-3, lr_final=4e-5),
-    "parity-carried": _parity(256, micro_bsz=64, max_steps=6000, lr_init=2e-3, lr_final=2e-5),
+    "parity-carried": _parity(256, micro_bsz=32, max_steps=6000, lr_init=3e-3, lr_final=3e-5),
     "copying": Task(
         copying.VOCAB, 256 + copying.COPIED, partial(copying.noisy, 256), {"16 of 256": partial(copying.noisy, 256)},
         dict(n_layer=2, n_embd=64, head_size=32),
