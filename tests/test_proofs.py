@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import itertools
 import json
@@ -16,7 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.proofs import __main__ as proofs
-from benchmarks.proofs import catalogue, copying, groups, models, parity, recall, report, reversal, training
+from benchmarks.proofs import catalogue, copying, curriculum, groups, models, parity, recall, report, reversal, training
 from benchmarks.proofs.batch import IGNORED
 from heron import ModelConfig
 from heron.errors import ConfigError, DataError
@@ -59,6 +60,21 @@ def test_a_word_s_targets_are_the_permutations_applied_one_after_another(group, 
         for token, product in zip(word, products, strict=True):
             places = tuple(elements[token][place] for place in places)
             assert elements[product] == places
+
+
+def test_a_word_of_few_swaps_has_elements_that_so_many_make(rng):
+    elements = list(itertools.permutations(range(5)))
+    swapped = {tuple(range(5))}
+    for at_most, count in ((1, 11), (2, 46), (3, 96), (4, 120)):
+        for one in list(swapped):
+            for a, b in itertools.combinations(range(5), 2):
+                other = list(one)
+                other[a], other[b] = other[b], other[a]
+                swapped.add(tuple(other))
+        tokens, _ = groups.words("S5", 20, 0, rng, 100, at_most)
+        assert {elements[token] for token in tokens.flat} == swapped
+        assert len(swapped) == count
+    assert np.bincount(groups.swaps("A5")).tolist() == [1, 0, 35, 0, 24]
 
 
 def test_recall_asks_once_for_each_key_and_wants_its_value(rng):
@@ -114,7 +130,7 @@ def test_every_task_fits_its_recipe(name):
     config = catalogue.Case(name, "rwkv7", 0).settings()
     task = catalogue.TASKS[name]
     tokens, targets = task.batch(np.random.default_rng(0), 4)
-    assert tokens.shape == targets.shape == (4, config.ctx_len)
+    assert tokens.shape == targets.shape == (4, config.ctx_len * task.pieces)
     assert max(tokens.max(), targets.max()) < config.model.vocab_size
     assert config.model.n_layer <= 4
 
@@ -142,6 +158,26 @@ def test_scores_count_what_is_asked_alone():
 )
 def test_solved_to_is_the_last_place_before_a_wrong_one(shares, place):
     assert report.solved_to(shares) == place
+    assert report.n_solved(shares) == sum(share is not None for share in shares[:place])
+
+
+def test_the_picture_has_a_panel_by_layers_where_these_differ(tmp_path, monkeypatch):
+    def run(task, seed, curve):
+        return dict(
+            task=task, model="signed", seed=seed, tests={"20": dict(by_position=[1.0]), "80": dict(by_position=curve)}
+        )
+
+    drawn = []
+    monkeypatch.setattr(report, "_draw_layers", lambda axes, *given: drawn.append(given))
+    found = [run("A5-20-l1", 0, [1.0, 0.9]), run("A5-20-l2", 0, [1.0, 1.0]), run("parity", 0, [1.0])]
+    report.draw(found, tmp_path / "some.png")
+    assert [(title, [task for task, *_ in groups]) for title, groups in drawn] == [("A5-20", ["A5-20-l1", "A5-20-l2"])]
+    monkeypatch.undo()
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    report._draw_layers(axes, *drawn[0])
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 1.0], [2.0, 2.0]]
 
 
 # -- the models -----------------------------------------------------------------------------------------------------
@@ -173,7 +209,7 @@ def test_a_decay_only_model_removes_nothing_and_does_not_learn_to(removed):
 
 
 def test_a_signed_model_with_halved_rates_is_rwkv7():
-    """Rates are 1/2 in one and 1/4 in the other; keys do not depend on them."""
+    """Rates are 1/2 in one and 1/4 in the other; keys do not depend on them, and nothing decays."""
     results = []
     for name, rate in (("rwkv7", 0.5), ("signed", 0.25)):
         torch.manual_seed(0)
@@ -181,10 +217,31 @@ def test_a_signed_model_with_halved_rates_is_rwkv7():
         for block in model.blocks:
             torch.nn.init.normal_(block.att.output.weight)
             torch.nn.init.constant_(block.att.a0, float(np.log(rate / (1 - rate))))
+            torch.nn.init.constant_(block.att.w0, -40.0)  # no decay
             torch.nn.init.zeros_(block.att.k_a)
         hidden, _ = model.hidden_states(torch.arange(16).view(2, 8), keep_state=False)
         results.append(hidden.detach())
     torch.testing.assert_close(*results)
+
+
+def test_no_transition_of_a_signed_model_makes_a_state_larger(monkeypatch):
+    seen, wkv7 = [], models.ops.wkv7
+
+    def spy(r, w, k, v, a, b, *rest):
+        decay = torch.exp(-np.exp(-0.5) * torch.sigmoid(w))
+        seen.append((torch.diag_embed(decay) + a[..., :, None] * b[..., None, :]).detach())
+        return wkv7(r, w, k, v, a, b, *rest)
+
+    monkeypatch.setattr(models.ops, "wkv7", spy)
+    model = models.build("signed", SMALL, 8).double()
+    for block in model.blocks:
+        torch.nn.init.uniform_(block.att.a0, 0, 9)
+        torch.nn.init.uniform_(block.att.w0, -4, 4)
+    model.hidden_states(torch.randint(60, (2, 8)), keep_state=False)
+    norms = torch.linalg.matrix_norm(torch.stack(seen), ord=2)
+    assert float(norms.max()) < 1 + 1e-9
+    eigenvalues = torch.linalg.eigvals(torch.stack(seen)).real
+    assert float(eigenvalues.min()) < -0.3
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -207,6 +264,28 @@ def test_controls_are_as_large():
     assert max(sizes) < 1.02 * min(sizes)
 
 
+def test_a_model_that_carries_states_reads_a_sample_piece_by_piece():
+    torch.manual_seed(0)
+    model = models.build("signed", SMALL, 8, carries=True)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.att.output.weight)
+    tokens, targets = torch.randint(60, (2, 2, 8))
+    for _ in range(2):
+        losses = []
+        for pieces in ([slice(0, 8)], [slice(0, 4), slice(4, 8)]):
+            model.forget(2)
+            parts = [model.loss(tokens[:, piece], targets[:, piece]) for piece in pieces]
+            parts[-1].backward()
+            losses.append(float(sum(part.detach() for part in parts)) / len(parts))
+        assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert model.loss(tokens[:, :4], targets[:, :4]).item() != pytest.approx(parts[0].item(), abs=1e-3)
+
+
+def test_attention_carries_no_states():
+    with pytest.raises(ConfigError, match="attention has no state"):
+        models.build("attention", SMALL, 8, carries=True)
+
+
 def test_an_unknown_model_is_refused():
     with pytest.raises(ConfigError, match="wanted one of rwkv7"):
         models.build("mamba", SMALL, 8)
@@ -221,7 +300,7 @@ def tiny(monkeypatch):
     batch = partial(parity.bits, 10)
     task = catalogue.Task(
         2, 10, batch, {"10 bits": batch, "12 bits": partial(parity.bits, 12)}, dict(n_layer=1, n_embd=16, head_size=16),
-        dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), True, 16,
+        dict(micro_bsz=8, max_steps=4, lr_init=1e-3, lr_final=1e-4, warmup_steps=1, dtype="fp32"), True, n_test=16,
     )  # fmt: skip
     monkeypatch.setitem(catalogue.TASKS, "tiny", task)
     monkeypatch.setitem(catalogue.PROOFS, "tiny", [("tiny", ("rwkv7", "decay-only"))])
@@ -242,8 +321,9 @@ def test_runs_are_of_their_seed_and_heron_compare_reads_them(tiny, tmp_path):
 
 
 def test_one_more_answer_is_learned_when_those_before_are_known(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_GROW_EVERY", 1)
-    monkeypatch.setattr(training, "_KNOWN", 2.5)  # ln 2 a bit, as none is known yet: three are enough
+    monkeypatch.setattr(curriculum, "_EVERY", 1)
+    monkeypatch.setattr(curriculum, "_WHOLE", 2.0)
+    monkeypatch.setattr(curriculum, "_KNOWN", 2.5)  # ln 2 a bit, as none is known yet: three are enough
     shown = []
     real = training.Learner.gradients
     monkeypatch.setattr(
@@ -251,6 +331,66 @@ def test_one_more_answer_is_learned_when_those_before_are_known(tiny, tmp_path, 
     )
     training.learn(catalogue.Case("tiny", "rwkv7", 0), tmp_path, torch.device("cpu"))
     assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [2, 3, 4, 4]
+
+
+def _asked(lessons, rng):
+    """The largest element of what a curriculum makes, and how many answers are asked for."""
+    tokens, targets = lessons.batch(rng, 200)
+    return groups.swaps("S5")[tokens[tokens < 120]].max(), int((targets != IGNORED).sum(axis=1).max())
+
+
+def test_the_first_answers_of_easier_samples_are_learned_before_the_next_are_begun(monkeypatch, rng):
+    monkeypatch.setattr(curriculum, "_EVERY", 1)
+    monkeypatch.setattr(curriculum, "_EASIER", 3)
+    batch = partial(groups.words, "S5", 5, 0)
+    task = dataclasses.replace(
+        catalogue.TASKS["S5-20-l4"], batch=batch, easier=[partial(batch, at_most=n) for n in (1, 2)]
+    )
+    lessons = curriculum.Curriculum(task, 100)
+    seen = []
+    for step in range(1, 9):
+        seen.append(_asked(lessons, rng))
+        lessons.after(step, torch.tensor(0.1 if step != 2 else 0.4))  # the second time three answers lose 1.2 nats
+    assert seen == [(1, 2), (1, 3), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3), (4, 4)]
+    assert lessons.whole_from == 8
+
+
+def test_a_model_that_learns_nothing_is_asked_for_all_from_half_of_the_steps_on(rng):
+    lessons = curriculum.Curriculum(catalogue.TASKS["S5-20-l4"], 100)
+    for step in range(1, 51):
+        assert _asked(lessons, rng) == (1, 2)
+        lessons.after(step, torch.tensor(9.0))
+    assert _asked(lessons, rng) == (4, 20)
+    assert lessons.whole_from == 50
+
+
+def test_of_a_sample_in_pieces_those_are_learned_that_are_asked_for(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(curriculum, "_EVERY", 1)
+    monkeypatch.setattr(curriculum, "_WHOLE", 2.0)
+    monkeypatch.setattr(curriculum, "_KNOWN", 100.0)
+    monkeypatch.setattr(curriculum, "_LOST", 100.0)
+    monkeypatch.setattr(curriculum, "_FASTER", 1)
+    monkeypatch.setitem(catalogue.TASKS, "tiny", dataclasses.replace(tiny, batch=partial(parity.bits, 40), pieces=4))
+    begun, shown = [], []
+    real = training.Learner.gradients
+    monkeypatch.setattr(
+        training.Learner, "gradients", lambda self, samples: shown.append(samples[0][1]) or real(self, samples)
+    )
+    forget = models.CarryingRWKV.forget
+    monkeypatch.setattr(models.CarryingRWKV, "forget", lambda self, n: begun.append(len(shown)) or forget(self, n))
+    training.learn(catalogue.Case("tiny", "signed", 0), tmp_path, torch.device("cpu"), steps=9)
+    assert [int((targets != IGNORED).sum(dim=1).max()) for targets in shown] == [2, 5, 10, 1, 10, 10, 3, 10, 10]
+    assert begun == [0, 1, 2, 4, 7]
+
+
+def test_a_sample_of_which_a_model_has_lost_track_is_given_up(tiny, rng):
+    task = dataclasses.replace(tiny, batch=partial(parity.bits, 40), pieces=4, grows=False)
+    lessons = curriculum.Curriculum(task, 100)
+    pieces, begun = lessons.pieces(rng, 3), []
+    for step, loss in enumerate((0.1, 0.7, 0.1, 0.1, 0.1, 0.7, 0.1)):
+        begun.append(next(pieces)[0])
+        lessons.after(step + 1, torch.tensor(loss))
+    assert begun == [True, False, True, False, False, False, True]
 
 
 def test_a_report_has_a_line_for_each_test_and_a_figure_for_each_seed(tiny, tmp_path):
@@ -279,11 +419,10 @@ def test_a_process_trains_each_seed_once(tiny, tmp_path, capsys):
 def test_the_command_trains_nothing_twice_and_reports(tmp_path, capfd):
     command = ["parity", "--out", str(tmp_path), "--seeds", "0", "--steps", "1", "--device", "cpu"]
     test = dict(val_loss=1.0, accuracy=0.5, whole=0.5, last=0.5, by_position=[0.5])
-    for model in ("rwkv7", "signed"):
-        done = tmp_path / "parity" / model / "0"
-        done.mkdir(parents=True)
-        record = dict(task="parity", model=model, seed=0, seconds=1.0, machine="CPU", torch="2", parameters=1)
-        (done / training.RESULT).write_text(json.dumps({**record, "tests": {"64 bits": test}}))
+    for case in catalogue.cases(["parity"], [0]):
+        (tmp_path / case.name).mkdir(parents=True)
+        record = dict(case._asdict(), seconds=1.0, machine="CPU", torch="2", parameters=1)
+        (tmp_path / case.name / training.RESULT).write_text(json.dumps({**record, "tests": {"64 bits": test}}))
     assert proofs.main(command) == 0
-    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert "4 runs, 4 of them done before" in capfd.readouterr().out
     assert (tmp_path / report.TABLE).exists()

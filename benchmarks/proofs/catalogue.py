@@ -29,6 +29,9 @@ class Task:
         shape: fields of the ModelConfig.
         recipe: fields of the TrainConfig.
         grows: whether the part of a sample that is learned grows, one answer at a time, from the first two to all.
+        easier: where it grows: makes samples that are learned before those of `batch`, from the easiest on.
+        pieces: in how many pieces, of `length` tokens each, a training sample is learned. Each is a step of its own,
+            from the states that the piece before left.
         n_test: samples of each test.
     """
 
@@ -39,6 +42,8 @@ class Task:
     shape: Mapping[str, int]
     recipe: Mapping[str, float | str]
     grows: bool = False
+    easier: Sequence[Maker] = ()
+    pieces: int = 1
     n_test: int = 2048
 
 
@@ -67,16 +72,21 @@ class Case(NamedTuple):
 # Tokens behind each element. A token makes at most one reflection of a state. A5 are the rotations of an icosahedron,
 # each a product of two reflections; an element of S5 is a product of up to four transpositions, which are reflections.
 _SILENT = {"A5": 1, "S5": 3}
+_WORD_TOKENS = 10_240  # of a step
 
 
 def _words(group: str, n_layer: int, length: int, silent: int) -> Task:
     batch = partial(groups.words, group, length, silent)
+    *few, _ = sorted({int(count) for count in groups.swaps(group) if count})
     tests = {f"{n} elements": partial(groups.words, group, n, silent) for n in (length, 4 * length)}
     return Task(
         len(groups.product_table(group)) + 1, length * (1 + silent), batch, tests,
         dict(n_layer=n_layer, n_embd=128, head_size=32),
-        dict(micro_bsz=256, max_steps=3000, lr_init=3e-3, lr_final=3e-5, warmup_steps=100, dtype="fp32"),
-        grows=True, n_test=1024,
+        dict(
+            micro_bsz=_WORD_TOKENS // (length * (1 + silent)), max_steps=4000, lr_init=3e-3, lr_final=3e-5,
+            warmup_steps=100, dtype="fp32",
+        ),
+        grows=True, easier=[partial(batch, at_most=count) for count in few], n_test=1024,
     )  # fmt: skip
 
 
@@ -84,7 +94,16 @@ def _recall(length: int, n_pairs: int, width: int) -> Task:
     batch = partial(recall.pairs, length, n_pairs)
     return Task(
         recall.VOCAB, length, batch, {f"{n_pairs} pairs": batch}, dict(n_layer=2, n_embd=width, head_size=64),
-        dict(micro_bsz=128, max_steps=6000, lr_init=2e-3, lr_final=2e-5, warmup_steps=100),
+        dict(micro_bsz=2**15 // length, max_steps=2000, lr_init=2e-3, lr_final=2e-5, warmup_steps=100),
+    )  # fmt: skip
+
+
+def _parity(pieces: int, **recipe: float) -> Task:
+    return Task(
+        parity.VOCAB, 64, partial(parity.bits, 64 * pieces),
+        {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
+        dict(n_layer=2, n_embd=32, head_size=16), dict(warmup_steps=100, dtype="fp32", **recipe),
+        grows=True, pieces=pieces, n_test=512,
     )  # fmt: skip
 
 
@@ -98,20 +117,16 @@ TASKS: dict[str, Task] = {
     },
     "reversal": Task(
         reversal.VOCAB, reversal.LENGTH - 1, reversal.numbers, {"1 to 60": partial(reversal.numbers, first_only=True)},
-        dict(n_layer=2, n_embd=32, head_size=16),
+        dict(n_layer=2, n_embd=64, head_size=32),
         dict(micro_bsz=256, max_steps=10_000, lr_init=4e-3, lr_final=1e-6, dtype="fp32"),
     ),
-    "parity": Task(
-        parity.VOCAB, 64, partial(parity.bits, 64),
-        {f"{length} bits": partial(parity.bits, length) for length in (64, 256, 1000, 10_000)},
-        dict(n_layer=2, n_embd=64, head_size=16),
-        dict(micro_bsz=256, max_steps=5000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
-        grows=True, n_test=512,
-    ),
+    "parity": _parity(1, micro_bsz=256, max_steps=2500, lr_init=4e-3, lr_final=4e-5),
+    "parity-carried": _parity(256, micro_bsz=32, max_steps=6000, lr_init=3e-3, lr_final=3e-5),
     "copying": Task(
         copying.VOCAB, 256 + copying.COPIED, partial(copying.noisy, 256), {"16 of 256": partial(copying.noisy, 256)},
         dict(n_layer=2, n_embd=64, head_size=32),
         dict(micro_bsz=128, max_steps=6000, lr_init=4e-3, lr_final=4e-5, warmup_steps=100, dtype="fp32"),
+        grows=True,
     ),
 }  # fmt: skip
 
@@ -121,7 +136,7 @@ PROOFS: dict[str, Sequence[tuple[str, Sequence[str]]]] = {
     "S5": [("S5-20-l4", MODELS)],
     "recall": [(name, ("rwkv7",)) for name in TASKS if name.startswith("recall-")],
     "reversal": [("reversal", ("rwkv7",))],
-    "parity": [("parity", ("rwkv7", "signed"))],
+    "parity": [(task, ("rwkv7", "signed")) for task in ("parity", "parity-carried")],
     "copying": [("copying", ("rwkv7",))],
     "layers": [(f"{group}-20-l{n}", ("rwkv7", "signed")) for group in _SILENT for n in (1, 2, 3, 4)],
     "dense": [(f"{group}-20-l4-dense", MODELS) for group in _SILENT],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,25 +13,33 @@ from torch import Tensor, nn
 from heron import RWKV, ModelConfig, ops
 from heron.errors import ConfigError
 from heron.model.attention import FirstAttention, attend
+from heron.model.state import State
 from heron.model.time_mix import TimeMix
 
 MODELS = ("rwkv7", "signed", "decay-only", "attention")
 _CLOSED = -40.0  # sigmoid gives 4e-18
+_NEAR_REFLECTIONS = 2.0  # added to logits of in-context learning rates: with 1.7 of 2, an eigenvalue of -0.7
+_SLOWER = 3.0  # taken off decay logits
 
 
-def build(name: str, config: ModelConfig, length: int) -> RWKV:
-    """A model with fresh initial values, for samples of up to `length` tokens.
+def build(name: str, config: ModelConfig, length: int, carries: bool = False) -> RWKV:
+    """A model with fresh initial values, for samples of up to `length` tokens; one that `carries` is a
+    :class:`CarryingRWKV`.
 
     * "rwkv7" is :class:`heron.RWKV`.
-    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign.
+    * "signed" has in-context learning rates up to 2, not 1: what is removed may come back with the opposite sign. They
+      are one a head, and what is removed is so before the state decays: else a state may grow with each reflection, and
+      ends beyond what fp32 holds. It starts with high rates and slow decay.
     * "decay-only" never removes what its state holds under a key: the state fades and is added to, as in RWKV-6.
     * "attention" has causal softmax attention in the place of time mixing, and so many hidden channels more that it is
       of the same size.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, or attention that shall carry states, of which it has none.
     """
-    model = RWKV(config)
+    if carries and name == "attention":
+        raise ConfigError("model: attention has no state to carry; wanted another for a task of several pieces")
+    model = CarryingRWKV(config) if carries else RWKV(config)
     if name == "decay-only":
         for block in model.blocks:
             _decay_only(block.att)
@@ -48,6 +57,32 @@ def build(name: str, config: ModelConfig, length: int) -> RWKV:
     return model
 
 
+class CarryingRWKV(RWKV):
+    """A network whose :meth:`loss` goes on from the states that the last one left, until it is told to forget them.
+
+    No gradient flows into these. They stay where they are in memory, so that a pass can be replayed from a graph.
+    """
+
+    _carried: State | None = None
+
+    def forget(self, n_seq: int) -> None:
+        """Begin `n_seq` new samples with the next loss; their number stays the same."""
+        if self._carried is None:
+            weight = self.head.weight
+            self._carried = State.zeros(self.config, n_seq, weight.device, weight.dtype).clone()
+        self._carried.map(Tensor.zero_)
+
+    def loss(self, tokens: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
+        """See :meth:`heron.RWKV.loss`, of which the first two arguments are taken."""
+        assert self._carried is not None, "forget() comes before the first loss"
+        hidden, state = self.hidden_states(tokens, self._carried.clone())
+        assert isinstance(state, State)
+        with torch.no_grad():
+            for old, new in zip(self._carried.to_list(), state.to_list(), strict=True):
+                old.copy_(new)
+        return self.head_loss(hidden, targets)
+
+
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -62,15 +97,18 @@ def _decay_only(att: TimeMix) -> None:
 
 
 def _signed(att: TimeMix, config: ModelConfig, layer: int) -> TimeMix:
-    """A time mix with the weights of `att` whose in-context learning rate is doubled where it removes."""
+    """A time mix whose in-context learning rate is doubled where it removes. It starts near reflections."""
     with torch.device("meta"):
         signed = SignedTimeMix(config, layer)
     signed.load_state_dict(att.state_dict(), assign=True)
+    with torch.no_grad():
+        signed.a0 += _NEAR_REFLECTIONS
+        signed.w0 -= _SLOWER
     return signed
 
 
 class SignedTimeMix(TimeMix):
-    """A time mix in whose recurrence ``b = 2 kk iclr``: eigenvalues of a transition reach from -1 to 1.
+    """A time mix whose transition is ``(I - rate kk kk^T) diag(decay)``, rate from 0 to 2: no state grows by it.
 
     It has no fused form, and no state: it is for whole samples.
     """
@@ -100,7 +138,9 @@ class SignedTimeMix(TimeMix):
         removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1)
         k = k * (1 + (iclr - 1) * self.k_a)
         r, decay_logits, k, v, iclr = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, iclr))
-        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, 2 * removal_key * iclr, wkv_state)
+        rate = 2 * iclr.mean(dim=-1, keepdim=True)
+        decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(decay_logits))
+        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * rate * decay, wkv_state)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
         y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
         gate = torch.sigmoid(x_g @ self.g1) @ self.g2

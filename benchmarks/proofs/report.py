@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from heron.report.picture import made_by_heron
 RESULTS, TABLE, PICTURE = "results.jsonl", "results.md", "results.png"
 SOLVED = 0.95
 _COLUMNS = ("accuracy", "whole", "last")
+_SIZE = re.compile(r"-[lc]\d+")  # layers or width, in a task's name
 _EXPLAINED = (
     "Each figure is of fresh samples, one for each seed, in percent. *accuracy*: share of all that is asked that is "
     "right; *whole*: share of samples in which everything is; *last*: share in which the last answer is. *solved to*: "
@@ -24,6 +26,7 @@ _EXPLAINED = (
 )
 
 Record = dict[str, Any]
+Group = tuple[str, str, list[Record]]
 
 
 def write(results: Sequence[Path], out: Path) -> str:
@@ -91,31 +94,76 @@ def solved_to(by_position: Sequence[float | None]) -> int:
     return place
 
 
+def n_solved(by_position: Sequence[float | None]) -> int:
+    """How many answers there are up to :func:`solved_to`."""
+    return sum(share is not None for share in by_position[: solved_to(by_position)])
+
+
 def draw(found: Sequence[Record], out: Path) -> None:
-    """Accuracy along the sample, by task: every seed a line, a colour for each model and number of layers."""
+    """Accuracy along the sample, by task, and how far it goes with each number of layers, where these differ."""
     from matplotlib.figure import Figure
 
-    panels = {}
-    for task, model, runs in _groups(found):
-        panels.setdefault(task.partition("-l")[0].partition("-c")[0], []).append((task, model, runs))
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    panels: dict[str, list[Group]] = {}
+    for group in _groups(found):
+        panels.setdefault(_title(group[0]), []).append(group)
+    deep = {title: groups for title, groups in panels.items() if len({_n_layer(task) for task, *_ in groups}) > 1}
+    n_panels = len(panels) + len(deep)
+    columns = min(3, n_panels)
+    rows = -(-n_panels // columns)
     figure = Figure(figsize=(4.4 * columns, 3.2 * rows), layout="constrained")
-    for axes, (title, groups) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
-        for number, (task, model, runs) in enumerate(groups):
-            name = " ".join([model, *([task.rpartition("-")[2]] if task != title else [])])
-            for seed, run in enumerate(runs):
-                for curve in [test["by_position"] for test in run["tests"].values()][-1:]:
-                    points = [(place, share) for place, share in enumerate(curve, start=1) if share is not None]
-                    label = name if seed == 0 else None
-                    axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", linewidth=1, label=label)
-        axes.set(title=title, xlabel="token", ylabel="share right", ylim=(-0.03, 1.03))
-        axes.legend(fontsize=7, frameon=False)
+    places = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    for title, groups in deep.items():
+        _draw_layers(next(places), title, groups)
+    for title, groups in panels.items():
+        _draw_places(next(places), title, groups)
+    for empty in places:
+        empty.set_axis_off()
     with new_file(out) as temporary:
         figure.savefig(temporary, dpi=120, metadata=made_by_heron(out))
 
 
-def _groups(found: Sequence[Record]) -> Iterator[tuple[str, str, list[Record]]]:
-    """Runs that differ in their seed alone."""
+def _draw_places(axes: Any, title: str, groups: Sequence[Group]) -> None:
+    """Accuracy at each place of the longest samples, every seed a line."""
+    for number, (task, model, runs) in enumerate(groups):
+        name = " ".join([model, *_SIZE.findall(task)])
+        for seed, run in enumerate(runs):
+            points = [(place, share) for place, share in enumerate(_longest(run), start=1) if share is not None]
+            label = name if seed == 0 else None
+            axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", linewidth=1, label=label)
+    axes.set(title=title, xlabel="token", ylabel="share right", ylim=(-0.03, 1.03))
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _draw_layers(axes: Any, title: str, groups: Sequence[Group]) -> None:
+    """How many answers are solved, by the number of layers: every seed a point, a line through their means."""
+    for number, model in enumerate(dict.fromkeys(model for _, model, _ in groups)):
+        points = sorted(
+            (_n_layer(task), [n_solved(_longest(run)) for run in runs]) for task, name, runs in groups if name == model
+        )
+        color = f"C{number}"
+        axes.plot([n for n, _ in points], [sum(solved) / len(solved) for _, solved in points], color=color, label=model)
+        for n_layer, solved in points:
+            axes.plot([n_layer] * len(solved), solved, "o", color=color, markersize=3)
+    axes.set(title=f"{title}: answers solved", xlabel="layers", ylabel="answers")
+    axes.set_xticks(sorted({_n_layer(task) for task, *_ in groups}))
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _title(task: str) -> str:
+    """What tasks share that differ in layers or width alone."""
+    return _SIZE.sub("", task)
+
+
+def _n_layer(task: str) -> int:
+    return TASKS[task].shape["n_layer"]
+
+
+def _longest(run: Record) -> list[float | None]:
+    """Accuracy at each place of the last test, which has the longest samples."""
+    return list(run["tests"].values())[-1]["by_position"]
+
+
+def _groups(found: Sequence[Record]) -> Iterator[Group]:
+    """Task, model, and their runs, which differ in their seed alone."""
     for task, model in dict.fromkeys((one["task"], one["model"]) for one in found):
         yield task, model, [one for one in found if (one["task"], one["model"]) == (task, model)]

@@ -20,7 +20,9 @@ def numbers(rng: np.random.Generator, n: int, first_only: bool = False) -> Batch
     sizes = rng.integers(1, LONGEST + 1, size=(n, LENGTH // 4 + 1))  # of more numbers than fit
     ends = np.cumsum(2 * sizes + 2, axis=1)
     places = np.arange(LENGTH)
-    which = (ends[:, None, :] <= places[:, None]).sum(axis=2)  # the number that each place belongs to
+    is_end = np.zeros((n, LENGTH + 1), dtype=np.int64)  # the last column: of numbers that begin behind the row
+    np.put_along_axis(is_end, np.minimum(ends, LENGTH), 1, axis=1)
+    which = np.cumsum(is_end[:, :LENGTH], axis=1)  # the number that each place belongs to
     size = np.take_along_axis(sizes, which, axis=1)
     begin = np.take_along_axis(ends, which, axis=1) - 2 * size - 2
     behind = places - begin  # how far each place is into its number

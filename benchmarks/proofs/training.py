@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 
 from benchmarks.proofs.batch import IGNORED
 from benchmarks.proofs.catalogue import TASKS, Case, Maker
-from benchmarks.proofs.models import build
+from benchmarks.proofs.curriculum import Curriculum
+from benchmarks.proofs.models import CarryingRWKV, build
 from heron import RWKV
 from heron.files import write_text
 from heron.optim import lr_at
@@ -23,9 +25,6 @@ from heron.train.step import Learner
 RESULT = "result.json"
 _LOGS, _VALIDATIONS = 100, 20  # records of a run
 _TOKENS_AT_ONCE = 2**17  # of a test
-_FIRST = 2  # answers that are learned at first, where the learned part grows
-_GROW_EVERY = 10  # steps
-_KNOWN = 1.0  # nats lost on all answers that are learned: below that one more is
 
 
 def learn(case: Case, results: Path, device: torch.device, steps: int | None = None) -> Path:
@@ -37,21 +36,21 @@ def learn(case: Case, results: Path, device: torch.device, steps: int | None = N
     torch.manual_seed(case.seed)
     rng = np.random.default_rng(case.seed)
     longest = max(maker(rng, 1)[0].shape[1] for maker in (task.batch, *task.tests.values()))
-    learner = Learner(build(case.model, config.model, longest), config, device)
+    model = build(case.model, config.model, longest, task.pieces > 1)
+    learner = Learner(model, config, device)
     total, begun, logged = config.total_steps, time.perf_counter(), 0.0
-    log_every, validate_every, shown = max(1, total // _LOGS), max(1, total // _VALIDATIONS), _FIRST
+    log_every, validate_every = max(1, total // _LOGS), max(1, total // _VALIDATIONS)
+    curriculum = Curriculum(task, total)
     with Reporter(part, total, quiet=True) as reporter:
         write_text(part / "config.yaml", config.to_yaml())
-        for step in range(total):
-            tokens, targets = task.batch(rng, config.micro_bsz)
-            if task.grows:
-                targets = first_answers(targets, shown)
+        for step, (begins, (tokens, targets)) in enumerate(islice(curriculum.pieces(rng, config.micro_bsz), total)):
+            if begins and isinstance(model, CarryingRWKV):
+                model.forget(config.micro_bsz)
             lr = lr_at(step, config)
             loss = learner.gradients([(torch.from_numpy(tokens), torch.from_numpy(targets))])
             numbers = learner.update(loss, lr, float("inf"))
             done = step + 1
-            if task.grows and done % _GROW_EVERY == 0 and float(numbers[0]) * shown < _KNOWN:
-                shown += 1
+            curriculum.after(done, numbers[0])
             if done == 1 or done % log_every == 0 or done == total:
                 loss, grad_norm, *_ = numbers.tolist()
                 now = time.perf_counter() - begun
@@ -69,18 +68,13 @@ def learn(case: Case, results: Path, device: torch.device, steps: int | None = N
                 reporter.validation(dict(step=done, time=time.perf_counter() - begun, **found))
     tests = {name: test(learner.model, maker, task.n_test, device) for name, maker in task.tests.items()}
     record = dict(
-        case._asdict(), steps=total, seconds=round(time.perf_counter() - begun, 1), machine=_machine(device),
-        torch=torch.__version__, parameters=sum(p.numel() for p in learner.model.parameters()), tests=tests,
+        case._asdict(), steps=total, whole_from=curriculum.whole_from, seconds=round(time.perf_counter() - begun, 1),
+        machine=_machine(device), torch=torch.__version__,
+        parameters=sum(p.numel() for p in learner.model.parameters()), tests=tests,
     )  # fmt: skip
     write_text(part / RESULT, json.dumps(record) + "\n")
     part.rename(folder)
     return folder
-
-
-def first_answers(targets: np.ndarray, n: int) -> np.ndarray:
-    """Targets (samples, T) of which nothing is asked behind the first n places where something is."""
-    places = np.flatnonzero((targets != IGNORED).any(axis=0))
-    return np.where(np.arange(targets.shape[1]) <= places[min(n, len(places)) - 1], targets, IGNORED)
 
 
 @torch.no_grad()
