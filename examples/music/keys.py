@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +26,14 @@ class Key(NamedTuple):
         return f"{_NAMES[self.tonic]} {self.mode}"
 
     @property
-    def way_home(self) -> int:
-        """Semitones, -6 to 5, that take a piece to the one key that the model knows: C major or A minor."""
-        home = 0 if self.mode == "major" else 9
-        return (home - self.tonic + 6) % 12 - 6
+    def to_c_or_a(self) -> int:
+        """Semitones, -6 to 5, that take a piece to C major or A minor, the keys that the model knows."""
+        target = 0 if self.mode == "major" else 9
+        return (target - self.tonic + 6) % 12 - 6
 
     @property
-    def pitch_classes(self) -> list[int]:
-        """Its notes: seven of a major key; eight of a minor one, the leading tone among them."""
+    def scale(self) -> list[int]:
+        """Its pitch classes: seven of a major key; eight of a minor one, the leading tone among them."""
         return [(self.tonic + step) % 12 for step in _SCALES[self.mode]]
 
 
@@ -45,11 +46,11 @@ def pitch_classes(score: Score, by_duration: bool = False) -> np.ndarray:
 
 
 def key_of(score: Score) -> Key:
-    """The key whose profile correlates best with how long each pitch class sounds."""
+    """The key whose profile correlates best with how long each pitch class sounds; C major where nothing does."""
     sounds = pitch_classes(score, by_duration=True)
     fits = {
-        Key(tonic, mode): np.corrcoef(np.roll(profile, tonic), sounds)[0, 1]
-        for mode, profile in (("major", _MAJOR), ("minor", _MINOR))
+        Key(tonic, mode): np.roll(profile, tonic) @ sounds
+        for mode, profile in (("major", _standardized(_MAJOR)), ("minor", _standardized(_MINOR)))
         for tonic in range(12)
     }
     return max(fits, key=lambda key: fits[key])
@@ -57,4 +58,9 @@ def key_of(score: Score) -> Key:
 
 def share_in(key: Key, score: Score) -> float:
     """The share of notes that belong to the key."""
-    return float(pitch_classes(score)[key.pitch_classes].sum())
+    return float(pitch_classes(score)[key.scale].sum())
+
+
+def _standardized(profile: Sequence[float]) -> np.ndarray:
+    """With mean 0 and standard deviation 1: a dot product with it ranks as a correlation does."""
+    return (np.array(profile) - np.mean(profile)) / np.std(profile)

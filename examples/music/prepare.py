@@ -9,45 +9,57 @@ moved to C major or A minor. Its first bars are its context, which is read and n
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from symusic import Score
 
+from examples.music import command
 from examples.music.keys import key_of
-from examples.music.scores import Vocabulary, moved, read_midi, read_score, write_midi
+from examples.music.scores import read_midi, read_score
+from examples.music.vocabulary import Vocabulary
+from heron.errors import DataError
+from heron.progress import progress
 
+CTX_LEN = 512  # ids of a training sample, which no bar may exceed
 COPY = 0.5  # a piece that shares more of its bars than this with an earlier one is a copy of it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     parser.add_argument("sources", nargs="*", type=Path, help="MIDI files and folders of them; none: music21's corpus")
     parser.add_argument("--composer", default="bach", help="whose scores of music21's corpus")
-    parser.add_argument("--limit", type=int, help="only so many pieces")
+    parser.add_argument("--limit", type=command.at_least(2), help="only so many pieces")
     parser.add_argument("--held_out", type=float, default=0.1, help="share of the pieces that are for validation")
-    parser.add_argument("--context_bars", type=int, default=2, help="bars at a piece's head that are only read")
+    parser.add_argument(
+        "--context_bars", type=command.at_least(0), default=2, help="bars at a piece's head that are only read"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/music"))
     options = parser.parse_args(arguments)
 
     vocabulary = Vocabulary()
-    pieces = list(distinct(read(options.sources, options.composer, options.limit), vocabulary, options.context_bars))
+    paths = (midi_files(options.sources) if options.sources else corpus_of(options.composer))[: options.limit]
+    read = read_midi if options.sources else read_score
+    pieces = list(usable(named_scores(paths, read), vocabulary, options.context_bars))
     random.Random(0).shuffle(pieces)
     n_held_out = max(1, int(len(pieces) * options.held_out))
     if len(pieces) <= n_held_out:
-        parser.error(f"wanted at least {n_held_out + 1} pieces, found {len(pieces)}")
+        raise DataError(f"wanted at least {n_held_out + 1} pieces to train on and to hold out, got {len(pieces)}")
     parts = {"val": pieces[:n_held_out], "train": pieces[n_held_out:]}
-    (options.out / "held_out").mkdir(parents=True, exist_ok=True)
+    held_out = options.out / "held_out"
+    held_out.mkdir(parents=True, exist_ok=True)
+    for earlier in held_out.glob("*.mid"):
+        earlier.unlink()
+    for name, ids in parts["val"]:
+        vocabulary.score(ids).dump_midi(held_out / f"{name}.mid")
     for name, members in parts.items():
         rows = [row(vocabulary, ids, options.context_bars) for _, ids in members]
         text = "".join(f"{json.dumps(fields)}\n" for fields in rows)
         (options.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{options.out / name}.jsonl: {len(rows)} pieces, {sum(len(ids) for _, ids in members):,} ids")
-    for name, ids in parts["val"]:
-        write_midi(vocabulary.score(ids), options.out / "held_out" / f"{name}.mid")
+        print(f"{options.out / name}.jsonl: {len(rows)} pieces, {sum(len(fields['ids']) for fields in rows):,} ids")
+    print(f"{held_out}: the pieces of val.jsonl as MIDI files")
     print(f"vocabulary: {vocabulary.size} ids; heron train takes --tokenizer {vocabulary.spec}")
 
 
@@ -59,40 +71,74 @@ def row(vocabulary: Vocabulary, ids: list[int], context_bars: int) -> dict[str, 
     return {"ids": ids, "learned": learned, "may_cut": vocabulary.may_cut(ids)}
 
 
-def read(sources: Sequence[Path], composer: str, limit: int | None) -> Iterator[tuple[str, Score]]:
-    """The name and the score of each piece that can be read; the others are named."""
-    if sources:
-        found = [source for source in sources if source.is_file()]
-        for folder in (source for source in sources if not source.is_file()):
-            found += sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".mid", ".midi"))
-    else:
-        from music21 import corpus
-
-        found = sorted(path for path in corpus.getComposer(composer) if path.suffix in (".mxl", ".xml", ".musicxml"))
-    for path in found[:limit]:
-        try:
-            yield path.stem, read_midi(path) if sources else read_score(path)
-        except ValueError as error:
-            print(f"left out: {error}")
+def prepared(folder: Path) -> tuple[Path, Path]:
+    """train.jsonl and val.jsonl of a folder that this command wrote."""
+    train, val = (folder / f"{name}.jsonl" for name in ("train", "val"))
+    for path in (train, val):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; python -m examples.music.prepare --out {folder} makes it")
+    return train, val
 
 
-def distinct(
-    pieces: Iterator[tuple[str, Score]], vocabulary: Vocabulary, context_bars: int
+def midi_files(sources: Sequence[Path]) -> list[Path]:
+    """The sources that are files, and what MIDI files the folders among them hold."""
+    found: list[Path] = []
+    for source in sources:
+        if not source.exists():
+            raise DataError(f"{source}: wanted a MIDI file or a folder of them, and there is no such file or folder")
+        within = (path for path in source.rglob("*") if path.suffix.lower() in (".mid", ".midi"))
+        found += [source] if source.is_file() else sorted(within)
+    return found
+
+
+def corpus_of(composer: str) -> list[Path]:
+    """The scores in MusicXML of music21's corpus that are of `composer`."""
+    from music21 import corpus
+
+    found = sorted(Path(path) for path in corpus.getComposer(composer))
+    found = [path for path in found if path.suffix in (".mxl", ".xml", ".musicxml")]
+    if not found:
+        raise DataError(f"composer {composer!r}: music21's corpus has no MusicXML of that name; bach and mozart, say")
+    return found
+
+
+def named_scores(paths: Sequence[Path], read: Callable[[Path], Score]) -> Iterator[tuple[str, Score]]:
+    """The name and the score of each piece that can be read; the others are told."""
+    with progress("reading scores") as say:
+        for number, path in enumerate(paths):
+            say(f"{number} of {len(paths)}")
+            try:
+                yield path.stem, read(path)
+            except DataError as error:
+                print(f"left out: {error}")
+
+
+def usable(
+    pieces: Iterable[tuple[str, Score]], vocabulary: Vocabulary, context_bars: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """The ids of each piece in the model's key, without copies, which would be in training and in validation.
+    """The name of each piece and its ids in the key that the model knows.
 
-    A piece that ends with its context is left out, too.
+    Those that no sample can hold are told and left out. Copies, which would be in training and in validation, are
+    counted.
     """
     earlier: list[set[tuple[int, ...]]] = []
+    n_copies = 0
     for name, score in pieces:
-        ids = vocabulary.ids(moved(score, key_of(score).way_home))
+        ids = vocabulary.ids(score.shift_pitch(key_of(score).to_c_or_a))
         bars = vocabulary.bars(ids)
-        these = set(map(tuple, bars))
-        if len(bars) <= context_bars or any(len(these & others) > COPY * len(these) for others in earlier):
-            continue
-        earlier.append(these)
-        yield name, ids
+        these, longest = set(map(tuple, bars)), max(map(len, bars))
+        if len(bars) <= context_bars:
+            print(f"left out: {name}: it ends with its context, after {len(bars)} bars")
+        elif longest > CTX_LEN:
+            print(f"left out: {name}: a bar of {longest} ids does not fit a sample of {CTX_LEN}")
+        elif any(len(these & others) > COPY * len(these) for others in earlier):
+            n_copies += 1
+        else:
+            earlier.append(these)
+            yield name, ids
+    if n_copies:
+        print(f"left out: {n_copies} pieces that share more than half of their bars with another one")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,16 +11,37 @@ from types import SimpleNamespace
 import torch
 
 from core.rwkv_training.rwkv_v8_model import RWKV_x070
-from examples.music.scores import Vocabulary
+from examples.music import command
+from examples.music.vocabulary import Vocabulary
+from heron.commands import flag_values
+from heron.errors import CheckpointError
 from heron.generation import Sampling, sample
 
 LONGEST_BAR = 200  # ids
 
 
-def load(path: Path) -> RWKV_x070:
-    """The model of a run folder, or of a .pth file."""
-    path = path / "rwkv-final.pth" if path.is_dir() else path
-    return RWKV_x070(SimpleNamespace(MODEL_NAME=path.with_suffix("")))
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what writes, how much, and how."""
+    parser.add_argument("--model", type=Path, default=Path("runs/music"), help="a run folder, or a .pth file")
+    parser.add_argument("--bars", type=command.at_least(1), default=8, help="bars that are written")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--seed", type=flag_values.seed, default=0)
+
+
+def load(path: Path, vocabulary: Vocabulary) -> RWKV_x070:
+    """The model of a run folder, or of a .pth file.
+
+    Raises:
+        CheckpointError: there is none, or it is of another vocabulary.
+    """
+    file = path / "rwkv-final.pth" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; python -m examples.music.train makes a model")
+    model = RWKV_x070(SimpleNamespace(MODEL_NAME=file.with_suffix("")))
+    if model.config.vocab_size != vocabulary.size:
+        raise CheckpointError(f"{file}: wanted a model of {vocabulary.size} ids, got one of {model.config.vocab_size}")
+    return model
 
 
 def bars(

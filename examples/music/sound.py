@@ -1,4 +1,4 @@
-"""A score to look at, as a piano roll, and to listen to, from a plain synthesiser."""
+"""A score to listen to, from a plain synthesiser."""
 
 from __future__ import annotations
 
@@ -13,31 +13,9 @@ _HARMONICS = (1.0, 0.45, 0.25, 0.12, 0.06)  # how loud the fundamental and its m
 _ATTACK, _RELEASE = 0.01, 0.12  # seconds
 
 
-def write_roll(score: Score, path: Path, written_from: int, title: str = "") -> None:
-    """Draw the notes as a PNG; those that begin at tick `written_from` or later, by the model, in another colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    notes = [note for track in score.tracks for note in track.notes]
-    quarter = score.ticks_per_quarter
-    figure, axes = plt.subplots(figsize=(12, 4), layout="constrained")
-    for label, colour, by_model in (("given", "#8a8f98", False), ("written by the model", "#d1495b", True)):
-        shown = [note for note in notes if (note.time >= written_from) == by_model]
-        lefts, widths = [note.time / quarter for note in shown], [0.92 * note.duration / quarter for note in shown]
-        axes.barh([note.pitch for note in shown], widths, left=lefts, height=0.8, color=colour, label=label)
-    axes.axvline(written_from / quarter, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="quarter notes", ylabel="MIDI pitch", title=title)
-    axes.margins(x=0.01)
-    figure.legend(loc="outside lower right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def write_wav(score: Score, path: Path) -> None:
     """Write the sound of the notes, at the first tempo of the score, as 16-bit mono."""
-    seconds_a_tick = 60 / (score.tempos[0].qpm if score.tempos else 120.0) / score.ticks_per_quarter
+    seconds_a_tick = 60 / score.tempos[0].qpm / score.ticks_per_quarter
     notes = [note for track in score.tracks for note in track.notes]
     length = max((note.time + note.duration for note in notes), default=0) * seconds_a_tick + _RELEASE
     sound = np.zeros(int(length * RATE) + 1)
