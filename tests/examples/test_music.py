@@ -33,6 +33,11 @@ VOCABULARY = Vocabulary()
 continuing = importlib.import_module("examples.music.continue")  # no name for a statement
 
 
+def in_a_warm_process(command, check):
+    warm.run(command[1:])
+    return SimpleNamespace(returncode=0)
+
+
 def melody(*pitches, quarter=scores.TICKS):
     score = Score(quarter)
     score.tempos.append(Tempo(0, 120))
@@ -57,7 +62,7 @@ def trained(chorales, tmp_path_factory):
 
     out, printed = tmp_path_factory.mktemp("runs") / "music", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(train, "subprocess", SimpleNamespace(run=lambda command, check: warm.run(command[1:])))
+        patch.setattr(train, "subprocess", SimpleNamespace(run=in_a_warm_process))
         patch.setattr(train, "SIZES", {"variant": "v8", "n_layer": 1, "n_embd": 32, "head_size": 32})
         train.main(["--data", str(chorales), "--out", str(out), "--steps", "3"])
     return out, printed.getvalue()
