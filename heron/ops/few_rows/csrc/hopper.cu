@@ -1,9 +1,10 @@
-// Products of matrices with few vectors each, several in one launch, on compute capability 9.0: a block for 128 rows of a
-// matrix, on a cluster of blocks, each with a part of these rows.
+// Products of matrices with up to 256 vectors each, several in one launch, on compute capability 9.0: a block for 128 rows
+// of a matrix and up to 128 vectors, on a cluster of blocks, each with a part of these rows.
 //
 // One thread of a block asks the copy engine for boxes of 128 rows x 128 bytes, and for the same numbers of the vectors,
 // into a ring of stages in shared memory; the tensor cores read both there. Boxes of the weight are asked for before the
-// kernel that computes the vectors has ended, as many as the ring holds.
+// kernel that computes the vectors has ended, as many as the ring holds. Blocks of a cluster that need the same box bring
+// a slice of it each, to all of them.
 //
 // No sum depends on other vectors, nor on how many there are.
 
@@ -24,11 +25,17 @@ constexpr int kRows = 64 * kGroups;  // of a block
 constexpr int kMultiply = 128 * kGroups, kThreads = kMultiply + 32;  // threads that multiply; a warp asks for boxes
 constexpr int kBox = 64;    // numbers of a row in a stage: 128 bytes, the width of the swizzle
 constexpr int kProducts = 8;  // of a launch
+constexpr int kMostColumns = 128;  // vectors of a block
+constexpr int kMostBlocks = 8;     // of a cluster
+constexpr int kLeast = 128;        // numbers of a row that are worth a block
 #ifndef RING
 #define RING 104
 #endif
-constexpr int kRing = RING * 1024;  // bytes of stages, at most: so that two blocks fit a multiprocessor
-constexpr int kLeast = 128;         // numbers of a row that are worth a block
+#ifndef WIDE_RING
+#define WIDE_RING 208
+#endif
+template <int columns>
+constexpr int kRing = 1024 * (columns == kMostColumns ? WIDE_RING : RING);  // bytes of stages, at most
 
 // y = add + factor activation(weight x), of n vectors
 struct Product {
@@ -37,6 +44,7 @@ struct Product {
     int in, out, activation;
     int parts;  // blocks for the same rows
     int span;   // numbers of a row in a part
+    int side_by_side;  // blocks of different rows that share their vectors' boxes
     int first_block;
 };
 
@@ -44,7 +52,8 @@ struct Products {
     CUtensorMap weights[kProducts], xs[kProducts];
     Product of[kProducts];
     int count, n;
-    int cluster;  // blocks of one; the parts of a product divide it
+    int tiles;    // blocks for the same rows and numbers of them, each with other vectors: they share the weight's boxes
+    int cluster;  // blocks of one, of which tiles x side_by_side x parts of a product are a divisor
     int far;      // stages of a block that are brought to the L2 cache before the vectors are there, beyond the ring
 };
 
@@ -61,29 +70,36 @@ inline int parts_of(const Product& p, int part, int most, int enough) {
     return parts;
 }
 
-// Share out the products to blocks, at most `most` to a cluster; how many blocks there are.
-inline int plan(Products& products, int part, int most, int enough) {
+inline int columns_of(int n) { return n <= 32 ? 32 : n <= 64 ? 64 : kMostColumns; }
+
+inline int up(int x, int unit) { return (x + unit - 1) / unit; }
+
+// Share out the products to blocks, at most `most` with parts of the same rows; how many blocks there are.
+inline int plan(Products& products, int part, int most, int enough, int side_by_side) {
+    products.tiles = up(products.n, kMostColumns);
     products.cluster = 1;
     for (int i = 0; i < products.count; ++i) {
-        products.of[i].parts = parts_of(products.of[i], part, most, enough);
-        products.cluster = std::max(products.cluster, products.of[i].parts);
+        Product& p = products.of[i];
+        p.parts = parts_of(p, part, std::min(most, kMostBlocks / products.tiles), enough);
+        p.span = up(p.in, kBox * p.parts) * kBox;
+        p.side_by_side = std::min({side_by_side, kMostBlocks / (products.tiles * p.parts), columns_of(products.n) / 8});
+        if (p.out <= kRows) p.side_by_side = 1;
+        products.cluster = std::max(products.cluster, products.tiles * p.side_by_side * p.parts);
     }
     int blocks = 0;
     for (int i = 0; i < products.count; ++i) {
         Product& p = products.of[i];
-        p.span = (p.in + kBox * p.parts - 1) / (kBox * p.parts) * kBox;
         p.first_block = blocks;
-        blocks += ((p.out + kRows - 1) / kRows * p.parts + products.cluster - 1) / products.cluster * products.cluster;
+        const int shared = products.tiles * p.side_by_side * p.parts;
+        blocks += up(up(p.out, kRows * p.side_by_side) * shared, products.cluster) * products.cluster;
     }
     return blocks;
 }
 
-inline int columns_of(int n) { return n <= 32 ? 32 : n <= 64 ? 64 : 128; }
-
 template <int columns>
 constexpr int kStageBytes = (kRows + columns) * kBox * 2;
 template <int columns>
-constexpr int kStages = kRing / kStageBytes<columns>;
+constexpr int kStages = kRing<columns> / kStageBytes<columns>;
 constexpr int kPitch = kRows + 4;  // of the sums of a vector, so that a warp's are in different banks
 template <int columns>
 constexpr int kSumBytes = columns * kPitch * static_cast<int>(sizeof(float));  // where the stages were
@@ -111,8 +127,11 @@ __device__ __forceinline__ void expect_bytes(Barrier* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-__device__ __forceinline__ void arrive(Barrier* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+// At the barrier of the block of the cluster that has this `rank` there.
+__device__ __forceinline__ void arrive(Barrier* barrier, int rank) {
+    unsigned there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 // Until the barrier has been passed `round` + 1 times, of which all but the last are known.
 __device__ __forceinline__ void await(Barrier* barrier, int round) {
@@ -120,7 +139,7 @@ __device__ __forceinline__ void await(Barrier* barrier, int round) {
     while (done == 0) {
         asm volatile(
             "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
             "selp.u32 %0, 1, 0, done;\n}"
             : "=r"(done)
             : "r"(shared_address(barrier)), "r"(round % 2)
@@ -128,23 +147,29 @@ __device__ __forceinline__ void await(Barrier* barrier, int round) {
     }
 }
 
-// A box of `map`, from number `k` of `row` on, to `to`; zeros beyond the matrix. `barrier` counts its bytes.
-__device__ __forceinline__ void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
-        : "memory");
-}
-// The same of what is read once: it is the first to leave the caches.
-__device__ __forceinline__ void bring_once(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
+// A box of `map`, from number `k` of `row` on, to `to`; zeros beyond the matrix. `barrier` counts its bytes. With several
+// bits in `blocks`, to the same place in all these blocks of the cluster, whose barriers count them.
+template <bool once>  // what is read once is the first to leave the L2 cache
+__device__ __forceinline__ void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier, unsigned blocks) {
     unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "l"(policy)
-        : "memory");
+    if constexpr (once)
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    else
+        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    if ((blocks & (blocks - 1)) == 0) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+            "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared_address(to)),
+            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<unsigned short>(blocks)),
+            "l"(policy)
+            : "memory");
+    }
 }
 __device__ __forceinline__ void bring_near(const CUtensorMap& map, int k, int row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(k), "r"(row) : "memory");
@@ -252,33 +277,48 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
     while (which + 1 < products.count && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
     const Product& p = products.of[which];
     const CUtensorMap &weight = products.weights[which], &x = products.xs[which];
-    const int block = static_cast<int>(blockIdx.x) - p.first_block, part = block % p.parts;
-    const int first_row = block / p.parts * kRows, begin = part * p.span;
+    // The blocks that work on the same rows or with the same vectors: these tiles first, then rows, then parts.
+    const int tiles = products.tiles, beside = p.side_by_side, shared = tiles * beside * p.parts;
+    const int block = static_cast<int>(blockIdx.x) - p.first_block, mine = block % shared;
+    const int first_rank = static_cast<int>(blockIdx.x) % products.cluster - mine;
+    const int tile = mine % tiles, side = mine / tiles % beside, part = mine / (tiles * beside);
+    const int first_row = (block / shared * beside + side) * kRows, begin = part * p.span;
+    const int first_vector = tile * kMostColumns;
     const int steps = max(0, (min(p.span, p.in - begin) + kBox - 1) / kBox);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    const bool shares = tiles * beside > 1, is_alone = products.cluster == 1;
+
     unsigned char* const memory = stages_memory();
     const auto rows_in = [&](int step) { return memory + step % stages * kStageBytes<columns>; };
     const auto vectors_in = [&](int step) { return rows_in(step) + kRows * kBox * 2; };
     const bool brings = threadIdx.x == kMultiply;
     const auto bring_weight = [&](int step) {
+        const int slice = kRows / tiles, row = tile * slice;
         expect_bytes(&full[step % stages], kStageBytes<columns>);
-        bring_once(rows_in(step), weight, begin + step * kBox, first_row, &full[step % stages]);
+        bring<true>(rows_in(step) + row * kBox * 2, weight, begin + step * kBox, first_row + row, &full[step % stages],
+                    ((1u << tiles) - 1) << (first_rank + mine - tile));
     };
     const auto bring_vectors = [&](int step) {
-        bring(vectors_in(step), x, begin + step * kBox, 0, &full[step % stages]);
+        const int slice = columns / beside, vector = side * slice;
+        unsigned blocks = 0;
+        for (int i = 0; i < beside; ++i) blocks |= 1u << (first_rank + mine + (i - side) * tiles);
+        bring<false>(vectors_in(step) + vector * kBox * 2, x, begin + step * kBox, first_vector + vector,
+                     &full[step % stages], blocks);
     };
     if (brings) {
         for (int i = 0; i < stages; ++i) {
             init_barrier(&full[i], 1);
-            init_barrier(&empty[i], kMultiply / 32);
+            init_barrier(&empty[i], kMultiply / 32 * (tiles + beside - 1));
         }
         show_barriers();
+    }
+    shares ? sync_cluster() : __syncthreads();  // the barriers are there
+    if (brings) {
         for (int step = 0; step < min(stages, steps); ++step) bring_weight(step);
         for (int step = stages; step < min(stages + products.far, steps); ++step) {
-            bring_near(weight, begin + step * kBox, first_row);
+            bring_near(weight, begin + step * kBox, first_row + tile * (kRows / tiles));
         }
     }
-    __syncthreads();
     wait_for_inputs();
 
     auto* const sums = reinterpret_cast<float*>(memory);
@@ -302,7 +342,10 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
 #pragma unroll
             for (int k = 0; k < kBox / 16; ++k) multiply<T, columns>(c, rows + 2 * k, vectors + 2 * k);  // 32 bytes on
             end_multiplying();
-            if (lane == 0) arrive(&empty[step % stages]);
+            if (lane < tiles + beside - 1) {  // those that bring something here: of the same rows, of the same vectors
+                const int other = lane < tiles ? lane - tile : ((lane - tiles < side ? 0 : 1) + lane - tiles - side) * tiles;
+                arrive(&empty[step % stages], first_rank + mine + other);
+            }
         }
         sync_multiplying();  // the stages have been read
         const int row = warp * 16 + lane / 4, column = lane % 4 * 2;
@@ -311,19 +354,18 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
             sums[(column + i / 4 * 8 + i % 2) * kPitch + row + i / 2 % 2 * 8] = c[i];
         }
     }
-    const bool is_alone = products.cluster == 1;
     is_alone ? __syncthreads() : sync_cluster();
 
-    const int rows = kRows / p.parts, first_rank = static_cast<int>(blockIdx.x) % products.cluster - part;
-    for (int i = static_cast<int>(threadIdx.x); i < products.n * rows / 4; i += kThreads) {
+    const int rows = kRows / p.parts, vectors = min(columns, products.n - first_vector);
+    for (int i = static_cast<int>(threadIdx.x); i < vectors * rows / 4; i += kThreads) {
         const int v = i / (rows / 4), r = part * rows + i % (rows / 4) * 4, there = min(4, p.out - first_row - r);
         if (there <= 0) continue;
-        const int64_t at = static_cast<int64_t>(v) * p.out + first_row + r;
+        const int64_t at = static_cast<int64_t>(first_vector + v) * p.out + first_row + r;
         const Quad factor = four_of<T>(p.factor, at, there, 1.0f), add = four_of<T>(p.add, at, there, 0.0f);
         Quad sum{};
 #pragma unroll 4
         for (int other = 0; other < p.parts; ++other) {
-            const Quad theirs = sums_of(sums + v * kPitch + r, first_rank + other);
+            const Quad theirs = sums_of(sums + v * kPitch + r, first_rank + mine + (other - part) * tiles * beside);
 #pragma unroll
             for (int j = 0; j < 4; ++j) sum.values[j] += theirs.values[j];
         }
@@ -354,8 +396,8 @@ using Several = std::vector<Optional>;
 
 const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
-// `rows` rows of `in` numbers, to be read in boxes of kBox numbers of `box_rows` of them.
-CUtensorMap map_of(const void* data, ScalarType dtype, int64_t in, int64_t rows, int64_t stride, int box_rows) {
+// `matrix`, to be read in boxes of kBox numbers of `box_rows` rows.
+CUtensorMap map_of(const Tensor& matrix, int64_t stride, int box_rows) {
     static const auto encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found{};
@@ -365,12 +407,13 @@ CUtensorMap map_of(const void* data, ScalarType dtype, int64_t in, int64_t rows,
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     }();
     CUtensorMap map;
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(in), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.size(1)), static_cast<cuuint64_t>(matrix.size(0))};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
     const cuuint32_t box[] = {kBox, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-    const auto type = dtype == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const bool in_half = matrix.scalar_type() == ScalarType::Half;
+    const auto type = in_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const CUresult result =
-        encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        encode(&map, type, 2, const_cast<void*>(matrix.const_data_ptr()), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     STD_TORCH_CHECK(result == CUDA_SUCCESS, "few_rows: cuTensorMapEncodeTiled failed: ", static_cast<int>(result));
     return map;
@@ -395,7 +438,8 @@ void start_for(const Products& products, int blocks, int device) {
 
 // Shapes, dtypes and alignment as heron.ops.few_rows says, and checks. `part` of a row for a block; `most` blocks of a cluster.
 Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
-            const Several& factors, const Several& adds, int64_t part, int64_t most, int64_t enough, int64_t far) {
+            const Several& factors, const Several& adds, int64_t part, int64_t most, int64_t enough, int64_t far,
+            int64_t side_by_side) {
     const Tensor& first = weights[0];
     const int device = first.get_device_index();
     const DeviceGuard guard(device);
@@ -405,18 +449,20 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
     products.far = static_cast<int>(far);
     for (size_t i = 0; i < weights.size(); ++i) {
         ys.push_back(empty({products.n, weights[i].size(0)}, weights[i]));
-        const int64_t out = weights[i].size(0), in = weights[i].size(1);
-        products.weights[i] =
-            map_of(weights[i].const_data_ptr(), first.scalar_type(), in, out, weights[i].stride(0), kRows);
-        products.xs[i] =
-            map_of(xs[i].const_data_ptr(), first.scalar_type(), in, products.n, in, columns_of(products.n));
         Product& p = products.of[products.count++];
         p.factor = data_of(factors[i]), p.add = data_of(adds[i]);
         p.y = ys.back().mutable_data_ptr();
-        p.in = static_cast<int>(in), p.out = static_cast<int>(out);
+        p.in = static_cast<int>(weights[i].size(1)), p.out = static_cast<int>(weights[i].size(0));
         p.activation = static_cast<int>(activations[i]);
     }
-    const int blocks = plan(products, static_cast<int>(part), static_cast<int>(most), static_cast<int>(enough));
+    const int blocks = plan(products, static_cast<int>(part), static_cast<int>(most), static_cast<int>(enough),
+                            static_cast<int>(side_by_side));
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const Product& p = products.of[i];
+        const int columns = columns_of(products.n) / p.side_by_side;
+        products.weights[i] = map_of(weights[i], weights[i].stride(0), kRows / products.tiles);
+        products.xs[i] = map_of(xs[i], p.in, columns);
+    }
     const auto start = first.scalar_type() == ScalarType::BFloat16 ? start_for<BFloat16> : start_for<Half>;
     start(products, blocks, device);
     return ys;
@@ -427,7 +473,7 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "few_rows(Tensor[] xs, Tensor[] weights, int[] activations, Tensor?[] factors, Tensor?[] adds, int part, "
-        "int most, int enough, int far) -> Tensor[]");
+        "int most, int enough, int far, int side_by_side) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("few_rows", TORCH_BOX(&run)); }
