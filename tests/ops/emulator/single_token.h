@@ -11,6 +11,7 @@ struct Brain {
 };
 
 inline float __uint_as_float(uint32_t bits) { return bits_float(bits); }
+inline uint32_t __float_as_uint(float x) { return float_bits(x); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t(high) << 32 | low;
   uint32_t picked = 0;

@@ -1,6 +1,6 @@
 // One token of every head's time mix on a GPU: a block for a head, all of it in registers and shared memory.
 //
-// Four lanes share a row of the state, one value channel; each has every fourth run of four keys. Sums over a head's
+// Four lanes share a row of the state, one value channel; each has every fourth run of keys, 16 bytes. Sums over a head's
 // channels are sums over warps, then over what the warps bring, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
@@ -20,15 +20,30 @@ enum Name { kR, kW, kK, kV, kIclr, kGate, kValue, kVFirst, kW0, kA0, kKK, kKA, k
 struct Problem {
     const void* of[kNames];
     void* y;
-    const float* wkv;  // (sequences, H, N, N)
-    float* new_wkv;    // as wkv, or wkv itself
+    const void* wkv;       // (sequences, H, N, N)
+    void* new_wkv;         // as wkv, or wkv itself
+    const int64_t* drawn;  // (sequences,), for states that are rounded at random
     int heads;
     float eps;
 };
 
-struct alignas(16) Quad {
-    float values[4];
+template <typename T, int width>
+struct alignas(sizeof(T) * width) Run {
+    T values[width];
 };
+
+// 32 bits at random for every x; two rounds of multiplying and shifting mix them (Wellons, "lowbias32").
+__device__ __forceinline__ unsigned mixed(unsigned x) {
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+// One of the two neighbours of x in bf16, the nearer the likelier; what is random are 16 bits.
+__device__ __forceinline__ float rounded(float x, unsigned random) {
+    const unsigned bits = __float_as_uint(x);
+    return (bits & 0x7f800000u) == 0x7f800000u ? x : __uint_as_float((bits + (random & 0xffffu)) & 0xffff0000u);
+}
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -45,28 +60,33 @@ __device__ __forceinline__ float head_sum(float x, float (&room)[size / 8]) {
     return sum;
 }
 
-template <typename T, int size>
+// T: of all but the states; S: of the states, rounded at random if it is not fp32.
+template <typename T, typename S, int size>
 __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Problem p) {
-    constexpr int kKeys = size / 4;
+    constexpr int kKeys = size / 4, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S);
     __shared__ float rooms[4][size / 8];
     __shared__ float vectors[5][size];  // r, decay, k, removal key before it is normed, the same times iclr
     const int head = static_cast<int>(blockIdx.x) % p.heads;
     const int channel = static_cast<int>(threadIdx.x / 4), lane = static_cast<int>(threadIdx.x % 4);
     const int64_t at = static_cast<int64_t>(blockIdx.x) * size + channel;  // of (sequences, C)
-    const auto key = [=](int i) { return 16 * (i / 4) + 4 * lane + i % 4; };
+    const auto key = [=](int i) { return kRun * (i / kRun * 4 + lane) + i % kRun; };
     const auto read = [&](Name name) {
         return static_cast<float>(static_cast<const T*>(p.of[name])[name < kW0 ? at : head * size + channel]);
     };
-    const float* row = p.wkv + at * size;
-    float* new_row = p.new_wkv + at * size;
+    const S* row = static_cast<const S*>(p.wkv) + at * size;
+    S* new_row = static_cast<S*>(p.new_wkv) + at * size;
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) prefetch(row + key(4 * i));
+    for (int i = 0; i < kKeys; i += kRun) prefetch(row + key(i));
     const float w0 = read(kW0), a0 = read(kA0), kk = read(kKK), ka = read(kKA), rk = read(kRK);
     const float weight = read(kWeight), bias = read(kBias), v0 = p.of[kV0] != nullptr ? read(kV0) : 0.0f;
     wait_for_inputs();
-    Quad state[kKeys / 4];
+    float state[kKeys];
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) state[i] = *reinterpret_cast<const Quad*>(row + key(4 * i));
+    for (int i = 0; i < kKeys; i += kRun) {
+        const auto run = *reinterpret_cast<const Run<S, kRun>*>(row + key(i));
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) state[i + j] = static_cast<float>(run.values[j]);
+    }
     const float r = read(kR), raw_key = read(kK), iclr = sigmoid(a0 + read(kIclr)), gate = read(kGate);
     float v = read(kV);
     if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(v0 + read(kValue));
@@ -84,18 +104,35 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
 
     float removed = 0.0f, y = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) removed += state[i / 4].values[i % 4] * vectors[3][key(i)];
+    for (int i = 0; i < kKeys; ++i) removed += state[i] * vectors[3][key(i)];
     removed += __shfl_xor_sync(kAll, removed, 1);
     removed += __shfl_xor_sync(kAll, removed, 2);
     removed /= norm * norm;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-        float& s = state[i / 4].values[i % 4];
+        float& s = state[i];
         s = s * vectors[1][key(i)] - removed * vectors[4][key(i)] + v * vectors[2][key(i)];
         y += s * vectors[0][key(i)];
     }
+    unsigned random = 0;
+    if constexpr (sizeof(S) < 4) {
+        const auto drawn = static_cast<unsigned>(p.drawn[blockIdx.x / p.heads]);
+        random = mixed(mixed(drawn) + static_cast<unsigned>(4 * (head * size + channel) + lane));
+    }
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) *reinterpret_cast<Quad*>(new_row + key(4 * i)) = state[i];
+    for (int i = 0; i < kKeys; i += kRun) {
+        Run<S, kRun> run;
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+            if constexpr (sizeof(S) < 4) {
+                if ((i + j) % 2 == 0) random = mixed(random + 0x9e3779b9u);
+                run.values[j] = static_cast<S>(rounded(state[i + j], (i + j) % 2 == 0 ? random : random >> 16));
+            } else {
+                run.values[j] = state[i + j];
+            }
+        }
+        *reinterpret_cast<Run<S, kRun>*>(new_row + key(i)) = run;
+    }
     y += __shfl_xor_sync(kAll, y, 1);
     y += __shfl_xor_sync(kAll, y, 2);
     const float distance = y - head_sum<size>(y, rooms[2]) / size;
@@ -109,24 +146,24 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
 #ifdef __CUDACC__
 namespace {
 
-template <typename T, int size>
+template <typename T, typename S, int size>
 void start(const Problem& problem, int64_t sequences, int device) {
-    STD_CUDA_CHECK(launch_early(head_step<T, size>, static_cast<unsigned>(sequences * problem.heads), 4 * size, 0,
+    STD_CUDA_CHECK(launch_early(head_step<T, S, size>, static_cast<unsigned>(sequences * problem.heads), 4 * size, 0,
                                 current_stream(), device, problem));
 }
 
-template <typename T>
+template <typename T, typename S>
 void start_size(const Problem& problem, int64_t sequences, int size, int device) {
-    if (size == 16) start<T, 16>(problem, sequences, device);
-    if (size == 32) start<T, 32>(problem, sequences, device);
-    if (size == 64) start<T, 64>(problem, sequences, device);
-    if (size == 128) start<T, 128>(problem, sequences, device);
+    if (size == 16) start<T, S, 16>(problem, sequences, device);
+    if (size == 32) start<T, S, 32>(problem, sequences, device);
+    if (size == 64) start<T, S, 64>(problem, sequences, device);
+    if (size == 128) start<T, S, 128>(problem, sequences, device);
 }
 
 // Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
 // or value, v_first and v0.
 Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_values, double eps,
-           const Tensor& wkv, const Tensor& new_wkv) {
+           const Tensor& wkv, const Tensor& new_wkv, const Optional& drawn) {
     const Tensor& r = inputs[0];
     const DeviceGuard guard(r.get_device_index());
     auto y = empty_like(r);
@@ -139,13 +176,18 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
         problem.of[kV0] = of_values[2].const_data_ptr();
     }
     problem.y = y.mutable_data_ptr();
-    problem.wkv = wkv.const_data_ptr<float>();
-    problem.new_wkv = new_wkv.mutable_data_ptr<float>();
+    problem.wkv = wkv.const_data_ptr();
+    problem.new_wkv = new_wkv.mutable_data_ptr();
+    if (drawn.has_value()) problem.drawn = drawn->const_data_ptr<int64_t>();
     problem.heads = static_cast<int>(wkv.size(1));
     problem.eps = static_cast<float>(eps);
-    const auto start = r.scalar_type() == ScalarType::Float      ? start_size<float>
-                       : r.scalar_type() == ScalarType::BFloat16 ? start_size<BFloat16>
-                                                                 : start_size<Half>;
+    const bool in_fp32 = wkv.scalar_type() == ScalarType::Float;
+    const auto with_states = [=](auto in_fp32_form, auto in_bf16_form) { return in_fp32 ? in_fp32_form : in_bf16_form; };
+    const auto start = r.scalar_type() == ScalarType::Float
+                           ? with_states(start_size<float, float>, start_size<float, BFloat16>)
+                       : r.scalar_type() == ScalarType::BFloat16
+                           ? with_states(start_size<BFloat16, float>, start_size<BFloat16, BFloat16>)
+                           : with_states(start_size<Half, float>, start_size<Half, BFloat16>);
     start(problem, r.size(0), static_cast<int>(wkv.size(3)), r.get_device_index());
     return y;
 }
@@ -154,8 +196,8 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
-        "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor wkv, Tensor(a!) new_wkv)"
-        " -> Tensor");
+        "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor wkv, Tensor(a!) new_wkv, "
+        "Tensor? drawn) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", TORCH_BOX(&run)); }
