@@ -3,28 +3,36 @@
 
 #define __shared__ static
 
+template <int bytes> inline void begin_copy_of(void* to, const void* from, bool wanted) {
+  copy_async(to, from, wanted, bytes);
+}
+inline void end_of_copies() { copy_commit(); }
+template <int but> inline void copies_arrived() { copy_wait<but>(); }
+
 #include "../../../heron/ops/head_step/csrc/head_step.cu"
 
 namespace {
-template <typename T, typename S> const char* step(const Problem& problem, int rows, int size) {
-  const dim3 grid(rows * problem.heads);
-  if (size == 16) return launch<Problem>(head_step<T, S, 16>, grid, 4 * 16, 0, nullptr, problem);
-  if (size == 64) return launch<Problem>(head_step<T, S, 64>, grid, 4 * 64, 0, nullptr, problem);
+template <typename T, typename S> const char* step(const Problem& problem, int together, int size) {
+  const dim3 grid(together * problem.heads);
+  if (size == 16) return launch<Problem>(head_step<T, S, 16>, grid, 4 * 16, kSharedBytes<S, 16>, nullptr, problem);
+  if (size == 64) return launch<Problem>(head_step<T, S, 64>, grid, 4 * 64, kSharedBytes<S, 64>, nullptr, problem);
+  if (size == 128) return launch<Problem>(head_step<T, S, 128>, grid, 4 * 128, kSharedBytes<S, 128>, nullptr, problem);
   return "no such head size";
 }
 }  // namespace
 
-// parts: in the order of Name.
+// parts: in the order of Name. `together`: sequences that there are blocks for; they do the others, too.
 extern "C" const char* head_step_emulated(int in_bf16, const void** parts, void* y, const void* wkv, void* new_wkv,
-                                          const int64_t* drawn, int rows, int heads, int size, float eps) {
+                                          const int64_t* drawn, int sequences, int together, int heads, int size,
+                                          float eps) {
   Problem problem{};
   for (int i = 0; i < kNames; i++) problem.of[i] = parts[i];
   problem.y = y;
   problem.wkv = wkv;
   problem.new_wkv = new_wkv;
   problem.drawn = drawn;
-  problem.heads = heads;
+  problem.sequences = sequences, problem.heads = heads;
   problem.eps = eps;
   const auto in_bf16_form = drawn ? step<Brain, Brain> : step<Brain, float>;
-  return (in_bf16 ? in_bf16_form : step<float, float>)(problem, rows, size);
+  return (in_bf16 ? in_bf16_form : step<float, float>)(problem, together, size);
 }

@@ -27,5 +27,15 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   memcpy(&x, my_warp().out[my_lane()], sizeof x);
   return x;
 }
+inline float __shfl_sync(unsigned, float x, int source, int width) {
+  using namespace emulator;
+  memcpy(my_warp().in[my_lane()], &x, sizeof x);
+  collective([=](Warp& warp) {
+    for (int lane = 0; lane < 32; lane++) memcpy(warp.out[lane], warp.in[lane / width * width + source], sizeof(float));
+  });
+  memcpy(&x, my_warp().out[my_lane()], sizeof x);
+  return x;
+}
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline void wait_for_inputs() {}
 inline void prefetch(const void*) {}

@@ -1,18 +1,27 @@
-// One token of every head's time mix on a GPU: a block for a head, all of it in registers and shared memory.
+// One token of every head's time mix on a GPU: a block for a head of some sequences, one after another.
 //
-// Four lanes share a row of the state, one value channel; each has every fourth run of keys, 16 bytes. Sums over a head's
-// channels are sums over warps, then over what the warps bring, in one order.
+// Four lanes share a row of the state, one value channel; each has every fourth run of keys, 16 bytes, in registers. A
+// thread copies its own part of the next sequence's state to shared memory while it computes, so that no barrier stands
+// between memory and a state's use. The four lanes have the same channel: what is to be computed of it is shared out, too.
+// Sums over a head's channels are sums over warps, then over what the warps bring, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
+#include <algorithm>
+
+#include "../../csrc/copies.cuh"
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
 #endif
 
 namespace {
 
+#ifdef __CUDACC__
+__device__ __forceinline__ float divide_fast(float x, float y) { return __fdividef(x, y); }
+#endif
+
 constexpr unsigned kAll = 0xffffffffu;
 constexpr float kDecayScale = 0.60653065971263342f;  // e^-0.5
-constexpr float kLeastNorm = 1e-12f;
+constexpr float kLeastSquare = 1e-24f;  // of the removal key
 
 // Of a channel each: (sequences, C), and from kW0 on (C,). kValue, kVFirst and kV0 may be null, all three.
 enum Name { kR, kW, kK, kV, kIclr, kGate, kValue, kVFirst, kW0, kA0, kKK, kKA, kRK, kWeight, kBias, kV0, kNames };
@@ -23,7 +32,7 @@ struct Problem {
     const void* wkv;       // (sequences, H, N, N)
     void* new_wkv;         // as wkv, or wkv itself
     const int64_t* drawn;  // (sequences,), for states that are rounded at random
-    int heads;
+    int sequences, heads;
     float eps;
 };
 
@@ -45,100 +54,147 @@ __device__ __forceinline__ float rounded(float x, unsigned random) {
     return (bits & 0x7f800000u) == 0x7f800000u ? x : __uint_as_float((bits + (random & 0xffffu)) & 0xffff0000u);
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + expf(-x)); }
 
-// The sum over the channels of a head, whose four lanes have the same x; `room` is for this sum alone.
-template <int size>
-__device__ __forceinline__ float head_sum(float x, float (&room)[size / 8]) {
+// The sum over the channels of a warp, whose four lanes have the same x.
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(kAll, x, mask);
-    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
-    __syncthreads();
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < size / 8; ++i) sum += room[i];
-    return sum;
+    return x;
 }
+
+// That of the lane `from` of the same channel.
+__device__ __forceinline__ float of_lane(float x, int from) { return __shfl_sync(kAll, x, from, 4); }
+
+template <typename S, int size>
+constexpr int kStateBytes = size * size * static_cast<int>(sizeof(S));  // of a head
+template <typename S, int size>
+constexpr int kStages = kStateBytes<S, size> > 16384 ? 1 : kStateBytes<S, size> > 8192 ? 2 : 4;  // that a block waits for
+template <typename S, int size>
+constexpr int kSharedBytes = kStages<S, size> * kStateBytes<S, size>;
+template <typename S, int size>
+constexpr int kBlocks = size == 128 ? 1 : (sizeof(S) == 4 ? 256 : 192) / size;  // that a multiprocessor has registers for
 
 // T: of all but the states; S: of the states, rounded at random if it is not fp32.
 template <typename T, typename S, int size>
-__global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Problem p) {
-    constexpr int kKeys = size / 4, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S);
-    __shared__ float rooms[4][size / 8];
-    __shared__ float vectors[5][size];  // r, decay, k, removal key before it is normed, the same times iclr
-    const int head = static_cast<int>(blockIdx.x) % p.heads;
+__global__ void __launch_bounds__(4 * size, kBlocks<S, size>) head_step(const __grid_constant__ Problem p) {
+    constexpr int kKeys = size / 4, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S), kWarps = size / 8;
+    constexpr int kAhead = kStages<S, size>;
+    using Keys = Run<S, kRun>;
+    __shared__ float of_warps[4][kWarps];  // squares of the removal key, bonus; mean of y, squares of distances from it
+    __shared__ float vectors[5][size];     // r, decay, k, removal key before it is normed, the same times iclr
+    auto* const copied = reinterpret_cast<Keys*>(shared_memory()) + threadIdx.x;
+    const int head = static_cast<int>(blockIdx.x) % p.heads, stride = static_cast<int>(gridDim.x) / p.heads;
     const int channel = static_cast<int>(threadIdx.x / 4), lane = static_cast<int>(threadIdx.x % 4);
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * size + channel;  // of (sequences, C)
+    const int warp = static_cast<int>(threadIdx.x / 32), here = head * size + channel;
     const auto key = [=](int i) { return kRun * (i / kRun * 4 + lane) + i % kRun; };
-    const auto read = [&](Name name) {
-        return static_cast<float>(static_cast<const T*>(p.of[name])[name < kW0 ? at : head * size + channel]);
+    const auto at = [&](int sequence) { return static_cast<int64_t>(sequence) * p.heads * size + here; };
+    const auto place = [&](int stage, int i) { return copied + (stage * kKeys + i) / kRun * 4 * size; };
+    const auto copy = [&](int sequence, int stage) {
+        if (sequence < p.sequences) {
+            const S* row = static_cast<const S*>(p.wkv) + at(sequence) * size;
+#pragma unroll
+            for (int i = 0; i < kKeys; i += kRun) begin_copy_of<sizeof(Keys)>(place(stage, i), row + key(i), true);
+        }
+        end_of_copies();
     };
-    const S* row = static_cast<const S*>(p.wkv) + at * size;
-    S* new_row = static_cast<S*>(p.new_wkv) + at * size;
-#pragma unroll
-    for (int i = 0; i < kKeys; i += kRun) prefetch(row + key(i));
-    const float w0 = read(kW0), a0 = read(kA0), kk = read(kKK), ka = read(kKA), rk = read(kRK);
-    const float weight = read(kWeight), bias = read(kBias), v0 = p.of[kV0] != nullptr ? read(kV0) : 0.0f;
-    wait_for_inputs();
-    float state[kKeys];
-#pragma unroll
-    for (int i = 0; i < kKeys; i += kRun) {
-        const auto run = *reinterpret_cast<const Run<S, kRun>*>(row + key(i));
-#pragma unroll
-        for (int j = 0; j < kRun; ++j) state[i + j] = static_cast<float>(run.values[j]);
-    }
-    const float r = read(kR), raw_key = read(kK), iclr = sigmoid(a0 + read(kIclr)), gate = read(kGate);
-    float v = read(kV);
-    if (p.of[kVFirst] != nullptr) v += (read(kVFirst) - v) * sigmoid(v0 + read(kValue));
-    const float removal_key = raw_key * kk, k = raw_key * (1.0f + (iclr - 1.0f) * ka);
-    const float bonus_part = r * k * rk;
-    if (lane == 0) {
-        vectors[0][channel] = r;
-        vectors[1][channel] = expf(-kDecayScale * sigmoid(w0 + read(kW)));
-        vectors[2][channel] = k;
-        vectors[3][channel] = removal_key;
-        vectors[4][channel] = removal_key * iclr;
-    }
-    const float norm = fmaxf(sqrtf(head_sum<size>(removal_key * removal_key, rooms[0])), kLeastNorm);
-    const float bonus = head_sum<size>(bonus_part, rooms[1]);
+    const auto read = [&](const void* from, int64_t i) {
+        return from == nullptr ? 0.0f : static_cast<float>(static_cast<const T*>(from)[i]);
+    };
+    const auto by_lane = [&](Name a, Name b, Name c, Name d) {
+        return p.of[lane == 0 ? a : lane == 1 ? b : lane == 2 ? c : d];
+    };
+    const void *const of_sigmoid = by_lane(kW, kIclr, kValue, kGate), *const vector = by_lane(kR, kK, kV, kVFirst);
 
-    float removed = 0.0f, y = 0.0f;
+    const int first = static_cast<int>(blockIdx.x) / p.heads;
+    for (int i = 0; i < kAhead && first + i * stride < p.sequences; ++i) {
+        const S* row = static_cast<const S*>(p.wkv) + at(first + i * stride) * size;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) removed += state[i] * vectors[3][key(i)];
-    removed += __shfl_xor_sync(kAll, removed, 1);
-    removed += __shfl_xor_sync(kAll, removed, 2);
-    removed /= norm * norm;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-        float& s = state[i];
-        s = s * vectors[1][key(i)] - removed * vectors[4][key(i)] + v * vectors[2][key(i)];
-        y += s * vectors[0][key(i)];
+        for (int j = 0; j < kKeys; j += kRun) prefetch(row + key(j));
     }
-    unsigned random = 0;
-    if constexpr (sizeof(S) < 4) {
-        const auto drawn = static_cast<unsigned>(p.drawn[blockIdx.x / p.heads]);
-        random = mixed(mixed(drawn) + static_cast<unsigned>(4 * (head * size + channel) + lane));
-    }
+    const float added = lane == 3 ? 0.0f : read(by_lane(kW0, kA0, kV0, kV0), here);
+    const float kk = read(p.of[kKK], here), ka = read(p.of[kKA], here), rk = read(p.of[kRK], here);
+    const float weight = read(p.of[kWeight], here), bias = read(p.of[kBias], here);
+    wait_for_inputs();
 #pragma unroll
-    for (int i = 0; i < kKeys; i += kRun) {
-        Run<S, kRun> run;
+    for (int i = 0; i < kAhead; ++i) copy(first + i * stride, i);
+    float next_of_sigmoid = read(of_sigmoid, at(first)), next_vector = read(vector, at(first));
+
+#pragma unroll 1
+    for (int sequence = first, stage = 0; sequence < p.sequences; sequence += stride, stage = (stage + 1) % kAhead) {
+        unsigned random = 0;
+        if constexpr (sizeof(S) < 4) random = static_cast<unsigned>(p.drawn[sequence]);
+        const float mine = sigmoid(added + next_of_sigmoid);  // one of three; the fourth lane has the gate as it is
+        const float decay = expf(-kDecayScale * of_lane(mine, 0)), iclr = of_lane(mine, 1), share = of_lane(mine, 2);
+        const float gate = of_lane(next_of_sigmoid, 3), r = of_lane(next_vector, 0), raw_key = of_lane(next_vector, 1);
+        const float v_here = of_lane(next_vector, 2), v_first = of_lane(next_vector, 3);
+        const float v = p.of[kVFirst] == nullptr ? v_here : v_here + (v_first - v_here) * share;
+        if (sequence + stride < p.sequences) {
+            next_of_sigmoid = read(of_sigmoid, at(sequence + stride)), next_vector = read(vector, at(sequence + stride));
+        }
+        const float removal_key = raw_key * kk, k = raw_key * (1.0f + (iclr - 1.0f) * ka);
+        vectors[lane][channel] = lane == 0 ? r : lane == 1 ? decay : lane == 2 ? k : removal_key;
+        if (lane == 0) vectors[4][channel] = removal_key * iclr;
+        const float square_here = warp_sum(removal_key * removal_key), bonus_here = warp_sum(r * k * rk);
+        if (threadIdx.x % 32 == 0) of_warps[0][warp] = square_here, of_warps[1][warp] = bonus_here;
+        __syncthreads();
+        float square = 0.0f, bonus = 0.0f;
 #pragma unroll
-        for (int j = 0; j < kRun; ++j) {
-            if constexpr (sizeof(S) < 4) {
-                if ((i + j) % 2 == 0) random = mixed(random + 0x9e3779b9u);
-                run.values[j] = static_cast<S>(rounded(state[i + j], (i + j) % 2 == 0 ? random : random >> 16));
-            } else {
-                run.values[j] = state[i + j];
+        for (int i = 0; i < kWarps; ++i) square += of_warps[0][i], bonus += of_warps[1][i];
+
+        copies_arrived<kAhead - 1>();
+        float state[kKeys], removed = 0.0f, y = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kKeys; i += kRun) {
+            const Keys keys = *place(stage, i);
+#pragma unroll
+            for (int j = 0; j < kRun; ++j) {
+                state[i + j] = static_cast<float>(keys.values[j]);
+                removed += state[i + j] * vectors[3][key(i + j)];
             }
         }
-        *reinterpret_cast<Run<S, kRun>*>(new_row + key(i)) = run;
+        removed += __shfl_xor_sync(kAll, removed, 1);
+        removed += __shfl_xor_sync(kAll, removed, 2);
+        removed = divide_fast(removed, fmaxf(square, kLeastSquare));
+        copy(sequence + kAhead * stride, stage);  // to where the state was that is in registers now
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+            float& s = state[i];
+            s = s * vectors[1][key(i)] - removed * vectors[4][key(i)] + v * vectors[2][key(i)];
+            y += s * vectors[0][key(i)];
+        }
+        if constexpr (sizeof(S) < 4) random = mixed(mixed(random) + static_cast<unsigned>(4 * here + lane));
+        S* new_row = static_cast<S*>(p.new_wkv) + at(sequence) * size;
+#pragma unroll
+        for (int i = 0; i < kKeys; i += kRun) {
+            Keys keys;
+#pragma unroll
+            for (int j = 0; j < kRun; ++j) {
+                if constexpr (sizeof(S) < 4) {
+                    if ((i + j) % 2 == 0) random = mixed(random + 0x9e3779b9u);
+                    keys.values[j] = static_cast<S>(rounded(state[i + j], (i + j) % 2 == 0 ? random : random >> 16));
+                } else {
+                    keys.values[j] = state[i + j];
+                }
+            }
+            *reinterpret_cast<Keys*>(new_row + key(i)) = keys;
+        }
+        y += __shfl_xor_sync(kAll, y, 1);
+        y += __shfl_xor_sync(kAll, y, 2);
+        const float mean_here = warp_sum(y) / 8, away = y - mean_here, squares_here = warp_sum(away * away);
+        if (threadIdx.x % 32 == 0) of_warps[2][warp] = mean_here, of_warps[3][warp] = squares_here;
+        __syncthreads();
+        float mean = 0.0f, variance = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) mean += of_warps[2][i] / kWarps;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) {
+            const float distance = of_warps[2][i] - mean;
+            variance += (of_warps[3][i] + 8 * distance * distance) / size;
+        }
+        y = (y - mean) * rsqrtf(variance + p.eps) * weight + bias + bonus * v;
+        if (lane == 0) static_cast<T*>(p.y)[at(sequence)] = static_cast<T>(y * gate);
     }
-    y += __shfl_xor_sync(kAll, y, 1);
-    y += __shfl_xor_sync(kAll, y, 2);
-    const float distance = y - head_sum<size>(y, rooms[2]) / size;
-    const float variance = head_sum<size>(distance * distance, rooms[3]) / size;
-    y = distance / sqrtf(variance + p.eps) * weight + bias + bonus * v;
-    if (lane == 0) static_cast<T*>(p.y)[at] = static_cast<T>(y * gate);
 }
 
 }  // namespace
@@ -147,17 +203,28 @@ __global__ void __launch_bounds__(4 * size) head_step(const __grid_constant__ Pr
 namespace {
 
 template <typename T, typename S, int size>
-void start(const Problem& problem, int64_t sequences, int device) {
-    STD_CUDA_CHECK(launch_early(head_step<T, S, size>, static_cast<unsigned>(sequences * problem.heads), 4 * size, 0,
-                                current_stream(), device, problem));
+void start(const Problem& problem, int device) {
+    const auto kernel = head_step<T, S, size>;
+    constexpr int threads = 4 * size, bytes = kSharedBytes<S, size>;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    int processors = 0, resident = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes));
+    // As many sequences at a time as are resident, and about as many the last time as before.
+    const int together = std::max(1, processors * resident / problem.heads);
+    const int rounds = (problem.sequences + together - 1) / together;
+    const int blocks = (problem.sequences + rounds - 1) / rounds * problem.heads;
+    STD_CUDA_CHECK(
+        launch_early(kernel, static_cast<unsigned>(blocks), threads, bytes, current_stream(), device, problem));
 }
 
 template <typename T, typename S>
-void start_size(const Problem& problem, int64_t sequences, int size, int device) {
-    if (size == 16) start<T, S, 16>(problem, sequences, device);
-    if (size == 32) start<T, S, 32>(problem, sequences, device);
-    if (size == 64) start<T, S, 64>(problem, sequences, device);
-    if (size == 128) start<T, S, 128>(problem, sequences, device);
+void start_size(const Problem& problem, int size, int device) {
+    if (size == 16) start<T, S, 16>(problem, device);
+    if (size == 32) start<T, S, 32>(problem, device);
+    if (size == 64) start<T, S, 64>(problem, device);
+    if (size == 128) start<T, S, 128>(problem, device);
 }
 
 // Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
@@ -179,7 +246,7 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
     problem.wkv = wkv.const_data_ptr();
     problem.new_wkv = new_wkv.mutable_data_ptr();
     if (drawn.has_value()) problem.drawn = drawn->const_data_ptr<int64_t>();
-    problem.heads = static_cast<int>(wkv.size(1));
+    problem.sequences = static_cast<int>(r.size(0)), problem.heads = static_cast<int>(wkv.size(1));
     problem.eps = static_cast<float>(eps);
     const bool in_fp32 = wkv.scalar_type() == ScalarType::Float;
     const auto with_states = [=](auto in_fp32_form, auto in_bf16_form) { return in_fp32 ? in_fp32_form : in_bf16_form; };
@@ -188,7 +255,7 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
                        : r.scalar_type() == ScalarType::BFloat16
                            ? with_states(start_size<BFloat16, float>, start_size<BFloat16, BFloat16>)
                            : with_states(start_size<Half, float>, start_size<Half, BFloat16>);
-    start(problem, r.size(0), static_cast<int>(wkv.size(3)), r.get_device_index());
+    start(problem, static_cast<int>(wkv.size(3)), r.get_device_index());
     return y;
 }
 
