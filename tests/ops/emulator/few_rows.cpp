@@ -108,6 +108,7 @@ template <bool> void bring(void* to, const CUtensorMap& map, int k, int row, Bar
   if (!to_itself) emulator::fail("a box for others alone");
 }
 void bring_near(const CUtensorMap&, int, int) {}
+void prefetch_map(const CUtensorMap&) {}
 
 unsigned long long descriptor(const void* rows) { return offset_of(rows) / 16; }
 // The 16 numbers of a row from 16 * `at` bytes on, as a matrix instruction reads them.

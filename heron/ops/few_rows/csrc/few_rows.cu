@@ -20,7 +20,19 @@
 
 namespace {
 
-constexpr int kGroups = 2;           // warpgroups of a block that multiply, each 64 rows
+#ifndef GROUPS
+#define GROUPS 2
+#endif
+#ifndef PROMOTION
+#define PROMOTION 2
+#endif
+#ifndef POLICY
+#define POLICY 0
+#endif
+#ifndef TURN
+#define TURN 1
+#endif
+constexpr int kGroups = GROUPS;           // warpgroups of a block that multiply, each 64 rows
 constexpr int kRows = 64 * kGroups;  // of a block
 constexpr int kMultiply = 128 * kGroups, kThreads = kMultiply + 32;  // threads that multiply; a warp asks for boxes
 constexpr int kBox = 64;    // numbers of a row in a stage: 128 bytes, the width of the swizzle
@@ -151,25 +163,35 @@ __device__ __forceinline__ void await(Barrier* barrier, int round) {
 // bits in `blocks`, to the same place in all these blocks of the cluster, whose barriers count them.
 template <bool once>  // what is read once is the first to leave the L2 cache
 __device__ __forceinline__ void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier, unsigned blocks) {
-    unsigned long long policy;
-    if constexpr (once)
+    const bool alone = (blocks & (blocks - 1)) == 0;
+    if constexpr (once && POLICY != 0) {
+        unsigned long long policy;
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    else
-        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    if ((blocks & (blocks - 1)) == 0) {
+        if (alone) {
+            asm volatile(
+                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+                "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+                : "memory");
+            return;
+        }
+    }
+    if (alone) {
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                shared_address(to)),
+            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
             : "memory");
     } else {
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-            "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared_address(to)),
-            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<unsigned short>(blocks)),
-            "l"(policy)
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<unsigned short>(blocks))
             : "memory");
     }
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 __device__ __forceinline__ void bring_near(const CUtensorMap& map, int k, int row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(k), "r"(row) : "memory");
@@ -286,6 +308,9 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
     const int first_vector = tile * kMostColumns;
     const int steps = max(0, (min(p.span, p.in - begin) + kBox - 1) / kBox);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    // Blocks begin at different numbers of a row: else all would ask for the same few numbers of the vectors at a time.
+    const int turn = TURN && steps > 0 ? block / shared % steps : 0;
+    const auto number_at = [&](int step) { return begin + (step + turn) % steps * kBox; };
     const bool shares = tiles * beside > 1, is_alone = products.cluster == 1;
 
     unsigned char* const memory = stages_memory();
@@ -295,17 +320,18 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
     const auto bring_weight = [&](int step) {
         const int slice = kRows / tiles, row = tile * slice;
         expect_bytes(&full[step % stages], kStageBytes<columns>);
-        bring<true>(rows_in(step) + row * kBox * 2, weight, begin + step * kBox, first_row + row, &full[step % stages],
+        bring<true>(rows_in(step) + row * kBox * 2, weight, number_at(step), first_row + row, &full[step % stages],
                     ((1u << tiles) - 1) << (first_rank + mine - tile));
     };
     const auto bring_vectors = [&](int step) {
         const int slice = columns / beside, vector = side * slice;
         unsigned blocks = 0;
         for (int i = 0; i < beside; ++i) blocks |= 1u << (first_rank + mine + (i - side) * tiles);
-        bring<false>(vectors_in(step) + vector * kBox * 2, x, begin + step * kBox, first_vector + vector,
+        bring<false>(vectors_in(step) + vector * kBox * 2, x, number_at(step), first_vector + vector,
                      &full[step % stages], blocks);
     };
     if (brings) {
+        prefetch_map(weight), prefetch_map(x);
         for (int i = 0; i < stages; ++i) {
             init_barrier(&full[i], 1);
             init_barrier(&empty[i], kMultiply / 32 * (tiles + beside - 1));
@@ -316,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
     if (brings) {
         for (int step = 0; step < min(stages, steps); ++step) bring_weight(step);
         for (int step = stages; step < min(stages + products.far, steps); ++step) {
-            bring_near(weight, begin + step * kBox, first_row + tile * (kRows / tiles));
+            bring_near(weight, number_at(step), first_row + tile * (kRows / tiles));
         }
     }
     wait_for_inputs();
@@ -414,7 +440,7 @@ CUtensorMap map_of(const Tensor& matrix, int64_t stride, int box_rows) {
     const auto type = in_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const CUresult result =
         encode(&map, type, 2, const_cast<void*>(matrix.const_data_ptr()), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+               CU_TENSOR_MAP_SWIZZLE_128B, static_cast<CUtensorMapL2promotion>(PROMOTION), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     STD_TORCH_CHECK(result == CUDA_SUCCESS, "few_rows: cuTensorMapEncodeTiled failed: ", static_cast<int>(result));
     return map;
 }
