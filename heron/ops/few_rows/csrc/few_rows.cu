@@ -450,6 +450,12 @@ void start(const Products& products, int blocks, int device) {
     const auto kernel = few_rows<T, columns>;
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<columns>));
+#ifndef CARVE
+#define CARVE 1
+#endif
+    if (CARVE)
+        STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     STD_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), kThreads, kSharedBytes<columns>, current_stream(),
                                 device, products, static_cast<unsigned>(products.cluster)));
 }
