@@ -65,7 +65,7 @@ def steps(model: heron.RWKV, options: argparse.Namespace) -> None:
     places, bandwidth, config = options.places, options.bandwidth, model.config
     in_bf16 = options.states == "bf16"
     decoder = GraphedDecoder(model, places, fit_steps=True, in_bf16=in_bf16)
-    what = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}{", states bf16" if in_bf16 else ""}"
+    what = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}{', states bf16' if in_bf16 else ''}"
     print(f"{'sequences':>9}{'ms':>8}{'predicted':>11}{'tokens/s':>10}   kernels: how many, microseconds together")
     for n in options.taken:
         for sequence in range(places):
@@ -74,7 +74,10 @@ def steps(model: heron.RWKV, options: argparse.Namespace) -> None:
         ms = median_ms(lambda s=sequences, t=tokens: [decoder.step(s, t) for _ in range(10)], 5) / 10
         parts = kinds(lambda s=sequences, t=tokens: decoder.step(s, t))
         spent = ", ".join(f"{kind} {count}, {time:.0f}" for kind, (count, time) in parts.items())
-        print(f"{n:>9}{ms:>8.3f}{predicted_ms(model, n, bandwidth, in_bf16):>11.3f}{1e3 * n / ms:>10.0f}   {spent}", flush=True)
+        print(
+            f"{n:>9}{ms:>8.3f}{predicted_ms(model, n, bandwidth, in_bf16):>11.3f}{1e3 * n / ms:>10.0f}   {spent}",
+            flush=True,
+        )
         history.record(options, "decode_step.py", f"{what}, {n} of {places} places", {"tokens/s": 1e3 * n / ms})
 
 

@@ -192,7 +192,14 @@ def test_unfit_arguments_are_refused_in_words(change, message):
     inputs = inputs._replace(**{name: x for name, x in change.items() if name in HeadInputs._fields})
     weights = weights._replace(**{name: x for name, x in change.items() if name in HeadWeights._fields})
     with pytest.raises(KernelError, match=message):
-        head_step(inputs, weights, change.get("wkv", wkv), change.get("new_wkv"), change.get("drawn"), change.get("impl", "auto"))
+        head_step(
+            inputs,
+            weights,
+            change.get("wkv", wkv),
+            change.get("new_wkv"),
+            change.get("drawn"),
+            change.get("impl", "auto"),
+        )
 
 
 def test_heads_that_the_kernel_does_not_know_are_named():
@@ -215,7 +222,11 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     sizes = [(t, size) for t in ("float", BFLOAT16) for size in (64, 128)]
-    forms = [f"head_step<{t}, {s}, {size}>(const __grid_constant__ Problem)" for t, size in sizes for s in ("float", BFLOAT16)]
+    forms = [
+        f"head_step<{t}, {s}, {size}>(const __grid_constant__ Problem)"
+        for t, size in sizes
+        for s in ("float", BFLOAT16)
+    ]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.COPIES, _build.EARLY])
 
 

@@ -63,9 +63,7 @@ def head_step(
     return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv, new_wkv, drawn)
 
 
-def _check(
-    inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor, drawn: Tensor | None
-) -> None:
+def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor, drawn: Tensor | None) -> None:
     if wkv.dim() != 4 or wkv.shape[2] != wkv.shape[3]:
         raise KernelError(f"head_step: wkv must be (n, H, N, N), got {tuple(wkv.shape)}")
     if len({x is None for x in (inputs.value, inputs.v_first, weights.v0)}) > 1:
