@@ -38,7 +38,7 @@ KINDS = {  # by a part of the kernel's name; the first that fits
 
 
 def predicted_ms(model: heron.RWKV, n: int, bandwidth: float, in_bf16: bool) -> float:
-    """The time in which the bytes of a step of n sequences can be moved, at `bandwidth` TB/s; states in fp32 or bf16."""
+    """The time in which the bytes of a step of n sequences can be moved, at `bandwidth` TB/s."""
     config, weight = model.config, model.emb.weight
     weights = sum(p.nbytes for p in model.parameters()) - weight.nbytes  # a row of emb is read
     state = (2 if in_bf16 else 4) * config.n_layer * config.n_head * config.head_size**2
@@ -65,7 +65,8 @@ def steps(model: heron.RWKV, options: argparse.Namespace) -> None:
     places, bandwidth, config = options.places, options.bandwidth, model.config
     in_bf16 = options.states == "bf16"
     decoder = GraphedDecoder(model, places, fit_steps=True, in_bf16=in_bf16)
-    what = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}{', states bf16' if in_bf16 else ''}"
+    what = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}"
+    what += ", states bf16" if in_bf16 else ""
     print(f"{'sequences':>9}{'ms':>8}{'predicted':>11}{'tokens/s':>10}   kernels: how many, microseconds together")
     for n in options.taken:
         for sequence in range(places):

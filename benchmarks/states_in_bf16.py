@@ -1,7 +1,7 @@
 """What states in bf16 change over a long text. ``python benchmarks/states_in_bf16.py MODEL --data TEXT``
 
-One sequence reads the text token after token with its states in fp32, in bf16 rounded at random (``--states bf16``), and
-rounded to the nearest after each token, which no flag asks for. For each tenth of the text: the loss with states in
+One sequence reads the text token after token with its states in fp32, in bf16 rounded at random (``--states bf16``),
+and rounded to the nearest after each token, which no flag asks for. For each tenth of the text: the loss with states in
 fp32, how much larger the others' is, and how far their logits are from those of fp32, relative.
 """
 

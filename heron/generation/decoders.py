@@ -30,8 +30,8 @@ def decoder_of(
         in_bf16: whether the states are, see :class:`heron.generation.decoder.SequenceStates`.
 
     Raises:
-        ConfigError: weights in 8 bits, and no decoder for them; on a CPU that is the one in C++. States in bf16 of a model
-            whose decoder has none.
+        ConfigError: weights in 8 bits, and no decoder for them; on a CPU that is the one in C++. States in bf16 where
+            the decoder has none.
     """
     if in_bf16 and not (is_fusible(model) and next(model.parameters()).device.type == "cuda"):
         raise ConfigError("states: in bf16 only those of a v7, v7a or v8 on a GPU, in one dtype, without ROSA layers")
