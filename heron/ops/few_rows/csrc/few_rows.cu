@@ -143,7 +143,7 @@ __device__ __forceinline__ void expect_bytes(Barrier* barrier, int bytes) {
 __device__ __forceinline__ void arrive(Barrier* barrier, int rank) {
     unsigned there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 // Until the barrier has been passed `round` + 1 times, of which all but the last are known.
 __device__ __forceinline__ void await(Barrier* barrier, int round) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void await(Barrier* barrier, int round) {
     while (done == 0) {
         asm volatile(
             "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
             "selp.u32 %0, 1, 0, done;\n}"
             : "=r"(done)
             : "r"(shared_address(barrier)), "r"(round % 2)
