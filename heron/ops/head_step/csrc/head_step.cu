@@ -1,8 +1,8 @@
 // One token of every head's time mix on a GPU: a block for a head of some sequences, one after another.
 //
-// Four lanes share a row of the state, one value channel; each has every fourth run of keys, 16 bytes, in registers. A
-// thread copies its own part of the next sequence's state to shared memory while it computes, so that no barrier stands
-// between memory and a state's use. The four lanes have the same channel: what is to be computed of it is shared out, too.
+// Four lanes share two rows of the state, two value channels; each has every fourth run of keys, 16 bytes of a row, in
+// registers. A thread copies its own part of the next sequence's state to shared memory while it computes, so that no
+// barrier stands between memory and a state's use. What is to be computed of a channel is shared out to its lanes, too.
 // Sums over a head's channels are sums over warps, then over what the warps bring, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
@@ -48,23 +48,40 @@ __device__ __forceinline__ unsigned mixed(unsigned x) {
     return x ^ x >> 16;
 }
 
-// One of the two neighbours of x in bf16, the nearer the likelier; what is random are 16 bits.
+// One of the two neighbours of x in bf16, the nearer the likelier; what is random are the upper 16 bits.
 __device__ __forceinline__ float rounded(float x, unsigned random) {
-    const unsigned bits = __float_as_uint(x);
-    return (bits & 0x7f800000u) == 0x7f800000u ? x : __uint_as_float((bits + (random & 0xffffu)) & 0xffff0000u);
+    const float neighbour = __uint_as_float((__float_as_uint(x) + (random >> 16)) & 0xffff0000u);
+    return x == x ? neighbour : x;
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + expf(-x)); }
 
-// The sum over the channels of a warp, whose four lanes have the same x.
+// The sum over the channels of a warp, of lanes that have the same x.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(kAll, x, mask);
     return x;
 }
 
-// That of the lane `from` of the same channel.
-__device__ __forceinline__ float of_lane(float x, int from) { return __shfl_sync(kAll, x, from, 4); }
+// The sum over the lanes of a channel.
+__device__ __forceinline__ float lane_sum(float x) {
+    x += __shfl_xor_sync(kAll, x, 1);
+    return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+struct alignas(8) Two {  // of a thread's two channels
+    float values[2];
+};
+
+template <typename Compute>
+__device__ __forceinline__ Two of_both(const Compute& compute) {
+    return {{compute(0), compute(1)}};
+}
+
+// Those of the lane `from` of the same channels.
+__device__ __forceinline__ Two of_lane(const Two& x, int from) {
+    return of_both([&](int i) { return __shfl_sync(kAll, x.values[i], from, 4); });
+}
 
 template <typename S, int size>
 constexpr int kStateBytes = size * size * static_cast<int>(sizeof(S));  // of a head
@@ -72,34 +89,48 @@ template <typename S, int size>
 constexpr int kStages = kStateBytes<S, size> > 16384 ? 1 : kStateBytes<S, size> > 8192 ? 2 : 4;  // that a block waits for
 template <typename S, int size>
 constexpr int kSharedBytes = kStages<S, size> * kStateBytes<S, size>;
-template <typename S, int size>
-constexpr int kBlocks = size == 128 ? 1 : (sizeof(S) == 4 ? 256 : 192) / size;  // that a multiprocessor has registers for
+#ifndef HEAD_BLOCKS
+#define HEAD_BLOCKS 4
+#endif
+template <int size>
+constexpr int kBlocks = size == 128 ? 1 : HEAD_BLOCKS * 64 / size;  // that a multiprocessor has registers for
 
 // T: of all but the states; S: of the states, rounded at random if it is not fp32.
 template <typename T, typename S, int size>
-__global__ void __launch_bounds__(4 * size, kBlocks<S, size>) head_step(const __grid_constant__ Problem p) {
-    constexpr int kKeys = size / 4, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S), kWarps = size / 8;
+__global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __grid_constant__ Problem p) {
+    constexpr int kKeys = size / 4, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S), kWarps = size / 16;
     constexpr int kAhead = kStages<S, size>;
     using Keys = Run<S, kRun>;
     __shared__ float of_warps[4][kWarps];  // squares of the removal key, bonus; mean of y, squares of distances from it
-    __shared__ float vectors[5][size];     // r, decay, k, removal key before it is normed, the same times iclr
+    // r, decay, k, removal key before it is normed, the same times iclr
+    alignas(16) __shared__ float vectors[5][size];
     auto* const copied = reinterpret_cast<Keys*>(shared_memory()) + threadIdx.x;
     const int head = static_cast<int>(blockIdx.x) % p.heads, stride = static_cast<int>(gridDim.x) / p.heads;
-    const int channel = static_cast<int>(threadIdx.x / 4), lane = static_cast<int>(threadIdx.x % 4);
-    const int warp = static_cast<int>(threadIdx.x / 32), here = head * size + channel;
+    const int pair = static_cast<int>(threadIdx.x / 4), lane = static_cast<int>(threadIdx.x % 4);
+    const int warp = static_cast<int>(threadIdx.x / 32), here = head * size + 2 * pair;
+    const auto write = [&](int name, Two x) { *reinterpret_cast<Two*>(&vectors[name][2 * pair]) = x; };
     const auto key = [=](int i) { return kRun * (i / kRun * 4 + lane) + i % kRun; };
     const auto at = [&](int sequence) { return static_cast<int64_t>(sequence) * p.heads * size + here; };
-    const auto place = [&](int stage, int i) { return copied + (stage * kKeys + i) / kRun * 4 * size; };
+    const auto place = [&](int stage, int row, int i) {
+        return copied + ((stage * 2 + row) * kKeys + i) / kRun * 2 * size;
+    };
     const auto copy = [&](int sequence, int stage) {
         if (sequence < p.sequences) {
-            const S* row = static_cast<const S*>(p.wkv) + at(sequence) * size;
+            const S* rows = static_cast<const S*>(p.wkv) + at(sequence) * size;
 #pragma unroll
-            for (int i = 0; i < kKeys; i += kRun) begin_copy_of<sizeof(Keys)>(place(stage, i), row + key(i), true);
+            for (int row = 0; row < 2; ++row) {
+#pragma unroll
+                for (int i = 0; i < kKeys; i += kRun) {
+                    begin_copy_of<sizeof(Keys)>(place(stage, row, i), rows + row * size + key(i), true);
+                }
+            }
         }
         end_of_copies();
     };
     const auto read = [&](const void* from, int64_t i) {
-        return from == nullptr ? 0.0f : static_cast<float>(static_cast<const T*>(from)[i]);
+        if (from == nullptr) return Two{};
+        const auto two = *reinterpret_cast<const Run<T, 2>*>(static_cast<const T*>(from) + i);
+        return of_both([&](int j) { return static_cast<float>(two.values[j]); });
     };
     const auto by_lane = [&](Name a, Name b, Name c, Name d) {
         return p.of[lane == 0 ? a : lane == 1 ? b : lane == 2 ? c : d];
@@ -108,34 +139,50 @@ __global__ void __launch_bounds__(4 * size, kBlocks<S, size>) head_step(const __
 
     const int first = static_cast<int>(blockIdx.x) / p.heads;
     for (int i = 0; i < kAhead && first + i * stride < p.sequences; ++i) {
-        const S* row = static_cast<const S*>(p.wkv) + at(first + i * stride) * size;
+        const S* rows = static_cast<const S*>(p.wkv) + at(first + i * stride) * size;
 #pragma unroll
-        for (int j = 0; j < kKeys; j += kRun) prefetch(row + key(j));
+        for (int j = 0; j < kKeys; j += kRun) prefetch(rows + key(j)), prefetch(rows + size + key(j));
     }
-    const float added = lane == 3 ? 0.0f : read(by_lane(kW0, kA0, kV0, kV0), here);
-    const float kk = read(p.of[kKK], here), ka = read(p.of[kKA], here), rk = read(p.of[kRK], here);
-    const float weight = read(p.of[kWeight], here), bias = read(p.of[kBias], here);
+    const Two added = lane == 3 ? Two{} : read(by_lane(kW0, kA0, kV0, kV0), here);
+    const Two kk = read(p.of[kKK], here), ka = read(p.of[kKA], here), rk = read(p.of[kRK], here);
+    const Two weight = read(p.of[kWeight], here), bias = read(p.of[kBias], here);
     wait_for_inputs();
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) copy(first + i * stride, i);
-    float next_of_sigmoid = read(of_sigmoid, at(first)), next_vector = read(vector, at(first));
+    Two next_of_sigmoid = read(of_sigmoid, at(first)), next_vector = read(vector, at(first));
 
 #pragma unroll 1
     for (int sequence = first, stage = 0; sequence < p.sequences; sequence += stride, stage = (stage + 1) % kAhead) {
         unsigned random = 0;
         if constexpr (sizeof(S) < 4) random = static_cast<unsigned>(p.drawn[sequence]);
-        const float mine = sigmoid(added + next_of_sigmoid);  // one of three; the fourth lane has the gate as it is
-        const float decay = expf(-kDecayScale * of_lane(mine, 0)), iclr = of_lane(mine, 1), share = of_lane(mine, 2);
-        const float gate = of_lane(next_of_sigmoid, 3), r = of_lane(next_vector, 0), raw_key = of_lane(next_vector, 1);
-        const float v_here = of_lane(next_vector, 2), v_first = of_lane(next_vector, 3);
-        const float v = p.of[kVFirst] == nullptr ? v_here : v_here + (v_first - v_here) * share;
+        // One of three sigmoids; the fourth lane has the gate as it is.
+        const Two mine = of_both([&](int i) { return sigmoid(added.values[i] + next_of_sigmoid.values[i]); });
+        const Two decay_share = of_lane(mine, 0), iclr = of_lane(mine, 1), share = of_lane(mine, 2);
+        const Two gate = of_lane(next_of_sigmoid, 3), r = of_lane(next_vector, 0), raw_key = of_lane(next_vector, 1);
+        Two v = of_lane(next_vector, 2);
+        if (p.of[kVFirst] != nullptr) {
+            const Two v_first = of_lane(next_vector, 3);
+            v = of_both([&](int i) { return v.values[i] + (v_first.values[i] - v.values[i]) * share.values[i]; });
+        }
         if (sequence + stride < p.sequences) {
             next_of_sigmoid = read(of_sigmoid, at(sequence + stride)), next_vector = read(vector, at(sequence + stride));
         }
-        const float removal_key = raw_key * kk, k = raw_key * (1.0f + (iclr - 1.0f) * ka);
-        vectors[lane][channel] = lane == 0 ? r : lane == 1 ? decay : lane == 2 ? k : removal_key;
-        if (lane == 0) vectors[4][channel] = removal_key * iclr;
-        const float square_here = warp_sum(removal_key * removal_key), bonus_here = warp_sum(r * k * rk);
+        const Two removal_key = of_both([&](int i) { return raw_key.values[i] * kk.values[i]; });
+        const Two k = of_both([&](int i) {
+            return raw_key.values[i] * (1.0f + (iclr.values[i] - 1.0f) * ka.values[i]);
+        });
+        const Two decay = of_both([&](int i) { return expf(-kDecayScale * decay_share.values[i]); });
+        write(lane, of_both([&](int i) {
+            return lane == 0 ? r.values[i] : lane == 1 ? decay.values[i] : lane == 2 ? k.values[i] : removal_key.values[i];
+        }));
+        if (lane == 0) write(4, of_both([&](int i) { return removal_key.values[i] * iclr.values[i]; }));
+        float square_here = 0.0f, bonus_here = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            square_here += removal_key.values[i] * removal_key.values[i];
+            bonus_here += r.values[i] * k.values[i] * rk.values[i];
+        }
+        square_here = warp_sum(square_here), bonus_here = warp_sum(bonus_here);
         if (threadIdx.x % 32 == 0) of_warps[0][warp] = square_here, of_warps[1][warp] = bonus_here;
         __syncthreads();
         float square = 0.0f, bonus = 0.0f;
@@ -143,45 +190,56 @@ __global__ void __launch_bounds__(4 * size, kBlocks<S, size>) head_step(const __
         for (int i = 0; i < kWarps; ++i) square += of_warps[0][i], bonus += of_warps[1][i];
 
         copies_arrived<kAhead - 1>();
-        float state[kKeys], removed = 0.0f, y = 0.0f;
+        float state[2][kKeys];
+        Two removed{}, y{};
 #pragma unroll
-        for (int i = 0; i < kKeys; i += kRun) {
-            const Keys keys = *place(stage, i);
+        for (int row = 0; row < 2; ++row) {
 #pragma unroll
-            for (int j = 0; j < kRun; ++j) {
-                state[i + j] = static_cast<float>(keys.values[j]);
-                removed += state[i + j] * vectors[3][key(i + j)];
+            for (int i = 0; i < kKeys; i += kRun) {
+                const Keys keys = *place(stage, row, i);
+#pragma unroll
+                for (int j = 0; j < kRun; ++j) state[row][i + j] = static_cast<float>(keys.values[j]);
             }
         }
-        removed += __shfl_xor_sync(kAll, removed, 1);
-        removed += __shfl_xor_sync(kAll, removed, 2);
-        removed = divide_fast(removed, fmaxf(square, kLeastSquare));
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+            removed.values[0] += state[0][i] * vectors[3][key(i)], removed.values[1] += state[1][i] * vectors[3][key(i)];
+        }
+        removed = of_both([&](int i) { return divide_fast(lane_sum(removed.values[i]), fmaxf(square, kLeastSquare)); });
         copy(sequence + kAhead * stride, stage);  // to where the state was that is in registers now
 #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
-            float& s = state[i];
-            s = s * vectors[1][key(i)] - removed * vectors[4][key(i)] + v * vectors[2][key(i)];
-            y += s * vectors[0][key(i)];
-        }
-        if constexpr (sizeof(S) < 4) random = mixed(mixed(random) + static_cast<unsigned>(4 * here + lane));
-        S* new_row = static_cast<S*>(p.new_wkv) + at(sequence) * size;
+            const float r_here = vectors[0][key(i)], decay_here = vectors[1][key(i)], k_here = vectors[2][key(i)], removal = vectors[4][key(i)];
 #pragma unroll
-        for (int i = 0; i < kKeys; i += kRun) {
-            Keys keys;
-#pragma unroll
-            for (int j = 0; j < kRun; ++j) {
-                if constexpr (sizeof(S) < 4) {
-                    if ((i + j) % 2 == 0) random = mixed(random + 0x9e3779b9u);
-                    keys.values[j] = static_cast<S>(rounded(state[i + j], (i + j) % 2 == 0 ? random : random >> 16));
-                } else {
-                    keys.values[j] = state[i + j];
-                }
+            for (int row = 0; row < 2; ++row) {
+                float& s = state[row][i];
+                s = s * decay_here - removed.values[row] * removal + v.values[row] * k_here;
+                y.values[row] += s * r_here;
             }
-            *reinterpret_cast<Keys*>(new_row + key(i)) = keys;
         }
-        y += __shfl_xor_sync(kAll, y, 1);
-        y += __shfl_xor_sync(kAll, y, 2);
-        const float mean_here = warp_sum(y) / 8, away = y - mean_here, squares_here = warp_sum(away * away);
+        if constexpr (sizeof(S) < 4) random = mixed(mixed(random) + static_cast<unsigned>(2 * here + lane));
+        S* new_rows = static_cast<S*>(p.new_wkv) + at(sequence) * size;
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+#pragma unroll
+            for (int i = 0; i < kKeys; i += kRun) {
+                Keys keys;
+#pragma unroll
+                for (int j = 0; j < kRun; ++j) {
+                    if constexpr (sizeof(S) < 4) {
+                        random = random * 1664525u + 1013904223u;  // a good sequence's upper half, from a hashed begin
+                        keys.values[j] = static_cast<S>(rounded(state[row][i + j], random));
+                    } else {
+                        keys.values[j] = state[row][i + j];
+                    }
+                }
+                *reinterpret_cast<Keys*>(new_rows + row * size + key(i)) = keys;
+            }
+        }
+        y = of_both([&](int i) { return lane_sum(y.values[i]); });
+        const float mean_here = warp_sum(y.values[0] + y.values[1]) / 16;
+        const Two away = of_both([&](int i) { return y.values[i] - mean_here; });
+        const float squares_here = warp_sum(away.values[0] * away.values[0] + away.values[1] * away.values[1]);
         if (threadIdx.x % 32 == 0) of_warps[2][warp] = mean_here, of_warps[3][warp] = squares_here;
         __syncthreads();
         float mean = 0.0f, variance = 0.0f;
@@ -190,10 +248,18 @@ __global__ void __launch_bounds__(4 * size, kBlocks<S, size>) head_step(const __
 #pragma unroll
         for (int i = 0; i < kWarps; ++i) {
             const float distance = of_warps[2][i] - mean;
-            variance += (of_warps[3][i] + 8 * distance * distance) / size;
+            variance += (of_warps[3][i] + 16 * distance * distance) / size;
         }
-        y = (y - mean) * rsqrtf(variance + p.eps) * weight + bias + bonus * v;
-        if (lane == 0) static_cast<T*>(p.y)[at(sequence)] = static_cast<T>(y * gate);
+        const float scale = rsqrtf(variance + p.eps);
+        if (lane == 0) {
+            Run<T, 2> out;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float normed = (y.values[i] - mean) * scale * weight.values[i] + bias.values[i];
+                out.values[i] = static_cast<T>((normed + bonus * v.values[i]) * gate.values[i]);
+            }
+            *reinterpret_cast<Run<T, 2>*>(static_cast<T*>(p.y) + at(sequence)) = out;
+        }
     }
 }
 
@@ -205,7 +271,7 @@ namespace {
 template <typename T, typename S, int size>
 void start(const Problem& problem, int device) {
     const auto kernel = head_step<T, S, size>;
-    constexpr int threads = 4 * size, bytes = kSharedBytes<S, size>;
+    constexpr int threads = 2 * size, bytes = kSharedBytes<S, size>;
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
