@@ -244,7 +244,8 @@ __device__ __forceinline__ void sync_cluster() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void leave_cluster() {
+// Until they are here; ordinary memory that they have written is not there yet.
+__device__ __forceinline__ void meet_cluster() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
         }
         show_barriers();
     }
-    shares ? sync_cluster() : __syncthreads();  // the barriers are there
+    shares ? meet_cluster() : __syncthreads();  // the barriers are there
     if (brings) {
         for (int step = 0; step < min(stages, steps); ++step) bring_weight(step);
         for (int step = stages; step < min(stages + products.far, steps); ++step) {
@@ -410,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
             }
         }
     }
-    if (!is_alone) leave_cluster();  // others may still read what is here
+    if (!is_alone) meet_cluster();  // others may still read what is here
 }
 
 }  // namespace
