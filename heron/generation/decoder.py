@@ -211,7 +211,7 @@ class SequenceStates:
         """Take over the shifts, which a step changes in place, of as many sequences of the same model."""
         if before is not self:
             self._shifts.copy_(before._shifts)
-        if self.drawn is not None:
+        if self.drawn is not None and before.drawn is not None:
             torch.add(before.drawn, 1, out=self.drawn)
 
     def of(self, sequence: int) -> list[LayerStates]:
