@@ -3,12 +3,6 @@
 
 #define __shared__ static
 
-template <int bytes> inline void begin_copy_of(void* to, const void* from, bool wanted) {
-  copy_async(to, from, wanted, bytes);
-}
-inline void end_of_copies() { copy_commit(); }
-template <int but> inline void copies_arrived() { copy_wait<but>(); }
-
 #include "../../../heron/ops/head_step/csrc/head_step.cu"
 
 namespace {

@@ -37,5 +37,10 @@ inline float __shfl_sync(unsigned, float x, int source, int width) {
   return x;
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+template <int bytes> inline void begin_copy_of(void* to, const void* from, bool wanted) {
+  copy_async(to, from, wanted, bytes);
+}
+inline void end_of_copies() { copy_commit(); }
+template <int but> inline void copies_arrived() { copy_wait<but>(); }
 inline void wait_for_inputs() {}
 inline void prefetch(const void*) {}
