@@ -14,24 +14,24 @@ from heron.ops._products import Product
 
 SOURCE = Path(__file__).parent / "csrc" / "few_rows.cu"
 DTYPES = (torch.bfloat16, torch.float16)
-MOST = 256  # vectors
+MOST = 32  # vectors
+PART = 1024  # numbers of a row for a block, where there are so many blocks
+MOST_PARTS = 4  # blocks that share rows; 1, 2, 4 or 8
 _MOST_PRODUCTS = 8  # of a launch
 
 
-def few_rows_cuda(products: Sequence[Product]) -> list[Tensor]:
+def few_rows_cuda(products: Sequence[Product], part: int = PART, most: int = MOST_PARTS) -> list[Tensor]:
     """See :func:`heron.ops.few_rows`; KernelError as :meth:`FORM.require`."""
     weights = [product.weight for product in products]
     FORM.require(weights[0].device, weights[0].dtype, weights, len(products[0].x))
-    return _products.launches(products, _MOST_PRODUCTS, torch.ops.heron.few_rows)
+    launch = functools.partial(torch.ops.heron.few_rows, part=part, most=most)
+    return _products.launches(products, _MOST_PRODUCTS, launch)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor], n: int) -> str | None:
     """Why the kernel does not run for n vectors and `weights`, as a clause; None where it does."""
     if against := _choice.why_not_dtype(dtype, DTYPES):
         return against
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return f"it needs compute capability 9.0; this GPU has {major}.{minor}"
     if not 1 <= n <= MOST:
         return f"it takes 1 to {MOST} vectors, not {n}"
     for weight in weights:
@@ -42,9 +42,8 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor],
 
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
-    """Build and load the kernel for devices of this compute capability, 9.0; KernelError where that fails."""
-    if capability[0] == 9:  # others ask for all kernels that they have, too
-        _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], [_build.EARLY, _build.PRODUCTS])
+    """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
+    _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], [_build.EARLY, _build.PRODUCTS])
 
 
 FORM = _choice.NativeForm("few_rows", "cuda", "products with few vectors", why_not, library)

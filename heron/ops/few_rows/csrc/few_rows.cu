@@ -1,18 +1,17 @@
-// Products of matrices with up to 256 vectors each, several in one launch, on compute capability 9.0: a block for 128 rows
-// of a matrix and up to 128 vectors, on a cluster of blocks, each with a part of these rows.
+// Products of matrices with 1 to 32 vectors each, several in one launch, by tensor cores: a block for 64 rows of a matrix,
+// or from compute capability 9.0 on a cluster of blocks, each with a part of these rows, so that a small matrix is read by
+// all multiprocessors, too.
 //
-// One thread of a block asks the copy engine for boxes of 128 rows x 128 bytes, and for the same numbers of the vectors,
-// into a ring of stages in shared memory; the tensor cores read both there. Boxes of the weight are asked for before the
-// kernel that computes the vectors has ended, as many as the ring holds. Blocks of a cluster that need the same box bring
-// a slice of it each, to all of them.
+// The weights go from memory straight into the registers that the tensor cores read. A matrix instruction sums over 16
+// numbers in any order, as long as that is the same for weight and vector: the eight that a lane reads at once are two
+// pairs of each of two instructions. A warp has asked for its next kLines pieces of 16 rows x 128 bytes, first of all before
+// the kernel that computes the vectors has ended.
 //
 // No sum depends on other vectors, nor on how many there are.
 
 #include <algorithm>
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
-#include <cuda.h>
-
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
 #endif
@@ -20,398 +19,255 @@
 
 namespace {
 
-#ifndef GROUPS
-#define GROUPS 2
-#endif
-#ifndef PROMOTION
-#define PROMOTION 2
-#endif
-#ifndef POLICY
-#define POLICY 0
-#endif
-#ifndef TURN
-#define TURN 1
-#endif
-constexpr int kGroups = GROUPS;           // warpgroups of a block that multiply, each 64 rows
-constexpr int kRows = 64 * kGroups;  // of a block
-constexpr int kMultiply = 128 * kGroups, kThreads = kMultiply + 32;  // threads that multiply; a warp asks for boxes
-constexpr int kBox = 64;    // numbers of a row in a stage: 128 bytes, the width of the swizzle
-constexpr int kProducts = 8;  // of a launch
-constexpr int kMostColumns = 128;  // vectors of a block
-constexpr int kMostBlocks = 8;     // of a cluster
-constexpr int kLeast = 128;        // numbers of a row that are worth a block
-#ifndef RING
-#define RING 104
-#endif
-#ifndef WIDE_RING
-#define WIDE_RING 208
-#endif
-template <int columns>
-constexpr int kRing = 1024 * (columns == kMostColumns ? WIDE_RING : RING);  // bytes of stages, at most
+constexpr int kGroups = 4, kSides = 2;  // warps of a block: for 16 rows each, and for every second line of them
+constexpr int kThreads = 32 * kGroups * kSides;
+constexpr int kTile = 16 * kGroups;  // rows of a block
+constexpr int kLine = 64;            // numbers of a row that a warp reads at once: 128 bytes
+constexpr int kStep = kSides * kLine;
+constexpr int kLines = 4;            // that a warp waits for
+constexpr int kStaged = 32768;       // numbers that a block holds at a time, of all vectors together
+constexpr int kProducts = 8;         // of a launch
+constexpr int kEnough = 128;         // blocks for one matrix
+constexpr int kMany = 512;           // blocks for one matrix with which more of them only read more vectors
+constexpr int kLeast = 128;          // numbers of a row that are worth a block
 
 // y = add + factor activation(weight x), of n vectors
 struct Product {
-    const void *factor, *add;  // may be null
+    const void *x, *weight, *factor, *add;  // the last two may be null
     void* y;
+    int64_t stride;  // of the weight's rows, in elements
     int in, out, activation;
     int parts;  // blocks for the same rows
     int span;   // numbers of a row in a part
-    int side_by_side;  // blocks of different rows that share their vectors' boxes
     int first_block;
 };
 
 struct Products {
-    CUtensorMap weights[kProducts], xs[kProducts];
     Product of[kProducts];
     int count, n;
-    int tiles;    // blocks for the same rows and numbers of them, each with other vectors: they share the weight's boxes
-    int cluster;  // blocks of one, of which tiles x side_by_side x parts of a product are a divisor
-    int far;      // stages of a block that are brought to the L2 cache before the vectors are there, beyond the ring
+    int cluster;  // blocks of one; the parts of a product divide it
+    int staged;   // numbers of each vector that fit
 };
 
-// How many blocks share the rows of a matrix, up to `most`: each takes at most `part` numbers of a row, fewer while the
-// matrix has less than `enough` blocks.
-inline int parts_of(const Product& p, int part, int most, int enough) {
-    const int tiles = (p.out + kRows - 1) / kRows;
+// How many blocks share the rows of a matrix, up to `most`: each takes at most `part` numbers of a row, if there are not
+// many blocks anyway.
+inline int parts_of(const Product& p, int part, int most) {
+    const int tiles = (p.out + kTile - 1) / kTile;
     int parts = 1;
     const auto wants_more = [&] {
         const int blocks = tiles * parts;
-        return blocks < 256 && (p.in > part * parts || (blocks < enough && p.in > kLeast * parts));
+        return blocks < kMany && (p.in > part * parts || (blocks < kEnough && p.in > kLeast * parts));
     };
     while (parts < most && wants_more()) parts *= 2;
     return parts;
 }
 
-inline int columns_of(int n) { return n <= 32 ? 32 : n <= 64 ? 64 : kMostColumns; }
+// Vectors for which there is a kernel, `n` or more.
+inline int columns_of(int n) { return n <= 8 ? 8 : n <= 16 ? 16 : 32; }
 
-inline int up(int x, int unit) { return (x + unit - 1) / unit; }
-
-// Share out the products to blocks, at most `most` with parts of the same rows; how many blocks there are.
-inline int plan(Products& products, int part, int most, int enough, int side_by_side) {
-    products.tiles = up(products.n, kMostColumns);
-    products.cluster = 1;
+// Share out the products to blocks, at most `most` to a cluster; how many blocks there are.
+inline int plan(Products& products, int part, int most) {
+    products.cluster = 1, products.staged = 0;
     for (int i = 0; i < products.count; ++i) {
-        Product& p = products.of[i];
-        p.parts = parts_of(p, part, std::min(most, kMostBlocks / products.tiles), enough);
-        p.span = up(p.in, kBox * p.parts) * kBox;
-        p.side_by_side = std::min({side_by_side, kMostBlocks / (products.tiles * p.parts), columns_of(products.n) / 8});
-        if (p.out <= kRows) p.side_by_side = 1;
-        products.cluster = std::max(products.cluster, products.tiles * p.side_by_side * p.parts);
+        products.of[i].parts = parts_of(products.of[i], part, most);
+        products.cluster = std::max(products.cluster, products.of[i].parts);
     }
     int blocks = 0;
     for (int i = 0; i < products.count; ++i) {
         Product& p = products.of[i];
+        p.span = (p.in + kStep * p.parts - 1) / (kStep * p.parts) * kStep;
         p.first_block = blocks;
-        const int shared = products.tiles * p.side_by_side * p.parts;
-        blocks += up(up(p.out, kRows * p.side_by_side) * shared, products.cluster) * products.cluster;
+        blocks += ((p.out + kTile - 1) / kTile * p.parts + products.cluster - 1) / products.cluster * products.cluster;
+        products.staged = std::max(products.staged, std::min(p.span, kStaged / columns_of(products.n)));
     }
     return blocks;
 }
 
+// In shared memory, in this order: sums of all parts and both sides, of as many rows as a block finishes, and vectors.
+constexpr int kPitch = kTile + 4;  // of the sums of a vector, so that a warp's are in different banks
 template <int columns>
-constexpr int kStageBytes = (kRows + columns) * kBox * 2;
+constexpr int kSumBytes = kSides * columns * kPitch * static_cast<int>(sizeof(float));
 template <int columns>
-constexpr int kStages = kRing<columns> / kStageBytes<columns>;
-constexpr int kPitch = kRows + 4;  // of the sums of a vector, so that a warp's are in different banks
-template <int columns>
-constexpr int kSumBytes = columns * kPitch * static_cast<int>(sizeof(float));  // where the stages were
-template <int columns>
-constexpr int kSharedBytes = 1024 + std::max(kStages<columns> * kStageBytes<columns>, kSumBytes<columns>);  // from a multiple of 1024 on
+int shared_bytes(int staged) {
+    return kSumBytes<columns> + columns * staged * 2;
+}
 
 #ifdef __CUDACC__
-using Barrier = unsigned long long;
-
-__device__ __forceinline__ unsigned char* stages_memory() {
-    extern __shared__ unsigned char shared[];
-    return shared + (1024 - static_cast<unsigned>(__cvta_generic_to_shared(shared)) % 1024) % 1024;
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char shared[];
+    return shared;
 }
 
 __device__ __forceinline__ unsigned shared_address(const void* x) {
     return static_cast<unsigned>(__cvta_generic_to_shared(x));
 }
 
-__device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-// The copy engine sees the barriers that this thread has made.
-__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void expect_bytes(Barrier* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+// 16 bytes from global to shared memory in the background; zeros where not `valid`.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
                  : "memory");
 }
-// At the barrier of the block of the cluster that has this `rank` there.
-__device__ __forceinline__ void arrive(Barrier* barrier, int rank) {
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
-}
-// Until the barrier has been passed `round` + 1 times, of which all but the last are known.
-__device__ __forceinline__ void await(Barrier* barrier, int round) {
-    unsigned done = 0;
-    while (done == 0) {
-        asm volatile(
-            "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, done;\n}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(round % 2)
-            : "memory");
-    }
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// A box of `map`, from number `k` of `row` on, to `to`; zeros beyond the matrix. `barrier` counts its bytes. With several
-// bits in `blocks`, to the same place in all these blocks of the cluster, whose barriers count them.
-template <bool once>  // what is read once is the first to leave the L2 cache
-__device__ __forceinline__ void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier, unsigned blocks) {
-    const bool alone = (blocks & (blocks - 1)) == 0;
-    if constexpr (once && POLICY != 0) {
-        unsigned long long policy;
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        if (alone) {
-            asm volatile(
-                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-                "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "l"(policy)
-                : "memory");
-            return;
-        }
-    }
-    if (alone) {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                shared_address(to)),
-            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
-            : "memory");
+// c += a b: 16 x 8 in fp32, from 16 x 16 and 16 x 8.
+template <typename T>
+__device__ __forceinline__ void multiply_tiles(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    if constexpr (std::is_same_v<T, Half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     } else {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-            "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<unsigned short>(blocks))
-            : "memory");
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 }
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-__device__ __forceinline__ void bring_near(const CUtensorMap& map, int k, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(k), "r"(row) : "memory");
-}
 
-// Rows of 128 bytes in shared memory, as the copy engine leaves them: eight of them are 1024 bytes.
-__device__ __forceinline__ unsigned long long descriptor(const void* rows) {
-    return (shared_address(rows) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-#define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-#define WGMMA(n, type, registers, a, b, ...)                                                                  \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a ", " b \
-                 ", add, 1, 1, 0, 0;\n}"                                                                       \
-                 : __VA_ARGS__                                                                                 \
-                 : "l"(rows), "l"(vectors))
-#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define R64                                                                                                     \
-    R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
-        "%57,%58,%59,%60,%61,%62,%63"
-
-// c += 64 rows x 16 numbers of `columns` vectors; a warpgroup asks for it.
-template <typename T, int columns>
-__device__ __forceinline__ void multiply(float (&c)[columns / 2], unsigned long long rows, unsigned long long vectors) {
-    constexpr bool half = std::is_same_v<T, Half>;
-    if constexpr (columns == 32) {
-        if constexpr (half) WGMMA(32, "f16", R16, "%16", "%17", SIXTEEN(0));
-        else WGMMA(32, "bf16", R16, "%16", "%17", SIXTEEN(0));
-    } else if constexpr (columns == 64) {
-        if constexpr (half) WGMMA(64, "f16", R32, "%32", "%33", SIXTEEN(0), SIXTEEN(16));
-        else WGMMA(64, "bf16", R32, "%32", "%33", SIXTEEN(0), SIXTEEN(16));
-    } else {
-        if constexpr (half) WGMMA(128, "f16", R64, "%64", "%65", SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48));
-        else WGMMA(128, "bf16", R64, "%64", "%65", SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48));
+// What the blocks of a cluster of this size have written to shared memory can be read by them all.
+__device__ __forceinline__ void sync_cluster(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (blocks > 1) {
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        return;
     }
-}
-__device__ __forceinline__ void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_multiplying() {
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+    __syncthreads();
 }
 
-// A barrier of the threads that multiply.
-__device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
-
-// Until all threads of the cluster are here; what they have written then can be read.
-__device__ __forceinline__ void sync_cluster() {
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Until they are here; ordinary memory that they have written is not there yet.
-__device__ __forceinline__ void meet_cluster() {
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+// All of them have used what they have read, and shared memory may go.
+__device__ __forceinline__ void leave_cluster(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (blocks == 1) return;
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
 }
 
-struct alignas(16) Quad {
-    float values[4];
-};
-
-// Four sums from where `mine` is in the shared memory of the block of the cluster that has this `rank` there.
-__device__ __forceinline__ Quad sums_of(const float* mine, int rank) {
-    unsigned there;
-    Quad quad;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(mine)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(quad.values[0]), "=f"(quad.values[1]), "=f"(quad.values[2]), "=f"(quad.values[3])
-                 : "r"(there)
-                 : "memory");
-    return quad;
+// As `x` of the block of the cluster that has this `rank` there.
+__device__ __forceinline__ const float* in_block(const float* x, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return static_cast<const float*>(__cluster_map_shared_rank(x, static_cast<unsigned>(rank)));
+#else
+    return x;
+#endif
 }
 #endif
 
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-    T values[4];
-};
-
-// Four numbers at `from`, of which `there` exist.
-template <typename T>
-__device__ __forceinline__ Quad four_of(const void* from, int64_t at, int there, float otherwise) {
-    Quad quad{{otherwise, otherwise, otherwise, otherwise}};
-    if (from == nullptr) return quad;
-    const T* x = static_cast<const T*>(from) + at;
-    if (there == 4 && at % 4 == 0) {
-        const auto four = *reinterpret_cast<const Four<T>*>(x);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) quad.values[i] = static_cast<float>(four.values[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i < there) quad.values[i] = static_cast<float>(x[i]);
-        }
-    }
-    return quad;
+// Where eight numbers of a vector, from `i` on, are in shared memory: its lines are between those of the others, and the
+// halves of every second one change places, so that a warp reads two vectors from different banks.
+template <int columns>
+__device__ __forceinline__ int place(int vector, int i) {
+    return (i / kLine * columns + vector) * kLine + (i % kLine ^ vector % 2 * (kLine / 2));
 }
 
-// Up to `columns` vectors; those that are not there are zeros.
+// Up to `columns` vectors, a multiple of 8. Numbers of vectors that are not there are whatever shared memory holds: they
+// count in no other's sums.
 template <typename T, int columns>
 __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ Products products) {
-    constexpr int stages = kStages<columns>;
-    __shared__ Barrier full[stages], empty[stages];
     int which = 0;
     while (which + 1 < products.count && static_cast<int>(blockIdx.x) >= products.of[which + 1].first_block) ++which;
     const Product& p = products.of[which];
-    const CUtensorMap &weight = products.weights[which], &x = products.xs[which];
-    // The blocks that work on the same rows or with the same vectors: these tiles first, then rows, then parts.
-    const int tiles = products.tiles, beside = p.side_by_side, shared = tiles * beside * p.parts;
-    const int block = static_cast<int>(blockIdx.x) - p.first_block, mine = block % shared;
-    const int first_rank = static_cast<int>(blockIdx.x) % products.cluster - mine;
-    const int tile = mine % tiles, side = mine / tiles % beside, part = mine / (tiles * beside);
-    const int first_row = (block / shared * beside + side) * kRows, begin = part * p.span;
-    const int first_vector = tile * kMostColumns;
-    const int steps = max(0, (min(p.span, p.in - begin) + kBox - 1) / kBox);
+    const int block = static_cast<int>(blockIdx.x) - p.first_block, part = block % p.parts;
+    const int first_row = block / p.parts * kTile, begin = part * p.span, length = min(p.span, p.in - begin);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    // Blocks begin at different numbers of a row: else all would ask for the same few numbers of the vectors at a time.
-    const int turn = TURN && steps > 0 ? block / shared % steps : 0;
-    const auto number_at = [&](int step) { return begin + (step + turn) % steps * kBox; };
-    const bool shares = tiles * beside > 1, is_alone = products.cluster == 1;
-
-    unsigned char* const memory = stages_memory();
-    const auto rows_in = [&](int step) { return memory + step % stages * kStageBytes<columns>; };
-    const auto vectors_in = [&](int step) { return rows_in(step) + kRows * kBox * 2; };
-    const bool brings = threadIdx.x == kMultiply;
-    const auto bring_weight = [&](int step) {
-        const int slice = kRows / tiles, row = tile * slice;
-        expect_bytes(&full[step % stages], kStageBytes<columns>);
-        bring<true>(rows_in(step) + row * kBox * 2, weight, number_at(step), first_row + row, &full[step % stages],
-                    ((1u << tiles) - 1) << (first_rank + mine - tile));
-    };
-    const auto bring_vectors = [&](int step) {
-        const int slice = columns / beside, vector = side * slice;
-        unsigned blocks = 0;
-        for (int i = 0; i < beside; ++i) blocks |= 1u << (first_rank + mine + (i - side) * tiles);
-        bring<false>(vectors_in(step) + vector * kBox * 2, x, number_at(step), first_vector + vector,
-                     &full[step % stages], blocks);
-    };
-    if (brings) {
-        prefetch_map(weight), prefetch_map(x);
-        for (int i = 0; i < stages; ++i) {
-            init_barrier(&full[i], 1);
-            init_barrier(&empty[i], kMultiply / 32 * (tiles + beside - 1));
+    const int row = 16 * (warp % kGroups) + lane / 4, inner = warp / kGroups * kLine + lane % 4 * 8;
+    const int upper_length = first_row + row < p.out ? length - inner : 0;
+    const int lower_length = first_row + row + 8 < p.out ? length - inner : 0;
+    const T* const weight = static_cast<const T*>(p.weight) + first_row * p.stride + begin;
+    const unsigned stride = static_cast<unsigned>(p.stride), upper = row * stride + inner, lower = upper + 8 * stride;
+    const auto fetch = [&](Piece (&line)[4], int from) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int at = from + i / 2 * (kLine / 2);
+            line[i] = at < (i % 2 ? lower_length : upper_length)
+                          ? streamed(reinterpret_cast<const Piece*>(weight + ((i % 2 ? lower : upper) + at)))
+                          : Piece{};
         }
-        show_barriers();
-    }
-    shares ? meet_cluster() : __syncthreads();  // the barriers are there
-    if (brings) {
-        for (int step = 0; step < min(stages, steps); ++step) bring_weight(step);
-        for (int step = stages; step < min(stages + products.far, steps); ++step) {
-            bring_near(weight, number_at(step), first_row + tile * (kRows / tiles));
-        }
-    }
+    };
+    Piece held[kLines][4];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) fetch(held[i], i * kStep);
     wait_for_inputs();
 
-    auto* const sums = reinterpret_cast<float*>(memory);
-    if (warp == kMultiply / 32) {
-        if (brings) {
-            for (int step = 0; step < min(stages, steps); ++step) bring_vectors(step);
-            for (int step = stages; step < steps; ++step) {
-                await(&empty[step % stages], step / stages - 1);
-                bring_weight(step);
-                bring_vectors(step);
-            }
-        }
-    } else {
-        float c[columns / 2] = {};
-        const int group = warp / 4;
+    auto* const of_side = reinterpret_cast<float*>(shared_memory());
+    auto* const vectors = reinterpret_cast<T*>(shared_memory() + kSumBytes<columns>);
+    const T *const first = vectors + place<columns>(lane / 4, inner);
+    const T *const second = vectors + place<columns>(lane / 4, inner + kLine / 2);
+    float sums[columns / 8][4] = {};
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            await(&full[step % stages], step / stages);
-            const auto rows = descriptor(rows_in(step) + group * 64 * kBox * 2), vectors = descriptor(vectors_in(step));
-            begin_multiplying();
-#pragma unroll
-            for (int k = 0; k < kBox / 16; ++k) multiply<T, columns>(c, rows + 2 * k, vectors + 2 * k);  // 32 bytes on
-            end_multiplying();
-            if (lane < tiles + beside - 1) {  // those that bring something here: of the same rows, of the same vectors
-                const int other = lane < tiles ? lane - tile : ((lane - tiles < side ? 0 : 1) + lane - tiles - side) * tiles;
-                arrive(&empty[step % stages], first_rank + mine + other);
+    for (int from = 0; from < length; from += products.staged) {
+        const int here = min(products.staged, length - from);
+        if (from > 0) __syncthreads();
+#pragma unroll 1
+        for (int v = warp; v < products.n; v += kGroups * kSides) {
+            const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(v) * p.in + begin + from;
+#pragma unroll 1
+            for (int i = 8 * lane; i < (here + kStep - 1) / kStep * kStep; i += 8 * 32) {
+                copy_async(vectors + place<columns>(v, i), x + i, i < here);
             }
         }
-        sync_multiplying();  // the stages have been read
-        const int row = warp * 16 + lane / 4, column = lane % 4 * 2;
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+#pragma unroll 1
+        for (int base = 0; base < here; base += kLines * kStep) {
 #pragma unroll
-        for (int i = 0; i < columns / 2; ++i) {
-            sums[(column + i / 4 * 8 + i % 2) * kPitch + row + i / 2 % 2 * 8] = c[i];
+            for (int i = 0; i < kLines; ++i) {
+                const int at = base + i * kStep;
+                if (at < here) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const T* x = half ? second : first;
+                        const Piece &a = held[i][2 * half], &b = held[i][2 * half + 1];
+#pragma unroll
+                        for (int c = 0; c < columns / 8; ++c) {
+                            const Piece u = *reinterpret_cast<const Piece*>(x + (at * columns + 8 * c * kLine));
+#pragma unroll
+                            for (int j = 0; j < 4; j += 2) {
+                                const unsigned tile[] = {a.words[j], b.words[j], a.words[j + 1], b.words[j + 1]};
+                                multiply_tiles<T>(sums[c], tile, u.words[j], u.words[j + 1]);
+                            }
+                        }
+                    }
+                }
+                fetch(held[i], from + at + kLines * kStep);
+            }
         }
     }
-    is_alone ? __syncthreads() : sync_cluster();
 
-    const int rows = kRows / p.parts, vectors = min(columns, products.n - first_vector);
-    for (int i = static_cast<int>(threadIdx.x); i < vectors * rows / 4; i += kThreads) {
-        const int v = i / (rows / 4), r = part * rows + i % (rows / 4) * 4, there = min(4, p.out - first_row - r);
-        if (there <= 0) continue;
-        const int64_t at = static_cast<int64_t>(first_vector + v) * p.out + first_row + r;
-        const Quad factor = four_of<T>(p.factor, at, there, 1.0f), add = four_of<T>(p.add, at, there, 0.0f);
-        Quad sum{};
+#pragma unroll
+    for (int c = 0; c < columns / 8; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            of_side[(inner / kLine * columns + 8 * c + lane % 4 * 2 + i % 2) * kPitch + row + i / 2 * 8] = sums[c][i];
+        }
+    }
+    sync_cluster(products.cluster);
+    const int first_rank = static_cast<int>(blockIdx.x) % products.cluster - part;
+    for (int i = static_cast<int>(threadIdx.x) + kThreads * part; i < products.n * kTile; i += kThreads * p.parts) {
+        const int v = i / kTile, r = i % kTile;
+        if (first_row + r >= p.out) continue;
+        const int64_t at = static_cast<int64_t>(v) * p.out + first_row + r;
+        const float factor = p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[at]) : 1.0f;
+        const float add = p.add ? static_cast<float>(static_cast<const T*>(p.add)[at]) : 0.0f;
+        float sum = 0.0f;
 #pragma unroll 4
         for (int other = 0; other < p.parts; ++other) {
-            const Quad theirs = sums_of(sums + v * kPitch + r, first_rank + mine + (other - part) * tiles * beside);
+            const float* theirs = in_block(of_side, first_rank + other) + v * kPitch + r;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sum.values[j] += theirs.values[j];
+            for (int side = 0; side < kSides; ++side) sum += theirs[side * columns * kPitch];
         }
-        Four<T> y;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            y.values[j] = static_cast<T>(add.values[j] + factor.values[j] * activated(sum.values[j], p.activation));
-        }
-        T* const to = static_cast<T*>(p.y) + at;
-        if (there == 4 && at % 4 == 0) {
-            *reinterpret_cast<Four<T>*>(to) = y;
-        } else {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (j < there) to[j] = y.values[j];
-            }
-        }
+        static_cast<T*>(p.y)[at] = static_cast<T>(add + factor * activated(sum, p.activation));
     }
-    if (!is_alone) meet_cluster();  // others may still read what is here
+    leave_cluster(products.cluster);
 }
 
 }  // namespace
@@ -423,79 +279,46 @@ using Several = std::vector<Optional>;
 
 const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
-// `matrix`, to be read in boxes of kBox numbers of `box_rows` rows.
-CUtensorMap map_of(const Tensor& matrix, int64_t stride, int box_rows) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found{};
-        STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                                        &found));
-        STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "few_rows: the driver has no cuTensorMapEncodeTiled");
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
-    CUtensorMap map;
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.size(1)), static_cast<cuuint64_t>(matrix.size(0))};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
-    const cuuint32_t box[] = {kBox, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-    const bool in_half = matrix.scalar_type() == ScalarType::Half;
-    const auto type = in_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const CUresult result =
-        encode(&map, type, 2, const_cast<void*>(matrix.const_data_ptr()), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, static_cast<CUtensorMapL2promotion>(PROMOTION), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    STD_TORCH_CHECK(result == CUDA_SUCCESS, "few_rows: cuTensorMapEncodeTiled failed: ", static_cast<int>(result));
-    return map;
-}
-
 template <typename T, int columns>
 void start(const Products& products, int blocks, int device) {
     const auto kernel = few_rows<T, columns>;
+    const int bytes = shared_bytes<columns>(products.staged);
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<columns>));
-#ifndef CARVE
-#define CARVE 1
-#endif
-    if (CARVE)
-        STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                            cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    STD_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), kThreads, kSharedBytes<columns>, current_stream(),
-                                device, products, static_cast<unsigned>(products.cluster)));
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    STD_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(blocks), kThreads, bytes, current_stream(), device,
+                                products, static_cast<unsigned>(products.cluster)));
 }
 
 template <typename T>
 void start_for(const Products& products, int blocks, int device) {
     const int columns = columns_of(products.n);
+    if (columns == 8) start<T, 8>(products, blocks, device);
+    if (columns == 16) start<T, 16>(products, blocks, device);
     if (columns == 32) start<T, 32>(products, blocks, device);
-    if (columns == 64) start<T, 64>(products, blocks, device);
-    if (columns == 128) start<T, 128>(products, blocks, device);
 }
 
 // Shapes, dtypes and alignment as heron.ops.few_rows says, and checks. `part` of a row for a block; `most` blocks of a cluster.
 Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
-            const Several& factors, const Several& adds, int64_t part, int64_t most, int64_t enough, int64_t far,
-            int64_t side_by_side) {
+            const Several& factors, const Several& adds, int64_t part, int64_t most) {
     const Tensor& first = weights[0];
     const int device = first.get_device_index();
     const DeviceGuard guard(device);
+    int major = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     Tensors ys;
     Products products{};
     products.n = static_cast<int>(xs[0].size(0));
-    products.far = static_cast<int>(far);
     for (size_t i = 0; i < weights.size(); ++i) {
         ys.push_back(empty({products.n, weights[i].size(0)}, weights[i]));
         Product& p = products.of[products.count++];
+        p.x = xs[i].const_data_ptr(), p.weight = weights[i].const_data_ptr();
         p.factor = data_of(factors[i]), p.add = data_of(adds[i]);
         p.y = ys.back().mutable_data_ptr();
+        p.stride = weights[i].stride(0);
         p.in = static_cast<int>(weights[i].size(1)), p.out = static_cast<int>(weights[i].size(0));
         p.activation = static_cast<int>(activations[i]);
     }
-    const int blocks = plan(products, static_cast<int>(part), static_cast<int>(most), static_cast<int>(enough),
-                            static_cast<int>(side_by_side));
-    for (size_t i = 0; i < weights.size(); ++i) {
-        const Product& p = products.of[i];
-        const int columns = columns_of(products.n) / p.side_by_side;
-        products.weights[i] = map_of(weights[i], weights[i].stride(0), kRows / products.tiles);
-        products.xs[i] = map_of(xs[i], p.in, columns);
-    }
+    const int blocks = plan(products, static_cast<int>(part), major < 9 ? 1 : static_cast<int>(most));
     const auto start = first.scalar_type() == ScalarType::BFloat16 ? start_for<BFloat16> : start_for<Half>;
     start(products, blocks, device);
     return ys;
@@ -506,7 +329,7 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "few_rows(Tensor[] xs, Tensor[] weights, int[] activations, Tensor?[] factors, Tensor?[] adds, int part, "
-        "int most, int enough, int far, int side_by_side) -> Tensor[]");
+        "int most) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("few_rows", TORCH_BOX(&run)); }
