@@ -3,7 +3,7 @@
 For each number of sequences: the step that an engine of --places places with `fit_steps` runs, the prediction (weights
 read once, states read and written, at --bandwidth), and how often and how long each kind of kernel runs. With --forms,
 instead: microseconds of each product of a layer, by the library (without what follows a product) and by
-heron.ops.few_rows in several settings.
+heron.ops.few_rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ import heron
 from heron.generation import step
 from heron.generation.graphed import GraphedDecoder, recorded
 from heron.generation.step import apart, layers_of, project, together
-from heron.ops.few_rows import MOST, Product
-from heron.ops.few_rows.cuda import few_rows_cuda
+from heron.ops.few_rows import MOST, Product, few_rows
 from heron.ops.token_step import LayerWeights
 
-SETTINGS = [(part, most) for part in (512, 1024, 2048) for most in (4, 8)]  # PART and MOST_PARTS of few_rows
 KINDS = {  # by a part of the kernel's name; the first that fits
     "matvec": ("matvec",),
     "few rows": ("few_rows",),
@@ -39,11 +37,11 @@ KINDS = {  # by a part of the kernel's name; the first that fits
 }
 
 
-def predicted_ms(model: heron.RWKV, n: int, bandwidth: float) -> float:
+def predicted_ms(model: heron.RWKV, n: int, bandwidth: float, in_bf16: bool) -> float:
     """The time in which the bytes of a step of n sequences can be moved, at `bandwidth` TB/s."""
     config, weight = model.config, model.emb.weight
     weights = sum(p.nbytes for p in model.parameters()) - weight.nbytes  # a row of emb is read
-    state = 4 * config.n_layer * config.n_head * config.head_size**2
+    state = (2 if in_bf16 else 4) * config.n_layer * config.n_head * config.head_size**2
     logits = config.vocab_size * weight.itemsize
     return (weights + n * (2 * state + 2 * logits)) / bandwidth / 1e9
 
@@ -65,8 +63,10 @@ def kinds(run: Callable[[], object]) -> dict[str, tuple[int, float]]:
 
 def steps(model: heron.RWKV, options: argparse.Namespace) -> None:
     places, bandwidth, config = options.places, options.bandwidth, model.config
-    decoder = GraphedDecoder(model, places, fit_steps=True)
+    in_bf16 = options.states == "bf16"
+    decoder = GraphedDecoder(model, places, fit_steps=True, in_bf16=in_bf16)
     what = f"{config.variant} L{config.n_layer}-D{config.n_embd}, V {config.vocab_size}"
+    what += ", states bf16" if in_bf16 else ""
     print(f"{'sequences':>9}{'ms':>8}{'predicted':>11}{'tokens/s':>10}   kernels: how many, microseconds together")
     for n in options.taken:
         for sequence in range(places):
@@ -75,7 +75,10 @@ def steps(model: heron.RWKV, options: argparse.Namespace) -> None:
         ms = median_ms(lambda s=sequences, t=tokens: [decoder.step(s, t) for _ in range(10)], 5) / 10
         parts = kinds(lambda s=sequences, t=tokens: decoder.step(s, t))
         spent = ", ".join(f"{kind} {count}, {time:.0f}" for kind, (count, time) in parts.items())
-        print(f"{n:>9}{ms:>8.3f}{predicted_ms(model, n, bandwidth):>11.3f}{1e3 * n / ms:>10.0f}   {spent}", flush=True)
+        print(
+            f"{n:>9}{ms:>8.3f}{predicted_ms(model, n, bandwidth, in_bf16):>11.3f}{1e3 * n / ms:>10.0f}   {spent}",
+            flush=True,
+        )
         history.record(options, "decode_step.py", f"{what}, {n} of {places} places", {"tokens/s": 1e3 * n / ms})
 
 
@@ -83,8 +86,7 @@ def forms(model: heron.RWKV, numbers: list[int], bandwidth: float) -> None:
     """Each product by itself, of all layers in turn: together their weights are more than a GPU's caches hold."""
     layers = layers_of(model)
     many, few, head = [together(layer) for layer in layers], [apart(layer) for layer in layers], model.head.weight
-    names = "".join(f"{f'{part}, {most}':>10}" for part, most in SETTINGS)
-    print(f"{'':>24}{'predicted':>10}{'library':>10}{names}   (PART, MOST_PARTS of heron.ops.few_rows.cuda)")
+    print(f"{'':>24}{'predicted':>10}{'library':>10}{'few_rows':>10}")
     for n in numbers:
         C, wide = few[0].ffn_value.shape
         mixed, of_hidden = (torch.randn(*s, device="cuda").to(head.dtype) for s in ((6, n, C), (n, wide)))
@@ -96,15 +98,15 @@ def forms(model: heron.RWKV, numbers: list[int], bandwidth: float) -> None:
             "head": lambda w, x=x: [Product(x, head)],
         }
         runs: dict[str, list[Callable[[int], object]]] = {
-            name: [lambda i, of=of: [F.linear(y.x, y.weight) for y in of(many[i])]]
-            + [lambda i, of=of, s=s: few_rows_cuda(of(few[i]), *s) for s in SETTINGS]
+            name: [
+                lambda i, of=of: [F.linear(y.x, y.weight) for y in of(many[i])],
+                lambda i, of=of: few_rows(of(few[i]), impl="cuda"),
+            ]
             for name, of in products.items()
         }
-        runs["projections"] = [lambda i, x=mixed: by_library(x, many[i])] + [
-            lambda i, x=mixed, s=s: project(
-                partial(few_rows_cuda, part=s[0], most=s[1]), x, large(few[i]), few[i].low_rank
-            )
-            for s in SETTINGS
+        runs["projections"] = [
+            lambda i, x=mixed: by_library(x, many[i]),
+            lambda i, x=mixed: project(partial(few_rows, impl="cuda"), x, large(few[i]), few[i].low_rank),
         ]
         read = {name: sum(p.weight.nbytes for p in of(few[0])) for name, of in products.items()}
         read["projections"] = sum(w.nbytes for w in (*large(few[0]), *(m for part in few[0].low_rank for m in part)))
@@ -136,6 +138,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--places", type=int, default=256)
     parser.add_argument("--taken", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--states", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s that the memory is said to have")
     parser.add_argument(
         "--fewest", type=int, choices=(1, 2), default=step.FEWEST, help="FEWEST of heron.generation.step"

@@ -59,7 +59,9 @@ def _remembering(options: argparse.Namespace, engine: Engine, file: str, rows: i
     if options.tables != "device":
         raise ConfigError(f"with_memory: wanted --tables device, got {options.tables}")
     documents = token_index.read(file, engine.tokenizer)
-    return Engine(engine.model, engine.tokenizer, rows, documents=documents.index, fit_steps=True)
+    return Engine(
+        engine.model, engine.tokenizer, rows, documents=documents.index, fit_steps=True, states=options.states
+    )
 
 
 def _states(options: argparse.Namespace, engine: Engine) -> dict[str, State]:

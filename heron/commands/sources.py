@@ -51,7 +51,8 @@ def engine_of(
     index = None if documents is None else documents.index
     start = start_of(options, model)
     packed = packed if torch.device(device).type == "cuda" else 1
-    return Engine(model, tokenizer, rows, options.tables, file, device, index, start, packed, fit_steps), documents
+    parts = model, tokenizer, rows, options.tables, file, device, index, start, packed, fit_steps, options.states
+    return Engine(*parts), documents
 
 
 def model_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None = None) -> RWKV:

@@ -37,6 +37,13 @@ def checked_number(name: str, number: int) -> int:
     return number
 
 
+def in_bf16(states: str) -> bool:
+    """Whether states are to be in bf16; ConfigError for what is neither that nor fp32."""
+    if states not in ("fp32", "bf16"):
+        raise ConfigError(f"states: wanted fp32 or bf16, got {states!r}")
+    return states == "bf16"
+
+
 def check_tables(tables: str, tables_file: str | Path | None) -> None:
     """ConfigError for a place that tables cannot have, or one that does not go with `tables_file`."""
     if tables not in PLACES:

@@ -168,23 +168,31 @@ class ModelDecoder(Remembering):
 class SequenceStates:
     """The states of n sequences of a v7, v7a or v8 model, in tensors that a decoder changes in place.
 
+    Args:
+        in_bf16: whether those of WKV7 are in bf16, half as large, not in fp32 (fp64 under fp64).
+
     Attributes:
         layers: of each layer att_shift (n, C), wkv (n, H, N_value, N_key), ffn_shift (n, C); views of two tensors.
+        drawn: in bf16, what the rounding of the next step draws from, (n,), see :func:`heron.ops.head_step`: how many
+            tokens each has read since it was written, so that the same texts are the same again. Else None.
     """
 
-    def __init__(self, model: RWKV, n: int):
+    def __init__(self, model: RWKV, n: int, in_bf16: bool = False):
         self._config, weight = model.config, model.emb.weight
         self._device, self._dtype = weight.device, weight.dtype
         L, C, H, N = self._config.n_layer, self._config.n_embd, self._config.n_head, self._config.head_size
         self._shifts = torch.zeros(L, 2, n, C, dtype=self._dtype, device=self._device)
-        in_fp32 = torch.promote_types(self._dtype, torch.float32)
-        self._wkv = torch.zeros(L, n, H, N, N, dtype=in_fp32, device=self._device)
+        self._in_fp32 = torch.promote_types(self._dtype, torch.float32)
+        kept = torch.bfloat16 if in_bf16 else self._in_fp32
+        self._wkv = torch.zeros(L, n, H, N, N, dtype=kept, device=self._device)
+        self.drawn = torch.zeros(n, dtype=torch.int64, device=self._device) if in_bf16 else None
         self.layers = self._by_layer()
 
     def first(self, n: int) -> SequenceStates:
         """The first n of them: views, which change with them."""
         views = copy.copy(self)
         views._shifts, views._wkv = self._shifts[:, :, :n], self._wkv[:, :n]
+        views.drawn = None if self.drawn is None else self.drawn[:n]
         views.layers = views._by_layer()
         return views
 
@@ -196,11 +204,15 @@ class SequenceStates:
         """Let the sequence at `target` go on from the state of that at `source`."""
         self._shifts[:, :, target] = self._shifts[:, :, source]
         self._wkv[:, target] = self._wkv[:, source]
+        if self.drawn is not None:
+            self.drawn[target] = self.drawn[source]
 
     def begin_at(self, before: SequenceStates) -> None:
         """Take over the shifts, which a step changes in place, of as many sequences of the same model."""
         if before is not self:
             self._shifts.copy_(before._shifts)
+        if self.drawn is not None and before.drawn is not None:
+            torch.add(before.drawn, 1, out=self.drawn)
 
     def of(self, sequence: int) -> list[LayerStates]:
         """The part of each layer that belongs to `sequence`: views of batch size 1."""
@@ -215,19 +227,22 @@ class SequenceStates:
         shifts = torch.cat([shift for layer in state.layers for shift in (layer.att_shift, layer.ffn_shift)])
         self._shifts[:, :, sequence] = shifts.view(len(self.layers), 2, -1)
         self._wkv[:, sequence] = torch.cat([layer.wkv for layer in state.layers])
+        if self.drawn is not None:
+            self.drawn[sequence] = 0
 
     @torch.inference_mode()
     def read(self, sequence: int) -> State:
         """The state of `sequence`, as a copy."""
-        return State.from_list([part.clone() for layer in self.of(sequence) for part in layer])
+        layers = ((att, wkv.to(self._in_fp32), ffn) for att, wkv, ffn in self.of(sequence))
+        return State.from_list([part.clone() for layer in layers for part in layer])
 
 
 class StateDecoder(Remembering):
     """What is common to decoders that keep :class:`SequenceStates`."""
 
-    def __init__(self, model: RWKV, n: int, documents: Documents | None = None):
+    def __init__(self, model: RWKV, n: int, documents: Documents | None = None, in_bf16: bool = False):
         super().__init__(model, n, documents)
-        self._states = SequenceStates(model, n)
+        self._states = SequenceStates(model, n, in_bf16)
         self._memory = model.memory
 
     def write(self, sequence: int, state: State | None) -> None:

@@ -19,6 +19,7 @@ def decoder_of(
     tables: Tables | None = None,
     documents: Documents | None = None,
     fit_steps: bool = False,
+    in_bf16: bool = False,
 ) -> Decoder:
     """The fastest decoder that `model` can have where it is, with room for `n` sequences.
 
@@ -26,22 +27,28 @@ def decoder_of(
         tables: DeepEmbed tables off the device; None: the model has its own.
         documents: what a ROSA memory looks into beside each sequence.
         fit_steps: on a GPU, see :class:`heron.generation.graphed.GraphedDecoder`.
+        in_bf16: whether the states are, see :class:`heron.generation.decoder.SequenceStates`.
 
     Raises:
-        ConfigError: weights in 8 bits, and no decoder for them; on a CPU that is the one in C++.
+        ConfigError: weights in 8 bits, and no decoder for them; on a CPU that is the one in C++. States in bf16 where
+            the decoder has none.
     """
+    if in_bf16 and not (is_fusible(model) and next(model.parameters()).device.type == "cuda"):
+        raise ConfigError("states: in bf16 only those of a v7, v7a or v8 on a GPU, in one dtype, without ROSA layers")
     if is_int8(model):
-        return _of_int8(model, n, tables, documents, fit_steps)
+        return _of_int8(model, n, tables, documents, fit_steps, in_bf16)
     if not is_fusible(model):
         return ModelDecoder(model, n, documents)
     weight, config = model.emb.weight, model.config
     if weight.device.type != "cpu":
-        return GraphedDecoder(model, n, tables, documents, fit_steps)
+        return GraphedDecoder(model, n, tables, documents, fit_steps, in_bf16)
     in_cpp = token_step_choice(weight.device, weight.dtype, config.head_size).impl == "cpu"
     return (CppDecoder if in_cpp and config.deep_embed != "low-rank" else TorchDecoder)(model, n, tables, documents)
 
 
-def _of_int8(model: nn.Module, n: int, tables: Tables | None, documents: Documents | None, fit_steps: bool) -> Decoder:
+def _of_int8(
+    model: nn.Module, n: int, tables: Tables | None, documents: Documents | None, fit_steps: bool, in_bf16: bool
+) -> Decoder:
     """Weights in 8 bits have one decoder on a CPU and one on a GPU; ConfigError where it does not run."""
     if not is_fusible(model):
         raise ConfigError(
@@ -49,7 +56,7 @@ def _of_int8(model: nn.Module, n: int, tables: Tables | None, documents: Documen
         )
     weight = model.emb.weight
     if weight.device.type == "cuda":
-        return GraphedDecoder(model, n, tables, documents, fit_steps)
+        return GraphedDecoder(model, n, tables, documents, fit_steps, in_bf16)
     choice = token_step_choice(weight.device, weight.dtype, model.config.head_size)
     if choice.impl != "cpu":
         raise ConfigError(f"weights int8: needs the decoder in C++, and there is none here: {choice.reason}")

@@ -84,6 +84,7 @@ class GraphedDecoder(StateDecoder):
             host, which must see a token first. Nor does one of several slots where there is a memory.
         fit_steps: whether a step computes the first 1, 2, 4, ... slots, as many as its sequences need, which are moved
             (:class:`heron.generation.slots.Slots`); else it computes all. The rounding of products may depend on it.
+        in_bf16: see :class:`heron.generation.decoder.SequenceStates`.
     """
 
     @torch.inference_mode()
@@ -94,8 +95,9 @@ class GraphedDecoder(StateDecoder):
         tables: Tables | None = None,
         documents: Documents | None = None,
         fit_steps: bool = False,
+        in_bf16: bool = False,
     ):
-        super().__init__(model, n, documents)
+        super().__init__(model, n, documents, in_bf16)
         self._model = model
         device = model.emb.weight.device
         sizes = sizes_up_to(n) if fit_steps else [n]
@@ -118,7 +120,7 @@ class GraphedDecoder(StateDecoder):
         has_matches = self._found is None or (documents is None and device_stream_choice(device).impl == "cuda")
         has_ids = self._tables is None and has_matches  # all that a step needs, once these are on the device
         self._largest_ahead = 0 if not has_ids else max((n for n in sizes if n == 1 or self._found is None), default=0)
-        self._before = SequenceStates(model, n) if self._largest_ahead else self._states  # the last step
+        self._before = SequenceStates(model, n, in_bf16) if self._largest_ahead else self._states  # the last step
         self._ahead: set[int] = set()
         layers = layers_of(model)
         ways = {n: way_for(layers[0], n) for n in sizes}
@@ -258,7 +260,7 @@ class GraphedDecoder(StateDecoder):
         step.states.begin_at(step.before)
         of_layers = zip(step.form.layers, step.states.layers, step.before.layers, tables, strict=True)
         for layer, states, before, rows in of_layers:
-            x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before.wkv)
+            x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before.wkv, step.states.drawn)
             x = channel_mix(step.form.pieces, layer, x, states, rows, embedded)
         logits = step.form.pieces.head(self._model.ln_out(x), matrix_of(self._model.head))
         if found is not None:

@@ -63,18 +63,20 @@ def time_mix(
     states: LayerStates,
     v_first: Tensor | None,
     wkv_before: Tensor | None = None,
+    drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """residual (n, C) -> residual (n, C), and layer 0's values (n, C); `states`, of n sequences, change in place.
 
     Args:
         wkv_before: what `states.wkv` goes on from, which stays as it is; None: from what it is.
+        drawn: with `states.wkv` in bf16, what its rounding draws from, see :func:`heron.ops.head_step`.
     """
     mixed = run.norm_mix(x, *layer.norm1, layer.mix, states.att_shift)
     large = layer.receptance, layer.key, layer.value
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
     wkv_before = states.wkv if wkv_before is None else wkv_before
-    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, wkv_before, states.wkv)
+    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, wkv_before, states.wkv, drawn)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
 
@@ -225,7 +227,7 @@ def of_any_number(pieces: Pieces) -> Pieces:
     return Pieces(
         varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last: (x, last)),
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
-        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv: (*inputs, wkv, new_wkv)),
+        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn: (*inputs, wkv, new_wkv, drawn)),
         varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),
         varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
         pieces.head,

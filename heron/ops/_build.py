@@ -38,7 +38,7 @@ except ImportError:  # Windows: processes that start together may build the same
 
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
-EARLY, PRODUCTS, STRIPS = _CSRC / "early.cuh", _CSRC / "products.cuh", _CSRC / "strips.cuh"
+COPIES, EARLY, PRODUCTS, STRIPS = (_CSRC / f"{name}.cuh" for name in ("copies", "early", "products", "strips"))
 _OPERATOR = _CSRC / "operator.h"  # what all of them include
 BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache
 _COMPILERS = ("c++", "g++", "clang++")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from heron.errors import KernelError
 from heron.ops import _build, head_step, wkv7
 from heron.ops.head_step import HeadInputs, HeadWeights, cuda, head_step_choice
+from heron.ops.head_step.reference import rounded_at_random
 from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -87,14 +88,15 @@ def emulated():
     library = _build.load_c_library("head_step_emulated", [EMULATOR / "head_step.cpp"], flags, depends)
     library.head_step_emulated.restype = ctypes.c_char_p
 
-    def step(inputs, weights, wkv, new_wkv=None):
+    def step(inputs, weights, wkv, new_wkv=None, drawn=None):
         parts = [None if x is None else x.data_ptr() for x in (*inputs, *weights[:7], weights.v0)]
         y = torch.full_like(inputs.r, torch.nan)
         n, H, N, _ = wkv.shape
         error = library.head_step_emulated(
             int(y.dtype == BF16), (ctypes.c_void_p * len(parts))(*parts), ctypes.c_void_p(y.data_ptr()),
             ctypes.c_void_p(wkv.data_ptr()), ctypes.c_void_p((wkv if new_wkv is None else new_wkv).data_ptr()),
-            n, H, N, ctypes.c_float(weights.eps),
+            None if drawn is None else ctypes.c_void_p(drawn.data_ptr()), n, (n + 2) // 3, H, N,
+            ctypes.c_float(weights.eps),
         )  # fmt: skip
         assert error is None, error.decode()
         return y
@@ -104,12 +106,57 @@ def emulated():
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize(("n", "H", "N", "mixes"), [(1, 3, 16, True), (2, 2, 64, False), (1, 2, 64, True)])
+@pytest.mark.parametrize(("n", "H", "N", "mixes"), [(8, 3, 16, True), (4, 2, 64, False), (1, 1, 128, True)])
 def test_the_kernels_source_on_a_cpu_steps(emulated, dtype, n, H, N, mixes):
     inputs, weights, wkv = problem(n, H, N, dtype, mixes)
     want = exact(inputs, weights, wkv)
     compare(emulated(inputs, weights, wkv), wkv, want, TOLERANCES[dtype])
     check_that_new_states_go_elsewhere(emulated, inputs, weights, wkv)
+
+
+def check_states_in_bf16(step, n, H, N, device="cpu"):
+    """A step from them is one in fp32, whose states are rounded to neighbours, all sequences and tokens otherwise."""
+    inputs, weights, wkv = problem(n, H, N, BF16, True, device)
+    wkv, drawn = wkv.to(BF16), torch.arange(n, device=device)
+    want = wkv.float()
+    y = step(inputs, weights, want)
+    went_up = []
+    for token in (0, 100):
+        new = torch.full_like(wkv, torch.nan)
+        assert torch.equal(step(inputs, weights, wkv, new, drawn + token), y)
+        assert ((new.float() - want).abs() <= 2.0**-7 * want.abs()).all()  # less than a unit in the last place
+        went_up.append(new.float() > want)
+        assert 0.4 < went_up[-1].float().mean() < 0.6
+    for one, other in (went_up, went_up[0][:2]):
+        assert 0.3 < (one != other).float().mean() < 0.7
+
+
+def check_that_small_steps_add_up(step, device="cpu"):
+    """What is less than half a unit in the last place of a state is not lost: on average it is there."""
+    inputs, weights, _ = problem(8, 1, 16, BF16, False, device)
+    zeros = torch.zeros_like(inputs.r)
+    inputs = HeadInputs(*(zeros for _ in inputs[:6]))._replace(v=zeros + 2.0**-6, k=zeros + 1, w=zeros - 40)
+    weights = weights._replace(w0=weights.w0 * 0, k_k=weights.k_k * 0, k_a=weights.k_a * 0)  # nothing decays
+    wkv = torch.full((8, 1, 16, 16), 16.0, dtype=BF16, device=device)  # in bf16 its neighbour is 1 / 8 away
+    for token in range(40):
+        step(inputs, weights, wkv, wkv, torch.arange(8, device=device) + 1000 * token)
+    assert (wkv.float().mean() - 16 - 40 * 2.0**-6).abs() < 0.05
+    assert wkv.float().std() > 0.1
+
+
+def test_the_definition_keeps_states_in_bf16():
+    check_states_in_bf16(head_step, 2, 3, 16)
+    check_that_small_steps_add_up(head_step)
+    not_finite = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0, torch.finfo(FP32).max]])
+    got = rounded_at_random(not_finite, torch.tensor([3]))
+    assert torch.equal(got[0, :4].nan_to_num(nan=7.0), not_finite[0, :4].to(BF16).nan_to_num(nan=7.0))
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+def test_the_kernels_source_on_a_cpu_keeps_states_in_bf16(emulated):
+    check_states_in_bf16(emulated, 2, 3, 16)
+    check_states_in_bf16(emulated, 2, 1, 64)
+    check_that_small_steps_add_up(emulated)
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
@@ -132,6 +179,8 @@ def test_a_removal_key_of_zeros_removes_nothing(emulated):
         (dict(wkv=torch.zeros(1, 2, 16, 8)), r"wkv must be \(n, H, N, N\), got \(1, 2, 16, 8\)"),
         (dict(wkv=torch.zeros(1, 2, 16, 16).double()), "wkv must be .* torch.float32"),
         (dict(new_wkv=torch.zeros(2, 2, 16, 16)), r"new_wkv must be \(1, 2, 16, 16\) .*, got \(2, 2, 16, 16\)"),
+        (dict(drawn=torch.zeros(1, dtype=torch.int64)), "drawn comes with states in torch.bfloat16, and these are"),
+        (dict(wkv=torch.zeros(1, 2, 16, 16, dtype=BF16)), "drawn comes with states in torch.bfloat16, and these are"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
         (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
     ],
@@ -141,7 +190,14 @@ def test_unfit_arguments_are_refused_in_words(change, message):
     inputs = inputs._replace(**{name: x for name, x in change.items() if name in HeadInputs._fields})
     weights = weights._replace(**{name: x for name, x in change.items() if name in HeadWeights._fields})
     with pytest.raises(KernelError, match=message):
-        head_step(inputs, weights, change.get("wkv", wkv), change.get("new_wkv"), change.get("impl", "auto"))
+        head_step(
+            inputs,
+            weights,
+            change.get("wkv", wkv),
+            change.get("new_wkv"),
+            change.get("drawn"),
+            change.get("impl", "auto"),
+        )
 
 
 def test_heads_that_the_kernel_does_not_know_are_named():
@@ -164,8 +220,12 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     sizes = [(t, size) for t in ("float", BFLOAT16) for size in (64, 128)]
-    forms = [f"head_step<{t}, {size}>(const __grid_constant__ Problem)" for t, size in sizes]
-    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY])
+    forms = [
+        f"head_step<{t}, {s}, {size}>(const __grid_constant__ Problem)"
+        for t, size in sizes
+        for s in ("float", BFLOAT16)
+    ]
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.COPIES, _build.EARLY])
 
 
 # On a GPU
@@ -186,3 +246,5 @@ def test_kernel_steps(dtype, N, mixes):
     assert torch.equal(head_step(HeadInputs(*alone), weights, one, impl="cuda")[0], got[3])
     assert torch.equal(one[0], wkv[3])
     check_that_new_states_go_elsewhere(head_step, inputs, weights, wkv)
+    check_states_in_bf16(head_step, 3, 5, N, "cuda")
+    check_that_small_steps_add_up(head_step, "cuda")

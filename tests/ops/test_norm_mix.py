@@ -74,7 +74,7 @@ def test_the_definition_norms_and_mixes(dtype, n, m, C):
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 64), (2, 1, 2050), (3, 2, 6), (1, 8, 2052)])
+@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 64), (2, 1, 2050), (3, 2, 6), (1, 8, 2056)])
 def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
     arguments = problem(n, m, C, dtype)
     want = exact(*arguments)
@@ -117,7 +117,8 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
 @needs_nvcc
 def test_the_kernel_compiles_without_spilling(tmp_path):
-    forms = [f"norm_mix<{t}>(const __grid_constant__ Problem)" for t in ("float", BFLOAT16, HALF)]
+    widths = [("float", 2), ("float", 4), (BFLOAT16, 2), (BFLOAT16, 8), (HALF, 8)]
+    forms = [f"norm_mix<{t}, {width}>(const __grid_constant__ Problem)" for t, width in widths]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, "90a", [_build.EARLY])
 
 

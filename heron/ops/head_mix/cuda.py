@@ -72,7 +72,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels, WKV7's too, for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "head_mix", "head_mix", [SOURCE], [_build.STRIPS])
+    _build.load_kernels_for(capability, "head_mix", "head_mix", [SOURCE], [_build.STRIPS, _build.COPIES])
     wkv7_cuda.library(capability)
 
 

@@ -21,7 +21,12 @@ def head_step_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, 
 
 
 def head_step(
-    inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor | None = None, impl: str = "auto"
+    inputs: HeadInputs,
+    weights: HeadWeights,
+    wkv: Tensor,
+    new_wkv: Tensor | None = None,
+    drawn: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """What the output matrix of the time mix is multiplied with, for one token, and the states behind it.
 
@@ -39,8 +44,10 @@ def head_step(
     Args:
         inputs: :class:`HeadInputs`, (n, C) each, in one dtype, contiguous, C = H N.
         weights: :class:`HeadWeights`, in that dtype, contiguous.
-        wkv: the states (n, H, N_value, N_key), contiguous, fp32 (fp64 for fp64).
+        wkv: the states (n, H, N_value, N_key), contiguous, fp32 (fp64 for fp64). Or bf16: each number of the new ones
+            becomes one of its two neighbours there, at random, so that what many tokens add up to is right on average.
         new_wkv: as `wkv`, where the new states go; None: into `wkv`.
+        drawn: with states in bf16, what randomness is drawn from: (n,) int64, of a sequence another number each time.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:
@@ -50,26 +57,29 @@ def head_step(
         KernelError: shapes, dtypes or devices that do not fit together, an `impl` that does not exist or run here.
     """
     new_wkv = wkv if new_wkv is None else new_wkv
-    _check(inputs, weights, wkv, new_wkv)
+    _check(inputs, weights, wkv, new_wkv, drawn)
     if impl == "auto":
         impl = head_step_choice(wkv.device, inputs.r.dtype, wkv.shape[3]).impl
-    return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv, new_wkv)
+    return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv, new_wkv, drawn)
 
 
-def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor) -> None:
+def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor, drawn: Tensor | None) -> None:
     if wkv.dim() != 4 or wkv.shape[2] != wkv.shape[3]:
         raise KernelError(f"head_step: wkv must be (n, H, N, N), got {tuple(wkv.shape)}")
     if len({x is None for x in (inputs.value, inputs.v_first, weights.v0)}) > 1:
         raise KernelError("head_step: value, v_first and v0 come together, or not at all")
     n, H, N, _ = wkv.shape
-    dtype = inputs.r.dtype
+    dtype, at_random = inputs.r.dtype, wkv.dtype == torch.bfloat16
+    if at_random != (drawn is not None):
+        raise KernelError(f"head_step: drawn comes with states in torch.bfloat16, and these are {wkv.dtype}")
     wanted = {
         **{name: (x, (n, H * N), dtype) for name, x in inputs._asdict().items()},
         **{name: (x, None, dtype) for name, x in weights._asdict().items() if name != "eps"},
         **{
-            name: (x, tuple(wkv.shape), torch.promote_types(dtype, torch.float32))
+            name: (x, tuple(wkv.shape), wkv.dtype if at_random else torch.promote_types(dtype, torch.float32))
             for name, x in (("wkv", wkv), ("new_wkv", new_wkv))
         },
+        "drawn": (drawn, (n,), torch.int64),
     }
     for name, (tensor, shape, kind) in wanted.items():
         if tensor is None:

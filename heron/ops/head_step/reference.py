@@ -50,9 +50,15 @@ class HeadWeights(NamedTuple):
     """None in layer 0."""
 
 
-def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor) -> Tensor:
+def head_step_reference(
+    inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor, drawn: Tensor | None = None
+) -> Tensor:
     """The definition; see :func:`heron.ops.head_step`."""
     n, H, N, _ = wkv.shape
+    rounded = new_wkv
+    if drawn is not None:
+        wkv = wkv.to(torch.promote_types(inputs.r.dtype, torch.float32))
+        new_wkv = torch.empty_like(wkv)
 
     def of_heads(x: Tensor, count: int) -> Tensor:
         return (x if x.dtype == wkv.dtype else x.to(wkv.dtype)).view(count, H, N)
@@ -71,10 +77,33 @@ def head_step_reference(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, n
     new_wkv.addcmul_(removed.unsqueeze(3), (removal_key * iclr).unsqueeze(2), value=-1).addcmul_(
         v.unsqueeze(3), k.unsqueeze(2)
     )
+    if drawn is not None:
+        rounded.copy_(rounded_at_random(new_wkv.float(), drawn))
     y = _times(new_wkv, r)
     y = F.layer_norm(y, (N,), eps=weights.eps) * norm_weight + norm_bias
     y = y + (r * k * r_k).sum(dim=-1, keepdim=True) * v
     return (y * gate).view(n, H * N).to(inputs.r.dtype)
+
+
+def rounded_at_random(x: Tensor, drawn: Tensor) -> Tensor:
+    """x (n, ...) in fp32 -> bf16: one of the two neighbours of each number, the nearer the likelier.
+
+    Which one depends on its place and on the sequence's `drawn` (n,), int64.
+    """
+    places = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])
+    random = _mixed(_mixed(drawn & _WORD).view(-1, *[1] * (x.dim() - 1)) + places & _WORD)
+    bits = (x.view(torch.int32) + (random & 0xFFFF).to(torch.int32)) & ~0xFFFF  # no carry leaves a finite exponent
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """32 bits at random for every x of 32 bits, in int64 (Wellons, "lowbias32")."""
+    x = (x ^ x >> 16) * 0x7FEB352D & _WORD
+    x = (x ^ x >> 15) * 0x846CA68B & _WORD
+    return x ^ x >> 16
 
 
 def _times(wkv: Tensor, key: Tensor) -> Tensor:

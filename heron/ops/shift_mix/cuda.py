@@ -57,7 +57,7 @@ def why_not(device: torch.device, dtype: torch.dtype, channels: int) -> str | No
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "shift_mix", "shift_mix", [SOURCE], [_build.STRIPS])
+    _build.load_kernels_for(capability, "shift_mix", "shift_mix", [SOURCE], [_build.STRIPS, _build.COPIES])
 
 
 FORM = _choice.NativeForm("shift_mix", "cuda", "norm, token shift and mixing", why_not, library)

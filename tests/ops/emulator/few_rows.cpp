@@ -1,7 +1,7 @@
 // The kernel of few_rows as a library for a CPU, in bf16.
 //
-// Blocks run one after another, so each runs twice: what the blocks of a cluster send each other in the first round, they
-// have received in the second.
+// Blocks run one after another, so each runs twice: what a block of a cluster shows to the others in the first round, they
+// read in the second.
 #include "single_token.h"
 
 #include <algorithm>
@@ -14,45 +14,34 @@ template <typename T> void multiply_tiles(float (&c)[4], const unsigned (&a)[4],
   multiply_add(c, a, b0, b1);
 }
 
-inline std::vector<std::vector<float>> sent;  // to every block
-inline std::vector<int> missing;              // of every block, bytes that it has waited for in vain so far
-inline int blocks_of_cluster, bytes_of_sums;
-inline void expect_sums(unsigned long long*, int bytes) {
-  if (threadIdx.x == 0) missing[blockIdx.x] += bytes;
-}
-inline void wait_for_cluster() {}
-inline void send_sums(float* to, int rank, float a, float b, unsigned long long*) {
-  const auto at = to - reinterpret_cast<float*>(emulator::shared_words.data());
-  const auto block = blockIdx.x / blocks_of_cluster * blocks_of_cluster + rank;
-  auto& theirs = sent[block];
-  theirs.at(at) = a, theirs.at(at + 1) = b;
-  missing[block] -= 8;
-}
-inline void receive_sums(unsigned long long*) {
+inline std::vector<std::vector<uint32_t>> shown;  // the shared memory of every block
+inline int blocks_of_cluster;
+inline void sync_cluster(int) {
   __syncthreads();
-  if (threadIdx.x == 0) memcpy(emulator::shared_words.data(), sent[blockIdx.x].data(), bytes_of_sums);
+  if (threadIdx.x == 0) shown[blockIdx.x] = emulator::shared_words;
   __syncthreads();
+}
+inline void leave_cluster(int) {}
+inline const float* in_block(const float* x, int rank) {
+  const auto at = reinterpret_cast<const uint32_t*>(x) - emulator::shared_words.data();
+  const auto& theirs = shown[blockIdx.x / blocks_of_cluster * blocks_of_cluster + rank];
+  static const std::vector<float> nothing(1 << 16);
+  return theirs.empty() ? nothing.data() : reinterpret_cast<const float*>(theirs.data()) + at;
 }
 
 #include "../../../heron/ops/few_rows/csrc/few_rows.cu"
 
 namespace {
 template <int columns> const char* run(const Products& products, int blocks) {
-  sent.assign(blocks, std::vector<float>(kSumBytes<columns> / 4, NAN));
-  missing.assign(blocks, 0);
-  bytes_of_sums = kSumBytes<columns>;
+  shown.assign(blocks, {});
   blocks_of_cluster = products.cluster;
   const char* error = nullptr;
   for (int round = 0; round < 2 && !error; round++) {
     error = launch<Products>(few_rows<Brain, columns>, dim3(blocks), kThreads,
                              shared_bytes<columns>(products.staged), nullptr, products);
   }
-  for (const int bytes : missing) {
-    if (bytes != 0) return "a block waits for other bytes than those that are sent";
-  }
   return error;
 }
-
 }  // namespace
 
 // Of `count` products with n vectors; `strides` in elements; `part` and `most` as plan has them.

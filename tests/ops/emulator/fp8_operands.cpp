@@ -21,7 +21,7 @@ inline uint8_t to_e4m3(float x) {
 }
 
 inline uint32_t rounded(uint32_t two, float factor) {
-  return to_e4m3(bits_float(two << 16) * factor) | uint32_t(to_e4m3(bits_float(two & 0xffff0000u) * factor)) << 8;
+  return to_e4m3(as_float(two << 16) * factor) | uint32_t(to_e4m3(as_float(two & 0xffff0000u) * factor)) << 8;
 }
 
 inline uint32_t multiplied(uint32_t four, float factor) {
@@ -30,7 +30,7 @@ inline uint32_t multiplied(uint32_t four, float factor) {
   return out;
 }
 
-inline uint32_t __float_as_uint(float x) { return float_bits(x); }
+inline uint32_t __float_as_uint(float x) { return as_bits(x); }
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
   const uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff, high = (a > b ? a : b) & 0xffff0000u;
   return high | low;

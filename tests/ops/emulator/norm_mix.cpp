@@ -9,5 +9,7 @@ extern "C" const char* norm_mix_emulated(int in_bf16, const void* x, const void*
                                          const void* mixes, void* last, void* mixed, int n, int m, int channels,
                                          float eps) {
   const Problem problem{x, weight, bias, mixes, last, mixed, n, m, channels, eps};
-  return launch<Problem>(in_bf16 ? norm_mix<Brain> : norm_mix<float>, dim3(n), kThreads, 0, nullptr, problem);
+  const auto kernel = in_bf16 ? (channels % 8 ? norm_mix<Brain, 2> : norm_mix<Brain, 8>)
+                              : (channels % 4 ? norm_mix<float, 2> : norm_mix<float, 4>);
+  return launch<Problem>(kernel, dim3(n), kThreads, 0, nullptr, problem);
 }

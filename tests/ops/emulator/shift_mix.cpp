@@ -10,13 +10,6 @@
 struct float2 { float x, y; };
 struct __nv_bfloat162 { uint32_t bits; };
 inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {pack(low, high)}; }
-inline unsigned __float_as_uint(float x) { return as_bits(x); }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-template <int bytes> inline void begin_copy_of(void* to, const void* from, bool wanted) {
-  copy_async(to, from, wanted, bytes);
-}
-inline void end_of_copies() { copy_commit(); }
-template <int but> inline void copies_arrived() { copy_wait<but>(); }
 using std::min;
 
 #include "../../../heron/ops/shift_mix/csrc/shift_mix.cu"

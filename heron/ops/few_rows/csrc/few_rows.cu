@@ -25,8 +25,7 @@ constexpr int kTile = 16 * kGroups;  // rows of a block
 constexpr int kLine = 64;            // numbers of a row that a warp reads at once: 128 bytes
 constexpr int kStep = kSides * kLine;
 constexpr int kLines = 4;            // that a warp waits for
-constexpr int kChunk = kLines * kStep;  // numbers of a vector that a block waits for at once
-constexpr int kStaged = 32768;          // numbers that a block holds or waits for, of all vectors together
+constexpr int kStaged = 32768;       // numbers that a block holds at a time, of all vectors together
 constexpr int kProducts = 8;         // of a launch
 constexpr int kEnough = 128;         // blocks for one matrix
 constexpr int kMany = 512;           // blocks for one matrix with which more of them only read more vectors
@@ -84,14 +83,10 @@ inline int plan(Products& products, int part, int most) {
     return blocks;
 }
 
-template <int columns>
-constexpr int kAhead = kStaged / columns / kChunk;  // chunks that are there or on their way
-
 // In shared memory, in this order: sums of all parts and both sides, of as many rows as a block finishes, and vectors.
+constexpr int kPitch = kTile + 4;  // of the sums of a vector, so that a warp's are in different banks
 template <int columns>
-constexpr int kPitch = columns + 2;  // of sums, so that those of several rows are in different banks
-template <int columns>
-constexpr int kSumBytes = kSides * kTile * kPitch<columns> * static_cast<int>(sizeof(float));
+constexpr int kSumBytes = kSides * columns * kPitch * static_cast<int>(sizeof(float));
 template <int columns>
 int shared_bytes(int staged) {
     return kSumBytes<columns> + columns * staged * 2;
@@ -135,69 +130,33 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[4], const unsigned (&a
     }
 }
 
-// Whether this block is a cluster by itself: st.async is an illegal instruction there.
-__device__ __forceinline__ bool is_alone() {
+// What the blocks of a cluster of this size have written to shared memory can be read by them all.
+__device__ __forceinline__ void sync_cluster(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    unsigned blocks;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
-    return blocks == 1;
-#else
-    return true;
-#endif
-}
-
-// As many bytes of sums will be sent to this block; `arrived` counts them.
-__device__ __forceinline__ void expect_sums(unsigned long long* arrived, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (is_alone()) return;
-    if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrived)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrived)), "r"(bytes)
-                     : "memory");
-    }
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-// Until every block of the cluster expects its sums.
-__device__ __forceinline__ void wait_for_cluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (!is_alone()) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Two sums to where `to` is in the shared memory of a block of the cluster, of this `rank` there.
-__device__ __forceinline__ void send_sums(float* to, int rank, float a, float b, unsigned long long* arrived) {
-    if (is_alone()) {
-        to[0] = a, to[1] = b;
+    if (blocks > 1) {
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
         return;
     }
+#endif
+    __syncthreads();
+}
+
+// All of them have used what they have read, and shared memory may go.
+__device__ __forceinline__ void leave_cluster(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    unsigned there, counter;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(arrived)), "r"(rank));
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(there),
-                 "f"(a), "f"(b), "r"(counter)
-                 : "memory");
+    if (blocks == 1) return;
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
-// Until all that this block expects is there. It may leave then: nobody reads its shared memory but itself.
-__device__ __forceinline__ void receive_sums(unsigned long long* arrived) {
-    if (is_alone()) return __syncthreads();
+// As `x` of the block of the cluster that has this `rank` there.
+__device__ __forceinline__ const float* in_block(const float* x, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    unsigned done = 0;
-    while (done == 0) {
-        asm volatile(
-            "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
-            "selp.u32 %0, 1, 0, done;\n}"
-            : "=r"(done)
-            : "r"(shared_address(arrived))
-            : "memory");
-    }
+    return static_cast<const float*>(__cluster_map_shared_rank(x, static_cast<unsigned>(rank)));
+#else
+    return x;
 #endif
 }
 #endif
@@ -236,92 +195,79 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
     Piece held[kLines][4];
 #pragma unroll
     for (int i = 0; i < kLines; ++i) fetch(held[i], i * kStep);
-    __shared__ unsigned long long arrived;
-    expect_sums(&arrived, kSides * kTile * columns * static_cast<int>(sizeof(float)));
     wait_for_inputs();
 
-    auto* const received = reinterpret_cast<float*>(shared_memory());
+    auto* const of_side = reinterpret_cast<float*>(shared_memory());
     auto* const vectors = reinterpret_cast<T*>(shared_memory() + kSumBytes<columns>);
-    // Chunks take turns in as much room as there is; they are on their way while earlier ones are multiplied.
-    const auto room = [&](int from) { return vectors + from % (kAhead<columns> * kChunk) * columns; };
-    const auto bring = [&](int from) {
-        const int here = min(kChunk, length - from);
-        T* const to = room(from);
-#pragma unroll 1
-        for (int v = warp; v < products.n; v += kGroups * kSides) {
-            const T* x = static_cast<const T*>(p.x) + (v * p.in + begin + from);
-#pragma unroll 1
-            for (int i = 8 * lane; i < (here + kStep - 1) / kStep * kStep; i += 8 * 32) {
-                copy_async(to + place<columns>(v, i), x + i, i < here);
-            }
-        }
-    };
+    const T *const first = vectors + place<columns>(lane / 4, inner);
+    const T *const second = vectors + place<columns>(lane / 4, inner + kLine / 2);
     float sums[columns / 8][4] = {};
 #pragma unroll 1
-    for (int i = 0; i < kAhead<columns>; ++i) {
-        bring(i * kChunk);
-        copy_commit();
-    }
+    for (int from = 0; from < length; from += products.staged) {
+        const int here = min(products.staged, length - from);
+        if (from > 0) __syncthreads();
 #pragma unroll 1
-    for (int from = 0; from < length; from += kChunk) {
-        copy_wait<kAhead<columns> - 1>();
+        for (int v = warp; v < products.n; v += kGroups * kSides) {
+            const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(v) * p.in + begin + from;
+#pragma unroll 1
+            for (int i = 8 * lane; i < (here + kStep - 1) / kStep * kStep; i += 8 * 32) {
+                copy_async(vectors + place<columns>(v, i), x + i, i < here);
+            }
+        }
+        copy_commit();
+        copy_wait<0>();
         __syncthreads();
-        const T *const first = room(from) + place<columns>(lane / 4, inner);
-        const T *const second = room(from) + place<columns>(lane / 4, inner + kLine / 2);
+#pragma unroll 1
+        for (int base = 0; base < here; base += kLines * kStep) {
 #pragma unroll
-        for (int i = 0; i < kLines; ++i) {
-            const int at = i * kStep;
-            if (from + at < length) {
+            for (int i = 0; i < kLines; ++i) {
+                const int at = base + i * kStep;
+                if (at < here) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const T* x = half ? second : first;
-                    const Piece &a = held[i][2 * half], &b = held[i][2 * half + 1];
+                    for (int half = 0; half < 2; ++half) {
+                        const T* x = half ? second : first;
+                        const Piece &a = held[i][2 * half], &b = held[i][2 * half + 1];
 #pragma unroll
-                    for (int c = 0; c < columns / 8; ++c) {
-                        const Piece u = *reinterpret_cast<const Piece*>(x + (at * columns + 8 * c * kLine));
+                        for (int c = 0; c < columns / 8; ++c) {
+                            const Piece u = *reinterpret_cast<const Piece*>(x + (at * columns + 8 * c * kLine));
 #pragma unroll
-                        for (int j = 0; j < 4; j += 2) {
-                            const unsigned tile[] = {a.words[j], b.words[j], a.words[j + 1], b.words[j + 1]};
-                            multiply_tiles<T>(sums[c], tile, u.words[j], u.words[j + 1]);
+                            for (int j = 0; j < 4; j += 2) {
+                                const unsigned tile[] = {a.words[j], b.words[j], a.words[j + 1], b.words[j + 1]};
+                                multiply_tiles<T>(sums[c], tile, u.words[j], u.words[j + 1]);
+                            }
                         }
                     }
                 }
+                fetch(held[i], from + at + kLines * kStep);
             }
-            fetch(held[i], from + at + kChunk);
         }
-        const int next = from + kAhead<columns> * kChunk;
-        if (next < length) {
-            __syncthreads();
-            bring(next);
-        }
-        copy_commit();
     }
 
-    wait_for_cluster();
-    const int rows = kTile / p.parts, first_rank = static_cast<int>(blockIdx.x) % products.cluster - part;
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-        const int r = row + 8 * below;
-        float* to = received + ((part * kSides + inner / kLine) * rows + r % rows) * kPitch<columns> + lane % 4 * 2;
+    for (int c = 0; c < columns / 8; ++c) {
 #pragma unroll
-        for (int c = 0; c < columns / 8; ++c) {
-            send_sums(to + 8 * c, first_rank + r / rows, sums[c][2 * below], sums[c][2 * below + 1], &arrived);
+        for (int i = 0; i < 4; ++i) {
+            of_side[(inner / kLine * columns + 8 * c + lane % 4 * 2 + i % 2) * kPitch + row + i / 2 * 8] = sums[c][i];
         }
     }
-    const int first_mine = first_row + rows * part;
-    for (int base = 0; base < products.n * rows; base += kThreads) {
-        const int i = base + static_cast<int>(threadIdx.x), v = i / rows, r = i % rows;
-        const bool is_there = v < products.n && first_mine + r < p.out;
-        const int64_t at = static_cast<int64_t>(v) * p.out + first_mine + r;
-        const float factor = is_there && p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[at]) : 1.0f;
-        const float add = is_there && p.add ? static_cast<float>(static_cast<const T*>(p.add)[at]) : 0.0f;
-        if (base == 0) receive_sums(&arrived);
-        if (!is_there) continue;
+    sync_cluster(products.cluster);
+    const int first_rank = static_cast<int>(blockIdx.x) % products.cluster - part;
+    for (int i = static_cast<int>(threadIdx.x) + kThreads * part; i < products.n * kTile; i += kThreads * p.parts) {
+        const int v = i / kTile, r = i % kTile;
+        if (first_row + r >= p.out) continue;
+        const int64_t at = static_cast<int64_t>(v) * p.out + first_row + r;
+        const float factor = p.factor ? static_cast<float>(static_cast<const T*>(p.factor)[at]) : 1.0f;
+        const float add = p.add ? static_cast<float>(static_cast<const T*>(p.add)[at]) : 0.0f;
         float sum = 0.0f;
 #pragma unroll 4
-        for (int other = 0; other < kSides * p.parts; ++other) sum += received[(other * rows + r) * kPitch<columns> + v];
+        for (int other = 0; other < p.parts; ++other) {
+            const float* theirs = in_block(of_side, first_rank + other) + v * kPitch + r;
+#pragma unroll
+            for (int side = 0; side < kSides; ++side) sum += theirs[side * columns * kPitch];
+        }
         static_cast<T*>(p.y)[at] = static_cast<T>(add + factor * activated(sum, p.activation));
     }
+    leave_cluster(products.cluster);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Layer norm and token shift on a GPU: a block for a token. What a thread needs of the first 2048 channels it holds in
-// registers, weights since before its inputs were there; channels beyond them it reads three times, from the L1 cache.
+// Layer norm and token shift on a GPU: a block for a token. A thread reads 16 bytes at a time. What it needs of the first
+// 2048 channels (1024 in fp32) it holds in registers, weights since before its inputs were there; channels beyond them it
+// reads three times, from the L1 cache.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include "../../csrc/early.cuh"
@@ -8,9 +9,8 @@
 
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-static_assert(kWarps == 32, "a warp sums what the warps bring, one a lane");
 constexpr int kMixes = 6;  // that a thread holds
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -21,9 +21,9 @@ struct Problem {
     float eps;
 };
 
-template <typename T>
-struct alignas(2 * sizeof(T)) Pair {
-    T values[2];
+template <typename T, int width>
+struct alignas(sizeof(T) * width) Several {
+    T values[width];
 };
 
 // The sum over the block; `room` is for this sum alone.
@@ -32,76 +32,83 @@ __device__ __forceinline__ float block_sum(float x, float (&room)[kWarps]) {
     for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(kAll, x, mask);
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
     __syncthreads();
-    x = room[threadIdx.x % 32];
+    x = 0.0f;
 #pragma unroll
-    for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(kAll, x, mask);
+    for (int i = 0; i < kWarps; ++i) x += room[i];
     return x;
 }
 
-template <typename T>
+// Channels are a multiple of `width`, which a thread reads at once.
+template <typename T, int width>
 __global__ void __launch_bounds__(kThreads) norm_mix(const __grid_constant__ Problem p) {
+    using Part = Several<T, width>;
     __shared__ float rooms[2][kWarps];
-    const int pairs = p.channels / 2;
-    const auto* x = static_cast<const Pair<T>*>(p.x) + static_cast<int64_t>(blockIdx.x) * pairs;
-    auto* last = static_cast<Pair<T>*>(p.last) + static_cast<int64_t>(blockIdx.x) * pairs;
-    const auto* weights = static_cast<const Pair<T>*>(p.weight);
-    const auto* biases = static_cast<const Pair<T>*>(p.bias);
-    const auto* mixes = static_cast<const Pair<T>*>(p.mixes);
+    const int parts = p.channels / width;
+    const auto* x = static_cast<const Part*>(p.x) + static_cast<int64_t>(blockIdx.x) * parts;
+    auto* last = static_cast<Part*>(p.last) + static_cast<int64_t>(blockIdx.x) * parts;
+    const auto* weights = static_cast<const Part*>(p.weight);
+    const auto* biases = static_cast<const Part*>(p.bias);
+    const auto* mixes = static_cast<const Part*>(p.mixes);
     const int first = static_cast<int>(threadIdx.x);
-    const bool is_there = first < pairs;
-    const auto value = [](const Pair<T>& pair, int j) { return static_cast<float>(pair.values[j]); };
-    Pair<T> here{}, before{}, weight{}, bias{}, mix[kMixes] = {};
+    const bool is_there = first < parts;
+    const auto value = [](const Part& part, int j) { return static_cast<float>(part.values[j]); };
+    Part here{}, before{}, weight{}, bias{}, mix[kMixes] = {};
     if (is_there) {
         weight = weights[first], bias = biases[first];
 #pragma unroll
         for (int k = 0; k < kMixes; ++k) {
-            if (k < p.m) mix[k] = mixes[k * pairs + first];
+            if (k < p.m) mix[k] = mixes[k * parts + first];
         }
     }
     wait_for_inputs();
     if (is_there) here = x[first], before = last[first];
-    float sum = value(here, 0) + value(here, 1);
-    for (int i = first + kThreads; i < pairs; i += kThreads) {
-        const Pair<T> other = x[i];
-        sum += value(other, 0) + value(other, 1);
-    }
-    const float mean = block_sum(sum, rooms[0]) / p.channels;
-    const auto square = [&](const Pair<T>& pair) {
-        const float a = value(pair, 0) - mean, b = value(pair, 1) - mean;
-        return a * a + b * b;
-    };
-    float squares = is_there ? square(here) : 0.0f;
-    for (int i = first + kThreads; i < pairs; i += kThreads) squares += square(x[i]);
-    const float scale = 1.0f / sqrtf(block_sum(squares, rooms[1]) / p.channels + p.eps);
-    const auto normed = [&](const Pair<T>& pair, const Pair<T>& times, const Pair<T>& plus) {
-        Pair<T> now;
+    const auto summed = [&](const Part& part) {
+        float sum = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            now.values[j] = static_cast<T>((value(pair, j) - mean) * scale * value(times, j) + value(plus, j));
+        for (int j = 0; j < width; ++j) sum += value(part, j);
+        return sum;
+    };
+    float sum = summed(here);
+    for (int i = first + kThreads; i < parts; i += kThreads) sum += summed(x[i]);
+    const float mean = block_sum(sum, rooms[0]) / p.channels;
+    const auto squared = [&](const Part& part) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < width; ++j) sum += (value(part, j) - mean) * (value(part, j) - mean);
+        return sum;
+    };
+    float squares = is_there ? squared(here) : 0.0f;
+    for (int i = first + kThreads; i < parts; i += kThreads) squares += squared(x[i]);
+    const float scale = 1.0f / sqrtf(block_sum(squares, rooms[1]) / p.channels + p.eps);
+    const auto normed = [&](const Part& part, const Part& times, const Part& plus) {
+        Part now;
+#pragma unroll
+        for (int j = 0; j < width; ++j) {
+            now.values[j] = static_cast<T>((value(part, j) - mean) * scale * value(times, j) + value(plus, j));
         }
         return now;
     };
-    const auto write_mix = [&](int k, int i, const Pair<T>& now, const Pair<T>& past, const Pair<T>& by) {
-        Pair<T> out;
+    const auto write_mix = [&](int k, int i, const Part& now, const Part& past, const Part& by) {
+        Part out;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < width; ++j) {
             out.values[j] = static_cast<T>(value(now, j) + (value(past, j) - value(now, j)) * value(by, j));
         }
-        static_cast<Pair<T>*>(p.mixed)[(static_cast<int64_t>(k) * p.n + blockIdx.x) * pairs + i] = out;
+        static_cast<Part*>(p.mixed)[(static_cast<int64_t>(k) * p.n + blockIdx.x) * parts + i] = out;
     };
     if (is_there) {
-        const Pair<T> now = normed(here, weight, bias);
+        const Part now = normed(here, weight, bias);
 #pragma unroll
         for (int k = 0; k < kMixes; ++k) {
             if (k < p.m) write_mix(k, first, now, before, mix[k]);
         }
-        for (int k = kMixes; k < p.m; ++k) write_mix(k, first, now, before, mixes[k * pairs + first]);
+        for (int k = kMixes; k < p.m; ++k) write_mix(k, first, now, before, mixes[k * parts + first]);
         last[first] = now;
     }
-    for (int i = first + kThreads; i < pairs; i += kThreads) {
-        const Pair<T> now = normed(x[i], weights[i], biases[i]), past = last[i];
+    for (int i = first + kThreads; i < parts; i += kThreads) {
+        const Part now = normed(x[i], weights[i], biases[i]), past = last[i];
 #pragma unroll 6
-        for (int k = 0; k < p.m; ++k) write_mix(k, i, now, past, mixes[k * pairs + i]);
+        for (int k = 0; k < p.m; ++k) write_mix(k, i, now, past, mixes[k * parts + i]);
         last[i] = now;
     }
 }
@@ -127,9 +134,15 @@ Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps
                           static_cast<int>(m),
                           static_cast<int>(channels),
                           static_cast<float>(eps)};
-    const auto kernel = x.scalar_type() == ScalarType::Float      ? norm_mix<float>
-                        : x.scalar_type() == ScalarType::BFloat16 ? norm_mix<BFloat16>
-                                                                  : norm_mix<Half>;
+    // By 16 bytes, where all rows begin at multiples of them; else by two numbers.
+    bool in_16_bytes = channels * x.element_size() % 16 == 0;
+    for (const Tensor* each : {&x, &weight, &bias, &mixes, &last}) {
+        in_16_bytes &= reinterpret_cast<uintptr_t>(each->const_data_ptr()) % 16 == 0;
+    }
+    const auto chosen = [=](auto wide, auto narrow) { return in_16_bytes ? wide : narrow; };
+    const auto kernel = x.scalar_type() == ScalarType::Float      ? chosen(norm_mix<float, 4>, norm_mix<float, 2>)
+                        : x.scalar_type() == ScalarType::BFloat16 ? chosen(norm_mix<BFloat16, 8>, norm_mix<BFloat16, 2>)
+                                                                  : chosen(norm_mix<Half, 8>, norm_mix<Half, 2>);
     STD_CUDA_CHECK(launch_early(kernel, static_cast<unsigned>(n), kThreads, 0, current_stream(),
                                 x.get_device_index(), problem));
     return mixed;
