@@ -24,7 +24,8 @@ def commands(program):
     indented = re.findall(r"^ {4}.*\n", TEXT, re.MULTILINE)
     lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
     starts = re.compile(rf"^\s*(?:\$ )?(?:\S*/)?(?:python3? -m )?{program} (?=\S)")
-    return [shlex.split(line[found.end() :], comments=True) for line in lines if (found := starts.match(line))]
+    words = [shlex.split(line[found.end() :], comments=True) for line in lines if (found := starts.match(line))]
+    return [command[:-1] if command[-1] == "&" else command for command in words]  # run beside what follows
 
 
 def parsed(words):
