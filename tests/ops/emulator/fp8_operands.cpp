@@ -30,7 +30,6 @@ inline uint32_t multiplied(uint32_t four, float factor) {
   return out;
 }
 
-inline uint32_t __float_as_uint(float x) { return as_bits(x); }
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
   const uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff, high = (a > b ? a : b) & 0xffff0000u;
   return high | low;
