@@ -34,6 +34,18 @@ def literal(model, tokens, ctx_len):
     return total
 
 
+@pytest.mark.parametrize("mode", ["gpt", "rnn"])
+@pytest.mark.parametrize("n_tokens", [7, 30])
+def test_shares_together_are_the_score_of_all(random_model, monkeypatch, mode, n_tokens):
+    monkeypatch.setattr(likelihood, "_TOKENS_PER_PASS", 8)
+    model, tokens = random_model(), np.random.default_rng(n_tokens).integers(0, 37, n_tokens).astype(np.uint16)
+    whole = evaluate(model, tokens, 4, mode=mode)
+    shares = [evaluate(model, tokens, 4, mode=mode, share=(number, 3)) for number in range(3)]
+    sums = [sum(score.loss * score.n_targets for score in shares), sum(score.n_targets for score in shares)]
+    assert likelihood.together(shares[0], lambda _: sums).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert sums[1] == whole.n_targets == n_tokens - 1
+
+
 @pytest.mark.parametrize("n_tokens", [2, 8, 9, 10, 17, 60])
 @pytest.mark.parametrize("ctx_len", [1, 8, 100])
 def test_each_target_counts_once(random_model, monkeypatch, n_tokens, ctx_len):

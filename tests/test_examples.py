@@ -46,8 +46,11 @@ def test_finetune_chat(example, tmp_path):
     pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
     out, names = example("finetune_chat", "--out", tmp_path, "--steps", 2)
     assert "pirate.jsonl: 40 rows" in out
-    assert len(re.findall(r"^(\w+) +before:.* after:", out, re.MULTILINE)) == 5
-    assert not torch.equal(names["before"].blocks[0].ffn.key.weight, names["after"].blocks[0].ffn.key.weight)
+    assert len(re.findall(r"^(before|after): loss of new plain text \d+\.\d{4}$", out, re.MULTILINE)) == 2
+    assert re.findall(r"^  (\w+) +(plain|pirate) ", out, re.MULTILINE)[:2] == [("sky", "plain"), ("sky", "pirate")]
+    assert "0.7 of them from the second corpus" in " ".join(out.split())
+    base = heron.load(names["base"])
+    assert not torch.equal(base.blocks[0].ffn.key.weight, names["model"].blocks[0].ffn.key.weight)
 
 
 def test_music_tokens(example):

@@ -72,7 +72,7 @@ def evaluate(
             its window and before that, and on `documents`.
         documents: see :class:`heron.model.memory.Documents`.
         start: such as a tuned state, batch size 1, on the device of the model; None: zeros.
-        share: i, n: score a share of them, that of number i among n processes (:func:`together`). In gpt mode alone.
+        share: i, n: score a share of them, that of number i among n processes (:func:`together`).
 
     Raises:
         ConfigError: a ctx_len below 1, or an unknown mode.
@@ -94,11 +94,12 @@ def evaluate(
             raise DataError(_outside(model, in_ids.min(), in_ids.max()))
         recalled = _recalled(in_ids, rosa, documents)
     if mode == "rnn":
-        windows = [(i, tokens[i : i + ctx_len + 1].tolist()) for i in range(0, n_targets, ctx_len)]
+        starts = range(ctx_len * share[0], n_targets, ctx_len * share[1])
+        windows = [(i, tokens[i : i + ctx_len + 1].tolist()) for i in starts]
         found = [None if recalled is None else recalled.at(np.array([i]), len(ids) - 1) for i, ids in windows]
         texts = [_Text(ids[:1], ids[1:], part) for (_, ids), part in zip(windows, found, strict=True)]
         total = -sum(score.logprob for score in _likelihoods(model, texts, mode, start))
-        return _evaluation(total, n_targets, n_bytes)
+        return _evaluation(total, sum(len(ids) - 1 for _, ids in windows), n_bytes)
 
     total, n_targets = 0.0, 0
     with torch.no_grad(), autocast or torch.autocast(device.type, enabled=False):

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from heron.errors import ConfigError
 from heron.generation.memories import SequenceMemories
-from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, matrix_of, norm_of, time_mix
+from heron.generation.step import PLAIN, channel_mix, layers_of, lookup, network_of, norm_of, time_mix
 from heron.model import RWKV, State
 from heron.model.deep_embed import DeepEmbed
 from heron.model.memory import Documents, Match
 from heron.model.plain import is_plain
-from heron.ops.token_step import LayerStates, LayerWeights, Network, TokenStep
+from heron.ops.token_step import LayerStates, LayerWeights, TokenStep
 from heron.tables.store import Tables
 
 HEAD_COLUMNS = 4096  # logits that are computed at once on a CPU: this part of the head stays in its cache for all
@@ -255,10 +255,6 @@ class StateDecoder(Remembering):
         """The state of `sequence`, as a copy."""
         return self._with_memory(self._states.read(sequence), sequence)
 
-    def _raised(self, logits: Tensor, recalled: Tensor | None) -> Tensor:
-        """`logits` (n, V) with what memory adds to them, in place."""
-        return logits if self._memory is None or recalled is None else self._memory.add_to_(logits, recalled)
-
 
 class TorchDecoder(StateDecoder):
     """Decodes a v7, v7a or v8 model on a CPU by :mod:`heron.generation.step` in plain PyTorch.
@@ -302,7 +298,8 @@ class TorchDecoder(StateDecoder):
         weight, bias, eps = self._norm
         x = [F.layer_norm(part, weight.shape, weight, bias, eps) for part in x]
         columns = [torch.cat([F.linear(part, matrix) for part in x]) for matrix in self._head]
-        return self._raised(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1), recalled)
+        logits = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        return logits if self._memory is None or recalled is None else self._memory.add_to_(logits, recalled)
 
 
 class CppDecoder(StateDecoder):
@@ -318,25 +315,18 @@ class CppDecoder(StateDecoder):
     @torch.inference_mode()
     def __init__(self, model: RWKV, n: int, tables: Tables | None = None, documents: Documents | None = None):
         super().__init__(model, n, documents)
-        self._embed = model.embed
-        self._step = TokenStep(
-            Network(layers_of(model), self._states.layers, norm_of(model.ln_out), matrix_of(model.head))
-        )
+        self._step = TokenStep(network_of(model, self._states.layers))
         self._table_rows = lookup(model) if tables is None else tables.rows
 
     @torch.inference_mode()
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
         """Read `tokens`, one for each of `sequences`; logits (n, V). `recalled` as for :class:`Decoder`."""
         recalled = self._recalled(sequences, tokens, recalled)
-        ids = torch.tensor(tokens)
-        rows = self._table_rows(ids)
+        rows = self._table_rows(torch.tensor(tokens))
         if not isinstance(rows, Tensor):
             there = [part for part in rows if part is not None]
             rows = torch.stack(there) if there else None
-        if recalled is None:
-            return self._step(sequences, self._embed(ids), rows)
-        x = torch.cat(list(map(self._embed, ids.split(1), recalled.split(1))))  # one by one: sums of more depend on n
-        return self._raised(self._step(sequences, x, rows), recalled)
+        return self._step(sequences, tokens, rows, recalled)
 
 
 def is_fusible(model: nn.Module) -> TypeGuard[RWKV]:

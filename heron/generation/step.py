@@ -32,7 +32,7 @@ from heron.ops.matvec import matvec, matvec_choice
 from heron.ops.matvec.reference import matvec_reference
 from heron.ops.norm_mix import norm_mix, norm_mix_choice
 from heron.ops.norm_mix.reference import norm_mix_reference
-from heron.ops.token_step import LayerStates, LayerWeights, LowRank, LowRankGate, Norm
+from heron.ops.token_step import LayerStates, LayerWeights, LowRank, LowRankGate, Memory, Network, Norm
 
 Compiler = Callable[[Callable], Callable]
 FEWEST = 2  # sequences of a step whose products few_rows makes; those of fewer are matvec's
@@ -245,6 +245,16 @@ def _kernel(op: Callable, reference: Callable, choice: Choice, compiled: Compile
 
 def _as_it_is(piece: Callable) -> Callable:
     return piece
+
+
+def network_of(model: RWKV, states: Sequence[LayerStates]) -> Network:
+    """`model`, which normalises its embedding, and the states of some sequences, as a step reads both."""
+    memory = None
+    if model.memory is not None and (rosa := model.config.memory) is not None:
+        rows = model.memory.numbers(torch.arange((rosa.max_match or 1) + 1))
+        memory = Memory(model.memory.scale, model.memory.length, model.memory.copy, rows)
+    first_norm, layers, head = norm_of(blocks_of(model)[0].ln0), layers_of(model), matrix_of(model.head)
+    return Network(model.emb.weight, first_norm, layers, states, norm_of(model.ln_out), head, memory)
 
 
 def layers_of(model: RWKV) -> list[LayerWeights]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from heron.ops.rosa import TokenIndex, TokenStream
 from heron.ops.rosa.device_stream import DeviceStream
 
 MEMORY_BYTES = 12  # a token that is read; up to twice as much while the arrays have room to grow
+_NO_TOKENS = torch.empty(0, dtype=torch.int64)
 _EXACT = 16  # lengths that have a row of their own; longer ones share one up to each power of two
 
 
@@ -55,7 +57,7 @@ class RosaMemory(nn.Module):
         scale = self.scale.view(len(predicted), *(1,) * (predicted.dim() - 2), -1)
         scale = scale * (lengths.movedim(-1, 0) > 0).unsqueeze(-1)
         added = (predicted * scale.to(predicted.dtype)).sum(dim=0)
-        added = added + _RowsOf.apply(self._numbers(lengths), self.length.to(predicted.dtype))
+        added = added + _RowsOf.apply(self.numbers(lengths), self.length.to(predicted.dtype))
         return tokens + added.to(tokens.dtype)
 
     def begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
@@ -86,9 +88,9 @@ class RosaMemory(nn.Module):
         return self(tokens.squeeze(0), predicted, lengths)
 
     def _values(self, lengths: Tensor) -> Tensor:
-        return (_chosen(self._numbers(lengths), self.copy) * self.copy).sum(dim=-1)
+        return (_chosen(self.numbers(lengths), self.copy) * self.copy).sum(dim=-1)
 
-    def _numbers(self, lengths: Tensor) -> Tensor:
+    def numbers(self, lengths: Tensor) -> Tensor:
         """The row that each of lengths (..., K) has in the tables, from 1 on; 0 for no match."""
         n_rows = self.copy.shape[1]
         numbers = lengths.clamp(max=min(n_rows, _EXACT))
@@ -247,7 +249,7 @@ class Recollection:
     """
 
     def __init__(self, tokens: Tensor | None = None, n_read: int | None = None):
-        self._tokens = torch.empty(0, dtype=torch.int64) if tokens is None else tokens
+        self._tokens = _NO_TOKENS if tokens is None else tokens
         self._n_read = n_read
         self._stream: TokenStream | None = None  # in which they were read
 
@@ -284,7 +286,8 @@ class Recollection:
         """
         on_host = tokens.cpu()
         before = torch.empty(0) if documents is None else self.tokens(last=documents.n_before)
-        with self._going_on(rosa) as stream:
+        with self._alone:
+            stream = self._going_on(rosa)
             followers, length, src = stream.recall(on_host, rosa.n_matches)
         if documents is not None:
             theirs = documents.find(torch.cat((before, on_host)), len(on_host), rosa.n_matches)
@@ -298,7 +301,8 @@ class Recollection:
     ) -> tuple[list[Match], Recollection]:
         """:meth:`read` of one id, in microseconds: K matches, the longest first, and the recollection with it."""
         before = None if documents is None else self.tokens(last=documents.n_before)
-        with self._going_on(rosa) as stream:
+        with self._alone:
+            stream = self._going_on(rosa)
             found = stream.recall_one(token, rosa.n_matches)
         origin = [False] * rosa.n_matches
         if documents is not None and before is not None:
@@ -315,32 +319,29 @@ class Recollection:
 
     def on_device(self, rosa: RosaConfig, device: torch.device) -> DeviceStream:
         """A copy of its stream on a CUDA device, which reads on there; KernelError as :class:`DeviceStream`."""
-        with self._going_on(rosa) as stream:
-            return DeviceStream(stream, device)
+        with self._alone:
+            return DeviceStream(self._going_on(rosa), device)
 
-    @contextlib.contextmanager
-    def _going_on(self, rosa: RosaConfig) -> Iterator[TokenStream]:
-        """A stream that has read these tokens and no more, by the rules of `rosa`; no other thread reads meanwhile."""
-        rules = rosa.max_match or 1, rosa.window, rosa.end
-        with self._alone() as stream:
-            if stream is None or len(stream) != self.n_read or rules != (stream.max_match, stream.window, stream.end):
-                stream = TokenStream(*rules).going_on(self.n_read, self.tokens())
-            yield stream
+    def _going_on(self, rosa: RosaConfig) -> TokenStream:
+        """Under :attr:`_alone`: a stream that has read these tokens and no more, by the rules of `rosa`."""
+        rules, stream = (rosa.max_match or 1, rosa.window, rosa.end), self._stream
+        if stream is None or len(stream) != self.n_read or rules != (stream.max_match, stream.window, stream.end):
+            return TokenStream(*rules).going_on(self.n_read, self.tokens())
+        return stream
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[TokenStream | None]:
-        """The stream that others share, in which no other thread reads meanwhile."""
-        with contextlib.nullcontext() if self._stream is None else self._stream.lock:
-            yield self._stream
+    @property
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Inside, no other thread reads in the stream that others share."""
+        return contextlib.nullcontext() if self._stream is None else self._stream.lock
 
     def tokens(self, last: int | None = None) -> Tensor:
         """The ids that later matches depend on, (n,) int64, on the CPU; of these, the `last` ones (None: all).
 
         KernelError as for :meth:`read`.
         """
-        with self._alone() as stream:
-            if stream is not None:
-                return stream.tokens(self.n_read, last)
+        with self._alone:
+            if self._stream is not None:
+                return self._stream.tokens(self.n_read, last)
             return self._tokens[0 if last is None else max(0, len(self._tokens) - last) :].cpu()
 
     def check(self, vocab_size: int) -> None:
@@ -350,9 +351,9 @@ class Recollection:
 
     def clone(self) -> Recollection:
         """A copy that shares no memory with others of its sequence."""
-        with self._alone() as stream:
-            if stream is not None and len(stream) == self.n_read:
-                return Recollection._at_end_of(stream.copy())
+        with self._alone:
+            if self._stream is not None and len(self._stream) == self.n_read:
+                return Recollection._at_end_of(self._stream.copy())
             return Recollection(self.tokens().clone(), self.n_read)
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from heron.errors import KernelError
 from heron.generation.decoder import SequenceStates
-from heron.generation.step import PLAIN, channel_mix, layers_of, norm_of, time_mix
+from heron.generation.step import PLAIN, channel_mix, network_of, time_mix
 from heron.ops import _build
 from heron.ops.head_step import HeadWeights
 from heron.ops.int8 import Int8Matrix
@@ -17,6 +19,7 @@ from heron.ops.token_step import (
     LayerWeights,
     LowRank,
     LowRankGate,
+    Memory,
     Network,
     Norm,
     TokenStep,
@@ -34,10 +37,11 @@ SIZES = [
 ]
 
 
+LENGTHS = [*range(17), *(17,) * 4]  # the row of each length of a match, up to 20
 GROUPED = dict(C=192, head_size=64, hidden=320, ranks=(8, 24, 16, 40), vocab=77)  # multiples of 64, for 8 bits
 
 
-def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP64, seed=0, gates=None):
+def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP64, seed=0, gates=None, matches=0):
     """Random weights, rounded to bf16 so that they are the same in every dtype, and states."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -66,8 +70,15 @@ def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP6
         wkv = normal(sequences, C // head_size, head_size, head_size, of=FP64 if dtype == FP64 else FP32)
         return LayerStates(normal(sequences, C), wkv, normal(sequences, C))
 
+    def memory():
+        scale, length, copy = (normal(matches, *size) for size in ((C,), (max(LENGTHS), C), (max(LENGTHS),)))
+        return Memory(scale, length, copy, torch.tensor(LENGTHS))
+
     weights = [layer(number) for number in range(layers)]
-    return Network(weights, [states() for _ in range(layers)], norm(), matrix(vocab, C))
+    return Network(
+        normal(vocab, C), norm(), weights, [states() for _ in range(layers)], norm(), matrix(vocab, C),
+        memory() if matches else None,
+    )  # fmt: skip
 
 
 def in_8_bits(network):
@@ -87,27 +98,46 @@ def in_8_bits(network):
     )
 
 
-def by_definition(network, sequences, x, gates=None):
+def embedded(network, ids, recalled=None):
+    """What the network begins with, (n, C)."""
+    x = network.embedding[ids]
+    for k, (predicted, length) in enumerate([] if recalled is None else recalled.permute(1, 2, 0)):
+        memory = network.memory
+        added = network.embedding[predicted] * memory.scale[k] + memory.length[k, memory.rows[length] - 1]
+        x = torch.where((length > 0).unsqueeze(1), x + added, x)
+    weight, bias, eps = network.first_norm
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def by_definition(network, sequences, ids, gates=None, recalled=None):
     """What TokenStep computes, by the definition of a block."""
-    embedded, v_first = x, None
+    x, v_first = embedded(network, ids, recalled), None
+    plain = x if recalled is None else embedded(network, ids)
     for number, (layer, states) in enumerate(zip(network.layers, network.states, strict=True)):
         own = LayerStates(*(part[sequences] for part in states))
         x, v_first = time_mix(PLAIN, layer, x, own, v_first)
-        x = channel_mix(PLAIN, layer, x, own, None if gates is None else gates[number], embedded)
+        x = channel_mix(PLAIN, layer, x, own, None if gates is None else gates[number], plain)
         for part, new in zip(states, own, strict=True):
             part[sequences] = new
     weight, bias, eps = network.norm
-    return F.linear(F.layer_norm(x, weight.shape, weight, bias, eps), network.head)
+    logits = F.linear(F.layer_norm(x, weight.shape, weight, bias, eps), network.head)
+    for k, (predicted, length) in enumerate([] if recalled is None else recalled.permute(1, 2, 0)):
+        raised = torch.where(length > 0, network.memory.copy[k, network.memory.rows[length] - 1], 0)
+        logits.scatter_add_(1, predicted.unsqueeze(1), raised.unsqueeze(1).to(logits.dtype))
+    return logits
 
 
-def tokens(sizes, n, gates=None, dtype=FP64, layers=3, seed=1):
-    """x (n, C) and gates (L, n, their width)."""
+def tokens(sizes, n, gates=None, layers=3, seed=1, matches=0):
+    """n ids, gates (L, n, their width) in bf16, and matches (n, K, 2), of all lengths."""
     generator = torch.Generator().manual_seed(seed)
     width = {"output": sizes["C"], "hidden": sizes["hidden"], None: None}[gates]
-    x = torch.randn(n, sizes["C"], generator=generator).to(BF16).to(dtype)
-    if width is None:
-        return x, None
-    return x, (1 + 0.5 * torch.randn(layers, n, width, generator=generator)).to(BF16).to(dtype)
+    ids = torch.randint(sizes["vocab"], (n,), generator=generator).tolist()
+    rows = None if width is None else (1 + 0.5 * torch.randn(layers, n, width, generator=generator)).to(BF16)
+    ends = torch.tensor([sizes["vocab"], len(LENGTHS)])
+    recalled = (torch.rand(n, matches, 2, generator=generator) * ends).long() if matches else None
+    if recalled is not None:
+        recalled[0, 0, 1] = 0  # no match
+    return ids, rows, recalled
 
 
 def distance(got, want):
@@ -119,24 +149,23 @@ def parts(states):
 
 
 @needs_compiler
-@pytest.mark.parametrize("gates", [None, "output", "hidden"])
+@pytest.mark.parametrize(("gates", "matches"), [(None, 0), ("output", 0), ("hidden", 0), (None, 3), ("output", 2)])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"C{sizes['C']}")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_step_in_cpp_is_its_definition(sizes, gates, dtype):
-    exact, built, eager = (network(**sizes, dtype=kind, gates=gates) for kind in (FP64, dtype, dtype))
+def test_the_step_in_cpp_is_its_definition(sizes, gates, matches, dtype):
+    exact, built, eager = (network(**sizes, dtype=kind, gates=gates, matches=matches) for kind in (FP64, dtype, dtype))
     step = TokenStep(built)
 
     def near(got, written, want):
         return distance(got, want) < max(2 * distance(written, want), 1e-6)
 
-    for seed, sequences in enumerate(([2, 0, 5, 1, 6], [4], [0, 4])):
+    for seed, sequences in enumerate(([2, 0, 5, 1, 6], [4], [0, 4]), 3):
         untouched = [i for i in range(7) if i not in sequences]
         before = parts(built.states)
-        x, rows = tokens(sizes, len(sequences), gates, seed=seed)
-        inputs = sequences, x.to(dtype), None if rows is None else rows.to(dtype)
+        inputs = sequences, *tokens(sizes, len(sequences), gates, seed=seed, matches=matches)
         logits = step(*inputs)
         assert logits.dtype == FP32
-        assert near(logits, by_definition(eager, *inputs), by_definition(exact, sequences, x, rows))
+        assert near(logits, by_definition(eager, *inputs), by_definition(exact, *inputs))
         states = map(parts, (built.states, eager.states, exact.states))
         for old, new, *others in zip(before, *states, strict=True):
             assert torch.equal(new[untouched], old[untouched])
@@ -147,36 +176,43 @@ def test_the_step_in_cpp_is_its_definition(sizes, gates, dtype):
 @pytest.mark.parametrize("gates", [None, "output", "hidden"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_matrices_in_8_bits_are_those_that_they_stand_for(dtype, gates):
-    _, exact = in_8_bits(network(**GROUPED, gates=gates))
-    built, _ = in_8_bits(network(**GROUPED, dtype=dtype, gates=gates))
-    eager = in_8_bits(network(**GROUPED, dtype=dtype, gates=gates))[1]  # with states of its own
+    sizes = GROUPED | dict(gates=gates, matches=2)
+    _, exact = in_8_bits(network(**sizes))
+    built, _ = in_8_bits(network(**sizes, dtype=dtype))
+    eager = in_8_bits(network(**sizes, dtype=dtype))[1]  # with states of its own
     step = TokenStep(built)
-    for seed, sequences in enumerate(([2, 0, 5, 1, 6], [4], [0, 4])):
-        x, rows = tokens(GROUPED, len(sequences), gates, seed=seed)
-        inputs = sequences, x.to(dtype), None if rows is None else rows.to(dtype)
-        want = by_definition(exact, sequences, x, rows)
+    for seed, sequences in enumerate(([2, 0, 5, 1, 6], [4], [0, 4]), 3):
+        inputs = sequences, *tokens(GROUPED, len(sequences), gates, seed=seed, matches=2)
+        want = by_definition(exact, *inputs)
         assert distance(step(*inputs), want) < max(2 * distance(by_definition(eager, *inputs), want), 1e-6)
         for new, one, true in zip(*map(parts, (built.states, eager.states, exact.states)), strict=True):
             assert distance(new, true) < max(2 * distance(one, true), 1e-6)
 
 
-@pytest.mark.parametrize("form", [dict(variant="v7"), dict(), dict(deep_embed_4x=True), dict(variant="v7a")])
+@pytest.mark.parametrize(
+    "form",
+    [
+        dict(variant="v7"), dict(), dict(deep_embed_4x=True), dict(variant="v7a"),
+        dict(variant="v7", memory="memory"), dict(memory="memory"),
+    ],
+)  # fmt: skip
 def test_the_definition_is_the_model(random_model, form):
     model = random_model(**form).double()
     states = SequenceStates(model, 2)
-    network_ = Network(layers_of(model), states.layers, norm_of(model.ln_out), model.head.weight)
-    ids = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
+    network_ = network_of(model, states.layers)
+    ids = torch.randint(5, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         want, after = model(ids)
-        for t in range(5):
+        recalled, _ = model.recall(ids, None)
+        for t in range(30):
             tables = [
                 next((m for n, m in b.ffn.named_children() if n in ("enn", "enn4", "s_emb")), None)
                 for b in model.blocks
             ]
             gates = None if tables[0] is None else [table(ids[:, t]) for table in tables]
-            got = by_definition(network_, [0, 1], model.embed(ids[:, t]), gates)
+            got = by_definition(network_, [0, 1], ids[:, t], gates, None if recalled is None else recalled[:, t])
             assert distance(got, want[:, t]) < 1e-12
-    for mine, true in zip(parts(states.layers), after.to_list(), strict=True):
+    for mine, true in zip(parts(states.layers), dataclasses.replace(after, memory=None).to_list(), strict=True):
         assert distance(mine, true) < 1e-12
 
 
@@ -186,18 +222,18 @@ def test_the_definition_is_the_model(random_model, form):
     ("sizes", "bits"), [(SIZES[0], None), (SIZES[1], None), (GROUPED, 8)], ids=["C48", "C128", "8-bits"]
 )
 def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, bits, dtype):
-    x, gates = tokens(sizes, 7, "output", dtype)
+    ids, gates, recalled = tokens(sizes, 7, "output", matches=2)
     results, threads = [], torch.get_num_threads()
     alone, in_two = [[i] for i in range(7)], [[6, 0, 3], [5, 1, 4, 2]]
     try:
         for number, companies in ((1, [list(range(7))]), (3, alone), (2, in_two)):
             torch.set_num_threads(number)
-            network_ = network(**sizes, dtype=dtype, gates="output")
+            network_ = network(**sizes, dtype=dtype, gates="output", matches=2)
             step = TokenStep(network_ if bits is None else in_8_bits(network_)[0])
             logits = torch.empty(7, sizes["vocab"])
             for _ in range(2):
                 for some in companies:
-                    logits[some] = step(some, x[some], gates[:, some])
+                    logits[some] = step(some, [ids[i] for i in some], gates[:, some], recalled[some])
             results.append([logits, *parts(network_.states)])
     finally:
         torch.set_num_threads(threads)
@@ -208,11 +244,10 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, 
 @needs_compiler
 @pytest.mark.parametrize("default", [torch.float16, torch.float64])
 def test_the_applications_default_dtype_is_of_no_concern(default):
-    x, _ = tokens(SIZES[1], 1, dtype=FP32)
-    want = TokenStep(network(**SIZES[1], dtype=FP32))([0], x)
+    want = TokenStep(network(**SIZES[1], dtype=FP32))([0], [5])
     try:
         torch.set_default_dtype(default)
-        got = TokenStep(network(**SIZES[1], dtype=FP32))([0], x)
+        got = TokenStep(network(**SIZES[1], dtype=FP32))([0], [5])
     finally:
         torch.set_default_dtype(FP32)
     assert torch.equal(got, want)
@@ -221,9 +256,9 @@ def test_the_applications_default_dtype_is_of_no_concern(default):
 @needs_compiler
 def test_not_a_number_goes_through():
     sizes = SIZES[1]
-    x, _ = tokens(sizes, 2, dtype=FP32)
-    x[1, 3] = torch.nan
-    logits = TokenStep(network(**sizes, dtype=FP32))([0, 1], x)
+    network_ = network(**sizes, dtype=FP32)
+    network_.embedding[6, 3] = torch.nan
+    logits = TokenStep(network_)([0, 1], [5, 6])
     assert logits[0].isfinite().all()
     assert logits[1].isnan().all()
 
@@ -232,36 +267,53 @@ def test_not_a_number_goes_through():
 def test_weights_and_states_are_read_where_they_are():
     sizes = SIZES[1]
     network_ = network(**sizes, dtype=FP32)
-    step, (x, _) = TokenStep(network_), tokens(sizes, 1, dtype=FP32)
-    before = step([0], x)
+    step = TokenStep(network_)
+    before = step([0], [5])
     network_.layers[1].ffn_key.mul_(2)
     for layer, fresh in zip(network_.states, network(**sizes, dtype=FP32).states, strict=True):
         for part, new in zip(layer, fresh, strict=True):
             part.copy_(new)
-    assert not torch.equal(step([0], x), before)
+    assert not torch.equal(step([0], [5]), before)
     network_.layers[1].ffn_key.div_(2)
     for layer, fresh in zip(network_.states, network(**sizes, dtype=FP32).states, strict=True):
         for part, new in zip(layer, fresh, strict=True):
             part.copy_(new)
-    assert torch.equal(step([0], x), before)
+    assert torch.equal(step([0], [5]), before)
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("sequences", "shape", "gates", "message"),
+    ("sequences", "ids", "gates", "matches", "message"),
     [
-        ([0, 0], (2, 48), (3, 2, 48), r"sequences must be different, 0 to 6; got \[0, 0\]"),
-        ([7], (1, 48), (3, 1, 48), "sequences must be different, 0 to 6"),
-        ([-1], (1, 48), (3, 1, 48), "sequences must be different, 0 to 6"),
-        ([0], (2, 48), (3, 1, 48), r"x must be \(1, 48\), got \(2, 48\)"),
-        ([0], (1, 48), (3, 1, 112), r"gates must be \(3, 1, 48\), got \(3, 1, 112\)"),
-        ([0], (1, 48), None, r"gates must be \(3, 1, 48\), got None"),
+        ([0, 0], [1, 2], (3, 2, 48), (2, 2, 2), r"sequences must be different, 0 to 6; got \[0, 0\]"),
+        ([7], [1], (3, 1, 48), (1, 2, 2), "sequences must be different, 0 to 6"),
+        ([-1], [1], (3, 1, 48), (1, 2, 2), "sequences must be different, 0 to 6"),
+        ([0], [1, 2], (3, 1, 48), (1, 2, 2), "tokens must be 1, one for each sequence, got 2"),
+        ([0], [1], (3, 1, 112), (1, 2, 2), r"gates must be \(3, 1, 48\), got \(3, 1, 112\)"),
+        ([0], [1], None, (1, 2, 2), r"gates must be \(3, 1, 48\), got None"),
+        ([0], [1], (3, 1, 48), (1, 3, 2), r"recalled must be \(1, 2, 2\), got \(1, 3, 2\)"),
+        ([0], [1], (3, 1, 48), None, r"recalled must be \(1, 2, 2\), got None"),
+        ([0], [37], (3, 1, 48), (1, 2, 2), r"wanted ids 0 to 36, of matches lengths 0 to 20; got \[37\] and matches"),
+        ([0], [-1], (3, 1, 48), (1, 2, 2), "wanted ids 0 to 36"),
     ],
 )
-def test_unfit_arguments_are_refused_in_words(sequences, shape, gates, message):
-    step = TokenStep(network(**SIZES[0], dtype=FP32, gates="output"))
+def test_unfit_arguments_are_refused_in_words(sequences, ids, gates, matches, message):
+    step = TokenStep(network(**SIZES[0], dtype=FP32, gates="output", matches=2))
+    recalled = None if matches is None else torch.zeros(matches, dtype=torch.int64)
     with pytest.raises(KernelError, match=message):
-        step(sequences, torch.zeros(shape), None if gates is None else torch.ones(gates))
+        step(sequences, ids, None if gates is None else torch.ones(gates), recalled)
+
+
+@needs_compiler
+@pytest.mark.parametrize("match", [[37, 1], [-1, 1], [1, 21], [1, -1]])
+def test_matches_that_can_not_be_are_refused_and_change_nothing(match):
+    network_ = network(**SIZES[0], dtype=FP32, matches=2)
+    before, step = parts(network_.states), TokenStep(network_)
+    with pytest.raises(KernelError, match=r"wanted ids 0 to 36, of matches lengths 0 to 20; got \[1\] and matches"):
+        step([0], [1], None, torch.tensor([[[5, 20], match]]))
+    assert all(map(torch.equal, parts(network_.states), before))
+    with pytest.raises(KernelError, match=r"recalled must be None, got \(1, 2, 2\)"):
+        TokenStep(network(**SIZES[0], dtype=FP32))([0], [1], None, torch.zeros(1, 2, 2))
 
 
 @needs_compiler

@@ -19,7 +19,7 @@ from tests.torture.result import Result
 ALL = 1000  # more than there are
 FULL = {
     "kills": 300,
-    "kills_of_finetuning": 60,
+    "kills_of_finetuning": 80,
     "syscalls": ALL,
     "disk_full": 100,
     "bit_flips": 2000,

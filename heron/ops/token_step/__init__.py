@@ -10,13 +10,14 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _choice
 from heron.ops.token_step import cpu
-from heron.ops.token_step.network import LayerStates, LayerWeights, LowRank, LowRankGate, Network, Norm
+from heron.ops.token_step.network import LayerStates, LayerWeights, LowRank, LowRankGate, Memory, Network, Norm
 
 __all__ = [
     "LayerStates",
     "LayerWeights",
     "LowRank",
     "LowRankGate",
+    "Memory",
     "Network",
     "Norm",
     "TokenStep",
@@ -33,8 +34,9 @@ def token_step_choice(device: torch.device, dtype: torch.dtype = torch.float32, 
 class TokenStep:
     """A network of v7 or v8 on a CPU that reads one token of each of some sequences at a time; no gradients.
 
-    :mod:`heron.generation.step` is its definition. What comes out for a sequence is the same, bit for bit, whatever
-    others are computed beside it.
+    Its definition is :mod:`heron.generation.step`, between the embedding and the head, with what
+    :class:`heron.model.memory.RosaMemory` adds to both. What comes out for a sequence is the same, bit for bit,
+    whatever others are computed beside it.
 
     Args:
         network: :class:`Network`, in fp32 or bf16, without low-rank gates; its matrices are copied only where they are
@@ -49,27 +51,40 @@ class TokenStep:
         self._n_sequences, (first, *_) = network.states[0].wkv.shape[0], network.layers
         self._gates_width = first.ffn_key.shape[0] if first.deep_embed == "hidden" else self._channels
         self._has_gates = first.deep_embed is not None
+        self._n_matches = 0 if network.memory is None else len(network.memory.scale)
         self._prepared = cpu.Prepared(network)
 
-    def __call__(self, sequences: Sequence[int], x: Tensor, gates: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[int],
+        gates: Tensor | None = None,
+        recalled: Tensor | None = None,
+    ) -> Tensor:
         """Logits (n, V) in fp32; the states of `sequences` change.
 
         Args:
             sequences: which n of those that the states are of, all different.
-            x: (n, C), their tokens, embedded, the embedding's norm included.
+            tokens: the n ids that they read.
             gates: (L, n, C), or (L, n, F) where they gate the hidden channels: the tokens' DeepEmbed rows of each
                 layer; None for a v7.
+            recalled: (n, K, 2) int64, what ROSA memory found for the tokens; None for a network without.
 
         Raises:
-            KernelError: sequences that are not there or not all different, shapes that do not fit.
+            KernelError: sequences that are not there or not all different, shapes that do not fit, ids or lengths of
+                matches out of range.
         """
         n, last = len(sequences), self._n_sequences - 1
         if not 0 <= min(sequences, default=0) <= max(sequences, default=0) <= last or len(set(sequences)) < n:
             raise KernelError(f"token_step: sequences must be different, 0 to {last}; got {list(sequences)}")
-        if tuple(x.shape) != (n, self._channels):
-            raise KernelError(f"token_step: x must be {(n, self._channels)}, got {tuple(x.shape)}")
+        if len(tokens) != n:
+            raise KernelError(f"token_step: tokens must be {n}, one for each sequence, got {len(tokens)}")
         wanted = (self._layers, n, self._gates_width) if self._has_gates else None
         got = None if gates is None else tuple(gates.shape)
         if got != wanted:
             raise KernelError(f"token_step: gates must be {wanted}, got {got}")
-        return cpu.token_step_cpu(self._prepared, sequences, x, gates)
+        wanted = (n, self._n_matches, 2) if self._n_matches else None
+        got = None if recalled is None else tuple(recalled.shape)
+        if got != wanted:
+            raise KernelError(f"token_step: recalled must be {wanted}, got {got}")
+        return cpu.token_step_cpu(self._prepared, sequences, tokens, gates, recalled)

@@ -13,7 +13,7 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops import _build, _choice
 from heron.ops.int8 import Int8Matrix
-from heron.ops.token_step.network import LayerStates, LayerWeights, Network
+from heron.ops.token_step.network import LayerStates, LayerWeights, Memory, Network
 
 SOURCE = Path(__file__).parent / "csrc" / "token_step.cpp"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,7 +45,9 @@ class Prepared:
             *(self._layer(*both) for both in zip(network.layers, network.states, strict=True))
         )
         self.structure = _Network(
+            self._plain(network.embedding), *self._vectors(network.first_norm.weight, network.first_norm.bias),
             self._layers, *self._vectors(network.norm.weight, network.norm.bias), self._matrix(network.head),
+            self._memory(network.memory),
             len(network.layers), channels, wkv.shape[1], first.ffn_key.shape[0], self.vocab,
             shift.dtype == torch.bfloat16, first.deep_embed == "hidden", network.norm.eps, first.head.eps,
         )  # fmt: skip
@@ -64,6 +66,17 @@ class Prepared:
             *self._vectors(w.norm2.weight, w.norm2.bias, w.channel_mix),
             *map(self._matrix, (w.ffn_key, w.ffn_value)),
             *map(self._state, (states.att_shift, states.ffn_shift, states.wkv)),
+        )
+
+    def _memory(self, memory: Memory | None) -> _Memory:
+        if memory is None:
+            return _Memory()
+        rows = memory.rows.to(torch.int32).contiguous()
+        return _Memory(
+            *self._vectors(memory.scale, memory.length, memory.copy),
+            self._address(rows),
+            *memory.copy.shape,
+            len(rows) - 1,
         )
 
     def _vectors(self, *vectors: Tensor) -> list[int]:
@@ -90,15 +103,26 @@ class Prepared:
         return tensor.data_ptr()
 
 
-def token_step_cpu(prepared: Prepared, sequences: Sequence[int], x: Tensor, gates: Tensor | None) -> Tensor:
+def token_step_cpu(
+    prepared: Prepared,
+    sequences: Sequence[int],
+    tokens: Sequence[int],
+    gates: Tensor | None,
+    recalled: Tensor | None,
+) -> Tensor:
     """See :class:`heron.ops.token_step.TokenStep`; on ``torch.get_num_threads()`` threads."""
-    n, x = len(sequences), x.to("cpu", torch.float32, copy=True).contiguous()
-    logits = x.new_empty(n, prepared.vocab)
+    n = len(sequences)
+    logits = torch.empty(n, prepared.vocab, dtype=torch.float32, device="cpu")
     gates = None if gates is None else gates.to("cpu", torch.float32).contiguous()
-    prepared.library.heron_token_step(
-        ctypes.byref(prepared.structure), n, (ctypes.c_int32 * n)(*sequences), x.data_ptr(),
-        None if gates is None else gates.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    recalled = None if recalled is None else recalled.to("cpu", torch.int64).contiguous()
+    if prepared.library.heron_token_step(
+        ctypes.byref(prepared.structure), n, (ctypes.c_int32 * n)(*sequences), (ctypes.c_int64 * n)(*tokens),
+        None if recalled is None else recalled.data_ptr(), None if gates is None else gates.data_ptr(),
+        logits.data_ptr(), torch.get_num_threads(),
+    ):  # fmt: skip
+        known = f"ids 0 to {prepared.vocab - 1}, of matches lengths 0 to {prepared.structure.memory.max_match}"
+        found = "" if recalled is None else f" and matches {recalled.tolist()}"
+        raise KernelError(f"token_step: wanted {known}; got {list(tokens)}{found}")
     return logits
 
 
@@ -115,8 +139,7 @@ def library() -> ctypes.CDLL:
     flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
     built = _build.load_c_library("token_step", [SOURCE], ["-fno-math-errno", "-ffp-contract=fast", *flags])
     pointer, small = ctypes.c_void_p, ctypes.c_int32
-    built.heron_token_step.argtypes = [pointer, small, pointer, pointer, pointer, pointer, small]
-    built.heron_token_step.restype = None
+    built.heron_token_step.argtypes = [pointer, small, pointer, pointer, pointer, pointer, pointer, small]
     return built
 
 
@@ -146,13 +169,24 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Memory(ctypes.Structure):
+    """HeronMemory of csrc/token_step.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("scale", "length", "copy", "rows")),
+        *((name, ctypes.c_int32) for name in ("n_matches", "n_rows", "max_match")),
+    ]
+
+
 class _Network(ctypes.Structure):
     """HeronNetwork of csrc/token_step.cpp."""
 
     _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("embedding", "first_norm_weight", "first_norm_bias")),
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")),
         ("head", _Matrix),
+        ("memory", _Memory),
         *((name, ctypes.c_int32) for name in ("n_layer", "channels", "heads", "hidden", "vocab")),
         *((name, ctypes.c_int32) for name in ("in_half", "gates_hidden")),
         *((name, ctypes.c_float) for name in ("norm_eps", "head_norm_eps")),

@@ -78,11 +78,33 @@ class LayerStates(NamedTuple):
     """(sequences, C)."""
 
 
+class Memory(NamedTuple):
+    """ROSA memory: what each of K matches of a token adds, as :class:`heron.model.memory.RosaMemory` says.
+
+    At the input ``embedding[predicted] * scale[k] + length[k, row]``, to the logit of the predicted token
+    ``copy[k, row]``; R is the number of rows.
+    """
+
+    scale: Tensor
+    """(K, C)."""
+    length: Tensor
+    """(K, R, C)."""
+    copy: Tensor
+    """(K, R)."""
+    rows: Tensor
+    """(max_match + 1,) integers: of each length the row, from 1 on; 0 of a length of 0, where nothing is added."""
+
+
 class Network(NamedTuple, Generic[Matrix]):
     """Weights and states of a network, all of one dtype but for wkv and matrices in 8 bits, on one device."""
 
+    embedding: Tensor
+    """(V, C)."""
+    first_norm: Norm
+    """Of the embedded tokens."""
     layers: Sequence[LayerWeights[Matrix]]
     states: Sequence[LayerStates]
     norm: Norm
     head: Matrix
     """(V, C)."""
+    memory: Memory | None

@@ -9,7 +9,7 @@ struct BFloat16 {
   uint16_t bits;
   BFloat16() = default;
   explicit BFloat16(float x) : bits(uint16_t(round_to_bf16(x))) {}
-  operator float() const { return bits_float(uint32_t(bits) << 16); }
+  operator float() const { return as_float(uint32_t(bits) << 16); }
 };
 
 inline float __fmul_rn(float x, float y) { return x * y; }  // compiled without contraction

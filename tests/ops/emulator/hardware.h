@@ -32,23 +32,23 @@ struct dim3 {
 struct bfloat16 { uint16_t bits; };
 struct float16 { _Float16 value; };
 
-inline uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-inline float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 inline uint32_t round_to_bf16(float x) {
-  uint32_t bits = float_bits(x);
+  uint32_t bits = as_bits(x);
   if (x != x) return 0x7fffu;
   return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
 }
 
-inline float to_float(bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
+inline float to_float(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 inline float to_float(float16 x) { return float(x.value); }
 template <typename T> T from_float(float x);
 template <> inline bfloat16 from_float<bfloat16>(float x) { return {uint16_t(round_to_bf16(x))}; }
 template <> inline float16 from_float<float16>(float x) { return {_Float16(x)}; }
 
 inline uint32_t pack(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
-inline float low_half(uint32_t packed) { return bits_float(packed << 16); }
-inline float high_half(uint32_t packed) { return bits_float(packed & 0xffff0000u); }
+inline float low_half(uint32_t packed) { return as_float(packed << 16); }
+inline float high_half(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float divide_fast(float x, float y) { return x / y; }
 
@@ -262,6 +262,8 @@ inline void copy_async(void* to, const void* from, bool valid, int bytes = 16) {
   }
   emulator::current->copies.push_back({to, from, valid, emulator::current->group, bytes});
 }
+inline void show_to_warpgroups() {}  // no warpgroup: what one multiplies, each warp multiplies here, at once
+inline void wait_for_products() {}
 inline void copy_commit() { emulator::current->group++; }
 template <int pending> inline void copy_wait() {
   auto& copies = emulator::current->copies;
@@ -294,7 +296,7 @@ inline int of_first_lane(int value) {
   });
   return int(my_warp().out[my_lane()][0]);
 }
-inline float exchange(float value, int lane_mask) { return bits_float(exchange(float_bits(value), lane_mask)); }
+inline float exchange(float value, int lane_mask) { return as_float(exchange(as_bits(value), lane_mask)); }
 
 inline int unknown_zero() { return 0; }
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(emulator::shared_words.data()); }

@@ -9,14 +9,14 @@ using std::min;
 
 struct Brain {
   uint16_t bits;
-  operator float() const { return bits_float(uint32_t(bits) << 16); }
+  operator float() const { return as_float(uint32_t(bits) << 16); }
 };
 
 inline float __fmul_rn(float x, float y) { return x * y; }  // compiled without contraction
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
-inline uint32_t __float_as_uint(float x) { return float_bits(x); }
-inline float __uint_as_float(uint32_t bits) { return bits_float(bits); }
+inline uint32_t __float_as_uint(float x) { return as_bits(x); }
+inline float __uint_as_float(uint32_t bits) { return as_float(bits); }
 
 inline bool __any_sync(unsigned, bool x) { return __ballot_sync(0xffffffffu, x) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

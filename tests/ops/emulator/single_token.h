@@ -7,11 +7,11 @@ struct Brain {
   uint16_t bits;
   Brain() = default;
   Brain(float x) : bits(round_to_bf16(x)) {}
-  operator float() const { return bits_float(uint32_t(bits) << 16); }
+  operator float() const { return as_float(uint32_t(bits) << 16); }
 };
 
-inline float __uint_as_float(uint32_t bits) { return bits_float(bits); }
-inline uint32_t __float_as_uint(float x) { return float_bits(x); }
+inline float __uint_as_float(uint32_t bits) { return as_float(bits); }
+inline uint32_t __float_as_uint(float x) { return as_bits(x); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t(high) << 32 | low;
   uint32_t picked = 0;

@@ -257,10 +257,25 @@ struct HeronLayer {
     float* wkv;                   // (all sequences, H, N, N)
 };
 
+// R rows of tables, of which lengths of matches share some: rows[length], from 1 on, and 0 for a length of 0.
+struct HeronMemory {
+    const float *scale, *length, *copy;  // (K, C), (K, R, C), (K, R)
+    const int32_t* rows;                 // (max_match + 1,)
+    int32_t n_matches, n_rows, max_match;
+};
+
+// What followed an earlier occurrence of the last `length` tokens.
+struct HeronMatch {
+    int64_t predicted, length;
+};
+
 struct HeronNetwork {
+    const void* embedding;  // (V, C), fp32 or bf16
+    const float *first_norm_weight, *first_norm_bias;
     const HeronLayer* layers;
     const float *norm_weight, *norm_bias;
     HeronMatrix head;  // (V, C)
+    HeronMemory memory;
     int32_t n_layer, channels, heads, hidden, vocab;
     int32_t in_half;      // shifts and matrices without scales are bf16
     int32_t gates_hidden; // the gates are of the hidden channels, not of the output
@@ -311,8 +326,9 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 template <typename T>
 class Step {
   public:
-    Step(const HeronNetwork& net, int n, const int32_t* sequences, float* x, const float* gates, float* logits)
-        : net_(net), n_(n), sequences_(sequences), x_(x), gates_(gates), logits_(logits) {
+    Step(const HeronNetwork& net, int n, const int32_t* sequences, const int64_t* tokens, const HeronMatch* recalled,
+         const float* gates, float* logits)
+        : net_(net), n_(n), sequences_(sequences), tokens_(tokens), recalled_(recalled), gates_(gates), logits_(logits) {
         const int64_t C = net.channels;
         int ranks = 0;
         for (int l = 0; l < net.n_layer; ++l) {
@@ -321,10 +337,10 @@ class Step {
         }
         turns_ = std::make_unique<std::atomic<int>[]>(kProducts * net.n_layer + 1);
         for (int i = 0; i <= kProducts * net.n_layer; ++i) turns_[i] = 0;
-        room_ = std::make_unique<float[]>(n * (16 * C + ranks + net.hidden));
+        room_ = std::make_unique<float[]>(n * (17 * C + ranks + net.hidden));
         float* next = room_.get();
         const auto take = [&](int64_t width) { return std::exchange(next, next + n * width); };
-        normed_ = take(C), mixed_ = take(6 * C), r_ = take(C), k_ = take(C), v_ = take(C), y_ = take(C);
+        x_ = take(C), normed_ = take(C), mixed_ = take(6 * C), r_ = take(C), k_ = take(C), v_ = take(C), y_ = take(C);
         v_first_ = take(C), up_ = take(4 * C), down_ = take(ranks), hidden_ = take(net.hidden);
     }
 
@@ -335,15 +351,53 @@ class Step {
 
     // To be called by each of the threads, which are numbered.
     void run(int thread) {
+        embed(thread);
         for (int l = 0; l < net_.n_layer; ++l) layer(thread, net_.layers[l], l);
         for (int i = thread; i < n_; i += threads_)
             layer_norm(x_ + i * C(), net_.norm_weight, net_.norm_bias, net_.norm_eps, net_.channels, normed_ + i * C());
         barrier_.wait();
         multiply(turns_[kProducts * net_.n_layer], {{net_.head, net_.vocab, net_.channels, normed_, logits_}});
+        if (!recalled_) return;
+        barrier_.wait();
+        raise(thread);
     }
 
   private:
     int64_t C() const { return net_.channels; }
+
+    // The first row of the tables of memory's match k that stands for a length.
+    int64_t row_of(int k, int64_t length) const { return k * int64_t{net_.memory.n_rows} + net_.memory.rows[length] - 1; }
+
+    // x_ = norm(embedding[token] + for each match: embedding[predicted] scale + length), for this thread's sequences.
+    void embed(int thread) {
+        const HeronMemory& memory = net_.memory;
+        const T* rows = static_cast<const T*>(net_.embedding);
+        for (int i = thread; i < n_; i += threads_) {
+            float* x = x_ + i * C();
+            const T* own = rows + tokens_[i] * C();
+            for (int c = 0; c < net_.channels; ++c) x[c] = value(own[c]);
+            for (int k = 0; k < (recalled_ ? memory.n_matches : 0); ++k) {
+                const HeronMatch& match = recalled_[i * memory.n_matches + k];
+                if (match.length == 0) continue;
+                const T* predicted = rows + match.predicted * C();
+                const float *scale = memory.scale + k * C(), *length = memory.length + row_of(k, match.length) * C();
+                for (int c = 0; c < net_.channels; ++c) x[c] += value(predicted[c]) * scale[c] + length[c];
+            }
+            layer_norm(x, net_.first_norm_weight, net_.first_norm_bias, net_.norm_eps, net_.channels, x);
+        }
+    }
+
+    // Adds what memory does to the logits of what its matches predict, for this thread's sequences.
+    void raise(int thread) {
+        const HeronMemory& memory = net_.memory;
+        for (int i = thread; i < n_; i += threads_) {
+            for (int k = 0; k < memory.n_matches; ++k) {
+                const HeronMatch& match = recalled_[i * memory.n_matches + k];
+                if (match.length > 0)
+                    logits_[i * int64_t{net_.vocab} + match.predicted] += memory.copy[row_of(k, match.length)];
+            }
+        }
+    }
 
     void layer(int thread, const HeronLayer& w, int number) {
         const int c = net_.channels;
@@ -489,20 +543,21 @@ class Step {
     const HeronNetwork& net_;
     const int n_;
     const int32_t* sequences_;
-    float* x_;
+    const int64_t* tokens_;
+    const HeronMatch* recalled_;
     const float* gates_;
     float* logits_;
     int threads_ = 1;
     Barrier barrier_;
     std::unique_ptr<std::atomic<int>[]> turns_;  // of each product
     std::unique_ptr<float[]> room_;
-    float *normed_, *mixed_, *r_, *k_, *v_, *y_, *v_first_, *up_, *down_, *hidden_;
+    float *x_, *normed_, *mixed_, *r_, *k_, *v_, *y_, *v_first_, *up_, *down_, *hidden_;
 };
 
 template <typename T>
-void step(const HeronNetwork& net, int n, const int32_t* sequences, float* x, const float* gates, float* logits,
-          int threads) {
-    Step<T> step(net, n, sequences, x, gates, logits);
+void step(const HeronNetwork& net, int n, const int32_t* sequences, const int64_t* tokens, const HeronMatch* recalled,
+          const float* gates, float* logits, int threads) {
+    Step<T> step(net, n, sequences, tokens, recalled, gates, logits);
     std::atomic<bool> begun{false};  // not before it is known how many threads there are
     std::vector<std::thread> others;
     others.reserve(threads);
@@ -521,14 +576,25 @@ void step(const HeronNetwork& net, int n, const int32_t* sequences, float* x, co
     for (auto& other : others) other.join();
 }
 
+bool is_known(const HeronNetwork& net, int n, const int64_t* tokens, const HeronMatch* recalled) {
+    const auto in = [](int64_t x, int64_t end) { return 0 <= x && x < end; };
+    if (!std::all_of(tokens, tokens + n, [&](int64_t token) { return in(token, net.vocab); })) return false;
+    return !recalled || std::all_of(recalled, recalled + n * net.memory.n_matches, [&](const HeronMatch& match) {
+        return in(match.predicted, net.vocab) && in(match.length, net.memory.max_match + 1);
+    });
+}
+
 }  // namespace
 
-// x: (n, C) the embedded tokens, changed; gates: (L, n, C) or (L, n, hidden) of the tokens' table rows, or null; logits:
-// (n, V). sequences: which of all sequences these are, all different.
-extern "C" void heron_token_step(const HeronNetwork* net, int32_t n, const int32_t* sequences, float* x, const float* gates,
-                                 float* logits, int32_t threads) {
+// sequences: which n of all sequences these are, all different; tokens: (n,) what they read; recalled: (n, K) what memory
+// found for these, or null; gates: (L, n, C) or (L, n, hidden) of the tokens' table rows, or null; logits: (n, V).
+// Returns 0, or 1, and nothing has changed, for ids or lengths that the network does not know.
+extern "C" int heron_token_step(const HeronNetwork* net, int32_t n, const int32_t* sequences, const int64_t* tokens,
+                                const HeronMatch* recalled, const float* gates, float* logits, int32_t threads) {
+    if (!is_known(*net, n, tokens, recalled)) return 1;
     if (net->in_half)
-        step<Bf16>(*net, n, sequences, x, gates, logits, threads);
+        step<Bf16>(*net, n, sequences, tokens, recalled, gates, logits, threads);
     else
-        step<float>(*net, n, sequences, x, gates, logits, threads);
+        step<float>(*net, n, sequences, tokens, recalled, gates, logits, threads);
+    return 0;
 }

@@ -28,6 +28,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 __device__ __forceinline__ float low_half(uint32_t packed) { return __uint_as_float(packed << 16); }
 __device__ __forceinline__ float high_half(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
 
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -59,6 +62,55 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HERON_WARPGROUPS  // four warps, of which the first is a multiple of four, multiply as one
+
+// What a warpgroup reads of `tile`, which has rows of 128 bytes whose 16-byte pieces are permuted by the row: eight rows,
+// 1,024 bytes, lie behind one another.
+__device__ __forceinline__ uint64_t matrix_descriptor(const void* tile) {
+  return uint64_t(shared_address(tile) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
+}
+// c += a b for 64 rows, of which each warp has 16, in the registers that multiply_add has them in: 16 x 16 of a in
+// registers, 32 or 64 columns of b in shared memory, stored by columns or by depth. Between start_products and commit_products.
+template <bool by_depth>
+__device__ __forceinline__ void multiply_add_32(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{.reg .pred add;\n setp.ne.b32 add, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, add, 1, 1, %21;}"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(by_depth ? 1 : 0));
+}
+template <bool by_depth>
+__device__ __forceinline__ void multiply_add_64(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{.reg .pred add;\n setp.ne.b32 add, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, add, 1, 1, %37;}"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(by_depth ? 1 : 0));
+}
+__device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+#endif
+// Until what this warpgroup multiplies is there.
+__device__ __forceinline__ void wait_for_products() {
+#ifdef HERON_WARPGROUPS
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+// What this thread has written to shared memory, or has seen copied to it, is there for warpgroups behind the next barrier.
+__device__ __forceinline__ void show_to_warpgroups() {
+#ifdef HERON_WARPGROUPS
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 // 16 bytes from global to shared memory in the background; zeros where not `valid`.

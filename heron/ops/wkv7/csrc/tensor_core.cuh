@@ -1,6 +1,7 @@
 // The fast path: head size 64, bf16 in and out, chunks of 32 tokens, products of bf16 tiles on tensor cores with fp32
-// sums, fp32 state. One block of four warps runs one head of one sequence; warp i holds rows 16 i .. 16 i + 15 (values) of
-// the state, or of its gradient, in registers. README.md has the algebra and the budget of registers and shared memory.
+// sums, fp32 state. One block runs one head of one sequence: four warps, of which warp i holds rows 16 i .. 16 i + 15
+// (values) of the state in registers, or backward two halves of four, of which one holds the state's gradient so. README.md
+// has the algebra and the budget of registers and shared memory.
 //
 // Tiles have rows of 64 bf16 = 128 bytes, whose eight 16-byte pieces are permuted by the row, so that ldmatrix meets no
 // bank conflict by rows or by columns. `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles.
@@ -12,7 +13,7 @@
 #ifndef HERON_FORWARD_BLOCKS  // on one multiprocessor; 4 leave 128 registers and 56 KB to each
 #define HERON_FORWARD_BLOCKS 4
 #endif
-#ifndef HERON_BACKWARD_BLOCKS  // 2 leave 255 registers and 113 KB to each
+#ifndef HERON_BACKWARD_BLOCKS  // 2 leave 128 registers and 113 KB to each
 #define HERON_BACKWARD_BLOCKS 2
 #endif
 #ifndef HERON_BACKWARD_STAGES  // 2: the next chunk is on its way while this one is worked on, for 36 KB more
@@ -21,11 +22,12 @@
 
 namespace tensor_core {
 
-constexpr int kSize = 64, kChunk = 32, kThreads = 128;
+constexpr int kSize = 64, kChunk = 32, kThreads = 128, kBackwardThreads = 2 * kThreads;
 constexpr int kTile = kChunk * kSize * 2, kSquare = 2 * kTile;  // bytes of a tile of tokens, of a 64 x 64 tile
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
 constexpr int kForwardShared = 2 * kForwardStage + kSquare;
-constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 4 * kSquare;
+constexpr int kSources = (kDy + 1) * 128;  // bytes of a table of sources, see there
+constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 4 * kSquare + kSources;
 constexpr int kPitch = 20;  // of a 16 x 16 fp32 block: its columns start 8 banks apart and 16-byte aligned
 constexpr float kLog2DecayScale = kDecayScale * kLog2E;
 
@@ -36,7 +38,7 @@ using Tile = unsigned char*;
 using Fragment = uint32_t[4];      // 16 x 16 of an A operand, or 16 x 16 of a B operand: two of its 16 x 8
 using Accumulator = float[4];      // 16 x 8: rows lane / 4 and 8 more, columns 2 (lane % 4) and the next
 
-// Where this thread is. A kernel asks anew in each of its phases, since the compiler would keep whatever depends on it in
+// Where this thread is among the four warps of its half. A kernel asks anew in each of its phases, since the compiler would keep whatever depends on it in
 // registers through the whole loop, and spill.
 struct Thread { int warp, lane; };
 __device__ __forceinline__ Thread this_thread() {
@@ -81,6 +83,42 @@ __device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, c
   multiply_add(c[0], a, b[0], b[1]);
   multiply_add(c[1], a, b[2], b[3]);
 }
+// c += a b for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by columns or by depth.
+// The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
+// are of use; the rest of a is zero, the rest of c comes out as anything.
+template <int n, int groups, bool by_depth>
+__device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
+                                         int of_groups = -1) {
+#ifdef HERON_WARPGROUPS
+  start_products();
+#pragma unroll
+  for (int k = 0; k < n; k++) {
+    const uint64_t b = matrix_descriptor(tile + k * (by_depth ? 16 * 128 : 32));
+    if (groups == 4) {
+      multiply_add_64<by_depth>(c, a[k], b);
+    } else {
+      multiply_add_32<by_depth>(c, a[k], b);
+    }
+  }
+  commit_products();
+#else
+#pragma unroll
+  for (int k = 0; k < n; k++) {
+    if (!(depths >> k & 1)) continue;
+#pragma unroll
+    for (int group = 0; group < groups; group++) {
+      if (!(of_groups >> group & 1)) continue;
+      Fragment b;
+      if (by_depth) {
+        load_b_by_depth(me, b, tile, 16 * k, 16 * group);
+      } else {
+        load_b(me, b, tile, 16 * k, 16 * group);
+      }
+      multiply_16(c + 2 * group, a[k], b);
+    }
+  }
+#endif
+}
 // Two accumulators side by side as an A operand.
 __device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
   f[0] = pack(c[0][0], c[0][1]);
@@ -106,34 +144,56 @@ __device__ __forceinline__ void store_global(Thread me, bfloat16* row, uint32_t 
   if (there) *reinterpret_cast<Words*>(row + quarter % 2 * 8 + quarter / 2 * 4) = words;
 }
 
-// A chunk of the first `n` inputs, each to its tile; `skipped` comes as zeros. The loop stays a loop, so that no pointers
-// of seven tensors occupy registers while the chunk before is worked on.
-__device__ __forceinline__ void copy_inputs(Tile stage, const Wkv7sProblem& p, const Sequence& sequence, int start, int n,
-                                            int skipped) {
-  const int valid = sequence.length - start;
+// Where the sequence's first token of an input lies, bytes from one token to the next, and how many there are; of an input
+// that comes as zeros, none, at an address that may be read. A table of sources has one in a row of 128 bytes, where M has a
+// hole: rows 0 .. 15 of r-rows, columns 16 .. 31 of k-columns are all zero, and no product reads them.
+struct alignas(16) Source { const char* first; int32_t step, length; };
+__device__ __forceinline__ Source& source(Tile table, int i) {
+  return *reinterpret_cast<Source*>(table + place(i, kChunk + 16));
+}
+
+// The table of the first `n` inputs; `skipped` comes as zeros. Ends with the block in step.
+__device__ __forceinline__ void find_sources(Tile table, const Wkv7sProblem& p, const Sequence& sequence, int n, int skipped) {
+  const int i = int(threadIdx.x);
+  if (i < n) {
+    const Wkv7sInput& x = p.inputs[i];
+    const bool there = x.data != nullptr && i != skipped && sequence.length > 0;
+    const void* first = there ? token_of<bfloat16>(x, sequence, 0) : p.inputs[kW].data;
+    source(table, i) = {static_cast<const char*>(first), there ? int(x.token * 2) : 0, there ? sequence.length : 0};
+  }
+  __syncthreads();
+}
+
+// A chunk of the first `n` inputs, each to its tile, by so many threads.
+template <int threads, int n>
+__device__ __forceinline__ void copy_inputs(int thread, Tile stage, Tile table, int start) {
 #pragma unroll 1
   for (int i = 0; i < n; i++) {
-    const Wkv7sInput& x = p.inputs[i];
+    const Source from = source(table, i);
 #pragma unroll
-    for (int j = 0; j < kTile / 16 / kThreads; j++) {
-      const int piece = int(threadIdx.x) + j * kThreads, row = piece / 8, column = piece % 8 * 8;
-      const bool there = row < valid && x.data != nullptr && i != skipped;
-      const void* from = there ? token_of<bfloat16>(x, sequence, start + row) + column : p.inputs[kW].data;
-      copy_async(stage + i * kTile + place(row, column), from, there);
+    for (int j = 0; j < kTile / 16 / threads; j++) {
+      const int piece = thread + j * threads, row = piece / 8, column = piece % 8 * 8;
+      const bool there = start + row < from.length;
+      const char* token = from.first + int64_t(there ? start + row : 0) * from.step;
+      copy_async(stage + i * kTile + place(row, column), token + column * 2, there);
     }
   }
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp2_fast(-kLog2E * x)); }
 
-// Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. A warp takes
-// eight tokens, a lane two columns. `sums` is scratch of 4 x 64; `remains_log2` (by `cell`) or `end` (64) may be null.
-__device__ __forceinline__ void scale_inputs(Thread me, Tile stage, float* sums, float* remains_log2, float* end, int valid) {
-  const int warp = me.warp, column = me.lane * 2;
-  float g[8][2], sum0 = 0.0f, sum1 = 0.0f;
+// Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. Each of `warps`
+// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) by `cell`, or `end`,
+// exp(G) at the end (64), may be null.
+template <int warps>
+__device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, float* sums, float* remains, float* end,
+                                             int valid) {
+  constexpr int tokens = kChunk / warps;
+  const int column = lane * 2;
+  float g[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int t = 8 * warp + i;
+  for (int i = 0; i < tokens; i++) {
+    const int t = tokens * warp + i;
     const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
     if (t < valid) {
       sum0 -= kLog2DecayScale * sigmoid(low_half(w));
@@ -146,14 +206,14 @@ __device__ __forceinline__ void scale_inputs(Thread me, Tile stage, float* sums,
   __syncthreads();
   float base0 = 0.0f, base1 = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < warps - 1; i++) {
     const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
     if (i < warp) base0 += earlier.first, base1 += earlier.second;
   }
   float before0 = exp2_fast(base0), before1 = exp2_fast(base1);
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int t = 8 * warp + i;
+  for (int i = 0; i < tokens; i++) {
+    const int t = tokens * warp + i;
     const float g0 = base0 + g[i][0], g1 = base1 + g[i][1];
     const float after0 = exp2_fast(g0), after1 = exp2_fast(g1), inverse0 = exp2_fast(-g0), inverse1 = exp2_fast(-g1);
     uint32_t* a = reinterpret_cast<uint32_t*>(stage + kA * kTile + place(t, column));
@@ -164,11 +224,11 @@ __device__ __forceinline__ void scale_inputs(Thread me, Tile stage, float* sums,
     *r = pack(low_half(*r) * after0, high_half(*r) * after1);
     *b = pack(low_half(*b) * inverse0, high_half(*b) * inverse1);
     *k = pack(low_half(*k) * inverse0, high_half(*k) * inverse1);
-    if (remains_log2 != nullptr) *reinterpret_cast<Floats*>(remains_log2 + cell(t, column)) = {g0, g1};
+    if (remains != nullptr) *reinterpret_cast<Floats*>(remains + cell(t, column)) = {after0, after1};
     before0 = after0;
     before1 = after1;
   }
-  if (end != nullptr && warp == 3) *reinterpret_cast<Floats*>(end + column) = {before0, before1};
+  if (end != nullptr && warp == warps - 1) *reinterpret_cast<Floats*>(end + column) = {before0, before1};
 }
 
 // Zero what a 16 x 16 block on a diagonal of M must not see: an a-row sees earlier tokens, an r-row its own as well.
@@ -199,22 +259,10 @@ __device__ __forceinline__ void invert(Thread me, Tile m, int first, const float
   }
 }
 
-// This warp's 16 rows of M = mask(left right^T), as far as they are not zero; `scratch` is 2 x 16 x kPitch floats.
-__device__ __forceinline__ void attend(Thread me, Tile m, Tile stage, float* scratch) {
+// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the two blocks that are to be inverted go to
+// `scratch` (2 x 16 x kPitch floats), by columns.
+__device__ __forceinline__ void store_attention(Thread me, Tile m, Accumulator* c, float* scratch) {
   const int warp = me.warp, late = warp % 2;
-  Accumulator c[8] = {};
-#pragma unroll
-  for (int k = 0; k < kSize; k += 16) {
-    Fragment a, b;
-    load_a(me, a, stage + kA * kTile, 16 * warp, k);
-#pragma unroll
-    for (int group = 0; group < 4; group++) {
-      if (group % 2 <= late) {
-        load_b(me, b, stage + kB * kTile, k, 16 * group);
-        multiply_16(c + 2 * group, a, b);
-      }
-    }
-  }
 #pragma unroll
   for (int group = 0; group < 4; group++) {
     if (group % 2 > late) continue;
@@ -235,7 +283,7 @@ __device__ __forceinline__ void attend(Thread me, Tile m, Tile stage, float* scr
 }
 
 // u^T = z^T J^T with z in the four accumulators; the result as two A operands.
-__device__ __forceinline__ void solve(Thread me, Fragment (&u)[2], Accumulator* z, Tile m) {
+__device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
   Fragment a, b;
   Accumulator c[2] = {}, d[2] = {};
   as_operand(a, z);
@@ -250,7 +298,7 @@ __device__ __forceinline__ void solve(Thread me, Fragment (&u)[2], Accumulator* 
   as_operand(u[1], d);
 }
 // x^T = z^T J.
-__device__ __forceinline__ void solve_transposed(Thread me, Fragment (&x)[2], Accumulator* z, Tile m) {
+__device__ __forceinline__ void solve_transposed(Thread me, Fragment* x, Accumulator* z, Tile m) {
   Fragment a, b;
   Accumulator c[2] = {}, d[2] = {};
   as_operand(a, z + 2);
@@ -285,14 +333,13 @@ __device__ __forceinline__ void store_state(Thread me, float* state, const Accum
 }
 
 // Rows of four accumulators that hold (values, tokens), as (tokens, values) to an output.
-__device__ __forceinline__ void store_tokens(Thread me, void* out, const Wkv7sProblem& p, const Sequence& sequence, int start,
-                                             int valid, const Accumulator* c) {
+__device__ __forceinline__ void store_tokens(Thread me, bfloat16* out, int step, int start, int valid, const Accumulator* c) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const uint32_t low = transpose_matrix(pack(c[i][0], c[i][1])), high = transpose_matrix(pack(c[i][2], c[i][3]));
     const int t = 8 * i + me.lane / 4;
     const bool there = t < valid;
-    bfloat16* row = token_of<bfloat16>(out, p, sequence, start + (there ? t : 0)) + 16 * me.warp;
+    bfloat16* row = out + int64_t(start + (there ? t : 0)) * step + 16 * me.warp;
     store_global(me, row, low, high, there);
   }
 }
@@ -304,7 +351,6 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
   Thread me = this_thread();
   const Sequence sequence = find_sequence<kChunk>(p);
   const bool identity = transfer && blockIdx.y == 1;
-  const int skipped = identity ? kV : -1;
 
   Accumulator state[8];
   const float* initial = p.segments > 1 ? p.edges : p.state;
@@ -316,7 +362,12 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
-  if (sequence.length > 0) copy_inputs(shared_memory(), p, sequence, 0, kW + 1, skipped);
+  auto copy_chunk = [&](int start) {
+    const Tile table = shared_memory() + 2 * kForwardStage + kChunk * 128;
+    copy_inputs<64, kW + 1>(int(threadIdx.x) - 64, shared_memory() + start / kChunk % 2 * kForwardStage, table, start);
+  };
+  find_sources(shared_memory() + 2 * kForwardStage + kChunk * 128, p, sequence, kW + 1, identity ? kV : -1);
+  if (me.warp >= 2 && sequence.length > 0) copy_chunk(0);
   copy_commit();
   for (int start = 0; start < sequence.length; start += kChunk) {
     const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
@@ -326,42 +377,47 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     copy_wait<0>();
     __syncthreads();
     me = this_thread();
-    if (valid > kChunk) {
-      copy_inputs(shared + (start / kChunk + 1) % 2 * kForwardStage, p, sequence, start + kChunk, kW + 1,
-                  skipped);
-    }
-    copy_commit();
-    scale_inputs(me, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    scale_inputs<4>(me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
-    attend(me, m, stage, reinterpret_cast<float*>(stage + kW * kTile));
+    {
+      Accumulator c[8] = {};
+      Fragment a[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
+      multiply<4, 4, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      wait_for_products();
+      store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
+    }
     if (me.warp < 2) {
       __syncwarp();
       invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
+    } else {
+      if (valid > kChunk) copy_chunk(start + kChunk);
+      copy_commit();
     }
-    Fragment a, b;
+    Fragment of_state[4], b;
     Accumulator z[8] = {};  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const row = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head) +
                           (16 * me.warp + me.lane / 4) * kSize;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      as_operand(a, state + 2 * k);
+      as_operand(of_state[k], state + 2 * k);
       if (saves) {
-        store_global(me, row + 16 * k, a[0], a[2], true);
-        store_global(me, row + 8 * kSize + 16 * k, a[1], a[3], true);
-      }
-#pragma unroll
-      for (int group = 0; group < (transfer ? 2 : 4); group++) {
-        load_b(me, b, stage + kA * kTile, 16 * k, 16 * group);
-        multiply_16(z + 2 * group, a, b);
+        store_global(me, row + 16 * k, of_state[k][0], of_state[k][2], true);
+        store_global(me, row + 8 * kSize + 16 * k, of_state[k][1], of_state[k][3], true);
       }
     }
+    multiply<4, transfer ? 2 : 4, false>(me, z, of_state, stage + kA * kTile);
+    wait_for_products();
     __syncthreads();
     me = this_thread();
 
-    Fragment u[2], v[2];
+    Fragment uv[4];
+    Fragment *const u = uv, *const v = uv + 2;
     load_a_by_depth(me, v[0], stage + kV * kTile, 16 * me.warp, 0);
     load_a_by_depth(me, v[1], stage + kV * kTile, 16 * me.warp, 16);
 #pragma unroll
@@ -381,18 +437,10 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       multiply_16(z + 6, u[0], b);
       load_b(me, b, m, 16, kChunk + 16);
       multiply_16(z + 6, u[1], b);
-      store_tokens(me, p.y, p, sequence, start, valid, z + 4);
+      store_tokens(me, token_of<bfloat16>(p.y, p, sequence, 0), p.heads * kSize, start, valid, z + 4);
     }
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-#pragma unroll
-      for (int group = 0; group < 4; group++) {
-        load_b_by_depth(me, b, stage + kB * kTile, 16 * k, 16 * group);
-        multiply_16(state + 2 * group, u[k], b);
-        load_b_by_depth(me, b, stage + kB * kTile, kChunk + 16 * k, 16 * group);
-        multiply_16(state + 2 * group, v[k], b);
-      }
-    }
+    multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
+    wait_for_products();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const Floats factor = *reinterpret_cast<const Floats*>(end + 8 * i + me.lane % 4 * 2);
@@ -413,26 +461,25 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
 
 // A 16-token x 64 gradient of scaled vectors to the output it belongs to, and times the scaled vectors themselves.
 // `inverse`: the scale is exp(-G), else exp(G); `shift` 1 takes G of the token before.
-__device__ __forceinline__ void store_gradient(Thread me, void* out, const Wkv7sProblem& p, const Sequence& sequence, int start,
-                                               int valid, Accumulator* c, Tile scaled, const float* remains_log2,
-                                               bool inverse, int shift) {
+__device__ __forceinline__ void store_gradient(Thread me, bfloat16* out, int step, int start, int valid, Accumulator* c,
+                                               Tile scaled, const float* remains, bool inverse, int shift) {
   const int warp = me.warp, lane = me.lane;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = 16 * warp + lane / 4 + 8 * half, t = row % kChunk;
     const bool there = t < valid;
-    bfloat16* const to = token_of<bfloat16>(out, p, sequence, start + (there ? t : 0));
+    bfloat16* const to = out + int64_t(start + (there ? t : 0)) * step;
 #pragma unroll
     for (int group = 0; group < 4; group++) {
       uint32_t packed[2];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int column = 16 * group + 8 * i + lane % 4 * 2;
-        Floats g = {0.0f, 0.0f};
-        if (t >= shift) g = *reinterpret_cast<const Floats*>(remains_log2 + cell(t - shift, column));
+        Floats scale = {1.0f, 1.0f};
+        if (t >= shift) scale = *reinterpret_cast<const Floats*>(remains + cell(t - shift, column));
+        if (inverse) scale = {divide_fast(1.0f, scale.first), divide_fast(1.0f, scale.second)};
         float* const x = c[2 * group + i] + 2 * half;
-        packed[i] = inverse ? pack(x[0] * exp2_fast(-g.first), x[1] * exp2_fast(-g.second))
-                            : pack(x[0] * exp2_fast(g.first), x[1] * exp2_fast(g.second));
+        packed[i] = pack(x[0] * scale.first, x[1] * scale.second);
         const uint32_t operand = *reinterpret_cast<const uint32_t*>(scaled + place(row, column));
         x[0] *= low_half(operand);
         x[1] *= high_half(operand);
@@ -480,96 +527,117 @@ __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumula
 }
 
 // `transfer`: only the gradient of the segment's first state as far as it comes from its own y.
+//
+// The warps are two halves: of left, which has M, J, U, dM and the gradients of left, and of right, which has the state's
+// gradient, X, dV and the gradients of right. What both do alike they do by the same instructions, since instructions that
+// are not yet at hand are what this kernel waits for most.
 template <bool transfer>
-__global__ void __launch_bounds__(kThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p) {
+__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p) {
+  const bool of_left = of_first_lane(threadIdx.x / kThreads) == 0;
   Thread me = this_thread();
-  const Sequence sequence = find_sequence<kChunk>(p);
-  const int last = (sequence.length + kChunk - 1) / kChunk * kChunk - kChunk;
+  const int late = me.warp % 2;
+  const bool upper = me.warp < 2;  // rows of a or b, not of r or k
 
-  Accumulator d_state[8];
-  const float* d_final = p.segments > 1 ? p.edges : p.d_final;
-  const bool from_zero = transfer || d_final == nullptr;
-  load_state(me, d_state, from_zero ? nullptr : state_of(d_final, p, sequence.index, sequence.head));
+  // Of right: rows of the state's gradient. Of left, from dM to the gradients: the bits of dM and of [X; dY], 16 rows each.
+  Accumulator held[8] = {};
+  int length;
+  int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
+  const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
+  {
+    const Sequence sequence = find_sequence<kChunk>(p);
+    length = sequence.length;
+    first_output = ((sequence.row * p.tokens + sequence.first) * p.heads + sequence.head) * kSize;
+    first_state = (sequence.slot * p.heads + sequence.head) * kSize * kSize;
+    find_sources(shared_memory() + kBackwardShared - kSources, p, sequence, kDy + 1, transfer ? kV : -1);
+    if (!of_left) {
+      const float* d_final = p.segments > 1 ? p.edges : p.d_final;
+      const bool from_zero = transfer || d_final == nullptr;
+      load_state(me, held, from_zero ? nullptr : state_of(d_final, p, sequence.index, sequence.head));
+    }
+  }
+  const int last = (length + kChunk - 1) / kChunk * kChunk - kChunk;
 
+  // The half of right copies the inputs, and the last two warps of left the states, while the first two invert.
   auto copy_chunk = [&](int start) {
     const Tile stage = shared_memory() + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
-    copy_inputs(stage, p, sequence, start, kDy + 1, transfer ? kV : -1);
-    if (!transfer) {
+    const int thread = int(threadIdx.x) + unknown_zero();
+    if (!of_left) {
+      copy_inputs<kThreads, kDy + 1>(thread - kThreads, stage, shared_memory() + kBackwardShared - kSources, start);
+    } else if (!transfer && !upper) {
       const bfloat16* from =
-          state_of(static_cast<const bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
-#pragma unroll
-      for (int i = 0; i < kSquare / 16 / kThreads; i++) {
-        const int piece = int(threadIdx.x) + i * kThreads, row = piece / 8, column = piece % 8 * 8;
+          static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step;
+#pragma unroll 1
+      for (int i = 0; i < kSquare / 16 / 64; i++) {
+        const int piece = thread - 64 + i * 64, row = piece / 8, column = piece % 8 * 8;
         copy_async(stage + kState + place(row, column), from + row * kSize + column, true);
       }
     }
+    copy_commit();
   };
   if (HERON_BACKWARD_STAGES == 2 && last >= 0) copy_chunk(last);
-  copy_commit();
   for (int start = last; start >= 0; start -= kChunk) {
     const Tile shared = shared_memory() + unknown_zero();
     const Tile m = shared + HERON_BACKWARD_STAGES * kBackwardStage, ux = m + kSquare;
     const Tile d = ux + kSquare;  // the gradient of the state at the end of the chunk, decayed
-    float* const remains_log2 = reinterpret_cast<float*>(d + kSquare);
+    float* const remains = reinterpret_cast<float*>(d + kSquare);
     const Tile stage = shared + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
     const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
-    const int valid = sequence.length - start;
+    const int valid = length - start;
     if (HERON_BACKWARD_STAGES == 1) {
       __syncthreads();
       copy_chunk(start);
-      copy_commit();
     }
     copy_wait<0>();
     __syncthreads();
     me = this_thread();
-    if (HERON_BACKWARD_STAGES == 2) {
-      if (start > 0) copy_chunk(start - kChunk);
-      copy_commit();
-    }
-    scale_inputs(me, stage, reinterpret_cast<float*>(m), remains_log2, nullptr, valid);
+    scale_inputs<8>((of_left ? 0 : 4) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains, nullptr, valid);
+    show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
+    Fragment b, rows[4], more_rows[4];
+    if (of_left) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const Floats g = *reinterpret_cast<const Floats*>(remains_log2 + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
-      const float first = exp2_fast(g.first), second = exp2_fast(g.second);
-      d_state[i][0] *= first;
-      d_state[i][1] *= second;
-      d_state[i][2] *= first;
-      d_state[i][3] *= second;
-    }
-    attend(me, m, stage, reinterpret_cast<float*>(ux));
-    if (me.warp < 2) {
-      __syncwarp();
-      invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
-    }
-    Fragment a, b;
-    Accumulator z[4] = {}, dr_rows[8] = {};  // (values, a-rows) of u's bracket, (values, [b-rows; k-rows]) of d[u; v]
+      for (int k = 0; k < 4; k++) load_a(me, rows[k], left, 16 * me.warp, 16 * k);
+    } else {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+      for (int i = 0; i < 8; i++) {
+        const Floats end = *reinterpret_cast<const Floats*>(remains + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
+        held[i][0] *= end.first;
+        held[i][1] *= end.second;
+        held[i][2] *= end.first;
+        held[i][3] *= end.second;
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        as_operand(rows[k], held + 2 * k);
+        if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, rows[k]);
+      }
+    }
+    Accumulator c[8] = {};  // rows of M, or (values, [b-rows; k-rows]): the gradient of [u; v]
+    multiply<4, 4, false>(me, c, rows, right, -1, of_left ? late ? 15 : 5 : transfer ? 3 : 15);
+    if (HERON_BACKWARD_STAGES == 2 && start > 0 && !(of_left && upper)) copy_chunk(start - kChunk);
+    wait_for_products();
+    Accumulator z[4] = {};  // (values, a-rows) of u's bracket
+    if (of_left) {
+      store_attention(me, m, c, reinterpret_cast<float*>(ux));
       if (!transfer) {
-        load_a(me, a, state, 16 * me.warp, 16 * k);
 #pragma unroll
-        for (int group = 0; group < 2; group++) {
-          load_b(me, b, left, 16 * k, 16 * group);
-          multiply_16(z + 2 * group, a, b);
-        }
+        for (int k = 0; k < 4; k++) load_a(me, rows[k], state, 16 * me.warp, 16 * k);
+        multiply<4, 2, false>(me, z, rows, left);
       }
-      as_operand(a, d_state + 2 * k);
-      if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, a);
-#pragma unroll
-      for (int group = 0; group < (transfer ? 2 : 4); group++) {
-        load_b(me, b, right, 16 * k, 16 * group);
-        multiply_16(dr_rows + 2 * group, a, b);
+      if (upper) {
+        __syncwarp();
+        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
       }
+      wait_for_products();
     }
     __syncthreads();
     me = this_thread();
 
-    Fragment u[2], x[2], dy_a[2];
-    if (!transfer) {
-      Fragment v;
+    // u to `ux`, or x, and dv.
+    if (of_left && !transfer) {
+      Fragment u[2], v;
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 0);
       load_b(me, b, m, kChunk, 0);
       multiply_16(z, v, b);
@@ -582,181 +650,173 @@ __global__ void __launch_bounds__(kThreads, HERON_BACKWARD_BLOCKS) backward(cons
       store_operand(me, ux, 16 * me.warp, 0, u[0]);
       store_operand(me, ux, 16 * me.warp, 16, u[1]);
     }
-    load_a_by_depth(me, dy_a[0], dy, 16 * me.warp, 0);
-    load_a_by_depth(me, dy_a[1], dy, 16 * me.warp, 16);
+    if (!of_left) {  // rows becomes (values, [X; dY])
+      load_a_by_depth(me, rows[2], dy, 16 * me.warp, 0);
+      load_a_by_depth(me, rows[3], dy, 16 * me.warp, 16);
 #pragma unroll
-    for (int group = 0; group < (transfer ? 2 : 4); group++) {
-      if (group % 2 == 0) {
-        load_b_by_depth(me, b, m, kChunk, 16 * group);
-        multiply_16(dr_rows + 2 * group, dy_a[0], b);
+      for (int group = 0; group < (transfer ? 2 : 4); group++) {
+        if (group % 2 == 0) {
+          load_b_by_depth(me, b, m, kChunk, 16 * group);
+          multiply_16(c + 2 * group, rows[2], b);
+        }
+        load_b_by_depth(me, b, m, kChunk + 16, 16 * group);
+        multiply_16(c + 2 * group, rows[3], b);
       }
-      load_b_by_depth(me, b, m, kChunk + 16, 16 * group);
-      multiply_16(dr_rows + 2 * group, dy_a[1], b);
+      solve_transposed(me, rows, c, m);
+      if (!transfer) {
+        store_operand(me, ux, 16 * me.warp, kChunk, rows[0]);
+        store_operand(me, ux, 16 * me.warp, kChunk + 16, rows[1]);
+        load_b_by_depth(me, b, m, 0, kChunk);
+        multiply_16(c + 4, rows[0], b);
+        load_b_by_depth(me, b, m, 16, kChunk);
+        multiply_16(c + 4, rows[1], b);
+        load_b_by_depth(me, b, m, 16, kChunk + 16);
+        multiply_16(c + 6, rows[1], b);
+      }
     }
-    solve_transposed(me, x, dr_rows, m);
     if (!transfer) {
-      store_operand(me, ux, 16 * me.warp, kChunk, x[0]);
-      store_operand(me, ux, 16 * me.warp, kChunk + 16, x[1]);
-      load_b_by_depth(me, b, m, 0, kChunk);
-      multiply_16(dr_rows + 4, x[0], b);
-      load_b_by_depth(me, b, m, 16, kChunk);
-      multiply_16(dr_rows + 4, x[1], b);
-      load_b_by_depth(me, b, m, 16, kChunk + 16);
-      multiply_16(dr_rows + 6, x[1], b);
-      store_tokens(me, p.dv, p, sequence, start, valid, dr_rows + 4);
+      show_to_warpgroups();
+      __syncthreads();
+      me = this_thread();
     }
+
+    // dM to `m`, or the gradient of the state before the chunk.
+    Floats start_sum = {};
+    if (!of_left) {
+      multiply<4, 4, true>(me, held, rows, left);
+      if (!transfer) {
+        store_tokens(me, static_cast<bfloat16*>(p.dv) + first_output, output_step, start, valid, c + 4);
+      }
+      wait_for_products();
+      if (!transfer) start_sum = sum_rows(me, state, held);
+    }
+    if (transfer) continue;
+    if (of_left) {
+      if (upper) {
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+        for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], ux, kChunk + 16 * me.warp, 16 * k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
+      }
+      Accumulator dm[8] = {};
+      multiply<4, 2, true>(me, dm, rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+      wait_for_products();
 #pragma unroll
       for (int group = 0; group < 4; group++) {
-        load_b_by_depth(me, b, left, 16 * k, 16 * group);
-        multiply_16(d_state + 2 * group, x[k], b);
-        load_b_by_depth(me, b, left, kChunk + 16 * k, 16 * group);
-        multiply_16(d_state + 2 * group, dy_a[k], b);
+        Fragment of_m;
+        if (group % 2 == late) mask_diagonal(me, dm + 2 * group, !upper);
+        as_operand(of_m, dm + 2 * group);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          if (group % 2 > late) of_m[i] = 0;
+          held[group][i] = as_float(of_m[i]);
+          held[4 + group][i] = as_float(rows[group][i]);
+        }
+        store_operand(me, m, 16 * me.warp, 16 * group, of_m);
       }
     }
-    if (transfer) {
-      if (HERON_BACKWARD_STAGES == 2) __syncthreads();
-      continue;
-    }
-    const Floats start_sum = sum_rows(me, state, d_state);
     __syncthreads();
     me = this_thread();
 
-    // This warp's 16 rows of dM, of the gradients of left, and then of right.
-    const int late = me.warp % 2;
-    Fragment rows[4], dm[4];
-    {
-      Accumulator c[8] = {};
+    // This warp's 16 rows of dM R + X S_0, or of dM^T L + [U; V] D.
+    if (of_left) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        if (me.warp < 2) {
-          load_a_by_depth(me, rows[k], ux, kChunk + 16 * me.warp, 16 * k);
-        } else {
-          load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
-        }
 #pragma unroll
-        for (int group = 0; group < 4; group++) {
-          if (group % 2 > late) continue;
-          if (group < 2) {
-            load_b_by_depth(me, b, ux, 16 * k, 16 * group);
-          } else {
-            load_b(me, b, stage + kV * kTile, 16 * k, 16 * (group - 2));
-          }
-          multiply_16(c + 2 * group, rows[k], b);
+        for (int i = 0; i < 4; i++) {
+          rows[k][i] = as_bits(held[k][i]);
+          more_rows[k][i] = as_bits(held[4 + k][i]);
         }
       }
-#pragma unroll
-      for (int group = 0; group < 4; group++) {
-        if (group % 2 == late) mask_diagonal(me, c + 2 * group, me.warp >= 2);
-        as_operand(dm[group], c + 2 * group);
-        store_operand(me, m, 16 * me.warp, 16 * group, dm[group]);
-      }
-    }
-    __syncthreads();
-    me = this_thread();
-    Accumulator of_left[8] = {}, of_right[8] = {};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-#pragma unroll
-      for (int group = 0; group < 4; group++) {
-        if (k % 2 <= late) {
-          load_b_by_depth(me, b, right, 16 * k, 16 * group);
-          multiply_16(of_left + 2 * group, dm[k], b);
-        }
-        load_b_by_depth(me, b, state, 16 * k, 16 * group);
-        multiply_16(of_left + 2 * group, rows[k], b);
-      }
-    }
-    store_gradient(me, me.warp < 2 ? p.da : p.dr, p, sequence, start, valid, of_left, left, remains_log2, false, me.warp < 2);
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (k % 2 >= late) {
-        load_a_by_depth(me, a, m, 16 * me.warp, 16 * k);
-#pragma unroll
-        for (int group = 0; group < 4; group++) {
-          load_b_by_depth(me, b, left, 16 * k, 16 * group);
-          multiply_16(of_right + 2 * group, a, b);
-        }
-      }
-      if (me.warp < 2) {
-        load_a_by_depth(me, a, ux, 16 * me.warp, 16 * k);
-      } else {
-        load_a(me, a, stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
-      }
-#pragma unroll
-      for (int group = 0; group < 4; group++) {
-        load_b_by_depth(me, b, d, 16 * k, 16 * group);
-        multiply_16(of_right + 2 * group, a, b);
-      }
-    }
-    store_gradient(me, me.warp < 2 ? p.db : p.dk, p, sequence, start, valid, of_right, right, remains_log2, true, 0);
-    __syncthreads();
-
-    // dg_t = D_{t-1} - alpha_t, D_t = dg_t + h_t, from D_0 = sum of state * d_state; h = beta + (kappa - rho).
-    float* const alpha = reinterpret_cast<float*>(ux);
-    float* const beta = reinterpret_cast<float*>(d);
-    float* const rest = reinterpret_cast<float*>(m);
-    float* const start_sums = reinterpret_cast<float*>(state);
-    float* const sums = start_sums + 4 * kSize;
-    if (me.warp < 2) {
-      store_cells(me, alpha, of_left);
-      store_cells(me, beta, of_right);
     } else {
 #pragma unroll
-      for (int i = 0; i < 32; i++) of_right[i / 4][i % 4] -= of_left[i / 4][i % 4];
-      store_cells(me, rest, of_right);
+      for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
+      if (upper) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a_by_depth(me, more_rows[k], ux, 16 * me.warp, 16 * k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, more_rows[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+      }
     }
-    *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = start_sum;
+    Accumulator gradient[8] = {};
+    multiply<4, 4, true>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
+    multiply<4, 4, true>(me, gradient, more_rows, of_left ? state : d);
+    wait_for_products();
+    void* const out = of_left ? upper ? p.da : p.dr : upper ? p.db : p.dk;
+    store_gradient(me, static_cast<bfloat16*>(out) + first_output, output_step, start, valid, gradient, of_left ? left : right,
+                   remains, !of_left, of_left && upper);
+    __syncthreads();
+
+    // dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of state * d_state.
+    float* const alpha = reinterpret_cast<float*>(ux);
+    float* const rho = reinterpret_cast<float*>(left);
+    float* const beta = reinterpret_cast<float*>(d);
+    float* const kappa = reinterpret_cast<float*>(m);
+    float* const start_sums = reinterpret_cast<float*>(state);
+    float* const sums = start_sums + 4 * kSize;
+    store_cells(me, of_left ? upper ? alpha : rho : upper ? beta : kappa, gradient);
+    if (!of_left) {
+      *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = start_sum;
+    }
     __syncthreads();
     me = this_thread();
-    const int column = 2 * me.lane;
-    float alphas[8][2], hs[8][2], sum0 = 0.0f, sum1 = 0.0f;
+    constexpr int tokens = kChunk / 8;
+    const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
+    float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int at = cell(8 * me.warp + i, column);
-      const Floats minus = *reinterpret_cast<const Floats*>(alpha + at);
-      const Floats plus = *reinterpret_cast<const Floats*>(beta + at);
-      const Floats more = *reinterpret_cast<const Floats*>(rest + at);
-      alphas[i][0] = minus.first;
-      alphas[i][1] = minus.second;
-      hs[i][0] = plus.first + more.first;
-      hs[i][1] = plus.second + more.second;
-      sum0 += hs[i][0] - alphas[i][0];
-      sum1 += hs[i][1] - alphas[i][1];
+    for (int i = 0; i < tokens; i++) {
+      const int at = cell(tokens * warp + i, column);
+      const Floats of_a = *reinterpret_cast<const Floats*>(alpha + at), of_r = *reinterpret_cast<const Floats*>(rho + at);
+      const Floats of_b = *reinterpret_cast<const Floats*>(beta + at), of_k = *reinterpret_cast<const Floats*>(kappa + at);
+      alphas[i][0] = of_a.first;
+      alphas[i][1] = of_a.second;
+      rises[i][0] = of_b.first + (of_k.first - of_r.first);
+      rises[i][1] = of_b.second + (of_k.second - of_r.second);
+      sum0 += rises[i][0] - alphas[i][0];
+      sum1 += rises[i][1] - alphas[i][1];
     }
-    *reinterpret_cast<Floats*>(sums + me.warp * kSize + column) = {sum0, sum1};
+    *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
     __syncthreads();
     float dg0 = 0.0f, dg1 = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const Floats at_start = *reinterpret_cast<const Floats*>(start_sums + i * kSize + column);
-      const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
-      dg0 += at_start.first + (i < me.warp ? earlier.first : 0.0f);
-      dg1 += at_start.second + (i < me.warp ? earlier.second : 0.0f);
+      dg0 += at_start.first;
+      dg1 += at_start.second;
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int t = 8 * me.warp + i;
+    for (int i = 0; i < 7; i++) {
+      const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
+      if (i < warp) dg0 += earlier.first, dg1 += earlier.second;
+    }
+#pragma unroll
+    for (int i = 0; i < tokens; i++) {
+      const int t = tokens * warp + i;
       dg0 -= alphas[i][0];
       dg1 -= alphas[i][1];
       if (t < valid) {
         const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
         const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
-        *reinterpret_cast<uint32_t*>(token_of<bfloat16>(p.dw, p, sequence, start + t) + column) =
+        bfloat16* const to = static_cast<bfloat16*>(p.dw) + first_output + int64_t(start + t) * output_step + column;
+        *reinterpret_cast<uint32_t*>(to) =
             pack(-kDecayScale * s0 * (1.0f - s0) * dg0, -kDecayScale * s1 * (1.0f - s1) * dg1);
       }
-      dg0 += hs[i][0];
-      dg1 += hs[i][1];
+      dg0 += rises[i][0];
+      dg1 += rises[i][1];
     }
   }
   copy_wait<0>();
+  if (of_left) return;
+  const Sequence sequence = find_sequence<kChunk>(p);
   if (transfer) {
-    store_state(me, state_of(p.local, p, sequence.index, sequence.head), d_state);
+    store_state(me, state_of(p.local, p, sequence.index, sequence.head), held);
   } else if (p.segments == 1) {
-    store_state(me, state_of(p.d_state, p, sequence.index, sequence.head), d_state);
+    store_state(me, state_of(p.d_state, p, sequence.index, sequence.head), held);
   } else if (sequence.index % p.segments == 0) {
-    store_state(me, state_of(p.d_state, p, sequence.row, sequence.head), d_state);
+    store_state(me, state_of(p.d_state, p, sequence.row, sequence.head), held);
   }
 }
 
@@ -811,12 +871,12 @@ const char* run_forward(const Wkv7sProblem& p, void* stream) {
 const char* run_backward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
   const char* error = nullptr;
-  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
+  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(backward<true>, dim3(blocks), kThreads, kBackwardShared, stream, p);
+    if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
     if (!error) error = launch(pass_states<true>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
-  return error ? error : launch(backward<false>, dim3(blocks), kThreads, kBackwardShared, stream, p);
+  return error ? error : launch(backward<false>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
 }
 
 }  // namespace tensor_core
