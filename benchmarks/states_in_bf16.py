@@ -8,7 +8,6 @@ fp32, how much larger the others' is, and how far their logits are from those of
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +22,17 @@ from heron.data.loader import load_tokens
 from heron.generation.graphed import GraphedDecoder
 
 
-def reading(model: heron.RWKV, in_bf16: bool, to_nearest: bool) -> Callable[[int], Tensor]:
-    """A function: the next token -> the logits (V,) behind it, fp32, of states that are kept so."""
+def read(model: heron.RWKV, ids: list[int], in_bf16: bool, to_nearest: bool) -> Tensor:
+    """The logits (len(ids), V) behind each token, of states that are kept so."""
     decoder = GraphedDecoder(model, 1, in_bf16=in_bf16)
-
-    def read(token: int) -> Tensor:
-        logits = decoder.step([0], [token])[0].float()
+    logits = torch.empty(
+        len(ids), model.config.vocab_size, dtype=model.head.weight.dtype, device=model.head.weight.device
+    )
+    for i, token in enumerate(ids):
+        logits[i] = decoder.step([0], [token])[0]
         if to_nearest:
             decoder._states._wkv.copy_(decoder._states._wkv.bfloat16())
-        return logits
-
-    return read
+    return logits
 
 
 @torch.inference_mode()
@@ -52,25 +51,14 @@ def main() -> None:
     tokens, _ = load_tokens(args.data, tokenizer, model.config.vocab_size, Reading(), lambda text: None)
     ids = tokens[: args.tokens + 1].tolist()
     targets, n = torch.tensor(ids[1:], device=device), len(ids) - 1
-    forms = {
-        "fp32": reading(model, False, False),
-        "at random": reading(model, True, False),
-        "to nearest": reading(model, False, True),
-    }
-    losses = torch.zeros(len(forms), n, device=device)
-    errors = torch.zeros(len(forms), n, device=device)
-    for i, token in enumerate(ids[:-1]):
-        exact = None
-        for form, read in enumerate(forms.values()):
-            logits = read(token)
-            exact = logits.clone() if exact is None else exact
-            losses[form, i] = F.cross_entropy(logits, targets[i])
-            errors[form, i] = (logits - exact).norm() / exact.norm()
+    forms = {"fp32": (False, False), "at random": (True, False), "to nearest": (False, True)}
+    logits = [read(model, ids[:-1], *form) for form in forms.values()]
     print(f"{args.model}, {args.dtype}, {n:,} tokens on {device}")
     print(f"{'tokens':>16}{'loss, fp32':>12}" + "".join(f"{name:>12}{'logits':>10}" for name in list(forms)[1:]))
     for begin, end in ((i * n // 10, (i + 1) * n // 10) for i in range(10)):
-        of_fp32, *others = losses[:, begin:end].mean(dim=1).tolist()
-        away = errors[1:, begin:end].mean(dim=1).tolist()
+        exact, *rounded = (each[begin:end].float() for each in logits)
+        of_fp32, *others = (F.cross_entropy(each, targets[begin:end]).item() for each in (exact, *rounded))
+        away = [((each - exact).norm(dim=1) / exact.norm(dim=1)).mean().item() for each in rounded]
         parts = "".join(f"{loss - of_fp32:>+12.5f}{error:>10.5f}" for loss, error in zip(others, away, strict=True))
         print(f"{f'{begin:,} to {end:,}':>16}{of_fp32:>12.4f}{parts}")
 

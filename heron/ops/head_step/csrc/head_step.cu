@@ -89,11 +89,8 @@ template <typename S, int size>
 constexpr int kStages = kStateBytes<S, size> > 16384 ? 1 : kStateBytes<S, size> > 8192 ? 2 : 4;  // that a block waits for
 template <typename S, int size>
 constexpr int kSharedBytes = kStages<S, size> * kStateBytes<S, size>;
-#ifndef HEAD_BLOCKS
-#define HEAD_BLOCKS 4
-#endif
 template <int size>
-constexpr int kBlocks = size == 128 ? 1 : HEAD_BLOCKS * 64 / size;  // that a multiprocessor has registers for
+constexpr int kBlocks = size == 128 ? 1 : 256 / size;  // that a multiprocessor has registers for
 
 // T: of all but the states; S: of the states, rounded at random if it is not fp32.
 template <typename T, typename S, int size>
