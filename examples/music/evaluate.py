@@ -24,6 +24,8 @@ from heron.data import jsonl
 from heron.errors import DataError
 from heron.generation import Sampling
 
+IN_KEY = 90  # per cent of a piece's notes, at least
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__)
@@ -59,11 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, new in zip(found, (own, written, chance), strict=True):
             found[name].append(measured(vocabulary, given, new, trained_on))
     print(f"{len(lengths)} continuations, read again from MIDI files: {min(lengths)} to {max(lengths)} bars\n")
-    print("| what follows | notes in key, % | pitch-class distance, % | repeated bars, % | bars in training, % |")
-    print("|---|---|---|---|---|")
+    header = "what follows | notes in key, % | pitch-class distance, % | repeated bars, % | bars in training, %"
+    print(f"| {header} | pieces with {IN_KEY} % in key |")
+    print("|---|---|---|---|---|---|")
     for name, measures in found.items():
         means = [f"{np.mean(values):.1f}" for values in zip(*measures, strict=True)]
-        print(f"| {name} | {' | '.join(means)} |")
+        print(f"| {name} | {' | '.join(means)} | {sum(each.in_key >= IN_KEY for each in measures)} |")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
