@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("data/music"))
     options = parser.parse_args(arguments)
+    if not 0 <= options.held_out < 1:
+        parser.error(f"argument --held_out: wanted a share, 0 or more and below 1, got {options.held_out}")
 
     vocabulary = Vocabulary()
     paths = (midi_files(options.sources) if options.sources else corpus_of(options.composer))[: options.limit]
@@ -48,18 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(pieces) <= n_held_out:
         raise DataError(f"wanted at least {n_held_out + 1} pieces to train on and to hold out, got {len(pieces)}")
     parts = {"val": pieces[:n_held_out], "train": pieces[n_held_out:]}
-    held_out = options.out / "held_out"
-    held_out.mkdir(parents=True, exist_ok=True)
-    for earlier in held_out.glob("*.mid"):
-        earlier.unlink()
-    for name, bars in parts["val"]:
-        vocabulary.score(bars).dump_midi(held_out / f"{name}.mid")
+    write_midi_files(parts["val"], vocabulary, options.out / "held_out")
     for name, members in parts.items():
         rows = [row(vocabulary, bars, options.context_bars) for _, bars in members]
         text = "".join(f"{json.dumps(fields)}\n" for fields in rows)
         (options.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{options.out / name}.jsonl: {len(rows)} pieces, {sum(len(fields['ids']) for fields in rows):,} ids")
-    print(f"{held_out}: the pieces of val.jsonl as MIDI files")
+    print(f"{options.out / 'held_out'}: the pieces of val.jsonl as MIDI files")
     print(f"vocabulary: {vocabulary.size} ids; heron train takes --tokenizer {vocabulary.spec}")
 
 
@@ -72,6 +69,16 @@ def row(vocabulary: Vocabulary, bars: list[list[int]], context_bars: int) -> dic
     n_context = len(joined(bars[:context_bars]))
     learned = [int(place >= n_context) for place in range(len(ids))]
     return {"ids": ids, "learned": learned, "may_cut": [int(i == vocabulary.bar) for i in ids]}
+
+
+def write_midi_files(pieces: Iterable[tuple[str, list[list[int]]]], vocabulary: Vocabulary, folder: Path) -> None:
+    """Write each piece under its name, in place of what an earlier call wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("*.mid"):
+        earlier.unlink()
+    for number, (name, bars) in enumerate(pieces):
+        path = folder / f"{name}.mid"
+        vocabulary.score(bars).dump_midi(path.with_stem(f"{path.stem}-{number}") if path.exists() else path)
 
 
 def prepared(folder: Path) -> tuple[Path, Path]:

@@ -202,6 +202,22 @@ def test_training_ends_with_the_code_of_heron_train(chorales, monkeypatch):
     assert ending.value.code == 75
 
 
+def test_held_out_pieces_of_one_name_are_all_written(tmp_path):
+    pieces = [("same", VOCABULARY.bars(tune(number))) for number in range(3)]
+    prepare.write_midi_files(pieces, VOCABULARY, tmp_path)
+    written = [VOCABULARY.bars(scores.read_midi(path)) for path in tmp_path.iterdir()]
+    assert len(written) == 3
+    assert all(bars in written for _, bars in pieces)
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "nan"])
+def test_a_share_out_of_range_is_refused(share, capsys):
+    with pytest.raises(SystemExit) as ending:
+        prepare.main(["--held_out", share])
+    assert ending.value.code == 2
+    assert "--held_out: wanted a share" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--bars", "0"], ["--bars", "-1"], ["--seed", "9" * 25], ["--from_bars", "-2"]])
 def test_numbers_out_of_range_are_refused(words, capsys):
     with pytest.raises(SystemExit) as ending:
