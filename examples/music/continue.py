@@ -13,7 +13,7 @@ from examples.music.keys import key_of, share_in
 from examples.music.picture import write_roll
 from examples.music.scores import read_midi
 from examples.music.sound import write_wav
-from examples.music.vocabulary import Vocabulary, joined
+from examples.music.vocabulary import Vocabulary
 from heron.generation import Sampling
 
 
@@ -32,15 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     score = read_midi(options.midi)
     model = writing.load(options.model, vocabulary)
     key = key_of(score)
-    given = vocabulary.bars(vocabulary.ids(score.shift_pitch(key.to_c_or_a)))[: options.from_bars or None]
+    given = vocabulary.bars(score.shift_pitch(key.to_c_or_a))[: options.from_bars or None]
     print(f"{options.midi.name}: {key}, {len(given)} bars are kept")
     written = []
-    for bar in writing.bars(model, vocabulary, joined(given), options.bars, sampling, options.seed):
+    for bar in writing.bars(model, vocabulary, given, options.bars, sampling, options.seed):
         written.append(bar)
         print(f"bar {len(given) + len(written)}: {len(bar)} ids", flush=True)
 
     kept, new, whole = (
-        vocabulary.score(joined(bars)).shift_pitch(-key.to_c_or_a) for bars in (given, written, given + written)
+        vocabulary.score(bars).shift_pitch(-key.to_c_or_a) for bars in (given, written, given + written)
     )
     whole.tempos = score.tempos
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,12 @@ from examples.music.measures import Measures, measured
 from examples.music.prepare import prepared
 from examples.music.scores import read_midi
 from examples.music.train import held_out_loss
-from examples.music.vocabulary import Vocabulary, joined
+from examples.music.vocabulary import Vocabulary
 from heron.data import jsonl
 from heron.errors import DataError
 from heron.generation import Sampling
+
+IN_KEY = 90  # per cent of a piece's notes, at least
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,25 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {entropy:.3f}, the model is {100 * (1 - loss / entropy):.1f} % below")
 
     length = options.from_bars + options.bars
-    pieces = [piece[:length] for piece in (vocabulary.bars(row["ids"][:-1]) for row in val) if len(piece) >= length]
+    pieces = [piece[:length] for piece in (vocabulary.split(row["ids"]) for row in val) if len(piece) >= length]
     if not pieces:
         raise DataError(f"{options.data}: no held-out piece has {length} bars; give fewer --bars or --from_bars")
-    trained_on = {tuple(bar) for row in train for bar in vocabulary.bars(row["ids"])}
+    trained_on = {tuple(bar) for row in train for bar in vocabulary.split(row["ids"])}
     found: dict[str, list[Measures]] = {"the piece itself": [], "the model": [], "random pitches": []}
     lengths = []
-    for seed, bars in enumerate(pieces[: options.pieces], start=options.seed):
-        given, own = bars[: options.from_bars], bars[options.from_bars :]
-        written = list(writing.bars(model, vocabulary, joined(given), options.bars, sampling, seed))
-        lengths.append(len(vocabulary.bars(vocabulary.ids(through_a_file(vocabulary.score(joined(given + written)))))))
-        chance = vocabulary.bars(vocabulary.ids(at_random(vocabulary.score(joined(own)), seed)))
+    for seed, piece in enumerate(pieces[: options.pieces], start=options.seed):
+        given, own = piece[: options.from_bars], piece[options.from_bars :]
+        written = list(writing.bars(model, vocabulary, given, options.bars, sampling, seed))
+        lengths.append(len(vocabulary.bars(through_a_file(vocabulary.score(given + written)))))
+        chance = vocabulary.bars(at_random(vocabulary.score(own), seed))
         for name, new in zip(found, (own, written, chance), strict=True):
             found[name].append(measured(vocabulary, given, new, trained_on))
     print(f"{len(lengths)} continuations, read again from MIDI files: {min(lengths)} to {max(lengths)} bars\n")
-    print("| what follows | notes in key, % | pitch-class distance, % | repeated bars, % | bars in training, % |")
-    print("|---|---|---|---|---|")
+    header = "what follows | notes in key, % | pitch-class distance, % | repeated bars, % | bars in training, %"
+    print(f"| {header} | pieces with {IN_KEY} % in key |")
+    print("|---|---|---|---|---|---|")
     for name, measures in found.items():
         means = [f"{np.mean(values):.1f}" for values in zip(*measures, strict=True)]
-        print(f"| {name} | {' | '.join(means)} |")
+        print(f"| {name} | {' | '.join(means)} | {sum(each.in_key >= IN_KEY for each in measures)} |")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

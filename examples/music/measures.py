@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.music.keys import key_of, pitch_classes, share_in
-from examples.music.vocabulary import Vocabulary, joined
+from examples.music.vocabulary import Vocabulary
 
 
 class Measures(NamedTuple):
@@ -24,7 +24,7 @@ def measured(
     vocabulary: Vocabulary, given: list[list[int]], new: list[list[int]], trained_on: Set[tuple[int, ...]]
 ) -> Measures:
     """Of the bars `new` behind the bars `given`, by a model that was trained on the bars `trained_on`."""
-    before, score = vocabulary.score(joined(given)), vocabulary.score(joined(new))
+    before, score = vocabulary.score(given), vocabulary.score(new)
     distance = np.abs(pitch_classes(score) - pitch_classes(before)).sum() / 2
     bars = [tuple(bar) for bar in given + new]
     repeated = [bar in bars[:place] for place, bar in enumerate(bars)][len(given) :]

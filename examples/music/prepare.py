@@ -19,7 +19,7 @@ from symusic import Score
 from examples.music import command
 from examples.music.keys import key_of
 from examples.music.scores import read_midi, read_score
-from examples.music.vocabulary import Vocabulary
+from examples.music.vocabulary import Vocabulary, joined
 from heron.errors import DataError
 from heron.progress import progress
 
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("data/music"))
     options = parser.parse_args(arguments)
+    if not 0 <= options.held_out < 1:
+        parser.error(f"argument --held_out: wanted a share, 0 or more and below 1, got {options.held_out}")
 
     vocabulary = Vocabulary()
     paths = (midi_files(options.sources) if options.sources else corpus_of(options.composer))[: options.limit]
@@ -48,27 +50,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(pieces) <= n_held_out:
         raise DataError(f"wanted at least {n_held_out + 1} pieces to train on and to hold out, got {len(pieces)}")
     parts = {"val": pieces[:n_held_out], "train": pieces[n_held_out:]}
-    held_out = options.out / "held_out"
-    held_out.mkdir(parents=True, exist_ok=True)
-    for earlier in held_out.glob("*.mid"):
-        earlier.unlink()
-    for name, ids in parts["val"]:
-        vocabulary.score(ids).dump_midi(held_out / f"{name}.mid")
+    write_midi_files(parts["val"], vocabulary, options.out / "held_out")
     for name, members in parts.items():
-        rows = [row(vocabulary, ids, options.context_bars) for _, ids in members]
+        rows = [row(vocabulary, bars, options.context_bars) for _, bars in members]
         text = "".join(f"{json.dumps(fields)}\n" for fields in rows)
         (options.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{options.out / name}.jsonl: {len(rows)} pieces, {sum(len(fields['ids']) for fields in rows):,} ids")
-    print(f"{held_out}: the pieces of val.jsonl as MIDI files")
+    print(f"{options.out / 'held_out'}: the pieces of val.jsonl as MIDI files")
     print(f"vocabulary: {vocabulary.size} ids; heron train takes --tokenizer {vocabulary.spec}")
 
 
-def row(vocabulary: Vocabulary, ids: list[int], context_bars: int) -> dict[str, list[int]]:
-    """What `heron train` reads of a piece: its ids with an end, which are learned, and where it may be cut."""
-    ids = [*ids, vocabulary.end]
-    n_context = sum(map(len, vocabulary.bars(ids)[:context_bars]))
+def row(vocabulary: Vocabulary, bars: list[list[int]], context_bars: int) -> dict[str, list[int]]:
+    """What `heron train` reads of a piece: its ids with an end, which are learned, and where it may be cut.
+
+    A sample may begin where a bar does, so that no bar and no note is cut in two.
+    """
+    ids = [*joined(bars), vocabulary.end]
+    n_context = len(joined(bars[:context_bars]))
     learned = [int(place >= n_context) for place in range(len(ids))]
-    return {"ids": ids, "learned": learned, "may_cut": vocabulary.may_cut(ids)}
+    return {"ids": ids, "learned": learned, "may_cut": [int(i == vocabulary.bar) for i in ids]}
+
+
+def write_midi_files(pieces: Iterable[tuple[str, list[list[int]]]], vocabulary: Vocabulary, folder: Path) -> None:
+    """Write each piece under its name, in place of what an earlier call wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("*.mid"):
+        earlier.unlink()
+    for number, (name, bars) in enumerate(pieces):
+        path = folder / f"{name}.mid"
+        vocabulary.score(bars).dump_midi(path.with_stem(f"{path.stem}-{number}") if path.exists() else path)
 
 
 def prepared(folder: Path) -> tuple[Path, Path]:
@@ -115,8 +125,8 @@ def named_scores(paths: Sequence[Path], read: Callable[[Path], Score]) -> Iterat
 
 def usable(
     pieces: Iterable[tuple[str, Score]], vocabulary: Vocabulary, context_bars: int
-) -> Iterator[tuple[str, list[int]]]:
-    """The name of each piece and its ids in the key that the model knows.
+) -> Iterator[tuple[str, list[list[int]]]]:
+    """The name of each piece and its bars in the key that the model knows.
 
     Those that no sample can hold are told and left out. Copies, which would be in training and in validation, are
     counted.
@@ -124,8 +134,7 @@ def usable(
     earlier: list[set[tuple[int, ...]]] = []
     n_copies = 0
     for name, score in pieces:
-        ids = vocabulary.ids(score.shift_pitch(key_of(score).to_c_or_a))
-        bars = vocabulary.bars(ids)
+        bars = vocabulary.bars(score.shift_pitch(key_of(score).to_c_or_a))
         these, longest = set(map(tuple, bars)), max(map(len, bars))
         if len(bars) <= context_bars:
             print(f"left out: {name}: it ends with its context, after {len(bars)} bars")
@@ -135,7 +144,7 @@ def usable(
             n_copies += 1
         else:
             earlier.append(these)
-            yield name, ids
+            yield name, bars
     if n_copies:
         print(f"left out: {n_copies} pieces that share more than half of their bars with another one")
 

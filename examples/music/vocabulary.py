@@ -13,7 +13,7 @@ from examples.music.scores import PIANO, TICKS, on_piano
 
 
 class Vocabulary:
-    """From a score of one track to ids, and back.
+    """From a score of one track to bars of ids, and back.
 
     Attributes:
         size: every id is below it.
@@ -38,27 +38,24 @@ class Vocabulary:
         self.bar: int = self._remi["Bar_None"]
         self.spec = f"integers:{self.size}:{self.end}"
 
-    def ids(self, score: Score) -> list[int]:
-        """The ids of a score of one track, without an end."""
-        return list(self._remi(score)[0].ids)
+    def bars(self, score: Score) -> list[list[int]]:
+        """The ids of a score of one track, bar by bar."""
+        return self.split(self._remi(score)[0].ids)
 
-    def score(self, ids: Sequence[int]) -> Score:
-        """The music that `ids` say, one track of TICKS a quarter."""
-        read = self._remi.decode([[i for i in ids if i != self.end]]).resample(TICKS)
+    def score(self, bars: Iterable[Sequence[int]]) -> Score:
+        """The music of bars, one track of TICKS a quarter."""
+        read = self._remi.decode([joined(bars)]).resample(TICKS)
         return on_piano((note for track in read.tracks for note in track.notes), list(read.time_signatures))
 
-    def bars(self, ids: Sequence[int]) -> list[list[int]]:
-        """The ids bar by bar."""
+    def split(self, ids: Sequence[int]) -> list[list[int]]:
+        """The bars of a piece, from its ids, of which the first begins a bar; an end is left out."""
         bars: list[list[int]] = []
         for i in ids:
             if i == self.bar:
                 bars.append([])
-            bars[-1].append(i)
+            if i != self.end:
+                bars[-1].append(i)
         return bars
-
-    def may_cut(self, ids: Sequence[int]) -> list[int]:
-        """1 for each id that a sample may begin with, so that no bar and no note is cut in two; else 0."""
-        return [int(i == self.bar) for i in ids]
 
 
 def joined(bars: Iterable[Sequence[int]]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 
 from core.rwkv_training.rwkv_v8_model import RWKV_x070
 from examples.music import command
-from examples.music.vocabulary import Vocabulary
+from examples.music.vocabulary import Vocabulary, joined
 from heron.commands import flag_values
 from heron.errors import CheckpointError
 from heron.generation import Sampling, sample
@@ -45,12 +45,12 @@ def load(path: Path, vocabulary: Vocabulary) -> RWKV_x070:
 
 
 def bars(
-    model: RWKV_x070, vocabulary: Vocabulary, before: Sequence[int], n: int, sampling: Sampling, seed: int
+    model: RWKV_x070, vocabulary: Vocabulary, given: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
 ) -> Iterator[list[int]]:
-    """The next `n` bars behind the whole bars `before`, each as soon as the model begins another one."""
+    """The next `n` bars behind the bars `given`, each as soon as the model begins another one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        logits, state = model.forward_seq([*before, vocabulary.bar], None)
+        logits, state = model.forward_seq([*joined(given), vocabulary.bar], None)
         for _ in range(n):
             bar = [vocabulary.bar]
             while len(bar) < LONGEST_BAR:

@@ -87,7 +87,7 @@ def test_rows_hold_whole_pieces_whose_first_bars_are_masked_and_that_are_cut_at_
 def test_held_out_pieces_are_midi_files_of_the_same_ids(chorales):
     (row,), (path,) = evaluate.rows(chorales / "val.jsonl"), (chorales / "held_out").glob("*.mid")
     score = scores.read_midi(path)
-    assert VOCABULARY.ids(score) == row["ids"][:-1]
+    assert VOCABULARY.bars(score) == VOCABULARY.split(row["ids"])
     assert key_of(score).to_c_or_a == 0
 
 
@@ -142,10 +142,10 @@ def test_continuing_writes_midi_a_picture_and_sound(trained, chorales, tmp_path,
     def continued(name, *more):
         arguments = [str(midi), "--model", str(trained[0]), "--from_bars", "2", "--bars", "3", "--out"]
         continuing.main([*arguments, str(tmp_path / name), *more])
-        return VOCABULARY.bars(VOCABULARY.ids(scores.read_midi(tmp_path / f"{name}.mid")))
+        return VOCABULARY.bars(scores.read_midi(tmp_path / f"{name}.mid"))
 
     once, again, other = continued("once"), continued("again"), continued("other", "--seed", "1")
-    assert once[:2] == VOCABULARY.bars(VOCABULARY.ids(scores.read_midi(midi)))[:2]
+    assert once[:2] == VOCABULARY.bars(scores.read_midi(midi))[:2]
     assert once == again != other
     assert capsys.readouterr().out.count("bar 5: ") == 3
     assert (tmp_path / "once.png").read_bytes().startswith(b"\x89PNG")
@@ -209,6 +209,22 @@ def test_training_ends_with_the_code_of_heron_train(chorales, monkeypatch):
     assert ending.value.code == 75
 
 
+def test_held_out_pieces_of_one_name_are_all_written(tmp_path):
+    pieces = [("same", VOCABULARY.bars(tune(number))) for number in range(3)]
+    prepare.write_midi_files(pieces, VOCABULARY, tmp_path)
+    written = [VOCABULARY.bars(scores.read_midi(path)) for path in tmp_path.iterdir()]
+    assert len(written) == 3
+    assert all(bars in written for _, bars in pieces)
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "nan"])
+def test_a_share_out_of_range_is_refused(share, capsys):
+    with pytest.raises(SystemExit) as ending:
+        prepare.main(["--held_out", share])
+    assert ending.value.code == 2
+    assert "--held_out: wanted a share" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--bars", "0"], ["--bars", "-1"], ["--seed", "9" * 25], ["--from_bars", "-2"]])
 def test_numbers_out_of_range_are_refused(words, capsys):
     with pytest.raises(SystemExit) as ending:
@@ -226,8 +242,8 @@ def test_without_the_extra_the_error_says_what_to_type(monkeypatch):
 def test_bars_written_by_steps_are_those_that_a_whole_pass_would_draw(trained, chorales):
     """Greedy bars: each id is the likeliest after all before it, ends of the piece apart."""
     model = writing.load(trained[0], VOCABULARY)
-    before = VOCABULARY.bars(evaluate.rows(chorales / "val.jsonl")[0]["ids"])[0]
-    (bar,) = writing.bars(model, VOCABULARY, before, 1, Sampling(temperature=0), seed=0)
+    before = VOCABULARY.split(evaluate.rows(chorales / "val.jsonl")[0]["ids"])[0]
+    (bar,) = writing.bars(model, VOCABULARY, [before], 1, Sampling(temperature=0), seed=0)
     logits, _ = model.forward_seq([*before, *bar], None, full_output=True)
     logits[:, VOCABULARY.end] = -math.inf
     likeliest = logits.argmax(dim=-1)[len(before) :].tolist()
@@ -245,7 +261,7 @@ def test_evaluating_prints_entropies_and_music_beside_chance(trained, chorales, 
 
 
 def test_repeated_bars_and_pitch_classes_are_measured():
-    bars = VOCABULARY.bars(VOCABULARY.ids(melody(*[60, 64, 67, 72] * 3, 61, 61, 61, 61)))
+    bars = VOCABULARY.bars(melody(*[60, 64, 67, 72] * 3, 61, 61, 61, 61))
     assert len(bars) == 4
     measures = measured(VOCABULARY, bars[:1], bars[1:], {tuple(bars[3])})
     assert measures.repeated == pytest.approx(100 * 2 / 3)
