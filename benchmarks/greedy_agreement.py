@@ -3,13 +3,15 @@
 Prompts are cut from a text at even distances. Each is gone on from greedily, with the weights as --dtype has them and
 in 8 bits: how many texts are the same to the last token, and how many tokens are up to where they part; what comes
 behind is not compared. Both are compared with fp32 too: rounding alone parts the texts of a model that is not sure. The
-loss of both on the text stands beside it.
+loss of both on the text stands beside it. Prompts are read side by side, as sequences; what is written behind them is
+written by steps of --rows texts, on a GPU by default of one, as `heron generate` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import time
 
 import torch
 from timing import device_of
@@ -19,9 +21,22 @@ from heron import evaluate, machine
 from heron.commands.sources import tokenizer_of
 from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
-from heron.generation import Engine, Request, Sampling
+from heron.generation import Engine, Request, Sampling, Snapshot
 from heron.model.int8 import quantize_for_running
 from heron.tokenizer import Tokenizer
+
+READ_AT_ONCE = 32  # prompts
+
+
+@torch.inference_mode()
+def read(model: heron.RWKV, prompts: list[list[int]]) -> list[Snapshot]:
+    """All prompts, which are equally long, but for the last token of each."""
+    snapshots = []
+    for begin in range(0, len(prompts), READ_AT_ONCE):
+        some = torch.tensor(prompts[begin : begin + READ_AT_ONCE], device=model.emb.weight.device)
+        state = model.hidden_states(some[:, :-1])[1]
+        snapshots += [Snapshot(state.of([i]), (ids[-1],)) for i, ids in enumerate(some.tolist())]
+    return snapshots
 
 
 def greedy(
@@ -30,7 +45,10 @@ def greedy(
     """The ids that the model goes on with behind each prompt, `rows` texts side by side."""
     engine = Engine(model, tokenizer, rows)
     texts: list[list[int]] = [[] for _ in prompts]
-    for piece in engine.run([Request(ids, n_tokens, Sampling(temperature=0)) for ids in prompts]):
+    requests = [
+        Request(max_tokens=n_tokens, sampling=Sampling(temperature=0), after=after) for after in read(model, prompts)
+    ]
+    for piece in engine.run(requests):
         if piece.token is not None:
             texts[piece.request].append(piece.token.id)
     return texts
@@ -64,10 +82,12 @@ def main() -> None:
     distance = (len(tokens) - args.prompt) // args.prompts
     prompts = [tokens[i * distance :][: args.prompt].tolist() for i in range(args.prompts)]
     eights, in_fp32 = quantize_for_running(copy.deepcopy(model), device), heron.load(args.model, torch.float32)
+    start = time.perf_counter()
     in_8_bits, as_it_is, exact = (
         greedy(one, tokenizer, prompts, args.tokens, rows) for one in (eights, model, in_fp32.to(device))
     )
-    print(f"{args.model}: {args.prompts} prompts of {args.prompt} tokens, {args.tokens} tokens behind each")
+    taken = f"by steps of {rows}, in {time.perf_counter() - start:.0f} s in all"
+    print(f"{args.model}: {args.prompts} prompts of {args.prompt} tokens, {args.tokens} tokens behind each, {taken}")
     for name, one, other in (
         (f"in 8 bits, in {args.dtype}", in_8_bits, as_it_is),
         ("in 8 bits, in fp32", in_8_bits, exact),
