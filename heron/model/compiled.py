@@ -39,6 +39,7 @@ def choose(
     in_pieces: bool = False,
     adapter: str | None = None,
     cut_packs: bool = False,
+    exchanges: bool = False,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -48,6 +49,7 @@ def choose(
         in_pieces: whether a step reads texts chunk by chunk, or compares pairs.
         adapter: the kind of the adapter that is on the model, if there is one.
         cut_packs: whether several processes share a sample in which texts are packed.
+        exchanges: whether processes hear of each other within a pass: of shards of a block, or of spans of a sample.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -65,6 +67,8 @@ def choose(
     few = "the elementwise work of a block in few kernels"
     if no_graph is not None:
         return machine.Choice("on", f"{few}; not as one graph: {no_graph}")
+    if exchanges:
+        return machine.Choice("on", f"{few}; --compile graph launches a pass, with all that travels in it, as one")
     return machine.Choice("graph", f"{few}, and a pass launched as one")
 
 

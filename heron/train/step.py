@@ -116,7 +116,7 @@ class Learner:
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
             config.compile, device, model.config, config.tables, adds_up, in_pieces, kind,
-            self._context is not None and config.finetune is not None,
+            self._context is not None and config.finetune is not None, sharded or self._context is not None,
         )  # fmt: skip
         of_users = hooks_of(self.network)
         dist.prepare(

@@ -319,6 +319,13 @@ def test_what_is_recorded(monkeypatch, model, settings, reason):
     assert choose("on").value == "on"
 
 
+def test_passes_within_which_processes_hear_of_each_other_are_recorded_if_asked_for(monkeypatch):
+    monkeypatch.setattr(compilation, "why_not", lambda *_: None)
+    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(variant="v7"), exchanges=True)
+    assert (choose("auto").value, choose("graph").value) == ("on", "graph")
+    assert "--compile graph" in choose("auto").reason
+
+
 @pytest.mark.parametrize(
     ("changes", "chosen"),
     [
