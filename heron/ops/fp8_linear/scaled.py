@@ -57,9 +57,8 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     A row with inf or NaN becomes one with NaN.
     """
     if x.shape[1] <= cuda.LARGEST_ROW and _has_kernels(x.device):
-        return cuda.rows_cuda(
-            x, _SMALLEST
-        )  # longer ones the compiler rounds as fast, together with what stands before them
+        return cuda.rows_cuda(x, _SMALLEST)
+    # Longer rows the compiler rounds as fast, together with what stands before them.
     largest = x.abs().amax(dim=1, keepdim=True).float().clamp(min=_SMALLEST)
     # The power of two below 8/7 of the largest: over it, 256 times, the row is at most 1.75 x 256, e4m3's largest.
     power = ((largest * (8 / 7)).view(torch.int32) & _EXPONENT).view(torch.float32)

@@ -65,7 +65,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define HERON_WARPGROUPS  // four warps, of which the first is a multiple of four, multiply as one
+#define HERON_WARPGROUPS  // four warps in a row, the first a multiple of four, multiply together
 
 // What a warpgroup reads of `tile`, which has rows of 128 bytes whose 16-byte pieces are permuted by the row: eight rows,
 // 1,024 bytes, lie behind one another.
