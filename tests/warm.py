@@ -94,7 +94,7 @@ def _reads_and_written(wanted: int | IO[str]) -> tuple[IO[str] | None, int]:
 def start(
     arguments: Sequence[object], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=None, cwd=None
 ) -> Process | subprocess.Popen[str]:
-    """Start `python ARGUMENTS` in a session of its own. What it prints into pipes must fit into them.
+    """Start `python ARGUMENTS` in a session of its own. Nobody reads its pipes before it ends: what it prints must fit.
 
     Args:
         arguments: "-m" or "-c", and what follows.

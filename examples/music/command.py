@@ -26,7 +26,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; what a user can mend is one line on standard error, and exit code 1."""
+    """Call `main`. An error that the user can correct becomes one line on standard error, and exit code 1."""
     try:
         main()
     except (HeronError, OSError) as error:

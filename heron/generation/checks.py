@@ -38,7 +38,7 @@ def checked_number(name: str, number: int) -> int:
 
 
 def in_bf16(states: str) -> bool:
-    """Whether states are to be in bf16; ConfigError for what is neither that nor fp32."""
+    """Whether `states` is "bf16"; ConfigError unless it is that or "fp32"."""
     if states not in ("fp32", "bf16"):
         raise ConfigError(f"states: wanted fp32 or bf16, got {states!r}")
     return states == "bf16"

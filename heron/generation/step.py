@@ -192,7 +192,7 @@ def _for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
 
 
 def _for_many_in_8_bits(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
-    """Each matrix is dequantized for its product, which is the library's."""
+    """PyTorch multiplies, and each matrix is dequantized for its product."""
     return _by_kernels(layer, compiled, multiply)
 
 

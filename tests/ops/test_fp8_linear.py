@@ -1,4 +1,4 @@
-"""A linear layer in fp8: what it computes against the definition and against fp64, bad numbers, and what is refused."""
+"""A linear layer in fp8: its errors against the definition and against fp64, inf and NaN, and arguments it refuses."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _around(model: heron.RWKV, fault: Fault) -> Iterator[None]:
 
 
 class StopAt(heron.Trainer):
-    """A trainer of which one process is asked to stop by a signal during the given step."""
+    """A trainer in which one process receives a signal to stop during the given step."""
 
     def __init__(self, config, step, number=signal.SIGTERM, rank=0, **options):
         super().__init__(config, **options)

@@ -18,7 +18,7 @@ __device__ __forceinline__ void begin_copy_of(void* to, const void* from, bool w
 
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// The thread's own copies are there, but for those of its last `but` groups.
+// Wait until this thread's copies have arrived, except those of its last `but` groups.
 template <int but>
 __device__ __forceinline__ void copies_arrived() {
     asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");

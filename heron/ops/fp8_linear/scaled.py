@@ -79,9 +79,10 @@ def turned(x: Tensor, factors: Tensor | None = None) -> Tensor:
 
 
 def _turned_with_one_scale(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """x (n, m) in e4m3, turned, and one scale for all its rows, the largest, as those of m rows.
+    """The transpose (m, n) of x (n, m) in e4m3, and its scales (m, 1), which all are the largest of `scales` (n, 1).
 
-    Factors are powers of two, so nothing is rounded down to where e4m3 ends.
+    Each row of x is multiplied by its scale over the largest one. These are powers of two, so only numbers that fall
+    below e4m3's normal ones are rounded.
     """
     largest = scales.amax()
     return turned(x, scales / largest), largest.expand(x.shape[1], 1)

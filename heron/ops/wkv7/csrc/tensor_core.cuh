@@ -1,7 +1,7 @@
 // The fast path: head size 64, bf16 in and out, chunks of 32 tokens, products of bf16 tiles on tensor cores with fp32
-// sums, fp32 state. One block runs one head of one sequence: four warps, of which warp i holds rows 16 i .. 16 i + 15
-// (values) of the state in registers, or backward two halves of four, of which one holds the state's gradient so. README.md
-// has the algebra and the budget of registers and shared memory.
+// sums, fp32 state. One block runs one head of one sequence. The forward has four warps: warp i holds rows 16 i .. 16 i + 15
+// (values) of the state in registers. The backward has two halves of four warps, and one half holds the gradient of the state
+// in the same way. README.md has the algebra and the budget of registers and shared memory.
 //
 // Tiles have rows of 64 bf16 = 128 bytes, whose eight 16-byte pieces are permuted by the row, so that ldmatrix meets no
 // bank conflict by rows or by columns. `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles.
@@ -164,7 +164,7 @@ __device__ __forceinline__ void find_sources(Tile table, const Wkv7sProblem& p, 
   __syncthreads();
 }
 
-// A chunk of the first `n` inputs, each to its tile, by so many threads.
+// Copy a chunk of the first `n` inputs, each to its tile; `thread` is this one's number among those that take part.
 template <int threads, int n>
 __device__ __forceinline__ void copy_inputs(int thread, Tile stage, Tile table, int start) {
 #pragma unroll 1
