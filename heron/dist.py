@@ -285,23 +285,23 @@ def fits(n_parameters: int, n_bytes: int) -> bool:
 
 
 def prepare(
-    network: RWKV, ranks: Ranks, parallel: str, device: torch.device, grad_checkpoint: bool, compiled: bool, bf16: bool
+    network: RWKV, ranks: Ranks, parallel: str, device: torch.device, grad_checkpoint: bool, compiled: bool
 ) -> None:
     """Make a network ready to learn: activation checkpointing, then compiled blocks, then shards.
 
     Args:
-        parallel: as :func:`choose` gives it. With fsdp and hsdp parameters become shards, DTensors on `device`, in
-            fp32; each block is gathered while it computes. Tables, whose rows are brought, stay as they are.
-        bf16: whether a sharded network computes in bf16; one that is not sharded has the dtype it computes in.
+        parallel: as :func:`choose` gives it. With fsdp and hsdp parameters become shards, DTensors on `device`, or on
+            "meta" where they were there; each block is gathered while it computes. Tables, whose rows are brought, stay
+            as they are.
     """
     network.grad_checkpoint = grad_checkpoint
     if compiled:
         compile_blocks(network)
     if parallel in ("fsdp", "hsdp"):
-        _shard(network, ranks, parallel, device, bf16)
+        _shard(network, ranks, parallel, device)
 
 
-def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device, bf16: bool) -> None:
+def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -311,8 +311,7 @@ def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device, bf1
         shape, names = (ranks.count,), ("shard",)
     how: dict[str, Any] = dict(
         mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
-        # Gradients travel in the dtype that they have, as those of ddp do.
-        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False),
+        mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),  # all travels in the dtype that it has
         ignored_params={module.weight for module in network.modules() if isinstance(module, DeepEmbed)},
     )
     parts, last = [network.emb, *network.blocks], network.blocks[-1]
@@ -346,7 +345,17 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = like.device_mesh, like.placements  # pyright: ignore[reportAttributeAccessIssue]
-    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+
+
+def share_of(like: Tensor, part: Tensor) -> Tensor:
+    """A tensor of which this process has `part`, placed and sharded as `like` is."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # pyright: ignore[reportAttributeAccessIssue]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

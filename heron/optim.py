@@ -137,7 +137,7 @@ class CopiedAdamW(torch.optim.AdamW):
             )
             adamw_(
                 [*map(dist.local, gradients)], [*map(dist.local, gradients.values())], exp_avgs, exp_avg_sqs, steps,
-                [self.copies[weight] for weight in gradients if weight in self.copies],
+                [dist.local(self.copies[weight]) for weight in gradients if weight in self.copies],
                 group["lr"], group["betas"], group["eps"], group["weight_decay"],
                 getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self.impl,
             )  # fmt: skip

@@ -211,7 +211,16 @@ def two(folder: Path, text: Path) -> None:
         v8 |= dict(micro_bsz=1, accumulate=2) if (parallel, tables) == ("fsdp", "device") else {}
         assert made(f"v8-{parallel}-{tables}", **v8) == "finished"
     v8 = dict(model=str(folder / GATED), tables="host")
-    for name, beside in {"fsdp-stopped": dict(parallel="fsdp"), "v8-ddp-stopped": dict(parallel="ddp", **v8)}.items():
+    half = dict(dtype="bf16", weights="bf16")
+    for parallel in ("ddp", "fsdp"):
+        assert made(f"half-{parallel}", parallel=parallel, **half) == "finished"
+    assert made("half-accumulated", parallel="fsdp", **half, micro_bsz=1, accumulate=2) == "finished"
+    stopped = {
+        "fsdp-stopped": dict(parallel="fsdp"),
+        "half-fsdp-stopped": dict(parallel="fsdp", **half),
+        "v8-ddp-stopped": dict(parallel="ddp", **v8),
+    }
+    for name, beside in stopped.items():
         beside |= dict(background_save="on", save_every=3, keep=9)
         assert made(name, partial(StopAt, step=STOP + 1, number=signal.SIGUSR1, rank=1), **beside) == "preempted"
         assert made(name, **beside) == "finished"

@@ -98,9 +98,18 @@ def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
             assert [r[name] for r in ours] == pytest.approx([r[name] for r in theirs], abs=1e-6)
 
 
+def test_shards_of_bf16_copies_learn_as_whole_ones(folder):
+    whole, sharded, accumulated = (losses(folder / f"half-{name}") for name in ("ddp", "fsdp", "accumulated"))
+    assert sharded == whole
+    assert accumulated == pytest.approx(whole, abs=3e-3)
+    in_fp32 = losses(folder / "ddp")
+    assert sharded != in_fp32
+    assert sharded == pytest.approx(in_fp32, abs=2e-2)
+
+
 @pytest.mark.parametrize(
     ("name", "stopped"),
-    [("fsdp", "fsdp-stopped"), ("v8-ddp-host", "v8-ddp-stopped")],
+    [("fsdp", "fsdp-stopped"), ("half-fsdp", "half-fsdp-stopped"), ("v8-ddp-host", "v8-ddp-stopped")],
 )
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(folder, name, stopped):
     assert steps(folder / stopped) == steps(folder / name)

@@ -116,35 +116,47 @@ def seed_dropout(config: TrainConfig, first: int, rank: int) -> None:
         torch.manual_seed(random.Random(f"{config.seed} {first} {rank}").getrandbits(32))
 
 
-def all_weights(model: RWKV, in_half: bool, in_fp8: bool = False) -> Leaves:
+def all_weights(model: RWKV, in_half: bool, in_fp8: bool = False, in_shards: bool = False) -> Leaves:
     """Every weight of `model`.
 
     Args:
-        in_half: the network computes with a copy of them in bf16.
+        in_half: the network computes with a copy of them in bf16. Its gradients are the optimizer's as they are; those
+            of several micro-batches are added up in fp32 as the model's.
         in_fp8: that copy multiplies its large matrices in fp8.
+        in_shards: that copy has no weights until it is sharded; :func:`follow_shards` then gives it some.
     """
-    network = in_bf16(model) if in_half else model
+    if not in_half:
+        return Leaves(model, model, model)
+    with torch.device("meta"):
+        network = RWKV(model.config)
+    for name, table in tables_of(model).items():
+        network.set_submodule(name, table)
+    if not in_shards:
+        _round_into(network, model)
     if in_fp8:
         multiply_in_fp8(network)
     return Leaves(model, network, model)
 
 
-def in_bf16(model: RWKV) -> RWKV:
-    """A network that computes as `model` in bf16, tables apart: these are `model`'s own.
+@torch.no_grad()
+def follow_shards(model: RWKV, network: RWKV) -> None:
+    """Shard the weights of `model`, which every process has whole, as `network` is sharded, and give it their copies."""
+    for name, leaf in network.named_parameters():
+        path, _, own = name.rpartition(".")
+        module, master = model.get_submodule(path), model.get_parameter(name)
+        if master is not leaf:
+            setattr(module, own, nn.Parameter(dist.spread(master.detach(), leaf)))
+    _round_into(network, model)
 
-    Its gradients are the optimizer's as they are; those of several micro-batches are added up in fp32 as `model`'s.
-    """
-    with torch.device("meta"):
-        network = RWKV(model.config)
-    tables = tables_of(model)
-    for name, table in tables.items():
-        network.set_submodule(name, table)
-    masters = dict(model.named_parameters())
-    for name, module in network.named_modules():
-        for leaf in () if name in tables else list(dict(module.named_parameters(recurse=False))):
-            master = masters[f"{name}.{leaf}" if name else leaf]
-            setattr(module, leaf, nn.Parameter(master.detach().to(torch.bfloat16)))
-    return network
+
+def _round_into(network: RWKV, model: RWKV) -> None:
+    """Give a network without weights those of `model`, rounded to bf16; tables are one thing in both."""
+    own = dict(network.named_parameters())
+    weights = {
+        name: master if master is own[name] else master.detach().to(torch.bfloat16)
+        for name, master in model.named_parameters()
+    }
+    network.load_state_dict(weights, assign=True)
 
 
 def check_tables(config: TrainConfig, ranks: dist.Ranks) -> None:

@@ -104,13 +104,9 @@ class Learner:
         if config.freezes and config.finetune is not None:
             self.leaves = leaves.of_method(model, config.finetune, in_half)
         else:
-            self.leaves = leaves.all_weights(model, in_half and not sharded, config.dtype == "fp8")
+            self.leaves = leaves.all_weights(model, in_half, config.dtype == "fp8", sharded)
         self.model, self.network, self.trained = self.leaves.model, self.leaves.network, self.leaves.trained
-        self._copies = self.leaves.copies
-        if config.freezes:
-            ranks.start_equal(self.trained, device)
-            self.refresh()
-        in_place = len(self._copies) < len(self.leaves.pairs)  # its gradients are those of the pass
+        in_place = len(self.leaves.copies) < len(self.leaves.pairs)  # its gradients are those of the pass
         adds_up = config.accumulate > 1 and in_place
         self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
@@ -120,9 +116,14 @@ class Learner:
         )  # fmt: skip
         of_users = hooks_of(self.network)
         dist.prepare(
-            self.network, ranks, self.parallel.value, device, config.grad_checkpoint, self.compiled.value != "off",
-            in_half,
-        )  # fmt: skip
+            self.network, ranks, self.parallel.value, device, config.grad_checkpoint, self.compiled.value != "off"
+        )
+        if sharded and in_half:
+            leaves.follow_shards(model, self.network)
+        self._copies = self.leaves.copies
+        if config.freezes:
+            ranks.start_equal(self.trained, device)
+            self.refresh()
         self._replayed_hooks = hooks_of(self.network) - of_users  # what they start is in the recording
         self._at_once = config.accumulate == 1 and not in_pieces  # one pass has a step's gradients
         self._reduction = self._reduction_of() if self.parallel.value == "ddp" else None
@@ -323,25 +324,26 @@ class Learner:
     def refresh(self) -> None:
         """Give the network what it has copies of; of use after others have changed the leaves."""
         if self._copies:
-            copies, masters = zip(*self._copies, strict=True)
+            copies, masters = ([*map(dist.local, leaves)] for leaves in zip(*self._copies, strict=True))
             torch._foreach_copy_(copies, masters)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def _hand_over(self) -> None:
         """Add the gradients of a bf16 network's copies to those of their masters, in fp32, all at once; free them."""
         pairs = [(copy, master) for copy, master in self._copies if copy.grad is not None]
-        added = [(master.grad, copy.grad) for copy, master in pairs if master.grad is not None]
-        first = [(copy.grad, master) for copy, master in pairs if master.grad is None]
+        local = dist.local
+        added = [(local(master.grad), local(copy.grad)) for copy, master in pairs if master.grad is not None]
+        first = [(local(copy.grad), master) for copy, master in pairs if master.grad is None]
         if added:
             sums, more = zip(*added, strict=True)
             torch._foreach_add_(sums, more)  # pyright: ignore[reportPrivateImportUsage]
         if first:
             gradients, masters = zip(*first, strict=True)
-            block = masters[0].new_empty(sum(gradient.numel() for gradient in gradients))
-            parts = torch._C._nn.unflatten_dense_tensors(block, masters)  # pyright: ignore[reportAttributeAccessIssue]
+            block = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients), dtype=masters[0].dtype)
+            parts = torch._C._nn.unflatten_dense_tensors(block, gradients)  # pyright: ignore[reportAttributeAccessIssue]
             torch._foreach_copy_(parts, gradients)  # pyright: ignore[reportPrivateImportUsage]
             for master, part in zip(masters, parts, strict=True):
-                master.grad = part
+                master.grad = dist.share_of(master, part)
         for copy, _ in pairs:
             copy.grad = None
 
