@@ -140,7 +140,7 @@ def all_weights(model: RWKV, in_half: bool, in_fp8: bool = False, in_shards: boo
 
 @torch.no_grad()
 def follow_shards(model: RWKV, network: RWKV) -> None:
-    """Shard the weights of `model`, which every process has whole, as `network` is sharded, and give it their copies."""
+    """Shard the weights of `model`, which every process has whole, as `network` is, and give it copies of them."""
     for name, leaf in network.named_parameters():
         path, _, own = name.rpartition(".")
         module, master = model.get_submodule(path), model.get_parameter(name)

@@ -330,10 +330,9 @@ class Learner:
     @torch.no_grad()
     def _hand_over(self) -> None:
         """Add the gradients of a bf16 network's copies to those of their masters, in fp32, all at once; free them."""
-        pairs = [(copy, master) for copy, master in self._copies if copy.grad is not None]
-        local = dist.local
-        added = [(local(master.grad), local(copy.grad)) for copy, master in pairs if master.grad is not None]
-        first = [(local(copy.grad), master) for copy, master in pairs if master.grad is None]
+        pairs = [(dist.local(copy.grad), master) for copy, master in self._copies if copy.grad is not None]
+        added = [(dist.local(master.grad), gradient) for gradient, master in pairs if master.grad is not None]
+        first = [(gradient, master) for gradient, master in pairs if master.grad is None]
         if added:
             sums, more = zip(*added, strict=True)
             torch._foreach_add_(sums, more)  # pyright: ignore[reportPrivateImportUsage]
@@ -344,7 +343,7 @@ class Learner:
             torch._foreach_copy_(parts, gradients)  # pyright: ignore[reportPrivateImportUsage]
             for master, part in zip(masters, parts, strict=True):
                 master.grad = dist.share_of(master, part)
-        for copy, _ in pairs:
+        for copy, _ in self._copies:
             copy.grad = None
 
     def _do_without_compiler(self, error: Exception) -> None:
