@@ -89,6 +89,10 @@ class Lookup(NamedTuple):
     ids: Tensor  # (B, T) int64
     embedded: Tensor  # (B, T, C), after ln0
 
+    def unread(self) -> Lookup:
+        """The same for those that look up ids alone: no gradient comes back from them."""
+        return Lookup(self.ids, self.embedded.detach())
+
     def last(self, n: int) -> Lookup:
         """The last `n` tokens."""
         if n == self.ids.shape[1]:

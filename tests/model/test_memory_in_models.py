@@ -21,7 +21,7 @@ from heron.config import RosaConfig
 from heron.errors import CheckpointError, ConfigError, KernelError
 from heron.model.memory import Recollection, longest_match, n_length_rows
 from heron.model.state import State
-from heron.train.leaves import in_bf16
+from heron.train.leaves import all_weights
 
 VARIANTS = {
     "v7": {},
@@ -444,7 +444,7 @@ def test_weights_of_several_dtypes_compute_in_the_widest(random_model):
 
 def test_a_copy_in_bf16_computes_with_rounded_parameters(random_model):
     model = random_model(variant="v8", memory="memory")
-    network = in_bf16(model)
+    network = all_weights(model, in_half=True).network
     for name, parameter in network.memory.named_parameters():
         assert torch.equal(parameter, model.get_parameter(f"memory.{name}").bfloat16())
     tokens, targets = ids(2, 30), ids(2, 30, seed=1)

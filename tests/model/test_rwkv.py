@@ -388,6 +388,15 @@ def test_the_gradient_of_an_initial_state_is_the_slope_of_the_loss(random_model,
     assert all(part.grad_fn is None for part in model(tokens, start)[1].detach().to_list())
 
 
+@every_variant
+def test_a_block_is_handed_what_it_has_a_gradient_for(random_model, variant):
+    model, handed = random_model(**FAMILY[variant]), []
+    hook = model.blocks[1].register_forward_pre_hook(lambda _, given: handed.append(given[4].embedded))
+    model.loss(ids(2, 5), ids(2, 5))
+    hook.remove()
+    assert handed[0].requires_grad == model.config.reads_embedded
+
+
 @pytest.mark.parametrize("variant", ["v7a", "v7b", "v8", "hybrid"])
 def test_recomputing_the_blocks_gives_the_same_gradients(random_model, variant):
     model, tokens = random_model(**FAMILY[variant]), ids(2, 18)
