@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 
 _BYTES_PER_WEIGHT = 16  # fp32 weights, their bf16 copies, bf16 gradients and two fp32 moments
 _FOR_WEIGHTS = 0.6  # of a GPU's memory; the rest is for activations
+_FOR_VALIDATION = 0.1  # likewise, of shards put together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +283,13 @@ def choose(wanted: str, ranks: Ranks, n_parameters: int, device: torch.device) -
 def fits(n_parameters: int, n_bytes: int) -> bool:
     """Whether a GPU of so many bytes has room for all weights and moments beside the activations."""
     return _BYTES_PER_WEIGHT * n_parameters <= _FOR_WEIGHTS * n_bytes
+
+
+def is_crowded(parallel: str, n_parameters: int, device: torch.device) -> bool:
+    """Whether a GPU that has shards needs much of its memory for all weights, in fp32, which a validation reads."""
+    if parallel not in ("fsdp", "hsdp") or device.type != "cuda":
+        return False
+    return 4 * n_parameters > _FOR_VALIDATION * torch.cuda.get_device_properties(device).total_memory
 
 
 def prepare(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,6 +309,14 @@ def test_a_process_alone_needs_no_group():
     assert ranks.all(True)
     assert not ranks.all(False)
     assert dist.choose("fsdp", ranks, 10, torch.device("cpu")).value == "none"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "n_parameters", "crowded"), [("fsdp", 10**9, False), ("hsdp", 4 * 10**9, True), ("ddp", 10**10, False)]
+)
+def test_a_gpu_is_crowded_where_all_weights_would_take_much_of_it(monkeypatch, parallel, n_parameters, crowded):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    assert dist.is_crowded(parallel, n_parameters, torch.device("cuda")) == crowded
 
 
 def test_the_environment_of_torchrun_is_read_and_half_of_it_is_refused(monkeypatch):

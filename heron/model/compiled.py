@@ -39,7 +39,7 @@ def choose(
     in_pieces: bool = False,
     adapter: str | None = None,
     cut_packs: bool = False,
-    exchanges: bool = False,
+    crowded: bool = False,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -49,7 +49,7 @@ def choose(
         in_pieces: whether a step reads texts chunk by chunk, or compares pairs.
         adapter: the kind of the adapter that is on the model, if there is one.
         cut_packs: whether several processes share a sample in which texts are packed.
-        exchanges: whether processes hear of each other within a pass: of shards of a block, or of spans of a sample.
+        crowded: whether what a recorded pass keeps would leave too little room for what is done between steps.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -67,8 +67,8 @@ def choose(
     few = "the elementwise work of a block in few kernels"
     if no_graph is not None:
         return machine.Choice("on", f"{few}; not as one graph: {no_graph}")
-    if exchanges:
-        return machine.Choice("on", f"{few}; --compile graph launches a pass, with all that travels in it, as one")
+    if crowded:
+        return machine.Choice("on", f"{few}; --compile graph launches a pass as one, and keeps its memory")
     return machine.Choice("graph", f"{few}, and a pass launched as one")
 
 

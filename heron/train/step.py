@@ -71,7 +71,8 @@ class Learner:
     ):
         self._say = say or (lambda line: print(f"heron: {line}", file=sys.stderr))
         self.config, self.device, self.ranks = config, device, ranks
-        self.parallel = dist.choose(config.parallel, ranks, leaves.n_on_device(model, config, ranks), device)
+        n_parameters = leaves.n_on_device(model, config, ranks)
+        self.parallel = dist.choose(config.parallel, ranks, n_parameters, device)
         sharded = self.parallel.value in ("fsdp", "hsdp")
         leaves.check_tables(config, ranks)
         if sharded and config.dtype == "fp8":
@@ -112,7 +113,8 @@ class Learner:
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
             config.compile, device, model.config, config.tables, adds_up, in_pieces, kind,
-            self._context is not None and config.finetune is not None, sharded or self._context is not None,
+            self._context is not None and config.finetune is not None,
+            dist.is_crowded(self.parallel.value, n_parameters, device),
         )  # fmt: skip
         of_users = hooks_of(self.network)
         dist.prepare(

@@ -319,9 +319,9 @@ def test_what_is_recorded(monkeypatch, model, settings, reason):
     assert choose("on").value == "on"
 
 
-def test_passes_within_which_processes_hear_of_each_other_are_recorded_if_asked_for(monkeypatch):
+def test_passes_on_a_crowded_gpu_are_recorded_if_asked_for(monkeypatch):
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
-    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(variant="v7"), exchanges=True)
+    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(variant="v7"), crowded=True)
     assert (choose("auto").value, choose("graph").value) == ("on", "graph")
     assert "--compile graph" in choose("auto").reason
 
