@@ -50,7 +50,7 @@ inline uint32_t pack(float low, float high) { return round_to_bf16(low) | round_
 inline float low_half(uint32_t packed) { return as_float(packed << 16); }
 inline float high_half(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 inline float exp2_fast(float x) { return exp2f(x); }
-inline float divide_fast(float x, float y) { return x / y; }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 namespace emulator {
 
@@ -179,12 +179,15 @@ inline void __syncthreads() { emulator::wait_for(emulator::Wait::kBlock); }
 inline void __syncwarp() { emulator::wait_for(emulator::Wait::kWarp); }
 
 namespace emulator {
-template <bool transposed> inline void load_matrices(uint32_t (&d)[4], const void* row) {
-  my_warp().rows[my_lane()] = row;
+inline void check_row(const void* row) {
   const char* base = reinterpret_cast<const char*>(shared_words.data());
   const char* address = static_cast<const char*>(row);
   if (address < base || address + 16 > base + 4 * shared_words.size()) fail("a matrix row outside shared memory");
   if ((address - base) % 16) fail("a matrix row that is not 16-byte aligned");
+}
+template <bool transposed> inline void load_matrices(uint32_t (&d)[4], const void* row) {
+  my_warp().rows[my_lane()] = row;
+  check_row(row);
   collective([](Warp& warp) {
     for (int matrix = 0; matrix < 4; matrix++) {
       for (int lane = 0; lane < 32; lane++) {
@@ -202,6 +205,20 @@ template <bool transposed> inline void load_matrices(uint32_t (&d)[4], const voi
 }
 }  // namespace emulator
 
+inline void store_matrices(void* row, const uint32_t (&d)[4]) {
+  using namespace emulator;
+  check_row(row);
+  my_warp().rows[my_lane()] = row;
+  memcpy(my_warp().in[my_lane()], d, sizeof d);
+  collective([](Warp& warp) {
+    for (int matrix = 0; matrix < 4; matrix++) {
+      for (int lane = 0; lane < 32; lane++) {
+        void* to = const_cast<void*>(warp.rows[8 * matrix + lane / 4]);
+        static_cast<uint32_t*>(to)[lane % 4] = warp.in[lane][matrix];
+      }
+    }
+  });
+}
 inline void load_matrices(uint32_t (&d)[4], const void* row) { emulator::load_matrices<false>(d, row); }
 inline void load_matrices_transposed(uint32_t (&d)[4], const void* row) { emulator::load_matrices<true>(d, row); }
 
@@ -253,6 +270,10 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     }
   });
   memcpy(c, mine.c[my_lane()], sizeof c);
+}
+
+inline void store_if(bool wanted, void* to, uint32_t word) {
+  if (wanted) memcpy(to, &word, sizeof word);
 }
 
 inline void copy_async(void* to, const void* from, bool valid, int bytes = 16) {

@@ -36,7 +36,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-__device__ __forceinline__ float divide_fast(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -50,6 +54,20 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row)
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(shared_address(row)) : "memory");
+}
+// The inverse of load_matrices.
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               :: "r"(shared_address(row)), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t to = __shfl_sync(0xffffffffu, shared_address(row), 8 * i + lane / 4) + lane % 4 * 4;
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(to), "r"(d[i]) : "memory");
+  }
+#endif
 }
 // The transpose of an 8 x 8 matrix of 16-bit values that a warp holds as a fragment.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t fragment) {
@@ -67,35 +85,34 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HERON_WARPGROUPS  // four warps in a row, the first a multiple of four, multiply together
 
-// What a warpgroup reads of `tile`, which has rows of 128 bytes whose 16-byte pieces are permuted by the row: eight rows,
-// 1,024 bytes, lie behind one another.
-__device__ __forceinline__ uint64_t matrix_descriptor(const void* tile) {
-  return uint64_t(shared_address(tile) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
-}
+// What a warpgroup reads of `tile`, which has rows of 128 bytes whose 16-byte pieces are permuted by the row: the low half of
+// its descriptor, in which a step of 16 bytes counts 1. The high half says that eight rows, 1,024 bytes, lie behind one another.
+__device__ __forceinline__ uint32_t matrix_descriptor(const void* tile) { return shared_address(tile) >> 4 | 1 << 16; }
 // c += a b for 64 rows, of which each warp has 16, in the registers that multiply_add has them in: 16 x 16 of a in
-// registers, 32 or 64 columns of b in shared memory, stored by columns or by depth. Between start_products and commit_products.
-template <bool by_depth>
-__device__ __forceinline__ void multiply_add_32(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
+// registers, 32 or 64 columns of b in shared memory, stored by columns or by depth; not `adds`: c = a b.
+// Between start_products and commit_products.
+template <bool by_depth, bool adds>
+__device__ __forceinline__ void multiply_add_32(float (*c)[4], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{.reg .pred add;\n setp.ne.b32 add, 1, 0;\n"
+      "{.reg .pred add;\n .reg .b64 b;\n setp.ne.b32 add, %22, 0;\n mov.b64 b, {%20, 0x40000040};\n"
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, add, 1, 1, %21;}"
+      "{%16, %17, %18, %19}, b, add, 1, 1, %21;}"
       : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
         "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(by_depth ? 1 : 0));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(by_depth), "n"(adds));
 }
-template <bool by_depth>
-__device__ __forceinline__ void multiply_add_64(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
+template <bool by_depth, bool adds>
+__device__ __forceinline__ void multiply_add_64(float (*c)[4], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{.reg .pred add;\n setp.ne.b32 add, 1, 0;\n"
+      "{.reg .pred add;\n .reg .b64 b;\n setp.ne.b32 add, %38, 0;\n mov.b64 b, {%36, 0x40000040};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, add, 1, 1, %37;}"
+      "{%32, %33, %34, %35}, b, add, 1, 1, %37;}"
       : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
         "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
         "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
         "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(by_depth ? 1 : 0));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(by_depth), "n"(adds));
 }
 __device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -111,6 +128,12 @@ __device__ __forceinline__ void show_to_warpgroups() {
 #ifdef HERON_WARPGROUPS
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+}
+
+// Store if `wanted`, without a branch.
+__device__ __forceinline__ void store_if(bool wanted, void* to, uint32_t word) {
+  asm volatile("{.reg .pred wanted;\n setp.ne.b32 wanted, %0, 0;\n @wanted st.global.b32 [%1], %2;}"
+               :: "r"(int(wanted)), "l"(to), "r"(word) : "memory");
 }
 
 // 16 bytes from global to shared memory in the background; zeros where not `valid`.

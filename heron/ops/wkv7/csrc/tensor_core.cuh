@@ -5,7 +5,7 @@
 //
 // Tiles have rows of 64 bf16 = 128 bytes, whose eight 16-byte pieces are permuted by the row, so that ldmatrix meets no
 // bank conflict by rows or by columns. `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles.
-// M's block of a-rows and b-columns is kept as [J11 0; A21 J22]: the inverses of its diagonal blocks, and the block below.
+// M's block of a-rows and b-columns is kept as [J11^T 0; A21 J22^T]: the inverses of its diagonal blocks, and the block below.
 #pragma once
 
 #include "sequence.cuh"
@@ -27,12 +27,16 @@ constexpr int kTile = kChunk * kSize * 2, kSquare = 2 * kTile;  // bytes of a ti
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
 constexpr int kForwardShared = 2 * kForwardStage + kSquare;
 constexpr int kSources = (kDy + 1) * 128;  // bytes of a table of sources, see there
-constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 4 * kSquare + kSources;
+// Gradients of a chunk in fp32, 32 x 64, with rows 8 banks apart: bytes of those of one input.
+constexpr int kCellPitch = kSize + 8, kCells = kChunk * kCellPitch * 4;
+constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
+constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kSources;
 constexpr int kPitch = 20;  // of a 16 x 16 fp32 block: its columns start 8 banks apart and 16-byte aligned
 constexpr float kLog2DecayScale = kDecayScale * kLog2E;
 
 struct alignas(8) Words { uint32_t first, second; };
 struct alignas(8) Floats { float first, second; };
+struct alignas(16) Piece { uint32_t words[4]; };
 
 using Tile = unsigned char*;
 using Fragment = uint32_t[4];      // 16 x 16 of an A operand, or 16 x 16 of a B operand: two of its 16 x 8
@@ -49,8 +53,6 @@ __device__ __forceinline__ Thread this_thread() {
 __device__ __forceinline__ int place(int row, int column) {
   return row * 128 + ((column / 8 ^ row % 8) * 16) + column % 8 * 2;
 }
-// The same idea for 32 x 64 fp32, as an index.
-__device__ __forceinline__ int cell(int row, int column) { return row * kSize + (column ^ row % 8 * 8); }
 
 // The row that a lane gives to ldmatrix, in a tile whose 16 x 16 corner lies at (0, 0): matrices 0 and 1 below one another,
 // 2 and 3 beside them; or 0 and 1 beside one another. Since 16 columns are two pieces, another corner's columns only flip
@@ -83,25 +85,35 @@ __device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, c
   multiply_add(c[0], a, b[0], b[1]);
   multiply_add(c[1], a, b[2], b[3]);
 }
-// c += a b for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by columns or by depth.
-// The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
-// are of use; the rest of a is zero, the rest of c comes out as anything.
-template <int n, int groups, bool by_depth>
+// c += a b, or c = a b if not `adds`, for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by
+// columns or by depth. The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of
+// `depths` and `of_groups` say which 16 of the depth and of the columns are of use; the rest of a is zero, the rest of c comes
+// out as anything.
+template <int n, int groups, bool by_depth, bool adds = true>
 __device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
                                          int of_groups = -1) {
 #ifdef HERON_WARPGROUPS
+  const uint32_t first = matrix_descriptor(tile);
   start_products();
 #pragma unroll
   for (int k = 0; k < n; k++) {
-    const uint64_t b = matrix_descriptor(tile + k * (by_depth ? 16 * 128 : 32));
+    const uint32_t b = first + k * (by_depth ? 128 : 2);
     if (groups == 4) {
-      multiply_add_64<by_depth>(c, a[k], b);
+      if (adds || k > 0) {
+        multiply_add_64<by_depth, true>(c, a[k], b);
+      } else {
+        multiply_add_64<by_depth, false>(c, a[k], b);
+      }
+    } else if (adds || k > 0) {
+      multiply_add_32<by_depth, true>(c, a[k], b);
     } else {
-      multiply_add_32<by_depth>(c, a[k], b);
+      multiply_add_32<by_depth, false>(c, a[k], b);
     }
   }
   commit_products();
 #else
+#pragma unroll
+  for (int i = 0; i < 8 * groups && !adds; i++) c[i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int k = 0; k < n; k++) {
     if (!(depths >> k & 1)) continue;
@@ -127,12 +139,7 @@ __device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
   f[3] = pack(c[1][2], c[1][3]);
 }
 __device__ __forceinline__ void store_operand(Thread me, Tile tile, int row, int column, const Fragment& f) {
-  const int at = place(me.lane / 4, me.lane % 4 * 2) ^ column * 2;
-  tile += row * 128;
-  *reinterpret_cast<uint32_t*>(tile + at) = f[0];
-  *reinterpret_cast<uint32_t*>(tile + 8 * 128 + at) = f[1];
-  *reinterpret_cast<uint32_t*>(tile + (at ^ 16)) = f[2];
-  *reinterpret_cast<uint32_t*>(tile + 8 * 128 + (at ^ 16)) = f[3];
+  store_matrices(tile + row * 128 + (down_first(me) ^ column * 2), f);
 }
 // 8 rows x 16 columns to global memory, 32 bytes a row at once; `low` and `high` are the two 8 x 8 halves, `row` points to
 // the first column of this lane's row.
@@ -180,10 +187,10 @@ __device__ __forceinline__ void copy_inputs(int thread, Tile stage, Tile table, 
   }
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp2_fast(-kLog2E * x)); }
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 
 // Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. Each of `warps`
-// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) by `cell`, or `end`,
+// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) of each token, or `end`,
 // exp(G) at the end (64), may be null.
 template <int warps>
 __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, float* sums, float* remains, float* end,
@@ -195,10 +202,9 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
   for (int i = 0; i < tokens; i++) {
     const int t = tokens * warp + i;
     const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
-    if (t < valid) {
-      sum0 -= kLog2DecayScale * sigmoid(low_half(w));
-      sum1 -= kLog2DecayScale * sigmoid(high_half(w));
-    }
+    const float scale = t < valid ? -kLog2DecayScale : 0.0f;
+    sum0 += scale * sigmoid(low_half(w));
+    sum1 += scale * sigmoid(high_half(w));
     g[i][0] = sum0;
     g[i][1] = sum1;
   }
@@ -224,23 +230,34 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
     *r = pack(low_half(*r) * after0, high_half(*r) * after1);
     *b = pack(low_half(*b) * inverse0, high_half(*b) * inverse1);
     *k = pack(low_half(*k) * inverse0, high_half(*k) * inverse1);
-    if (remains != nullptr) *reinterpret_cast<Floats*>(remains + cell(t, column)) = {after0, after1};
+    if (remains != nullptr) *reinterpret_cast<Floats*>(remains + t * kSize + column) = {after0, after1};
     before0 = after0;
     before1 = after1;
   }
   if (end != nullptr && warp == warps - 1) *reinterpret_cast<Floats*>(end + column) = {before0, before1};
 }
 
-// Zero what a 16 x 16 block on a diagonal of M must not see: an a-row sees earlier tokens, an r-row its own as well.
-__device__ __forceinline__ void mask_diagonal(Thread me, Accumulator* pair, bool own) {
-  const int lane = me.lane + unknown_zero(), row = lane / 4 + own, column = lane % 4 * 2;
+// Of this warp's 16 rows of M or dM, zero what they must not see: an a-row sees earlier tokens, an r-row its `own` as well.
+__device__ __forceinline__ void mask_rows(Thread me, Fragment* rows, bool own) {
+  const int row = me.lane / 4 + own, column = me.lane % 4 * 2;
+  const uint32_t late = me.warp % 2 ? ~0u : 0;  // tokens from 16 on see all blocks of those before
+  const uint32_t diagonal = (column < row ? 0xffffu : 0) | (column + 1 < row ? 0xffff0000u : 0);
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    if (column + i / 4 * 8 + i % 2 >= row + i / 2 % 2 * 8) pair[i / 4][i % 4] = 0.0f;
+  for (int group = 0; group < 4; group++) {
+    const uint32_t seen = group % 2 ? diagonal & late : diagonal | late;
+    rows[group][0] &= seen;
+    rows[group][3] &= seen;
+    if (group % 2) {
+      rows[group][1] &= late;
+      rows[group][2] = 0;
+    } else {
+      rows[group][2] &= late;
+    }
   }
 }
 
-// Invert I - A for a 16 x 16 strictly lower A by substitution in fp32, a lane for each column; `a` holds A by columns.
+// Invert I - A for a 16 x 16 strictly lower A by substitution in fp32, a lane for each column; `a` holds A by columns, and
+// anything in the rest. The inverse goes to `m` by columns.
 __device__ __forceinline__ void invert(Thread me, Tile m, int first, const float* a) {
   const int column = me.lane % 16;
   float x[16];
@@ -253,31 +270,30 @@ __device__ __forceinline__ void invert(Thread me, Tile m, int first, const float
   }
   if (me.lane < 16) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-      *reinterpret_cast<uint16_t*>(m + place(first + i, first + column)) = uint16_t(pack(x[i], 0.0f));
+    for (int i = 0; i < 16; i += 8) {
+      *reinterpret_cast<Piece*>(m + place(first + column, first + i)) = {
+          pack(x[i], x[i + 1]), pack(x[i + 2], x[i + 3]), pack(x[i + 4], x[i + 5]), pack(x[i + 6], x[i + 7])};
     }
   }
 }
 
 // This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the two blocks that are to be inverted go to
 // `scratch` (2 x 16 x kPitch floats), by columns.
-__device__ __forceinline__ void store_attention(Thread me, Tile m, Accumulator* c, float* scratch) {
+__device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumulator* c, float* scratch) {
   const int warp = me.warp, late = warp % 2;
+  Fragment rows[4];
+#pragma unroll
+  for (int group = 0; group < 4; group++) as_operand(rows[group], c + 2 * group);
+  mask_rows(me, rows, warp >= 2);
 #pragma unroll
   for (int group = 0; group < 4; group++) {
-    if (group % 2 > late) continue;
-    Accumulator* const pair = c + 2 * group;
-    if (group % 2 == late) mask_diagonal(me, pair, warp >= 2);
-    if (group == warp && warp < 2) {
-      const int row = me.lane / 4, column = me.lane % 4 * 2;
+    if (group % 2 <= late) store_operand(me, m, 16 * warp, 16 * group, rows[group]);
+  }
+  if (warp < 2) {
+    float* const block = scratch + (16 * warp + me.lane % 4 * 2) * kPitch + me.lane / 4;
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        scratch[(16 * warp + column + i / 4 * 8 + i % 2) * kPitch + row + i / 2 % 2 * 8] = pair[i / 4][i % 4];
-      }
-    } else {
-      Fragment f;
-      as_operand(f, pair);
-      store_operand(me, m, 16 * warp, 16 * group, f);
+    for (int i = 0; i < 8; i++) {
+      block[(i / 4 * 8 + i % 2) * kPitch + i / 2 % 2 * 8] = late ? c[2 + i / 4][i % 4] : c[i / 4][i % 4];
     }
   }
 }
@@ -287,13 +303,13 @@ __device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Ti
   Fragment a, b;
   Accumulator c[2] = {}, d[2] = {};
   as_operand(a, z);
-  load_b(me, b, m, 0, 0);
+  load_b_by_depth(me, b, m, 0, 0);
   multiply_16(c, a, b);
   as_operand(u[0], c);
   load_b(me, b, m, 0, 16);
   multiply_16(z + 2, u[0], b);
   as_operand(a, z + 2);
-  load_b(me, b, m, 16, 16);
+  load_b_by_depth(me, b, m, 16, 16);
   multiply_16(d, a, b);
   as_operand(u[1], d);
 }
@@ -302,13 +318,13 @@ __device__ __forceinline__ void solve_transposed(Thread me, Fragment* x, Accumul
   Fragment a, b;
   Accumulator c[2] = {}, d[2] = {};
   as_operand(a, z + 2);
-  load_b_by_depth(me, b, m, 16, 16);
+  load_b(me, b, m, 16, 16);
   multiply_16(c, a, b);
   as_operand(x[1], c);
   load_b_by_depth(me, b, m, 16, 0);
   multiply_16(z, x[1], b);
   as_operand(a, z);
-  load_b_by_depth(me, b, m, 0, 0);
+  load_b(me, b, m, 0, 0);
   multiply_16(d, a, b);
   as_operand(x[0], d);
 }
@@ -383,11 +399,11 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     me = this_thread();
 
     {
-      Accumulator c[8] = {};
+      Accumulator c[8];
       Fragment a[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
-      multiply<4, 4, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
       wait_for_products();
       store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
     }
@@ -399,7 +415,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       copy_commit();
     }
     Fragment of_state[4], b;
-    Accumulator z[8] = {};  // (values, [a-rows; r-rows])
+    Accumulator z[8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const row = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head) +
                           (16 * me.warp + me.lane / 4) * kSize;
@@ -411,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
         store_global(me, row + 8 * kSize + 16 * k, of_state[k][1], of_state[k][3], true);
       }
     }
-    multiply<4, transfer ? 2 : 4, false>(me, z, of_state, stage + kA * kTile);
+    multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
     wait_for_products();
     __syncthreads();
     me = this_thread();
@@ -459,42 +475,13 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
   }
 }
 
-// A 16-token x 64 gradient of scaled vectors to the output it belongs to, and times the scaled vectors themselves.
-// `inverse`: the scale is exp(-G), else exp(G); `shift` 1 takes G of the token before.
-__device__ __forceinline__ void store_gradient(Thread me, bfloat16* out, int step, int start, int valid, Accumulator* c,
-                                               Tile scaled, const float* remains, bool inverse, int shift) {
-  const int warp = me.warp, lane = me.lane;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int row = 16 * warp + lane / 4 + 8 * half, t = row % kChunk;
-    const bool there = t < valid;
-    bfloat16* const to = out + int64_t(start + (there ? t : 0)) * step;
-#pragma unroll
-    for (int group = 0; group < 4; group++) {
-      uint32_t packed[2];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int column = 16 * group + 8 * i + lane % 4 * 2;
-        Floats scale = {1.0f, 1.0f};
-        if (t >= shift) scale = *reinterpret_cast<const Floats*>(remains + cell(t - shift, column));
-        if (inverse) scale = {divide_fast(1.0f, scale.first), divide_fast(1.0f, scale.second)};
-        float* const x = c[2 * group + i] + 2 * half;
-        packed[i] = pack(x[0] * scale.first, x[1] * scale.second);
-        const uint32_t operand = *reinterpret_cast<const uint32_t*>(scaled + place(row, column));
-        x[0] *= low_half(operand);
-        x[1] *= high_half(operand);
-      }
-      store_global(me, to + 16 * group, packed[0], packed[1], there);
-    }
-  }
-}
-
+// 16 x 64 of an accumulator to fp32 cells.
 __device__ __forceinline__ void store_cells(Thread me, float* cells, const Accumulator* c) {
-  const int row = 16 * (me.warp % 2) + me.lane / 4, column = me.lane % 4 * 2;
+  cells += (16 * (me.warp % 2) + me.lane / 4) * kCellPitch + me.lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    *reinterpret_cast<Floats*>(cells + cell(row, 8 * i + column)) = {c[i][0], c[i][1]};
-    *reinterpret_cast<Floats*>(cells + cell(row + 8, 8 * i + column)) = {c[i][2], c[i][3]};
+    *reinterpret_cast<Floats*>(cells + 8 * i) = {c[i][0], c[i][1]};
+    *reinterpret_cast<Floats*>(cells + 8 * kCellPitch + 8 * i) = {c[i][2], c[i][3]};
   }
 }
 
@@ -538,8 +525,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
   const int late = me.warp % 2;
   const bool upper = me.warp < 2;  // rows of a or b, not of r or k
 
-  // Of right: rows of the state's gradient. Of left, from dM to the gradients: the bits of dM and of [X; dY], 16 rows each.
-  Accumulator held[8] = {};
+  Accumulator held[8] = {};  // of right: rows of the state's gradient; of left: z
   int length;
   int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
@@ -579,7 +565,8 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     const Tile shared = shared_memory() + unknown_zero();
     const Tile m = shared + HERON_BACKWARD_STAGES * kBackwardStage, ux = m + kSquare;
     const Tile d = ux + kSquare;  // the gradient of the state at the end of the chunk, decayed
-    float* const remains = reinterpret_cast<float*>(d + kSquare);
+    float* const remains = reinterpret_cast<float*>(m + 3 * kCells);
+    float* const start_sums = remains + kChunk * kSize;
     const Tile stage = shared + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
     const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
     const int valid = length - start;
@@ -595,14 +582,14 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     __syncthreads();
     me = this_thread();
 
-    Fragment b, rows[4], more_rows[4];
+    Fragment b, rows[4];
     if (of_left) {
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, rows[k], left, 16 * me.warp, 16 * k);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const Floats end = *reinterpret_cast<const Floats*>(remains + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
+        const Floats end = *reinterpret_cast<const Floats*>(remains + (kChunk - 1) * kSize + 8 * i + me.lane % 4 * 2);
         held[i][0] *= end.first;
         held[i][1] *= end.second;
         held[i][2] *= end.first;
@@ -614,17 +601,17 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, rows[k]);
       }
     }
-    Accumulator c[8] = {};  // rows of M, or (values, [b-rows; k-rows]): the gradient of [u; v]
-    multiply<4, 4, false>(me, c, rows, right, -1, of_left ? late ? 15 : 5 : transfer ? 3 : 15);
+    Accumulator c[8];  // rows of M, or (values, [b-rows; k-rows]): the gradient of [u; v]
+    multiply<4, 4, false, false>(me, c, rows, right, -1, of_left ? late ? 15 : 5 : transfer ? 3 : 15);
     if (HERON_BACKWARD_STAGES == 2 && start > 0 && !(of_left && upper)) copy_chunk(start - kChunk);
     wait_for_products();
-    Accumulator z[4] = {};  // (values, a-rows) of u's bracket
+    Accumulator* const z = held;  // (values, a-rows) of u's bracket
     if (of_left) {
       store_attention(me, m, c, reinterpret_cast<float*>(ux));
       if (!transfer) {
 #pragma unroll
         for (int k = 0; k < 4; k++) load_a(me, rows[k], state, 16 * me.warp, 16 * k);
-        multiply<4, 2, false>(me, z, rows, left);
+        multiply<4, 2, false, false>(me, z, rows, left);
       }
       if (upper) {
         __syncwarp();
@@ -681,102 +668,101 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     }
 
     // dM to `m`, or the gradient of the state before the chunk.
-    Floats start_sum = {};
     if (!of_left) {
       multiply<4, 4, true>(me, held, rows, left);
       if (!transfer) {
         store_tokens(me, static_cast<bfloat16*>(p.dv) + first_output, output_step, start, valid, c + 4);
       }
       wait_for_products();
-      if (!transfer) start_sum = sum_rows(me, state, held);
+      if (!transfer) *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum_rows(me, state, held);
     }
     if (transfer) continue;
-    if (of_left) {
-      if (upper) {
+    // This warp's 16 rows of [X; dY], or of [U; V].
+    auto load_rows = [&](Fragment* to) {
+      const int row = 16 * me.warp;
+      const Tile tokens = of_left ? dy : stage + kV * kTile;
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], ux, kChunk + 16 * me.warp, 16 * k);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
+      for (int k = 0; k < 4; k++) {
+        if (upper) {
+          load_a_by_depth(me, to[k], ux, of_left ? kChunk + row : row, 16 * k);
+        } else {
+          load_a(me, to[k], tokens, row - kChunk, 16 * k);
+        }
       }
-      Accumulator dm[8] = {};
-      multiply<4, 2, true>(me, dm, rows, ux, -1, late ? 3 : 1);
-      multiply<4, 2, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+    };
+    if (of_left) {
+      load_rows(rows);
+      Accumulator dm[8];
+      multiply<4, 2, true, false>(me, dm, rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
       wait_for_products();
 #pragma unroll
-      for (int group = 0; group < 4; group++) {
-        Fragment of_m;
-        if (group % 2 == late) mask_diagonal(me, dm + 2 * group, !upper);
-        as_operand(of_m, dm + 2 * group);
+      for (int k = 0; k < 4; k++) as_operand(rows[k], dm + 2 * k);
+      mask_rows(me, rows, !upper);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (group % 2 > late) of_m[i] = 0;
-          held[group][i] = as_float(of_m[i]);
-          held[4 + group][i] = as_float(rows[group][i]);
-        }
-        store_operand(me, m, 16 * me.warp, 16 * group, of_m);
-      }
+      for (int k = 0; k < 4; k++) store_operand(me, m, 16 * me.warp, 16 * k, rows[k]);
     }
     __syncthreads();
     me = this_thread();
 
     // This warp's 16 rows of dM R + X S_0, or of dM^T L + [U; V] D.
-    if (of_left) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          rows[k][i] = as_bits(held[k][i]);
-          more_rows[k][i] = as_bits(held[4 + k][i]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
-      if (upper) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a_by_depth(me, more_rows[k], ux, 16 * me.warp, 16 * k);
+    for (int k = 0; k < 4; k++) {
+      if (of_left) {
+        load_a(me, rows[k], m, 16 * me.warp, 16 * k);
       } else {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, more_rows[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+        load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
       }
     }
-    Accumulator gradient[8] = {};
-    multiply<4, 4, true>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
-    multiply<4, 4, true>(me, gradient, more_rows, of_left ? state : d);
+    Accumulator gradient[8];
+    multiply<4, 4, true, false>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
     wait_for_products();
-    void* const out = of_left ? upper ? p.da : p.dr : upper ? p.db : p.dk;
-    store_gradient(me, static_cast<bfloat16*>(out) + first_output, output_step, start, valid, gradient, of_left ? left : right,
-                   remains, !of_left, of_left && upper);
+    load_rows(rows);
+    multiply<4, 4, true>(me, gradient, rows, of_left ? state : d);
+    wait_for_products();
     __syncthreads();
 
-    // dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of state * d_state.
-    float* const alpha = reinterpret_cast<float*>(ux);
-    float* const rho = reinterpret_cast<float*>(left);
-    float* const beta = reinterpret_cast<float*>(d);
-    float* const kappa = reinterpret_cast<float*>(m);
-    float* const start_sums = reinterpret_cast<float*>(state);
-    float* const sums = start_sums + 4 * kSize;
-    store_cells(me, of_left ? upper ? alpha : rho : upper ? beta : kappa, gradient);
-    if (!of_left) {
-      *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = start_sum;
-    }
+    // Gradients of the scaled vectors, through shared memory to the layout in which they were scaled. Nothing reads M, U, X, D,
+    // dy and the state any more.
+    float* const of_a = reinterpret_cast<float*>(m);
+    float* const of_b = of_a + kCells / 4;
+    float* const of_k = of_b + kCells / 4;
+    float* const of_r = reinterpret_cast<float*>(dy);
+    float* const sums = of_r + kCells / 4;
+    store_cells(me, of_left ? upper ? of_a : of_r : upper ? of_b : of_k, gradient);
     __syncthreads();
     me = this_thread();
+
+    // Scaled, they go to the outputs. dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of
+    // state * d_state.
     constexpr int tokens = kChunk / 8;
     const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
+    const int64_t first_element = first_output + int64_t(start + tokens * warp) * output_step + column;
     float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
+    Floats before = {1.0f, 1.0f};
+    if (warp > 0) before = *reinterpret_cast<const Floats*>(remains + (tokens * warp - 1) * kSize + column);
 #pragma unroll
     for (int i = 0; i < tokens; i++) {
-      const int at = cell(tokens * warp + i, column);
-      const Floats of_a = *reinterpret_cast<const Floats*>(alpha + at), of_r = *reinterpret_cast<const Floats*>(rho + at);
-      const Floats of_b = *reinterpret_cast<const Floats*>(beta + at), of_k = *reinterpret_cast<const Floats*>(kappa + at);
-      alphas[i][0] = of_a.first;
-      alphas[i][1] = of_a.second;
-      rises[i][0] = of_b.first + (of_k.first - of_r.first);
-      rises[i][1] = of_b.second + (of_k.second - of_r.second);
+      const int t = tokens * warp + i;
+      const Floats after = *reinterpret_cast<const Floats*>(remains + t * kSize + column);
+      const Floats inverse = {reciprocal_fast(after.first), reciprocal_fast(after.second)};
+      const int64_t element = first_element + i * output_step;
+      // The gradient of one input to its output; the result is its product with the scaled input.
+      auto finish = [&](const float* cells, int row, Tile scaled, Floats scale, void* out) -> Floats {
+        const Floats x = *reinterpret_cast<const Floats*>(cells + t * kCellPitch + column);
+        const uint32_t operand = *reinterpret_cast<const uint32_t*>(scaled + place(row, column));
+        store_if(t < valid, static_cast<bfloat16*>(out) + element, pack(x.first * scale.first, x.second * scale.second));
+        return {x.first * low_half(operand), x.second * high_half(operand)};
+      };
+      const Floats alpha = finish(of_a, t, left, before, p.da), rho = finish(of_r, kChunk + t, left, after, p.dr);
+      const Floats beta = finish(of_b, t, right, inverse, p.db), kappa = finish(of_k, kChunk + t, right, inverse, p.dk);
+      alphas[i][0] = alpha.first;
+      alphas[i][1] = alpha.second;
+      rises[i][0] = beta.first + (kappa.first - rho.first);
+      rises[i][1] = beta.second + (kappa.second - rho.second);
       sum0 += rises[i][0] - alphas[i][0];
       sum1 += rises[i][1] - alphas[i][1];
+      before = after;
     }
     *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
     __syncthreads();
@@ -797,13 +783,10 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       const int t = tokens * warp + i;
       dg0 -= alphas[i][0];
       dg1 -= alphas[i][1];
-      if (t < valid) {
-        const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
-        const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
-        bfloat16* const to = static_cast<bfloat16*>(p.dw) + first_output + int64_t(start + t) * output_step + column;
-        *reinterpret_cast<uint32_t*>(to) =
-            pack(-kDecayScale * s0 * (1.0f - s0) * dg0, -kDecayScale * s1 * (1.0f - s1) * dg1);
-      }
+      const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
+      const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
+      store_if(t < valid, static_cast<bfloat16*>(p.dw) + first_element + i * output_step,
+               pack(-kDecayScale * s0 * (1.0f - s0) * dg0, -kDecayScale * s1 * (1.0f - s1) * dg1));
       dg0 += rises[i][0];
       dg1 += rises[i][1];
     }
