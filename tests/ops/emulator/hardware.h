@@ -205,20 +205,6 @@ template <bool transposed> inline void load_matrices(uint32_t (&d)[4], const voi
 }
 }  // namespace emulator
 
-inline void store_matrices(void* row, const uint32_t (&d)[4]) {
-  using namespace emulator;
-  check_row(row);
-  my_warp().rows[my_lane()] = row;
-  memcpy(my_warp().in[my_lane()], d, sizeof d);
-  collective([](Warp& warp) {
-    for (int matrix = 0; matrix < 4; matrix++) {
-      for (int lane = 0; lane < 32; lane++) {
-        void* to = const_cast<void*>(warp.rows[8 * matrix + lane / 4]);
-        static_cast<uint32_t*>(to)[lane % 4] = warp.in[lane][matrix];
-      }
-    }
-  });
-}
 inline void load_matrices(uint32_t (&d)[4], const void* row) { emulator::load_matrices<false>(d, row); }
 inline void load_matrices_transposed(uint32_t (&d)[4], const void* row) { emulator::load_matrices<true>(d, row); }
 
@@ -236,6 +222,26 @@ inline uint32_t transpose_matrix(uint32_t fragment) {
     }
   });
   return my_warp().out[my_lane()][0];
+}
+
+inline void store_matrices(void* row, const uint32_t (&d)[4]) {
+  using namespace emulator;
+  check_row(row);
+  my_warp().rows[my_lane()] = row;
+  memcpy(my_warp().in[my_lane()], d, sizeof d);
+  collective([](Warp& warp) {
+    for (int matrix = 0; matrix < 4; matrix++) {
+      for (int lane = 0; lane < 32; lane++) {
+        void* to = const_cast<void*>(warp.rows[8 * matrix + lane / 4]);
+        static_cast<uint32_t*>(to)[lane % 4] = warp.in[lane][matrix];
+      }
+    }
+  });
+}
+inline void store_matrices_transposed(void* row, const uint32_t (&d)[4]) {
+  const uint32_t transposed[4] = {transpose_matrix(d[0]), transpose_matrix(d[1]), transpose_matrix(d[2]),
+                                  transpose_matrix(d[3])};
+  store_matrices(row, transposed);
 }
 
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -272,8 +278,11 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   memcpy(c, mine.c[my_lane()], sizeof c);
 }
 
-inline void store_if(bool wanted, void* to, uint32_t word) {
-  if (wanted) memcpy(to, &word, sizeof word);
+struct alignas(16) Piece { uint32_t words[4]; };
+template <typename T> inline void store_if(bool wanted, void* to, const T& value) {
+  if (!wanted) return;
+  if (reinterpret_cast<uintptr_t>(to) % sizeof value) emulator::fail("a store to an unaligned address");
+  memcpy(to, &value, sizeof value);
 }
 
 inline void copy_async(void* to, const void* from, bool valid, int bytes = 16) {

@@ -55,7 +55,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(shared_address(row)) : "memory");
 }
-// The inverse of load_matrices.
+// The transpose of an 8 x 8 matrix of 16-bit values that a warp holds as a fragment.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t fragment) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
+  return transposed;
+}
+// The inverses.
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -69,11 +75,14 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[4]
   }
 #endif
 }
-// The transpose of an 8 x 8 matrix of 16-bit values that a warp holds as a fragment.
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t fragment) {
-  uint32_t transposed;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
-  return transposed;
+__device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t (&d)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :: "r"(shared_address(row)), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
+#else
+  const uint32_t transposed[4] = {transpose_matrix(d[0]), transpose_matrix(d[1]), transpose_matrix(d[2]), transpose_matrix(d[3])};
+  store_matrices(row, transposed);
+#endif
 }
 // c += a b: 16 x 8 in fp32, from 16 x 16 and 16 x 8 in bf16.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -130,13 +139,21 @@ __device__ __forceinline__ void show_to_warpgroups() {
 #endif
 }
 
-// Store if `wanted`, without a branch.
+// 16 bytes.
+struct alignas(16) Piece { uint32_t words[4]; };
+
+// Store to global memory if `wanted`, without a branch.
 __device__ __forceinline__ void store_if(bool wanted, void* to, uint32_t word) {
   asm volatile("{.reg .pred wanted;\n setp.ne.b32 wanted, %0, 0;\n @wanted st.global.b32 [%1], %2;}"
                :: "r"(int(wanted)), "l"(to), "r"(word) : "memory");
 }
+__device__ __forceinline__ void store_if(bool wanted, void* to, const Piece& piece) {
+  asm volatile("{.reg .pred wanted;\n setp.ne.b32 wanted, %0, 0;\n @wanted st.global.v4.b32 [%1], {%2, %3, %4, %5};}"
+               :: "r"(int(wanted)), "l"(to), "r"(piece.words[0]), "r"(piece.words[1]), "r"(piece.words[2]), "r"(piece.words[3])
+               : "memory");
+}
 
-// 16 bytes from global to shared memory in the background; zeros where not `valid`.
+// 16 bytes from global to shared memory in the background; zeros where not `valid`, whatever the address.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");

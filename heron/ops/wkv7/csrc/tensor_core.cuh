@@ -30,13 +30,11 @@ constexpr int kSources = (kDy + 1) * 128;  // bytes of a table of sources, see t
 // Gradients of a chunk in fp32, 32 x 64, with rows 8 banks apart: bytes of those of one input.
 constexpr int kCellPitch = kSize + 8, kCells = kChunk * kCellPitch * 4;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
-constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kSources;
+constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kSources;
 constexpr int kPitch = 20;  // of a 16 x 16 fp32 block: its columns start 8 banks apart and 16-byte aligned
 constexpr float kLog2DecayScale = kDecayScale * kLog2E;
 
-struct alignas(8) Words { uint32_t first, second; };
 struct alignas(8) Floats { float first, second; };
-struct alignas(16) Piece { uint32_t words[4]; };
 
 using Tile = unsigned char*;
 using Fragment = uint32_t[4];      // 16 x 16 of an A operand, or 16 x 16 of a B operand: two of its 16 x 8
@@ -141,14 +139,9 @@ __device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
 __device__ __forceinline__ void store_operand(Thread me, Tile tile, int row, int column, const Fragment& f) {
   store_matrices(tile + row * 128 + (down_first(me) ^ column * 2), f);
 }
-// 8 rows x 16 columns to global memory, 32 bytes a row at once; `low` and `high` are the two 8 x 8 halves, `row` points to
-// the first column of this lane's row.
-__device__ __forceinline__ void store_global(Thread me, bfloat16* row, uint32_t low, uint32_t high, bool there) {
-  const int quarter = me.lane % 4;
-  const bool odd = quarter % 2;
-  const uint32_t other = exchange(odd ? low : high, 1);
-  const Words words = odd ? Words{other, high} : Words{low, other};
-  if (there) *reinterpret_cast<Words*>(row + quarter % 2 * 8 + quarter / 2 * 4) = words;
+// The transpose of what store_operand stores.
+__device__ __forceinline__ void store_operand_transposed(Thread me, Tile tile, int row, int column, const Fragment& f) {
+  store_matrices_transposed(tile + row * 128 + (across_first(me) ^ column * 2), f);
 }
 
 // Where the sequence's first token of an input lies, bytes from one token to the next, and how many there are; of an input
@@ -173,16 +166,17 @@ __device__ __forceinline__ void find_sources(Tile table, const Wkv7sProblem& p, 
 
 // Copy a chunk of the first `n` inputs, each to its tile; `thread` is this one's number among those that take part.
 template <int threads, int n>
-__device__ __forceinline__ void copy_inputs(int thread, Tile stage, Tile table, int start) {
+__device__ __forceinline__ void copy_inputs(unsigned thread, Tile stage, Tile table, int start) {
+  constexpr int rows = threads / 8;  // of a tile at once
+  const int row = thread / 8, column = thread % 8 * 8;
+  Tile to = stage + place(row, column);
 #pragma unroll 1
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < n; i++, to += kTile) {
     const Source from = source(table, i);
+    const char* piece = from.first + int64_t(start + row) * from.step + column * 2;
 #pragma unroll
-    for (int j = 0; j < kTile / 16 / threads; j++) {
-      const int piece = thread + j * threads, row = piece / 8, column = piece % 8 * 8;
-      const bool there = start + row < from.length;
-      const char* token = from.first + int64_t(there ? start + row : 0) * from.step;
-      copy_async(stage + i * kTile + place(row, column), token + column * 2, there);
+    for (int j = 0; j < kChunk / rows; j++, piece += rows * from.step) {
+      copy_async(to + j * rows * 128, piece, start + row + j * rows < from.length);
     }
   }
 }
@@ -348,16 +342,33 @@ __device__ __forceinline__ void store_state(Thread me, float* state, const Accum
   }
 }
 
-// Rows of four accumulators that hold (values, tokens), as (tokens, values) to an output.
-__device__ __forceinline__ void store_tokens(Thread me, bfloat16* out, int step, int start, int valid, const Accumulator* c) {
+// Four accumulators that hold (values, tokens), as (tokens, values) to an output: 32 bytes of each token. `tile` is scratch of
+// which a warp uses its own columns.
+__device__ __forceinline__ void store_tokens(Thread me, Tile tile, bfloat16* out, int step, int start, int valid,
+                                             const Accumulator* c) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint32_t low = transpose_matrix(pack(c[i][0], c[i][1])), high = transpose_matrix(pack(c[i][2], c[i][3]));
-    const int t = 8 * i + me.lane / 4;
-    const bool there = t < valid;
-    bfloat16* row = out + int64_t(start + (there ? t : 0)) * step + 16 * me.warp;
-    store_global(me, row, low, high, there);
+  for (int i = 0; i < 2; i++) {
+    Fragment f;
+    as_operand(f, c + 2 * i);
+    store_operand_transposed(me, tile, 16 * i, 16 * me.warp, f);
   }
+  __syncwarp();
+  const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8;
+  bfloat16* const to = out + int64_t(start + row) * step + column;
+  const Tile from = tile + place(row, column);
+  store_if(row < valid, to, *reinterpret_cast<const Piece*>(from));
+  store_if(row + 16 < valid, to + 16 * step, *reinterpret_cast<const Piece*>(from + 16 * 128));
+}
+
+// A state is saved as the four operands that its rows are to each warp; this lane's part of one.
+template <typename T>
+__device__ __forceinline__ Piece& saved_piece(Thread me, T* state, int k) {
+  return reinterpret_cast<Piece*>(state)[(4 * me.warp + k) * 32 + me.lane];
+}
+__device__ __forceinline__ void load_saved(Thread me, Fragment& f, Tile state, int k) {
+  const Piece piece = saved_piece(me, state, k);
+#pragma unroll
+  for (int i = 0; i < 4; i++) f[i] = piece.words[i];
 }
 
 // `transfer`: only the map of a segment's state, S_out = S_in P + C, for C (blocks (.., 0), from zero) and P (blocks (.., 1),
@@ -380,7 +391,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
   }
   auto copy_chunk = [&](int start) {
     const Tile table = shared_memory() + 2 * kForwardStage + kChunk * 128;
-    copy_inputs<64, kW + 1>(int(threadIdx.x) - 64, shared_memory() + start / kChunk % 2 * kForwardStage, table, start);
+    copy_inputs<64, kW + 1>(threadIdx.x - 64, shared_memory() + start / kChunk % 2 * kForwardStage, table, start);
   };
   find_sources(shared_memory() + 2 * kForwardStage + kChunk * 128, p, sequence, kW + 1, identity ? kV : -1);
   if (me.warp >= 2 && sequence.length > 0) copy_chunk(0);
@@ -417,15 +428,11 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     Fragment of_state[4], b;
     Accumulator z[8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
-    bfloat16* const row = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head) +
-                          (16 * me.warp + me.lane / 4) * kSize;
+    bfloat16* const saved = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       as_operand(of_state[k], state + 2 * k);
-      if (saves) {
-        store_global(me, row + 16 * k, of_state[k][0], of_state[k][2], true);
-        store_global(me, row + 8 * kSize + 16 * k, of_state[k][1], of_state[k][3], true);
-      }
+      if (saves) saved_piece(me, saved, k) = {of_state[k][0], of_state[k][1], of_state[k][2], of_state[k][3]};
     }
     multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
     wait_for_products();
@@ -453,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       multiply_16(z + 6, u[0], b);
       load_b(me, b, m, 16, kChunk + 16);
       multiply_16(z + 6, u[1], b);
-      store_tokens(me, token_of<bfloat16>(p.y, p, sequence, 0), p.heads * kSize, start, valid, z + 4);
+      store_tokens(me, stage + kA * kTile, token_of<bfloat16>(p.y, p, sequence, 0), p.heads * kSize, start, valid, z + 4);
     }
     multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
     wait_for_products();
@@ -498,14 +505,17 @@ __device__ __forceinline__ void halve(Thread me, float (&sums)[16]) {
 
 // Sums over this warp's 16 rows of state * d_state, one column pair a lane: column 8 (lane / 4) + 2 (lane % 4).
 __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumulator* d_state) {
-  const int lane = me.lane, row = 16 * me.warp + lane / 4;
   float sums[16];
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const uint32_t upper = *reinterpret_cast<const uint32_t*>(state + place(row, 8 * i + lane % 4 * 2));
-    const uint32_t lower = *reinterpret_cast<const uint32_t*>(state + place(row + 8, 8 * i + lane % 4 * 2));
-    sums[2 * i] = low_half(upper) * d_state[i][0] + low_half(lower) * d_state[i][2];
-    sums[2 * i + 1] = high_half(upper) * d_state[i][1] + high_half(lower) * d_state[i][3];
+  for (int k = 0; k < 4; k++) {
+    Fragment f;
+    load_a(me, f, state, 16 * me.warp, 16 * k);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float* const d = d_state[2 * k + i];
+      sums[4 * k + 2 * i] = low_half(f[2 * i]) * d[0] + low_half(f[2 * i + 1]) * d[2];
+      sums[4 * k + 2 * i + 1] = high_half(f[2 * i]) * d[1] + high_half(f[2 * i + 1]) * d[3];
+    }
   }
   halve<8>(me, sums);
   halve<4>(me, sums);
@@ -546,17 +556,15 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
   // The half of right copies the inputs, and the last two warps of left the states, while the first two invert.
   auto copy_chunk = [&](int start) {
     const Tile stage = shared_memory() + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
-    const int thread = int(threadIdx.x) + unknown_zero();
+    const unsigned thread = threadIdx.x + unknown_zero();
     if (!of_left) {
       copy_inputs<kThreads, kDy + 1>(thread - kThreads, stage, shared_memory() + kBackwardShared - kSources, start);
     } else if (!transfer && !upper) {
+      const unsigned piece = thread - 64;
       const bfloat16* from =
-          static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step;
-#pragma unroll 1
-      for (int i = 0; i < kSquare / 16 / 64; i++) {
-        const int piece = thread - 64 + i * 64, row = piece / 8, column = piece % 8 * 8;
-        copy_async(stage + kState + place(row, column), from + row * kSize + column, true);
-      }
+          static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step + piece * 8;
+#pragma unroll
+      for (int i = 0; i < kSquare; i += 64 * 16) copy_async(stage + kState + piece * 16 + i, from + i / 2, true);
     }
     copy_commit();
   };
@@ -567,6 +575,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     const Tile d = ux + kSquare;  // the gradient of the state at the end of the chunk, decayed
     float* const remains = reinterpret_cast<float*>(m + 3 * kCells);
     float* const start_sums = remains + kChunk * kSize;
+    const Tile of_v = m + 3 * kCells + kSquare + kStartSums;
     const Tile stage = shared + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
     const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
     const int valid = length - start;
@@ -610,7 +619,10 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       store_attention(me, m, c, reinterpret_cast<float*>(ux));
       if (!transfer) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, rows[k], state, 16 * me.warp, 16 * k);
+        for (int k = 0; k < 4; k++) load_saved(me, rows[k], state, k);
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; k++) store_operand(me, state, 16 * me.warp, 16 * k, rows[k]);
         multiply<4, 2, false, false>(me, z, rows, left);
       }
       if (upper) {
@@ -671,7 +683,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     if (!of_left) {
       multiply<4, 4, true>(me, held, rows, left);
       if (!transfer) {
-        store_tokens(me, static_cast<bfloat16*>(p.dv) + first_output, output_step, start, valid, c + 4);
+        store_tokens(me, of_v, static_cast<bfloat16*>(p.dv) + first_output, output_step, start, valid, c + 4);
       }
       wait_for_products();
       if (!transfer) *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum_rows(me, state, held);
