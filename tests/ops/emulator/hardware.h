@@ -310,6 +310,62 @@ template <int pending> inline void copy_wait() {
   copies.resize(kept);
 }
 
+#if HERON_BACKWARD_STAGES != 1  // as where shared memory is scarce
+#define HERON_TILE_COPIES
+#endif
+struct TileMap { const char* first; int64_t sizes[3], steps[3]; };
+struct Arrivals { int32_t expected, turns; };
+
+namespace emulator {
+struct TileCopy { void* to; std::vector<char> bytes; Arrivals* arrivals; };
+inline std::vector<TileCopy> tile_copies;
+
+inline void ask(void* to, std::vector<char> bytes, Arrivals* arrivals) {
+  for (size_t i = 0; i < bytes.size() / 4; i++) static_cast<uint32_t*>(to)[i] = kNaN;
+  tile_copies.push_back({to, bytes, arrivals});
+}
+}  // namespace emulator
+
+inline void init_arrivals(Arrivals& arrivals) { arrivals = {}; }
+inline void expect_bytes(Arrivals& arrivals, int bytes) {
+  if (arrivals.expected) emulator::fail("bytes are expected before those of the turn before are there");
+  arrivals.expected = bytes;
+}
+inline void wait_for_bytes(Arrivals& arrivals, bool odd) {
+  if (arrivals.turns % 2 != odd) return;
+  if (!arrivals.expected) emulator::fail("a wait for bytes that nobody asked for");
+  std::vector<emulator::TileCopy> rest;
+  for (auto& copy : emulator::tile_copies) {
+    if (copy.arrivals == &arrivals) {
+      memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+      arrivals.expected -= int(copy.bytes.size());
+    } else {
+      rest.push_back(copy);
+    }
+  }
+  emulator::tile_copies = rest;
+  if (arrivals.expected) emulator::fail("other bytes came than were expected");
+  arrivals.turns++;
+}
+inline void copy_tile(void* to, const TileMap& map, int row, int token, int head, Arrivals& arrivals) {
+  std::vector<char> bytes(32 * 128);
+  for (int i = 0; i < 32; i++, token++) {
+    if (token < 0 || token >= map.sizes[1]) continue;
+    const char* from = map.first + 2 * (row * map.steps[0] + token * map.steps[1] + head * map.steps[2]);
+    for (int piece = 0; piece < 8; piece++) memcpy(bytes.data() + i * 128 + (piece ^ i % 8) * 16, from + piece * 16, 16);
+  }
+  emulator::ask(to, bytes, &arrivals);
+}
+inline void copy_bytes(void* to, const void* from, int bytes, Arrivals& arrivals) {
+  emulator::ask(to, {static_cast<const char*>(from), static_cast<const char*>(from) + bytes}, &arrivals);
+}
+inline bool copies_tiles() { return true; }
+inline const char* describe(TileMap& map, const void* first, int64_t rows, int64_t tokens, int64_t heads, int64_t row_step,
+                            int64_t token_step, int64_t head_step) {
+  map = {static_cast<const char*>(first), {rows, tokens, heads}, {row_step, token_step, head_step}};
+  return reinterpret_cast<uintptr_t>(first) % 16 || (row_step | token_step | head_step) % 8 ? "an unaligned input" : nullptr;
+}
+
 inline uint32_t exchange(uint32_t value, int lane_mask) {
   using namespace emulator;
   my_warp().in[my_lane()][0] = value;

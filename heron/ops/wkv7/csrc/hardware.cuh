@@ -2,6 +2,7 @@
 // same names for a CPU, so that the kernels' logic runs and is tested without a device.
 #pragma once
 
+#include <cudaTypedefs.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -163,6 +164,41 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int pending>
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory"); }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HERON_TILE_COPIES  // one thread copies whole tiles, and Arrivals tells when they are there
+#endif
+// A bf16 tensor (rows, tokens, heads, 64), to copy 32 tokens of a head from: they come as rows of 128 bytes whose 16-byte pieces
+// are permuted by the row.
+using TileMap = CUtensorMap;
+// Bytes on their way to shared memory.
+using Arrivals = uint64_t;
+
+__device__ __forceinline__ void init_arrivals(Arrivals& arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;\n fence.proxy.async.shared::cta;" :: "r"(shared_address(&arrivals)) : "memory");
+}
+// Of a turn that ends when they are there; ask for them behind it.
+__device__ __forceinline__ void expect_bytes(Arrivals& arrivals, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(&arrivals)), "r"(bytes) : "memory");
+}
+// Until the turn is over; `odd` says whether an even number of turns has gone before.
+__device__ __forceinline__ void wait_for_bytes(Arrivals& arrivals, bool odd) {
+  uint32_t over = 0;
+  while (!over) {
+    asm volatile("{.reg .pred over;\n mbarrier.try_wait.parity.shared.b64 over, [%1], %2;\n selp.u32 %0, 1, 0, over;}"
+                 : "=r"(over) : "r"(shared_address(&arrivals)), "r"(uint32_t(odd)) : "memory");
+  }
+}
+// Tokens that the tensor does not have come as zeros.
+__device__ __forceinline__ void copy_tile(void* to, const TileMap& map, int row, int token, int head, Arrivals& arrivals) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+               :: "r"(shared_address(to)), "l"(&map), "r"(0), "r"(head), "r"(token), "r"(row), "r"(shared_address(&arrivals))
+               : "memory");
+}
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, Arrivals& arrivals) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&arrivals)) : "memory");
+}
+
 __device__ __forceinline__ uint32_t exchange(uint32_t value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
@@ -184,6 +220,32 @@ __device__ __forceinline__ int unknown_zero() {
   int zero;
   asm volatile("mov.u32 %0, 0;" : "=r"(zero));
   return zero;
+}
+
+// Whether kernels copy tiles on the current device.
+inline bool copies_tiles() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+// Describe the tensor at `first`, with steps in elements; null, or the error in words.
+inline const char* describe(TileMap& map, const void* first, int64_t rows, int64_t tokens, int64_t heads, int64_t row_step,
+                            int64_t token_step, int64_t head_step) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled; it is older than CUDA 12";
+  const cuuint64_t sizes[4] = {64, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(rows)};
+  const cuuint64_t steps[3] = {cuuint64_t(head_step * 2), cuuint64_t(token_step * 2), cuuint64_t(row_step * 2)};
+  const cuuint32_t tile[4] = {64, 1, 32, 1}, dense[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(first), sizes, steps, tile, dense,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses an input's layout";
 }
 
 // Queue `kernel` on `stream`; null, or the error in words.

@@ -26,11 +26,11 @@ constexpr int kSize = 64, kChunk = 32, kThreads = 128, kBackwardThreads = 2 * kT
 constexpr int kTile = kChunk * kSize * 2, kSquare = 2 * kTile;  // bytes of a tile of tokens, of a 64 x 64 tile
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
 constexpr int kForwardShared = 2 * kForwardStage + kSquare;
-constexpr int kSources = (kDy + 1) * 128;  // bytes of a table of sources, see there
+constexpr int kTable = (kDy + 1) * 128;  // bytes that copies have for their own use, see there
 // Gradients of a chunk in fp32, 32 x 64, with rows 8 banks apart: bytes of those of one input.
 constexpr int kCellPitch = kSize + 8, kCells = kChunk * kCellPitch * 4;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
-constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kSources;
+constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
 constexpr int kPitch = 20;  // of a 16 x 16 fp32 block: its columns start 8 banks apart and 16-byte aligned
 constexpr float kLog2DecayScale = kDecayScale * kLog2E;
 
@@ -144,42 +144,112 @@ __device__ __forceinline__ void store_operand_transposed(Thread me, Tile tile, i
   store_matrices_transposed(tile + row * 128 + (across_first(me) ^ column * 2), f);
 }
 
-// Where the sequence's first token of an input lies, bytes from one token to the next, and how many there are; of an input
-// that comes as zeros, none, at an address that may be read. A table of sources has one in a row of 128 bytes, where M has a
-// hole: rows 0 .. 15 of r-rows, columns 16 .. 31 of k-columns are all zero, and no product reads them.
-struct alignas(16) Source { const char* first; int32_t step, length; };
-__device__ __forceinline__ Source& source(Tile table, int i) {
-  return *reinterpret_cast<Source*>(table + place(i, kChunk + 16));
-}
+// Copies of a chunk's inputs in the background, each to its tile, by one of two means. `table` has 16 bytes of use in each of its
+// rows of 128: where M has a hole, since its r-rows 0 .. 15 and k-columns 16 .. 31 are all zero, and no product reads them.
+//
+// Whole tiles, each asked for by one thread.
+struct TileCopies {
+  Tile table;
+  const TileMap* maps;
+  int row, first, head, length;
+  unsigned there;  // bits of inputs; the others come as zeros
+  bool packed;
 
-// The table of the first `n` inputs; `skipped` comes as zeros. Ends with the block in step.
-__device__ __forceinline__ void find_sources(Tile table, const Wkv7sProblem& p, const Sequence& sequence, int n, int skipped) {
-  const int i = int(threadIdx.x);
-  if (i < n) {
-    const Wkv7sInput& x = p.inputs[i];
-    const bool there = x.data != nullptr && i != skipped && sequence.length > 0;
-    const void* first = there ? token_of<bfloat16>(x, sequence, 0) : p.inputs[kW].data;
-    source(table, i) = {static_cast<const char*>(first), there ? int(x.token * 2) : 0, there ? sequence.length : 0};
+  __device__ __forceinline__ Arrivals& arrivals(int index) const {
+    return reinterpret_cast<Arrivals*>(table + place(0, kChunk + 16))[index];
   }
-  __syncthreads();
-}
-
-// Copy a chunk of the first `n` inputs, each to its tile; `thread` is this one's number among those that take part.
-template <int threads, int n>
-__device__ __forceinline__ void copy_inputs(unsigned thread, Tile stage, Tile table, int start) {
-  constexpr int rows = threads / 8;  // of a tile at once
-  const int row = thread / 8, column = thread % 8 * 8;
-  Tile to = stage + place(row, column);
+  // Of the first `n` inputs; `skipped` comes as zeros. Ends with the block in step.
+  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, int skipped) {
+    row = int(sequence.row), first = int(sequence.first), head = sequence.head, length = sequence.length;
+    packed = p.cu_seqlens != nullptr;
+    there = 0;
+    for (int i = 0; i < n; i++) there |= unsigned(p.inputs[i].data != nullptr && i != skipped) << i;
+    if (threadIdx.x < 2) init_arrivals(arrivals(threadIdx.x));
+    __syncthreads();
+  }
+  // The chunk at `start` to stage `index`; `thread` is this one's number among those that ask. `more` bytes come with it.
+  template <int threads, int n>
+  __device__ __forceinline__ void ask(unsigned thread, Tile stage, int index, int start, int more) const {
+    if (thread != 0) return;
+    expect_bytes(arrivals(index), n * kTile + more);
 #pragma unroll 1
-  for (int i = 0; i < n; i++, to += kTile) {
-    const Source from = source(table, i);
-    const char* piece = from.first + int64_t(start + row) * from.step + column * 2;
-#pragma unroll
-    for (int j = 0; j < kChunk / rows; j++, piece += rows * from.step) {
-      copy_async(to + j * rows * 128, piece, start + row + j * rows < from.length);
+    for (int i = 0; i < n; i++) {
+      copy_tile(stage + i * kTile, maps[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
     }
   }
-}
+  template <int threads>
+  __device__ __forceinline__ void ask_for_state(unsigned thread, Tile to, int index, const void* from) const {
+    if (thread == 0) copy_bytes(to, from, kSquare, arrivals(index));
+  }
+  // Until the chunk is there that is number `turn` of its stage; what belongs to another packed sequence is zero. All threads.
+  template <int threads, int n>
+  __device__ __forceinline__ void wait(Tile stage, int index, int turn, int start) const {
+    __syncthreads();
+    wait_for_bytes(arrivals(index), turn % 2);
+    if (!packed || length - start >= kChunk) return;
+    for (int i = threadIdx.x; i < n * kTile / 16; i += threads) {
+      if (i / 8 % kChunk >= length - start) reinterpret_cast<Piece*>(stage)[i] = {};
+    }
+    __syncthreads();
+  }
+};
+
+// Where the sequence's first token of an input lies, bytes from one token to the next, and how many there are; of an input
+// that comes as zeros, none, at an address that may be read.
+struct alignas(16) Source { const char* first; int32_t step, length; };
+
+// Pieces of 16 bytes, by all threads that ask.
+struct PieceCopies {
+  Tile table;
+  const TileMap* maps;
+
+  __device__ __forceinline__ Source& source(int i) const { return *reinterpret_cast<Source*>(table + place(i, kChunk + 16)); }
+  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, int skipped) {
+    const int i = int(threadIdx.x);
+    if (i < n) {
+      const Wkv7sInput& x = p.inputs[i];
+      const bool there = x.data != nullptr && i != skipped && sequence.length > 0;
+      const void* first = there ? token_of<bfloat16>(x, sequence, 0) : p.inputs[kW].data;
+      source(i) = {static_cast<const char*>(first), there ? int(x.token * 2) : 0, there ? sequence.length : 0};
+    }
+    __syncthreads();
+  }
+  template <int threads, int n>
+  __device__ __forceinline__ void ask(unsigned thread, Tile stage, int, int start, int) const {
+    constexpr int rows = threads / 8;  // of a tile at once
+    const int row = thread / 8, column = thread % 8 * 8;
+    Tile to = stage + place(row, column);
+#pragma unroll 1
+    for (int i = 0; i < n; i++, to += kTile) {
+      const Source from = source(i);
+      const char* piece = from.first + int64_t(start + row) * from.step + column * 2;
+#pragma unroll
+      for (int j = 0; j < kChunk / rows; j++, piece += rows * from.step) {
+        copy_async(to + j * rows * 128, piece, start + row + j * rows < from.length);
+      }
+    }
+    copy_commit();
+  }
+  template <int threads>
+  __device__ __forceinline__ void ask_for_state(unsigned thread, Tile to, int, const void* from) const {
+    const int piece = thread * 16;
+#pragma unroll
+    for (int i = 0; i < kSquare; i += threads * 16) copy_async(to + piece + i, static_cast<const char*>(from) + piece + i, true);
+    copy_commit();
+  }
+  template <int threads, int n>
+  __device__ __forceinline__ void wait(Tile, int, int, int) const {
+    copy_wait<0>();
+    __syncthreads();
+  }
+};
+
+#ifdef HERON_TILE_COPIES
+using Copies = TileCopies;
+#else
+using Copies = PieceCopies;
+#endif
+struct Maps { TileMap of[kDy + 1]; };
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 
@@ -374,7 +444,7 @@ __device__ __forceinline__ void load_saved(Thread me, Fragment& f, Tile state, i
 // `transfer`: only the map of a segment's state, S_out = S_in P + C, for C (blocks (.., 0), from zero) and P (blocks (.., 1),
 // from the identity, without v); no y and nothing saved.
 template <bool transfer>
-__global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const __grid_constant__ Wkv7sProblem p) {
+__global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
   Thread me = this_thread();
   const Sequence sequence = find_sequence<kChunk>(p);
   const bool identity = transfer && blockIdx.y == 1;
@@ -389,20 +459,19 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
+  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps.of};
   auto copy_chunk = [&](int start) {
-    const Tile table = shared_memory() + 2 * kForwardStage + kChunk * 128;
-    copy_inputs<64, kW + 1>(threadIdx.x - 64, shared_memory() + start / kChunk % 2 * kForwardStage, table, start);
+    const int index = start / kChunk % 2;
+    copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
   };
-  find_sources(shared_memory() + 2 * kForwardStage + kChunk * 128, p, sequence, kW + 1, identity ? kV : -1);
+  copies.begin(p, sequence, kW + 1, identity ? kV : -1);
   if (me.warp >= 2 && sequence.length > 0) copy_chunk(0);
-  copy_commit();
   for (int start = 0; start < sequence.length; start += kChunk) {
     const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
     const Tile stage = shared + start / kChunk % 2 * kForwardStage;
     const int valid = sequence.length - start;
     float* const end = reinterpret_cast<float*>(stage + kW * kTile) + 768;  // the logits are dead once they are summed
-    copy_wait<0>();
-    __syncthreads();
+    copies.wait<kThreads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
     me = this_thread();
     scale_inputs<4>(me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
     show_to_warpgroups();
@@ -421,9 +490,8 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     if (me.warp < 2) {
       __syncwarp();
       invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
-    } else {
-      if (valid > kChunk) copy_chunk(start + kChunk);
-      copy_commit();
+    } else if (valid > kChunk) {
+      copy_chunk(start + kChunk);
     }
     Fragment of_state[4], b;
     Accumulator z[8];  // (values, [a-rows; r-rows])
@@ -529,7 +597,7 @@ __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumula
 // gradient, X, dV and the gradients of right. What both do alike they do by the same instructions, since instructions that
 // are not yet at hand are what this kernel waits for most.
 template <bool transfer>
-__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p) {
+__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
   const bool of_left = of_first_lane(threadIdx.x / kThreads) == 0;
   Thread me = this_thread();
   const int late = me.warp % 2;
@@ -539,12 +607,13 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
   int length;
   int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
+  Copies copies{shared_memory() + kBackwardShared - kTable, maps.of};
   {
     const Sequence sequence = find_sequence<kChunk>(p);
     length = sequence.length;
     first_output = ((sequence.row * p.tokens + sequence.first) * p.heads + sequence.head) * kSize;
     first_state = (sequence.slot * p.heads + sequence.head) * kSize * kSize;
-    find_sources(shared_memory() + kBackwardShared - kSources, p, sequence, kDy + 1, transfer ? kV : -1);
+    copies.begin(p, sequence, kDy + 1, transfer ? kV : -1);
     if (!of_left) {
       const float* d_final = p.segments > 1 ? p.edges : p.d_final;
       const bool from_zero = transfer || d_final == nullptr;
@@ -555,18 +624,15 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
 
   // The half of right copies the inputs, and the last two warps of left the states, while the first two invert.
   auto copy_chunk = [&](int start) {
-    const Tile stage = shared_memory() + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
+    const int index = start / kChunk % HERON_BACKWARD_STAGES;
+    const Tile stage = shared_memory() + index * kBackwardStage;
     const unsigned thread = threadIdx.x + unknown_zero();
     if (!of_left) {
-      copy_inputs<kThreads, kDy + 1>(thread - kThreads, stage, shared_memory() + kBackwardShared - kSources, start);
+      copies.ask<kThreads, kDy + 1>(thread - kThreads, stage, index, start, transfer ? 0 : kSquare);
     } else if (!transfer && !upper) {
-      const unsigned piece = thread - 64;
-      const bfloat16* from =
-          static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step + piece * 8;
-#pragma unroll
-      for (int i = 0; i < kSquare; i += 64 * 16) copy_async(stage + kState + piece * 16 + i, from + i / 2, true);
+      const bfloat16* from = static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step;
+      copies.ask_for_state<64>(thread - 64, stage + kState, index, from);
     }
-    copy_commit();
   };
   if (HERON_BACKWARD_STAGES == 2 && last >= 0) copy_chunk(last);
   for (int start = last; start >= 0; start -= kChunk) {
@@ -580,11 +646,12 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
     const int valid = length - start;
     if (HERON_BACKWARD_STAGES == 1) {
+      show_to_warpgroups();
       __syncthreads();
       copy_chunk(start);
     }
-    copy_wait<0>();
-    __syncthreads();
+    const int index = start / kChunk % HERON_BACKWARD_STAGES, turn = (last - start) / kChunk / HERON_BACKWARD_STAGES;
+    copies.wait<kBackwardThreads, kDy + 1>(stage, index, turn, start);
     me = this_thread();
     scale_inputs<8>((of_left ? 0 : 4) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains, nullptr, valid);
     show_to_warpgroups();
@@ -803,7 +870,6 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       dg1 += rises[i][1];
     }
   }
-  copy_wait<0>();
   if (of_left) return;
   const Sequence sequence = find_sequence<kChunk>(p);
   if (transfer) {
@@ -852,26 +918,41 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
   }
 }
 
+const char* describe_inputs(Maps& maps, const Wkv7sProblem& p) {
+  for (int i = 0; i <= kDy && copies_tiles(); i++) {
+    const Wkv7sInput& x = p.inputs[p.inputs[i].data != nullptr ? i : kW];
+    const int64_t any = kSize;  // the step of a dimension of one
+    const char* error = describe(maps.of[i], x.data, p.batch, p.tokens, p.heads, p.batch > 1 ? x.batch : any,
+                                 p.tokens > 1 ? x.token : any, p.heads > 1 ? x.head : any);
+    if (error) return error;
+  }
+  return nullptr;
+}
+
 const char* run_forward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
-  const char* error = nullptr;
-  if (p.y == nullptr) return launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
+  Maps maps;
+  const char* error = describe_inputs(maps, p);
+  if (error) return error;
+  if (p.y == nullptr) return launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p, maps);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
+    if (!p.mapped) error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p, maps);
     if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
-  return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p);
+  return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p, maps);
 }
 
 const char* run_backward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
-  const char* error = nullptr;
-  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
+  Maps maps;
+  const char* error = describe_inputs(maps, p);
+  if (error) return error;
+  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
+    if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
     if (!error) error = launch(pass_states<true>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
-  return error ? error : launch(backward<false>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
+  return error ? error : launch(backward<false>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
 }
 
 }  // namespace tensor_core
