@@ -158,6 +158,15 @@ def test_layouts_change_nothing(device, change, dtype, size):
 
 
 @FORMS
+def test_tokens_and_rows_that_coincide(device, dtype, size):
+    *inputs, state = typed(device, problem(batch=2, tokens=34, heads=2, size=size)[0], dtype)
+    shared = [inputs[0][:1].expand(2, -1, -1, -1), inputs[1][:, :1].expand(-1, 34, -1, -1), *inputs[2:]]
+    want = cuda.wkv7_kernels(*(x.contiguous() for x in shared), state)
+    for one, other in zip(cuda.wkv7_kernels(*shared, state), want, strict=True):
+        assert torch.equal(one, other)
+
+
+@FORMS
 def test_a_state_at_an_odd_address(device, dtype, size):
     inputs, gradients = problem(batch=1, tokens=5, size=size)
     inputs = typed(device, inputs, dtype)
@@ -321,6 +330,20 @@ def test_tokens_of_a_neighbour_do_not_matter(device):
     want = cuda.wkv7_kernels(*(x.clone() for x in views), state)
     for one, other in zip(cuda.wkv7_kernels(*views, state), want, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_gpu_with_little_shared_memory_computes_the_same(monkeypatch):
+    inputs, gradients = problem(batch=1, tokens=70, heads=2, size=64)
+    offsets = torch.tensor([0, 33, 33, 70])
+    states, d_states = (torch.randn(3, 2, 64, 64, dtype=torch.float64) for _ in range(2))
+    for problem_, options in (
+        ((inputs, gradients), {}),
+        (([*inputs[:6], states], (gradients[0], d_states)), dict(cu_seqlens=offsets)),
+    ):
+        monkeypatch.setattr(emulator, "flags", ())
+        want = run_kernels("cpu", *problem_, torch.bfloat16, **options)
+        monkeypatch.setattr(emulator, "flags", emulator.FEWER_STAGES)
+        assert_equal(run_kernels("cpu", *problem_, torch.bfloat16, **options), want)
 
 
 def test_the_largest_block_is_known():

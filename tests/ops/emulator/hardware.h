@@ -363,7 +363,8 @@ inline bool copies_tiles() { return true; }
 inline const char* describe(TileMap& map, const void* first, int64_t rows, int64_t tokens, int64_t heads, int64_t row_step,
                             int64_t token_step, int64_t head_step) {
   map = {static_cast<const char*>(first), {rows, tokens, heads}, {row_step, token_step, head_step}};
-  return reinterpret_cast<uintptr_t>(first) % 16 || (row_step | token_step | head_step) % 8 ? "an unaligned input" : nullptr;
+  if (reinterpret_cast<uintptr_t>(first) % 16 || (row_step | token_step | head_step) % 8) return "an unaligned input";
+  return row_step && token_step && head_step ? nullptr : "rows that coincide";
 }
 
 inline uint32_t exchange(uint32_t value, int lane_mask) {
