@@ -143,15 +143,14 @@ __device__ __forceinline__ void show_to_warpgroups() {
 // 16 bytes.
 struct alignas(16) Piece { uint32_t words[4]; };
 
-// Store to global memory if `wanted`, without a branch.
+// Store if `wanted`, without a branch, to global memory that the kernel does not read.
 __device__ __forceinline__ void store_if(bool wanted, void* to, uint32_t word) {
   asm volatile("{.reg .pred wanted;\n setp.ne.b32 wanted, %0, 0;\n @wanted st.global.b32 [%1], %2;}"
-               :: "r"(int(wanted)), "l"(to), "r"(word) : "memory");
+               :: "r"(int(wanted)), "l"(to), "r"(word));
 }
 __device__ __forceinline__ void store_if(bool wanted, void* to, const Piece& piece) {
   asm volatile("{.reg .pred wanted;\n setp.ne.b32 wanted, %0, 0;\n @wanted st.global.v4.b32 [%1], {%2, %3, %4, %5};}"
-               :: "r"(int(wanted)), "l"(to), "r"(piece.words[0]), "r"(piece.words[1]), "r"(piece.words[2]), "r"(piece.words[3])
-               : "memory");
+               :: "r"(int(wanted)), "l"(to), "r"(piece.words[0]), "r"(piece.words[1]), "r"(piece.words[2]), "r"(piece.words[3]));
 }
 
 // 16 bytes from global to shared memory in the background; zeros where not `valid`, whatever the address.

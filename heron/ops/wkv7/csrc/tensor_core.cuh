@@ -261,11 +261,17 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
                                              int valid) {
   constexpr int tokens = kChunk / warps;
   const int column = lane * 2;
+  auto word = [&](int i, int name) -> uint32_t& {  // of token i of a, r, b or k
+    const Tile rows = stage + (name < kB ? kA : kB) * kTile;
+    return *reinterpret_cast<uint32_t*>(rows + place((name == kR || name == kK) * kChunk + tokens * warp + i, column));
+  };
+  uint32_t words[tokens][4];
   float g[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
   for (int i = 0; i < tokens; i++) {
     const int t = tokens * warp + i;
     const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
+    for (int name = kA; name <= kK; name++) words[i][name] = word(i, name);
     const float scale = t < valid ? -kLog2DecayScale : 0.0f;
     sum0 += scale * sigmoid(low_half(w));
     sum1 += scale * sigmoid(high_half(w));
@@ -286,14 +292,13 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
     const int t = tokens * warp + i;
     const float g0 = base0 + g[i][0], g1 = base1 + g[i][1];
     const float after0 = exp2_fast(g0), after1 = exp2_fast(g1), inverse0 = exp2_fast(-g0), inverse1 = exp2_fast(-g1);
-    uint32_t* a = reinterpret_cast<uint32_t*>(stage + kA * kTile + place(t, column));
-    uint32_t* r = reinterpret_cast<uint32_t*>(stage + kA * kTile + place(kChunk + t, column));
-    uint32_t* b = reinterpret_cast<uint32_t*>(stage + kB * kTile + place(t, column));
-    uint32_t* k = reinterpret_cast<uint32_t*>(stage + kB * kTile + place(kChunk + t, column));
-    *a = pack(low_half(*a) * before0, high_half(*a) * before1);
-    *r = pack(low_half(*r) * after0, high_half(*r) * after1);
-    *b = pack(low_half(*b) * inverse0, high_half(*b) * inverse1);
-    *k = pack(low_half(*k) * inverse0, high_half(*k) * inverse1);
+    auto scaled = [&](int name, float scale0, float scale1) {
+      word(i, name) = pack(low_half(words[i][name]) * scale0, high_half(words[i][name]) * scale1);
+    };
+    scaled(kA, before0, before1);
+    scaled(kR, after0, after1);
+    scaled(kB, inverse0, inverse1);
+    scaled(kK, inverse0, inverse1);
     if (remains != nullptr) *reinterpret_cast<Floats*>(remains + t * kSize + column) = {after0, after1};
     before0 = after0;
     before1 = after1;
