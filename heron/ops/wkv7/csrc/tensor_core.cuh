@@ -158,12 +158,13 @@ struct TileCopies {
   __device__ __forceinline__ Arrivals& arrivals(int index) const {
     return reinterpret_cast<Arrivals*>(table + place(0, kChunk + 16))[index];
   }
-  // Of the first `n` inputs; `skipped` comes as zeros. Ends with the block in step.
-  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, int skipped) {
+  // Of the first `n` inputs; those of the bits `skipped` come as zeros. Ends with the block in step.
+  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
     row = int(sequence.row), first = int(sequence.first), head = sequence.head, length = sequence.length;
     packed = p.cu_seqlens != nullptr;
     there = 0;
-    for (int i = 0; i < n; i++) there |= unsigned(p.inputs[i].data != nullptr && i != skipped) << i;
+    for (int i = 0; i < n; i++) there |= unsigned(p.inputs[i].data != nullptr) << i;
+    there &= ~skipped;
     if (threadIdx.x < 2) init_arrivals(arrivals(threadIdx.x));
     __syncthreads();
   }
@@ -204,11 +205,11 @@ struct PieceCopies {
   const TileMap* maps;
 
   __device__ __forceinline__ Source& source(int i) const { return *reinterpret_cast<Source*>(table + place(i, kChunk + 16)); }
-  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, int skipped) {
+  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
     const int i = int(threadIdx.x);
     if (i < n) {
       const Wkv7sInput& x = p.inputs[i];
-      const bool there = x.data != nullptr && i != skipped && sequence.length > 0;
+      const bool there = x.data != nullptr && !(skipped >> i & 1) && sequence.length > 0;
       const void* first = there ? token_of<bfloat16>(x, sequence, 0) : p.inputs[kW].data;
       source(i) = {static_cast<const char*>(first), there ? int(x.token * 2) : 0, there ? sequence.length : 0};
     }
@@ -446,13 +447,15 @@ __device__ __forceinline__ void load_saved(Thread me, Fragment& f, Tile state, i
   for (int i = 0; i < 4; i++) f[i] = piece.words[i];
 }
 
-// `transfer`: only the map of a segment's state, S_out = S_in P + C, for C (blocks (.., 0), from zero) and P (blocks (.., 1),
-// from the identity, without v); no y and nothing saved.
+// `transfer`: only the map of a segment's state, S_out = S_in P + C; no y and nothing saved. Of eight warps, four have C, from
+// zero, and four P, from the identity and without v.
 template <bool transfer>
-__global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
+__global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ? HERON_FORWARD_BLOCKS / 2 : HERON_FORWARD_BLOCKS)
+    forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
+  constexpr int threads = transfer ? 2 * kThreads : kThreads;
   Thread me = this_thread();
   const Sequence sequence = find_sequence<kChunk>(p);
-  const bool identity = transfer && blockIdx.y == 1;
+  const bool identity = transfer && of_first_lane(threadIdx.x / kThreads) == 1;
 
   Accumulator state[8];
   const float* initial = p.segments > 1 ? p.edges : p.state;
@@ -469,21 +472,21 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     const int index = start / kChunk % 2;
     copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
   };
-  copies.begin(p, sequence, kW + 1, identity ? kV : -1);
-  if (me.warp >= 2 && sequence.length > 0) copy_chunk(0);
+  copies.begin(p, sequence, kW + 1, transfer ? 1 << kR : 0);
+  if (!identity && me.warp >= 2 && sequence.length > 0) copy_chunk(0);
   for (int start = 0; start < sequence.length; start += kChunk) {
     const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
     const Tile stage = shared + start / kChunk % 2 * kForwardStage;
     const int valid = sequence.length - start;
     float* const end = reinterpret_cast<float*>(stage + kW * kTile) + 768;  // the logits are dead once they are summed
-    copies.wait<kThreads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
+    copies.wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
     me = this_thread();
-    scale_inputs<4>(me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    scale_inputs<threads / 32>((identity ? 4 : 0) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
-    {
+    if (!identity) {
       Accumulator c[8];
       Fragment a[4];
 #pragma unroll
@@ -491,12 +494,12 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
       wait_for_products();
       store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
-    }
-    if (me.warp < 2) {
-      __syncwarp();
-      invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
-    } else if (valid > kChunk) {
-      copy_chunk(start + kChunk);
+      if (me.warp < 2) {
+        __syncwarp();
+        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
+      } else if (valid > kChunk) {
+        copy_chunk(start + kChunk);
+      }
     }
     Fragment of_state[4], b;
     Accumulator z[8];  // (values, [a-rows; r-rows])
@@ -516,6 +519,10 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     Fragment *const u = uv, *const v = uv + 2;
     load_a_by_depth(me, v[0], stage + kV * kTile, 16 * me.warp, 0);
     load_a_by_depth(me, v[1], stage + kV * kTile, 16 * me.warp, 16);
+#pragma unroll
+    for (int i = 0; i < 8 && transfer; i++) {
+      if (identity) v[i / 4][i % 4] = 0;
+    }
 #pragma unroll
     for (int group = 0; group < (transfer ? 2 : 4); group++) {
       load_b(me, b, m, kChunk, 16 * group);
@@ -618,7 +625,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     length = sequence.length;
     first_output = ((sequence.row * p.tokens + sequence.first) * p.heads + sequence.head) * kSize;
     first_state = (sequence.slot * p.heads + sequence.head) * kSize * kSize;
-    copies.begin(p, sequence, kDy + 1, transfer ? kV : -1);
+    copies.begin(p, sequence, kDy + 1, transfer ? 1 << kK | 1 << kV : 0);
     if (!of_left) {
       const float* d_final = p.segments > 1 ? p.edges : p.d_final;
       const bool from_zero = transfer || d_final == nullptr;
@@ -939,9 +946,9 @@ const char* run_forward(const Wkv7sProblem& p, void* stream) {
   Maps maps;
   const char* error = describe_inputs(maps, p);
   if (error) return error;
-  if (p.y == nullptr) return launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p, maps);
+  if (p.y == nullptr) return launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p, maps);
+    if (!p.mapped) error = launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
     if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
   return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p, maps);
