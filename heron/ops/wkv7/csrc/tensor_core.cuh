@@ -254,6 +254,11 @@ struct Maps { TileMap of[kDy + 1]; };
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 
+// Two columns of an input's token t.
+__device__ __forceinline__ uint32_t& word(Tile stage, int name, int t, int column) {
+  return *reinterpret_cast<uint32_t*>(stage + name * kTile + place(t, column));
+}
+
 // Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. Each of `warps`
 // takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) of each token, or `end`,
 // exp(G) at the end (64), may be null.
@@ -262,17 +267,13 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
                                              int valid) {
   constexpr int tokens = kChunk / warps;
   const int column = lane * 2;
-  auto word = [&](int i, int name) -> uint32_t& {  // of token i of a, r, b or k
-    const Tile rows = stage + (name < kB ? kA : kB) * kTile;
-    return *reinterpret_cast<uint32_t*>(rows + place((name == kR || name == kK) * kChunk + tokens * warp + i, column));
-  };
   uint32_t words[tokens][4];
   float g[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
   for (int i = 0; i < tokens; i++) {
     const int t = tokens * warp + i;
-    const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
-    for (int name = kA; name <= kK; name++) words[i][name] = word(i, name);
+    const uint32_t w = word(stage, kW, t, column);
+    for (int name = kA; name <= kK; name++) words[i][name] = word(stage, name, t, column);
     const float scale = t < valid ? -kLog2DecayScale : 0.0f;
     sum0 += scale * sigmoid(low_half(w));
     sum1 += scale * sigmoid(high_half(w));
@@ -294,7 +295,7 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
     const float g0 = base0 + g[i][0], g1 = base1 + g[i][1];
     const float after0 = exp2_fast(g0), after1 = exp2_fast(g1), inverse0 = exp2_fast(-g0), inverse1 = exp2_fast(-g1);
     auto scaled = [&](int name, float scale0, float scale1) {
-      word(i, name) = pack(low_half(words[i][name]) * scale0, high_half(words[i][name]) * scale1);
+      word(stage, name, t, column) = pack(low_half(words[i][name]) * scale0, high_half(words[i][name]) * scale1);
     };
     scaled(kA, before0, before1);
     scaled(kR, after0, after1);
@@ -828,33 +829,53 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     // state * d_state.
     constexpr int tokens = kChunk / 8;
     const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
-    const int64_t first_element = first_output + int64_t(start + tokens * warp) * output_step + column;
-    float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
-    Floats before = {1.0f, 1.0f};
-    if (warp > 0) before = *reinterpret_cast<const Floats*>(remains + (tokens * warp - 1) * kSize + column);
+    const float* const cells[4] = {of_a, of_r, of_b, of_k};
+    Floats gradients[tokens][4], scales[tokens + 1] = {{1.0f, 1.0f}}, slopes[tokens];
+    uint32_t words[tokens][4];
+    if (warp > 0) scales[0] = *reinterpret_cast<const Floats*>(remains + (tokens * warp - 1) * kSize + column);
 #pragma unroll
     for (int i = 0; i < tokens; i++) {
       const int t = tokens * warp + i;
-      const Floats after = *reinterpret_cast<const Floats*>(remains + t * kSize + column);
+      scales[i + 1] = *reinterpret_cast<const Floats*>(remains + t * kSize + column);
+      for (int name = kA; name <= kK; name++) {
+        gradients[i][name] = *reinterpret_cast<const Floats*>(cells[name] + t * kCellPitch + column);
+        words[i][name] = word(stage, name, t, column);
+      }
+      const uint32_t w = word(stage, kW, t, column);
+      const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
+      slopes[i] = {-kDecayScale * s0 * (1.0f - s0), -kDecayScale * s1 * (1.0f - s1)};
+    }
+    float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+    for (int i = 0; i < tokens; i++) {
+      const Floats before = scales[i], after = scales[i + 1];
       const Floats inverse = {reciprocal_fast(after.first), reciprocal_fast(after.second)};
-      const int64_t element = first_element + i * output_step;
-      // The gradient of one input to its output; the result is its product with the scaled input.
-      auto finish = [&](const float* cells, int row, Tile scaled, Floats scale, void* out) -> Floats {
-        const Floats x = *reinterpret_cast<const Floats*>(cells + t * kCellPitch + column);
-        const uint32_t operand = *reinterpret_cast<const uint32_t*>(scaled + place(row, column));
-        store_if(t < valid, static_cast<bfloat16*>(out) + element, pack(x.first * scale.first, x.second * scale.second));
-        return {x.first * low_half(operand), x.second * high_half(operand)};
+      // The gradient of one input takes the place of the input; the result is their product, both still scaled.
+      auto finish = [&](int name, Floats scale) -> Floats {
+        const Floats x = gradients[i][name];
+        word(stage, name, tokens * warp + i, column) = pack(x.first * scale.first, x.second * scale.second);
+        return {x.first * low_half(words[i][name]), x.second * high_half(words[i][name])};
       };
-      const Floats alpha = finish(of_a, t, left, before, p.da), rho = finish(of_r, kChunk + t, left, after, p.dr);
-      const Floats beta = finish(of_b, t, right, inverse, p.db), kappa = finish(of_k, kChunk + t, right, inverse, p.dk);
-      alphas[i][0] = alpha.first;
-      alphas[i][1] = alpha.second;
-      rises[i][0] = beta.first + (kappa.first - rho.first);
-      rises[i][1] = beta.second + (kappa.second - rho.second);
+      const Floats of_alpha = finish(kA, before), of_rho = finish(kR, after);
+      const Floats of_beta = finish(kB, inverse), of_kappa = finish(kK, inverse);
+      alphas[i][0] = of_alpha.first;
+      alphas[i][1] = of_alpha.second;
+      rises[i][0] = of_beta.first + (of_kappa.first - of_rho.first);
+      rises[i][1] = of_beta.second + (of_kappa.second - of_rho.second);
       sum0 += rises[i][0] - alphas[i][0];
       sum1 += rises[i][1] - alphas[i][1];
-      before = after;
     }
+    auto store_rows = [&](int name, void* out) {  // this warp's tokens
+      const int row = tokens * warp + me.lane / 8, piece = me.lane % 8 * 8;
+      const int64_t element = first_output + int64_t(start + row) * output_step + piece;
+      store_if(row < valid, static_cast<bfloat16*>(out) + element,
+               *reinterpret_cast<const Piece*>(stage + name * kTile + place(row, piece)));
+    };
+    __syncwarp();
+    store_rows(kA, p.da);
+    store_rows(kR, p.dr);
+    store_rows(kB, p.db);
+    store_rows(kK, p.dk);
     *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
     __syncthreads();
     float dg0 = 0.0f, dg1 = 0.0f;
@@ -874,13 +895,12 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       const int t = tokens * warp + i;
       dg0 -= alphas[i][0];
       dg1 -= alphas[i][1];
-      const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
-      const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
-      store_if(t < valid, static_cast<bfloat16*>(p.dw) + first_element + i * output_step,
-               pack(-kDecayScale * s0 * (1.0f - s0) * dg0, -kDecayScale * s1 * (1.0f - s1) * dg1));
+      word(stage, kW, t, column) = pack(slopes[i].first * dg0, slopes[i].second * dg1);
       dg0 += rises[i][0];
       dg1 += rises[i][1];
     }
+    __syncwarp();
+    store_rows(kW, p.dw);
   }
   if (of_left) return;
   const Sequence sequence = find_sequence<kChunk>(p);
