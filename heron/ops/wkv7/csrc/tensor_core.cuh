@@ -495,15 +495,9 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
       wait_for_products();
       store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
-      if (me.warp < 2) {
-        __syncwarp();
-        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
-      } else if (valid > kChunk) {
-        copy_chunk(start + kChunk);
-      }
     }
     Fragment of_state[4], b;
-    Accumulator z[8];  // (values, [a-rows; r-rows])
+    Accumulator z[transfer ? 4 : 8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const saved = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
 #pragma unroll
@@ -512,6 +506,14 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       if (saves) saved_piece(me, saved, k) = {of_state[k][0], of_state[k][1], of_state[k][2], of_state[k][3]};
     }
     multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
+    if (!identity) {
+      if (me.warp < 2) {
+        __syncwarp();
+        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
+      } else if (valid > kChunk) {
+        copy_chunk(start + kChunk);
+      }
+    }
     wait_for_products();
     __syncthreads();
     me = this_thread();
@@ -554,12 +556,13 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       state[i][3] *= factor.second;
     }
   }
+  const int index = int(blockIdx.x) / p.heads, head = int(blockIdx.x) % p.heads;
   if (transfer) {
-    store_state(me, state_of(identity ? p.transfer : p.local, p, sequence.index, sequence.head), state);
+    store_state(me, state_of(identity ? p.transfer : p.local, p, index, head), state);
   } else if (p.segments == 1) {
-    store_state(me, state_of(p.final_state, p, sequence.index, sequence.head), state);
-  } else if (sequence.index % p.segments == p.segments - 1) {
-    store_state(me, state_of(p.final_state, p, sequence.row, sequence.head), state);
+    store_state(me, state_of(p.final_state, p, index, head), state);
+  } else if (index % p.segments == p.segments - 1) {
+    store_state(me, state_of(p.final_state, p, sequence.row, head), state);
   }
 }
 
