@@ -809,11 +809,11 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
       }
     }
+    Fragment more_rows[4];
     Accumulator gradient[8];
     multiply<4, 4, true, false>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
-    wait_for_products();
-    load_rows(rows);
-    multiply<4, 4, true>(me, gradient, rows, of_left ? state : d);
+    load_rows(more_rows);
+    multiply<4, 4, true>(me, gradient, more_rows, of_left ? state : d);
     wait_for_products();
     __syncthreads();
 
