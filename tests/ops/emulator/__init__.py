@@ -16,7 +16,7 @@ from heron.ops.wkv7 import cuda
 _HERE = Path(__file__).parent
 _FLAGS = ("-O1", "-U_FORTIFY_SOURCE")  # the second: fibers jump between stacks, which the checked longjmp refuses
 ONE_AT_A_TIME = threading.Lock()  # an emulated GPU runs one block
-FEWER_STAGES = ("-DHERON_BACKWARD_STAGES=1",)  # as for a GPU with little shared memory: no tile copies either
+OLDER_GPU = ("-DHERON_BACKWARD_STAGES=1", "-DEMULATE_PIECES")  # little shared memory, and no copies of tiles
 flags: tuple[str, ...] = ()  # of the kernels that the operators run
 
 

@@ -310,7 +310,7 @@ template <int pending> inline void copy_wait() {
   copies.resize(kept);
 }
 
-#if HERON_BACKWARD_STAGES != 1  // as where shared memory is scarce
+#ifndef EMULATE_PIECES  // a GPU that copies no tiles
 #define HERON_TILE_COPIES
 #endif
 struct TileMap { const char* first; int64_t sizes[3], steps[3]; };
