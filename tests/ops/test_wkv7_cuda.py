@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -411,6 +412,18 @@ def test_two_runs_are_bit_equal(batch, tokens):
         torch.use_deterministic_algorithms(False)
     assert not any(x.isnan().any() for x in first.values())
     assert_equal(second, first)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_thread_that_has_used_no_gpu_yet():
+    *inputs, state = typed("cuda", problem(batch=1, tokens=33, heads=1, size=64)[0], torch.bfloat16)
+    want = cuda.wkv7_kernels(*inputs, state, tensor_cores=True)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(cuda.wkv7_kernels, *inputs, state, tensor_cores=True).result()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <stdio.h>
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
@@ -221,11 +222,13 @@ __device__ __forceinline__ int unknown_zero() {
   return zero;
 }
 
-// Whether kernels copy tiles on the current device.
+// Whether kernels copy tiles on the current device. Then describe works in this thread, which may be one of autograd's that has
+// no context yet: setting the device gives it one.
 inline bool copies_tiles() {
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9 &&
+         cudaSetDevice(device) == cudaSuccess;
 }
 // Describe the tensor at `first`, with steps in elements; null, or the error in words.
 inline const char* describe(TileMap& map, const void* first, int64_t rows, int64_t tokens, int64_t heads, int64_t row_step,
@@ -244,7 +247,9 @@ inline const char* describe(TileMap& map, const void* first, int64_t rows, int64
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(first), sizes, steps, tile, dense,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses an input's layout";
+  static thread_local char error[64];
+  snprintf(error, sizeof error, "cuTensorMapEncodeTiled: error %d of the driver", int(result));
+  return result == CUDA_SUCCESS ? nullptr : error;
 }
 
 // Queue `kernel` on `stream`; null, or the error in words.

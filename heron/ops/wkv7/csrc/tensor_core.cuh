@@ -497,7 +497,7 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
     }
     Fragment of_state[4], b;
-    Accumulator z[transfer ? 4 : 8];  // (values, [a-rows; r-rows])
+    Accumulator z[8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const saved = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
 #pragma unroll
@@ -954,7 +954,8 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
 }
 
 const char* describe_inputs(Maps& maps, const Wkv7sProblem& p) {
-  for (int i = 0; i <= kDy && copies_tiles(); i++) {
+  if (!copies_tiles()) return nullptr;
+  for (int i = 0; i <= kDy; i++) {
     const Wkv7sInput& x = p.inputs[p.inputs[i].data != nullptr ? i : kW];
     const int64_t any = kSize;  // the step of a dimension of one
     const char* error = describe(maps.of[i], x.data, p.batch, p.tokens, p.heads, p.batch > 1 ? x.batch : any,
