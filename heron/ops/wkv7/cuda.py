@@ -171,7 +171,7 @@ def _segments(n_heads: int, n_tokens: int) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x`, copied if its last dimension is strided, or its rows are not 16-byte aligned, coincide or lie 2 GiB apart."""
+    """`x`, copied if its last dimension is strided or its rows are not 16-byte aligned, coincide or lie 2 GiB apart."""
     if x.is_contiguous() and x.data_ptr() % 16 == 0:  # the common case, and quicker to see
         return x
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]

@@ -278,6 +278,10 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   memcpy(c, mine.c[my_lane()], sizeof c);
 }
 
+inline void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  multiply_add(c, {a0, a1, 0, 0}, b, 0);
+}
+
 struct alignas(16) Piece { uint32_t words[4]; };
 template <typename T> inline void store_if(bool wanted, void* to, const T& value) {
   if (!wanted) return;

@@ -5,7 +5,7 @@
 //
 // Tiles have rows of 64 bf16 = 128 bytes, whose eight 16-byte pieces are permuted by the row, so that ldmatrix meets no
 // bank conflict by rows or by columns. `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles.
-// M's block of a-rows and b-columns is kept as [J11^T 0; A21 J22^T]: the inverses of its diagonal blocks, and the block below.
+// M's block of a-rows and b-columns, A, has J^T in place of each 8 x 8 block on its diagonal: the transposed inverse of I - A there.
 #pragma once
 
 #include "sequence.cuh"
@@ -31,7 +31,7 @@ constexpr int kTable = (kDy + 1) * 128;  // bytes that copies have for their own
 constexpr int kCellPitch = kSize + 8, kCells = kChunk * kCellPitch * 4;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
 constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
-constexpr int kPitch = 20;  // of a 16 x 16 fp32 block: its columns start 8 banks apart and 16-byte aligned
+constexpr int kPitch = 12, kBlock = 8 * kPitch + 4;  // of 8 x 8 fp32: columns and blocks start in other banks, 16-byte aligned
 constexpr float kLog2DecayScale = kDecayScale * kLog2E;
 
 struct alignas(8) Floats { float first, second; };
@@ -327,29 +327,27 @@ __device__ __forceinline__ void mask_rows(Thread me, Fragment* rows, bool own) {
   }
 }
 
-// Invert I - A for a 16 x 16 strictly lower A by substitution in fp32, a lane for each column; `a` holds A by columns, and
-// anything in the rest. The inverse goes to `m` by columns.
-__device__ __forceinline__ void invert(Thread me, Tile m, int first, const float* a) {
-  const int column = me.lane % 16;
-  float x[16];
+// Invert I - A for the two 8 x 8 strictly lower blocks A that are this warp's, by substitution in fp32, a lane for each column;
+// `a` holds them by columns, and anything above their diagonals. The inverses go to `m` by columns.
+__device__ __forceinline__ void invert(Thread me, Tile m, const float* a) {
+  const int second = me.lane / 8 % 2, column = me.lane % 8, first = 16 * me.warp + 8 * second;
+  a += (2 * me.warp + second) * kBlock;
+  float x[8];
 #pragma unroll
-  for (int i = 0; i < 16; i++) x[i] = i == column ? 1.0f : 0.0f;
+  for (int i = 0; i < 8; i++) x[i] = i == column ? 1.0f : 0.0f;
 #pragma unroll
-  for (int k = 0; k < 15; k++) {
+  for (int k = 0; k < 7; k++) {
 #pragma unroll
-    for (int i = k + 1; i < 16; i++) x[i] += a[kPitch * k + i] * x[k];
+    for (int i = k + 1; i < 8; i++) x[i] += a[kPitch * k + i] * x[k];
   }
   if (me.lane < 16) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 8) {
-      *reinterpret_cast<Piece*>(m + place(first + column, first + i)) = {
-          pack(x[i], x[i + 1]), pack(x[i + 2], x[i + 3]), pack(x[i + 4], x[i + 5]), pack(x[i + 6], x[i + 7])};
-    }
+    *reinterpret_cast<Piece*>(m + place(first + column, first)) = {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]),
+                                                                   pack(x[6], x[7])};
   }
 }
 
-// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the two blocks that are to be inverted go to
-// `scratch` (2 x 16 x kPitch floats), by columns.
+// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the blocks that are to be inverted go to
+// `scratch` (4 kBlock floats), by columns.
 __device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumulator* c, float* scratch) {
   const int warp = me.warp, late = warp % 2;
   Fragment rows[4];
@@ -361,43 +359,46 @@ __device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumul
     if (group % 2 <= late) store_operand(me, m, 16 * warp, 16 * group, rows[group]);
   }
   if (warp < 2) {
-    float* const block = scratch + (16 * warp + me.lane % 4 * 2) * kPitch + me.lane / 4;
+    float* const block = scratch + 2 * warp * kBlock + me.lane % 4 * 2 * kPitch + me.lane / 4;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      block[(i / 4 * 8 + i % 2) * kPitch + i / 2 % 2 * 8] = late ? c[2 + i / 4][i % 4] : c[i / 4][i % 4];
+    for (int i = 0; i < 4; i++) {
+      block[i / 2 * kBlock + i % 2 * kPitch] = late ? c[2 + i / 2][i / 2 * 2 + i % 2] : c[i / 2][i / 2 * 2 + i % 2];
     }
   }
 }
 
-// u^T = z^T J^T with z in the four accumulators; the result as two A operands.
+// u^T = z^T J^T with z in four accumulators, or x^T = z^T J; the result as two A operands. 8 columns after another are multiplied
+// by their inverse, and what they add to the others is added.
+template <bool transposed>
 __device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
-  Fragment a, b;
-  Accumulator c[2] = {}, d[2] = {};
-  as_operand(a, z);
-  load_b_by_depth(me, b, m, 0, 0);
-  multiply_16(c, a, b);
-  as_operand(u[0], c);
-  load_b(me, b, m, 0, 16);
-  multiply_16(z + 2, u[0], b);
-  as_operand(a, z + 2);
-  load_b_by_depth(me, b, m, 16, 16);
-  multiply_16(d, a, b);
-  as_operand(u[1], d);
-}
-// x^T = z^T J.
-__device__ __forceinline__ void solve_transposed(Thread me, Fragment* x, Accumulator* z, Tile m) {
-  Fragment a, b;
-  Accumulator c[2] = {}, d[2] = {};
-  as_operand(a, z + 2);
-  load_b(me, b, m, 16, 16);
-  multiply_16(c, a, b);
-  as_operand(x[1], c);
-  load_b_by_depth(me, b, m, 16, 0);
-  multiply_16(z, x[1], b);
-  as_operand(a, z);
-  load_b(me, b, m, 0, 0);
-  multiply_16(d, a, b);
-  as_operand(x[0], d);
+  Fragment inverses, below[3];  // on M's diagonal, and below[j][i] of rows 8 i and columns 8 j
+  const auto blocks = [&](int j) { return m + me.lane * 128 + (j ^ me.lane % 8) * 16; };
+  if (transposed) {
+    load_matrices(inverses, blocks(me.lane / 8));
+  } else {
+    load_matrices_transposed(inverses, blocks(me.lane / 8));
+  }
+#pragma unroll
+  for (int j = 0; j < 3; j++) {
+    if (transposed) {
+      load_matrices_transposed(below[j], blocks(j));
+    } else {
+      load_matrices(below[j], blocks(j));
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    const int j = transposed ? 3 - step : step;
+    uint32_t* const word = u[j / 2] + j % 2 * 2;
+    Accumulator c = {};
+    multiply_add(c, pack(z[j][0], z[j][1]), pack(z[j][2], z[j][3]), inverses[j]);
+    word[0] = pack(c[0], c[1]);
+    word[1] = pack(c[2], c[3]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (transposed ? i < j : i > j) multiply_add(z[i], word[0], word[1], transposed ? below[i][j] : below[j][i]);
+    }
+  }
 }
 
 // Rows 16 warp .. of a state in global memory; null is zero.
@@ -509,7 +510,7 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
     if (!identity) {
       if (me.warp < 2) {
         __syncwarp();
-        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
+        invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
       } else if (valid > kChunk) {
         copy_chunk(start + kChunk);
       }
@@ -535,7 +536,7 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
         multiply_16(z + 2 * group, v[1], b);
       }
     }
-    solve(me, u, z, m);
+    solve<false>(me, u, z, m);
     if (!transfer) {
       load_b(me, b, m, 0, kChunk);
       multiply_16(z + 4, u[0], b);
@@ -710,7 +711,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       }
       if (upper) {
         __syncwarp();
-        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
+        invert(me, m, reinterpret_cast<float*>(ux));
       }
       wait_for_products();
     }
@@ -728,7 +729,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 16);
       load_b(me, b, m, kChunk + 16, 16);
       multiply_16(z + 2, v, b);
-      solve(me, u, z, m);
+      solve<false>(me, u, z, m);
       store_operand(me, ux, 16 * me.warp, 0, u[0]);
       store_operand(me, ux, 16 * me.warp, 16, u[1]);
     }
@@ -744,7 +745,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         load_b_by_depth(me, b, m, kChunk + 16, 16 * group);
         multiply_16(c + 2 * group, rows[3], b);
       }
-      solve_transposed(me, rows, c, m);
+      solve<true>(me, rows, c, m);
       if (!transfer) {
         store_operand(me, ux, 16 * me.warp, kChunk, rows[0]);
         store_operand(me, ux, 16 * me.warp, kChunk + 16, rows[1]);
