@@ -147,7 +147,7 @@ __device__ __forceinline__ void store_operand_transposed(Thread me, Tile tile, i
 // Copies of a chunk's inputs in the background, each to its tile, by one of two means. `table` has 16 bytes of use in each of its
 // rows of 128: where M has a hole, since its r-rows 0 .. 15 and k-columns 16 .. 31 are all zero, and no product reads them.
 //
-// Whole tiles, each asked for by one thread.
+// Whole tiles, each asked for by one thread of a warp.
 struct TileCopies {
   Tile table;
   const TileMap* maps;
@@ -171,10 +171,10 @@ struct TileCopies {
   // The chunk at `start` to stage `index`; `thread` is this one's number among those that ask. `more` bytes come with it.
   template <int threads, int n>
   __device__ __forceinline__ void ask(unsigned thread, Tile stage, int index, int start, int more) const {
-    if (thread != 0) return;
-    expect_bytes(arrivals(index), n * kTile + more);
+    if (thread % 32 != 0) return;
+    if (thread == 0) expect_bytes(arrivals(index), n * kTile + more);
 #pragma unroll 1
-    for (int i = 0; i < n; i++) {
+    for (int i = thread / 32; i < n; i += threads / 32) {
       copy_tile(stage + i * kTile, maps[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
     }
   }
@@ -420,22 +420,14 @@ __device__ __forceinline__ void store_state(Thread me, float* state, const Accum
   }
 }
 
-// Four accumulators that hold (values, tokens), as (tokens, values) to an output: 32 bytes of each token. `tile` is scratch of
-// which a warp uses its own columns.
-__device__ __forceinline__ void store_tokens(Thread me, Tile tile, bfloat16* out, int step, int start, int valid,
-                                             const Accumulator* c) {
+// Four accumulators that hold (values, tokens), as (tokens, values) to this warp's columns of a tile.
+__device__ __forceinline__ void turn_tokens(Thread me, Tile tile, const Accumulator* c) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     Fragment f;
     as_operand(f, c + 2 * i);
     store_operand_transposed(me, tile, 16 * i, 16 * me.warp, f);
   }
-  __syncwarp();
-  const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8;
-  bfloat16* const to = out + int64_t(start + row) * step + column;
-  const Tile from = tile + place(row, column);
-  store_if(row < valid, to, *reinterpret_cast<const Piece*>(from));
-  store_if(row + 16 < valid, to + 16 * step, *reinterpret_cast<const Piece*>(from + 16 * 128));
 }
 
 // A state is saved as the four operands that its rows are to each warp; this lane's part of one.
@@ -544,7 +536,13 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       multiply_16(z + 6, u[0], b);
       load_b(me, b, m, 16, kChunk + 16);
       multiply_16(z + 6, u[1], b);
-      store_tokens(me, stage + kA * kTile, token_of<bfloat16>(p.y, p, sequence, 0), p.heads * kSize, start, valid, z + 4);
+      const Tile tile = stage + kA * kTile;
+      turn_tokens(me, tile, z + 4);
+      __syncwarp();
+      const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8, step = p.heads * kSize;
+      bfloat16* const to = token_of<bfloat16>(p.y, p, sequence, start + row) + column;
+      store_if(row < valid, to, *reinterpret_cast<const Piece*>(tile + place(row, column)));
+      store_if(row + 16 < valid, to + 16 * step, *reinterpret_cast<const Piece*>(tile + place(row + 16, column)));
     }
     multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
     wait_for_products();
@@ -755,6 +753,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         multiply_16(c + 4, rows[1], b);
         load_b_by_depth(me, b, m, 16, kChunk + 16);
         multiply_16(c + 6, rows[1], b);
+        turn_tokens(me, of_v, c + 4);
       }
     }
     if (!transfer) {
@@ -766,9 +765,6 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     // dM to `m`, or the gradient of the state before the chunk.
     if (!of_left) {
       multiply<4, 4, true>(me, held, rows, left);
-      if (!transfer) {
-        store_tokens(me, of_v, static_cast<bfloat16*>(p.dv) + first_output, output_step, start, valid, c + 4);
-      }
       wait_for_products();
       if (!transfer) *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum_rows(me, state, held);
     }
@@ -869,17 +865,18 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       sum0 += rises[i][0] - alphas[i][0];
       sum1 += rises[i][1] - alphas[i][1];
     }
-    auto store_rows = [&](int name, void* out) {  // this warp's tokens
+    auto store_rows = [&](Tile tile, void* out) {  // this warp's tokens
       const int row = tokens * warp + me.lane / 8, piece = me.lane % 8 * 8;
       const int64_t element = first_output + int64_t(start + row) * output_step + piece;
       store_if(row < valid, static_cast<bfloat16*>(out) + element,
-               *reinterpret_cast<const Piece*>(stage + name * kTile + place(row, piece)));
+               *reinterpret_cast<const Piece*>(tile + place(row, piece)));
     };
     __syncwarp();
-    store_rows(kA, p.da);
-    store_rows(kR, p.dr);
-    store_rows(kB, p.db);
-    store_rows(kK, p.dk);
+    store_rows(stage + kA * kTile, p.da);
+    store_rows(stage + kR * kTile, p.dr);
+    store_rows(stage + kB * kTile, p.db);
+    store_rows(stage + kK * kTile, p.dk);
+    store_rows(of_v, p.dv);
     *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
     __syncthreads();
     float dg0 = 0.0f, dg1 = 0.0f;
@@ -904,7 +901,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       dg1 += rises[i][1];
     }
     __syncwarp();
-    store_rows(kW, p.dw);
+    store_rows(stage + kW * kTile, p.dw);
   }
   if (of_left) return;
   const Sequence sequence = find_sequence<kChunk>(p);
