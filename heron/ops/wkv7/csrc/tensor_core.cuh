@@ -716,7 +716,26 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     __syncthreads();
     me = this_thread();
 
-    // u to `ux`, or x, and dv.
+    // This warp's 16 rows of [X; dY], or of [U; V].
+    auto load_rows = [&](Fragment* to) {
+      const int row = 16 * me.warp;
+      const Tile tokens = of_left ? dy : stage + kV * kTile;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (upper) {
+          load_a_by_depth(me, to[k], ux, of_left ? kChunk + row : row, 16 * k);
+        } else {
+          load_a(me, to[k], tokens, row - kChunk, 16 * k);
+        }
+      }
+    };
+    // u to `ux`; then dM to `m`. Or x to `ux`, dv, and the gradient of the state before the chunk. There is u and x behind the
+    // barrier that each half has in its own code, so that what the other multiplies goes on meanwhile.
+    auto have_ux = [&] {
+      show_to_warpgroups();
+      __syncthreads();
+      me = this_thread();
+    };
     if (of_left && !transfer) {
       Fragment u[2], v;
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 0);
@@ -730,6 +749,17 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       solve<false>(me, u, z, m);
       store_operand(me, ux, 16 * me.warp, 0, u[0]);
       store_operand(me, ux, 16 * me.warp, 16, u[1]);
+      have_ux();
+      load_rows(rows);
+      Accumulator dm[8];
+      multiply<4, 2, true, false>(me, dm, rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+      wait_for_products();
+#pragma unroll
+      for (int k = 0; k < 4; k++) as_operand(rows[k], dm + 2 * k);
+      mask_rows(me, rows, !upper);
+#pragma unroll
+      for (int k = 0; k < 4; k++) store_operand(me, m, 16 * me.warp, 16 * k, rows[k]);
     }
     if (!of_left) {  // rows becomes (values, [X; dY])
       load_a_by_depth(me, rows[2], dy, 16 * me.warp, 0);
@@ -744,6 +774,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         multiply_16(c + 2 * group, rows[3], b);
       }
       solve<true>(me, rows, c, m);
+      multiply<4, 4, true>(me, held, rows, left);
       if (!transfer) {
         store_operand(me, ux, 16 * me.warp, kChunk, rows[0]);
         store_operand(me, ux, 16 * me.warp, kChunk + 16, rows[1]);
@@ -754,46 +785,15 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         load_b_by_depth(me, b, m, 16, kChunk + 16);
         multiply_16(c + 6, rows[1], b);
         turn_tokens(me, of_v, c + 4);
+        have_ux();
       }
-    }
-    if (!transfer) {
-      show_to_warpgroups();
-      __syncthreads();
-      me = this_thread();
-    }
-
-    // dM to `m`, or the gradient of the state before the chunk.
-    if (!of_left) {
-      multiply<4, 4, true>(me, held, rows, left);
       wait_for_products();
-      if (!transfer) *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum_rows(me, state, held);
+      if (!transfer) {
+        const Floats sum = sum_rows(me, state, held);
+        *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum;
+      }
     }
     if (transfer) continue;
-    // This warp's 16 rows of [X; dY], or of [U; V].
-    auto load_rows = [&](Fragment* to) {
-      const int row = 16 * me.warp;
-      const Tile tokens = of_left ? dy : stage + kV * kTile;
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        if (upper) {
-          load_a_by_depth(me, to[k], ux, of_left ? kChunk + row : row, 16 * k);
-        } else {
-          load_a(me, to[k], tokens, row - kChunk, 16 * k);
-        }
-      }
-    };
-    if (of_left) {
-      load_rows(rows);
-      Accumulator dm[8];
-      multiply<4, 2, true, false>(me, dm, rows, ux, -1, late ? 3 : 1);
-      multiply<4, 2, false, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
-      wait_for_products();
-#pragma unroll
-      for (int k = 0; k < 4; k++) as_operand(rows[k], dm + 2 * k);
-      mask_rows(me, rows, !upper);
-#pragma unroll
-      for (int k = 0; k < 4; k++) store_operand(me, m, 16 * me.warp, 16 * k, rows[k]);
-    }
     __syncthreads();
     me = this_thread();
 
