@@ -146,11 +146,15 @@ __device__ __forceinline__ void store_operand_transposed(Thread me, Tile tile, i
 
 // Copies of a chunk's inputs in the background, each to its tile, by one of two means. `table` has 16 bytes of use in each of its
 // rows of 128: where M has a hole, since its r-rows 0 .. 15 and k-columns 16 .. 31 are all zero, and no product reads them.
-//
+struct Maps {
+  TileMap of[kDy + 1];
+  uint32_t there;  // bits of those that are
+};
+
 // Whole tiles, each asked for by one thread of a warp.
 struct TileCopies {
   Tile table;
-  const TileMap* maps;
+  const Maps& maps;
   int row, first, head, length;
   unsigned there;  // bits of inputs; the others come as zeros
   bool packed;
@@ -162,20 +166,19 @@ struct TileCopies {
   __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
     row = int(sequence.row), first = int(sequence.first), head = sequence.head, length = sequence.length;
     packed = p.cu_seqlens != nullptr;
-    there = 0;
-    for (int i = 0; i < n; i++) there |= unsigned(p.inputs[i].data != nullptr) << i;
-    there &= ~skipped;
+    there = maps.there & ~skipped;
     if (threadIdx.x < 2) init_arrivals(arrivals(threadIdx.x));
     __syncthreads();
   }
   // The chunk at `start` to stage `index`; `thread` is this one's number among those that ask. `more` bytes come with it.
   template <int threads, int n>
   __device__ __forceinline__ void ask(unsigned thread, Tile stage, int index, int start, int more) const {
+    const int warp = of_first_lane(thread / 32);
     if (thread % 32 != 0) return;
-    if (thread == 0) expect_bytes(arrivals(index), n * kTile + more);
+    if (warp == 0) expect_bytes(arrivals(index), n * kTile + more);
 #pragma unroll 1
-    for (int i = thread / 32; i < n; i += threads / 32) {
-      copy_tile(stage + i * kTile, maps[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
+    for (int i = warp; i < n; i += threads / 32) {
+      copy_tile(stage + i * kTile, maps.of[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
     }
   }
   template <int threads>
@@ -202,7 +205,7 @@ struct alignas(16) Source { const char* first; int32_t step, length; };
 // Pieces of 16 bytes, by all threads that ask.
 struct PieceCopies {
   Tile table;
-  const TileMap* maps;
+  const Maps& maps;
 
   __device__ __forceinline__ Source& source(int i) const { return *reinterpret_cast<Source*>(table + place(i, kChunk + 16)); }
   __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
@@ -250,7 +253,6 @@ using Copies = TileCopies;
 #else
 using Copies = PieceCopies;
 #endif
-struct Maps { TileMap of[kDy + 1]; };
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 
@@ -461,7 +463,7 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
-  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps.of};
+  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps};
   auto copy_chunk = [&](int start) {
     const int index = start / kChunk % 2;
     copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
@@ -486,6 +488,7 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
       multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      if (me.warp >= 2 && valid > kChunk) copy_chunk(start + kChunk);
       wait_for_products();
       store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
     }
@@ -499,13 +502,9 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       if (saves) saved_piece(me, saved, k) = {of_state[k][0], of_state[k][1], of_state[k][2], of_state[k][3]};
     }
     multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
-    if (!identity) {
-      if (me.warp < 2) {
-        __syncwarp();
-        invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
-      } else if (valid > kChunk) {
-        copy_chunk(start + kChunk);
-      }
+    if (!identity && me.warp < 2) {
+      __syncwarp();
+      invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
     }
     wait_for_products();
     __syncthreads();
@@ -622,7 +621,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
   int length;
   int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
-  Copies copies{shared_memory() + kBackwardShared - kTable, maps.of};
+  Copies copies{shared_memory() + kBackwardShared - kTable, maps};
   {
     const Sequence sequence = find_sequence<kChunk>(p);
     length = sequence.length;
@@ -953,8 +952,11 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
 
 const char* describe_inputs(Maps& maps, const Wkv7sProblem& p) {
   if (!copies_tiles()) return nullptr;
+  maps.there = 0;
   for (int i = 0; i <= kDy; i++) {
-    const Wkv7sInput& x = p.inputs[p.inputs[i].data != nullptr ? i : kW];
+    const bool there = p.inputs[i].data != nullptr;
+    const Wkv7sInput& x = p.inputs[there ? i : kW];
+    maps.there |= uint32_t(there) << i;
     const int64_t any = kSize;  // the step of a dimension of one
     const char* error = describe(maps.of[i], x.data, p.batch, p.tokens, p.heads, p.batch > 1 ? x.batch : any,
                                  p.tokens > 1 ? x.token : any, p.heads > 1 ? x.head : any);
