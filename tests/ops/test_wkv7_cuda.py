@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,15 @@ def test_layouts_change_nothing(device, change, dtype, size):
     dy = gradients[0].to(device, dtype).transpose(0, 2).contiguous().transpose(0, 2)
     grads = torch.autograd.grad(outputs, leaves, [dy, gradients[1].to(device).float().mT.contiguous().mT])
     assert_equal(dict(zip(NAMES, (x.cpu() for x in (*outputs, *grads)), strict=True)), want)
+
+
+@FORMS
+def test_tokens_and_rows_that_coincide(device, dtype, size):
+    *inputs, state = typed(device, problem(batch=2, tokens=34, heads=2, size=size)[0], dtype)
+    shared = [inputs[0][:1].expand(2, -1, -1, -1), inputs[1][:, :1].expand(-1, 34, -1, -1), *inputs[2:]]
+    want = cuda.wkv7_kernels(*(x.contiguous() for x in shared), state)
+    for one, other in zip(cuda.wkv7_kernels(*shared, state), want, strict=True):
+        assert torch.equal(one, other)
 
 
 @FORMS
@@ -323,6 +333,20 @@ def test_tokens_of_a_neighbour_do_not_matter(device):
         assert torch.equal(one, other)
 
 
+def test_an_older_gpu_computes_the_same(monkeypatch):
+    inputs, gradients = problem(batch=1, tokens=70, heads=2, size=64)
+    offsets = torch.tensor([0, 33, 33, 70])
+    states, d_states = (torch.randn(3, 2, 64, 64, dtype=torch.float64) for _ in range(2))
+    for problem_, options in (
+        ((inputs, gradients), {}),
+        (([*inputs[:6], states], (gradients[0], d_states)), dict(cu_seqlens=offsets)),
+    ):
+        monkeypatch.setattr(emulator, "flags", ())
+        want = run_kernels("cpu", *problem_, torch.bfloat16, **options)
+        monkeypatch.setattr(emulator, "flags", emulator.OLDER_GPU)
+        assert_equal(run_kernels("cpu", *problem_, torch.bfloat16, **options), want)
+
+
 def test_the_largest_block_is_known():
     inputs, gradients = problem(batch=1, tokens=2, heads=1, size=128)
     run_kernels("cpu", inputs, gradients, torch.float32)
@@ -388,6 +412,18 @@ def test_two_runs_are_bit_equal(batch, tokens):
         torch.use_deterministic_algorithms(False)
     assert not any(x.isnan().any() for x in first.values())
     assert_equal(second, first)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_thread_that_has_used_no_gpu_yet():
+    *inputs, state = typed("cuda", problem(batch=1, tokens=33, heads=1, size=64)[0], torch.bfloat16)
+    want = cuda.wkv7_kernels(*inputs, state, tensor_cores=True)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(cuda.wkv7_kernels, *inputs, state, tensor_cores=True).result()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu
@@ -562,3 +598,4 @@ def test_the_kernels_compile_without_spilling(capability):
     )
     assert len(spills) == 18
     assert set(spills) == {("0", "0", "0")}
+    assert "wgmma.mma_async instructions are serialized" not in report.read_text()

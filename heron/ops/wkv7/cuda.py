@@ -171,13 +171,13 @@ def _segments(n_heads: int, n_tokens: int) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x`, copied only if its last dimension is strided, its rows are not 16-byte aligned or lie 2 GiB apart."""
+    """`x`, copied if its last dimension is strided or its rows are not 16-byte aligned, coincide or lie 2 GiB apart."""
     if x.is_contiguous() and x.data_ptr() % 16 == 0:  # the common case, and quicker to see
         return x
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     offsets = [x.data_ptr(), *(step * x.element_size() for step in steps)]
     is_near = x.shape[1] == 1 or x.stride(1) * x.element_size() < 2**31  # the kernels step in 32 bits
-    if x.stride(-1) == 1 and is_near and not any(offset % 16 for offset in offsets):
+    if x.stride(-1) == 1 and is_near and all(offset and offset % 16 == 0 for offset in offsets):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -16,6 +16,8 @@ from heron.ops.wkv7 import cuda
 _HERE = Path(__file__).parent
 _FLAGS = ("-O1", "-U_FORTIFY_SOURCE")  # the second: fibers jump between stacks, which the checked longjmp refuses
 ONE_AT_A_TIME = threading.Lock()  # an emulated GPU runs one block
+OLDER_GPU = ("-DHERON_BACKWARD_STAGES=1", "-DEMULATE_PIECES")  # little shared memory, and no copies of tiles
+flags: tuple[str, ...] = ()  # of the kernels that the operators run
 
 
 class Input(ctypes.Structure):
@@ -73,7 +75,7 @@ def problem(
 
 def _run(name: str, made: Problem) -> None:
     with ONE_AT_A_TIME:
-        error = getattr(load(), name)(ctypes.byref(made), None)
+        error = getattr(load(flags), name)(ctypes.byref(made), None)
     if error:
         raise RuntimeError(error.decode())
 

@@ -50,7 +50,7 @@ inline uint32_t pack(float low, float high) { return round_to_bf16(low) | round_
 inline float low_half(uint32_t packed) { return as_float(packed << 16); }
 inline float high_half(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 inline float exp2_fast(float x) { return exp2f(x); }
-inline float divide_fast(float x, float y) { return x / y; }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 namespace emulator {
 
@@ -179,12 +179,15 @@ inline void __syncthreads() { emulator::wait_for(emulator::Wait::kBlock); }
 inline void __syncwarp() { emulator::wait_for(emulator::Wait::kWarp); }
 
 namespace emulator {
-template <bool transposed> inline void load_matrices(uint32_t (&d)[4], const void* row) {
-  my_warp().rows[my_lane()] = row;
+inline void check_row(const void* row) {
   const char* base = reinterpret_cast<const char*>(shared_words.data());
   const char* address = static_cast<const char*>(row);
   if (address < base || address + 16 > base + 4 * shared_words.size()) fail("a matrix row outside shared memory");
   if ((address - base) % 16) fail("a matrix row that is not 16-byte aligned");
+}
+template <bool transposed> inline void load_matrices(uint32_t (&d)[4], const void* row) {
+  my_warp().rows[my_lane()] = row;
+  check_row(row);
   collective([](Warp& warp) {
     for (int matrix = 0; matrix < 4; matrix++) {
       for (int lane = 0; lane < 32; lane++) {
@@ -221,6 +224,26 @@ inline uint32_t transpose_matrix(uint32_t fragment) {
   return my_warp().out[my_lane()][0];
 }
 
+inline void store_matrices(void* row, const uint32_t (&d)[4]) {
+  using namespace emulator;
+  check_row(row);
+  my_warp().rows[my_lane()] = row;
+  memcpy(my_warp().in[my_lane()], d, sizeof d);
+  collective([](Warp& warp) {
+    for (int matrix = 0; matrix < 4; matrix++) {
+      for (int lane = 0; lane < 32; lane++) {
+        void* to = const_cast<void*>(warp.rows[8 * matrix + lane / 4]);
+        static_cast<uint32_t*>(to)[lane % 4] = warp.in[lane][matrix];
+      }
+    }
+  });
+}
+inline void store_matrices_transposed(void* row, const uint32_t (&d)[4]) {
+  const uint32_t transposed[4] = {transpose_matrix(d[0]), transpose_matrix(d[1]), transpose_matrix(d[2]),
+                                  transpose_matrix(d[3])};
+  store_matrices(row, transposed);
+}
+
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   using namespace emulator;
   Warp& mine = my_warp();
@@ -255,6 +278,17 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   memcpy(c, mine.c[my_lane()], sizeof c);
 }
 
+inline void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  multiply_add(c, {a0, a1, 0, 0}, b, 0);
+}
+
+struct alignas(16) Piece { uint32_t words[4]; };
+template <typename T> inline void store_if(bool wanted, void* to, const T& value) {
+  if (!wanted) return;
+  if (reinterpret_cast<uintptr_t>(to) % sizeof value) emulator::fail("a store to an unaligned address");
+  memcpy(to, &value, sizeof value);
+}
+
 inline void copy_async(void* to, const void* from, bool valid, int bytes = 16) {
   for (int i = 0; i < bytes / 4; i++) static_cast<uint32_t*>(to)[i] = emulator::kNaN;
   if (reinterpret_cast<uintptr_t>(from) % bytes && valid) {
@@ -278,6 +312,63 @@ template <int pending> inline void copy_wait() {
     }
   }
   copies.resize(kept);
+}
+
+#ifndef EMULATE_PIECES  // a GPU that copies no tiles
+#define HERON_TILE_COPIES
+#endif
+struct TileMap { const char* first; int64_t sizes[3], steps[3]; };
+struct Arrivals { int32_t expected, turns; };
+
+namespace emulator {
+struct TileCopy { void* to; std::vector<char> bytes; Arrivals* arrivals; };
+inline std::vector<TileCopy> tile_copies;
+
+inline void ask(void* to, std::vector<char> bytes, Arrivals* arrivals) {
+  for (size_t i = 0; i < bytes.size() / 4; i++) static_cast<uint32_t*>(to)[i] = kNaN;
+  tile_copies.push_back({to, bytes, arrivals});
+}
+}  // namespace emulator
+
+inline void init_arrivals(Arrivals& arrivals) { arrivals = {}; }
+inline void expect_bytes(Arrivals& arrivals, int bytes) {
+  if (arrivals.expected) emulator::fail("bytes are expected before those of the turn before are there");
+  arrivals.expected = bytes;
+}
+inline void wait_for_bytes(Arrivals& arrivals, bool odd) {
+  if (arrivals.turns % 2 != odd) return;
+  if (!arrivals.expected) emulator::fail("a wait for bytes that nobody asked for");
+  std::vector<emulator::TileCopy> rest;
+  for (auto& copy : emulator::tile_copies) {
+    if (copy.arrivals == &arrivals) {
+      memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+      arrivals.expected -= int(copy.bytes.size());
+    } else {
+      rest.push_back(copy);
+    }
+  }
+  emulator::tile_copies = rest;
+  if (arrivals.expected) emulator::fail("other bytes came than were expected");
+  arrivals.turns++;
+}
+inline void copy_tile(void* to, const TileMap& map, int row, int token, int head, Arrivals& arrivals) {
+  std::vector<char> bytes(32 * 128);
+  for (int i = 0; i < 32; i++, token++) {
+    if (token < 0 || token >= map.sizes[1]) continue;
+    const char* from = map.first + 2 * (row * map.steps[0] + token * map.steps[1] + head * map.steps[2]);
+    for (int piece = 0; piece < 8; piece++) memcpy(bytes.data() + i * 128 + (piece ^ i % 8) * 16, from + piece * 16, 16);
+  }
+  emulator::ask(to, bytes, &arrivals);
+}
+inline void copy_bytes(void* to, const void* from, int bytes, Arrivals& arrivals) {
+  emulator::ask(to, {static_cast<const char*>(from), static_cast<const char*>(from) + bytes}, &arrivals);
+}
+inline bool copies_tiles() { return true; }
+inline const char* describe(TileMap& map, const void* first, int64_t rows, int64_t tokens, int64_t heads, int64_t row_step,
+                            int64_t token_step, int64_t head_step) {
+  map = {static_cast<const char*>(first), {rows, tokens, heads}, {row_step, token_step, head_step}};
+  if (reinterpret_cast<uintptr_t>(first) % 16 || (row_step | token_step | head_step) % 8) return "an unaligned input";
+  return row_step && token_step && head_step ? nullptr : "rows that coincide";
 }
 
 inline uint32_t exchange(uint32_t value, int lane_mask) {

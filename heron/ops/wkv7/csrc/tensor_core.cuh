@@ -5,7 +5,7 @@
 //
 // Tiles have rows of 64 bf16 = 128 bytes, whose eight 16-byte pieces are permuted by the row, so that ldmatrix meets no
 // bank conflict by rows or by columns. `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles.
-// M's block of a-rows and b-columns is kept as [J11 0; A21 J22]: the inverses of its diagonal blocks, and the block below.
+// M's block of a-rows and b-columns, A, has J^T in place of each 8 x 8 block on its diagonal: the transposed inverse of I - A there.
 #pragma once
 
 #include "sequence.cuh"
@@ -26,12 +26,14 @@ constexpr int kSize = 64, kChunk = 32, kThreads = 128, kBackwardThreads = 2 * kT
 constexpr int kTile = kChunk * kSize * 2, kSquare = 2 * kTile;  // bytes of a tile of tokens, of a 64 x 64 tile
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
 constexpr int kForwardShared = 2 * kForwardStage + kSquare;
-constexpr int kSources = (kDy + 1) * 128;  // bytes of a table of sources, see there
-constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 4 * kSquare + kSources;
-constexpr int kPitch = 20;  // of a 16 x 16 fp32 block: its columns start 8 banks apart and 16-byte aligned
+constexpr int kTable = (kDy + 1) * 128;  // bytes that copies have for their own use, see there
+// Gradients of a chunk in fp32, 32 x 64, with rows 8 banks apart: bytes of those of one input.
+constexpr int kCellPitch = kSize + 8, kCells = kChunk * kCellPitch * 4;
+constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
+constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
+constexpr int kPitch = 12, kBlock = 8 * kPitch + 4;  // of 8 x 8 fp32: columns and blocks start in other banks, 16-byte aligned
 constexpr float kLog2DecayScale = kDecayScale * kLog2E;
 
-struct alignas(8) Words { uint32_t first, second; };
 struct alignas(8) Floats { float first, second; };
 
 using Tile = unsigned char*;
@@ -49,8 +51,6 @@ __device__ __forceinline__ Thread this_thread() {
 __device__ __forceinline__ int place(int row, int column) {
   return row * 128 + ((column / 8 ^ row % 8) * 16) + column % 8 * 2;
 }
-// The same idea for 32 x 64 fp32, as an index.
-__device__ __forceinline__ int cell(int row, int column) { return row * kSize + (column ^ row % 8 * 8); }
 
 // The row that a lane gives to ldmatrix, in a tile whose 16 x 16 corner lies at (0, 0): matrices 0 and 1 below one another,
 // 2 and 3 beside them; or 0 and 1 beside one another. Since 16 columns are two pieces, another corner's columns only flip
@@ -83,25 +83,35 @@ __device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, c
   multiply_add(c[0], a, b[0], b[1]);
   multiply_add(c[1], a, b[2], b[3]);
 }
-// c += a b for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by columns or by depth.
-// The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
-// are of use; the rest of a is zero, the rest of c comes out as anything.
-template <int n, int groups, bool by_depth>
+// c += a b, or c = a b if not `adds`, for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by
+// columns or by depth. The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of
+// `depths` and `of_groups` say which 16 of the depth and of the columns are of use; the rest of a is zero, the rest of c comes
+// out as anything.
+template <int n, int groups, bool by_depth, bool adds = true>
 __device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
                                          int of_groups = -1) {
 #ifdef HERON_WARPGROUPS
+  const uint32_t first = matrix_descriptor(tile);
   start_products();
 #pragma unroll
   for (int k = 0; k < n; k++) {
-    const uint64_t b = matrix_descriptor(tile + k * (by_depth ? 16 * 128 : 32));
+    const uint32_t b = first + k * (by_depth ? 128 : 2);
     if (groups == 4) {
-      multiply_add_64<by_depth>(c, a[k], b);
+      if (adds || k > 0) {
+        multiply_add_64<by_depth, true>(c, a[k], b);
+      } else {
+        multiply_add_64<by_depth, false>(c, a[k], b);
+      }
+    } else if (adds || k > 0) {
+      multiply_add_32<by_depth, true>(c, a[k], b);
     } else {
-      multiply_add_32<by_depth>(c, a[k], b);
+      multiply_add_32<by_depth, false>(c, a[k], b);
     }
   }
   commit_products();
 #else
+#pragma unroll
+  for (int i = 0; i < 8 * groups && !adds; i++) c[i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int k = 0; k < n; k++) {
     if (!(depths >> k & 1)) continue;
@@ -127,78 +137,148 @@ __device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
   f[3] = pack(c[1][2], c[1][3]);
 }
 __device__ __forceinline__ void store_operand(Thread me, Tile tile, int row, int column, const Fragment& f) {
-  const int at = place(me.lane / 4, me.lane % 4 * 2) ^ column * 2;
-  tile += row * 128;
-  *reinterpret_cast<uint32_t*>(tile + at) = f[0];
-  *reinterpret_cast<uint32_t*>(tile + 8 * 128 + at) = f[1];
-  *reinterpret_cast<uint32_t*>(tile + (at ^ 16)) = f[2];
-  *reinterpret_cast<uint32_t*>(tile + 8 * 128 + (at ^ 16)) = f[3];
+  store_matrices(tile + row * 128 + (down_first(me) ^ column * 2), f);
 }
-// 8 rows x 16 columns to global memory, 32 bytes a row at once; `low` and `high` are the two 8 x 8 halves, `row` points to
-// the first column of this lane's row.
-__device__ __forceinline__ void store_global(Thread me, bfloat16* row, uint32_t low, uint32_t high, bool there) {
-  const int quarter = me.lane % 4;
-  const bool odd = quarter % 2;
-  const uint32_t other = exchange(odd ? low : high, 1);
-  const Words words = odd ? Words{other, high} : Words{low, other};
-  if (there) *reinterpret_cast<Words*>(row + quarter % 2 * 8 + quarter / 2 * 4) = words;
+// The transpose of what store_operand stores.
+__device__ __forceinline__ void store_operand_transposed(Thread me, Tile tile, int row, int column, const Fragment& f) {
+  store_matrices_transposed(tile + row * 128 + (across_first(me) ^ column * 2), f);
 }
 
-// Where the sequence's first token of an input lies, bytes from one token to the next, and how many there are; of an input
-// that comes as zeros, none, at an address that may be read. A table of sources has one in a row of 128 bytes, where M has a
-// hole: rows 0 .. 15 of r-rows, columns 16 .. 31 of k-columns are all zero, and no product reads them.
-struct alignas(16) Source { const char* first; int32_t step, length; };
-__device__ __forceinline__ Source& source(Tile table, int i) {
-  return *reinterpret_cast<Source*>(table + place(i, kChunk + 16));
-}
+// Copies of a chunk's inputs in the background, each to its tile, by one of two means. `table` has 16 bytes of use in each of its
+// rows of 128: where M has a hole, since its r-rows 0 .. 15 and k-columns 16 .. 31 are all zero, and no product reads them.
+struct Maps {
+  TileMap of[kDy + 1];
+  uint32_t there;  // bits of those that are
+};
 
-// The table of the first `n` inputs; `skipped` comes as zeros. Ends with the block in step.
-__device__ __forceinline__ void find_sources(Tile table, const Wkv7sProblem& p, const Sequence& sequence, int n, int skipped) {
-  const int i = int(threadIdx.x);
-  if (i < n) {
-    const Wkv7sInput& x = p.inputs[i];
-    const bool there = x.data != nullptr && i != skipped && sequence.length > 0;
-    const void* first = there ? token_of<bfloat16>(x, sequence, 0) : p.inputs[kW].data;
-    source(table, i) = {static_cast<const char*>(first), there ? int(x.token * 2) : 0, there ? sequence.length : 0};
+// Whole tiles, each asked for by one thread of a warp.
+struct TileCopies {
+  Tile table;
+  const Maps& maps;
+  int row, first, head, length;
+  unsigned there;  // bits of inputs; the others come as zeros
+  bool packed;
+
+  __device__ __forceinline__ Arrivals& arrivals(int index) const {
+    return reinterpret_cast<Arrivals*>(table + place(0, kChunk + 16))[index];
   }
-  __syncthreads();
-}
-
-// Copy a chunk of the first `n` inputs, each to its tile; `thread` is this one's number among those that take part.
-template <int threads, int n>
-__device__ __forceinline__ void copy_inputs(int thread, Tile stage, Tile table, int start) {
+  // Of the first `n` inputs; those of the bits `skipped` come as zeros. Ends with the block in step.
+  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
+    row = int(sequence.row), first = int(sequence.first), head = sequence.head, length = sequence.length;
+    packed = p.cu_seqlens != nullptr;
+    there = maps.there & ~skipped;
+    if (threadIdx.x < 2) init_arrivals(arrivals(threadIdx.x));
+    __syncthreads();
+  }
+  // The chunk at `start` to stage `index`; `thread` is this one's number among those that ask. `more` bytes come with it.
+  template <int threads, int n>
+  __device__ __forceinline__ void ask(unsigned thread, Tile stage, int index, int start, int more) const {
+    const int warp = of_first_lane(thread / 32);
+    if (thread % 32 != 0) return;
+    if (warp == 0) expect_bytes(arrivals(index), n * kTile + more);
 #pragma unroll 1
-  for (int i = 0; i < n; i++) {
-    const Source from = source(table, i);
-#pragma unroll
-    for (int j = 0; j < kTile / 16 / threads; j++) {
-      const int piece = thread + j * threads, row = piece / 8, column = piece % 8 * 8;
-      const bool there = start + row < from.length;
-      const char* token = from.first + int64_t(there ? start + row : 0) * from.step;
-      copy_async(stage + i * kTile + place(row, column), token + column * 2, there);
+    for (int i = warp; i < n; i += threads / 32) {
+      copy_tile(stage + i * kTile, maps.of[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
     }
   }
+  template <int threads>
+  __device__ __forceinline__ void ask_for_state(unsigned thread, Tile to, int index, const void* from) const {
+    if (thread == 0) copy_bytes(to, from, kSquare, arrivals(index));
+  }
+  // Until the chunk is there that is number `turn` of its stage; what belongs to another packed sequence is zero. All threads.
+  template <int threads, int n>
+  __device__ __forceinline__ void wait(Tile stage, int index, int turn, int start) const {
+    __syncthreads();
+    wait_for_bytes(arrivals(index), turn % 2);
+    if (!packed || length - start >= kChunk) return;
+    for (int i = threadIdx.x; i < n * kTile / 16; i += threads) {
+      if (i / 8 % kChunk >= length - start) reinterpret_cast<Piece*>(stage)[i] = {};
+    }
+    __syncthreads();
+  }
+};
+
+// Where the sequence's first token of an input lies, bytes from one token to the next, and how many there are; of an input
+// that comes as zeros, none, at an address that may be read.
+struct alignas(16) Source { const char* first; int32_t step, length; };
+
+// Pieces of 16 bytes, by all threads that ask.
+struct PieceCopies {
+  Tile table;
+  const Maps& maps;
+
+  __device__ __forceinline__ Source& source(int i) const { return *reinterpret_cast<Source*>(table + place(i, kChunk + 16)); }
+  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
+    const int i = int(threadIdx.x);
+    if (i < n) {
+      const Wkv7sInput& x = p.inputs[i];
+      const bool there = x.data != nullptr && !(skipped >> i & 1) && sequence.length > 0;
+      const void* first = there ? token_of<bfloat16>(x, sequence, 0) : p.inputs[kW].data;
+      source(i) = {static_cast<const char*>(first), there ? int(x.token * 2) : 0, there ? sequence.length : 0};
+    }
+    __syncthreads();
+  }
+  template <int threads, int n>
+  __device__ __forceinline__ void ask(unsigned thread, Tile stage, int, int start, int) const {
+    constexpr int rows = threads / 8;  // of a tile at once
+    const int row = thread / 8, column = thread % 8 * 8;
+    Tile to = stage + place(row, column);
+#pragma unroll 1
+    for (int i = 0; i < n; i++, to += kTile) {
+      const Source from = source(i);
+      const char* piece = from.first + int64_t(start + row) * from.step + column * 2;
+#pragma unroll
+      for (int j = 0; j < kChunk / rows; j++, piece += rows * from.step) {
+        copy_async(to + j * rows * 128, piece, start + row + j * rows < from.length);
+      }
+    }
+    copy_commit();
+  }
+  template <int threads>
+  __device__ __forceinline__ void ask_for_state(unsigned thread, Tile to, int, const void* from) const {
+    const int piece = thread * 16;
+#pragma unroll
+    for (int i = 0; i < kSquare; i += threads * 16) copy_async(to + piece + i, static_cast<const char*>(from) + piece + i, true);
+    copy_commit();
+  }
+  template <int threads, int n>
+  __device__ __forceinline__ void wait(Tile, int, int, int) const {
+    copy_wait<0>();
+    __syncthreads();
+  }
+};
+
+#ifdef HERON_TILE_COPIES
+using Copies = TileCopies;
+#else
+using Copies = PieceCopies;
+#endif
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
+
+// Two columns of an input's token t.
+__device__ __forceinline__ uint32_t& word(Tile stage, int name, int t, int column) {
+  return *reinterpret_cast<uint32_t*>(stage + name * kTile + place(t, column));
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp2_fast(-kLog2E * x)); }
-
 // Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. Each of `warps`
-// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) by `cell`, or `end`,
+// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) of each token, or `end`,
 // exp(G) at the end (64), may be null.
 template <int warps>
 __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, float* sums, float* remains, float* end,
                                              int valid) {
   constexpr int tokens = kChunk / warps;
   const int column = lane * 2;
+  uint32_t words[tokens][4];
   float g[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
   for (int i = 0; i < tokens; i++) {
     const int t = tokens * warp + i;
-    const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
-    if (t < valid) {
-      sum0 -= kLog2DecayScale * sigmoid(low_half(w));
-      sum1 -= kLog2DecayScale * sigmoid(high_half(w));
-    }
+    const uint32_t w = word(stage, kW, t, column);
+    for (int name = kA; name <= kK; name++) words[i][name] = word(stage, name, t, column);
+    const float scale = t < valid ? -kLog2DecayScale : 0.0f;
+    sum0 += scale * sigmoid(low_half(w));
+    sum1 += scale * sigmoid(high_half(w));
     g[i][0] = sum0;
     g[i][1] = sum1;
   }
@@ -216,101 +296,111 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
     const int t = tokens * warp + i;
     const float g0 = base0 + g[i][0], g1 = base1 + g[i][1];
     const float after0 = exp2_fast(g0), after1 = exp2_fast(g1), inverse0 = exp2_fast(-g0), inverse1 = exp2_fast(-g1);
-    uint32_t* a = reinterpret_cast<uint32_t*>(stage + kA * kTile + place(t, column));
-    uint32_t* r = reinterpret_cast<uint32_t*>(stage + kA * kTile + place(kChunk + t, column));
-    uint32_t* b = reinterpret_cast<uint32_t*>(stage + kB * kTile + place(t, column));
-    uint32_t* k = reinterpret_cast<uint32_t*>(stage + kB * kTile + place(kChunk + t, column));
-    *a = pack(low_half(*a) * before0, high_half(*a) * before1);
-    *r = pack(low_half(*r) * after0, high_half(*r) * after1);
-    *b = pack(low_half(*b) * inverse0, high_half(*b) * inverse1);
-    *k = pack(low_half(*k) * inverse0, high_half(*k) * inverse1);
-    if (remains != nullptr) *reinterpret_cast<Floats*>(remains + cell(t, column)) = {after0, after1};
+    auto scaled = [&](int name, float scale0, float scale1) {
+      word(stage, name, t, column) = pack(low_half(words[i][name]) * scale0, high_half(words[i][name]) * scale1);
+    };
+    scaled(kA, before0, before1);
+    scaled(kR, after0, after1);
+    scaled(kB, inverse0, inverse1);
+    scaled(kK, inverse0, inverse1);
+    if (remains != nullptr) *reinterpret_cast<Floats*>(remains + t * kSize + column) = {after0, after1};
     before0 = after0;
     before1 = after1;
   }
   if (end != nullptr && warp == warps - 1) *reinterpret_cast<Floats*>(end + column) = {before0, before1};
 }
 
-// Zero what a 16 x 16 block on a diagonal of M must not see: an a-row sees earlier tokens, an r-row its own as well.
-__device__ __forceinline__ void mask_diagonal(Thread me, Accumulator* pair, bool own) {
-  const int lane = me.lane + unknown_zero(), row = lane / 4 + own, column = lane % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    if (column + i / 4 * 8 + i % 2 >= row + i / 2 % 2 * 8) pair[i / 4][i % 4] = 0.0f;
-  }
-}
-
-// Invert I - A for a 16 x 16 strictly lower A by substitution in fp32, a lane for each column; `a` holds A by columns.
-__device__ __forceinline__ void invert(Thread me, Tile m, int first, const float* a) {
-  const int column = me.lane % 16;
-  float x[16];
-#pragma unroll
-  for (int i = 0; i < 16; i++) x[i] = i == column ? 1.0f : 0.0f;
-#pragma unroll
-  for (int k = 0; k < 15; k++) {
-#pragma unroll
-    for (int i = k + 1; i < 16; i++) x[i] += a[kPitch * k + i] * x[k];
-  }
-  if (me.lane < 16) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      *reinterpret_cast<uint16_t*>(m + place(first + i, first + column)) = uint16_t(pack(x[i], 0.0f));
-    }
-  }
-}
-
-// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the two blocks that are to be inverted go to
-// `scratch` (2 x 16 x kPitch floats), by columns.
-__device__ __forceinline__ void store_attention(Thread me, Tile m, Accumulator* c, float* scratch) {
-  const int warp = me.warp, late = warp % 2;
+// Of this warp's 16 rows of M or dM, zero what they must not see: an a-row sees earlier tokens, an r-row its `own` as well.
+__device__ __forceinline__ void mask_rows(Thread me, Fragment* rows, bool own) {
+  const int row = me.lane / 4 + own, column = me.lane % 4 * 2;
+  const uint32_t late = me.warp % 2 ? ~0u : 0;  // tokens from 16 on see all blocks of those before
+  const uint32_t diagonal = (column < row ? 0xffffu : 0) | (column + 1 < row ? 0xffff0000u : 0);
 #pragma unroll
   for (int group = 0; group < 4; group++) {
-    if (group % 2 > late) continue;
-    Accumulator* const pair = c + 2 * group;
-    if (group % 2 == late) mask_diagonal(me, pair, warp >= 2);
-    if (group == warp && warp < 2) {
-      const int row = me.lane / 4, column = me.lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        scratch[(16 * warp + column + i / 4 * 8 + i % 2) * kPitch + row + i / 2 % 2 * 8] = pair[i / 4][i % 4];
-      }
+    const uint32_t seen = group % 2 ? diagonal & late : diagonal | late;
+    rows[group][0] &= seen;
+    rows[group][3] &= seen;
+    if (group % 2) {
+      rows[group][1] &= late;
+      rows[group][2] = 0;
     } else {
-      Fragment f;
-      as_operand(f, pair);
-      store_operand(me, m, 16 * warp, 16 * group, f);
+      rows[group][2] &= late;
     }
   }
 }
 
-// u^T = z^T J^T with z in the four accumulators; the result as two A operands.
-__device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
-  Fragment a, b;
-  Accumulator c[2] = {}, d[2] = {};
-  as_operand(a, z);
-  load_b(me, b, m, 0, 0);
-  multiply_16(c, a, b);
-  as_operand(u[0], c);
-  load_b(me, b, m, 0, 16);
-  multiply_16(z + 2, u[0], b);
-  as_operand(a, z + 2);
-  load_b(me, b, m, 16, 16);
-  multiply_16(d, a, b);
-  as_operand(u[1], d);
+// Invert I - A for the two 8 x 8 strictly lower blocks A that are this warp's, by substitution in fp32, a lane for each column;
+// `a` holds them by columns, and anything above their diagonals. The inverses go to `m` by columns.
+__device__ __forceinline__ void invert(Thread me, Tile m, const float* a) {
+  const int second = me.lane / 8 % 2, column = me.lane % 8, first = 16 * me.warp + 8 * second;
+  a += (2 * me.warp + second) * kBlock;
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+  for (int k = 0; k < 7; k++) {
+#pragma unroll
+    for (int i = k + 1; i < 8; i++) x[i] += a[kPitch * k + i] * x[k];
+  }
+  if (me.lane < 16) {
+    *reinterpret_cast<Piece*>(m + place(first + column, first)) = {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]),
+                                                                   pack(x[6], x[7])};
+  }
 }
-// x^T = z^T J.
-__device__ __forceinline__ void solve_transposed(Thread me, Fragment* x, Accumulator* z, Tile m) {
-  Fragment a, b;
-  Accumulator c[2] = {}, d[2] = {};
-  as_operand(a, z + 2);
-  load_b_by_depth(me, b, m, 16, 16);
-  multiply_16(c, a, b);
-  as_operand(x[1], c);
-  load_b_by_depth(me, b, m, 16, 0);
-  multiply_16(z, x[1], b);
-  as_operand(a, z);
-  load_b_by_depth(me, b, m, 0, 0);
-  multiply_16(d, a, b);
-  as_operand(x[0], d);
+
+// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the blocks that are to be inverted go to
+// `scratch` (4 kBlock floats), by columns.
+__device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumulator* c, float* scratch) {
+  const int warp = me.warp, late = warp % 2;
+  Fragment rows[4];
+#pragma unroll
+  for (int group = 0; group < 4; group++) as_operand(rows[group], c + 2 * group);
+  mask_rows(me, rows, warp >= 2);
+#pragma unroll
+  for (int group = 0; group < 4; group++) {
+    if (group % 2 <= late) store_operand(me, m, 16 * warp, 16 * group, rows[group]);
+  }
+  if (warp < 2) {
+    float* const block = scratch + 2 * warp * kBlock + me.lane % 4 * 2 * kPitch + me.lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      block[i / 2 * kBlock + i % 2 * kPitch] = late ? c[2 + i / 2][i / 2 * 2 + i % 2] : c[i / 2][i / 2 * 2 + i % 2];
+    }
+  }
+}
+
+// u^T = z^T J^T with z in four accumulators, or x^T = z^T J; the result as two A operands. 8 columns after another are multiplied
+// by their inverse, and what they add to the others is added.
+template <bool transposed>
+__device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
+  Fragment inverses, below[3];  // on M's diagonal, and below[j][i] of rows 8 i and columns 8 j
+  const auto blocks = [&](int j) { return m + me.lane * 128 + (j ^ me.lane % 8) * 16; };
+  if (transposed) {
+    load_matrices(inverses, blocks(me.lane / 8));
+  } else {
+    load_matrices_transposed(inverses, blocks(me.lane / 8));
+  }
+#pragma unroll
+  for (int j = 0; j < 3; j++) {
+    if (transposed) {
+      load_matrices_transposed(below[j], blocks(j));
+    } else {
+      load_matrices(below[j], blocks(j));
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    const int j = transposed ? 3 - step : step;
+    uint32_t* const word = u[j / 2] + j % 2 * 2;
+    Accumulator c = {};
+    multiply_add(c, pack(z[j][0], z[j][1]), pack(z[j][2], z[j][3]), inverses[j]);
+    word[0] = pack(c[0], c[1]);
+    word[1] = pack(c[2], c[3]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (transposed ? i < j : i > j) multiply_add(z[i], word[0], word[1], transposed ? below[i][j] : below[j][i]);
+    }
+  }
 }
 
 // Rows 16 warp .. of a state in global memory; null is zero.
@@ -332,25 +422,36 @@ __device__ __forceinline__ void store_state(Thread me, float* state, const Accum
   }
 }
 
-// Rows of four accumulators that hold (values, tokens), as (tokens, values) to an output.
-__device__ __forceinline__ void store_tokens(Thread me, bfloat16* out, int step, int start, int valid, const Accumulator* c) {
+// Four accumulators that hold (values, tokens), as (tokens, values) to this warp's columns of a tile.
+__device__ __forceinline__ void turn_tokens(Thread me, Tile tile, const Accumulator* c) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint32_t low = transpose_matrix(pack(c[i][0], c[i][1])), high = transpose_matrix(pack(c[i][2], c[i][3]));
-    const int t = 8 * i + me.lane / 4;
-    const bool there = t < valid;
-    bfloat16* row = out + int64_t(start + (there ? t : 0)) * step + 16 * me.warp;
-    store_global(me, row, low, high, there);
+  for (int i = 0; i < 2; i++) {
+    Fragment f;
+    as_operand(f, c + 2 * i);
+    store_operand_transposed(me, tile, 16 * i, 16 * me.warp, f);
   }
 }
 
-// `transfer`: only the map of a segment's state, S_out = S_in P + C, for C (blocks (.., 0), from zero) and P (blocks (.., 1),
-// from the identity, without v); no y and nothing saved.
+// A state is saved as the four operands that its rows are to each warp; this lane's part of one.
+template <typename T>
+__device__ __forceinline__ Piece& saved_piece(Thread me, T* state, int k) {
+  return reinterpret_cast<Piece*>(state)[(4 * me.warp + k) * 32 + me.lane];
+}
+__device__ __forceinline__ void load_saved(Thread me, Fragment& f, Tile state, int k) {
+  const Piece piece = saved_piece(me, state, k);
+#pragma unroll
+  for (int i = 0; i < 4; i++) f[i] = piece.words[i];
+}
+
+// `transfer`: only the map of a segment's state, S_out = S_in P + C; no y and nothing saved. Of eight warps, four have C, from
+// zero, and four P, from the identity and without v.
 template <bool transfer>
-__global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const __grid_constant__ Wkv7sProblem p) {
+__global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ? HERON_FORWARD_BLOCKS / 2 : HERON_FORWARD_BLOCKS)
+    forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
+  constexpr int threads = transfer ? 2 * kThreads : kThreads;
   Thread me = this_thread();
   const Sequence sequence = find_sequence<kChunk>(p);
-  const bool identity = transfer && blockIdx.y == 1;
+  const bool identity = transfer && of_first_lane(threadIdx.x / kThreads) == 1;
 
   Accumulator state[8];
   const float* initial = p.segments > 1 ? p.edges : p.state;
@@ -362,56 +463,49 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
+  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps};
   auto copy_chunk = [&](int start) {
-    const Tile table = shared_memory() + 2 * kForwardStage + kChunk * 128;
-    copy_inputs<64, kW + 1>(int(threadIdx.x) - 64, shared_memory() + start / kChunk % 2 * kForwardStage, table, start);
+    const int index = start / kChunk % 2;
+    copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
   };
-  find_sources(shared_memory() + 2 * kForwardStage + kChunk * 128, p, sequence, kW + 1, identity ? kV : -1);
-  if (me.warp >= 2 && sequence.length > 0) copy_chunk(0);
-  copy_commit();
+  copies.begin(p, sequence, kW + 1, transfer ? 1 << kR : 0);
+  if (!identity && me.warp >= 2 && sequence.length > 0) copy_chunk(0);
   for (int start = 0; start < sequence.length; start += kChunk) {
     const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
     const Tile stage = shared + start / kChunk % 2 * kForwardStage;
     const int valid = sequence.length - start;
     float* const end = reinterpret_cast<float*>(stage + kW * kTile) + 768;  // the logits are dead once they are summed
-    copy_wait<0>();
-    __syncthreads();
+    copies.wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
     me = this_thread();
-    scale_inputs<4>(me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    scale_inputs<threads / 32>((identity ? 4 : 0) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
-    {
-      Accumulator c[8] = {};
+    if (!identity) {
+      Accumulator c[8];
       Fragment a[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
-      multiply<4, 4, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      if (me.warp >= 2 && valid > kChunk) copy_chunk(start + kChunk);
       wait_for_products();
       store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
     }
-    if (me.warp < 2) {
-      __syncwarp();
-      invert(me, m, 16 * me.warp, reinterpret_cast<float*>(stage + kW * kTile) + 16 * kPitch * me.warp);
-    } else {
-      if (valid > kChunk) copy_chunk(start + kChunk);
-      copy_commit();
-    }
     Fragment of_state[4], b;
-    Accumulator z[8] = {};  // (values, [a-rows; r-rows])
+    Accumulator z[8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
-    bfloat16* const row = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head) +
-                          (16 * me.warp + me.lane / 4) * kSize;
+    bfloat16* const saved = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       as_operand(of_state[k], state + 2 * k);
-      if (saves) {
-        store_global(me, row + 16 * k, of_state[k][0], of_state[k][2], true);
-        store_global(me, row + 8 * kSize + 16 * k, of_state[k][1], of_state[k][3], true);
-      }
+      if (saves) saved_piece(me, saved, k) = {of_state[k][0], of_state[k][1], of_state[k][2], of_state[k][3]};
     }
-    multiply<4, transfer ? 2 : 4, false>(me, z, of_state, stage + kA * kTile);
+    multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
+    if (!identity && me.warp < 2) {
+      __syncwarp();
+      invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
+    }
     wait_for_products();
     __syncthreads();
     me = this_thread();
@@ -421,6 +515,10 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
     load_a_by_depth(me, v[0], stage + kV * kTile, 16 * me.warp, 0);
     load_a_by_depth(me, v[1], stage + kV * kTile, 16 * me.warp, 16);
 #pragma unroll
+    for (int i = 0; i < 8 && transfer; i++) {
+      if (identity) v[i / 4][i % 4] = 0;
+    }
+#pragma unroll
     for (int group = 0; group < (transfer ? 2 : 4); group++) {
       load_b(me, b, m, kChunk, 16 * group);
       multiply_16(z + 2 * group, v[0], b);
@@ -429,7 +527,7 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
         multiply_16(z + 2 * group, v[1], b);
       }
     }
-    solve(me, u, z, m);
+    solve<false>(me, u, z, m);
     if (!transfer) {
       load_b(me, b, m, 0, kChunk);
       multiply_16(z + 4, u[0], b);
@@ -437,7 +535,13 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       multiply_16(z + 6, u[0], b);
       load_b(me, b, m, 16, kChunk + 16);
       multiply_16(z + 6, u[1], b);
-      store_tokens(me, token_of<bfloat16>(p.y, p, sequence, 0), p.heads * kSize, start, valid, z + 4);
+      const Tile tile = stage + kA * kTile;
+      turn_tokens(me, tile, z + 4);
+      __syncwarp();
+      const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8, step = p.heads * kSize;
+      bfloat16* const to = token_of<bfloat16>(p.y, p, sequence, start + row) + column;
+      store_if(row < valid, to, *reinterpret_cast<const Piece*>(tile + place(row, column)));
+      store_if(row + 16 < valid, to + 16 * step, *reinterpret_cast<const Piece*>(tile + place(row + 16, column)));
     }
     multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
     wait_for_products();
@@ -450,51 +554,23 @@ __global__ void __launch_bounds__(kThreads, HERON_FORWARD_BLOCKS) forward(const 
       state[i][3] *= factor.second;
     }
   }
+  const int index = int(blockIdx.x) / p.heads, head = int(blockIdx.x) % p.heads;
   if (transfer) {
-    store_state(me, state_of(identity ? p.transfer : p.local, p, sequence.index, sequence.head), state);
+    store_state(me, state_of(identity ? p.transfer : p.local, p, index, head), state);
   } else if (p.segments == 1) {
-    store_state(me, state_of(p.final_state, p, sequence.index, sequence.head), state);
-  } else if (sequence.index % p.segments == p.segments - 1) {
-    store_state(me, state_of(p.final_state, p, sequence.row, sequence.head), state);
+    store_state(me, state_of(p.final_state, p, index, head), state);
+  } else if (index % p.segments == p.segments - 1) {
+    store_state(me, state_of(p.final_state, p, sequence.row, head), state);
   }
 }
 
-// A 16-token x 64 gradient of scaled vectors to the output it belongs to, and times the scaled vectors themselves.
-// `inverse`: the scale is exp(-G), else exp(G); `shift` 1 takes G of the token before.
-__device__ __forceinline__ void store_gradient(Thread me, bfloat16* out, int step, int start, int valid, Accumulator* c,
-                                               Tile scaled, const float* remains, bool inverse, int shift) {
-  const int warp = me.warp, lane = me.lane;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int row = 16 * warp + lane / 4 + 8 * half, t = row % kChunk;
-    const bool there = t < valid;
-    bfloat16* const to = out + int64_t(start + (there ? t : 0)) * step;
-#pragma unroll
-    for (int group = 0; group < 4; group++) {
-      uint32_t packed[2];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int column = 16 * group + 8 * i + lane % 4 * 2;
-        Floats scale = {1.0f, 1.0f};
-        if (t >= shift) scale = *reinterpret_cast<const Floats*>(remains + cell(t - shift, column));
-        if (inverse) scale = {divide_fast(1.0f, scale.first), divide_fast(1.0f, scale.second)};
-        float* const x = c[2 * group + i] + 2 * half;
-        packed[i] = pack(x[0] * scale.first, x[1] * scale.second);
-        const uint32_t operand = *reinterpret_cast<const uint32_t*>(scaled + place(row, column));
-        x[0] *= low_half(operand);
-        x[1] *= high_half(operand);
-      }
-      store_global(me, to + 16 * group, packed[0], packed[1], there);
-    }
-  }
-}
-
+// 16 x 64 of an accumulator to fp32 cells.
 __device__ __forceinline__ void store_cells(Thread me, float* cells, const Accumulator* c) {
-  const int row = 16 * (me.warp % 2) + me.lane / 4, column = me.lane % 4 * 2;
+  cells += (16 * (me.warp % 2) + me.lane / 4) * kCellPitch + me.lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    *reinterpret_cast<Floats*>(cells + cell(row, 8 * i + column)) = {c[i][0], c[i][1]};
-    *reinterpret_cast<Floats*>(cells + cell(row + 8, 8 * i + column)) = {c[i][2], c[i][3]};
+    *reinterpret_cast<Floats*>(cells + 8 * i) = {c[i][0], c[i][1]};
+    *reinterpret_cast<Floats*>(cells + 8 * kCellPitch + 8 * i) = {c[i][2], c[i][3]};
   }
 }
 
@@ -511,14 +587,17 @@ __device__ __forceinline__ void halve(Thread me, float (&sums)[16]) {
 
 // Sums over this warp's 16 rows of state * d_state, one column pair a lane: column 8 (lane / 4) + 2 (lane % 4).
 __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumulator* d_state) {
-  const int lane = me.lane, row = 16 * me.warp + lane / 4;
   float sums[16];
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const uint32_t upper = *reinterpret_cast<const uint32_t*>(state + place(row, 8 * i + lane % 4 * 2));
-    const uint32_t lower = *reinterpret_cast<const uint32_t*>(state + place(row + 8, 8 * i + lane % 4 * 2));
-    sums[2 * i] = low_half(upper) * d_state[i][0] + low_half(lower) * d_state[i][2];
-    sums[2 * i + 1] = high_half(upper) * d_state[i][1] + high_half(lower) * d_state[i][3];
+  for (int k = 0; k < 4; k++) {
+    Fragment f;
+    load_a(me, f, state, 16 * me.warp, 16 * k);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float* const d = d_state[2 * k + i];
+      sums[4 * k + 2 * i] = low_half(f[2 * i]) * d[0] + low_half(f[2 * i + 1]) * d[2];
+      sums[4 * k + 2 * i + 1] = high_half(f[2 * i]) * d[1] + high_half(f[2 * i + 1]) * d[3];
+    }
   }
   halve<8>(me, sums);
   halve<4>(me, sums);
@@ -532,23 +611,23 @@ __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumula
 // gradient, X, dV and the gradients of right. What both do alike they do by the same instructions, since instructions that
 // are not yet at hand are what this kernel waits for most.
 template <bool transfer>
-__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p) {
+__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
   const bool of_left = of_first_lane(threadIdx.x / kThreads) == 0;
   Thread me = this_thread();
   const int late = me.warp % 2;
   const bool upper = me.warp < 2;  // rows of a or b, not of r or k
 
-  // Of right: rows of the state's gradient. Of left, from dM to the gradients: the bits of dM and of [X; dY], 16 rows each.
-  Accumulator held[8] = {};
+  Accumulator held[8] = {};  // of right: rows of the state's gradient; of left: z
   int length;
   int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
+  Copies copies{shared_memory() + kBackwardShared - kTable, maps};
   {
     const Sequence sequence = find_sequence<kChunk>(p);
     length = sequence.length;
     first_output = ((sequence.row * p.tokens + sequence.first) * p.heads + sequence.head) * kSize;
     first_state = (sequence.slot * p.heads + sequence.head) * kSize * kSize;
-    find_sources(shared_memory() + kBackwardShared - kSources, p, sequence, kDy + 1, transfer ? kV : -1);
+    copies.begin(p, sequence, kDy + 1, transfer ? 1 << kK | 1 << kV : 0);
     if (!of_left) {
       const float* d_final = p.segments > 1 ? p.edges : p.d_final;
       const bool from_zero = transfer || d_final == nullptr;
@@ -559,50 +638,48 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
 
   // The half of right copies the inputs, and the last two warps of left the states, while the first two invert.
   auto copy_chunk = [&](int start) {
-    const Tile stage = shared_memory() + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
-    const int thread = int(threadIdx.x) + unknown_zero();
+    const int index = start / kChunk % HERON_BACKWARD_STAGES;
+    const Tile stage = shared_memory() + index * kBackwardStage;
+    const unsigned thread = threadIdx.x + unknown_zero();
     if (!of_left) {
-      copy_inputs<kThreads, kDy + 1>(thread - kThreads, stage, shared_memory() + kBackwardShared - kSources, start);
+      copies.ask<kThreads, kDy + 1>(thread - kThreads, stage, index, start, transfer ? 0 : kSquare);
     } else if (!transfer && !upper) {
-      const bfloat16* from =
-          static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step;
-#pragma unroll 1
-      for (int i = 0; i < kSquare / 16 / 64; i++) {
-        const int piece = thread - 64 + i * 64, row = piece / 8, column = piece % 8 * 8;
-        copy_async(stage + kState + place(row, column), from + row * kSize + column, true);
-      }
+      const bfloat16* from = static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step;
+      copies.ask_for_state<64>(thread - 64, stage + kState, index, from);
     }
-    copy_commit();
   };
   if (HERON_BACKWARD_STAGES == 2 && last >= 0) copy_chunk(last);
   for (int start = last; start >= 0; start -= kChunk) {
     const Tile shared = shared_memory() + unknown_zero();
     const Tile m = shared + HERON_BACKWARD_STAGES * kBackwardStage, ux = m + kSquare;
     const Tile d = ux + kSquare;  // the gradient of the state at the end of the chunk, decayed
-    float* const remains = reinterpret_cast<float*>(d + kSquare);
+    float* const remains = reinterpret_cast<float*>(m + 3 * kCells);
+    float* const start_sums = remains + kChunk * kSize;
+    const Tile of_v = m + 3 * kCells + kSquare + kStartSums;
     const Tile stage = shared + start / kChunk % HERON_BACKWARD_STAGES * kBackwardStage;
     const Tile left = stage + kA * kTile, right = stage + kB * kTile, dy = stage + kDy * kTile, state = stage + kState;
     const int valid = length - start;
     if (HERON_BACKWARD_STAGES == 1) {
+      show_to_warpgroups();
       __syncthreads();
       copy_chunk(start);
     }
-    copy_wait<0>();
-    __syncthreads();
+    const int index = start / kChunk % HERON_BACKWARD_STAGES, turn = (last - start) / kChunk / HERON_BACKWARD_STAGES;
+    copies.wait<kBackwardThreads, kDy + 1>(stage, index, turn, start);
     me = this_thread();
     scale_inputs<8>((of_left ? 0 : 4) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), remains, nullptr, valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
-    Fragment b, rows[4], more_rows[4];
+    Fragment b, rows[4];
     if (of_left) {
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, rows[k], left, 16 * me.warp, 16 * k);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const Floats end = *reinterpret_cast<const Floats*>(remains + cell(kChunk - 1, 8 * i + me.lane % 4 * 2));
+        const Floats end = *reinterpret_cast<const Floats*>(remains + (kChunk - 1) * kSize + 8 * i + me.lane % 4 * 2);
         held[i][0] *= end.first;
         held[i][1] *= end.second;
         held[i][2] *= end.first;
@@ -614,28 +691,50 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         if (!transfer) store_operand(me, d, 16 * me.warp, 16 * k, rows[k]);
       }
     }
-    Accumulator c[8] = {};  // rows of M, or (values, [b-rows; k-rows]): the gradient of [u; v]
-    multiply<4, 4, false>(me, c, rows, right, -1, of_left ? late ? 15 : 5 : transfer ? 3 : 15);
+    Accumulator c[8];  // rows of M, or (values, [b-rows; k-rows]): the gradient of [u; v]
+    multiply<4, 4, false, false>(me, c, rows, right, -1, of_left ? late ? 15 : 5 : transfer ? 3 : 15);
     if (HERON_BACKWARD_STAGES == 2 && start > 0 && !(of_left && upper)) copy_chunk(start - kChunk);
     wait_for_products();
-    Accumulator z[4] = {};  // (values, a-rows) of u's bracket
+    Accumulator* const z = held;  // (values, a-rows) of u's bracket
     if (of_left) {
       store_attention(me, m, c, reinterpret_cast<float*>(ux));
       if (!transfer) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, rows[k], state, 16 * me.warp, 16 * k);
-        multiply<4, 2, false>(me, z, rows, left);
+        for (int k = 0; k < 4; k++) load_saved(me, rows[k], state, k);
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; k++) store_operand(me, state, 16 * me.warp, 16 * k, rows[k]);
+        multiply<4, 2, false, false>(me, z, rows, left);
       }
       if (upper) {
         __syncwarp();
-        invert(me, m, 16 * me.warp, reinterpret_cast<float*>(ux) + 16 * kPitch * me.warp);
+        invert(me, m, reinterpret_cast<float*>(ux));
       }
       wait_for_products();
     }
     __syncthreads();
     me = this_thread();
 
-    // u to `ux`, or x, and dv.
+    // This warp's 16 rows of [X; dY], or of [U; V].
+    auto load_rows = [&](Fragment* to) {
+      const int row = 16 * me.warp;
+      const Tile tokens = of_left ? dy : stage + kV * kTile;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (upper) {
+          load_a_by_depth(me, to[k], ux, of_left ? kChunk + row : row, 16 * k);
+        } else {
+          load_a(me, to[k], tokens, row - kChunk, 16 * k);
+        }
+      }
+    };
+    // u to `ux`; then dM to `m`. Or x to `ux`, dv, and the gradient of the state before the chunk. There is u and x behind the
+    // barrier that each half has in its own code, so that what the other multiplies goes on meanwhile.
+    auto have_ux = [&] {
+      show_to_warpgroups();
+      __syncthreads();
+      me = this_thread();
+    };
     if (of_left && !transfer) {
       Fragment u[2], v;
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 0);
@@ -646,9 +745,20 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 16);
       load_b(me, b, m, kChunk + 16, 16);
       multiply_16(z + 2, v, b);
-      solve(me, u, z, m);
+      solve<false>(me, u, z, m);
       store_operand(me, ux, 16 * me.warp, 0, u[0]);
       store_operand(me, ux, 16 * me.warp, 16, u[1]);
+      have_ux();
+      load_rows(rows);
+      Accumulator dm[8];
+      multiply<4, 2, true, false>(me, dm, rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+      wait_for_products();
+#pragma unroll
+      for (int k = 0; k < 4; k++) as_operand(rows[k], dm + 2 * k);
+      mask_rows(me, rows, !upper);
+#pragma unroll
+      for (int k = 0; k < 4; k++) store_operand(me, m, 16 * me.warp, 16 * k, rows[k]);
     }
     if (!of_left) {  // rows becomes (values, [X; dY])
       load_a_by_depth(me, rows[2], dy, 16 * me.warp, 0);
@@ -662,7 +772,8 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         load_b_by_depth(me, b, m, kChunk + 16, 16 * group);
         multiply_16(c + 2 * group, rows[3], b);
       }
-      solve_transposed(me, rows, c, m);
+      solve<true>(me, rows, c, m);
+      multiply<4, 4, true>(me, held, rows, left);
       if (!transfer) {
         store_operand(me, ux, 16 * me.warp, kChunk, rows[0]);
         store_operand(me, ux, 16 * me.warp, kChunk + 16, rows[1]);
@@ -672,112 +783,99 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         multiply_16(c + 4, rows[1], b);
         load_b_by_depth(me, b, m, 16, kChunk + 16);
         multiply_16(c + 6, rows[1], b);
-      }
-    }
-    if (!transfer) {
-      show_to_warpgroups();
-      __syncthreads();
-      me = this_thread();
-    }
-
-    // dM to `m`, or the gradient of the state before the chunk.
-    Floats start_sum = {};
-    if (!of_left) {
-      multiply<4, 4, true>(me, held, rows, left);
-      if (!transfer) {
-        store_tokens(me, static_cast<bfloat16*>(p.dv) + first_output, output_step, start, valid, c + 4);
+        turn_tokens(me, of_v, c + 4);
+        have_ux();
       }
       wait_for_products();
-      if (!transfer) start_sum = sum_rows(me, state, held);
+      if (!transfer) {
+        const Floats sum = sum_rows(me, state, held);
+        *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum;
+      }
     }
     if (transfer) continue;
-    if (of_left) {
-      if (upper) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], ux, kChunk + 16 * me.warp, 16 * k);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, rows[k], dy, 16 * (me.warp - 2), 16 * k);
-      }
-      Accumulator dm[8] = {};
-      multiply<4, 2, true>(me, dm, rows, ux, -1, late ? 3 : 1);
-      multiply<4, 2, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
-      wait_for_products();
-#pragma unroll
-      for (int group = 0; group < 4; group++) {
-        Fragment of_m;
-        if (group % 2 == late) mask_diagonal(me, dm + 2 * group, !upper);
-        as_operand(of_m, dm + 2 * group);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (group % 2 > late) of_m[i] = 0;
-          held[group][i] = as_float(of_m[i]);
-          held[4 + group][i] = as_float(rows[group][i]);
-        }
-        store_operand(me, m, 16 * me.warp, 16 * group, of_m);
-      }
-    }
     __syncthreads();
     me = this_thread();
 
     // This warp's 16 rows of dM R + X S_0, or of dM^T L + [U; V] D.
-    if (of_left) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          rows[k][i] = as_bits(held[k][i]);
-          more_rows[k][i] = as_bits(held[4 + k][i]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
-      if (upper) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a_by_depth(me, more_rows[k], ux, 16 * me.warp, 16 * k);
+    for (int k = 0; k < 4; k++) {
+      if (of_left) {
+        load_a(me, rows[k], m, 16 * me.warp, 16 * k);
       } else {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, more_rows[k], stage + kV * kTile, 16 * (me.warp - 2), 16 * k);
+        load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
       }
     }
-    Accumulator gradient[8] = {};
-    multiply<4, 4, true>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
+    Fragment more_rows[4];
+    Accumulator gradient[8];
+    multiply<4, 4, true, false>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
+    load_rows(more_rows);
     multiply<4, 4, true>(me, gradient, more_rows, of_left ? state : d);
     wait_for_products();
-    void* const out = of_left ? upper ? p.da : p.dr : upper ? p.db : p.dk;
-    store_gradient(me, static_cast<bfloat16*>(out) + first_output, output_step, start, valid, gradient, of_left ? left : right,
-                   remains, !of_left, of_left && upper);
     __syncthreads();
 
-    // dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of state * d_state.
-    float* const alpha = reinterpret_cast<float*>(ux);
-    float* const rho = reinterpret_cast<float*>(left);
-    float* const beta = reinterpret_cast<float*>(d);
-    float* const kappa = reinterpret_cast<float*>(m);
-    float* const start_sums = reinterpret_cast<float*>(state);
-    float* const sums = start_sums + 4 * kSize;
-    store_cells(me, of_left ? upper ? alpha : rho : upper ? beta : kappa, gradient);
-    if (!of_left) {
-      *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = start_sum;
-    }
+    // Gradients of the scaled vectors, through shared memory to the layout in which they were scaled. Nothing reads M, U, X, D,
+    // dy and the state any more.
+    float* const of_a = reinterpret_cast<float*>(m);
+    float* const of_b = of_a + kCells / 4;
+    float* const of_k = of_b + kCells / 4;
+    float* const of_r = reinterpret_cast<float*>(dy);
+    float* const sums = of_r + kCells / 4;
+    store_cells(me, of_left ? upper ? of_a : of_r : upper ? of_b : of_k, gradient);
     __syncthreads();
     me = this_thread();
+
+    // Scaled, they go to the outputs. dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of
+    // state * d_state.
     constexpr int tokens = kChunk / 8;
     const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
+    const float* const cells[4] = {of_a, of_r, of_b, of_k};
+    Floats gradients[tokens][4], scales[tokens + 1] = {{1.0f, 1.0f}}, slopes[tokens];
+    uint32_t words[tokens][4];
+    if (warp > 0) scales[0] = *reinterpret_cast<const Floats*>(remains + (tokens * warp - 1) * kSize + column);
+#pragma unroll
+    for (int i = 0; i < tokens; i++) {
+      const int t = tokens * warp + i;
+      scales[i + 1] = *reinterpret_cast<const Floats*>(remains + t * kSize + column);
+      for (int name = kA; name <= kK; name++) {
+        gradients[i][name] = *reinterpret_cast<const Floats*>(cells[name] + t * kCellPitch + column);
+        words[i][name] = word(stage, name, t, column);
+      }
+      const uint32_t w = word(stage, kW, t, column);
+      const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
+      slopes[i] = {-kDecayScale * s0 * (1.0f - s0), -kDecayScale * s1 * (1.0f - s1)};
+    }
     float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
     for (int i = 0; i < tokens; i++) {
-      const int at = cell(tokens * warp + i, column);
-      const Floats of_a = *reinterpret_cast<const Floats*>(alpha + at), of_r = *reinterpret_cast<const Floats*>(rho + at);
-      const Floats of_b = *reinterpret_cast<const Floats*>(beta + at), of_k = *reinterpret_cast<const Floats*>(kappa + at);
-      alphas[i][0] = of_a.first;
-      alphas[i][1] = of_a.second;
-      rises[i][0] = of_b.first + (of_k.first - of_r.first);
-      rises[i][1] = of_b.second + (of_k.second - of_r.second);
+      const Floats before = scales[i], after = scales[i + 1];
+      const Floats inverse = {reciprocal_fast(after.first), reciprocal_fast(after.second)};
+      // The gradient of one input takes the place of the input; the result is their product, both still scaled.
+      auto finish = [&](int name, Floats scale) -> Floats {
+        const Floats x = gradients[i][name];
+        word(stage, name, tokens * warp + i, column) = pack(x.first * scale.first, x.second * scale.second);
+        return {x.first * low_half(words[i][name]), x.second * high_half(words[i][name])};
+      };
+      const Floats of_alpha = finish(kA, before), of_rho = finish(kR, after);
+      const Floats of_beta = finish(kB, inverse), of_kappa = finish(kK, inverse);
+      alphas[i][0] = of_alpha.first;
+      alphas[i][1] = of_alpha.second;
+      rises[i][0] = of_beta.first + (of_kappa.first - of_rho.first);
+      rises[i][1] = of_beta.second + (of_kappa.second - of_rho.second);
       sum0 += rises[i][0] - alphas[i][0];
       sum1 += rises[i][1] - alphas[i][1];
     }
+    auto store_rows = [&](Tile tile, void* out) {  // this warp's tokens
+      const int row = tokens * warp + me.lane / 8, piece = me.lane % 8 * 8;
+      const int64_t element = first_output + int64_t(start + row) * output_step + piece;
+      store_if(row < valid, static_cast<bfloat16*>(out) + element,
+               *reinterpret_cast<const Piece*>(tile + place(row, piece)));
+    };
+    __syncwarp();
+    store_rows(stage + kA * kTile, p.da);
+    store_rows(stage + kR * kTile, p.dr);
+    store_rows(stage + kB * kTile, p.db);
+    store_rows(stage + kK * kTile, p.dk);
+    store_rows(of_v, p.dv);
     *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
     __syncthreads();
     float dg0 = 0.0f, dg1 = 0.0f;
@@ -797,18 +895,13 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       const int t = tokens * warp + i;
       dg0 -= alphas[i][0];
       dg1 -= alphas[i][1];
-      if (t < valid) {
-        const uint32_t w = *reinterpret_cast<const uint32_t*>(stage + kW * kTile + place(t, column));
-        const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
-        bfloat16* const to = static_cast<bfloat16*>(p.dw) + first_output + int64_t(start + t) * output_step + column;
-        *reinterpret_cast<uint32_t*>(to) =
-            pack(-kDecayScale * s0 * (1.0f - s0) * dg0, -kDecayScale * s1 * (1.0f - s1) * dg1);
-      }
+      word(stage, kW, t, column) = pack(slopes[i].first * dg0, slopes[i].second * dg1);
       dg0 += rises[i][0];
       dg1 += rises[i][1];
     }
+    __syncwarp();
+    store_rows(stage + kW * kTile, p.dw);
   }
-  copy_wait<0>();
   if (of_left) return;
   const Sequence sequence = find_sequence<kChunk>(p);
   if (transfer) {
@@ -857,26 +950,45 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
   }
 }
 
+const char* describe_inputs(Maps& maps, const Wkv7sProblem& p) {
+  if (!copies_tiles()) return nullptr;
+  maps.there = 0;
+  for (int i = 0; i <= kDy; i++) {
+    const bool there = p.inputs[i].data != nullptr;
+    const Wkv7sInput& x = p.inputs[there ? i : kW];
+    maps.there |= uint32_t(there) << i;
+    const int64_t any = kSize;  // the step of a dimension of one
+    const char* error = describe(maps.of[i], x.data, p.batch, p.tokens, p.heads, p.batch > 1 ? x.batch : any,
+                                 p.tokens > 1 ? x.token : any, p.heads > 1 ? x.head : any);
+    if (error) return error;
+  }
+  return nullptr;
+}
+
 const char* run_forward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
-  const char* error = nullptr;
-  if (p.y == nullptr) return launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
+  Maps maps;
+  const char* error = describe_inputs(maps, p);
+  if (error) return error;
+  if (p.y == nullptr) return launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(forward<true>, dim3(blocks, 2), kThreads, kForwardShared, stream, p);
+    if (!p.mapped) error = launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
     if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
-  return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p);
+  return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p, maps);
 }
 
 const char* run_backward(const Wkv7sProblem& p, void* stream) {
   const unsigned blocks = p.sequences * p.heads;
-  const char* error = nullptr;
-  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
+  Maps maps;
+  const char* error = describe_inputs(maps, p);
+  if (error) return error;
+  if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
+    if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
     if (!error) error = launch(pass_states<true>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
-  return error ? error : launch(backward<false>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p);
+  return error ? error : launch(backward<false>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
 }
 
 }  // namespace tensor_core
