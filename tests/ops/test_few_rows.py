@@ -19,18 +19,11 @@ from tests.ops.kernels import (
     check_that_none_spills,
     needs_nvcc,
 )
-from tests.ops.products import AsIfOnAGpu, compare, exact, products
+from tests.ops.products import AsIfOnAGpu, compare, exact, of_vectors, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 GPU = torch.device("cuda")
-
-
-def of_vectors(some, chosen):
-    """The same products for `chosen` vectors alone."""
-    parts = [[part[chosen].contiguous() if i != 1 and torch.is_tensor(part) else part for i, part in enumerate(product)]
-             for product in some]  # fmt: skip
-    return [Product(*part) for part in parts]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +172,8 @@ def test_a_form_that_does_not_run_here_is_refused(impl, message):
         (torch.zeros(4, 16, dtype=BF16)[:, 1:9], 2, "begin at multiples of 16 bytes"),
     ],
 )
-def test_what_the_kernel_does_not_take_is_named(weight, n, reason):
+def test_what_the_kernel_does_not_take_is_named(monkeypatch, weight, n, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     said = cuda.why_not(GPU, weight.dtype, [weight], n)
     assert said is None if reason is None else reason in said
 

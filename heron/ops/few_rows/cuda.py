@@ -1,4 +1,4 @@
-"""The kernel of few_rows (csrc/few_rows.cu), built at first use."""
+"""The kernels of few_rows, built at first use: csrc/few_rows.cu, and for compute capability 9.0 csrc/boxes.cu."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from heron.ops import _build, _choice, _products
 from heron.ops._products import Product
 
-SOURCE = Path(__file__).parent / "csrc" / "few_rows.cu"
+SOURCE, BOXES = (Path(__file__).parent / "csrc" / f"{name}.cu" for name in ("few_rows", "boxes"))
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 32  # vectors
+FEWEST_BY_BOXES, MOST_BY_BOXES = 17, 256  # fewer are no faster
 PART = 1024  # numbers of a row for a block, where there are so many blocks
 MOST_PARTS = 4  # blocks that share rows; 1, 2, 4 or 8
 _MOST_PRODUCTS = 8  # of a launch
@@ -23,7 +24,10 @@ _MOST_PRODUCTS = 8  # of a launch
 def few_rows_cuda(products: Sequence[Product], part: int = PART, most: int = MOST_PARTS) -> list[Tensor]:
     """See :func:`heron.ops.few_rows`; KernelError as :meth:`FORM.require`."""
     weights = [product.weight for product in products]
-    FORM.require(weights[0].device, weights[0].dtype, weights, len(products[0].x))
+    device, n = weights[0].device, len(products[0].x)
+    FORM.require(device, weights[0].dtype, weights, n)
+    if n >= FEWEST_BY_BOXES and _has_boxes(device):
+        return _products.launches(products, _MOST_PRODUCTS, torch.ops.heron.few_rows_by_boxes)
     launch = functools.partial(torch.ops.heron.few_rows, part=part, most=most)
     return _products.launches(products, _MOST_PRODUCTS, launch)
 
@@ -32,18 +36,25 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor],
     """Why the kernel does not run for n vectors and `weights`, as a clause; None where it does."""
     if against := _choice.why_not_dtype(dtype, DTYPES):
         return against
-    if not 1 <= n <= MOST:
-        return f"it takes 1 to {MOST} vectors, not {n}"
+    most = MOST_BY_BOXES if _has_boxes(device) else MOST
+    if not 1 <= n <= most:
+        return f"it takes 1 to {most} vectors, not {n}"
     for weight in weights:
         if (n_in := weight.shape[1]) % 8:
             return f"it takes vectors of a multiple of 8, not of {n_in}"
     return _products.why_not_rows(weights)
 
 
+def _has_boxes(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
-    """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
+    """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
     _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], [_build.EARLY, _build.PRODUCTS])
+    if capability[0] == 9:
+        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], [_build.EARLY, _build.PRODUCTS])
 
 
 FORM = _choice.NativeForm("few_rows", "cuda", "products with few vectors", why_not, library)
