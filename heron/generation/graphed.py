@@ -254,8 +254,8 @@ class GraphedDecoder(StateDecoder):
         """One step of the first slots, from `_ids` and what the host picked."""
         ids, found = self._ids[: step.n], None if self._found is None else self._found[: step.n]
         embedded = x = self._embed(ids) if found is None else self._embed(ids, found)
-        if found is not None and self._model.config.reads_embedded:
-            embedded = self._model.embed(ids)  # the token alone
+        if self._model.config.reads_embedded:  # the token alone, while x changes
+            embedded = x.clone() if found is None else self._model.embed(ids)
         tables, v_first = self._lookup(ids), None
         step.states.begin_at(step.before)
         of_layers = zip(step.form.layers, step.states.layers, step.before.layers, tables, strict=True)

@@ -49,7 +49,7 @@ class Pieces(NamedTuple):
     head_step: Callable[..., Tensor]
     """As :func:`heron.ops.head_step`."""
     multiply: Callable[[Sequence[Product]], list[Tensor]]
-    """As :func:`heron.ops.few_rows`."""
+    """As :func:`heron.ops.few_rows`; `Product.add` may change in place."""
     low_rank_gate: Callable[..., Tensor]
     """As :func:`low_rank_gate`."""
     head: Callable[[Tensor, Any], Tensor] = F.linear
@@ -66,6 +66,8 @@ def time_mix(
     drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """residual (n, C) -> residual (n, C), and layer 0's values (n, C); `states`, of n sequences, change in place.
+
+    The residual that is given may change, too.
 
     Args:
         wkv_before: what `states.wkv` goes on from, which stays as it is; None: from what it is.
@@ -84,7 +86,7 @@ def time_mix(
 def channel_mix(
     run: Pieces, layer: LayerWeights, x: Tensor, states: LayerStates, rows: Tensor | None, embedded: Tensor
 ) -> Tensor:
-    """residual (n, C) -> residual (n, C); `states`, of n sequences, change in place.
+    """residual (n, C), which may change, -> residual (n, C); `states`, of n sequences, change in place.
 
     Args:
         rows: (n, width), the tokens' rows of the layer's DeepEmbed; None without.
@@ -178,12 +180,20 @@ def way_for(layer: LayerWeights, n: int) -> Way:
 def _for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
     prepared = compiled or _as_it_is
     return Pieces(
-        prepared(norm_mix_reference),
+        _norm_mix(layer, compiled),
         prepared(project_together),
         _head_step(layer, compiled),
-        prepared(multiply),
+        partial(_added_in_place, prepared(multiply)),
         prepared(low_rank_gate),
     )
+
+
+def _added_in_place(multiply: Callable[..., list[Tensor]], products: Sequence[Product]) -> list[Tensor]:
+    """By `multiply`; what is only added to the residual is added where that is, which costs no copy of it."""
+    (y,) = products
+    if y.add is None or y.factor is not None or y.activation != "none":
+        return multiply(products)
+    return [y.add.addmm_(y.x, y.weight.t())]
 
 
 def _for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
@@ -207,9 +217,8 @@ def _matrices(layer: LayerWeights) -> list[Any]:
 
 
 def _by_kernels(layer: LayerWeights, compiled: Compiler | None, multiply: Callable[..., list[Tensor]]) -> Pieces:
-    norms = norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
     return Pieces(
-        _kernel(norm_mix, norm_mix_reference, norms, compiled),
+        _norm_mix(layer, compiled),
         partial(project, multiply),
         _head_step(layer, compiled),
         multiply,
@@ -232,6 +241,11 @@ def of_any_number(pieces: Pieces) -> Pieces:
         varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
         pieces.head,
     )
+
+
+def _norm_mix(layer: LayerWeights, compiled: Compiler | None) -> Callable[..., Tensor]:
+    choice = norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
+    return _kernel(norm_mix, norm_mix_reference, choice, compiled)
 
 
 def _head_step(layer: LayerWeights, compiled: Compiler | None) -> Callable[..., Tensor]:
