@@ -257,11 +257,11 @@ class GraphedDecoder(StateDecoder):
         if self._model.config.reads_embedded:  # the token alone, while x changes
             embedded = x.clone() if found is None else self._model.embed(ids)
         tables, v_first = self._lookup(ids), None
-        step.states.begin_at(step.before)
+        step.states.draw_after(step.before)
         of_layers = zip(step.form.layers, step.states.layers, step.before.layers, tables, strict=True)
         for layer, states, before, rows in of_layers:
-            x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before.wkv, step.states.drawn)
-            x = channel_mix(step.form.pieces, layer, x, states, rows, embedded)
+            x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before, step.states.drawn)
+            x = channel_mix(step.form.pieces, layer, x, states, rows, embedded, before)
         logits = step.form.pieces.head(self._model.ln_out(x), matrix_of(self._model.head))
         if found is not None:
             of_memory, values = self._bonus(found)

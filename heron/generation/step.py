@@ -62,37 +62,43 @@ def time_mix(
     x: Tensor,
     states: LayerStates,
     v_first: Tensor | None,
-    wkv_before: Tensor | None = None,
+    before: LayerStates | None = None,
     drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """residual (n, C) -> residual (n, C), and layer 0's values (n, C); `states`, of n sequences, change in place.
-
-    The residual that is given may change, too.
+    """residual (n, C), which may change, -> residual (n, C), and layer 0's values (n, C); new `states` of n sequences.
 
     Args:
-        wkv_before: what `states.wkv` goes on from, which stays as it is; None: from what it is.
+        before: what `states` go on from, which stay as they are; None: from what they are.
         drawn: with `states.wkv` in bf16, what its rounding draws from, see :func:`heron.ops.head_step`.
     """
-    mixed = run.norm_mix(x, *layer.norm1, layer.mix, states.att_shift)
+    before = before or states
+    mixed = run.norm_mix(x, *layer.norm1, layer.mix, before.att_shift, states.att_shift)
     large = layer.receptance, layer.key, layer.value
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
-    wkv_before = states.wkv if wkv_before is None else wkv_before
-    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, wkv_before, states.wkv, drawn)
+    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, before.wkv, states.wkv, drawn)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
 
 
 def channel_mix(
-    run: Pieces, layer: LayerWeights, x: Tensor, states: LayerStates, rows: Tensor | None, embedded: Tensor
+    run: Pieces,
+    layer: LayerWeights,
+    x: Tensor,
+    states: LayerStates,
+    rows: Tensor | None,
+    embedded: Tensor,
+    before: LayerStates | None = None,
 ) -> Tensor:
-    """residual (n, C), which may change, -> residual (n, C); `states`, of n sequences, change in place.
+    """residual (n, C), which may change, -> residual (n, C); new `states` of n sequences.
 
     Args:
         rows: (n, width), the tokens' rows of the layer's DeepEmbed; None without.
         embedded: (n, C), the tokens as they came into the network.
+        before: as for :func:`time_mix`.
     """
-    mixed = run.norm_mix(x, *layer.norm2, layer.channel_mix, states.ffn_shift).squeeze(0)
+    before = before or states
+    mixed = run.norm_mix(x, *layer.norm2, layer.channel_mix, before.ffn_shift, states.ffn_shift).squeeze(0)
     gate = None if rows is None else rows.to(x.dtype)
     if layer.low_rank_gate is not None:  # of what is not mixed with the token before: ffn_shift by now
         gate = run.low_rank_gate(layer.low_rank_gate, states.ffn_shift, rows, embedded)
@@ -234,7 +240,7 @@ def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int
 def of_any_number(pieces: Pieces) -> Pieces:
     """Compiled `pieces` that are not compiled again for another number n of sequences above 1."""
     return Pieces(
-        varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last: (x, last)),
+        varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last)),
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
         varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn: (*inputs, wkv, new_wkv, drawn)),
         varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),

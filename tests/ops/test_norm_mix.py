@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ def compare(got, last, want):
         assert (mine.double() - true).norm() <= TOLERANCES[mine.dtype] * true.norm()
 
 
+def check_that_the_token_goes_elsewhere(run, arguments):
+    """It is that of a call in place, to the bit, and so is what is mixed; the last one stays."""
+    before, elsewhere = arguments[-1].clone(), torch.full_like(arguments[-1], torch.nan)
+    mixed = run(*arguments, elsewhere)
+    assert torch.equal(arguments[-1], before)
+    assert torch.equal(run(*arguments), mixed)
+    assert torch.equal(arguments[-1], elsewhere)
+
+
 @pytest.fixture(scope="module")
 def emulated():
     """norm_mix, computed by the kernel's source on a CPU."""
@@ -53,9 +63,12 @@ def emulated():
     )
     library.norm_mix_emulated.restype = ctypes.c_char_p
 
-    def run(x, weight, bias, eps, mixes, last):
+    def run(x, weight, bias, eps, mixes, last, new_last=None):
         mixed = torch.full((len(mixes), *x.shape), torch.nan, dtype=x.dtype)
-        tensors = [ctypes.c_void_p(part.data_ptr()) for part in (x, weight, bias, mixes, last, mixed)]
+        tensors = [
+            ctypes.c_void_p(part.data_ptr())
+            for part in (x, weight, bias, mixes, last, last if new_last is None else new_last, mixed)
+        ]
         sizes = (len(x), len(mixes), x.shape[1], ctypes.c_float(eps))
         error = library.norm_mix_emulated(int(x.dtype == BF16), *tensors, *sizes)
         assert error is None, error.decode()
@@ -70,6 +83,7 @@ def test_the_definition_norms_and_mixes(dtype, n, m, C):
     arguments = problem(n, m, C, dtype)
     want = exact(*arguments)
     compare(norm_mix(*arguments), arguments[-1], want)
+    check_that_the_token_goes_elsewhere(norm_mix, arguments)
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
@@ -79,6 +93,7 @@ def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
     arguments = problem(n, m, C, dtype)
     want = exact(*arguments)
     compare(emulated(*arguments), arguments[-1], want)
+    check_that_the_token_goes_elsewhere(emulated, arguments)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +102,7 @@ def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
         (dict(x=torch.zeros(8)), r"x must be \(n, C\) and mixes \(m, C\), floating; got \(8,\)"),
         (dict(bias=torch.zeros(4)), r"bias must be \(8,\) torch.float32 and contiguous, got \(4,\)"),
         (dict(last=torch.zeros(2, 16)[:, ::2]), r"last must be \(2, 8\) .* contiguous"),
+        (dict(new_last=torch.zeros(2, 4)), r"new_last must be \(2, 8\) .*, got \(2, 4\)"),
         (dict(mixes=torch.zeros(3, 8).half()), "mixes must be .* torch.float16"),
         (dict(weight=torch.zeros(8, device="meta")), "must be on cpu; weight is on meta"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
@@ -138,3 +154,4 @@ def test_kernel_norms_and_mixes(dtype, C, m):
     compare(got, arguments[-1], want)
     assert torch.equal(norm_mix(*alone, impl="cuda")[:, 0], got[:, 3])
     assert torch.equal(alone[-1][0], arguments[-1][3])
+    check_that_the_token_goes_elsewhere(partial(norm_mix, impl="cuda"), arguments)
