@@ -1,9 +1,9 @@
 // One token of every head's time mix on a GPU: a block for a head of some sequences, one after another.
 //
-// Four lanes share two rows of the state, two value channels; each has every fourth run of keys, 16 bytes of a row, in
-// registers. A thread copies its own part of the next sequence's state to shared memory while it computes, so that no
-// barrier stands between memory and a state's use. What is to be computed of a channel is shared out to its lanes, too.
-// Sums over a head's channels are sums over warps, then over what the warps bring, in one order.
+// Eight lanes share four rows of the state, four value channels; each has every eighth run of keys, 16 bytes of a row, in
+// registers, and asks for its part of the next sequence's state before it computes, so that no barrier stands between memory
+// and a state's use. What is to be computed of a channel is shared out to four lanes. Sums over a head's channels are
+// sums over warps, then over what the warps bring, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <algorithm>
@@ -101,8 +101,14 @@ __device__ __forceinline__ Two of_kind(const Two& x, int kind) {
     return of_both([&](int i) { return __shfl_sync(kAll, x.values[i], kind, 4); });
 }
 
+// Threads that a multiprocessor has registers for; what is made for devices before 9.0 needs more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kThreads = 384;
+#else
+constexpr int kThreads = 512;
+#endif
 template <int size>
-constexpr int kBlocks = size == 128 ? 1 : 256 / size;  // that a multiprocessor has registers for
+constexpr int kBlocks = size == 128 ? 1 : kThreads / (2 * size);
 
 // T: of all but the states; S: of the states, rounded at random if it is not fp32.
 template <typename T, typename S, int size>
