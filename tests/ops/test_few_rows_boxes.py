@@ -11,23 +11,30 @@ import torch
 from heron.ops import _build, few_rows
 from heron.ops._products import ACTIVATIONS
 from heron.ops.few_rows import Product, cuda
+from heron.ops.few_rows.cuda import by_boxes
 from tests.ops.kernels import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
 from tests.ops.products import compare, exact, of_vectors, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16 = torch.bfloat16, torch.float16
-SHARING = (256, 4, 16, 2)  # part, most, enough and side_by_side of plan, for small matrices
+SHARING = (256, 16)  # part and enough of plan, for small matrices
 SMALL = [(3, 8), (65, 776), (70, 40), (9, 136), (133, 520)]
 needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
-def emulated():
-    """few_rows, computed by the kernel's source on a CPU."""
+def library():
+    """The kernel's source, compiled for a CPU."""
     depends = [cuda.BOXES, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O2", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("few_rows_boxes_emulated", [EMULATOR / "few_rows_boxes.cpp"], flags, depends)
     library.few_rows_boxes_emulated.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(scope="module")
+def emulated(library):
+    """few_rows, computed by the kernel's source on a CPU."""
 
     def multiply(some, *sharing):
         xs, weights, activations, factors, adds = zip(*some, strict=True)
@@ -53,7 +60,7 @@ def emulated():
 
 
 @needs_compiler
-@pytest.mark.parametrize("n", [2, 33, 65, 130])
+@pytest.mark.parametrize("n", [2, 9, 32])
 def test_boxes_multiply_on_a_cpu(emulated, n):
     some = products(SMALL, n, BF16, seed=n)
     together = emulated(some)
@@ -63,18 +70,24 @@ def test_boxes_multiply_on_a_cpu(emulated, n):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("n", "sharing"),
-    [(5, (64, 8, 128, 1)), (20, (8192, 1, 1, 4)), (40, (512, 2, 1, 8)), (130, (64, 8, 128, 8)), (140, (8192, 1, 1, 4))],
-)
+@pytest.mark.parametrize(("n", "sharing"), [(5, (64, 128)), (20, (8192, 1)), (32, (512, 1))])
 def test_every_way_to_share_boxes_out_multiplies(emulated, n, sharing):
     some = products([(40, 1416), (300, 264), (67, 120)], n, BF16, seed=n)
     compare(emulated(some, *sharing), some)
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("n_out", "n_in", "parts"),
+    [(2048, 2048, 4), (8192, 2048, 2), (2048, 8192, 8), (65536, 2048, 1), (96, 2048, 8), (2048, 96, 1), (2048, 256, 2)],
+)
+def test_rows_are_divided_into_boxes_as_the_documents_say(library, n_out, n_in, parts):
+    assert library.few_rows_boxes_parts(n_out, n_in) == parts
+
+
+@needs_compiler
 def test_what_a_vector_gives_by_boxes_is_the_same_bits_whatever_is_beside_it(emulated):
-    some = products(SMALL, 40, BF16)
+    some = products(SMALL, 32, BF16)
     for product in some:  # and it may be anything
         product.x[20] = torch.inf
         product.x[21] = torch.nan
@@ -94,27 +107,18 @@ def test_what_is_not_finite_stays_so_by_boxes(emulated, activation):
     assert torch.equal(got.nan_to_num(nan=-7.0), want.nan_to_num(nan=-7.0))
 
 
-@pytest.mark.parametrize(
-    ("capability", "most"), [((8, 6), cuda.MOST), ((9, 0), cuda.MOST_BY_BOXES), ((12, 0), cuda.MOST)]
-)
-def test_devices_with_boxes_take_more_vectors(monkeypatch, capability, most):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    weights, device = [torch.zeros(4, 8, dtype=BF16)], torch.device("cuda")
-    assert cuda.why_not(device, BF16, weights, most) is None
-    assert cuda.why_not(device, BF16, weights, most + 1) == f"it takes 1 to {most} vectors, not {most + 1}"
+def test_boxes_are_built_for_compute_capability_9(monkeypatch):
     built = []
-    monkeypatch.setattr(_build, "load_kernels_for", lambda capability, op, name, *_: built.append(name))
-    cuda.library.__wrapped__(capability)
-    assert built == ["few_rows", *["few_rows_boxes"] * (most > cuda.MOST)]
+    monkeypatch.setattr(_build, "load_kernels_for", lambda capability, op, name, *_: built.append((name, capability)))
+    for capability in ((8, 6), (9, 0), (12, 0)):
+        cuda.library.__wrapped__(capability)
+    assert [of for name, of in built if name == "few_rows"] == [(8, 6), (9, 0), (12, 0)]
+    assert [of for name, of in built if name == "few_rows_boxes"] == [(9, 0)]
 
 
 @needs_nvcc
 def test_boxes_compile_without_spilling(tmp_path):
-    forms = [
-        f"few_rows_by_boxes<{t}, {columns}>(const __grid_constant__ Products)"
-        for t in (BFLOAT16, HALF)
-        for columns in (32, 64, 128)
-    ]
+    forms = [f"few_rows_by_boxes<{t}>(const __grid_constant__ Products)" for t in (BFLOAT16, HALF)]
     headers = ["algorithm", "type_traits", "cuda.h", _build.EARLY, _build.PRODUCTS]
     check_that_none_spills(tmp_path, cuda.BOXES, forms, "90a", headers, before="using Half = __half;")
 
@@ -126,60 +130,37 @@ def test_boxes_compile_without_spilling(tmp_path):
 def hopper():
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no CUDA device of compute capability 9.0")
+    cuda.library((9, 0))
     return "cuda"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [17, 32, 33, 64, 65, 128, 129, 200, 256])
+@pytest.mark.parametrize("n", [1, 2, 9, 17, 32])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_boxes_multiply(hopper, n, dtype):
     shapes = [(96, 2048), (1, 8), (2048, 2048), (77, 768), (2048, 96), (65, 8192), (640, 8192), (3000, 264), (5, 20000)]
     some = products(shapes, n, dtype, hopper, seed=n)  # more than one launch
-    together = few_rows(some, impl="cuda")
+    together = by_boxes(some)
     compare(together, some)
     for y, product in zip(together, some, strict=True):
-        assert torch.equal(few_rows([product], impl="cuda")[0], y)
+        assert torch.equal(by_boxes([product])[0], y)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_a_vector_gives_the_same_bits_by_boxes_whatever_is_beside_it(hopper, dtype):
-    some = products([(2048, 2048), (96, 2048), (640, 8192), (513, 264)], 128, dtype, hopper)
+    some = products([(2048, 2048), (96, 2048), (640, 8192), (513, 264)], 32, dtype, hopper)
     for product in some:
         product.x[20] = torch.nan
-    together = few_rows(some, impl="cuda")
-    for chosen in ([*range(19)], [*range(50)], [*range(22, 125)]):  # not the one that is no number
-        for alone, beside in zip(few_rows(of_vectors(some, chosen), impl="cuda"), together, strict=True):
+    together = by_boxes(some)
+    for chosen in ([3], [31, 3], [*range(9)], [*range(18)]):  # not the one that is no number
+        for alone, beside in zip(by_boxes(of_vectors(some, chosen)), together, strict=True):
             assert torch.equal(alone, beside[chosen])
 
 
 @pytest.mark.gpu
 def test_boxes_are_at_most_twice_as_far_from_fp64_as_pytorchs(hopper):
-    some = [p._replace(activation="none", factor=None, add=None) for p in products([(2048, 8192)], 256, BF16, hopper)]
+    some = [p._replace(activation="none", factor=None, add=None) for p in products([(2048, 8192)], 32, BF16, hopper)]
     (x, weight, *_), (want, _) = some[0], exact(some[0])
-    mine, theirs = ((y.double() - want).norm() for y in (few_rows(some, impl="cuda")[0], x @ weight.T))
+    mine, theirs = ((y.double() - want).norm() for y in (by_boxes(some)[0], x @ weight.T))
     assert mine <= 2 * theirs
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n", [32, 256])
-def test_a_chain_of_boxes_in_a_graph_is_the_chain(hopper, n):
-    """Each waits for the one before it, however early it began."""
-    matrices = products([(1024, 1024)] * 6, n, BF16, hopper)
-    source = torch.randn(n, 1024, device=hopper).to(BF16)
-
-    def chain(x, after_each):
-        for product in matrices:
-            (x,) = few_rows([product._replace(x=x, activation="tanh", factor=None)], impl="cuda")
-            after_each()
-        return x
-
-    chain(source, torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = chain(source, lambda: None)
-    for seed in range(20):
-        source.copy_(torch.randn(n, 1024, generator=torch.Generator().manual_seed(seed)))
-        want = chain(source, torch.cuda.synchronize)
-        graph.replay()
-        assert torch.equal(got, want)

@@ -15,7 +15,7 @@ from heron.ops._products import Product
 SOURCE, BOXES = (Path(__file__).parent / "csrc" / f"{name}.cu" for name in ("few_rows", "boxes"))
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 32  # vectors
-FEWEST_BY_BOXES, MOST_BY_BOXES = 17, 256  # fewer are no faster
+FEWEST_BY_BOXES = 9  # fewer are no faster
 PART = 1024  # numbers of a row for a block, where there are so many blocks
 MOST_PARTS = 4  # blocks that share rows; 1, 2, 4 or 8
 _MOST_PRODUCTS = 8  # of a launch
@@ -26,27 +26,27 @@ def few_rows_cuda(products: Sequence[Product], part: int = PART, most: int = MOS
     weights = [product.weight for product in products]
     device, n = weights[0].device, len(products[0].x)
     FORM.require(device, weights[0].dtype, weights, n)
-    if n >= FEWEST_BY_BOXES and _has_boxes(device):
-        return _products.launches(products, _MOST_PRODUCTS, torch.ops.heron.few_rows_by_boxes)
+    if n >= FEWEST_BY_BOXES and torch.cuda.get_device_capability(device)[0] == 9:
+        return by_boxes(products)
     launch = functools.partial(torch.ops.heron.few_rows, part=part, most=most)
     return _products.launches(products, _MOST_PRODUCTS, launch)
+
+
+def by_boxes(products: Sequence[Product]) -> list[Tensor]:
+    """The same by csrc/boxes.cu, on compute capability 9.0."""
+    return _products.launches(products, _MOST_PRODUCTS, torch.ops.heron.few_rows_by_boxes)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor], n: int) -> str | None:
     """Why the kernel does not run for n vectors and `weights`, as a clause; None where it does."""
     if against := _choice.why_not_dtype(dtype, DTYPES):
         return against
-    most = MOST_BY_BOXES if _has_boxes(device) else MOST
-    if not 1 <= n <= most:
-        return f"it takes 1 to {most} vectors, not {n}"
+    if not 1 <= n <= MOST:
+        return f"it takes 1 to {MOST} vectors, not {n}"
     for weight in weights:
         if (n_in := weight.shape[1]) % 8:
             return f"it takes vectors of a multiple of 8, not of {n_in}"
     return _products.why_not_rows(weights)
-
-
-def _has_boxes(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

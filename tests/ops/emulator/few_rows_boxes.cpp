@@ -1,13 +1,11 @@
 // The kernel of few_rows by boxes as a library for a CPU, in bf16.
 //
-// Blocks run one after another, so each runs three times: what the blocks of a cluster bring each other in the first round,
-// they have in the second; what they have in shared memory when they meet in the second, the others read in the third. Boxes and matrix instructions permute
-// bytes as the PTX manual says. A box is NaN until somebody waits for it.
+// Blocks run one after another, so each runs twice: what the blocks of a cluster have in shared memory when they meet in the
+// first round, the others read in the second. Boxes and matrix instructions permute bytes as the PTX manual says. A box is
+// NaN until somebody waits for it.
 #include "single_token.h"
 
 #include <algorithm>
-#include <map>
-#include <set>
 
 #define __shared__ static
 
@@ -31,11 +29,7 @@ struct Barrier {
 };
 
 int blocks_of_cluster;
-bool first_round;
-std::vector<std::vector<uint32_t>> met;                           // what every block had in shared memory
-std::vector<std::map<std::pair<Barrier*, int>, std::vector<Box>>> brought;  // to every block by others, and when
-std::vector<std::set<unsigned>> brought_by, told;                 // who brings something to a block, whom it tells of room
-unsigned block_of(int rank) { return blockIdx.x / blocks_of_cluster * blocks_of_cluster + rank; }
+std::vector<std::vector<uint32_t>> met;  // what every block had in shared memory
 
 unsigned char* shared() { return reinterpret_cast<unsigned char*>(emulator::shared_words.data()); }
 unsigned char* stages_memory() { return shared(); }
@@ -53,18 +47,21 @@ void settle(Barrier& barrier) {
 }
 void init_barrier(Barrier* barrier, int arrivals) { *barrier = {arrivals, arrivals, 0, 0, {}}; }
 void show_barriers() {}
-// As many others tell this block as it tells others.
-void arrive(Barrier* barrier, int rank) {
-  told[blockIdx.x].insert(block_of(rank));
-  barrier->missing--;
+void arrive(Barrier* barrier) {
+  if (barrier->missing-- == 0) emulator::fail("one too many at a barrier");
   settle(*barrier);
+}
+void expect_bytes(Barrier* barrier, int bytes) {
+  barrier->bytes += bytes;
+  arrive(barrier);
 }
 void fill(const Box& box, bool arrived) {
   for (int r = 0; r < box.map.box_rows; r++) {
     for (int i = 0; i < kBoxNumbers; i++) {
       const int row = box.row + r, k = box.k + i;
       const bool inside = row < box.map.rows && k < box.map.in;
-      word_at(swizzled(box.to + 128 * r + 2 * i)) = !arrived ? 0x7fc0 : inside ? box.map.data[row * box.map.stride + k] : 0;
+      const uint16_t word = !arrived ? 0x7fc0 : inside ? box.map.data[row * box.map.stride + k] : 0;
+      word_at(swizzled(box.to + 128 * r + 2 * i)) = word;
     }
   }
 }
@@ -74,38 +71,17 @@ bool passed(Barrier* barrier, int round) {
     barrier->bytes -= 128 * box.map.box_rows;
   }
   barrier->under_way.clear();
-  if (first_round && barrier->missing == 0) barrier->bytes = 0;
   settle(*barrier);
   return barrier->rounds > round;
 }
 void await(Barrier* barrier, int round) {
   emulator::poll_until([=] { return passed(barrier, round); });
 }
-void add_box(Barrier* barrier, const Box& box) {
+template <bool once> void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
+  const Box box{offset_of(to), map, k, row};
   if (box.to % 1024) emulator::fail("a box that is not where the permutation begins");
   fill(box, false);
   barrier->under_way.push_back(box);
-}
-void expect_bytes(Barrier* barrier, int bytes) {
-  barrier->bytes += bytes;
-  for (const Box& box : brought[blockIdx.x][{barrier, barrier->rounds}]) {
-    if (!first_round) add_box(barrier, box);
-  }
-  barrier->missing--;
-  settle(*barrier);
-}
-void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier, unsigned blocks) {
-  const Box box{offset_of(to), map, k, row};
-  add_box(barrier, box);
-  bool to_itself = false;
-  for (int rank = 0; blocks >> rank; rank++) {
-    if ((blocks >> rank & 1) == 0) continue;
-    const unsigned there = block_of(rank);
-    brought_by[there].insert(blockIdx.x);
-    to_itself |= there == blockIdx.x;
-    if (first_round && there != blockIdx.x) brought[there][{barrier, barrier->rounds}].push_back(box);
-  }
-  if (!to_itself) emulator::fail("a box for others alone");
 }
 void prefetch_map(const CUtensorMap&) {}
 
@@ -117,12 +93,11 @@ void read_row(float (&numbers)[16], unsigned long long at, int row) {
     for (int j = 0; j < 8; j++) numbers[i + j] = as_float(uint32_t(eight[j]) << 16);
   }
 }
-template <typename T, int columns>
-void multiply(float (&c)[columns / 2], unsigned long long rows, unsigned long long vectors) {
+template <typename T, int n> void multiply(float (&c)[n], unsigned long long rows, unsigned long long vectors) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
   float a[2][16], b[16];
   for (int below = 0; below < 2; below++) read_row(a[below], rows, row + 8 * below);
-  for (int i = 0; i < columns / 4; i++) {
+  for (int i = 0; i < n / 2; i++) {
     read_row(b, vectors, i / 2 * 8 + lane % 4 * 2 + i % 2);
     for (int below = 0; below < 2; below++) {
       for (int k = 0; k < 16; k++) c[i / 2 * 4 + below * 2 + i % 2] += a[below][k] * b[k];
@@ -145,8 +120,9 @@ void meet_cluster() { __syncthreads(); }
 struct alignas(16) Quad { float values[4]; };
 Quad sums_of(const float* mine, int rank) {
   Quad quad;
-  const auto& theirs = met[block_of(rank)];
-  memcpy(&quad, blocks_of_cluster == 1 ? mine : reinterpret_cast<const float*>(theirs.data()) + offset_of(mine) / 4, 16);
+  const auto& theirs = met[blockIdx.x / blocks_of_cluster * blocks_of_cluster + rank];
+  const auto* there = reinterpret_cast<const float*>(theirs.data()) + offset_of(mine) / 4;
+  memcpy(&quad, blocks_of_cluster == 1 ? mine : there, sizeof quad);
   return quad;
 }
 
@@ -162,41 +138,32 @@ void sync_multiplying() {
   emulator::poll_until([=] { return named_rounds > round; });
 }
 
-template <int columns> const char* run(const Products& products, int blocks) {
-  met.assign(blocks, std::vector<uint32_t>(kSharedBytes<columns> / 4, emulator::kNaN));
-  brought.assign(blocks, {});
-  brought_by.assign(blocks, {}), told.assign(blocks, {});
+}  // namespace
+
+// Of `count` products with n vectors; `strides` in elements; `part` and `enough` as plan has them.
+extern "C" const char* few_rows_boxes_emulated(int count, int n, int part, int enough, const void** xs,
+                                               const void** weights, const void** factors, const void** adds, void** ys,
+                                               const int64_t* strides, const int* ins, const int* outs,
+                                               const int* activations) {
+  Products products{};
+  for (int i = 0; i < count; i++) {
+    products.of[i] = {factors[i], adds[i], ys[i], ins[i], outs[i], activations[i]};
+    products.weights[i] = {static_cast<const uint16_t*>(weights[i]), strides[i], ins[i], outs[i], kRows};
+    products.xs[i] = {static_cast<const uint16_t*>(xs[i]), ins[i], ins[i], n, kColumns};
+  }
+  products.count = count, products.n = n;
+  const int blocks = plan(products, part, enough);
+  met.assign(blocks, std::vector<uint32_t>(kSharedBytes / 4, emulator::kNaN));
   blocks_of_cluster = products.cluster;
   const char* error = nullptr;
-  for (int round = products.cluster == 1 ? 1 : 0; round < 3 && !error; round++) {
-    first_round = round == 0;
-    error = launch<Products>(few_rows_by_boxes<Brain, columns>, dim3(blocks), kThreads, kSharedBytes<columns>, nullptr, products);
+  for (int round = products.cluster == 1 ? 1 : 0; round < 2 && !error; round++) {
+    error = launch<Products>(few_rows_by_boxes<Brain>, dim3(blocks), kThreads, kSharedBytes, nullptr, products);
   }
-  if (!error && told != brought_by) error = "a block does not tell of its room those that bring it something";
   return error;
 }
 
-}  // namespace
-
-// Of `count` products with n vectors; `strides` in elements.
-extern "C" const char* few_rows_boxes_emulated(int count, int n, int part, int most, int enough, int side_by_side,
-                                         const void** xs,
-                                         const void** weights, const void** factors, const void** adds, void** ys,
-                                         const int64_t* strides, const int* ins, const int* outs,
-                                         const int* activations) {
-  Products products{};
-  for (int i = 0; i < count; i++) products.of[i] = {factors[i], adds[i], ys[i], ins[i], outs[i], activations[i]};
-  products.count = count, products.n = n;
-  const int blocks = plan(products, part, most, enough, side_by_side), columns = columns_of(n);
-  for (int i = 0; i < count; i++) {
-    products.weights[i] = {static_cast<const uint16_t*>(weights[i]), strides[i], ins[i], outs[i], kRows / products.tiles};
-    products.xs[i] = {static_cast<const uint16_t*>(xs[i]), ins[i], ins[i], n, columns / products.of[i].side_by_side};
-  }
-  return columns == 32 ? run<32>(products, blocks) : columns == 64 ? run<64>(products, blocks) : run<128>(products, blocks);
-}
-
-extern "C" int few_rows_boxes_parts(int out, int in, int part, int most, int enough) {
+extern "C" int few_rows_boxes_parts(int out, int in) {
   Product product{};
   product.out = out, product.in = in;
-  return parts_of(product, part, most, enough);
+  return parts_of(product, kPart, kEnough);
 }
