@@ -44,8 +44,8 @@ class Pieces(NamedTuple):
     norm_mix: Callable[..., Tensor]
     """As :func:`heron.ops.norm_mix`."""
     project: Callable[..., Sequence[Tensor]]
-    """The six inputs (6, n, C), three large matrices and `LayerWeights.low_rank` -> seven products (n, C): r, k, v,
-    and of low-rank matrices value, decay, iclr and gate."""
+    """The six inputs (6, n, C), three large matrices, of their own or in one, and `LayerWeights.low_rank` -> seven
+    products (n, C): r, k, v, and of low-rank matrices value, decay, iclr and gate."""
     head_step: Callable[..., Tensor]
     """As :func:`heron.ops.head_step`."""
     multiply: Callable[[Sequence[Product]], list[Tensor]]
@@ -73,10 +73,12 @@ def time_mix(
     """
     before = before or states
     mixed = run.norm_mix(x, *layer.norm1, layer.mix, before.att_shift, states.att_shift)
-    large = layer.receptance, layer.key, layer.value
+    large = (layer.receptance, layer.key, layer.value) if layer.joined is None else layer.joined
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
-    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, before.wkv, states.wkv, drawn)
+    inputs = HeadInputs(r, w, k, v, iclr, gate, *of_values)
+    ahead = layer.output if isinstance(layer.output, Tensor) else None
+    y = run.head_step(inputs, layer.head, before.wkv, states.wkv, drawn, ahead)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
 
@@ -140,9 +142,9 @@ def project(
     return r, k, v, *multiply([Product(x, part.up) for x, part in zip(squeezed, low_rank, strict=True)])
 
 
-def project_together(mixed: Tensor, large: Sequence[Tensor], low_rank: Sequence[LowRank]) -> Sequence[Tensor]:
-    """`Pieces.project` with the four low-rank products in one, as two batched products."""
-    r, k, v = (F.linear(x, weight) for x, weight in zip(mixed[:3], large, strict=True))
+def project_together(mixed: Tensor, large: Tensor, low_rank: Sequence[LowRank]) -> Sequence[Tensor]:
+    """`Pieces.project` in three batched products: of the large matrices in one, and of low-rank ones in one."""
+    r, k, v = torch.bmm(mixed[:3], large.mT)
     ((down, up),) = low_rank
     value, w, iclr, gate = torch.bmm(mixed[2:], down.mT)
     squeezed = torch.stack((value, torch.tanh(w), iclr, torch.sigmoid(gate)))
@@ -242,7 +244,7 @@ def of_any_number(pieces: Pieces) -> Pieces:
     return Pieces(
         varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last)),
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
-        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn: (*inputs, wkv, new_wkv, drawn)),
+        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn, ahead: (*inputs, wkv, new_wkv, drawn)),
         varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),
         varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
         pieces.head,
@@ -324,11 +326,13 @@ def norm_of(norm: nn.LayerNorm) -> Norm:
 
 
 def together(layer: LayerWeights) -> LayerWeights:
-    """`layer` with its low-rank matrices in one, (4, rank, C) and (4, C, rank), zeros up to the largest rank."""
+    """`layer` with r's, k's and v's matrices in one, too, and its low-rank ones in one, (4, rank, C) and (4, C, rank),
+    with zeros up to the largest rank."""
     rank = max(len(part.down) for part in layer.low_rank)
     parts = [_filled_up(part, rank) for part in layer.low_rank]
     down, up = torch.stack([part.down for part in parts]), torch.stack([part.up for part in parts])
-    return layer._replace(low_rank=[LowRank(down, up)])
+    joined = torch.stack((layer.receptance, layer.key, layer.value))
+    return layer._replace(low_rank=[LowRank(down, up)], joined=joined)
 
 
 def apart(layer: LayerWeights) -> LayerWeights:

@@ -21,13 +21,18 @@ MOST_PARTS = 4  # blocks that share rows; 1, 2, 4 or 8
 _MOST_PRODUCTS = 8  # of a launch
 
 
-def few_rows_cuda(products: Sequence[Product], part: int = PART, most: int = MOST_PARTS) -> list[Tensor]:
+def few_rows_cuda(products: Sequence[Product]) -> list[Tensor]:
     """See :func:`heron.ops.few_rows`; KernelError as :meth:`FORM.require`."""
     weights = [product.weight for product in products]
     device, n = weights[0].device, len(products[0].x)
     FORM.require(device, weights[0].dtype, weights, n)
     if n >= FEWEST_BY_BOXES and torch.cuda.get_device_capability(device)[0] == 9:
         return by_boxes(products)
+    return by_registers(products)
+
+
+def by_registers(products: Sequence[Product], part: int = PART, most: int = MOST_PARTS) -> list[Tensor]:
+    """The same by csrc/few_rows.cu."""
     launch = functools.partial(torch.ops.heron.few_rows, part=part, most=most)
     return _products.launches(products, _MOST_PRODUCTS, launch)
 
