@@ -30,6 +30,7 @@ from heron.generation.step import (
     layers_of,
     lookup,
     matrix_of,
+    norm_of,
     of_any_number,
     time_mix,
     way_for,
@@ -262,7 +263,8 @@ class GraphedDecoder(StateDecoder):
         for layer, states, before, rows in of_layers:
             x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before, step.states.drawn)
             x = channel_mix(step.form.pieces, layer, x, states, rows, embedded, before)
-        logits = step.form.pieces.head(self._model.ln_out(x), matrix_of(self._model.head))
+        x = step.form.pieces.norm(x, norm_of(self._model.ln_out))
+        logits = step.form.pieces.head(x, matrix_of(self._model.head))
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))

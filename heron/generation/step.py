@@ -52,8 +52,10 @@ class Pieces(NamedTuple):
     """As :func:`heron.ops.few_rows`; `Product.add` may change in place."""
     low_rank_gate: Callable[..., Tensor]
     """As :func:`low_rank_gate`."""
+    norm: Callable[[Tensor, Norm], Tensor]
+    """The last residual (n, C) -> what the head multiplies, (n, C)."""
     head: Callable[[Tensor, Any], Tensor] = F.linear
-    """The normed residual (n, C) and the head's weight (V, C), as :func:`matrix_of` gives it -> logits (n, V)."""
+    """That and the head's weight (V, C), as :func:`matrix_of` gives it -> logits (n, V)."""
 
 
 def time_mix(
@@ -162,8 +164,22 @@ def low_rank_gate(weights: LowRankGate, x: Tensor, rows: Tensor, embedded: Tenso
     return torch.addmm(weights.s0, squeezed.squeeze(1), weights.s2)
 
 
+def normed(norm_mix: Callable[..., Tensor], x: Tensor, norm: Norm) -> Tensor:
+    """`Pieces.norm` by a `norm_mix`, without a mix."""
+    now = torch.empty_like(x)
+    norm_mix(x, *norm, x[:0], now, now)
+    return now
+
+
 # In plain PyTorch, with four low-rank products: no checks, no choices.
-PLAIN = Pieces(norm_mix_reference, partial(project, multiply), head_step_reference, multiply, low_rank_gate)
+PLAIN = Pieces(
+    norm_mix_reference,
+    partial(project, multiply),
+    head_step_reference,
+    multiply,
+    low_rank_gate,
+    partial(normed, norm_mix_reference),
+)
 
 
 class Way(NamedTuple):
@@ -186,13 +202,14 @@ def way_for(layer: LayerWeights, n: int) -> Way:
 
 
 def _for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
-    prepared = compiled or _as_it_is
+    prepared, norm_mix = compiled or _as_it_is, _norm_mix(layer, compiled)
     return Pieces(
-        _norm_mix(layer, compiled),
+        norm_mix,
         prepared(project_together),
         _head_step(layer, compiled),
         partial(_added_in_place, prepared(multiply)),
         prepared(low_rank_gate),
+        partial(normed, norm_mix),
     )
 
 
@@ -225,12 +242,14 @@ def _matrices(layer: LayerWeights) -> list[Any]:
 
 
 def _by_kernels(layer: LayerWeights, compiled: Compiler | None, multiply: Callable[..., list[Tensor]]) -> Pieces:
+    norm_mix = _norm_mix(layer, compiled)
     return Pieces(
-        _norm_mix(layer, compiled),
+        norm_mix,
         partial(project, multiply),
         _head_step(layer, compiled),
         multiply,
         (compiled or _as_it_is)(low_rank_gate),
+        partial(normed, norm_mix),
         partial(_head, multiply),
     )
 
@@ -241,12 +260,14 @@ def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int
 
 def of_any_number(pieces: Pieces) -> Pieces:
     """Compiled `pieces` that are not compiled again for another number n of sequences above 1."""
+    norm_mix = varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last))
     return Pieces(
-        varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last)),
+        norm_mix,
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
         varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn, ahead: (*inputs, wkv, new_wkv, drawn)),
         varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),
         varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
+        partial(normed, norm_mix),
         pieces.head,
     )
 

@@ -38,7 +38,7 @@ def norm_mix(
         x: (n, C), one token of n sequences; like all tensors contiguous, of one dtype, on one device.
         weight, bias: (C,) of the norm.
         eps: of the norm.
-        mixes: (m, C).
+        mixes: (m, C); m = 0 norms alone.
         last: (n, C), `now` of the token before.
         new_last: (n, C), where `now` goes; None: into `last`.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
