@@ -207,10 +207,8 @@ class SequenceStates:
         if self.drawn is not None:
             self.drawn[target] = self.drawn[source]
 
-    def begin_at(self, before: SequenceStates) -> None:
-        """Take over the shifts, which a step changes in place, of as many sequences of the same model."""
-        if before is not self:
-            self._shifts.copy_(before._shifts)
+    def draw_after(self, before: SequenceStates) -> None:
+        """Let the rounding of a step draw from what comes after `before`, of as many sequences of the same model."""
         if self.drawn is not None and before.drawn is not None:
             torch.add(before.drawn, 1, out=self.drawn)
 

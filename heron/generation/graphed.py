@@ -30,6 +30,7 @@ from heron.generation.step import (
     layers_of,
     lookup,
     matrix_of,
+    norm_of,
     of_any_number,
     time_mix,
     way_for,
@@ -254,15 +255,16 @@ class GraphedDecoder(StateDecoder):
         """One step of the first slots, from `_ids` and what the host picked."""
         ids, found = self._ids[: step.n], None if self._found is None else self._found[: step.n]
         embedded = x = self._embed(ids) if found is None else self._embed(ids, found)
-        if found is not None and self._model.config.reads_embedded:
-            embedded = self._model.embed(ids)  # the token alone
+        if self._model.config.reads_embedded:  # the token alone, while x changes
+            embedded = x.clone() if found is None else self._model.embed(ids)
         tables, v_first = self._lookup(ids), None
-        step.states.begin_at(step.before)
+        step.states.draw_after(step.before)
         of_layers = zip(step.form.layers, step.states.layers, step.before.layers, tables, strict=True)
         for layer, states, before, rows in of_layers:
-            x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before.wkv, step.states.drawn)
-            x = channel_mix(step.form.pieces, layer, x, states, rows, embedded)
-        logits = step.form.pieces.head(self._model.ln_out(x), matrix_of(self._model.head))
+            x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before, step.states.drawn)
+            x = channel_mix(step.form.pieces, layer, x, states, rows, embedded, before)
+        x = step.form.pieces.norm(x, norm_of(self._model.ln_out))
+        logits = step.form.pieces.head(x, matrix_of(self._model.head))
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))

@@ -44,16 +44,18 @@ class Pieces(NamedTuple):
     norm_mix: Callable[..., Tensor]
     """As :func:`heron.ops.norm_mix`."""
     project: Callable[..., Sequence[Tensor]]
-    """The six inputs (6, n, C), three large matrices and `LayerWeights.low_rank` -> seven products (n, C): r, k, v,
-    and of low-rank matrices value, decay, iclr and gate."""
+    """The six inputs (6, n, C), three large matrices, of their own or in one, and `LayerWeights.low_rank` -> seven
+    products (n, C): r, k, v, and of low-rank matrices value, decay, iclr and gate."""
     head_step: Callable[..., Tensor]
     """As :func:`heron.ops.head_step`."""
     multiply: Callable[[Sequence[Product]], list[Tensor]]
-    """As :func:`heron.ops.few_rows`."""
+    """As :func:`heron.ops.few_rows`; `Product.add` may change in place."""
     low_rank_gate: Callable[..., Tensor]
     """As :func:`low_rank_gate`."""
+    norm: Callable[[Tensor, Norm], Tensor]
+    """The last residual (n, C) -> what the head multiplies, (n, C)."""
     head: Callable[[Tensor, Any], Tensor] = F.linear
-    """The normed residual (n, C) and the head's weight (V, C), as :func:`matrix_of` gives it -> logits (n, V)."""
+    """That and the head's weight (V, C), as :func:`matrix_of` gives it -> logits (n, V)."""
 
 
 def time_mix(
@@ -62,35 +64,45 @@ def time_mix(
     x: Tensor,
     states: LayerStates,
     v_first: Tensor | None,
-    wkv_before: Tensor | None = None,
+    before: LayerStates | None = None,
     drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """residual (n, C) -> residual (n, C), and layer 0's values (n, C); `states`, of n sequences, change in place.
+    """residual (n, C), which may change, -> residual (n, C), and layer 0's values (n, C); new `states` of n sequences.
 
     Args:
-        wkv_before: what `states.wkv` goes on from, which stays as it is; None: from what it is.
+        before: what `states` go on from, which stay as they are; None: from what they are.
         drawn: with `states.wkv` in bf16, what its rounding draws from, see :func:`heron.ops.head_step`.
     """
-    mixed = run.norm_mix(x, *layer.norm1, layer.mix, states.att_shift)
-    large = layer.receptance, layer.key, layer.value
+    before = before or states
+    mixed = run.norm_mix(x, *layer.norm1, layer.mix, before.att_shift, states.att_shift)
+    large = (layer.receptance, layer.key, layer.value) if layer.joined is None else layer.joined
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
-    wkv_before = states.wkv if wkv_before is None else wkv_before
-    y = run.head_step(HeadInputs(r, w, k, v, iclr, gate, *of_values), layer.head, wkv_before, states.wkv, drawn)
+    inputs = HeadInputs(r, w, k, v, iclr, gate, *of_values)
+    ahead = layer.output if isinstance(layer.output, Tensor) else None
+    y = run.head_step(inputs, layer.head, before.wkv, states.wkv, drawn, ahead)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
 
 
 def channel_mix(
-    run: Pieces, layer: LayerWeights, x: Tensor, states: LayerStates, rows: Tensor | None, embedded: Tensor
+    run: Pieces,
+    layer: LayerWeights,
+    x: Tensor,
+    states: LayerStates,
+    rows: Tensor | None,
+    embedded: Tensor,
+    before: LayerStates | None = None,
 ) -> Tensor:
-    """residual (n, C) -> residual (n, C); `states`, of n sequences, change in place.
+    """residual (n, C), which may change, -> residual (n, C); new `states` of n sequences.
 
     Args:
         rows: (n, width), the tokens' rows of the layer's DeepEmbed; None without.
         embedded: (n, C), the tokens as they came into the network.
+        before: as for :func:`time_mix`.
     """
-    mixed = run.norm_mix(x, *layer.norm2, layer.channel_mix, states.ffn_shift).squeeze(0)
+    before = before or states
+    mixed = run.norm_mix(x, *layer.norm2, layer.channel_mix, before.ffn_shift, states.ffn_shift).squeeze(0)
     gate = None if rows is None else rows.to(x.dtype)
     if layer.low_rank_gate is not None:  # of what is not mixed with the token before: ffn_shift by now
         gate = run.low_rank_gate(layer.low_rank_gate, states.ffn_shift, rows, embedded)
@@ -132,9 +144,9 @@ def project(
     return r, k, v, *multiply([Product(x, part.up) for x, part in zip(squeezed, low_rank, strict=True)])
 
 
-def project_together(mixed: Tensor, large: Sequence[Tensor], low_rank: Sequence[LowRank]) -> Sequence[Tensor]:
-    """`Pieces.project` with the four low-rank products in one, as two batched products."""
-    r, k, v = (F.linear(x, weight) for x, weight in zip(mixed[:3], large, strict=True))
+def project_together(mixed: Tensor, large: Tensor, low_rank: Sequence[LowRank]) -> Sequence[Tensor]:
+    """`Pieces.project` in three batched products: of the large matrices in one, and of low-rank ones in one."""
+    r, k, v = torch.bmm(mixed[:3], large.mT)
     ((down, up),) = low_rank
     value, w, iclr, gate = torch.bmm(mixed[2:], down.mT)
     squeezed = torch.stack((value, torch.tanh(w), iclr, torch.sigmoid(gate)))
@@ -152,8 +164,22 @@ def low_rank_gate(weights: LowRankGate, x: Tensor, rows: Tensor, embedded: Tenso
     return torch.addmm(weights.s0, squeezed.squeeze(1), weights.s2)
 
 
+def normed(norm_mix: Callable[..., Tensor], x: Tensor, norm: Norm) -> Tensor:
+    """`Pieces.norm` by a `norm_mix`, without a mix."""
+    now = torch.empty_like(x)
+    norm_mix(x, *norm, x[:0], now, now)
+    return now
+
+
 # In plain PyTorch, with four low-rank products: no checks, no choices.
-PLAIN = Pieces(norm_mix_reference, partial(project, multiply), head_step_reference, multiply, low_rank_gate)
+PLAIN = Pieces(
+    norm_mix_reference,
+    partial(project, multiply),
+    head_step_reference,
+    multiply,
+    low_rank_gate,
+    partial(normed, norm_mix_reference),
+)
 
 
 class Way(NamedTuple):
@@ -176,14 +202,23 @@ def way_for(layer: LayerWeights, n: int) -> Way:
 
 
 def _for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
-    prepared = compiled or _as_it_is
+    prepared, norm_mix = compiled or _as_it_is, _norm_mix(layer, compiled)
     return Pieces(
-        prepared(norm_mix_reference),
+        norm_mix,
         prepared(project_together),
         _head_step(layer, compiled),
-        prepared(multiply),
+        partial(_added_in_place, prepared(multiply)),
         prepared(low_rank_gate),
+        partial(normed, norm_mix),
     )
+
+
+def _added_in_place(multiply: Callable[..., list[Tensor]], products: Sequence[Product]) -> list[Tensor]:
+    """By `multiply`; what is only added to the residual is added where that is, which costs no copy of it."""
+    (y,) = products
+    if y.add is None or y.factor is not None or y.activation != "none":
+        return multiply(products)
+    return [y.add.addmm_(y.x, y.weight.t())]
 
 
 def _for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
@@ -207,13 +242,14 @@ def _matrices(layer: LayerWeights) -> list[Any]:
 
 
 def _by_kernels(layer: LayerWeights, compiled: Compiler | None, multiply: Callable[..., list[Tensor]]) -> Pieces:
-    norms = norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
+    norm_mix = _norm_mix(layer, compiled)
     return Pieces(
-        _kernel(norm_mix, norm_mix_reference, norms, compiled),
+        norm_mix,
         partial(project, multiply),
         _head_step(layer, compiled),
         multiply,
         (compiled or _as_it_is)(low_rank_gate),
+        partial(normed, norm_mix),
         partial(_head, multiply),
     )
 
@@ -224,14 +260,21 @@ def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int
 
 def of_any_number(pieces: Pieces) -> Pieces:
     """Compiled `pieces` that are not compiled again for another number n of sequences above 1."""
+    norm_mix = varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last))
     return Pieces(
-        varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last: (x, last)),
+        norm_mix,
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
-        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn: (*inputs, wkv, new_wkv, drawn)),
+        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn, ahead: (*inputs, wkv, new_wkv, drawn)),
         varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),
         varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
+        partial(normed, norm_mix),
         pieces.head,
     )
+
+
+def _norm_mix(layer: LayerWeights, compiled: Compiler | None) -> Callable[..., Tensor]:
+    choice = norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
+    return _kernel(norm_mix, norm_mix_reference, choice, compiled)
 
 
 def _head_step(layer: LayerWeights, compiled: Compiler | None) -> Callable[..., Tensor]:
@@ -304,11 +347,13 @@ def norm_of(norm: nn.LayerNorm) -> Norm:
 
 
 def together(layer: LayerWeights) -> LayerWeights:
-    """`layer` with its low-rank matrices in one, (4, rank, C) and (4, C, rank), zeros up to the largest rank."""
+    """`layer` with r's, k's and v's matrices in one, too, and its low-rank ones in one, (4, rank, C) and (4, C, rank),
+    with zeros up to the largest rank."""
     rank = max(len(part.down) for part in layer.low_rank)
     parts = [_filled_up(part, rank) for part in layer.low_rank]
     down, up = torch.stack([part.down for part in parts]), torch.stack([part.up for part in parts])
-    return layer._replace(low_rank=[LowRank(down, up)])
+    joined = torch.stack((layer.receptance, layer.key, layer.value))
+    return layer._replace(low_rank=[LowRank(down, up)], joined=joined)
 
 
 def apart(layer: LayerWeights) -> LayerWeights:

@@ -128,7 +128,7 @@ def load_kernels_for(
     """
     if capability < (8, 0):
         raise KernelError(f"{op}: the CUDA form needs compute capability 8.0, this device has {capability}")
-    arch = "".join(map(str, capability))
+    arch = "".join(map(str, capability)) + ("a" if capability[0] == 9 else "")  # with what only this device has
     flags = ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     load_op_library(f"{name}_sm{arch}", sources, flags, depends)
 

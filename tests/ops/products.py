@@ -38,6 +38,13 @@ def products(shapes, n, dtype, device="cpu", seed=0):
     return made
 
 
+def of_vectors(some, chosen):
+    """The same products for `chosen` vectors alone."""
+    parts = [[part[chosen].contiguous() if i != 1 and torch.is_tensor(part) else part for i, part in enumerate(product)]
+             for product in some]  # fmt: skip
+    return [Product(*part) for part in parts]
+
+
 def exact(product):
     """The product in fp64, and what its terms are large at most."""
     product = product._replace(weight=dense(product.weight, torch.float64))

@@ -12,6 +12,7 @@ from heron.errors import KernelError
 from heron.ops import _build, few_rows
 from heron.ops._products import ACTIVATIONS
 from heron.ops.few_rows import MOST, Product, cuda, few_rows_choice
+from heron.ops.few_rows.cuda import by_registers
 from tests.ops.kernels import (
     BFLOAT16,
     HALF,
@@ -19,18 +20,11 @@ from tests.ops.kernels import (
     check_that_none_spills,
     needs_nvcc,
 )
-from tests.ops.products import AsIfOnAGpu, compare, exact, products
+from tests.ops.products import AsIfOnAGpu, compare, exact, of_vectors, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 GPU = torch.device("cuda")
-
-
-def of_vectors(some, chosen):
-    """The same products for `chosen` vectors alone."""
-    parts = [[part[chosen].contiguous() if i != 1 and torch.is_tensor(part) else part for i, part in enumerate(product)]
-             for product in some]  # fmt: skip
-    return [Product(*part) for part in parts]
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +205,7 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
 def gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    cuda.library(torch.cuda.get_device_capability())
     return "cuda"
 
 
@@ -220,10 +215,11 @@ def gpu():
 def test_kernel_multiplies_few_vectors(gpu, n, dtype):
     shapes = [(96, 2048), (1, 8), (2048, 2048), (77, 768), (2048, 96), (65, 8192), (640, 8192), (3000, 264), (5, 20000)]
     some = products(shapes, n, dtype, gpu, seed=n)  # more than one launch
-    together = few_rows(some, impl="cuda")
+    together = by_registers(some)
     compare(together, some)
     for y, product in zip(together, some, strict=True):
-        assert torch.equal(few_rows([product], impl="cuda")[0], y)
+        assert torch.equal(by_registers([product])[0], y)
+    compare(few_rows(some, impl="cuda"), some)
 
 
 @pytest.mark.gpu
@@ -232,7 +228,7 @@ def test_kernel_multiplies_few_vectors(gpu, n, dtype):
 def test_kernel_multiplies_however_a_matrix_is_shared_out(gpu, part, most):
     for n in (2, 16, 31):
         some = products([(2048, 2048), (8192, 2048), (2048, 8192), (65536, 1024)], n, BF16, gpu, seed=n)
-        compare(cuda.few_rows_cuda(some, part, most), some)
+        compare(by_registers(some, part, most), some)
 
 
 @pytest.mark.gpu
@@ -241,9 +237,9 @@ def test_a_vector_on_a_gpu_gives_the_same_bits_whatever_is_beside_it(gpu, dtype)
     some = products([(2048, 2048), (96, 2048), (640, 8192), (513, 264)], MOST, dtype, gpu)
     for product in some:
         product.x[20] = torch.nan
-    together = few_rows(some, impl="cuda")
+    together = by_registers(some)
     for chosen in ([3], [31, 3], [*range(9)], [*range(18)]):  # not the one that is no number
-        for alone, beside in zip(few_rows(of_vectors(some, chosen), impl="cuda"), together, strict=True):
+        for alone, beside in zip(by_registers(of_vectors(some, chosen)), together, strict=True):
             assert torch.equal(alone, beside[chosen])
 
 
@@ -251,7 +247,7 @@ def test_a_vector_on_a_gpu_gives_the_same_bits_whatever_is_beside_it(gpu, dtype)
 def test_few_rows_are_at_most_twice_as_far_from_fp64_as_pytorchs(gpu):
     some = [p._replace(activation="none", factor=None, add=None) for p in products([(2048, 8192)], 32, BF16, gpu)]
     (x, weight, *_), (want, _) = some[0], exact(some[0])
-    mine, theirs = ((y.double() - want).norm() for y in (few_rows(some, impl="cuda")[0], x @ weight.T))
+    mine, theirs = ((y.double() - want).norm() for y in (by_registers(some)[0], x @ weight.T))
     assert mine <= 2 * theirs
 
 

@@ -181,6 +181,7 @@ def test_a_removal_key_of_zeros_removes_nothing(emulated):
         (dict(new_wkv=torch.zeros(2, 2, 16, 16)), r"new_wkv must be \(1, 2, 16, 16\) .*, got \(2, 2, 16, 16\)"),
         (dict(drawn=torch.zeros(1, dtype=torch.int64)), "drawn comes with states in torch.bfloat16, and these are"),
         (dict(wkv=torch.zeros(1, 2, 16, 16, dtype=BF16)), "drawn comes with states in torch.bfloat16, and these are"),
+        (dict(ahead=torch.zeros(8, 8).mT[:, :4]), "ahead must be contiguous on cpu, got one on cpu"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
         (dict(impl="cuda"), 'impl="cuda": it needs tensors on a CUDA device, got cpu'),
     ],
@@ -196,6 +197,7 @@ def test_unfit_arguments_are_refused_in_words(change, message):
             change.get("wkv", wkv),
             change.get("new_wkv"),
             change.get("drawn"),
+            change.get("ahead"),
             change.get("impl", "auto"),
         )
 
@@ -225,7 +227,7 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
         for t, size in sizes
         for s in ("float", BFLOAT16)
     ]
-    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.COPIES, _build.EARLY])
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY])
 
 
 # On a GPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,22 @@ def problem(n, m, C, dtype, device="cpu", seed=0):
 def exact(x, weight, bias, eps, mixes, last):
     x, weight, bias, mixes, last = (part.double() for part in (x, weight, bias, mixes, last))
     now = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + eps).sqrt() * weight + bias
-    return torch.stack([now + (last - now) * mix for mix in mixes]), now
+    return torch.stack([now + (last - now) * mix for mix in mixes] or [now])[: len(mixes)], now
 
 
 def compare(got, last, want):
     for mine, true in zip((got, last), want, strict=True):
         assert mine.shape == true.shape
         assert (mine.double() - true).norm() <= TOLERANCES[mine.dtype] * true.norm()
+
+
+def check_that_the_token_goes_elsewhere(run, arguments):
+    """It is that of a call in place, to the bit, and so is what is mixed; the last one stays."""
+    before, elsewhere = arguments[-1].clone(), torch.full_like(arguments[-1], torch.nan)
+    mixed = run(*arguments, elsewhere)
+    assert torch.equal(arguments[-1], before)
+    assert torch.equal(run(*arguments), mixed)
+    assert torch.equal(arguments[-1], elsewhere)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +63,12 @@ def emulated():
     )
     library.norm_mix_emulated.restype = ctypes.c_char_p
 
-    def run(x, weight, bias, eps, mixes, last):
+    def run(x, weight, bias, eps, mixes, last, new_last=None):
         mixed = torch.full((len(mixes), *x.shape), torch.nan, dtype=x.dtype)
-        tensors = [ctypes.c_void_p(part.data_ptr()) for part in (x, weight, bias, mixes, last, mixed)]
+        tensors = [
+            ctypes.c_void_p(part.data_ptr())
+            for part in (x, weight, bias, mixes, last, last if new_last is None else new_last, mixed)
+        ]
         sizes = (len(x), len(mixes), x.shape[1], ctypes.c_float(eps))
         error = library.norm_mix_emulated(int(x.dtype == BF16), *tensors, *sizes)
         assert error is None, error.decode()
@@ -65,20 +78,22 @@ def emulated():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 32), (3, 1, 50), (2, 2, 7)])
+@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 32), (3, 1, 50), (2, 2, 7), (2, 0, 8)])
 def test_the_definition_norms_and_mixes(dtype, n, m, C):
     arguments = problem(n, m, C, dtype)
     want = exact(*arguments)
     compare(norm_mix(*arguments), arguments[-1], want)
+    check_that_the_token_goes_elsewhere(norm_mix, arguments)
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 64), (2, 1, 2050), (3, 2, 6), (1, 8, 2056)])
+@pytest.mark.parametrize(("n", "m", "C"), [(1, 6, 64), (2, 1, 2050), (3, 2, 6), (1, 8, 2056), (2, 0, 64)])
 def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
     arguments = problem(n, m, C, dtype)
     want = exact(*arguments)
     compare(emulated(*arguments), arguments[-1], want)
+    check_that_the_token_goes_elsewhere(emulated, arguments)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +102,7 @@ def test_the_kernels_source_on_a_cpu_norms_and_mixes(emulated, dtype, n, m, C):
         (dict(x=torch.zeros(8)), r"x must be \(n, C\) and mixes \(m, C\), floating; got \(8,\)"),
         (dict(bias=torch.zeros(4)), r"bias must be \(8,\) torch.float32 and contiguous, got \(4,\)"),
         (dict(last=torch.zeros(2, 16)[:, ::2]), r"last must be \(2, 8\) .* contiguous"),
+        (dict(new_last=torch.zeros(2, 4)), r"new_last must be \(2, 8\) .*, got \(2, 4\)"),
         (dict(mixes=torch.zeros(3, 8).half()), "mixes must be .* torch.float16"),
         (dict(weight=torch.zeros(8, device="meta")), "must be on cpu; weight is on meta"),
         (dict(impl="fast"), "impl must be auto, reference, cuda; got 'fast'"),
@@ -129,7 +145,7 @@ def test_the_kernel_compiles_without_spilling(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("C", [2, 768, 2048, 8194])
-@pytest.mark.parametrize("m", [1, 6, 7])
+@pytest.mark.parametrize("m", [0, 1, 6, 7])
 def test_kernel_norms_and_mixes(dtype, C, m):
     arguments = problem(5, m, C, dtype, "cuda")
     alone = [part[3:4].clone() if i in (0, 5) else part for i, part in enumerate(arguments)]
@@ -138,3 +154,4 @@ def test_kernel_norms_and_mixes(dtype, C, m):
     compare(got, arguments[-1], want)
     assert torch.equal(norm_mix(*alone, impl="cuda")[:, 0], got[:, 3])
     assert torch.equal(alone[-1][0], arguments[-1][3])
+    check_that_the_token_goes_elsewhere(partial(norm_mix, impl="cuda"), arguments)

@@ -1,4 +1,4 @@
-"""The kernel of few_rows (csrc/few_rows.cu), built at first use."""
+"""The kernels of few_rows, built at first use: csrc/few_rows.cu, and for compute capability 9.0 csrc/boxes.cu."""
 
 from __future__ import annotations
 
@@ -12,20 +12,34 @@ from torch import Tensor
 from heron.ops import _build, _choice, _products
 from heron.ops._products import Product
 
-SOURCE = Path(__file__).parent / "csrc" / "few_rows.cu"
+SOURCE, BOXES = (Path(__file__).parent / "csrc" / f"{name}.cu" for name in ("few_rows", "boxes"))
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 32  # vectors
+FEWEST_BY_BOXES = 9  # fewer are no faster
 PART = 1024  # numbers of a row for a block, where there are so many blocks
 MOST_PARTS = 4  # blocks that share rows; 1, 2, 4 or 8
 _MOST_PRODUCTS = 8  # of a launch
 
 
-def few_rows_cuda(products: Sequence[Product], part: int = PART, most: int = MOST_PARTS) -> list[Tensor]:
+def few_rows_cuda(products: Sequence[Product]) -> list[Tensor]:
     """See :func:`heron.ops.few_rows`; KernelError as :meth:`FORM.require`."""
     weights = [product.weight for product in products]
-    FORM.require(weights[0].device, weights[0].dtype, weights, len(products[0].x))
+    device, n = weights[0].device, len(products[0].x)
+    FORM.require(device, weights[0].dtype, weights, n)
+    if n >= FEWEST_BY_BOXES and torch.cuda.get_device_capability(device)[0] == 9:
+        return by_boxes(products)
+    return by_registers(products)
+
+
+def by_registers(products: Sequence[Product], part: int = PART, most: int = MOST_PARTS) -> list[Tensor]:
+    """The same by csrc/few_rows.cu."""
     launch = functools.partial(torch.ops.heron.few_rows, part=part, most=most)
     return _products.launches(products, _MOST_PRODUCTS, launch)
+
+
+def by_boxes(products: Sequence[Product]) -> list[Tensor]:
+    """The same by csrc/boxes.cu, on compute capability 9.0."""
+    return _products.launches(products, _MOST_PRODUCTS, torch.ops.heron.few_rows_by_boxes)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor], n: int) -> str | None:
@@ -42,8 +56,10 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor],
 
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
-    """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
+    """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
     _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], [_build.EARLY, _build.PRODUCTS])
+    if capability[0] == 9:
+        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], [_build.EARLY, _build.PRODUCTS])
 
 
 FORM = _choice.NativeForm("few_rows", "cuda", "products with few vectors", why_not, library)

@@ -17,12 +17,17 @@ HEAD_SIZES = (16, 32, 64, 128)
 
 
 def head_step_cuda(
-    inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor, drawn: Tensor | None = None
+    inputs: HeadInputs,
+    weights: HeadWeights,
+    wkv: Tensor,
+    new_wkv: Tensor,
+    drawn: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """See :func:`heron.ops.head_step`; KernelError as :meth:`FORM.require`."""
     FORM.require(wkv.device, inputs.r.dtype, wkv.shape[3])
     of_values = [x for x in (inputs.value, inputs.v_first, weights.v0) if x is not None]
-    return torch.ops.heron.head_step(inputs[:6], weights[:7], of_values, weights.eps, wkv, new_wkv, drawn)
+    return torch.ops.heron.head_step(inputs[:6], weights[:7], of_values, weights.eps, wkv, new_wkv, drawn, ahead)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
@@ -35,7 +40,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "head_step", "head_step", [SOURCE], [_build.EARLY, _build.COPIES])
+    _build.load_kernels_for(capability, "head_step", "head_step", [SOURCE], [_build.EARLY])
 
 
 FORM = _choice.NativeForm("head_step", "cuda", "the time mix of one token", why_not, library)

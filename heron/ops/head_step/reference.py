@@ -51,9 +51,14 @@ class HeadWeights(NamedTuple):
 
 
 def head_step_reference(
-    inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor, drawn: Tensor | None = None
+    inputs: HeadInputs,
+    weights: HeadWeights,
+    wkv: Tensor,
+    new_wkv: Tensor,
+    drawn: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
-    """The definition; see :func:`heron.ops.head_step`."""
+    """The definition; see :func:`heron.ops.head_step`. Nothing is brought near."""
     n, H, N, _ = wkv.shape
     rounded = new_wkv
     if drawn is not None:

@@ -21,9 +21,16 @@ def norm_mix_choice(device: torch.device, dtype: torch.dtype = torch.bfloat16, c
 
 
 def norm_mix(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, last: Tensor, impl: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mixes: Tensor,
+    last: Tensor,
+    new_last: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
-    """``now = layer_norm(x)``, which `last` becomes; ``now + (last - now) mix`` for each of `mixes`.
+    """``now = layer_norm(x)``, which `new_last` becomes; ``now + (last - now) mix`` for each of `mixes`.
 
     Computed in fp32 (fp64 for fp64); `now` is rounded before it is mixed. No gradients.
 
@@ -31,8 +38,9 @@ def norm_mix(
         x: (n, C), one token of n sequences; like all tensors contiguous, of one dtype, on one device.
         weight, bias: (C,) of the norm.
         eps: of the norm.
-        mixes: (m, C).
-        last: (n, C), `now` of the token before; changes in place.
+        mixes: (m, C); m = 0 norms alone.
+        last: (n, C), `now` of the token before.
+        new_last: (n, C), where `now` goes; None: into `last`.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:
@@ -48,7 +56,8 @@ def norm_mix(
         )
     (n, C), m = x.shape, len(mixes)
     wanted = {"x": (x, (n, C)), "weight": (weight, (C,)), "bias": (bias, (C,)), "mixes": (mixes, (m, C))}
-    for name, (tensor, shape) in {**wanted, "last": (last, (n, C))}.items():
+    new_last = last if new_last is None else new_last
+    for name, (tensor, shape) in {**wanted, "last": (last, (n, C)), "new_last": (new_last, (n, C))}.items():
         if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
             raise KernelError(
                 f"norm_mix: {name} must be {shape} {x.dtype} and contiguous, got {tuple(tensor.shape)} {tensor.dtype}"
@@ -57,4 +66,4 @@ def norm_mix(
             raise KernelError(f"norm_mix: all tensors must be on {x.device}; {name} is on {tensor.device}")
     if impl == "auto":
         impl = norm_mix_choice(x.device, x.dtype, C).impl
-    return _choice.form_of("norm_mix", impl, _FORMS)(x, weight, bias, eps, mixes, last)
+    return _choice.form_of("norm_mix", impl, _FORMS)(x, weight, bias, eps, mixes, last, new_last)

@@ -14,10 +14,12 @@ SOURCE = Path(__file__).parent / "csrc" / "norm_mix.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def norm_mix_cuda(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, last: Tensor) -> Tensor:
+def norm_mix_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, last: Tensor, new_last: Tensor
+) -> Tensor:
     """See :func:`heron.ops.norm_mix`; KernelError as :meth:`FORM.require`."""
     FORM.require(x.device, x.dtype, x.shape[1])
-    return torch.ops.heron.norm_mix(x, weight, bias, eps, mixes, last)
+    return torch.ops.heron.norm_mix(x, weight, bias, eps, mixes, last, new_last)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:

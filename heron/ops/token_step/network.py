@@ -65,6 +65,8 @@ class LayerWeights(NamedTuple, Generic[Matrix]):
     """What DeepEmbed's rows gate: the channel mix's "output" or its "hidden" channels, these also by "low-rank"."""
     low_rank_gate: LowRankGate | None
     """Where `deep_embed` is "low-rank"."""
+    joined: Tensor | None = None
+    """(3, C, C): `receptance`, `key` and `value` once more; None: not joined."""
 
 
 class LayerStates(NamedTuple):

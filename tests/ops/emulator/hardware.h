@@ -1,6 +1,7 @@
 // The names of csrc/hardware.cuh for a CPU: threads of a block are fibers, blocks run one after another.
 //
-// A fiber runs until it waits: for its warp (shuffles, matrix instructions, __syncwarp) or for the block (__syncthreads).
+// A fiber runs until it waits: for its warp (shuffles, matrix instructions, __syncwarp), for the block (__syncthreads),
+// or for something that it looks at again and again.
 // Warps take turns in an order that changes at every wait, one running as far as it can before the next begins, so that
 // a missing barrier shows as a wrong number. Shared memory starts as NaN. An asynchronous copy fills its target with NaN
 // at once and delivers only when its thread waits for it. Lane layouts are those of the PTX manual.
@@ -58,7 +59,7 @@ constexpr int kStackBytes = 128 * 1024;
 constexpr int kMaxThreads = 1024;
 constexpr uint32_t kNaN = 0x7fc07fc0u;  // a NaN as fp32 and twice as bf16
 
-enum class Wait { kNone, kWarp, kBlock, kDone };
+enum class Wait { kNone, kWarp, kBlock, kPoll, kDone };
 
 struct Copy { void* to; const void* from; bool valid; int group, bytes; };
 
@@ -84,6 +85,7 @@ inline Fiber fibers[kMaxThreads];
 inline std::unique_ptr<char[]> stacks{new char[size_t(kStackBytes) * kMaxThreads]};
 inline Warp warps[kMaxThreads / 32];
 inline jmp_buf scheduler;
+inline bool progress;  // since the last turn, of a thread that had to poll
 inline Fiber* current;
 inline std::function<void()> body;
 inline std::vector<uint32_t> shared_words;
@@ -112,6 +114,12 @@ inline void wait_for(Wait what) {
   if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 }
 
+// Until there is what a thread waits for, which another one does.
+template <typename Ready> inline void poll_until(Ready ready) {
+  while (!ready()) wait_for(Wait::kPoll);
+  progress = true;
+}
+
 [[noreturn]] inline void fail(const char* message) {
   fprintf(stderr, "emulator: %s in block (%u, %u)\n", message, block_index.x, block_index.y);
   abort();
@@ -132,27 +140,43 @@ inline void run_block(unsigned threads) {
     fiber.copies.clear();
   }
   const unsigned n_warps = (threads + 31) / 32;
-  for (unsigned turn = 0;; turn++) {
-    unsigned done = 0, at_barrier = 0;
+  bool together = false;  // all threads are at the barrier
+  for (unsigned turn = 0, idle = 0;; turn++) {
+    unsigned done = 0, at_barrier = 0, polling = 0;
     for (unsigned i = 0; i < n_warps; i++) {
       const unsigned warp = turn % 2 ? n_warps - 1 - i : (i + turn / 2) % n_warps;
       const unsigned first = warp * 32, last = first + 32 < threads ? first + 32 : threads;
+      const auto count = [&](Wait what) {
+        unsigned n = 0;
+        for (unsigned j = first; j < last; j++) n += fibers[j].wait == what;
+        return n;
+      };
       for (bool running = true; running;) {
-        unsigned waiting = 0, ended = 0;
-        for (unsigned j = first; j < last; j++) resume(fibers[j]);
+        const bool all_lanes = count(Wait::kWarp) == last - first;
         for (unsigned j = first; j < last; j++) {
-          waiting += fibers[j].wait == Wait::kWarp;
-          ended += fibers[j].wait == Wait::kDone;
+          const Wait wait = fibers[j].wait;
+          if (wait == Wait::kDone || (wait == Wait::kWarp && !all_lanes) || (wait == Wait::kBlock && !together)) continue;
+          resume(fibers[j]);
         }
-        if (waiting != 0 && waiting != last - first) fail("lanes of a warp parted ways");
-        if (ended != 0 && ended != last - first) fail("lanes of a warp ended apart");
-        running = waiting != 0;
-        done += running ? 0 : ended;
+        const unsigned waiting = count(Wait::kWarp), ended = count(Wait::kDone);
+        if (count(Wait::kPoll) == 0) {
+          if (waiting != 0 && waiting != last - first) fail("lanes of a warp parted ways");
+          if (ended != 0 && ended != last - first) fail("lanes of a warp ended apart");
+        }
+        running = waiting == last - first;
       }
     }
-    for (unsigned i = 0; i < threads; i++) at_barrier += fibers[i].wait == Wait::kBlock;
+    for (unsigned i = 0; i < threads; i++) {
+      done += fibers[i].wait == Wait::kDone;
+      at_barrier += fibers[i].wait == Wait::kBlock;
+      polling += fibers[i].wait == Wait::kPoll;
+    }
     if (done == threads) break;
-    if (at_barrier != threads) fail("some threads passed a barrier that others never reach");
+    together = at_barrier == threads;
+    if (!together && polling == 0) fail("some threads passed a barrier that others never reach");
+    idle = progress ? 0 : idle + 1;
+    progress = false;
+    if (!together && idle > 4 * kMaxThreads) fail("threads wait for what never comes");
   }
   for (unsigned i = 0; i < threads; i++) {
     if (!fibers[i].copies.empty()) fail("a kernel ended with copies under way");

@@ -1,14 +1,13 @@
 // One token of every head's time mix on a GPU: a block for a head of some sequences, one after another.
 //
-// Four lanes share two rows of the state, two value channels; each has every fourth run of keys, 16 bytes of a row, in
-// registers. A thread copies its own part of the next sequence's state to shared memory while it computes, so that no
-// barrier stands between memory and a state's use. What is to be computed of a channel is shared out to its lanes, too.
-// Sums over a head's channels are sums over warps, then over what the warps bring, in one order.
+// Eight lanes share four rows of the state, four value channels; each has every eighth run of keys, 16 bytes of a row, in
+// registers, and asks for its part of the next sequence's state before it computes, so that no barrier stands between memory
+// and a state's use. What is to be computed of a channel is shared out to four lanes. Sums over a head's channels are
+// sums over warps, then over what the warps bring, in one order.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <algorithm>
 
-#include "../../csrc/copies.cuh"
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
 #endif
@@ -17,6 +16,15 @@ namespace {
 
 #ifdef __CUDACC__
 __device__ __forceinline__ float divide_fast(float x, float y) { return __fdividef(x, y); }
+
+// What is read once is the first to leave the caches.
+template <typename Part>
+__device__ __forceinline__ Part read_once(const Part* from) {
+    using Bits = std::conditional_t<sizeof(Part) == 16, uint4, std::conditional_t<sizeof(Part) == 8, uint2, unsigned>>;
+    static_assert(sizeof(Part) == sizeof(Bits));
+    const Bits bits = __ldcs(reinterpret_cast<const Bits*>(from));
+    return *reinterpret_cast<const Part*>(&bits);
+}
 #endif
 
 constexpr unsigned kAll = 0xffffffffu;
@@ -32,7 +40,8 @@ struct Problem {
     const void* wkv;       // (sequences, H, N, N)
     void* new_wkv;         // as wkv, or wkv itself
     const int64_t* drawn;  // (sequences,), for states that are rounded at random
-    int sequences, heads;
+    const char* ahead;     // what the next kernel reads, or null
+    int sequences, heads, ahead_lines;  // of 128 bytes
     float eps;
 };
 
@@ -56,17 +65,27 @@ __device__ __forceinline__ float rounded(float x, unsigned random) {
 
 __device__ __forceinline__ float sigmoid(float x) { return divide_fast(1.0f, 1.0f + expf(-x)); }
 
-// The sum over the channels of a warp, of lanes that have the same x.
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(kAll, x, mask);
+// The sum over lanes whose numbers differ in these bits.
+template <int... masks>
+__device__ __forceinline__ float sum_over(float x) {
+    ((x += __shfl_xor_sync(kAll, x, masks)), ...);
     return x;
 }
 
-// The sum over the lanes of a channel.
-__device__ __forceinline__ float lane_sum(float x) {
-    x += __shfl_xor_sync(kAll, x, 1);
-    return x + __shfl_xor_sync(kAll, x, 2);
+constexpr int kLanes = 8, kRows = 4;  // that share rows of the state; rows that they share
+
+// The sums over the lanes that share rows: of the row lane / 2. A lane hands on what others sum up.
+__device__ __forceinline__ float row_sum(const float (&of_rows)[kRows], int lane) {
+    const bool lower = lane < 4, even = lane / 2 % 2 == 0;
+    float halves[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        halves[i] = lower ? of_rows[i] : of_rows[2 + i];
+        halves[i] += __shfl_xor_sync(kAll, lower ? of_rows[2 + i] : of_rows[i], 4);
+    }
+    float x = even ? halves[0] : halves[1];
+    x += __shfl_xor_sync(kAll, even ? halves[1] : halves[0], 2);
+    return x + __shfl_xor_sync(kAll, x, 1);
 }
 
 struct alignas(8) Two {  // of a thread's two channels
@@ -78,146 +97,153 @@ __device__ __forceinline__ Two of_both(const Compute& compute) {
     return {{compute(0), compute(1)}};
 }
 
-// Those of the lane `from` of the same channels.
-__device__ __forceinline__ Two of_lane(const Two& x, int from) {
-    return of_both([&](int i) { return __shfl_sync(kAll, x.values[i], from, 4); });
+// Those of the thread of this kind for the same channels.
+__device__ __forceinline__ Two of_kind(const Two& x, int kind) {
+    return of_both([&](int i) { return __shfl_sync(kAll, x.values[i], kind, 4); });
 }
 
-template <typename S, int size>
-constexpr int kStateBytes = size * size * static_cast<int>(sizeof(S));  // of a head
-template <typename S, int size>
-constexpr int kStages = kStateBytes<S, size> > 16384 ? 1 : kStateBytes<S, size> > 8192 ? 2 : 4;  // that a block waits for
-template <typename S, int size>
-constexpr int kSharedBytes = kStages<S, size> * kStateBytes<S, size>;
+// Threads that a multiprocessor has registers for; what is made for devices before 9.0 needs more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kThreads = 384;
+#else
+constexpr int kThreads = 512;
+#endif
 template <int size>
-constexpr int kBlocks = size == 128 ? 1 : 256 / size;  // that a multiprocessor has registers for
+constexpr int kBlocks = size == 128 ? 1 : kThreads / (2 * size);
 
 // T: of all but the states; S: of the states, rounded at random if it is not fp32.
 template <typename T, typename S, int size>
 __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __grid_constant__ Problem p) {
-    constexpr int kKeys = size / 4, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S), kWarps = size / 16;
-    constexpr int kAhead = kStages<S, size>;
+    constexpr int kKeys = size / kLanes, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S), kWarps = size / 16;
     using Keys = Run<S, kRun>;
     __shared__ float of_warps[4][kWarps];  // squares of the removal key, bonus; mean of y, squares of distances from it
-    // r, decay, k, removal key before it is normed, the same times iclr
-    alignas(16) __shared__ float vectors[5][size];
-    auto* const copied = reinterpret_cast<Keys*>(shared_memory()) + threadIdx.x;
+    // r, decay, k, removal key before it is normed, the same times iclr, v
+    alignas(16) __shared__ float vectors[6][size];
     const int head = static_cast<int>(blockIdx.x) % p.heads, stride = static_cast<int>(gridDim.x) / p.heads;
-    const int pair = static_cast<int>(threadIdx.x / 4), lane = static_cast<int>(threadIdx.x % 4);
-    const int warp = static_cast<int>(threadIdx.x / 32), here = head * size + 2 * pair;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+    // Of rows, of keys, of what a channel needs.
+    const int group = thread / kLanes, lane = thread % kLanes, kind = thread % 4, pair = thread / 4;
+    const int here = head * size + 2 * pair;
+    const bool is_second = lane / 2 % 2 == 1;  // of the pair is the channel that this thread ends
+    const auto own = [=](const Two& x) { return is_second ? x.values[1] : x.values[0]; };
     const auto write = [&](int name, Two x) { *reinterpret_cast<Two*>(&vectors[name][2 * pair]) = x; };
-    const auto key = [=](int i) { return kRun * (i / kRun * 4 + lane) + i % kRun; };
-    const auto at = [&](int sequence) { return static_cast<int64_t>(sequence) * p.heads * size + here; };
-    const auto place = [&](int stage, int row, int i) {
-        return copied + ((stage * 2 + row) * kKeys + i) / kRun * 2 * size;
-    };
-    const auto copy = [&](int sequence, int stage) {
-        if (sequence < p.sequences) {
-            const S* rows = static_cast<const S*>(p.wkv) + at(sequence) * size;
+    const auto key = [=](int i) { return kRun * (i / kRun * kLanes + lane) + i % kRun; };
+    const auto at = [&](int sequence) { return static_cast<int64_t>(sequence) * p.heads * size; };
+    const auto state_of = [&](int sequence) { return (at(sequence) + head * size) * size; };
+    Keys next[kRows][kKeys / kRun];
+    const auto ask = [&](int sequence) {
+        const S* rows = static_cast<const S*>(p.wkv) + state_of(sequence) + kRows * group * size;
 #pragma unroll
-            for (int row = 0; row < 2; ++row) {
+        for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-                for (int i = 0; i < kKeys; i += kRun) {
-                    begin_copy_of<sizeof(Keys)>(place(stage, row, i), rows + row * size + key(i), true);
-                }
+            for (int i = 0; i < kKeys; i += kRun) {
+                next[row][i / kRun] = read_once(reinterpret_cast<const Keys*>(rows + row * size + key(i)));
             }
         }
-        end_of_copies();
     };
     const auto read = [&](const void* from, int64_t i) {
         if (from == nullptr) return Two{};
         const auto two = *reinterpret_cast<const Run<T, 2>*>(static_cast<const T*>(from) + i);
         return of_both([&](int j) { return static_cast<float>(two.values[j]); });
     };
-    const auto by_lane = [&](Name a, Name b, Name c, Name d) {
-        return p.of[lane == 0 ? a : lane == 1 ? b : lane == 2 ? c : d];
+    const auto by_kind = [&](Name a, Name b, Name c, Name d) {
+        return p.of[kind == 0 ? a : kind == 1 ? b : kind == 2 ? c : d];
     };
-    const void *const of_sigmoid = by_lane(kW, kIclr, kValue, kGate), *const vector = by_lane(kR, kK, kV, kVFirst);
+    const void *const of_sigmoid = by_kind(kW, kIclr, kValue, kGate), *const vector = by_kind(kR, kK, kV, kVFirst);
 
     const int first = static_cast<int>(blockIdx.x) / p.heads;
-    for (int i = 0; i < kAhead && first + i * stride < p.sequences; ++i) {
-        const S* rows = static_cast<const S*>(p.wkv) + at(first + i * stride) * size;
-#pragma unroll
-        for (int j = 0; j < kKeys; j += kRun) prefetch(rows + key(j)), prefetch(rows + size + key(j));
+    for (int sequence = first; sequence < p.sequences && sequence <= first + stride; sequence += stride) {
+        const auto* state = reinterpret_cast<const char*>(static_cast<const S*>(p.wkv) + state_of(sequence));
+        for (int i = 128 * thread; i < size * size * static_cast<int>(sizeof(S)); i += 128 * 2 * size) prefetch(state + i);
     }
-    const Two added = lane == 3 ? Two{} : read(by_lane(kW0, kA0, kV0, kV0), here);
+    const int together = static_cast<int>(gridDim.x) * 2 * size;
+    for (int i = static_cast<int>(blockIdx.x) * 2 * size + thread; i < p.ahead_lines; i += together) {
+        prefetch(p.ahead + static_cast<int64_t>(i) * 128);
+    }
+    const Two added = kind == 3 ? Two{} : read(by_kind(kW0, kA0, kV0, kV0), here);
     const Two kk = read(p.of[kKK], here), ka = read(p.of[kKA], here), rk = read(p.of[kRK], here);
-    const Two weight = read(p.of[kWeight], here), bias = read(p.of[kBias], here);
+    const float weight = own(read(p.of[kWeight], here)), bias = own(read(p.of[kBias], here));
     wait_for_inputs();
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) copy(first + i * stride, i);
-    Two next_of_sigmoid = read(of_sigmoid, at(first)), next_vector = read(vector, at(first));
+    ask(first);
+    Two next_of_sigmoid = read(of_sigmoid, at(first) + here), next_vector = read(vector, at(first) + here);
 
 #pragma unroll 1
-    for (int sequence = first, stage = 0; sequence < p.sequences; sequence += stride, stage = (stage + 1) % kAhead) {
+    for (int sequence = first; sequence < p.sequences; sequence += stride) {
         unsigned random = 0;
         if constexpr (sizeof(S) < 4) random = static_cast<unsigned>(p.drawn[sequence]);
-        // One of three sigmoids; the fourth lane has the gate as it is.
+        // One of three sigmoids; the fourth kind has the gate as it is.
         const Two mine = of_both([&](int i) { return sigmoid(added.values[i] + next_of_sigmoid.values[i]); });
-        const Two decay_share = of_lane(mine, 0), iclr = of_lane(mine, 1), share = of_lane(mine, 2);
-        const Two gate = of_lane(next_of_sigmoid, 3), r = of_lane(next_vector, 0), raw_key = of_lane(next_vector, 1);
-        Two v = of_lane(next_vector, 2);
+        const Two decay_share = of_kind(mine, 0), iclr = of_kind(mine, 1), share = of_kind(mine, 2);
+        const Two gate = of_kind(next_of_sigmoid, 3), r = of_kind(next_vector, 0), raw_key = of_kind(next_vector, 1);
+        Two v = of_kind(next_vector, 2);
         if (p.of[kVFirst] != nullptr) {
-            const Two v_first = of_lane(next_vector, 3);
+            const Two v_first = of_kind(next_vector, 3);
             v = of_both([&](int i) { return v.values[i] + (v_first.values[i] - v.values[i]) * share.values[i]; });
-        }
-        if (sequence + stride < p.sequences) {
-            next_of_sigmoid = read(of_sigmoid, at(sequence + stride)), next_vector = read(vector, at(sequence + stride));
         }
         const Two removal_key = of_both([&](int i) { return raw_key.values[i] * kk.values[i]; });
         const Two k = of_both([&](int i) {
             return raw_key.values[i] * (1.0f + (iclr.values[i] - 1.0f) * ka.values[i]);
         });
         const Two decay = of_both([&](int i) { return expf(-kDecayScale * decay_share.values[i]); });
-        write(lane, of_both([&](int i) {
-            return lane == 0 ? r.values[i] : lane == 1 ? decay.values[i] : lane == 2 ? k.values[i] : removal_key.values[i];
+        write(kind, of_both([&](int i) {
+            return kind == 0 ? r.values[i] : kind == 1 ? decay.values[i] : kind == 2 ? k.values[i] : removal_key.values[i];
         }));
-        if (lane == 0) write(4, of_both([&](int i) { return removal_key.values[i] * iclr.values[i]; }));
+        if (kind == 0) write(4, of_both([&](int i) { return removal_key.values[i] * iclr.values[i]; }));
+        if (kind == 1) write(5, v);
         float square_here = 0.0f, bonus_here = 0.0f;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             square_here += removal_key.values[i] * removal_key.values[i];
             bonus_here += r.values[i] * k.values[i] * rk.values[i];
         }
-        square_here = warp_sum(square_here), bonus_here = warp_sum(bonus_here);
-        if (threadIdx.x % 32 == 0) of_warps[0][warp] = square_here, of_warps[1][warp] = bonus_here;
+        square_here = sum_over<4, 8, 16>(square_here), bonus_here = sum_over<4, 8, 16>(bonus_here);
+        if (thread % 32 == 0) of_warps[0][warp] = square_here, of_warps[1][warp] = bonus_here;
+
+        float state[kRows][kKeys];
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+            for (int i = 0; i < kKeys; ++i) state[row][i] = static_cast<float>(next[row][i / kRun].values[i % kRun]);
+        }
+        if (sequence + stride < p.sequences) {
+            ask(sequence + stride);
+            next_of_sigmoid = read(of_sigmoid, at(sequence + stride) + here);
+            next_vector = read(vector, at(sequence + stride) + here);
+        }
         __syncthreads();
         float square = 0.0f, bonus = 0.0f;
 #pragma unroll
         for (int i = 0; i < kWarps; ++i) square += of_warps[0][i], bonus += of_warps[1][i];
-
-        copies_arrived<kAhead - 1>();
-        float state[2][kKeys];
-        Two removed{}, y{};
+        float sums[kRows] = {};
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
+        for (int i = 0; i < kKeys; ++i) {
+            const float removal = vectors[3][key(i)];
 #pragma unroll
-            for (int i = 0; i < kKeys; i += kRun) {
-                const Keys keys = *place(stage, row, i);
+            for (int row = 0; row < kRows; ++row) sums[row] += state[row][i] * removal;
+        }
+        const float removed_here = divide_fast(row_sum(sums, lane), fmaxf(square, kLeastSquare));
+        float removed[kRows], values[kRows];
 #pragma unroll
-                for (int j = 0; j < kRun; ++j) state[row][i + j] = static_cast<float>(keys.values[j]);
-            }
+        for (int row = 0; row < kRows; ++row) {
+            removed[row] = __shfl_sync(kAll, removed_here, 2 * row, kLanes);
+            values[row] = vectors[5][kRows * group + row];
+            sums[row] = 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
-            removed.values[0] += state[0][i] * vectors[3][key(i)], removed.values[1] += state[1][i] * vectors[3][key(i)];
-        }
-        removed = of_both([&](int i) { return divide_fast(lane_sum(removed.values[i]), fmaxf(square, kLeastSquare)); });
-        copy(sequence + kAhead * stride, stage);  // to where the state was that is in registers now
+            const float r_here = vectors[0][key(i)], decay_here = vectors[1][key(i)];
+            const float k_here = vectors[2][key(i)], removal = vectors[4][key(i)];
 #pragma unroll
-        for (int i = 0; i < kKeys; ++i) {
-            const float r_here = vectors[0][key(i)], decay_here = vectors[1][key(i)], k_here = vectors[2][key(i)], removal = vectors[4][key(i)];
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
+            for (int row = 0; row < kRows; ++row) {
                 float& s = state[row][i];
-                s = s * decay_here - removed.values[row] * removal + v.values[row] * k_here;
-                y.values[row] += s * r_here;
+                s = s * decay_here - removed[row] * removal + values[row] * k_here;
+                sums[row] += s * r_here;
             }
         }
-        if constexpr (sizeof(S) < 4) random = mixed(mixed(random) + static_cast<unsigned>(2 * here + lane));
-        S* new_rows = static_cast<S*>(p.new_wkv) + at(sequence) * size;
+        if constexpr (sizeof(S) < 4) random = mixed(mixed(random) + static_cast<unsigned>(2 * head * size + thread));
+        S* new_rows = static_cast<S*>(p.new_wkv) + state_of(sequence) + kRows * group * size;
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
+        for (int row = 0; row < kRows; ++row) {
 #pragma unroll
             for (int i = 0; i < kKeys; i += kRun) {
                 Keys keys;
@@ -233,11 +259,10 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
                 *reinterpret_cast<Keys*>(new_rows + row * size + key(i)) = keys;
             }
         }
-        y = of_both([&](int i) { return lane_sum(y.values[i]); });
-        const float mean_here = warp_sum(y.values[0] + y.values[1]) / 16;
-        const Two away = of_both([&](int i) { return y.values[i] - mean_here; });
-        const float squares_here = warp_sum(away.values[0] * away.values[0] + away.values[1] * away.values[1]);
-        if (threadIdx.x % 32 == 0) of_warps[2][warp] = mean_here, of_warps[3][warp] = squares_here;
+        const float y = row_sum(sums, lane);
+        const float mean_here = sum_over<2, 4, 8, 16>(y) / 16;
+        const float squares_here = sum_over<2, 4, 8, 16>((y - mean_here) * (y - mean_here));
+        if (thread % 32 == 0) of_warps[2][warp] = mean_here, of_warps[3][warp] = squares_here;
         __syncthreads();
         float mean = 0.0f, variance = 0.0f;
 #pragma unroll
@@ -247,15 +272,10 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
             const float distance = of_warps[2][i] - mean;
             variance += (of_warps[3][i] + 16 * distance * distance) / size;
         }
-        const float scale = rsqrtf(variance + p.eps);
-        if (lane == 0) {
-            Run<T, 2> out;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float normed = (y.values[i] - mean) * scale * weight.values[i] + bias.values[i];
-                out.values[i] = static_cast<T>((normed + bonus * v.values[i]) * gate.values[i]);
-            }
-            *reinterpret_cast<Run<T, 2>*>(static_cast<T*>(p.y) + at(sequence)) = out;
+        if (lane % 2 == 0) {
+            const float normed = (y - mean) * rsqrtf(variance + p.eps) * weight + bias;
+            const float out = (normed + bonus * own(v)) * own(gate);
+            static_cast<T*>(p.y)[at(sequence) + here + is_second] = static_cast<T>(out);
         }
     }
 }
@@ -268,20 +288,16 @@ namespace {
 template <typename T, typename S, int size>
 void start(const Problem& problem, int device) {
     const auto kernel = head_step<T, S, size>;
-    constexpr int threads = 2 * size, bytes = kSharedBytes<S, size>;
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    constexpr int threads = 2 * size;
     int processors = 0, resident = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0));
     // As many sequences at a time as are resident, and about as many the last time as before.
     const int together = std::max(1, processors * resident / problem.heads);
     const int rounds = (problem.sequences + together - 1) / together;
     const int blocks = (problem.sequences + rounds - 1) / rounds * problem.heads;
     STD_CUDA_CHECK(
-        launch_early(kernel, static_cast<unsigned>(blocks), threads, bytes, current_stream(), device, problem));
+        launch_early(kernel, static_cast<unsigned>(blocks), threads, 0, current_stream(), device, problem));
 }
 
 template <typename T, typename S>
@@ -295,7 +311,7 @@ void start_size(const Problem& problem, int size, int device) {
 // Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
 // or value, v_first and v0.
 Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_values, double eps,
-           const Tensor& wkv, const Tensor& new_wkv, const Optional& drawn) {
+           const Tensor& wkv, const Tensor& new_wkv, const Optional& drawn, const Optional& ahead) {
     const Tensor& r = inputs[0];
     const DeviceGuard guard(r.get_device_index());
     auto y = empty_like(r);
@@ -311,6 +327,10 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
     problem.wkv = wkv.const_data_ptr();
     problem.new_wkv = new_wkv.mutable_data_ptr();
     if (drawn.has_value()) problem.drawn = drawn->const_data_ptr<int64_t>();
+    if (ahead.has_value()) {
+        problem.ahead = static_cast<const char*>(ahead->const_data_ptr());
+        problem.ahead_lines = static_cast<int>(ahead->numel() * static_cast<int64_t>(ahead->element_size()) / 128);
+    }
     problem.sequences = static_cast<int>(r.size(0)), problem.heads = static_cast<int>(wkv.size(1));
     problem.eps = static_cast<float>(eps);
     const bool in_fp32 = wkv.scalar_type() == ScalarType::Float;
@@ -329,7 +349,7 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor wkv, Tensor(a!) new_wkv, "
-        "Tensor? drawn) -> Tensor");
+        "Tensor? drawn, Tensor? ahead) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", TORCH_BOX(&run)); }

@@ -15,8 +15,8 @@ constexpr int kMixes = 6;  // that a thread holds
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Problem {
-    const void *x, *weight, *bias, *mixes;  // (n, C), (C,), (C,), (m, C)
-    void *last, *mixed;                     // (n, C), changed in place, and (m, n, C)
+    const void *x, *weight, *bias, *mixes, *last;  // (n, C), (C,), (C,), (m, C), (n, C)
+    void *new_last, *mixed;                        // (n, C), which may be last, and (m, n, C)
     int n, m, channels;
     float eps;
 };
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads) norm_mix(const __grid_constant__ Pro
     __shared__ float rooms[2][kWarps];
     const int parts = p.channels / width;
     const auto* x = static_cast<const Part*>(p.x) + static_cast<int64_t>(blockIdx.x) * parts;
-    auto* last = static_cast<Part*>(p.last) + static_cast<int64_t>(blockIdx.x) * parts;
+    const auto* last = static_cast<const Part*>(p.last) + static_cast<int64_t>(blockIdx.x) * parts;
+    auto* new_last = static_cast<Part*>(p.new_last) + static_cast<int64_t>(blockIdx.x) * parts;
     const auto* weights = static_cast<const Part*>(p.weight);
     const auto* biases = static_cast<const Part*>(p.bias);
     const auto* mixes = static_cast<const Part*>(p.mixes);
@@ -103,13 +104,13 @@ __global__ void __launch_bounds__(kThreads) norm_mix(const __grid_constant__ Pro
             if (k < p.m) write_mix(k, first, now, before, mix[k]);
         }
         for (int k = kMixes; k < p.m; ++k) write_mix(k, first, now, before, mixes[k * parts + first]);
-        last[first] = now;
+        new_last[first] = now;
     }
     for (int i = first + kThreads; i < parts; i += kThreads) {
         const Part now = normed(x[i], weights[i], biases[i]), past = last[i];
 #pragma unroll 6
         for (int k = 0; k < p.m; ++k) write_mix(k, i, now, past, mixes[k * parts + i]);
-        last[i] = now;
+        new_last[i] = now;
     }
 }
 
@@ -120,7 +121,7 @@ namespace {
 
 // Shapes and dtypes as heron.ops.norm_mix says, and checks.
 Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Tensor& mixes,
-           const Tensor& last) {
+           const Tensor& last, const Tensor& new_last) {
     const DeviceGuard guard(x.get_device_index());
     const int64_t n = x.size(0), channels = x.size(1), m = mixes.size(0);
     auto mixed = empty({m, n, channels}, x);
@@ -128,7 +129,8 @@ Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps
                           weight.const_data_ptr(),
                           bias.const_data_ptr(),
                           mixes.const_data_ptr(),
-                          last.mutable_data_ptr(),
+                          last.const_data_ptr(),
+                          new_last.mutable_data_ptr(),
                           mixed.mutable_data_ptr(),
                           static_cast<int>(n),
                           static_cast<int>(m),
@@ -136,7 +138,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps
                           static_cast<float>(eps)};
     // By 16 bytes, where all rows begin at multiples of them; else by two numbers.
     bool in_16_bytes = channels * x.element_size() % 16 == 0;
-    for (const Tensor* each : {&x, &weight, &bias, &mixes, &last}) {
+    for (const Tensor* each : {&x, &weight, &bias, &mixes, &last, &new_last}) {
         in_16_bytes &= reinterpret_cast<uintptr_t>(each->const_data_ptr()) % 16 == 0;
     }
     const auto chosen = [=](auto wide, auto narrow) { return in_16_bytes ? wide : narrow; };
@@ -152,7 +154,8 @@ Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps
 
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
-        "norm_mix(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, Tensor(a!) last) -> Tensor");
+        "norm_mix(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, Tensor last, Tensor(a!) new_last) -> "
+        "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("norm_mix", TORCH_BOX(&run)); }
