@@ -67,5 +67,5 @@ class FrozenRows:
         self._before_moving()
         self._rooms, self._half = [], half
         shapes = shapes_of(self._weights, 2 * half)
-        block = torch.zeros(size_of(shapes), dtype=self._weights[0].dtype, device=self._device)
+        block = torch.empty(size_of(shapes), dtype=self._weights[0].dtype, device=self._device)
         self._rooms = parts_of(block, shapes)
