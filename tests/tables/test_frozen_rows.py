@@ -72,7 +72,7 @@ def test_rows_arrive_in_the_half_that_no_step_reads(told):
             mine = slice(before[1], before[1] + len(steps[number - 1]))
             assert first != before[1]
             assert all(torch.equal(room[mine], old[mine]) for room, old in zip(rooms, known, strict=True))
-        # A half is filled once the host has seen the end of the step before the last; a new room, once main has got there.
+        # A half is filled once the step before the last is done, a new room once all is that came before.
         waits = [f"the host waits for main {number}"] if number else []
         grows = [f"beside waits for main {number + 1}"] if before is None or before[0] is not rooms else []
         assert told == [*waits, *grows, f"main waits for beside {number + 1}"]
