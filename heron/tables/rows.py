@@ -48,7 +48,8 @@ class RowTables:
     The tables stay whole parameters of the model, so state_dict() is what it always is. Outside a step (validation,
     samples) they are looked up where they lie. Of several processes each keeps the rows that it owns alone, see
     :class:`heron.tables.owners.Owners`, and :meth:`whole` has them all. In the host's memory they are pinned where the
-    device is a GPU, and its kernels read and write them there, beside the computation: see docs/scale.md.
+    device is a GPU, and its kernels read and write them there, beside the computation: see docs/scale.md. Frozen ones
+    are not; the host picks their rows and sends them (:class:`heron.tables.frozen.FrozenRows`).
 
     Args:
         model: with one DeepEmbed table a layer or more, of any variant.
