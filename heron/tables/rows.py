@@ -14,7 +14,7 @@ from heron.errors import ConfigError, DataError
 from heron.model.deep_embed import Brought, Where, tables_of
 from heron.model.rwkv import RWKV
 from heron.ops import rows
-from heron.ops.rows import row_adamw_choice
+from heron.ops.rows import copy_rows_choice, row_adamw_choice
 from heron.tables.bus import Bus, parts_of, pinned, shapes_of, size_of
 from heron.tables.frozen import FrozenRows
 from heron.tables.owners import Owners, Request
@@ -85,7 +85,8 @@ class RowTables:
                 f"tables {storage}: variant {model.config.variant} has no DeepEmbed tables; drop the setting"
             )
         self._modules, self._device, self._pins, self._trains = modules, device, device.type == "cuda", trains
-        self._by_kernel = self._pins and row_adamw_choice(device, modules[0].weight.dtype).impl == "cuda"
+        choice = row_adamw_choice(device, modules[0].weight.dtype) if trains else copy_rows_choice(device)
+        self._by_kernel = self._pins and choice.impl == "cuda"
         if storage == "device" and not self._by_kernel:
             raise ConfigError(f'tables device: {device} has no kernels that step them by rows; use storage "host"')
         self.rows: list[Tensor] = []  # (n or more, width) of each table in `weights`; empty outside a step

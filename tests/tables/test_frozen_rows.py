@@ -176,6 +176,7 @@ def test_on_a_gpu_they_are_the_same_bits_recorded_or_not(form, changes):
             ]
             ended[compiled, tables] = torch.stack(numbers), dict(learner.trained.state_dict())
             assert len(learner._passes.graphs) == (compiled == "graph")
+            assert tables == "device" or learner.tables._by_kernel
     for one, other in (
         (("off", "device"), ("off", "host")),
         (("on", "device"), ("on", "host")),
