@@ -27,6 +27,7 @@ from heron import dist
 from heron.commands import bench
 from heron.commands.settings import step_of
 from heron.config import FinetuneConfig, ModelConfig, TrainConfig
+from heron.config.finetune import tables_train
 from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.quantized import BYTES, quantized_layers
@@ -197,6 +198,7 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
         rows = [] if learner.tables is None else learner.tables.rows
         trained = [parameter for parameter in learner.trained.parameters() if not _among(on_host, parameter)]
         others = [other for other in learner.network.parameters() if not _among([*trained, *on_host], other)]
+        ahead = 0 if tables_train(config.finetune) else _bytes(rows)  # of frozen tables, on a GPU, for the step after
         gradients = _bytes(tensor.grad for tensor in (*trained, *others, *rows) if tensor.grad is not None)
         ledger.begin("update")
         learner.update(loss, 0.0, math.inf)
@@ -207,7 +209,7 @@ def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
             optimizer=_bytes(part for parameter in trained for part in state.get(parameter, {}).values()),
             gradients=gradients,
             activations=counts["activations"],
-            **{f"in_{phase}": most - tables for phase, most in ledger.peaks.items()},
+            **{f"in_{phase}": most - tables + ahead for phase, most in ledger.peaks.items()},
             tables=tables,
         )
 

@@ -14,8 +14,9 @@ from heron.errors import ConfigError, DataError
 from heron.model.deep_embed import Brought, Where, tables_of
 from heron.model.rwkv import RWKV
 from heron.ops import rows
-from heron.ops.rows import row_adamw_choice
+from heron.ops.rows import copy_rows_choice, row_adamw_choice
 from heron.tables.bus import Bus, parts_of, pinned, shapes_of, size_of
+from heron.tables.frozen import FrozenRows
 from heron.tables.owners import Owners, Request
 
 
@@ -47,7 +48,8 @@ class RowTables:
     The tables stay whole parameters of the model, so state_dict() is what it always is. Outside a step (validation,
     samples) they are looked up where they lie. Of several processes each keeps the rows that it owns alone, see
     :class:`heron.tables.owners.Owners`, and :meth:`whole` has them all. In the host's memory they are pinned where the
-    device is a GPU, and its kernels read and write them there, beside the computation: see docs/scale.md.
+    device is a GPU, and its kernels read and write them there, beside the computation: see docs/scale.md. Frozen ones
+    are not; the host picks their rows and sends them (:class:`heron.tables.frozen.FrozenRows`).
 
     Args:
         model: with one DeepEmbed table a layer or more, of any variant.
@@ -83,7 +85,8 @@ class RowTables:
                 f"tables {storage}: variant {model.config.variant} has no DeepEmbed tables; drop the setting"
             )
         self._modules, self._device, self._pins, self._trains = modules, device, device.type == "cuda", trains
-        self._by_kernel = self._pins and row_adamw_choice(device, modules[0].weight.dtype).impl == "cuda"
+        choice = row_adamw_choice(device, modules[0].weight.dtype) if trains else copy_rows_choice(device)
+        self._by_kernel = self._pins and choice.impl == "cuda"
         if storage == "device" and not self._by_kernel:
             raise ConfigError(f'tables device: {device} has no kernels that step them by rows; use storage "host"')
         self.rows: list[Tensor] = []  # (n or more, width) of each table in `weights`; empty outside a step
@@ -98,7 +101,7 @@ class RowTables:
         tables = []
         for module in modules:
             table = module.weight.detach() if self.owners is None else self.owners.share(module.weight.detach())
-            tables.append(table.to(device) if storage == "device" else pinned(table.cpu(), self._pins))
+            tables.append(table.to(device) if storage == "device" else pinned(table.cpu(), self._pins and trains))
             del module.weight
         if moves:
             model.to(device)
@@ -106,15 +109,16 @@ class RowTables:
             module.weight = nn.Parameter(table, requires_grad=trains)
         self.n_rows, self.names = model.config.vocab_size, [f"{name}.weight" for name in named]
         self.weights = [module.weight for module in modules]
-        self._bus = Bus(self.weights, device) if self._by_kernel and storage == "host" else None
+        self._bus = Bus(self.weights, device) if self._by_kernel and storage == "host" and trains else None
+        self._frozen = FrozenRows(self.weights, device, self._move) if self._pins and not trains else None
         for module in modules if self._bus else ():
             module.before_reading = self.wait
             module.register_state_dict_pre_hook(lambda *_: self.wait())
 
     @property
     def recordable(self) -> bool:
-        """Whether :meth:`bring` can bring rows for a recorded pass: whether they come by kernel, and over no bus."""
-        return self._by_kernel and self._bus is None
+        """Whether :meth:`bring` can bring rows for a recorded pass: whether they are there before it begins."""
+        return self._frozen is not None or (self._by_kernel and self._bus is None)
 
     @property
     def n_elsewhere(self) -> int:
@@ -137,8 +141,11 @@ class RowTables:
         self._request = None if self.owners is None else self.owners.request(self.ids)
         if self._request is not None:
             self.ids, self._stepped = self._request.ids, self._request.owned
-        arrive = None
-        if self._bus is not None:
+        arrive, first = None, 0
+        if self._frozen is not None:
+            self._there = self._onto_device(self.ids)
+            brought, first = self._frozen.bring(self.ids, min(tokens.numel(), self.n_rows))
+        elif self._bus is not None:
             self._there, brought = self._bus.bring(self._stepped)
             arrive = self._bus.arrive
         else:
@@ -151,9 +158,9 @@ class RowTables:
         if self._position is None:
             self._position = torch.empty(self.n_rows, dtype=torch.int64, device=self._device)
         self._position.fill_(-1)
-        self._position[looked_up] = torch.arange(len(self.ids), device=self._device)
+        self._position[looked_up] = torch.arange(first, first + len(self.ids), device=self._device)
         self.rows = brought if recorded else [part.detach().requires_grad_(self._trains) for part in brought]
-        if self._bus is not None and self.rows and self._trains:
+        if self._bus is not None and self.rows:
             self._bus.prefetch_with(self.rows[len(self.rows) // 2], passes)
         gates_by_kernel = self._by_kernel and self.weights[0].shape[1] <= rows.LARGEST_WIDTH
         where = Where(self._position, gates_by_kernel, arrive)
@@ -266,8 +273,7 @@ class RowTables:
         """
         n = len(self.ids) if self._request is None else self._request.most
         if not self._room or len(self._room[0]) < n:
-            if self.before_moving is not None:
-                self.before_moving()
+            self._move()
             self._room = []
             shapes = shapes_of(self.weights, min(n + n // 4 + 64, self.n_rows))
             block = torch.zeros(size_of(shapes), device=self._device)
@@ -275,6 +281,10 @@ class RowTables:
         for part in self._room:
             part.grad = None
         return self._room
+
+    def _move(self) -> None:
+        if self.before_moving is not None:
+            self.before_moving()
 
     @torch.no_grad()
     def _fetched(

@@ -72,13 +72,12 @@ class Leaves:
         return start if isinstance(start, State) else None
 
 
-def prepare_base(model: RWKV, in_half: bool, tables_stay: bool, base: str, device: torch.device) -> None:
+def prepare_base(model: RWKV, in_half: bool, tables_train: bool, base: str, device: torch.device) -> None:
     """Freeze the weights of `model`, and cast them to what the network computes with, where they lie.
 
     Args:
         in_half: whether that is bf16.
-        tables_stay: whether DeepEmbed tables keep their dtype: they train, or rows are brought from the host as they
-            lie there.
+        tables_train: whether DeepEmbed tables keep their dtype, as they train.
         base: FinetuneConfig's; int8 and nf4 are quantized, on `device`.
 
     Raises:
@@ -87,7 +86,7 @@ def prepare_base(model: RWKV, in_half: bool, tables_stay: bool, base: str, devic
     tables = {id(table.weight) for table in tables_of(model).values()}
     model.requires_grad_(False)
     for weight in model.parameters() if in_half else ():
-        if not (tables_stay and id(weight) in tables):
+        if not (tables_train and id(weight) in tables):
             weight.data = weight.data.to(torch.bfloat16)
     if base in QUANTIZED:
         quantize(model, base, device)

@@ -96,7 +96,7 @@ class Learner:
         in_half = machine.choose_weights(config.weights, config.dtype, device).value == "bf16"
         if config.freezes:
             base = "auto" if config.finetune is None else config.finetune.base
-            leaves.prepare_base(model, in_half, config.tables == "host" or tables_train, base, device)
+            leaves.prepare_base(model, in_half, tables_train, base, device)
         self.tables = row_tables(
             model, device, config.tables, tables_train, ranks, moves=not sharded, always=config.freezes and tables_train
         )
@@ -112,7 +112,7 @@ class Learner:
         self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
-            config.compile, device, model.config, config.tables, adds_up, in_pieces, kind,
+            config.compile, device, model.config, config.tables, tables_train, adds_up, in_pieces, kind,
             self._context is not None and config.finetune is not None,
             dist.is_crowded(self.parallel.value, n_parameters, device),
         )  # fmt: skip

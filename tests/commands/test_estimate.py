@@ -125,6 +125,16 @@ def test_host_tables_take_their_rows_alone_from_the_device():
     assert plain.gradients - host.gradients == 4 * 2 * (600 - 4) * 64
 
 
+def test_rows_of_frozen_tables_on_the_host_take_their_place_twice(monkeypatch):
+    config = training(tables="host", dtype="bf16", weights="bf16", finetune=heron.FinetuneConfig(method="state"))
+    found = estimate._counted(config, MODEL)
+    assert found.tables == 2 * 2 * 600 * 64
+    monkeypatch.setattr(estimate, "tables_train", lambda _: True)
+    once = estimate._counted.__wrapped__(config, MODEL)
+    for phase in ("in_forward", "in_backward", "in_update"):
+        assert getattr(found, phase) - getattr(once, phase) == 2 * 2 * 32 * 64  # of the 32 tokens of a step
+
+
 def test_each_of_many_gpus_has_its_share_of_weights_and_of_rows_of_tables():
     def found(gpus, model=MODEL, **changes):
         config = estimate.on_gpus(training(ctx_len=2, **changes), model, gpus)

@@ -198,6 +198,11 @@ def test_products_with_rows_and_their_gradients_are_near_fp64(kernels, n, tokens
         assert float((got.double() - truth).norm() / truth.norm().clamp_min(1e-9)) < size
     (of_frozen,) = torch.autograd.grad(gate_rows(x, gates.detach(), places), x, d)
     assert torch.equal(of_frozen, results()[1])
+    in_half = gates.detach().bfloat16()  # as frozen rows are beside a base in bf16
+    out = gate_rows(x, in_half, places)
+    (of_frozen,) = torch.autograd.grad(out, x, d)
+    for got, given in ((out, x), (of_frozen, d)):
+        assert torch.equal(got, (given.float() * in_half[row].float()).to(dtype))
 
 
 def test_places_hold_every_token_in_the_order_of_its_row():

@@ -30,8 +30,8 @@ def gate_rows(x: Tensor, rows: Tensor, places: Places) -> Tensor:
 
     Args:
         x: (..., width), N tokens in all, bf16 or fp32.
-        rows: (n, width) fp32, on the same device. On a GPU, where the kernels must have been built
-            (:func:`heron.ops.rows.cuda.library`), width = 8, 16, ... 8192.
+        rows: (n, width) fp32, or bf16 where they get no gradient, on the same device. On a GPU, where the kernels must
+            have been built (:func:`heron.ops.rows.cuda.library`), width = 8, 16, ... 8192.
         places: of these tokens.
 
     Returns:

@@ -44,8 +44,8 @@ __device__ __forceinline__ void write(BFloat16* to, const float (&from)[kWidth])
     *reinterpret_cast<uint4*>(to) = uint4{word[0], word[1], word[2], word[3]};
 }
 
-template <typename T>
-__global__ void gate(const T* x, const float* rows, const int64_t* row, T* out, int64_t packs, int packs_a_token) {
+template <typename T, typename Row>
+__global__ void gate(const T* x, const Row* rows, const int64_t* row, T* out, int64_t packs, int packs_a_token) {
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < packs; i += stride) {
         const int64_t token = i / packs_a_token;
@@ -147,7 +147,7 @@ void check(const Tensor& x, const Tensor& rows) {
     const auto width = rows.size(-1);
     STD_TORCH_CHECK(x.size(-1) == width && width % kWidth == 0 && width <= kThreads * kWidth,
                     "gate_rows: rows as wide as x, 8, 16, ... 8192 numbers");
-    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && on_one_device(rows, x), "gate_rows: rows in fp32, where x is");
+    STD_TORCH_CHECK(on_one_device(rows, x), "gate_rows: rows must be where x is");
     for (const auto& each : {x, rows})
         STD_TORCH_CHECK(each.is_contiguous() && reinterpret_cast<uintptr_t>(each.const_data_ptr()) % 16 == 0,
                         "gate_rows: tensors must be contiguous and 16-byte aligned");
@@ -163,9 +163,12 @@ Tensor gate_rows(const Tensor& x, const Tensor& rows, const Tensor& row) {
     const auto blocks = static_cast<unsigned>(std::min<int64_t>((packs + 255) / 256, 1 << 16));
     with_dtype<float, BFloat16>(x, "gate_rows", [&](auto zero) {
         using scalar_t = decltype(zero);
-        gate<<<blocks, 256, 0, current_stream()>>>(
-            x.const_data_ptr<scalar_t>(), rows.const_data_ptr<float>(), row.const_data_ptr<int64_t>(),
-            out.mutable_data_ptr<scalar_t>(), packs, static_cast<int>(rows.size(1) / kWidth));
+        with_dtype<float, BFloat16>(rows, "gate_rows, rows", [&](auto zero_row) {
+            using row_t = decltype(zero_row);
+            gate<<<blocks, 256, 0, current_stream()>>>(
+                x.const_data_ptr<scalar_t>(), rows.const_data_ptr<row_t>(), row.const_data_ptr<int64_t>(),
+                out.mutable_data_ptr<scalar_t>(), packs, static_cast<int>(rows.size(1) / kWidth));
+        });
         STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
     return out;
@@ -174,6 +177,7 @@ Tensor gate_rows(const Tensor& x, const Tensor& rows, const Tensor& row) {
 std::tuple<Tensor, Tensor> gate_rows_backward(const Tensor& d, const Tensor& x, const Tensor& rows,
                                               const Tensor& order, const Tensor& row_in_order) {
     check(x, rows), check(d, rows);
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float, "gate_rows: rows with gradients are in fp32");
     STD_TORCH_CHECK(d.scalar_type() == x.scalar_type() && d.numel() == x.numel(), "gate_rows: a gradient like x");
     const DeviceGuard guard(x.get_device_index());
     const auto stream = current_stream();

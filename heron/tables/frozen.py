@@ -1,0 +1,71 @@
+"""Rows of frozen tables, brought to a GPU while it still makes the step before the one that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from heron.tables.bus import parts_of, shapes_of, size_of
+
+
+class FrozenRows:
+    """Picks rows of tables on the host and sends them to the device, on a stream beside the one that computes.
+
+    The room on the device has two halves: a step reads its rows in one while those of the next arrive in the other.
+    They lie where they are for as long as there is room, so a CUDA graph can read them. What sends them is a copy
+    engine, which holds no multiprocessor: a matrix product that wants all of them does not wait.
+
+    Args:
+        weights: the tables, in memory of the host that need not be pinned.
+        device: a CUDA device.
+        before_moving: called before the rows get another place, with more room.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], device: torch.device, before_moving: Callable[[], None]):
+        self._weights = [weight.detach() for weight in weights]
+        self._device, self._before_moving = device, before_moving
+        self._stream = torch.cuda.Stream(device)
+        self._rooms: list[Tensor] = []  # of each table: both halves
+        self._half, self._in_second = 0, True  # rows in a half; which one the last step has
+        self._begun = None  # an event: all that came before the last `bring` is done
+
+    @torch.no_grad()
+    def bring(self, ids: Tensor, most: int) -> tuple[list[Tensor], int]:
+        """Bring the rows of `ids` (n,) int64, of each table; what the current stream does next finds them there.
+
+        The host waits until the device has left the step before the last one.
+
+        Args:
+            most: of how many ids rows will ever be asked at once, so more room than this is not made.
+
+        Returns:
+            A matrix (more than n, width) for each table, and in which of their rows those of `ids` begin.
+        """
+        main = torch.cuda.current_stream(self._device)
+        if self._begun is not None:
+            self._begun.synchronize()  # who has read the half that is to be filled is done
+        self._begun = main.record_event()
+        n = len(ids)
+        if n > self._half:
+            self._make_room(max(n, min(n + n // 4 + 64, most)))
+            self._stream.wait_event(self._begun)  # who had that memory is done
+        self._in_second = not self._in_second
+        first = self._half * self._in_second
+        with torch.cuda.stream(self._stream):
+            for weight, room in zip(self._weights, self._rooms, strict=True):
+                picked = torch.empty(n, weight.shape[1], dtype=weight.dtype, pin_memory=self._device.type == "cuda")
+                torch.index_select(weight, 0, ids, out=picked)
+                room[first : first + n].copy_(picked, non_blocking=True)
+            arrived = self._stream.record_event()
+        main.wait_event(arrived)
+        return self._rooms, first
+
+    def _make_room(self, half: int) -> None:
+        """Room for so many rows twice."""
+        self._before_moving()
+        self._rooms, self._half = [], half
+        shapes = shapes_of(self._weights, 2 * half)
+        block = torch.empty(size_of(shapes), dtype=self._weights[0].dtype, device=self._device)
+        self._rooms = parts_of(block, shapes)
