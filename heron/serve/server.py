@@ -81,7 +81,8 @@ def server_of(app: Any, config: ServeConfig, listening: Callable[[str], object] 
         uvicorn.Config(
             app, config.host, config.port,
             http=guarded_protocol(), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            timeout_graceful_shutdown=math.ceil(config.grace) + SECONDS_TO_TELL, timeout_keep_alive=75,
+            proxy_headers=False, timeout_keep_alive=75,
+            timeout_graceful_shutdown=math.ceil(config.grace) + SECONDS_TO_TELL,
         ),
         app.state.stop,
         config.grace,
