@@ -210,6 +210,7 @@ def _be_quick() -> None:
     sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()  # what is there now stays: to look through it again would take tenths of a second
+    gc.set_threshold(10_000, 10, 10)  # many streams are many objects, which end without it
 
 
 @contextlib.contextmanager
