@@ -16,11 +16,9 @@ are so small that each is full; the server's memory is that of both its processe
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import multiprocessing
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -33,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import history
+import serve_clients
 import serve_load
 import torch
 from generate import DTYPES, decoding, in_turns, random_model
@@ -41,72 +40,8 @@ from timing import device_of
 import heron
 from heron import tokenizer
 from heron.commands.serve import PACKED
-from heron.config import LARGEST_SEED
 from heron.generation import OpenSequence, Request, Token
 from heron.serve import ServeConfig, create_app, serve
-
-TIMEOUT_S = 300
-
-
-class Asked(NamedTuple):
-    """What came of one request."""
-
-    first: float  # seconds to the first token
-    seconds: float  # to the end
-    began: float
-    tokens: int
-    error: str
-
-
-# -- clients, in a process of their own ------------------------------------------------------------------------------
-
-
-async def ask(port: int, prompt: list[int], tokens: int, seed: int) -> Asked:
-    """One streamed completion; the texts are not parsed, but the usage behind them is."""
-    began = time.perf_counter()
-    body = {
-        "prompt": prompt, "max_tokens": tokens, "stream": True, "seed": seed, "temperature": 1, "top_p": 0.5,
-        "stream_options": {"include_usage": True}, "logit_bias": {},
-    }  # fmt: skip
-    data = json.dumps(body).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
-    )
-    first, tail, written = 0.0, b"", 0
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head.encode() + data)
-        while chunk := await asyncio.wait_for(reader.read(1 << 16), TIMEOUT_S):
-            if not first and b'"text":' in chunk:
-                first = time.perf_counter() - began
-            tail = (tail + chunk)[-4096:]
-        writer.close()
-    except (OSError, TimeoutError) as error:
-        return Asked(first, time.perf_counter() - began, began, 0, str(error) or type(error).__name__)
-    found = tail.rfind(b'"completion_tokens":')
-    if found < 0 or b"[DONE]" not in tail:
-        return Asked(first, time.perf_counter() - began, began, 0, tail[-300:].decode("utf-8", "replace"))
-    written = int(tail[found + 20 :].split(b",")[0])
-    return Asked(first, time.perf_counter() - began, began, written, "")
-
-
-async def clients(options: argparse.Namespace) -> list[Asked]:
-    """What all clients got."""
-    chance = random.Random(options.seed)
-    end = time.perf_counter() + options.last
-    answers: list[Asked] = []
-
-    async def client(number: int) -> None:
-        await asyncio.sleep(options.arrive * number / options.clients)
-        while True:
-            prompt = [chance.randrange(1, options.vocab_size) for _ in range(options.prompt)]
-            answers.append(await ask(options.port, prompt, options.tokens, chance.randrange(LARGEST_SEED)))
-            if time.perf_counter() >= end:
-                return
-
-    await asyncio.gather(*(client(number) for number in range(options.clients)))
-    return answers
 
 
 def in_process(*command: str) -> Any:
@@ -120,34 +55,81 @@ def in_process(*command: str) -> Any:
     return json.loads(done.stdout)
 
 
-def measured(port: int, n: int, options: argparse.Namespace, **changes: float) -> dict[str, float]:
-    """Figures of `n` clients, that run in another process."""
+class Times(NamedTuple):
+    """Seconds so far."""
+
+    engine: float  # of a CPU, by the engine's thread beside its steps
+    http: float  # of a CPU, by the process that speaks HTTP
+    steps: float  # of the engine
+    n: int  # steps
+
+    @classmethod
+    def of(cls, engine: Timed) -> Times:
+        ticks = 0
+        for child in multiprocessing.active_children():
+            user, system = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            ticks += int(user) + int(system)
+        return cls(engine.beside, ticks / os.sysconf("SC_CLK_TCK"), engine.seconds, engine.n_steps)
+
+
+def measured(port: int, n: int, engine: Timed, options: argparse.Namespace, **changes: float) -> dict[str, float]:
+    """Figures of `n` clients, that run in other processes."""
     asked = {"port": port, "clients": n, "vocab_size": options.vocab_size, "prompt": options.prompt,
              "tokens": options.tokens, "arrive": 0.0, "last": 0.0, "seed": 0, **changes}  # fmt: skip
-    answers = [Asked(*one) for one in in_process(__file__, "--as_clients", json.dumps(asked))]
+    before = Times.of(engine)
+    found, cpu = in_process(serve_clients.__file__, json.dumps(asked))
+    took = Times(*(now - then for now, then in zip(Times.of(engine), before, strict=True)))
+    answers = [serve_clients.Asked(*one) for one in found]
     errors = [one.error for one in answers if one.error]
-    good = [one for one in answers if not one.error] or [Asked(0, 1, 0, 0, "")]
+    good = [one for one in answers if not one.error] or [serve_clients.Asked(0, 1, 0, 0, "")]
     begun, ended = min(one.began for one in good), max(one.began + one.seconds for one in good)
+    until = begun + asked["last"] if asked["last"] else ended
     firsts, wholes = sorted(one.first for one in good), sorted(one.seconds for one in good)
     decode = [(one.tokens - 1) / (one.seconds - one.first) for one in good if one.seconds > one.first]
     if errors:
         print(f"  {len(errors)} errors, such as: {errors[0][:200]}")
+    n_tokens = max(sum(one.tokens for one in good), 1)
     return {
         "requests": len(answers),
         "errors": len(errors),
-        "tokens/s": sum(one.tokens for one in good) / (ended - begun),
+        "tokens/s": sum(one.tokens_until(until) for one in good) / (until - begun),
         "p50 first": statistics.median(firsts),
         "p95 first": firsts[int(0.95 * (len(firsts) - 1))],
         "p50 whole": statistics.median(wholes),
         "p95 whole": wholes[int(0.95 * (len(wholes) - 1))],
         "one": statistics.median(decode or [0.0]),
+        "engine a token": took.engine / n_tokens,
+        "http a token": took.http / n_tokens,
+        "clients a token": cpu / n_tokens,
+        "step": took.steps / max(took.n, 1),
+        "of a step": n_tokens / max(took.n, 1),
     }
 
 
 # -- the server ------------------------------------------------------------------------------------------------------
 
 
-class Waiting(heron.Engine):
+class Timed(heron.Engine):
+    """Notes how long its steps take, and how long its thread is busy beside them."""
+
+    seconds = beside = 0.0
+    n_steps = 0
+    _ended: float | None = None  # its thread's time, behind a step
+
+    def step(self) -> list[tuple[OpenSequence, Token | heron.HeronError]]:
+        self.beside += 0.0 if self._ended is None else time.thread_time() - self._ended
+        began = time.perf_counter()
+        drawn = self.drawn()
+        self.seconds += time.perf_counter() - began
+        self.n_steps += 1
+        self._ended = time.thread_time()
+        return drawn
+
+    def drawn(self) -> list[tuple[OpenSequence, Token | heron.HeronError]]:
+        return super().step()
+
+
+class Waiting(Timed):
     """Gives every sequence the same token at each step, which takes `seconds` as on a device: others may run."""
 
     def __init__(self, model: heron.RWKV, rows: int, seconds: float):
@@ -163,7 +145,7 @@ class Waiting(heron.Engine):
         super().close(sequence)
         self._there.pop(sequence, None)
 
-    def step(self) -> list[tuple[OpenSequence, Token | heron.HeronError]]:
+    def drawn(self) -> list[tuple[OpenSequence, Token | heron.HeronError]]:
         time.sleep(self._seconds)
         for sequence in self._there:
             sequence.go_on(1)
@@ -207,15 +189,17 @@ def shown(name: str, figures: dict[str, float], engine: float) -> None:
         f"first token p50 {1e3 * figures['p50 first']:.0f} ms, p95 {1e3 * figures['p95 first']:.0f} ms   "
         f"whole p50 {figures['p50 whole']:.2f} s, p95 {figures['p95 whole']:.2f} s   "
         f"a client {figures['one']:.1f} tokens/s   "
-        f"{figures['requests']:.0f} requests, {figures['errors']:.0f} errors",
+        f"{figures['requests']:.0f} requests, {figures['errors']:.0f} errors"
+    )
+    print(
+        f"{'  of a CPU':<34}{1e6 * figures['engine a token']:.1f} us a token between the engine's steps, "
+        f"{1e6 * figures['http a token']:.1f} HTTP, {1e6 * figures['clients a token']:.1f} the clients   "
+        f"a step of {figures['of a step']:.1f} sequences {1e3 * figures['step']:.2f} ms",
         flush=True,
     )
 
 
 def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "--as_clients":
-        print(json.dumps(asyncio.run(clients(argparse.Namespace(**json.loads(sys.argv[2]))))))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="weights; default: random ones of the sizes below")
     parser.add_argument("--variant", default="v7")
@@ -263,14 +247,14 @@ def main() -> None:
         alone = engines_alone(model, options, device)
         packed = PACKED if device.type == "cuda" else 1  # as heron serve
         known = tokenizer.load(f"integers:{options.vocab_size}")
-        engine = heron.Engine(model, known, options.rows, packed=packed, fit_steps=True)
+        engine = Timed(model, known, options.rows, packed=packed, fit_steps=True)
 
     def work(address: str) -> None:
         port = int(address.rpartition(":")[2])
-        measured(port, min(4, options.clients), options)  # warms up
-        measured(port, options.clients, options, tokens=4)
-        figures = measured(port, options.clients, options, arrive=options.arrive, last=options.last)
-        one = measured(port, 1, options, tokens=4 * options.tokens)
+        measured(port, min(4, options.clients), engine, options)  # warms up
+        measured(port, options.clients, engine, options, tokens=4)
+        figures = measured(port, options.clients, engine, options, arrive=options.arrive, last=options.last)
+        one = measured(port, 1, engine, options, tokens=4 * options.tokens)
         for n, of_clients, engine_alone in ((options.clients, figures, alone[options.rows]), (1, one, alone[1])):
             name = f"server, {n} client{'s' if n > 1 else ''}"
             shown(name, of_clients, engine_alone)

@@ -178,14 +178,13 @@ class SequenceStates:
     """
 
     def __init__(self, model: RWKV, n: int, in_bf16: bool = False):
-        self._config, weight = model.config, model.emb.weight
-        self._device, self._dtype = weight.device, weight.dtype
-        L, C, H, N = self._config.n_layer, self._config.n_embd, self._config.n_head, self._config.head_size
-        self._shifts = torch.zeros(L, 2, n, C, dtype=self._dtype, device=self._device)
-        self._in_fp32 = torch.promote_types(self._dtype, torch.float32)
+        config, device, dtype = model.config, model.emb.weight.device, model.emb.weight.dtype
+        L, C, H, N = config.n_layer, config.n_embd, config.n_head, config.head_size
+        self._shifts = torch.zeros(L, 2, n, C, dtype=dtype, device=device)
+        self._in_fp32 = torch.promote_types(dtype, torch.float32)
         kept = torch.bfloat16 if in_bf16 else self._in_fp32
-        self._wkv = torch.zeros(L, n, H, N, N, dtype=kept, device=self._device)
-        self.drawn = torch.zeros(n, dtype=torch.int64, device=self._device) if in_bf16 else None
+        self._wkv = torch.zeros(L, n, H, N, N, dtype=kept, device=device)
+        self.drawn = torch.zeros(n, dtype=torch.int64, device=device) if in_bf16 else None
         self.layers = self._by_layer()
 
     def first(self, n: int) -> SequenceStates:
@@ -220,11 +219,12 @@ class SequenceStates:
     def write(self, sequence: int, state: State | None) -> None:
         """Let `sequence` go on from `state` (batch size 1; None: zeros), which is copied."""
         if state is None:
-            state = State.zeros(self._config, 1, self._device, self._dtype)
-        # All layers together: on a GPU a few copies rather than three for each.
-        shifts = torch.cat([shift for layer in state.layers for shift in (layer.att_shift, layer.ffn_shift)])
-        self._shifts[:, :, sequence] = shifts.view(len(self.layers), 2, -1)
-        self._wkv[:, sequence] = torch.cat([layer.wkv for layer in state.layers])
+            self._shifts[:, :, sequence] = 0
+            self._wkv[:, sequence] = 0
+        else:  # all layers together: on a GPU a few copies rather than three for each
+            shifts = torch.cat([shift for layer in state.layers for shift in (layer.att_shift, layer.ffn_shift)])
+            self._shifts[:, :, sequence] = shifts.view(len(self.layers), 2, -1)
+            self._wkv[:, sequence] = torch.cat([layer.wkv for layer in state.layers])
         if self.drawn is not None:
             self.drawn[sequence] = 0
 

@@ -56,8 +56,8 @@ def application(link: Link, offers: Mapping[str, Offer], config: ServeConfig, te
     app = FastAPI(title="Heron", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.stop = models.stop
     app.router.redirect_slashes = False
-    _add_models(app, service)
     _add_texts(app, service)
+    _add_models(app, service)
     _add_states(app, service)
     _add_pages(app, service)
     app.add_exception_handler(RequestValidationError, _invalid)

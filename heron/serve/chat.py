@@ -249,9 +249,8 @@ async def stream(asked: Asked, with_logprobs: bool, with_usage: bool) -> AsyncGe
                 chunks.append(wire.event({**about, "choices": [last]}))
             if chunks:
                 yield b"".join(chunks)
-    if with_usage:
-        yield wire.event({**about, "choices": [], "usage": asked.usage})
-    yield wire.DONE
+    last = wire.event({**about, "choices": [], "usage": asked.usage}) if with_usage else b""
+    yield last + wire.DONE
 
 
 def _deltas(answer: Answer, parts: list[Part]) -> list[bytes]:

@@ -150,9 +150,8 @@ async def stream(asked: Asked, with_logprobs: bool, with_usage: bool) -> AsyncGe
                 )  # fmt: skip
             else:
                 yield wire.event(asked.answer([_choice(text, piece.text, scores, text.finish)]))
-    if with_usage:
-        yield wire.event({**asked.answer([]), "usage": asked.usage})
-    yield wire.DONE
+    last = wire.event({**asked.answer([]), "usage": asked.usage}) if with_usage else b""
+    yield last + wire.DONE
 
 
 def _choice(text: Continuation, shown: str, scores: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -147,7 +148,7 @@ class HttpProcess:
             ConfigError: it cannot listen where it should.
             HeronError: HTTP has ended otherwise.
         """
-        sys.setswitchinterval(_SWITCH_S)
+        _be_quick()
         log_failures()
         engines.start(self._deliver)
         reader = threading.Thread(target=self._read, args=(engines, listening), name="heron-pipe", daemon=True)
@@ -202,6 +203,14 @@ class HttpProcess:
             _log.exception("%s has failed", method.__qualname__)
             answer = _Answer(number or 0, None, Refusal(500, "the server has failed; its log says why"))
         self._pipe.send(answer)
+
+
+def _be_quick() -> None:
+    """Let no thread of this process, nor its garbage collector, hold up the others for long."""
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()  # what is there now stays: to look through it again would take tenths of a second
+    gc.set_threshold(10_000, 10, 10)  # many streams are many objects, which end without it
 
 
 @contextlib.contextmanager
@@ -266,7 +275,6 @@ def _speak_http(
     """What the process does."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    sys.setswitchinterval(_SWITCH_S)
     pipe, made = _Pipe(connection), functools.cache(tokenizer.load)
     link = _Link(pipe)
 
@@ -285,6 +293,7 @@ def _speak_http(
         server = server_of(app, config, lambda address: pipe.send(_Listening(address)))
         if next(pipe.received(), None) is None:
             return
+        _be_quick()
         threading.Thread(target=read, args=(server,), name="heron-pipe", daemon=True).start()
         server.run()
     except (HeronError, OSError) as error:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
@@ -16,6 +17,9 @@ from heron.errors import ConfigError
 from heron.serve.protocol import guarded_protocol
 
 SECONDS_TO_TELL = 5  # those whose requests were ended by the end of the server
+# uvloop takes one connection for each listener in a turn of its loop, which lasts milliseconds where many streams are
+# open. Windows, which has no uvloop, does not let a socket listen twice.
+LISTENERS = 1 if sys.platform == "win32" else 16
 
 
 class Server(uvicorn.Server):
@@ -38,11 +42,14 @@ class Server(uvicorn.Server):
         self._stop, self._grace, self._listening = stop, grace, listening
 
     async def startup(self, sockets: Any = None) -> None:
+        host, port = self.config.host, self.config.port
         try:
+            bound = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port, start_serving=False)
+            sockets = [one.dup() for one in bound.sockets for _ in range(LISTENERS)]
+            bound.close()
             await super().startup(sockets)
-        except SystemExit as stop:
-            place = f"{self.config.host}, port {self.config.port}"
-            raise ConfigError(f"host {place}: cannot listen there: {stop.__context__ or 'see above'}") from None
+        except OSError as error:
+            raise ConfigError(f"host {host}, port {port}: cannot listen there: {error}") from None
         self._listening(self.address)
 
     async def shutdown(self, sockets: Any = None) -> None:
@@ -81,7 +88,8 @@ def server_of(app: Any, config: ServeConfig, listening: Callable[[str], object] 
         uvicorn.Config(
             app, config.host, config.port,
             http=guarded_protocol(), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            timeout_graceful_shutdown=math.ceil(config.grace) + SECONDS_TO_TELL, timeout_keep_alive=75,
+            proxy_headers=False, timeout_keep_alive=75,
+            timeout_graceful_shutdown=math.ceil(config.grace) + SECONDS_TO_TELL,
         ),
         app.state.stop,
         config.grace,

@@ -21,7 +21,7 @@ class EventStream(Response):
     """Sends events as they come.
 
     Args:
-        events: the events, each as it is sent.
+        events: the events, each as it is sent, or several at once; none comes behind :data:`heron.serve.wire.DONE`.
         cancel: called when the client has left, or the stream has ended.
     """
 
@@ -37,9 +37,12 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with contextlib.aclosing(_guarded(self._events)) as events:
+                goes_on = True
                 async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    goes_on = not event.endswith(wire.DONE)
+                    await send({"type": "http.response.body", "body": event, "more_body": goes_on})
+            if goes_on:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watch.cancel()
             self._cancel()
@@ -59,9 +62,7 @@ async def _guarded(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
             async for event in events:
                 yield event
     except HeronError as error:
-        yield wire.event(of_error(error).body)
-        yield wire.DONE
+        yield wire.event(of_error(error).body) + wire.DONE
     except Exception:
         _log.exception("a stream has failed")
-        yield wire.event(Refusal(500, "the server has failed; its log says why").body)
-        yield wire.DONE
+        yield wire.event(Refusal(500, "the server has failed; its log says why").body) + wire.DONE

@@ -13,7 +13,8 @@ from heron import tokenizer
 from heron.config.serve import ServeConfig
 from heron.errors import ConfigError
 from heron.generation import Engine, Request, Sampling
-from heron.serve import protocol
+from heron.serve import create_app, protocol
+from heron.serve.server import server_of
 from tests.serve.running import raw, request_of, resident_mib, status_of, until
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -50,6 +51,26 @@ def test_64_streams_say_what_the_engine_says_alone(serve, engine_of):
         wanted.append("".join(alone.stream(request)))
     assert asyncio.run(all_at_once()) == wanted
     assert len(set(wanted)) == 64
+
+
+def test_who_comes_is_taken_in_few_turns_of_a_busy_loop(engine_of):
+    connections, taken = [], []
+
+    def come(address):
+        connections.extend(raw(address) for _ in range(128))
+        turn(asyncio.get_running_loop())
+
+    def turn(loop):
+        taken.append(len(server.server_state.connections))
+        server.should_exit = taken[-1] == 128 or len(taken) > 200
+        loop.call_soon(turn, loop)
+
+    config = ServeConfig(port=0)
+    server = server_of(create_app(engine_of(), config), config, come)
+    server.run()
+    for connection in connections:
+        connection.close()
+    assert taken.index(128) < 32
 
 
 def test_a_client_that_leaves_frees_its_place_at_once(serve, engine_of):
