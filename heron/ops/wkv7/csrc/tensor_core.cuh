@@ -191,7 +191,7 @@ struct TileCopies {
     __syncthreads();
     wait_for_bytes(arrivals(index), turn % 2);
     if (!packed || length - start >= kChunk) return;
-    for (int i = threadIdx.x; i < n * kTile / 16; i += threads) {
+    for (int i = threadIdx.x + unknown_zero(); i < n * kTile / 16; i += threads) {
       if (i / 8 % kChunk >= length - start) reinterpret_cast<Piece*>(stage)[i] = {};
     }
     __syncthreads();
@@ -373,24 +373,19 @@ __device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumul
 // by their inverse, and what they add to the others is added.
 template <bool transposed>
 __device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
-  Fragment inverses, below[3];  // on M's diagonal, and below[j][i] of rows 8 i and columns 8 j
-  const auto blocks = [&](int j) { return m + me.lane * 128 + (j ^ me.lane % 8) * 16; };
+  const int row = me.lane % 8, block = me.lane / 8;
+  Fragment inverses;
   if (transposed) {
-    load_matrices(inverses, blocks(me.lane / 8));
+    load_matrices(inverses, m + me.lane * 128 + (block ^ row) * 16);
   } else {
-    load_matrices_transposed(inverses, blocks(me.lane / 8));
-  }
-#pragma unroll
-  for (int j = 0; j < 3; j++) {
-    if (transposed) {
-      load_matrices_transposed(below[j], blocks(j));
-    } else {
-      load_matrices(below[j], blocks(j));
-    }
+    load_matrices_transposed(inverses, m + me.lane * 128 + (block ^ row) * 16);
   }
 #pragma unroll
   for (int step = 0; step < 4; step++) {
     const int j = transposed ? 3 - step : step;
+    Fragment others;  // A's blocks of rows 8 j, or of columns 8 j
+    if (step < 3 && transposed) load_matrices_transposed(others, m + (8 * j + row) * 128 + (block ^ row) * 16);
+    if (step < 3 && !transposed) load_matrices(others, m + me.lane * 128 + (j ^ row) * 16);
     uint32_t* const word = u[j / 2] + j % 2 * 2;
     Accumulator c = {};
     multiply_add(c, pack(z[j][0], z[j][1]), pack(z[j][2], z[j][3]), inverses[j]);
@@ -398,7 +393,7 @@ __device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Ti
     word[1] = pack(c[2], c[3]);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if (transposed ? i < j : i > j) multiply_add(z[i], word[0], word[1], transposed ? below[i][j] : below[j][i]);
+      if (transposed ? i < j : i > j) multiply_add(z[i], word[0], word[1], others[i]);
     }
   }
 }
@@ -672,7 +667,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     __syncthreads();
     me = this_thread();
 
-    Fragment b, rows[4];
+    Fragment b, rows[4], more_rows[4];
     if (of_left) {
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, rows[k], left, 16 * me.warp, 16 * k);
@@ -749,10 +744,10 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       store_operand(me, ux, 16 * me.warp, 0, u[0]);
       store_operand(me, ux, 16 * me.warp, 16, u[1]);
       have_ux();
-      load_rows(rows);
+      load_rows(more_rows);
       Accumulator dm[8];
-      multiply<4, 2, true, false>(me, dm, rows, ux, -1, late ? 3 : 1);
-      multiply<4, 2, false, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+      multiply<4, 2, true, false>(me, dm, more_rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false, false>(me, dm + 4, more_rows, stage + kV * kTile, -1, late ? 3 : 1);
       wait_for_products();
 #pragma unroll
       for (int k = 0; k < 4; k++) as_operand(rows[k], dm + 2 * k);
@@ -797,18 +792,13 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     me = this_thread();
 
     // This warp's 16 rows of dM R + X S_0, or of dM^T L + [U; V] D.
+    if (!of_left) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (of_left) {
-        load_a(me, rows[k], m, 16 * me.warp, 16 * k);
-      } else {
-        load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
-      }
+      for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
+      load_rows(more_rows);
     }
-    Fragment more_rows[4];
     Accumulator gradient[8];
     multiply<4, 4, true, false>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
-    load_rows(more_rows);
     multiply<4, 4, true>(me, gradient, more_rows, of_left ? state : d);
     wait_for_products();
     __syncthreads();
@@ -828,6 +818,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     // state * d_state.
     constexpr int tokens = kChunk / 8;
     const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
+    const int64_t first_element = first_output + int64_t(start + tokens * warp) * output_step + column;
     const float* const cells[4] = {of_a, of_r, of_b, of_k};
     Floats gradients[tokens][4], scales[tokens + 1] = {{1.0f, 1.0f}}, slopes[tokens];
     uint32_t words[tokens][4];
@@ -849,14 +840,16 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     for (int i = 0; i < tokens; i++) {
       const Floats before = scales[i], after = scales[i + 1];
       const Floats inverse = {reciprocal_fast(after.first), reciprocal_fast(after.second)};
-      // The gradient of one input takes the place of the input; the result is their product, both still scaled.
-      auto finish = [&](int name, Floats scale) -> Floats {
+      const int64_t element = first_element + i * output_step;
+      // The gradient of one input to its output; the result is its product with the input, both still scaled.
+      auto finish = [&](int name, Floats scale, void* out) -> Floats {
         const Floats x = gradients[i][name];
-        word(stage, name, tokens * warp + i, column) = pack(x.first * scale.first, x.second * scale.second);
+        store_if(tokens * warp + i < valid, static_cast<bfloat16*>(out) + element,
+                 pack(x.first * scale.first, x.second * scale.second));
         return {x.first * low_half(words[i][name]), x.second * high_half(words[i][name])};
       };
-      const Floats of_alpha = finish(kA, before), of_rho = finish(kR, after);
-      const Floats of_beta = finish(kB, inverse), of_kappa = finish(kK, inverse);
+      const Floats of_alpha = finish(kA, before, p.da), of_rho = finish(kR, after, p.dr);
+      const Floats of_beta = finish(kB, inverse, p.db), of_kappa = finish(kK, inverse, p.dk);
       alphas[i][0] = of_alpha.first;
       alphas[i][1] = of_alpha.second;
       rises[i][0] = of_beta.first + (of_kappa.first - of_rho.first);
@@ -864,18 +857,11 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       sum0 += rises[i][0] - alphas[i][0];
       sum1 += rises[i][1] - alphas[i][1];
     }
-    auto store_rows = [&](Tile tile, void* out) {  // this warp's tokens
+    {
       const int row = tokens * warp + me.lane / 8, piece = me.lane % 8 * 8;
-      const int64_t element = first_output + int64_t(start + row) * output_step + piece;
-      store_if(row < valid, static_cast<bfloat16*>(out) + element,
-               *reinterpret_cast<const Piece*>(tile + place(row, piece)));
-    };
-    __syncwarp();
-    store_rows(stage + kA * kTile, p.da);
-    store_rows(stage + kR * kTile, p.dr);
-    store_rows(stage + kB * kTile, p.db);
-    store_rows(stage + kK * kTile, p.dk);
-    store_rows(of_v, p.dv);
+      store_if(row < valid, static_cast<bfloat16*>(p.dv) + first_output + int64_t(start + row) * output_step + piece,
+               *reinterpret_cast<const Piece*>(of_v + place(row, piece)));
+    }
     *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
     __syncthreads();
     float dg0 = 0.0f, dg1 = 0.0f;
@@ -892,15 +878,13 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     }
 #pragma unroll
     for (int i = 0; i < tokens; i++) {
-      const int t = tokens * warp + i;
       dg0 -= alphas[i][0];
       dg1 -= alphas[i][1];
-      word(stage, kW, t, column) = pack(slopes[i].first * dg0, slopes[i].second * dg1);
+      store_if(tokens * warp + i < valid, static_cast<bfloat16*>(p.dw) + first_element + i * output_step,
+               pack(slopes[i].first * dg0, slopes[i].second * dg1));
       dg0 += rises[i][0];
       dg1 += rises[i][1];
     }
-    __syncwarp();
-    store_rows(stage + kW * kTile, p.dw);
   }
   if (of_left) return;
   const Sequence sequence = find_sequence<kChunk>(p);
