@@ -84,7 +84,8 @@ def time_mix(
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
     inputs = HeadInputs(r, w, k, v, iclr, gate, *of_values)
-    y = run.head_step(inputs, layer.head, before.wkv, states.wkv, drawn, True)
+    settled = True  # no kernel of a step before this one writes these states
+    y = run.head_step(inputs, layer.head, before.wkv, states.wkv, drawn, settled)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
 
