@@ -38,6 +38,11 @@ Compiler = Callable[[Callable], Callable]
 FEWEST = 2  # sequences of a step whose products few_rows makes; those of fewer are matvec's
 
 
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x (..., C), normed."""
+    return F.layer_norm(x, x.shape[-1:], *norm)
+
+
 class Pieces(NamedTuple):
     """What computes the pieces of a block."""
 
@@ -52,7 +57,7 @@ class Pieces(NamedTuple):
     """As :func:`heron.ops.few_rows`; `Product.add` may change in place."""
     low_rank_gate: Callable[..., Tensor]
     """As :func:`low_rank_gate`."""
-    norm: Callable[[Tensor, Norm], Tensor]
+    norm: Callable[[Tensor, Norm], Tensor] = layer_norm
     """The last residual (n, C) -> what the head multiplies, (n, C)."""
     head: Callable[[Tensor, Any], Tensor] = F.linear
     """That and the head's weight (V, C), as :func:`matrix_of` gives it -> logits (n, V)."""
@@ -79,8 +84,8 @@ def time_mix(
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
     inputs = HeadInputs(r, w, k, v, iclr, gate, *of_values)
-    ahead = layer.output if isinstance(layer.output, Tensor) else None
-    y = run.head_step(inputs, layer.head, before.wkv, states.wkv, drawn, ahead)
+    settled = True  # no kernel of a step before this one writes these states
+    y = run.head_step(inputs, layer.head, before.wkv, states.wkv, drawn, settled)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
 
@@ -164,22 +169,8 @@ def low_rank_gate(weights: LowRankGate, x: Tensor, rows: Tensor, embedded: Tenso
     return torch.addmm(weights.s0, squeezed.squeeze(1), weights.s2)
 
 
-def normed(norm_mix: Callable[..., Tensor], x: Tensor, norm: Norm) -> Tensor:
-    """`Pieces.norm` by a `norm_mix`, without a mix."""
-    now = torch.empty_like(x)
-    norm_mix(x, *norm, x[:0], now, now)
-    return now
-
-
 # In plain PyTorch, with four low-rank products: no checks, no choices.
-PLAIN = Pieces(
-    norm_mix_reference,
-    partial(project, multiply),
-    head_step_reference,
-    multiply,
-    low_rank_gate,
-    partial(normed, norm_mix_reference),
-)
+PLAIN = Pieces(norm_mix_reference, partial(project, multiply), head_step_reference, multiply, low_rank_gate)
 
 
 class Way(NamedTuple):
@@ -202,14 +193,14 @@ def way_for(layer: LayerWeights, n: int) -> Way:
 
 
 def _for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
-    prepared, norm_mix = compiled or _as_it_is, _norm_mix(layer, compiled)
+    prepared = compiled or _as_it_is
     return Pieces(
-        norm_mix,
+        _norm_mix(layer, compiled),
         prepared(project_together),
         _head_step(layer, compiled),
         partial(_added_in_place, prepared(multiply)),
         prepared(low_rank_gate),
-        partial(normed, norm_mix),
+        _norm(layer),
     )
 
 
@@ -242,14 +233,13 @@ def _matrices(layer: LayerWeights) -> list[Any]:
 
 
 def _by_kernels(layer: LayerWeights, compiled: Compiler | None, multiply: Callable[..., list[Tensor]]) -> Pieces:
-    norm_mix = _norm_mix(layer, compiled)
     return Pieces(
-        norm_mix,
+        _norm_mix(layer, compiled),
         partial(project, multiply),
         _head_step(layer, compiled),
         multiply,
         (compiled or _as_it_is)(low_rank_gate),
-        partial(normed, norm_mix),
+        _norm(layer),
         partial(_head, multiply),
     )
 
@@ -260,21 +250,33 @@ def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int
 
 def of_any_number(pieces: Pieces) -> Pieces:
     """Compiled `pieces` that are not compiled again for another number n of sequences above 1."""
-    norm_mix = varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last))
     return Pieces(
-        norm_mix,
+        varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last)),
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),
-        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn, ahead: (*inputs, wkv, new_wkv, drawn)),
+        varying(pieces.head_step, lambda inputs, weights, wkv, new_wkv, drawn, settled: (*inputs, wkv, new_wkv, drawn)),
         varying(pieces.multiply, lambda products: [x for y in products for x in (y.x, y.factor, y.add)]),
         varying(pieces.low_rank_gate, lambda weights, x, rows, embedded: (x, rows, embedded)),
-        partial(normed, norm_mix),
+        pieces.norm,
         pieces.head,
     )
 
 
 def _norm_mix(layer: LayerWeights, compiled: Compiler | None) -> Callable[..., Tensor]:
-    choice = norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
-    return _kernel(norm_mix, norm_mix_reference, choice, compiled)
+    return _kernel(norm_mix, norm_mix_reference, _norm_mix_choice(layer), compiled)
+
+
+def _norm(layer: LayerWeights) -> Callable[[Tensor, Norm], Tensor]:
+    return _norm_by_kernel if _norm_mix_choice(layer).impl == "cuda" else layer_norm
+
+
+def _norm_by_kernel(x: Tensor, norm: Norm) -> Tensor:
+    now = torch.empty_like(x)
+    norm_mix(x, *norm, x[:0], now)
+    return now
+
+
+def _norm_mix_choice(layer: LayerWeights) -> Choice:
+    return norm_mix_choice(layer.mix.device, layer.mix.dtype, layer.mix.shape[1])
 
 
 def _head_step(layer: LayerWeights, compiled: Compiler | None) -> Callable[..., Tensor]:

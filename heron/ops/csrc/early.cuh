@@ -4,7 +4,8 @@
 #include <cuda_runtime.h>
 
 // Until what the kernels before this one have written can be read. The next kernel may begin from here on: before it
-// waits itself, it reads nothing but weights, whatever it may prefetch, and it writes nothing.
+// waits itself, it reads nothing but weights and what else none of them writes, whatever it may prefetch, and it writes
+// nothing.
 __device__ __forceinline__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -27,8 +27,9 @@ def few_rows(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
     """``y = add + factor * activation(weight x)`` of each product, for n vectors x, all in one launch on a GPU.
 
     Everything is computed in fp32 (fp64 for fp64) and rounded once. The products do not read one another's results,
-    and what one gives does not depend on the others. In the kernel, what a vector gives depends neither on the other
-    vectors nor on how many there are, not by a bit. No gradients.
+    and what one gives does not depend on the others. In a kernel, what a vector gives depends neither on the other
+    vectors nor on how many there are, not by a bit; on compute capability 9.0 there is another kernel for 17 and more.
+    No gradients.
 
     Args:
         products: :class:`Product`, of one n and one dtype on one device; their other sizes may differ.

@@ -26,7 +26,7 @@ def head_step(
     wkv: Tensor,
     new_wkv: Tensor | None = None,
     drawn: Tensor | None = None,
-    ahead: Tensor | None = None,
+    settled: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """What the output matrix of the time mix is multiplied with, for one token, and the states behind it.
@@ -49,7 +49,7 @@ def head_step(
             becomes one of its two neighbours there, at random, so that what many tokens add up to is right on average.
         new_wkv: as `wkv`, where the new states go; None: into `wkv`.
         drawn: with states in bf16, what randomness is drawn from: (n,) int64, of a sequence another number each time.
-        ahead: a matrix that what comes next reads, contiguous: the kernel brings it to the GPU's cache meanwhile.
+        settled: whether none of the last few kernels of the stream writes `wkv`: it is then read while they still run.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:
@@ -60,11 +60,9 @@ def head_step(
     """
     new_wkv = wkv if new_wkv is None else new_wkv
     _check(inputs, weights, wkv, new_wkv, drawn)
-    if ahead is not None and (ahead.device != wkv.device or not ahead.is_contiguous()):
-        raise KernelError(f"head_step: ahead must be contiguous on {wkv.device}, got one on {ahead.device}")
     if impl == "auto":
         impl = head_step_choice(wkv.device, inputs.r.dtype, wkv.shape[3]).impl
-    return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv, new_wkv, drawn, ahead)
+    return _choice.form_of("head_step", impl, _FORMS)(inputs, weights, wkv, new_wkv, drawn, settled)
 
 
 def _check(inputs: HeadInputs, weights: HeadWeights, wkv: Tensor, new_wkv: Tensor, drawn: Tensor | None) -> None:

@@ -22,12 +22,12 @@ def head_step_cuda(
     wkv: Tensor,
     new_wkv: Tensor,
     drawn: Tensor | None = None,
-    ahead: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """See :func:`heron.ops.head_step`; KernelError as :meth:`FORM.require`."""
     FORM.require(wkv.device, inputs.r.dtype, wkv.shape[3])
     of_values = [x for x in (inputs.value, inputs.v_first, weights.v0) if x is not None]
-    return torch.ops.heron.head_step(inputs[:6], weights[:7], of_values, weights.eps, wkv, new_wkv, drawn, ahead)
+    return torch.ops.heron.head_step(inputs[:6], weights[:7], of_values, weights.eps, wkv, new_wkv, drawn, settled)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:

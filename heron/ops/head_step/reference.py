@@ -56,9 +56,9 @@ def head_step_reference(
     wkv: Tensor,
     new_wkv: Tensor,
     drawn: Tensor | None = None,
-    ahead: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
-    """The definition; see :func:`heron.ops.head_step`. Nothing is brought near."""
+    """The definition; see :func:`heron.ops.head_step`."""
     n, H, N, _ = wkv.shape
     rounded = new_wkv
     if drawn is not None:

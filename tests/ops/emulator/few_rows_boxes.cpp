@@ -77,12 +77,13 @@ bool passed(Barrier* barrier, int round) {
 void await(Barrier* barrier, int round) {
   emulator::poll_until([=] { return passed(barrier, round); });
 }
-template <bool once> void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
+void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
   const Box box{offset_of(to), map, k, row};
   if (box.to % 1024) emulator::fail("a box that is not where the permutation begins");
   fill(box, false);
   barrier->under_way.push_back(box);
 }
+void bring_once(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) { bring(to, map, k, row, barrier); }
 void prefetch_map(const CUtensorMap&) {}
 
 unsigned long long descriptor(const void* rows) { return offset_of(rows) / 16; }

@@ -123,11 +123,17 @@ __device__ __forceinline__ void await(Barrier* barrier, int round) {
 }
 
 // A box of `map`, from number `k` of `row` on, to `to`; zeros beyond the matrix. `barrier` counts its bytes.
-template <bool once>  // what is read once is the first to leave the L2 cache
 __device__ __forceinline__ void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(to)),
+        "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+}
+// The same of what is read once: it is the first to leave the L2 cache.
+__device__ __forceinline__ void bring_once(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
     unsigned long long policy;
-    if constexpr (once) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    if constexpr (!once) asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
@@ -240,10 +246,10 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_by_boxes(const __grid_co
     const bool brings = threadIdx.x == kMultiply;
     const auto bring_weight = [&](int step) {
         expect_bytes(&full[step % kStages], kStageBytes);
-        bring<true>(rows_in(step), weight, begin + step * kBox, first_row, &full[step % kStages]);
+        bring_once(rows_in(step), weight, begin + step * kBox, first_row, &full[step % kStages]);
     };
     const auto bring_vectors = [&](int step) {
-        bring<false>(vectors_in(step), x, begin + step * kBox, 0, &full[step % kStages]);
+        bring(vectors_in(step), x, begin + step * kBox, 0, &full[step % kStages]);
     };
     if (brings) {
         prefetch_map(weight), prefetch_map(x);

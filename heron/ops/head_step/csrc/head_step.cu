@@ -40,9 +40,9 @@ struct Problem {
     const void* wkv;       // (sequences, H, N, N)
     void* new_wkv;         // as wkv, or wkv itself
     const int64_t* drawn;  // (sequences,), for states that are rounded at random
-    const char* ahead;     // what the next kernel reads, or null
-    int sequences, heads, ahead_lines;  // of 128 bytes
+    int sequences, heads;
     float eps;
+    bool settled;  // no kernel that may still run writes wkv
 };
 
 template <typename T, int width>
@@ -156,15 +156,12 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
         const auto* state = reinterpret_cast<const char*>(static_cast<const S*>(p.wkv) + state_of(sequence));
         for (int i = 128 * thread; i < size * size * static_cast<int>(sizeof(S)); i += 128 * 2 * size) prefetch(state + i);
     }
-    const int together = static_cast<int>(gridDim.x) * 2 * size;
-    for (int i = static_cast<int>(blockIdx.x) * 2 * size + thread; i < p.ahead_lines; i += together) {
-        prefetch(p.ahead + static_cast<int64_t>(i) * 128);
-    }
     const Two added = kind == 3 ? Two{} : read(by_kind(kW0, kA0, kV0, kV0), here);
     const Two kk = read(p.of[kKK], here), ka = read(p.of[kKA], here), rk = read(p.of[kRK], here);
     const float weight = own(read(p.of[kWeight], here)), bias = own(read(p.of[kBias], here));
-    wait_for_inputs();
+    if (!p.settled) wait_for_inputs();
     ask(first);
+    if (p.settled) wait_for_inputs();
     Two next_of_sigmoid = read(of_sigmoid, at(first) + here), next_vector = read(vector, at(first) + here);
 
 #pragma unroll 1
@@ -311,7 +308,7 @@ void start_size(const Problem& problem, int size, int device) {
 // Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
 // or value, v_first and v0.
 Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_values, double eps,
-           const Tensor& wkv, const Tensor& new_wkv, const Optional& drawn, const Optional& ahead) {
+           const Tensor& wkv, const Tensor& new_wkv, const Optional& drawn, bool settled) {
     const Tensor& r = inputs[0];
     const DeviceGuard guard(r.get_device_index());
     auto y = empty_like(r);
@@ -327,12 +324,8 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
     problem.wkv = wkv.const_data_ptr();
     problem.new_wkv = new_wkv.mutable_data_ptr();
     if (drawn.has_value()) problem.drawn = drawn->const_data_ptr<int64_t>();
-    if (ahead.has_value()) {
-        problem.ahead = static_cast<const char*>(ahead->const_data_ptr());
-        problem.ahead_lines = static_cast<int>(ahead->numel() * static_cast<int64_t>(ahead->element_size()) / 128);
-    }
     problem.sequences = static_cast<int>(r.size(0)), problem.heads = static_cast<int>(wkv.size(1));
-    problem.eps = static_cast<float>(eps);
+    problem.eps = static_cast<float>(eps), problem.settled = settled;
     const bool in_fp32 = wkv.scalar_type() == ScalarType::Float;
     const auto with_states = [=](auto in_fp32_form, auto in_bf16_form) { return in_fp32 ? in_fp32_form : in_bf16_form; };
     const auto start = r.scalar_type() == ScalarType::Float
@@ -349,7 +342,7 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def(
         "head_step(Tensor[] inputs, Tensor[] weights, Tensor[] of_values, float eps, Tensor wkv, Tensor(a!) new_wkv, "
-        "Tensor? drawn, Tensor? ahead) -> Tensor");
+        "Tensor? drawn, bool settled) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("head_step", TORCH_BOX(&run)); }
