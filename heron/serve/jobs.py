@@ -81,6 +81,8 @@ class Desk:
     def __init__(self, engine: str, rows: int, queue: int, link: Link):
         self._engine, self._rows, self._queue, self._link = engine, rows, queue, link
         self._open: dict[int, Job] = {}
+        self._held: list[Drawn] = []
+        self._rests = False  # meanwhile what was drawn is held
         self._is_open = self.has_failed = False
 
     @property
@@ -136,7 +138,17 @@ class Desk:
             self._link.tell(Engines.cancel, self._engine, job.number)
 
     def take(self, drawn: Sequence[Drawn]) -> None:
-        """Give the jobs what was drawn for them, in their event loop."""
+        """Give the jobs what was drawn for them, in their event loop.
+
+        Who takes it has half of the loop's time: behind each turn of theirs, whatever comes is held back for as long as
+        that has lasted. Of many streams each then gets several tokens at once, and new requests do not wait for them.
+        """
+        self._held += drawn
+        if not self._rests:
+            self._give()
+
+    def _give(self) -> None:
+        began, (drawn, self._held) = time.monotonic(), (self._held, [])
         for piece in drawn:
             job = self._open.get(piece.number)
             if job is None:
@@ -145,3 +157,9 @@ class Desk:
             if job.is_over:
                 del self._open[piece.number]
                 self.has_failed |= isinstance(piece.error, Refusal) and piece.error.code == ENGINE_FAILED
+        self._rests = bool(drawn)
+        if drawn:  # this is called behind those who were just woken
+            asyncio.get_running_loop().call_soon(self._rest, began)
+
+    def _rest(self, began: float) -> None:
+        asyncio.get_running_loop().call_later(time.monotonic() - began, self._give)
