@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+import time
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from heron.config.serve import ServeConfig
 from heron.errors import HeronError
 from heron.generation import Engine, Request, Sampling
 from heron.serve.engines import Engines
+from heron.serve.jobs import Desk
 from heron.serve.link import Direct
 from heron.serve.models import Models
-from heron.serve.orders import Order, Start
+from heron.serve.orders import Drawn, Order, Start
 from heron.serve.prefix_cache import PrefixCache
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Scheduler
@@ -122,6 +124,35 @@ def test_what_comes_while_a_piece_is_used_is_one_piece(engine_of):
     assert (piece.n, piece.finish) == (50, "length")
     assert [token.id for token in piece.tokens] == alone(engine_of(1), order.request)
     assert piece.text == "".join(engine_of(1).stream(order.request))
+
+
+def test_streams_leave_half_of_the_loop_to_others():
+    async def main():
+        class Engine:
+            def tell(self, *_):
+                pass
+
+        desk = Desk("tiny", 1, 0, Engine())
+        desk.open()
+        [job] = await desk.submit([order_of()])
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+
+        def draw(n):
+            desk.take([Drawn(job.number, "a", 1, finish="length" if n == 1 else None)])
+            if n > 1:
+                loop.call_later(0.001, draw, n - 1)
+
+        draw(200)
+        text, at_work = "", 0.0
+        async for piece in job.drawn():
+            text += piece.text
+            time.sleep(0.004)
+            at_work += 0.004
+        return text, at_work, time.monotonic() - began
+
+    text, at_work, passed = asyncio.run(main())
+    assert text == "a" * 200
+    assert at_work < 0.6 * passed
 
 
 def test_who_came_first_is_served_first(engine_of):
