@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import threading
@@ -23,6 +24,7 @@ from heron.serve.prefix_cache import PrefixCache
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Scheduler
 from heron.serve.sessions import StateStore
+from heron.serve.turns import AT_ONCE, Turns
 from tests.generation import accuracy
 from tests.generation.recording import engine_as_on_a_gpu
 
@@ -149,6 +151,28 @@ def test_many_jobs_get_several_tokens_at_once():
     for pieces in asyncio.run(main()):
         assert "".join(pieces) == "9876543210" * 3
         assert len(pieces) < 20
+
+
+def test_requests_that_come_at_once_begin_a_few_in_each_turn_of_the_loop():
+    async def main():
+        turns, now, begun = Turns(), [0], []
+
+        def count():
+            now[0] += 1
+            asyncio.get_running_loop().call_soon(count)
+
+        async def come(number):
+            await turns.wait()
+            begun.append((number, now[0]))
+
+        count()
+        for _ in range(2):
+            await asyncio.gather(*map(come, range(50)))
+        return begun
+
+    begun = asyncio.run(main())
+    assert [number for number, _ in begun] == [*range(50)] * 2
+    assert set(collections.Counter(turn for _, turn in begun).values()) == {AT_ONCE, 50 % AT_ONCE}
 
 
 def test_who_came_first_is_served_first(engine_of):
