@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 
-AT_ONCE = 8  # some milliseconds
+AT_ONCE = 16  # some milliseconds
 
 
 class Turns:
