@@ -1,6 +1,7 @@
 """Clients that stream completions from a server, all alike: what `benchmarks/serve.py` runs beside the server.
 
-They are few lines over sockets, in several processes, so that the server is what is measured.
+They are few lines over sockets, in several processes, so that the server is what is measured. Each keeps its
+connection, as OpenAI's client does.
 """
 
 from __future__ import annotations
@@ -34,31 +35,45 @@ class Asked(NamedTuple):
         return self.tokens * min(max(end - since, 0.0) / max(self.began + self.seconds - since, 1e-9), 1.0)
 
 
-class Stream(asyncio.Protocol):
-    """Sends a request and takes what comes: its texts are not parsed, but the usage behind them is."""
+class Client(asyncio.Protocol):
+    """A connection, kept from one request to the next. Texts are not parsed, but the usage behind them is."""
 
-    def __init__(self, request: bytes):
-        self._request, self._tail, self._began = request, b"", time.perf_counter()
-        self._first, self._got = 0.0, asyncio.get_running_loop().create_future()
+    _transport: Any = None
+
+    def __init__(self, port: int):
+        self._port = port
+        self._began, self._first, self._tail = 0.0, 0.0, b""
+        self._ended = asyncio.Future[str]()  # with what went wrong
 
     def connection_made(self, transport: Any) -> None:
-        transport.write(self._request)
+        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         if not self._first and b'"text":' in data:
             self._first = time.perf_counter() - self._began
         self._tail = data if len(data) > 4096 else (self._tail + data)[-4096:]
+        if self._tail.endswith(b"0\r\n\r\n"):
+            self._end("")
+        elif not self._first and not self._tail.startswith(b"HTTP/1.1 200"):
+            self._end(self._tail[-300:].decode("utf-8", "replace"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._got.done():
-            self._got.set_result(str(exc) if exc else "")
+        self._transport = None
+        self._end(str(exc or "the server has closed the connection"))
 
-    async def asked(self, port: int) -> Asked:
-        """What has come by the end of the connection."""
+    def _end(self, error: str) -> None:
+        if not self._ended.done():
+            self._ended.set_result(error)
+
+    async def ask(self, prompt: list[int], tokens: int, seed: int) -> Asked:
+        """One streamed completion."""
+        self._began, self._first, self._tail, self._ended = time.perf_counter(), 0.0, b"", asyncio.Future()
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port)
-                error = await self._got
+                if self._transport is None:
+                    await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", self._port)
+                self._transport.write(_request(self._port, prompt, tokens, seed))
+                error = await self._ended
         except (OSError, TimeoutError) as failed:
             error = str(failed) or type(failed).__name__
         seconds, found, written = time.perf_counter() - self._began, self._tail.rfind(b'"completion_tokens":'), 0
@@ -68,9 +83,12 @@ class Stream(asyncio.Protocol):
             written = int(self._tail[found + 20 :].split(b",")[0])
         return Asked(self._first, seconds, self._began, written, error)
 
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
 
-async def ask(port: int, prompt: list[int], tokens: int, seed: int) -> Asked:
-    """One streamed completion."""
+
+def _request(port: int, prompt: list[int], tokens: int, seed: int) -> bytes:
     body = {
         "prompt": prompt, "max_tokens": tokens, "stream": True, "seed": seed, "temperature": 1, "top_p": 0.5,
         "stream_options": {"include_usage": True}, "logit_bias": {},
@@ -78,9 +96,9 @@ async def ask(port: int, prompt: list[int], tokens: int, seed: int) -> Asked:
     data = json.dumps(body).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
     )
-    return await Stream(head.encode() + data).asked(port)
+    return head.encode() + data
 
 
 class Wanted(NamedTuple):
@@ -109,15 +127,16 @@ async def clients(wanted: Wanted) -> Found:
     before, end = time.process_time(), time.perf_counter() + wanted.last
     answers: list[Asked] = []
 
-    async def client(number: int) -> None:
+    async def run(number: int) -> None:
         await asyncio.sleep(wanted.arrive * number / wanted.clients)
+        client = Client(wanted.port)
         while True:
             prompt = [chance.randrange(1, wanted.vocab_size) for _ in range(wanted.prompt)]
-            answers.append(await ask(wanted.port, prompt, wanted.tokens, chance.randrange(LARGEST_SEED)))
+            answers.append(await client.ask(prompt, wanted.tokens, chance.randrange(LARGEST_SEED)))
             if time.perf_counter() >= end:
-                return
+                return client.close()
 
-    await asyncio.gather(*(client(number) for number in range(wanted.clients)))
+    await asyncio.gather(*(run(number) for number in range(wanted.clients)))
     return Found(answers, time.process_time() - before)
 
 

@@ -13,6 +13,7 @@ from heron import strict_json
 from heron.config.serve import ServeConfig
 from heron.serve.metrics import Metrics
 from heron.serve.refusals import Refusal
+from heron.serve.turns import Turns
 
 SECONDS_FOR_BODY = 10.0
 MOST_FIELDS = 256
@@ -39,6 +40,7 @@ class Guard:
     def __init__(self, app: Any, config: ServeConfig, metrics: Metrics):
         self._app, self._key, self._origins, self._metrics = app, config.api_key, config.origins, metrics
         self._most_bytes = config.max_body
+        self._turns = Turns()
         self._hosts = {"localhost", "127.0.0.1", "::1", config.host} if config.is_local else None
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -62,6 +64,7 @@ class Guard:
             if scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
                 self._check_key(headers)
             if scope["method"] == "POST":
+                await self._turns.wait()
                 receive = _replayed(await self._body(headers, receive), receive)
         except Refusal as refusal:
             await _refuse(refusal, send_guarded)

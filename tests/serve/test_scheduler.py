@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import threading
@@ -15,13 +16,15 @@ from heron.config.serve import ServeConfig
 from heron.errors import HeronError
 from heron.generation import Engine, Request, Sampling
 from heron.serve.engines import Engines
+from heron.serve.jobs import Desk
 from heron.serve.link import Direct
 from heron.serve.models import Models
-from heron.serve.orders import Order, Start
+from heron.serve.orders import Drawn, Order, Start
 from heron.serve.prefix_cache import PrefixCache
 from heron.serve.refusals import Refusal
 from heron.serve.scheduler import Scheduler
 from heron.serve.sessions import StateStore
+from heron.serve.turns import AT_ONCE, Turns
 from tests.generation import accuracy
 from tests.generation.recording import engine_as_on_a_gpu
 
@@ -122,6 +125,54 @@ def test_what_comes_while_a_piece_is_used_is_one_piece(engine_of):
     assert (piece.n, piece.finish) == (50, "length")
     assert [token.id for token in piece.tokens] == alone(engine_of(1), order.request)
     assert piece.text == "".join(engine_of(1).stream(order.request))
+
+
+def test_many_jobs_get_several_tokens_at_once():
+    async def main():
+        class Engine:
+            def tell(self, *_):
+                pass
+
+        desk = Desk("tiny", 100, 0, Engine())
+        desk.open()
+        jobs = await desk.submit([order_of() for _ in range(100)])
+
+        def draw(n):
+            desk.take([Drawn(job.number, str(n % 10), 1, finish=None if n else "length") for job in jobs])
+            if n:
+                asyncio.get_running_loop().call_later(0.0005, draw, n - 1)
+
+        async def read(job):
+            return [piece.text async for piece in job.drawn()]
+
+        draw(29)
+        return await asyncio.gather(*map(read, jobs))
+
+    for pieces in asyncio.run(main()):
+        assert "".join(pieces) == "9876543210" * 3
+        assert len(pieces) < 20
+
+
+def test_requests_that_come_at_once_begin_a_few_in_each_turn_of_the_loop():
+    async def main():
+        turns, now, begun = Turns(), [0], []
+
+        def count():
+            now[0] += 1
+            asyncio.get_running_loop().call_soon(count)
+
+        async def come(number):
+            await turns.wait()
+            begun.append((number, now[0]))
+
+        count()
+        for _ in range(2):
+            await asyncio.gather(*map(come, range(50)))
+        return begun
+
+    begun = asyncio.run(main())
+    assert [number for number, _ in begun] == [*range(50)] * 2
+    assert set(collections.Counter(turn for _, turn in begun).values()) == {AT_ONCE, 50 % AT_ONCE}
 
 
 def test_who_came_first_is_served_first(engine_of):
