@@ -385,12 +385,20 @@ def test_after_a_restart_another_prompt_alone_is_read(engine_of, tmp_path, rando
         assert wanted[1] == 0
         HTTP.post(f"{address}/v1/completions", json={"prompt": "a", **FIXED, "session_id": "talk"}).raise_for_status()
         HTTP.post(f"{address}/v1/states", json={"name": "kept", "session_id": "talk"}).raise_for_status()
+        said = HTTP.post(f"{address}/v1/responses", json={"input": "hello", "max_output_tokens": 2}).json()
     with server(engine_of(2)) as address:
         answer, n_cached = chat(address, "hello")
         assert answer == wanted[0]
         assert n_cached > 10
         assert hits(address) == {"device": 0, "host": 0, "disk": 1}
         assert [one["id"] for one in HTTP.get(f"{address}/v1/states").json()["data"]] == ["kept"]
+        for place, lost in (
+            ("responses", {"input": "and?", "previous_response_id": said["id"]}),
+            ("states", {"name": "late", "response_id": said["id"]}),
+        ):
+            refused = HTTP.post(f"{address}/v1/{place}", json=lost)
+            assert (refused.status_code, said["id"] in refused.text) == (404, True)
+            assert "in the server's memory alone" in refused.json()["error"]["message"]
     other = Engine(random_model(seed=1, vocab_size=256), tokenizer.load("bytes"), 2)
     with server(other) as address:
         assert chat(address, "hello")[1] == 0
