@@ -25,7 +25,7 @@ from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
-from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, of_packs, settings
+from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, free_ports, of_packs, settings
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 
@@ -302,8 +302,9 @@ def test_a_process_alone_needs_no_group():
 
 
 def test_the_environment_of_torchrun_is_read_and_half_of_it_is_refused(monkeypatch):
-    for name, value in dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a").items():
-        monkeypatch.setenv(name, value)
+    numbers = dict(RANK=3, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_PORT=29500)
+    for name, value in dict(MASTER_ADDR="a", **numbers).items():
+        monkeypatch.setenv(name, str(value))
     assert dist.Ranks.of_environment() == dist.Ranks(3, 8, 1, 2)
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ConfigError, match="LOCAL_RANK.*start with torchrun"):
@@ -340,9 +341,19 @@ def test_one_of_many_processes_stops_when_all_have_agreed_whatever_comes_twice()
     assert other.reason == "a signal to another process"
 
 
+def test_a_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    told = r"rank 0: rank 1, 2 of 3 did not come within 0.2 s \(--dist_timeout\)"
+    with pytest.raises(HeronError, match=told), dist.Ranks(0, 3, 0, 3).joined(torch.device("cpu"), 0.2):
+        raise AssertionError
+
+
 def test_an_error_of_connection_is_told_with_the_rank(monkeypatch):
     ranks = dist.Ranks(1, 2, 1, 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist.Ranks, "_met", lambda self, timeout: None)
     told = r"rank 1: another process .* 5 s \(--dist_timeout\): \[gloo\] Timed out"
     with pytest.raises(HeronError, match=told), ranks.joined(torch.device("cpu"), 5):
         raise RuntimeError("[gloo] Timed out waiting for 5000ms")

@@ -20,12 +20,14 @@ from torch._dynamo.exc import Unsupported
 import heron
 from heron import dist, machine, report
 from heron.checkpoint import run
+from heron.commands.telling import telling
 from heron.errors import DataError
 from heron.model import compiled
 from heron.train import due, loop, run_data
 from tests.ranks import become, settings
 
 STEPS, SOON = 4, 20  # seconds; --dist_timeout is 60
+BEFORE = "before it is joined"
 STARTS, PASSES, VALIDATION, SAVE = "while it starts", "in a step", "in a validation", "in a save"
 FAULTS = [(fault, parallel) for fault in (STARTS, PASSES, VALIDATION) for parallel in ("ddp", "fsdp")] + [
     (SAVE, "fsdp")
@@ -80,7 +82,9 @@ def plant(fault: str) -> type[heron.Trainer]:
         dist.compile_blocks = lambda network: None
         return LateCompiler if fault == LATE else FailingCompiler
     if os.environ["RANK"] == "1":
-        if fault == STARTS:
+        if fault == BEFORE:
+            machine.choose_dtype = failing(machine.choose_dtype, 1, DataError("planted"))
+        elif fault == STARTS:
             run_data.corpus = failing(run_data.corpus, 1, DataError("planted"))
         elif fault == VALIDATION:
             due.evaluate = failing(due.evaluate, 1, RuntimeError("planted"))
@@ -97,7 +101,9 @@ def meet(folder: Path, text: Path, fault: str, parallel: str) -> None:
         folder, text, name, max_steps=STEPS, eval_every=2, save_every=3, parallel=parallel, background_save="on"
     )
     try:
-        ended = plant(fault)(config, say=said.append).fit()
+        with telling():
+            trainer = plant(fault)(config, say=said.append)
+        ended = trainer.fit()
     except Exception as error:
         ended = str(error)
     seconds = time.monotonic() - begun
@@ -138,6 +144,10 @@ def test_a_process_that_fails_alone_takes_the_other_with_it(folder, fault, paral
         assert not list(checkpoints.glob("step-*"))
 
 
+def test_a_process_that_fails_before_it_is_joined_tells_the_other_why(folder):
+    assert ends(folder, f"ddp-{BEFORE}") == ["rank 0: ends as rank 1 failed: planted", "planted"]
+
+
 def test_where_the_compiler_fails_in_one_process_all_go_on_without(folder):
     assert ends(folder, "ddp-compiling") == ends(folder, "ddp-not compiling") == ["finished", "finished"]
     ours, theirs = (report.read_log(folder / f"ddp-{name}")[0] for name in ("compiling", "not compiling"))
@@ -155,5 +165,5 @@ def test_where_the_others_may_have_gone_on_a_compiler_that_fails_ends_the_run(fo
 if __name__ == "__main__":
     loop.plot = lambda folders, out: None
     of_compiler = [("not compiling", "ddp"), ("compiling", "ddp"), (LATE, "ddp"), ("compiling", "fsdp")]
-    for fault, parallel in (*FAULTS, *of_compiler):
+    for fault, parallel in ((BEFORE, "ddp"), *FAULTS, *of_compiler):
         become(2, partial(meet, Path(sys.argv[1]), Path(sys.argv[2]), fault, parallel))
