@@ -143,6 +143,13 @@ def of_packs(folder: Path) -> dict:
     return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), eval_every=0)
 
 
+def of_preferences(folder: Path) -> dict:
+    """Settings of a run in which answers are preferred to others; the rows of its tables are with several processes."""
+    dpo = heron.FinetuneConfig(objective="dpo", dpo_beta=1.0)
+    data = dict(data=str(folder / "preferences.jsonl"), ctx_len=161, finetune=dpo, val_fraction=0.2)
+    return dict(model=str(folder / GATED), **data)
+
+
 def bench(folder: Path) -> None:
     """`heron bench`, and what it prints in each process."""
     _next_port()
@@ -226,6 +233,7 @@ def two(folder: Path, text: Path) -> None:
     assert made("spans-accumulated", **spans | dict(micro_bsz=2, accumulate=2)) == "finished"
     assert made("spans-packs", **spans | of_packs(folder)) == "finished"
     assert made("spans-v8", **spans, **v8) == "finished"
+    assert made("dpo", parallel="ddp", **of_preferences(folder)) == "finished"
     assert made("spans-nan", FaultyRank, on_nonfinite="skip", max_steps=5, **spans) == "finished"
     bench(folder)
     os.environ["LOCAL_WORLD_SIZE"] = str(count // 2)  # as on two machines

@@ -25,7 +25,7 @@ from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
-from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, free_ports, of_packs, settings
+from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, free_ports, of_packs, of_preferences, settings
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 
@@ -44,6 +44,8 @@ def folder(text):
     talks = [[("user", f"What is {n}?"), ("assistant", f"It is {n + n % 3}.")] for n in range(40)]
     rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    preferred = [dict(prompt=f"What is {n}?", chosen=f"It is {n % 5}.", rejected=f"No {n % 3}") for n in range(30)]
+    (folder / "preferences.jsonl").write_text("\n".join(map(json.dumps, preferred)))
     torch.manual_seed(0)
     gated = heron.RWKV(MODELS["v8"])
     torch.nn.init.normal_(gated.emb.weight, 0, 0.1)  # as small as it begins, its gradient would be all of the norm
@@ -58,6 +60,7 @@ def folder(text):
             "one-v8": dict(model=str(folder / GATED), tables="host"),
             "one-accumulated": dict(micro_bsz=2, accumulate=2),
             "one-packs": of_packs(folder),
+            "one-dpo": of_preferences(folder),
         }.items():
             config = settings(folder, text, name, **{"micro_bsz": 4, **changes})
             assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
@@ -84,7 +87,7 @@ def steps(run_folder):
      ("v8-fsdp-host", "one-v8"), ("v8-fsdp-device", "one-v8"),
      ("spans-ddp", "one"), ("spans-fsdp", "one"), ("spans-accumulated", "one-accumulated"),
      ("spans-packs", "one-packs"), ("spans-v8", "one-v8"), ("pairs-ddp", "one-accumulated"),
-     ("pairs-fsdp", "one-accumulated")],
+     ("pairs-fsdp", "one-accumulated"), ("dpo", "one-dpo")],
 )  # fmt: skip
 def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
     ours, theirs = losses(folder / many), losses(folder / one)
@@ -96,6 +99,15 @@ def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
         assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [STEPS // 2, STEPS]
         for name in ("val_loss", "val_bpb"):
             assert [r[name] for r in ours] == pytest.approx([r[name] for r in theirs], abs=1e-6)
+
+
+def test_what_pairs_are_measured_against_does_not_depend_on_the_processes(folder):
+    ours, theirs = (json.loads((folder / name / "reference.json").read_text()) for name in ("dpo", "one-dpo"))
+    assert ours.pop("train") == pytest.approx(theirs.pop("train"), abs=1e-4)
+    assert ours.pop("val") == pytest.approx(theirs.pop("val"), abs=1e-4)
+    assert ours == theirs  # the fingerprint of the base, too
+    val, wanted = (report.read_log(folder / name)[1][-1]["val_loss"] for name in ("dpo", "one-dpo"))
+    assert val == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize(
