@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import json
 import math
 import os
 import random
@@ -141,6 +142,19 @@ def of_packs(folder: Path) -> dict:
     """Settings of a run that learns from conversations, several of them in a sample."""
     data = str(folder / "chat.jsonl")
     return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), eval_every=0)
+
+
+def write_preferences(folder: Path) -> None:
+    """The data of :func:`of_preferences`, and a v8 whose gates have gradients from the first step on."""
+    rows = [dict(prompt=f"What is {n}?", chosen=f"It is {n % 5}.", rejected=f"No {n % 3}") for n in range(30)]
+    (folder / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    torch.manual_seed(0)
+    gated = heron.RWKV(MODELS["v8"])
+    torch.nn.init.normal_(gated.emb.weight, 0, 0.1)  # as small as it begins, its gradient would be all of the norm
+    for block in gated.blocks:
+        torch.nn.init.normal_(block.ffn.value.weight, 0, 0.03)
+        torch.nn.init.normal_(block.ffn.enn.weight, 1, 0.3)
+    heron.save(gated, folder / GATED)
 
 
 def of_preferences(folder: Path) -> dict:

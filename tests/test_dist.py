@@ -25,7 +25,20 @@ from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
-from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, free_ports, of_packs, of_preferences, settings
+from tests.ranks import (
+    GATED,
+    MODELS,
+    SIZES,
+    STEPS,
+    STOP,
+    TABLE,
+    WANTED,
+    free_ports,
+    of_packs,
+    of_preferences,
+    settings,
+    write_preferences,
+)
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 
@@ -44,15 +57,7 @@ def folder(text):
     talks = [[("user", f"What is {n}?"), ("assistant", f"It is {n + n % 3}.")] for n in range(40)]
     rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    preferred = [dict(prompt=f"What is {n}?", chosen=f"It is {n % 5}.", rejected=f"No {n % 3}") for n in range(30)]
-    (folder / "preferences.jsonl").write_text("\n".join(map(json.dumps, preferred)))
-    torch.manual_seed(0)
-    gated = heron.RWKV(MODELS["v8"])
-    torch.nn.init.normal_(gated.emb.weight, 0, 0.1)  # as small as it begins, its gradient would be all of the norm
-    for block in gated.blocks:
-        torch.nn.init.normal_(block.ffn.value.weight, 0, 0.03)
-        torch.nn.init.normal_(block.ffn.enn.weight, 1, 0.3)
-    heron.save(gated, folder / GATED)
+    write_preferences(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "plot", lambda folders, out: None)
         for name, changes in {
