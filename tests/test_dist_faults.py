@@ -26,7 +26,7 @@ from heron.model import compiled
 from heron.train import due, loop, run_data
 from tests.ranks import become, of_preferences, settings, write_preferences
 
-STEPS, SOON = 4, 20  # seconds; --dist_timeout is 60
+STEPS, SOON = 4, 50  # seconds; --dist_timeout is 60
 BEFORE = "before it is joined"
 STARTS, PASSES, VALIDATION, SAVE = "while it starts", "in a step", "in a validation", "in a save"
 FAULTS = [(fault, parallel) for fault in (STARTS, PASSES, VALIDATION) for parallel in ("ddp", "fsdp")] + [
