@@ -377,7 +377,7 @@ class RWKV(nn.Module):
         rows = self.emb(tokens)
         if self.memory is not None and recalled is not None:
             predicted, lengths = recalled.unbind(dim=-1)
-            rows = self.memory(rows, self.emb(predicted.movedim(-1, 0)), lengths)
+            rows = self.memory(lengths, rows, self.emb(predicted.movedim(-1, 0)))
         return self._first_norm(rows)
 
     def _rows(self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
