@@ -135,7 +135,7 @@ def ablated(toy: torch.nn.Module, change: str) -> AbstractContextManager:
         if change == "no match gives 0":
             block.rosa.rosa = dataclasses.replace(block.rosa.rosa, no_match="zero")
         elif change == "output 0":
-            block.rosa.rosa_qkv["emb"].data.zero_()
+            block.rosa.rosa_qkv.emb.data.zero_()
         elif change.startswith("horizon "):
             block.rosa.rosa = dataclasses.replace(block.rosa.rosa, max_match=int(change.split()[1]))
     if change in ("ties to the earliest", "value index r"):

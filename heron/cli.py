@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
 import os
 import sys
@@ -48,6 +50,14 @@ def _flushed(code: int) -> int:
     return code
 
 
+_PRINTING = ("generate", "chat", "estimate", "eval", "bench", "info", "doctor")
+
+
+def _goes_on(options: argparse.Namespace) -> bool:
+    """Whether a verb has more to do than to print: files to write, kernels to build, requests to answer."""
+    return options.verb not in _PRINTING or any(getattr(options, name, None) for name in ("json", "plot", "build"))
+
+
 def _run(arguments: list[str], before_work: Callable[[], object]) -> int:
     try:
         options = flags.parser().parse_args(arguments)
@@ -55,7 +65,8 @@ def _run(arguments: list[str], before_work: Callable[[], object]) -> int:
             import torch  # noqa: F401 - while Ctrl-C ends the process: an exception would leave half of it
         verb = options.module()
         before_work()
-        return verb.run(options) or 0
+        with streams.lasting(("stdout", "stderr") if _goes_on(options) else ("stderr",)):
+            return verb.run(options) or 0
     except UnknownKeyError as error:
         return _fail(error, EXIT_USAGE)
     except HeronError as error:
@@ -64,9 +75,9 @@ def _run(arguments: list[str], before_work: Callable[[], object]) -> int:
         return _fail("interrupted", 130)
     except Stopped:  # before a run had begun
         return EXIT_PREEMPTED
-    except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
-        return 0
     except OSError as error:  # a folder that cannot be written, a disk that is full
+        if isinstance(error, BrokenPipeError) and not _goes_on(options):
+            return 0  # the reader of what it prints, `head` for instance, has gone
         return _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
     except ValueError as error:
         if "null byte" not in str(error):
@@ -89,7 +100,8 @@ def _shortage(error: BaseException) -> str | None:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"heron: {one_line(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        streams.note(str(message))
     return code
 
 

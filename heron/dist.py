@@ -12,12 +12,14 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from heron import machine
 from heron.context import Context
@@ -28,6 +30,8 @@ from heron.model.deep_embed import DeepEmbed
 
 Result = TypeVar("Result")
 
+_COME, _FAILED = "come", "failed"  # keys of the store where processes meet
+_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_TELL = 0.1, 30
 _BYTES_PER_WEIGHT = 16  # fp32 weights, their bf16 copies, bf16 gradients and two fp32 moments
 _FOR_WEIGHTS = 0.6  # of a GPU's memory; the rest is for activations
 _FOR_VALIDATION = 0.1  # likewise, of shards put together
@@ -51,11 +55,11 @@ class Ranks:
     @classmethod
     def of_environment(cls) -> Ranks:
         """As torchrun tells it; ConfigError where it tells half of it."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
         if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():  # of clusters, some set WORLD_SIZE for every program
             return cls()
         try:
-            rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
+            rank, count, local_rank, local_count, _ = (int(os.environ[name]) for name in names)
         except (KeyError, ValueError) as error:
             raise ConfigError(
                 f"RANK is set, and {error} in the environment is missing or wrong; start with torchrun, or unset RANK"
@@ -120,8 +124,8 @@ class Ranks:
             return
         try:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            wait = datetime.timedelta(seconds=timeout)
-            distributed.init_process_group(backend, timeout=wait, **_after_restart(wait))
+            wait, store = datetime.timedelta(seconds=timeout), self._met(timeout)
+            distributed.init_process_group(backend, timeout=wait, store=store, rank=self.rank, world_size=self.count)
             yield
             self.all(True)  # who leaves first must not take the connection from the others
             distributed.destroy_process_group()
@@ -135,6 +139,48 @@ class Ranks:
                 f"rank {self.rank}: another process of the run failed, or did not answer within {timeout:g} s "
                 f"(--dist_timeout): {told}. Checkpoints are whole, the same command goes on"
             ) from error
+
+    def tell(self, failure: Exception) -> None:
+        """Have the others, who wait in :meth:`joined`, end since this process will not come there.
+
+        Where torchrun did not start them, the first process is waited for, at whose store they meet; what fails in that
+        one cannot be told.
+        """
+        if self.count > 1 and (not self.is_first or _is_of_torchrun()):
+            with contextlib.suppress(RuntimeError):  # nobody is there to be told
+                self._store(_SECONDS_TO_TELL).set(_FAILED, f"ends as rank {self.rank} failed: {failure}")
+
+    def _store(self, timeout: float) -> PrefixStore:
+        """Where the processes meet: torchrun's store, else one of the first process.
+
+        After a restart it may still have the addresses of those before, so each start has its own part of it.
+
+        Args:
+            timeout: seconds for which it is waited for, and for what is in it.
+        """
+        wait = datetime.timedelta(seconds=timeout)
+        is_host, port = self.is_first and not _is_of_torchrun(), int(os.environ["MASTER_PORT"])
+        store = TCPStore(
+            os.environ["MASTER_ADDR"], port, self.count, is_host, wait, wait_for_workers=False, multi_tenant=True
+        )
+        return PrefixStore(f"heron-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def _met(self, timeout: float) -> PrefixStore:
+        """Wait for all processes at their store; HeronError where one has failed, or does not come."""
+        store, until = self._store(timeout), time.monotonic() + timeout
+        store.set(f"{_COME}-{self.rank}", "")
+        store.add(_COME, 1)
+        while store.add(_COME, 0) < self.count:
+            if store.check([_FAILED]):
+                raise HeronError(store.get(_FAILED).decode())
+            if time.monotonic() > until:
+                missing = [str(rank) for rank in range(self.count) if not store.check([f"{_COME}-{rank}"])]
+                raise HeronError(
+                    f"rank {', '.join(missing)} of {self.count} did not come within {timeout:g} s (--dist_timeout): "
+                    "see what they have said"
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return store
 
     def first(self, work: Callable[[], Result]) -> Result:
         """What `work` gives in the first process, which alone does it, in all of them.
@@ -377,16 +423,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")  # to ask for the class would load half a second of modules
 
 
-def _after_restart(wait: datetime.timedelta) -> dict[str, Any]:
-    """How processes that torchrun has restarted meet: its store may still have the addresses of those before them."""
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0":
-        return {}
-    from torch.distributed.rendezvous import rendezvous
-
-    store, rank, count = next(rendezvous("env://", timeout=wait))
-    apart = distributed.PrefixStore(f"restart-{restart}", store)  # pyright: ignore[reportPrivateImportUsage]
-    return {"store": apart, "rank": rank, "world_size": count}
+def _is_of_torchrun() -> bool:
+    """Whether torchrun keeps the store where processes meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _is_of_connection(error: RuntimeError) -> bool:

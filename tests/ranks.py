@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import json
 import math
 import os
 import random
@@ -143,6 +144,26 @@ def of_packs(folder: Path) -> dict:
     return dict(data=data, ctx_len=161, finetune=heron.FinetuneConfig(), eval_every=0)
 
 
+def write_preferences(folder: Path) -> None:
+    """The data of :func:`of_preferences`, and a v8 whose gates have gradients from the first step on."""
+    rows = [dict(prompt=f"What is {n}?", chosen=f"It is {n % 5}.", rejected=f"No {n % 3}") for n in range(30)]
+    (folder / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    torch.manual_seed(0)
+    gated = heron.RWKV(MODELS["v8"])
+    torch.nn.init.normal_(gated.emb.weight, 0, 0.1)  # as small as it begins, its gradient would be all of the norm
+    for block in gated.blocks:
+        torch.nn.init.normal_(block.ffn.value.weight, 0, 0.03)
+        torch.nn.init.normal_(block.ffn.enn.weight, 1, 0.3)
+    heron.save(gated, folder / GATED)
+
+
+def of_preferences(folder: Path) -> dict:
+    """Settings of a run in which answers are preferred to others; the rows of its tables are with several processes."""
+    dpo = heron.FinetuneConfig(objective="dpo", dpo_beta=1.0)
+    data = dict(data=str(folder / "preferences.jsonl"), ctx_len=161, finetune=dpo, val_fraction=0.2)
+    return dict(model=str(folder / GATED), **data)
+
+
 def bench(folder: Path) -> None:
     """`heron bench`, and what it prints in each process."""
     _next_port()
@@ -235,6 +256,7 @@ def two(folder: Path, text: Path) -> None:
     assert made("spans-accumulated", **spans | dict(micro_bsz=2, accumulate=2)) == "finished"
     assert made("spans-packs", **spans | of_packs(folder)) == "finished"
     assert made("spans-v8", **spans, **v8) == "finished"
+    assert made("dpo", parallel="ddp", **of_preferences(folder)) == "finished"
     assert made("spans-nan", FaultyRank, on_nonfinite="skip", max_steps=5, **spans) == "finished"
     bench(folder)
     os.environ["LOCAL_WORLD_SIZE"] = str(count // 2)  # as on two machines

@@ -26,7 +26,20 @@ from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
-from tests.ranks import GATED, MODELS, SIZES, STEPS, STOP, TABLE, WANTED, of_packs, settings
+from tests.ranks import (
+    GATED,
+    MODELS,
+    SIZES,
+    STEPS,
+    STOP,
+    TABLE,
+    WANTED,
+    free_ports,
+    of_packs,
+    of_preferences,
+    settings,
+    write_preferences,
+)
 
 TEXT = "".join(f"Number {n} is {n * n % 97}; its square root is near {math.isqrt(n)}.\n" for n in range(150))
 
@@ -45,13 +58,7 @@ def folder(text):
     talks = [[("user", f"What is {n}?"), ("assistant", f"It is {n + n % 3}.")] for n in range(40)]
     rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    torch.manual_seed(0)
-    gated = heron.RWKV(MODELS["v8"])
-    torch.nn.init.normal_(gated.emb.weight, 0, 0.1)  # as small as it begins, its gradient would be all of the norm
-    for block in gated.blocks:
-        torch.nn.init.normal_(block.ffn.value.weight, 0, 0.03)
-        torch.nn.init.normal_(block.ffn.enn.weight, 1, 0.3)
-    heron.save(gated, folder / GATED)
+    write_preferences(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "plot", lambda folders, out: None)
         for name, changes in {
@@ -59,6 +66,7 @@ def folder(text):
             "one-v8": dict(model=str(folder / GATED), tables="host"),
             "one-accumulated": dict(micro_bsz=2, accumulate=2),
             "one-packs": of_packs(folder),
+            "one-dpo": of_preferences(folder),
         }.items():
             config = settings(folder, text, name, **{"micro_bsz": 4, **changes})
             assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
@@ -85,7 +93,7 @@ def steps(run_folder):
      ("v8-fsdp-host", "one-v8"), ("v8-fsdp-device", "one-v8"),
      ("spans-ddp", "one"), ("spans-fsdp", "one"), ("spans-accumulated", "one-accumulated"),
      ("spans-packs", "one-packs"), ("spans-v8", "one-v8"), ("pairs-ddp", "one-accumulated"),
-     ("pairs-fsdp", "one-accumulated")],
+     ("pairs-fsdp", "one-accumulated"), ("dpo", "one-dpo")],
 )  # fmt: skip
 def test_losses_are_those_of_one_process_on_the_same_samples(folder, many, one):
     ours, theirs = losses(folder / many), losses(folder / one)
@@ -106,6 +114,15 @@ def test_shards_of_bf16_copies_learn_as_whole_ones(folder):
     in_fp32 = losses(folder / "ddp")
     assert sharded != in_fp32
     assert sharded == pytest.approx(in_fp32, abs=2e-2)
+
+
+def test_what_pairs_are_measured_against_does_not_depend_on_the_processes(folder):
+    ours, theirs = (json.loads((folder / name / "reference.json").read_text()) for name in ("dpo", "one-dpo"))
+    assert ours.pop("train") == pytest.approx(theirs.pop("train"), abs=1e-4)
+    assert ours.pop("val") == pytest.approx(theirs.pop("val"), abs=1e-4)
+    assert ours == theirs  # the fingerprint of the base, too
+    val, wanted = (report.read_log(folder / name)[1][-1]["val_loss"] for name in ("dpo", "one-dpo"))
+    assert val == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -320,8 +337,9 @@ def test_a_gpu_is_crowded_where_all_weights_would_take_much_of_it(monkeypatch, p
 
 
 def test_the_environment_of_torchrun_is_read_and_half_of_it_is_refused(monkeypatch):
-    for name, value in dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a").items():
-        monkeypatch.setenv(name, value)
+    numbers = dict(RANK=3, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_PORT=29500)
+    for name, value in dict(MASTER_ADDR="a", **numbers).items():
+        monkeypatch.setenv(name, str(value))
     assert dist.Ranks.of_environment() == dist.Ranks(3, 8, 1, 2)
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ConfigError, match="LOCAL_RANK.*start with torchrun"):
@@ -358,9 +376,19 @@ def test_one_of_many_processes_stops_when_all_have_agreed_whatever_comes_twice()
     assert other.reason == "a signal to another process"
 
 
+def test_a_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    told = r"rank 0: rank 1, 2 of 3 did not come within 0.2 s \(--dist_timeout\)"
+    with pytest.raises(HeronError, match=told), dist.Ranks(0, 3, 0, 3).joined(torch.device("cpu"), 0.2):
+        raise AssertionError
+
+
 def test_an_error_of_connection_is_told_with_the_rank(monkeypatch):
     ranks = dist.Ranks(1, 2, 1, 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist.Ranks, "_met", lambda self, timeout: None)
     told = r"rank 1: another process .* 5 s \(--dist_timeout\): \[gloo\] Timed out"
     with pytest.raises(HeronError, match=told), ranks.joined(torch.device("cpu"), 5):
         raise RuntimeError("[gloo] Timed out waiting for 5000ms")

@@ -20,12 +20,14 @@ from torch._dynamo.exc import Unsupported
 import heron
 from heron import dist, machine, report
 from heron.checkpoint import run
+from heron.commands.telling import telling
 from heron.errors import DataError
 from heron.model import compiled
 from heron.train import due, loop, run_data
-from tests.ranks import become, settings
+from tests.ranks import become, of_preferences, settings, write_preferences
 
-STEPS, SOON = 4, 20  # seconds; --dist_timeout is 60
+STEPS, SOON = 4, 50  # seconds; --dist_timeout is 60
+BEFORE = "before it is joined"
 STARTS, PASSES, VALIDATION, SAVE = "while it starts", "in a step", "in a validation", "in a save"
 FAULTS = [(fault, parallel) for fault in (STARTS, PASSES, VALIDATION) for parallel in ("ddp", "fsdp")] + [
     (SAVE, "fsdp")
@@ -48,8 +50,9 @@ class FailingCompiler(heron.Trainer):
     n = 1
 
     def _loop(self, parts, progress):
+        network, name = parts.learner.network, "loss" if parts.learner.pairs is None else "hidden_states"
         if not self.ranks.is_first:
-            parts.learner.network.loss = failing(parts.learner.network.loss, self.n, Unsupported("planted"))
+            setattr(network, name, failing(getattr(network, name), self.n, Unsupported("planted")))
         return super()._loop(parts, progress)
 
 
@@ -73,14 +76,16 @@ def plant(fault: str) -> type[heron.Trainer]:
     """Have the second process of a run meet a fault; the trainer that does."""
     if fault == PASSES:
         return FailingPass
-    if fault == "not compiling":
+    if fault.startswith("not compiling"):
         return heron.Trainer
     if "compiling" in fault:
         compiled.choose = lambda *_: machine.Choice("on", "as planted")
         dist.compile_blocks = lambda network: None
         return LateCompiler if fault == LATE else FailingCompiler
     if os.environ["RANK"] == "1":
-        if fault == STARTS:
+        if fault == BEFORE:
+            machine.choose_dtype = failing(machine.choose_dtype, 1, DataError("planted"))
+        elif fault == STARTS:
             run_data.corpus = failing(run_data.corpus, 1, DataError("planted"))
         elif fault == VALIDATION:
             due.evaluate = failing(due.evaluate, 1, RuntimeError("planted"))
@@ -93,11 +98,15 @@ def meet(folder: Path, text: Path, fault: str, parallel: str) -> None:
     """A run of one of two processes, the seconds that it took, and how it ended."""
     rank, begun, said = int(os.environ["RANK"]), time.monotonic(), []
     name = f"{parallel}-{fault}"
+    changes = of_preferences(folder) if "pairs" in fault else {}
     config = settings(
-        folder, text, name, max_steps=STEPS, eval_every=2, save_every=3, parallel=parallel, background_save="on"
-    )
+        folder, text, name, max_steps=STEPS, eval_every=2, save_every=3, parallel=parallel, background_save="on",
+        **changes,
+    )  # fmt: skip
     try:
-        ended = plant(fault)(config, say=said.append).fit()
+        with telling():
+            trainer = plant(fault)(config, say=said.append)
+        ended = trainer.fit()
     except Exception as error:
         ended = str(error)
     seconds = time.monotonic() - begun
@@ -112,6 +121,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     text = folder / "text.txt"
     text.write_text("".join(f"Number {n} is {n * n % 97}.\n" for n in range(100)))
+    write_preferences(folder)
     started = subprocess.run(
         [sys.executable, "-m", "tests.test_dist_faults", str(folder), str(text)], cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -138,9 +148,15 @@ def test_a_process_that_fails_alone_takes_the_other_with_it(folder, fault, paral
         assert not list(checkpoints.glob("step-*"))
 
 
-def test_where_the_compiler_fails_in_one_process_all_go_on_without(folder):
-    assert ends(folder, "ddp-compiling") == ends(folder, "ddp-not compiling") == ["finished", "finished"]
-    ours, theirs = (report.read_log(folder / f"ddp-{name}")[0] for name in ("compiling", "not compiling"))
+def test_a_process_that_fails_before_it_is_joined_tells_the_other_why(folder):
+    assert ends(folder, f"ddp-{BEFORE}") == ["rank 0: ends as rank 1 failed: planted", "planted"]
+
+
+@pytest.mark.parametrize("what", ["", " pairs"])
+def test_where_the_compiler_fails_in_one_process_all_go_on_without(folder, what):
+    names = [f"ddp-compiling{what}", f"ddp-not compiling{what}"]
+    assert [ends(folder, name) for name in names] == 2 * [["finished", "finished"]]
+    ours, theirs = (report.read_log(folder / name)[0] for name in names)
     assert [record["loss"] for record in ours] == [record["loss"] for record in theirs]
 
 
@@ -155,5 +171,6 @@ def test_where_the_others_may_have_gone_on_a_compiler_that_fails_ends_the_run(fo
 if __name__ == "__main__":
     loop.plot = lambda folders, out: None
     of_compiler = [("not compiling", "ddp"), ("compiling", "ddp"), (LATE, "ddp"), ("compiling", "fsdp")]
-    for fault, parallel in (*FAULTS, *of_compiler):
+    of_compiler += [("not compiling pairs", "ddp"), ("compiling pairs", "ddp")]
+    for fault, parallel in ((BEFORE, "ddp"), *FAULTS, *of_compiler):
         become(2, partial(meet, Path(sys.argv[1]), Path(sys.argv[2]), fault, parallel))

@@ -21,6 +21,7 @@ from benchmarks.proofs import catalogue, copying, curriculum, groups, models, pa
 from benchmarks.proofs.batch import IGNORED
 from heron import ModelConfig
 from heron.errors import ConfigError, DataError
+from heron.ops.head_mix import reference
 from heron.report import compare
 
 SMALL = ModelConfig(variant="v7", n_layer=2, n_embd=32, head_size=16, vocab_size=60)
@@ -225,14 +226,14 @@ def test_a_signed_model_with_halved_rates_is_rwkv7():
 
 
 def test_no_transition_of_a_signed_model_makes_a_state_larger(monkeypatch):
-    seen, wkv7 = [], models.ops.wkv7
+    seen, wkv7 = [], reference.wkv7
 
-    def spy(r, w, k, v, a, b, *rest):
+    def spy(r, w, k, v, a, b, *rest, **named):
         decay = torch.exp(-np.exp(-0.5) * torch.sigmoid(w))
         seen.append((torch.diag_embed(decay) + a[..., :, None] * b[..., None, :]).detach())
-        return wkv7(r, w, k, v, a, b, *rest)
+        return wkv7(r, w, k, v, a, b, *rest, **named)
 
-    monkeypatch.setattr(models.ops, "wkv7", spy)
+    monkeypatch.setattr(reference, "wkv7", spy)
     model = models.build("signed", SMALL, 8).double()
     for block in model.blocks:
         torch.nn.init.uniform_(block.att.a0, 0, 9)

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heron import RWKV, ModelConfig, ops
+from heron import RWKV, ModelConfig
 from heron.errors import ConfigError
 from heron.model.attention import FirstAttention, attend
 from heron.model.state import State
 from heron.model.time_mix import TimeMix
+from heron.ops.head_mix import HeadInputs, HeadWeights, head_mix_reference
+from heron.ops.spans import Span
 
 MODELS = ("rwkv7", "signed", "decay-only", "attention")
 _CLOSED = -40.0  # sigmoid gives 4e-18
@@ -110,41 +111,25 @@ def _signed(att: TimeMix, config: ModelConfig, layer: int) -> TimeMix:
 class SignedTimeMix(TimeMix):
     """A time mix whose transition is ``(I - rate kk kk^T) diag(decay)``, rate from 0 to 2: no state grows by it.
 
-    It has no fused form, and no state: it is for whole samples.
+    It has no fused form.
     """
 
-    def forward(
+    def mix_heads(
         self,
-        begin: Callable[..., tuple[Tensor, list[Tensor], Tensor]],
-        x: Tensor,
-        branch: Tensor | None,
-        last: Tensor | None,
-        wkv_state: Tensor | None,
-        v_first: Tensor | None,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """See :meth:`heron.model.time_mix.TimeMix.forward`."""
-        x, mixed, last = begin(x, branch, self.mixes, last, None)
-        x_r, x_w, x_k, x_v, x_a, x_g = mixed
-        B, T, C = x.shape
-        H, N = self.r_k.shape
-        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
-        decay_logits = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
-        iclr = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
-        removal_key = F.normalize((k * self.k_k).view(B, T, H, N), dim=-1)
-        k = k * (1 + (iclr - 1) * self.k_a)
-        r, decay_logits, k, v, iclr = (part.view(B, T, H, N) for part in (r, decay_logits, k, v, iclr))
-        rate = 2 * iclr.mean(dim=-1, keepdim=True)
-        decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(decay_logits))
-        y, wkv_state = ops.wkv7(r, decay_logits, k, v, -removal_key, removal_key * rate * decay, wkv_state)
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
-        y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
-        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
-        return x, self.output(y.reshape(B, T, C) * gate), last, wkv_state, v_first
+        inputs: HeadInputs,
+        weights: HeadWeights,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        span: Span | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`heron.model.time_mix.TimeMix.mix_heads`."""
+        return head_mix_reference(inputs, weights, state, cu_seqlens, self.ln_x, span, _signed_rates)
+
+
+def _signed_rates(iclr: Tensor, decay_logits: Tensor) -> Tensor:
+    """One rate a head, from 0 to 2, of a state that has decayed."""
+    decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(decay_logits))
+    return 2 * iclr.mean(dim=-1, keepdim=True) * decay
 
 
 class CausalAttention(nn.Module):

@@ -22,6 +22,7 @@ except ImportError:  # Windows does not tell how large a process became
 
 from heron import dist, machine
 from heron.commands.settings import step_of
+from heron.commands.telling import telling
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import ConfigError
 from heron.files import new_file, refuse_foreign
@@ -35,7 +36,8 @@ _WARM_UP = 3  # steps that are not counted: they make the moments, and what PyTo
 
 
 def run(options: argparse.Namespace) -> None:
-    config, model = step_of(options)
+    with telling():
+        config, model = step_of(options)
     ranks = dist.Ranks.of_environment()
     with ranks.joined(torch.device(config.device), config.dist_timeout):
         if options.json:

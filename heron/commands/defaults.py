@@ -7,6 +7,7 @@ from typing import Any
 
 from heron import tokenizer
 from heron.checkpoint import ownership, run
+from heron.commands import streams
 from heron.config import PRESETS, ModelConfig, TrainConfig, read_yaml
 from heron.errors import CheckpointError, HeronError
 from heron.train import base_model
@@ -49,7 +50,8 @@ def of_run(out: Path | None, resume: str) -> dict[str, Any]:
 def weights_in(out: Path) -> str | None:
     """The weights in a folder that a run there would start from; None: there are none, or the run goes on."""
     found = base_model.candidates(out)
-    return str(found[0]) if found and run.newest(out) is None else None
+    newest = base_model.newest_whole(found, streams.note) if found and run.newest(out) is None else None
+    return None if newest is None else str(newest)
 
 
 def vocabulary(spec: str, model: object) -> dict[str, int]:

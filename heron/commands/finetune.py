@@ -8,6 +8,7 @@ from typing import Any
 
 from heron.commands import EXIT_PREEMPTED, defaults
 from heron.commands.settings import EITHER_OR, given
+from heron.commands.telling import telling
 from heron.config import PRESETS, FinetuneConfig, TrainConfig, read_yaml
 from heron.config.finetune import DEFAULTS
 from heron.config.finetune_adapter import AdapterConfig
@@ -16,7 +17,7 @@ from heron.train.stop import Preemption
 
 
 def run(options: argparse.Namespace) -> int:
-    with Preemption():  # PyTorch and the base take seconds to load
+    with Preemption(), telling():  # PyTorch and the base take seconds to load
         config = _config(options)
         from heron.train import Trainer
 

@@ -169,11 +169,13 @@ class Official:
         if "epoch_save" in given:
             changes["save_every"] = _number("epoch_save", given["epoch_save"]) * config.steps_per_mini_epoch
         if config.warmup_steps == -1 and self.stage >= 2:
-            newest = _newest_weights(config.out)
-            if newest is not None and newest.stem != "rwkv-init":
+            newest = _weights_in(config.out)[:1]
+            if newest and newest[0].stem != "rwkv-init":
                 changes["warmup_steps"] = 10  # what train.py makes of -1 then
         if self.is_partial and not config.init_from:
-            newest = _newest_weights(config.out)
+            from heron.train import base_model
+
+            newest = base_model.newest_whole(_weights_in(config.out), self.notes.append)
             if newest is None:
                 self.notes.append("--load_partial 1: no effect; there is no file to load")
             else:
@@ -337,13 +339,13 @@ def _translated(given: dict[str, str], official: Official) -> Iterator[tuple[str
         official.notes.append(f"--epoch_begin {given['epoch_begin']}: no effect, as in stages 1 to 3 there")
 
 
-def _newest_weights(folder: str) -> Path | None:
-    """The file that train.py would load from its folder: the rwkv-N.pth of the largest N, else rwkv-init.pth."""
+def _weights_in(folder: str) -> list[Path]:
+    """What train.py would load from its folder, the first one first: rwkv-N.pth by falling N, then rwkv-init.pth."""
     found = {}
     for path in Path(folder).glob("rwkv-*.pth"):
         if match := re.fullmatch(r"rwkv-(init|\d+)\.pth", path.name):
             found[-1 if match[1] == "init" else int(match[1])] = path
-    return found[max(found)] if found else None
+    return [found[number] for number in sorted(found, reverse=True)]
 
 
 def _model_of(config: TrainConfig) -> ModelConfig:

@@ -6,11 +6,12 @@ import argparse
 
 from heron.commands import EXIT_PREEMPTED, rwkv_lm_flags
 from heron.commands.settings import train_config
+from heron.commands.telling import telling
 from heron.train.stop import Preemption
 
 
 def run(options: argparse.Namespace) -> int:
-    with Preemption():  # PyTorch, and weights whose sizes are compared, take seconds to load
+    with Preemption(), telling():  # PyTorch, and weights whose sizes are compared, take seconds to load
         config = train_config(options)
         if options.stage == 1 and not options.dry_run:
             print(rwkv_lm_flags.write_initial_weights(config))

@@ -54,7 +54,7 @@ def checked_offsets(cu_seqlens: Tensor | Sequence[int] | np.ndarray, tokens: Ten
         except (TypeError, ValueError, RuntimeError) as error:
             kind = type(cu_seqlens).__name__
             raise ConfigError(f"cu_seqlens: wanted n_seq + 1 whole numbers, got {kind}: {error}") from None
-    fits = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
+    fits = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not fits or tokens.shape[0] != 1 or cu_seqlens.device != tokens.device:
         raise ConfigError(
             f"cu_seqlens: wanted (n_seq + 1,) int32 or int64 on {tokens.device}, and tokens (1, T); got "

@@ -44,16 +44,19 @@ class RosaMemory(nn.Module):
         self.length = nn.Parameter(torch.empty(K, n_rows, C))
         self.copy = nn.Parameter(torch.empty(K, n_rows))
 
-    def forward(self, tokens: Tensor, predicted: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, lengths: Tensor, tokens: Tensor | None = None, predicted: Tensor | None = None) -> Tensor:
         """What the network begins with, (B, T, C)::
 
             emb(token)  +  sum over k with length > 0 of  emb(predicted) * scale[k] + length[k, row of the length]
 
         Args:
-            tokens: (B, T, C), the rows of emb of the tokens.
-            predicted: (K, B, T, C), those of what the matches predicted.
             lengths: (B, T, K).
+            tokens: (B, T, C), the rows of emb of the tokens. None: what logits are raised by is wanted, (B, T, K),
+                ``copy[k, row of the length]``, 0 for no match. All of it goes through this call, so that hooks fire.
+            predicted: (K, B, T, C), those of what the matches predicted.
         """
+        if tokens is None or predicted is None:
+            return (_chosen(self.numbers(lengths), self.copy) * self.copy).sum(dim=-1)
         scale = self.scale.view(len(predicted), *(1,) * (predicted.dim() - 2), -1)
         scale = scale * (lengths.movedim(-1, 0) > 0).unsqueeze(-1)
         added = (predicted * scale.to(predicted.dtype)).sum(dim=0)
@@ -85,10 +88,10 @@ class RosaMemory(nn.Module):
 
     def _begun(self, rows: Tensor, lengths: Tensor) -> Tensor:
         tokens, predicted = rows.split([1, len(rows) - 1])
-        return self(tokens.squeeze(0), predicted, lengths)
+        return self(lengths, tokens.squeeze(0), predicted)
 
     def _values(self, lengths: Tensor) -> Tensor:
-        return (_chosen(self.numbers(lengths), self.copy) * self.copy).sum(dim=-1)
+        return self(lengths)
 
     def numbers(self, lengths: Tensor) -> Tensor:
         """The row that each of lengths (..., K) has in the tables, from 1 on; 0 for no match."""

@@ -63,6 +63,17 @@ class Rosa01Layer(nn.Module):
         return out.to(x.dtype), state
 
 
+class RosaLevel(nn.Module):
+    """What a 1 puts out, (1, 1, C), under upstream's name. It is called, so that hooks on this module fire."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.emb = nn.Parameter(torch.ones(1, 1, n_embd))
+
+    def forward(self) -> Tensor:
+        return self.emb
+
+
 class RosaQKV(nn.Module):
     """The QKV form: signs of q look for themselves in those of k; the sign of v that came next chooses e or -e.
 
@@ -75,7 +86,7 @@ class RosaQKV(nn.Module):
         if rosa.token_shift:
             self.x_q, self.x_k, self.x_v = (nn.Parameter(torch.zeros(1, 1, n_embd)) for _ in "qkv")
         self.q, self.k, self.v, self.o = (nn.Linear(n_embd, n_embd, bias=rosa.proj_bias) for _ in "qkvo")
-        self.rosa_qkv = nn.ParameterDict({"emb": torch.ones(1, 1, n_embd)})
+        self.rosa_qkv = RosaLevel(n_embd)
 
     def forward(self, x: Tensor, state: RosaState) -> tuple[Tensor, RosaState]:
         """x (B, T, C), the output of ln3 -> the branch's output (B, T, C), and the new state."""
@@ -86,7 +97,7 @@ class RosaQKV(nn.Module):
             mixed = [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in (self.x_q, self.x_k, self.x_v)]
             state = state._replace(shift=last)
         q, k, v = (project(x) for project, x in zip((self.q, self.k, self.v), mixed, strict=True))
-        e = self.rosa_qkv["emb"].view(-1)
+        e = self.rosa_qkv().view(-1)
 
         def layer(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
             return rosa_qkv(q, k, v, e, **options)

@@ -248,7 +248,7 @@ class RWKV(nn.Module):
             raise ConfigError("recalled: inside a graph what memory found must be given; model.recall finds it before")
         if cu_seqlens is not None:
             cu_seqlens = checked_offsets(cu_seqlens, tokens)
-        n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        n_seq = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return recall(tokens, memories_of(state, n_seq), rosa, cu_seqlens)
 
     def read(
@@ -304,7 +304,7 @@ class RWKV(nn.Module):
             raise ConfigError(f"attention_window: wanted at least 1, or None for all tokens, got {window}")
         if cu_seqlens is not None:
             cu_seqlens = checked_offsets(cu_seqlens, tokens)
-        n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        n_seq = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if cu_seqlens is not None and self.config.state_grows:
             return self._one_after_another(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
         rows, begun = self._rows(tokens, recalled, embeddings)
@@ -379,7 +379,7 @@ class RWKV(nn.Module):
         rows = self.emb(tokens)
         if self.memory is not None and recalled is not None:
             predicted, lengths = recalled.unbind(dim=-1)
-            rows = self.memory(rows, self.emb(predicted.movedim(-1, 0)), lengths)
+            rows = self.memory(lengths, rows, self.emb(predicted.movedim(-1, 0)))
         return self._first_norm(rows)
 
     def _rows(self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:

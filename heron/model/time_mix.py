@@ -93,12 +93,21 @@ class TimeMix(nn.Module):
             value=None if v_first is None else (x_v @ self.v1) @ self.v2,
             v_first=v_first,
         )
-        weights = self.head_weights(v_first is not None)
-        if is_plain(self.ln_x, nn.GroupNorm):
-            y, wkv_state = ops.head_mix(inputs, weights, wkv_state, cu_seqlens, span=span)
-        else:  # a kernel would not call it
-            y, wkv_state = head_mix_reference(inputs, weights, wkv_state, cu_seqlens, self.ln_x, span)
+        y, wkv_state = self.mix_heads(inputs, self.head_weights(v_first is not None), wkv_state, cu_seqlens, span)
         return x, self.output(y), last, wkv_state, v if v_first is None else v_first
+
+    def mix_heads(
+        self,
+        inputs: HeadInputs,
+        weights: HeadWeights,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        span: Span | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What lies between the projections: :func:`heron.ops.head_mix`."""
+        if is_plain(self.ln_x, nn.GroupNorm):
+            return ops.head_mix(inputs, weights, state, cu_seqlens, span=span)
+        return head_mix_reference(inputs, weights, state, cu_seqlens, self.ln_x, span)  # a kernel would not call it
 
     def head_weights(self, mixes_v_first: bool) -> HeadWeights:
         """The weights of single channels, as ops.head_mix and ops.head_step take them."""

@@ -79,7 +79,7 @@ class TunedState(nn.Module):
             tokens: (B, T); with `cu_seqlens` the packed sequences of (1, T).
             dtype: of the model's activations.
         """
-        n_seq = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        n_seq = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if cu_seqlens is not None and self.config.state_grows:
             return tuple(self._repeated(1, dtype) for _ in range(n_seq))
         return self._repeated(n_seq, dtype)

@@ -36,7 +36,7 @@ from heron.serve.openai import (
     StateRequest,
     TokenizeRequest,
 )
-from heron.serve.refusals import Refusal, engine_failed, of_error
+from heron.serve.refusals import Refusal, engine_failed, forgotten, of_error
 from heron.serve.service import Service
 from heron.serve.static import INDEX, Page
 from heron.serve.streaming import EventStream, when_gone
@@ -103,13 +103,13 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     async def show_response(response_id: str) -> Response:
         kept = service.conversations.find(response_id)
         if kept is None or not kept.response:
-            raise Refusal(404, "there is no such response (any more)", code="not_found")
+            raise forgotten(f"response {response_id!r:.80}")
         return Response(kept.response, media_type="application/json")
 
     @app.delete("/v1/responses/{response_id}")
     async def forget_response(response_id: str) -> dict[str, Any]:
         if not service.conversations.forget(response_id):
-            raise Refusal(404, "there is no such response (any more)", code="not_found")
+            raise forgotten(f"response {response_id!r:.80}")
         return {"id": response_id, "object": "response", "deleted": True}
 
 

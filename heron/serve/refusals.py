@@ -48,6 +48,12 @@ class Refusal(HeronError):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def forgotten(what: str, param: str | None = None, code: str = "not_found") -> Refusal:
+    """A conversation that the server knows nothing of, or nothing any more: `what` says which was wanted."""
+    kept = "the messages of conversations are kept in the server's memory alone, until it ends or they are too many"
+    return Refusal(404, f"{what}: there is none (any more); {kept}. Send all messages of the conversation", param, code)
+
+
 def too_busy(message: str) -> Refusal:
     """One more request than the server takes; the client shall try again."""
     return Refusal(429, message, code="rate_limit_exceeded", retry_after=1)

@@ -13,7 +13,7 @@ from heron.serve import chat, wire
 from heron.serve.chat import Answer, Asked
 from heron.serve.openai import InputItem, NamedFlatTool, ResponsesRequest, Sampled, called, text_of, think_of
 from heron.serve.parts import Call
-from heron.serve.refusals import Refusal
+from heron.serve.refusals import Refusal, forgotten
 from heron.serve.service import Service
 
 PREFIX = "resp_"
@@ -26,8 +26,8 @@ async def ask(service: Service, body: ResponsesRequest) -> Asked:
     if body.previous_response_id is not None:
         kept = service.conversations.find(body.previous_response_id)
         if kept is None:
-            there_is_none = f"there is no response {body.previous_response_id} (any more)"
-            raise Refusal(404, there_is_none, "previous_response_id", "previous_response_not_found")
+            asked = f"previous_response_id {body.previous_response_id!r:.80}"
+            raise forgotten(asked, "previous_response_id", "previous_response_not_found")
         if kept.model != served.name:
             raise Refusal(400, f"previous_response_id: that was written by {kept.model}", "previous_response_id")
         state, before = kept.state, kept.messages

@@ -7,7 +7,7 @@ from typing import Any
 from heron.serve.engines import Engines
 from heron.serve.openai import LoadRequest, StateRequest
 from heron.serve.prompts import conversation_ids
-from heron.serve.refusals import Refusal
+from heron.serve.refusals import Refusal, forgotten
 from heron.serve.service import Kept, Service
 from heron.serve.threads import worked
 
@@ -22,7 +22,7 @@ async def save(service: Service, body: StateRequest) -> dict[str, Any]:
     else:
         kept = service.conversations.find(body.session_id or body.response_id or "")
         if kept is None:
-            raise Refusal(404, f"{wanted[0]}: nothing is kept of it (any more)", wanted[0], "not_found")
+            raise forgotten(f"{wanted[0]} {body.session_id or body.response_id!r:.80}", wanted[0])
         served = service.models.get(kept.model)
         if kept.messages:
             start = await service.start_of(served, kept.state)

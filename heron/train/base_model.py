@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from heron.checkpoint import ownership
+from heron.checkpoint import ownership, read_tensors
 from heron.checkpoint.adapters import base_fingerprint
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import CheckpointError, ConfigError
@@ -76,12 +77,34 @@ def candidates(out: Path) -> list[Path]:
     return [numbers[number] for number in sorted(numbers, reverse=True)]
 
 
-def find(out: Path, model: ModelConfig | str) -> Path | None:
+def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path | None:
+    """Of weights that a run may start from, newest first, the first that can be read; None: there are none.
+
+    Each that is passed over is told to `say`. Initial values never take the place of weights that were trained: where
+    nothing else can be read, the newest file is given, so that its reader says what is wrong with it.
+    """
+    damaged = []
+    for path in found if len(found) > 1 else ():
+        if path.name == ownership.INIT:
+            break
+        try:
+            read_tensors(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for why in damaged:
+            say(f"passing over damaged weights: {why}")
+        return path
+    return found[0] if found else None
+
+
+def find(out: Path, model: ModelConfig | str, say: Callable[[str], None]) -> Path | None:
     """The weights that a run in `out` which has not begun starts from; None: fresh initial values.
 
     Args:
         out: the run folder, which may not exist yet.
         model: sizes, or the path of weights.
+        say: is told of damaged weights that are passed over.
 
     Raises:
         CheckpointError: as :func:`named`; weights in `out` of which the name does not say that they are to start from.
@@ -91,7 +114,7 @@ def find(out: Path, model: ModelConfig | str) -> Path | None:
     found = candidates(out)
     if not found:
         _refuse_unnamed(out)
-    return found[0] if found else None
+    return newest_whole(found, say)
 
 
 def named(out: Path, weights: str, flag: str) -> Path:

@@ -26,7 +26,7 @@ def validation(parts: Parts, progress: Progress, model: RWKV, config: TrainConfi
     if val is None:
         return lambda: None  # it was owed by a run that had validation data before it was stopped
     if parts.learner.pairs is not None and parts.val_packs is not None:
-        return _of_pairs(parts, parts.learner.pairs, parts.val_packs, progress, config, ranks)
+        return _of_pairs(parts, parts.learner.pairs_of(model), parts.val_packs, progress, config, ranks)
     precision = machine.autocast(config.dtype, torch.device(config.device))
     if parts.val_packs is not None:
         packs = parts.val_packs.each_once(config.micro_bsz)

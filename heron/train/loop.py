@@ -141,7 +141,7 @@ class Trainer:
         if resume_from is not None:
             start = resume.frozen_weights(config, resume_from)
         else:
-            start = None if laid_over else self.ranks.first(lambda: base_model.find(self.out, config.model))
+            start = None if laid_over else self.ranks.first(lambda: base_model.find(self.out, config.model, self.say))
         loaded = None
         if start is not None:
             loaded = first_weights.read(start, config.model)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,9 @@ from heron.config import TrainConfig
 from heron.context import Part
 from heron.data.conversations import Conversations
 from heron.data.packs import Packs
+from heron.dist import Ranks
 from heron.errors import CheckpointError
+from heron.model import RWKV
 from heron.train.passes import IGNORED, Means, Sample
 
 FILE = "reference.json"
@@ -56,6 +59,12 @@ class Pairs:
 
     def __init__(self, means: Means, beta: float):
         self._means, self._beta = means, beta
+
+    def on(self, model: RWKV, precision: Callable[[], AbstractContextManager]) -> Pairs:
+        """The same with another model than the network that learns."""
+        other = Pairs(self._means._replace(network=model, precision=precision), self._beta)
+        other.references = self.references
+        return other
 
     def count(self, samples: Sequence[Sample]) -> int:
         """How many passes a step of these makes."""
@@ -124,39 +133,40 @@ def references(
     packs: tuple[Packs, Packs | None],
     resume_from: Path | None,
     likelihoods: Callable[[Sample], Tensor],
+    ranks: Ranks,
 ) -> References:
-    """Those of a run: computed, where it has none yet, and kept in its folder.
+    """Those of a run: computed, where it has none yet, and kept in its folder. All processes call this together.
 
     Args:
         base: fingerprint of the weights that it starts from; None: not known, which it may be of one that goes on.
         packs: for training and for validation.
         resume_from: the checkpoint that it goes on from, in the folder in which they are kept.
         likelihoods: a sample -> the log-probability of each of its texts under what the run starts from.
+        ranks: the processes, among which samples are dealt.
 
     Raises:
         CheckpointError: the run goes on, and its references are missing, damaged, or of something else.
     """
     key = _Key(base, corpus.fingerprint, config.dtype, config.weights)
     kept = Path(config.out) / FILE
-    if resume_from is not None:
-        found = _read(resume_from.parents[1] / FILE, key)
-        if found is None:
-            raise CheckpointError(
-                f"{resume_from.parents[1] / FILE}: is missing, damaged or of another base, data or dtype, and only "
-                "the weights that the run started from can make it anew; give them as they were, or name another --out"
-            )
-    else:
-        found = _read(kept, key)
+    read = kept if resume_from is None else resume_from.parents[1] / FILE
+    found = ranks.first(lambda: _read(read, key))
+    if found is None and resume_from is not None:
+        raise CheckpointError(
+            f"{read}: is missing, damaged or of another base, data or dtype, and only the weights that the run started "
+            "from can make it anew; give them as they were, or name another --out"
+        )
     if found is None:
         of_train, of_val = packs
         n_val = 0 if corpus.val_samples is None else len(corpus.val_samples)
         found = References(
-            _of(of_train, len(corpus.samples), config.micro_bsz, likelihoods),
-            _of(of_val, n_val, config.micro_bsz, likelihoods),
+            _of(of_train, len(corpus.samples), config.micro_bsz, likelihoods, ranks),
+            _of(of_val, n_val, config.micro_bsz, likelihoods, ranks),
         )
+        ranks.add_(found)
     content = {**dataclasses.asdict(key), **{name: part.tolist() for name, part in found._asdict().items()}}
-    if not kept.exists() or resume_from is None:
-        files.write_text(kept, json.dumps(content))
+    if resume_from is None or not kept.exists():
+        ranks.first(lambda: files.write_text(kept, json.dumps(content)))
     return found
 
 
@@ -178,9 +188,10 @@ def score(pairs: Pairs, packs: Packs, config: TrainConfig, share: tuple[int, int
     return sums.tolist()
 
 
-def _of(packs: Packs | None, n: int, count: int, likelihoods: Callable[[Sample], Tensor]) -> Tensor:
+def _of(packs: Packs | None, n: int, count: int, likelihoods: Callable[[Sample], Tensor], ranks: Ranks) -> Tensor:
+    """The log-probabilities of the texts that this process scores; 0 of those that others do."""
     found = torch.zeros(n, dtype=torch.float64)
-    for batch in () if packs is None else packs.each_once(count):
+    for batch in () if packs is None else islice(packs.each_once(count), ranks.rank, None, ranks.count):
         with torch.no_grad():
             logprobs = likelihoods(batch).double().cpu()
         assert batch[4] is not None

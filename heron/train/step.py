@@ -158,14 +158,22 @@ class Learner:
         """Set what pairs are measured against, if the run has some: :func:`heron.train.preference.references`."""
         if (pairs := self.pairs) is None:
             return
-        fingerprint = None if base is None else base.fingerprint
+        fingerprint, model = None if base is None else base.fingerprint, self.whole()
         if resume_from is None and fingerprint is None:
-            fingerprint = base_fingerprint(self.model)
+            fingerprint = base_fingerprint(model)
         self.network.eval()  # an adapter drops nothing then
-        pairs.references = self.ranks.first(
-            lambda: preference.references(self.config, fingerprint, corpus, packs, resume_from, pairs.log_likelihoods)
+        likelihoods = self.pairs_of(model).log_likelihoods
+        pairs.references = preference.references(
+            self.config, fingerprint, corpus, packs, resume_from, likelihoods, self.ranks
         )
         self.network.train()
+
+    def pairs_of(self, model: RWKV) -> preference.Pairs:
+        """What compares pairs outside of steps, with :meth:`whole`: the network may have some rows of tables alone."""
+        assert self.pairs is not None
+        if model is self.model:
+            return self.pairs
+        return self.pairs.on(model, lambda: machine.autocast(self.config.dtype, self.device))
 
     def gradients(self, samples: Sequence[Sample]) -> Tensor:
         """Start the forward and backward passes of a step.

@@ -85,6 +85,18 @@ def test_outputs_have_their_forms(models, variant):
     assert model.base_model.train(False)(IDS).state is not None
 
 
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("grads", [False, True])
+def test_weights_that_accelerate_brings_for_each_call_give_the_same(models, random_model, variant, grads):
+    accelerate = pytest.importorskip("accelerate", reason="needs the hf extra")
+    name, _, memory = variant.partition(" with ROSA ")
+    model = wrapped(random_model(variant=name, n_layer=2, vocab_size=V, memory=memory or None))
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with torch.set_grad_enabled(grads):
+        assert torch.equal(model(IDS).logits, models(variant)(IDS).logits)
+    assert torch.equal(greedy(model, IDS[:1]), greedy(models(variant), IDS[:1]))
+
+
 def test_gradients_of_inner_states_are_kept(models):
     out = models("v8")(IDS, output_hidden_states=True)
     for hidden in out.hidden_states[:-1]:

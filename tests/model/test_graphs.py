@@ -102,6 +102,41 @@ def test_an_exported_model_goes_on_from_a_state(model):
     assert_close((got[0], *got[1].to_list()), (want[0], *want[1].to_list()), 1e-6)
 
 
+@pytest.fixture(scope="module")
+def reader(random_model):
+    return random_model(n_layer=1, vocab_size=29, variant="v8")
+
+
+def test_an_exported_model_reads_packed_documents_wherever_they_begin(reader):
+    sizes = {"tokens": {1: torch.export.Dim("T", min=2)}, "cu_seqlens": {0: torch.export.Dim("n", min=3)}}
+    given = {"tokens": ids(1, 17), "cu_seqlens": torch.tensor([0, 5, 5, 17])}
+    exported = torch.export.export(reader, (), given, dynamic_shapes=sizes).module()
+    for tokens, offsets in ((ids(1, 17), [0, 16, 17, 17]), (ids(1, 40, seed=1), [0, 3, 20, 20, 21, 40])):
+        cu_seqlens = torch.tensor(offsets)
+        got, want = (model(tokens=tokens, cu_seqlens=cu_seqlens) for model in (exported, reader))
+        assert_close((got[0], *got[1].to_list()), (want[0], *want[1].to_list()), 1e-6)
+    with pytest.raises(KernelError, match=r"cu_seqlens must go from 0 to T = 17 .* got \[0, 12, 9, 17\]"):
+        exported(tokens=ids(1, 17), cu_seqlens=torch.tensor([0, 12, 9, 17]))
+
+
+def test_packed_documents_are_one_graph_with_the_same_numbers_and_gradients(reader):
+    torch._dynamo.reset()
+    tokens, targets, cu_seqlens = ids(1, 17), ids(1, 17, seed=1), torch.tensor([0, 5, 5, 17])
+    before = reader(ids(3, 3, seed=2))[1].detach()
+
+    def read(tokens, targets, state, cu_seqlens):
+        logits, after = reader(tokens, state, cu_seqlens)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits, after
+
+    results, slopes = [], []
+    for run in (torch.compile(read, backend="aot_eager", fullgraph=True), read):
+        loss, logits, state = run(tokens, targets, before, cu_seqlens)
+        slopes.append(gradients(reader, loss + logits.square().mean() + state.layers[-1].wkv.square().mean()))
+        results.append((loss.detach(), logits.detach(), *state.detach().to_list()))
+    assert_close(*results, 1e-6)
+    assert_close(*slopes, 1e-5)
+
+
 class Loss(nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -110,7 +110,7 @@ def qkv_layer(bits, no_match, grad="none", **changes):
     with torch.no_grad():
         for letter in "qkv":
             getattr(layer, f"x_{letter}").copy_(normal(1, 1, 8, seed=ord(letter)))
-        layer.rosa_qkv["emb"].copy_(normal(1, 1, 8, seed=4))
+        layer.rosa_qkv.emb.copy_(normal(1, 1, 8, seed=4))
     return layer
 
 
@@ -124,7 +124,7 @@ def test_the_qkv_form_is_its_table(bits, no_match, grad):
     layer, x = qkv_layer(bits, no_match), normal(2, 24, 8)
     before = torch.cat((torch.zeros(2, 1, 8), x[:, :-1]), dim=1)
     q, k, v = (getattr(layer, letter)(x + (before - x) * getattr(layer, f"x_{letter}")).detach() for letter in "qkv")
-    e = layer.rosa_qkv["emb"].detach().view(-1)
+    e = layer.rosa_qkv.emb.detach().view(-1)
     recalled = literally((q, k, v), e, -e, bits, no_match)
     with torch.set_grad_enabled(grad):
         got, state = layer(x, start(2, bits))
@@ -311,7 +311,7 @@ def test_a_fresh_branch_writes_nothing_and_learns(variant, preset):
         optimizer.step()
         optimizer.zero_grad()
     assert model.blocks[1].rosa.o.weight.any()
-    assert not (model.blocks[1].rosa.rosa_qkv["emb"] == 1).all()
+    assert not (model.blocks[1].rosa.rosa_qkv.emb == 1).all()
 
 
 def test_a_rosa_lm_is_its_equations(random_model):
@@ -377,7 +377,7 @@ def test_a_state_counts_in_the_gradients_of_what_follows_it(rule):
         layer.zero_grad()
         x = x.clone().requires_grad_()
         (layer(x, state)[0][:, -8:] * weights).sum().backward()
-        return x.grad[:, -8:], layer.rosa_qkv["emb"].grad
+        return x.grad[:, -8:], layer.rosa_qkv.emb.grad
 
     for whole, cut in zip(gradients(x, empty), gradients(x[:, 12:], state), strict=True):
         assert whole.any()
@@ -647,7 +647,7 @@ def test_upstreams_reversing_toy_gets_its_tokens_right():
     got = TASKS.score(toy, list(TASKS.reverse(42)), "0123456789,#")
     assert got.tokens == 18900
     assert got.right >= 18897
-    assert not any(block.rosa.rosa_qkv["emb"].any() for block in toy.blocks)
+    assert not any(block.rosa.rosa_qkv.emb.any() for block in toy.blocks)
 
 
 def test_upstreams_counting_toy_gets_its_tokens_right():

@@ -159,8 +159,10 @@ def test_a_response_goes_on_from_the_one_before(client):
     assert second.usage.input_tokens == same.usage.input_tokens
     assert second.output_text == same.output_text
     client.responses.delete(first.id)
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match="in the server's memory alone.* Send all messages") as refused:
         client.responses.create(model="tiny", input="and?", previous_response_id=first.id)
+    assert (refused.value.code, refused.value.param) == ("previous_response_not_found", "previous_response_id")
+    assert first.id in str(refused.value)
 
 
 def test_a_response_is_streamed(client):

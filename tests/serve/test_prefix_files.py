@@ -229,20 +229,19 @@ def test_a_disk_that_refuses_turns_them_off_with_one_line(files_of, behind, monk
 
 
 def test_nobody_waits_for_the_disk_and_what_is_too_much_is_dropped(files_of, behind, monkeypatch):
-    files, state, goes_on, n_written = files_of(), behind([1]), threading.Event(), []
+    files, state, goes_on, n_written, waited = files_of(), behind([1]), threading.Event(), [], []
 
     def slow(*arguments):
         n_written.append(arguments)
-        goes_on.wait(30)
+        waited.append(goes_on.wait(30))
 
     monkeypatch.setattr(prefix_files, "write_snapshot", slow)
     cache = PrefixCache(0, state.nbytes, files)
-    begun = time.monotonic()
     for n in range(3 * MOST_WAITING):
         cache.keep([n], state)
         assert cache.find([n, 1])[1] == 1
         assert cache.only_in_file([n + 1, 1]) is None
-    assert time.monotonic() - begun < 5
+    assert waited == []
     assert len(files._waiting) == MOST_WAITING
     files._folder.rename(files._folder.with_name("away"))  # then nothing is there to be looked at
     goes_on.set()
@@ -385,12 +384,20 @@ def test_after_a_restart_another_prompt_alone_is_read(engine_of, tmp_path, rando
         assert wanted[1] == 0
         HTTP.post(f"{address}/v1/completions", json={"prompt": "a", **FIXED, "session_id": "talk"}).raise_for_status()
         HTTP.post(f"{address}/v1/states", json={"name": "kept", "session_id": "talk"}).raise_for_status()
+        said = HTTP.post(f"{address}/v1/responses", json={"input": "hello", "max_output_tokens": 2}).json()
     with server(engine_of(2)) as address:
         answer, n_cached = chat(address, "hello")
         assert answer == wanted[0]
         assert n_cached > 10
         assert hits(address) == {"device": 0, "host": 0, "disk": 1}
         assert [one["id"] for one in HTTP.get(f"{address}/v1/states").json()["data"]] == ["kept"]
+        for place, lost in (
+            ("responses", {"input": "and?", "previous_response_id": said["id"]}),
+            ("states", {"name": "late", "response_id": said["id"]}),
+        ):
+            refused = HTTP.post(f"{address}/v1/{place}", json=lost)
+            assert (refused.status_code, said["id"] in refused.text) == (404, True)
+            assert "in the server's memory alone" in refused.json()["error"]["message"]
     other = Engine(random_model(seed=1, vocab_size=256), tokenizer.load("bytes"), 2)
     with server(other) as address:
         assert chat(address, "hello")[1] == 0

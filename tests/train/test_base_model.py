@@ -106,17 +106,67 @@ def test_a_run_starts_from_the_newest_weights_in_its_folder_and_keeps_them(files
     assert {path: contents(tmp_path / "run")[path] for path in before} == before
 
 
-def test_damaged_weights_in_the_folder_are_not_passed_over_and_say_what_to_do(files, settings, tmp_path):
-    put(files, tmp_path / "run", init=1, _9=0)
+def damages(path):
+    """Contents that are no weights any more."""
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    return b"", b"no weights", whole[:3000], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_damaged_weights_in_the_folder_are_passed_over_and_named(files, settings, tmp_path, n):
+    before = put(files, tmp_path / "run", init=1, _8=2, _9=0)
     damaged = tmp_path / "run" / "rwkv-10.pth"
-    for content in (b"", b"no weights", (files / "2.pth").read_bytes()[:3000]):
-        damaged.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"rwkv-10\.pth.*newest weights in its folder: move .*--model"):
-            heron.Trainer(settings()).fit()
-        assert damaged.read_bytes() == content
-    named = settings(model=str(tmp_path / "run" / "rwkv-9.pth"))
+    before[damaged] = damages(files / "2.pth")[n]
+    damaged.write_bytes(before[damaged])
+    said = []
+    assert heron.Trainer(settings(), say=said.append).fit() == "finished"
+    assert first_loss(settings()) == loss_of(files, 0, settings, tmp_path)
+    [line] = [line for line in said if line.startswith("passing over damaged weights: ")]
+    assert "rwkv-10.pth" in line
+    assert f"startfromtheweightsin{tmp_path / 'run' / 'rwkv-9.pth'}" in "".join(" ".join(said).split())
+    assert {path: contents(tmp_path / "run")[path] for path in before} == before
+
+
+def test_initial_values_never_take_the_place_of_damaged_weights(files, settings, tmp_path):
+    put(files, tmp_path / "run", init=1, _9=0)
+    damaged = tmp_path / "run" / "rwkv-9.pth"
+    damaged.write_bytes(damages(files / "0.pth")[2])
+    with pytest.raises(CheckpointError, match=r"rwkv-9\.pth.*newest weights in its folder: move .*--model"):
+        heron.Trainer(settings()).fit()
+    named = settings(model=str(tmp_path / "run" / "rwkv-init.pth"))
     assert heron.Trainer(named).fit() == "finished"
-    assert first_loss(named) == loss_of(files, 0, settings, tmp_path)
+    assert first_loss(named) == loss_of(files, 1, settings, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["sizes", "no sizes", "partial"])
+def test_the_command_line_passes_over_damaged_weights_too(files, heron_, tmp_path, how):
+    put(files, tmp_path / "d", _8=1, _9=0)
+    (tmp_path / "d" / "rwkv-9.pth").write_bytes(damages(files / "0.pth")[2])
+    words = [
+        "train",
+        "--data_file",
+        files / "text.txt",
+        "--my_exit_tokens",
+        "32",
+        "--ctx_len",
+        "16",
+        "--micro_bsz",
+        "1",
+    ]
+    words += ["--proj_dir", tmp_path / "d", "--accelerator", "cpu", "--sample_every", "0"]
+    words += {"sizes": SIZES, "no sizes": [], "partial": [*SIZES, "--load_partial", "1"]}[how]
+    code, out, err = heron_(*words)
+    assert code == 0, err
+    assert (out + err).count("passing over damaged weights: ") == 1
+    assert "".join(f"{tmp_path / 'd' / 'rwkv-8.pth'}".split()) in "".join(out.split())
+
+
+def test_weights_of_another_kind_are_whole_and_refused(files, settings, tmp_path):
+    put(files, tmp_path / "run", _8=1)
+    torch.save({"a": torch.zeros(3)}, tmp_path / "run" / "rwkv-9.pth")
+    with pytest.raises(CheckpointError, match=r"rwkv-9\.pth"):
+        heron.Trainer(settings()).fit()
 
 
 def test_upstream_s_flags_start_from_the_file_and_are_compared_with_it(files, heron_, tmp_path):

@@ -38,7 +38,7 @@ def interrupted(number):
 
     def wait(*_, **__):
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-        time.sleep(20)
+        time.sleep(100)
 
     return wait
 
@@ -61,7 +61,7 @@ def test_a_stop_before_the_first_step_is_heard_at_once(config, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(holder, name, interrupted(number))
         assert heron.Trainer(config, say=said.append).fit() == "preempted"
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 50
     stops = [line for line in said if line.startswith(number.name)]
     assert len(stops) == 1
     assert "the same command goes on" in stops[0]

@@ -20,8 +20,14 @@ def head_mix_reference(
     cu_seqlens: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
     span: Span | None = None,
+    rates: Callable[[Tensor, Tensor], Tensor] = lambda iclr, decay_logits: iclr,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`heron.ops.head_mix`. `norm`, on (B * T, C), stands in for the group norm of the weights."""
+    """See :func:`heron.ops.head_mix`.
+
+    Args:
+        norm: on (B * T, C), stands in for the group norm of the weights.
+        rates: of iclr and decay_logits (B, T, H, N), how much of what a key held is removed, in each key channel.
+    """
     r, w, k, v, iclr, gate, value, v_first = inputs
     B, T, C = r.shape
     H, N = weights.r_k.shape
@@ -34,7 +40,7 @@ def head_mix_reference(
     k = k * (1 + (iclr - 1) * weights.k_a)
 
     r, w, k, v, iclr, removal_key = (x.to(r.dtype).view(per_head) for x in (r, w, k, v, iclr, removal_key))
-    y, state = wkv7(r, w, k, v, -removal_key, removal_key * iclr, state, cu_seqlens=cu_seqlens, span=span)
+    y, state = wkv7(r, w, k, v, -removal_key, removal_key * rates(iclr, w), state, cu_seqlens=cu_seqlens, span=span)
 
     y = y.reshape(B * T, C)
     y = F.group_norm(y, H, weights.norm_weight, weights.norm_bias, weights.eps) if norm is None else norm(y)

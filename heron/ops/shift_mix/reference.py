@@ -47,7 +47,7 @@ def shifted(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) ->
         return before, x[:, -1].clone()
     begins, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     if last is None:
-        last = x.new_zeros(len(begins), x.shape[2])
+        last = x.new_zeros(begins.shape[0], x.shape[2])
     holds_tokens = (begins < ends)[:, None]
     position = torch.arange(x.shape[1], device=x.device)
     number = torch.bucketize(position, ends, right=True)  # of the sequence of each token

@@ -13,6 +13,7 @@ from heron.ops.spans import Span
 from heron.ops.wkv7 import cuda
 from heron.ops.wkv7 import span as spanned
 from heron.ops.wkv7.chunked import wkv7_chunked
+from heron.ops.wkv7.packed import wkv7_packed
 from heron.ops.wkv7.reference import wkv7_reference
 
 _FORMS = {"reference": wkv7_reference, "chunked": wkv7_chunked, "cuda": cuda.wkv7_cuda}
@@ -147,20 +148,7 @@ def _run(
         return form(*inputs, initial, cu_seqlens)
     if cu_seqlens is None:
         return form(*inputs, initial)
-    return _sequence_by_sequence(form, inputs, initial, cu_seqlens)
-
-
-def _sequence_by_sequence(
-    form: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`form` over each packed sequence alone; an empty one keeps its state."""
-    lengths = _packed.lengths("wkv7", inputs[0], cu_seqlens)
-    ys, states = [], []
-    for *xs, s in zip(*(x.split(lengths, dim=1) for x in inputs), state.split(1), strict=True):
-        y, s = form(*xs, s) if xs[0].shape[1] else (xs[0], s)
-        ys.append(y)
-        states.append(s)
-    return torch.cat(ys, dim=1), torch.cat(states)
+    return wkv7_packed(form, inputs, initial, cu_seqlens)
 
 
 def _checked(op: str, inputs: dict[str, Tensor], impl: str) -> str:

@@ -68,13 +68,15 @@ class _Chunked(torch.autograd.Function):
         return _backward(dy, d_state, ctx.saved_tensors, ctx.n_tokens, ctx.dtype, ctx.needs_input_grad)
 
 
-def _run(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def run(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`wkv7_chunked`; no gradient flows."""
     return _forward(r, w, k, v, a, b, state)[:2]
 
 
-def _run_backward(
+def run_backward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, dy: Tensor, d_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of what :func:`run` takes, from those of what it gives."""
     saved = _forward(r, w, k, v, a, b, state)[2]
     grads: tuple[Any, ...] = _backward(dy, d_state, saved, r.shape[1], r.dtype, (True,) * 7)
     dr, dw, dk, dv, da, db, d_initial = grads
@@ -84,12 +86,12 @@ def _run_backward(
 # The backward recomputes the forward: its saved tensors depend on the number of chunks, which a graph would then fix.
 _operator_backward = _graph.Operator(
     "wkv7_chunked_backward",
-    _run_backward,
+    run_backward,
     lambda r, w, k, v, a, b, state, *_: (*(r.new_empty(r.shape) for _ in range(6)), state.new_empty(state.shape)),
 )
 _operator = _graph.Operator(
     "wkv7_chunked",
-    _run,
+    run,
     lambda r, w, k, v, a, b, state: (r.new_empty(r.shape), state.new_empty(state.shape)),
     keep=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     backward=lambda ctx, dy, d_state: _operator_backward(*ctx.saved_tensors, dy, d_state),
