@@ -331,11 +331,23 @@ def fits(n_parameters: int, n_bytes: int) -> bool:
     return _BYTES_PER_WEIGHT * n_parameters <= _FOR_WEIGHTS * n_bytes
 
 
-def is_crowded(parallel: str, n_parameters: int, device: torch.device) -> bool:
-    """Whether a GPU that has shards needs much of its memory for all weights, in fp32, which a validation reads."""
-    if parallel not in ("fsdp", "hsdp") or device.type != "cuda":
-        return False
-    return 4 * n_parameters > _FOR_VALIDATION * torch.cuda.get_device_properties(device).total_memory
+def recorded_if_asked(
+    parallel: str, n_parameters: int, sharing: int, accumulate: int, device: torch.device
+) -> str | None:
+    """Why passes with what travels between GPUs in them are recorded only if asked for, as a clause; None: no reason.
+
+    Args:
+        sharing: how many processes share a sample.
+        accumulate: passes a step.
+    """
+    sharded = parallel in ("fsdp", "hsdp")
+    if device.type != "cuda" or not (sharded or sharing > 1):
+        return None
+    if accumulate > 1:
+        return "several of these passes a step have not been compared with recorded ones"
+    if sharded and 4 * n_parameters > _FOR_VALIDATION * torch.cuda.get_device_properties(device).total_memory:
+        return "beside what a recorded pass keeps a validation, which reads all weights in fp32, may have no room"
+    return None
 
 
 def prepare(

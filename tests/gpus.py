@@ -47,8 +47,8 @@ def main(file: Path) -> None:
         found = {}
         for name, settings in TOGETHER.items():
             for compiled in ("on", "graph"):
-                print(f"rank {ranks.rank}: {name}, compile {compiled}", flush=True)  # for whom it fails or hangs
                 found[f"{name}-{compiled}"] = losses(ranks, compile=compiled, **settings)
+                print(f"rank {ranks.rank}: {name}, compile {compiled}: {found[f'{name}-{compiled}']}", flush=True)
     if ranks.is_first:
         file.write_text(json.dumps(found))
 

@@ -329,11 +329,14 @@ def test_a_process_alone_needs_no_group():
 
 
 @pytest.mark.parametrize(
-    ("parallel", "n_parameters", "crowded"), [("fsdp", 10**9, False), ("hsdp", 4 * 10**9, True), ("ddp", 10**10, False)]
-)
-def test_a_gpu_is_crowded_where_all_weights_would_take_much_of_it(monkeypatch, parallel, n_parameters, crowded):
+    ("parallel", "n_parameters", "sharing", "accumulate", "why"),
+    [("fsdp", 10**9, 1, 1, None), ("hsdp", 4 * 10**9, 1, 1, "no room"), ("fsdp", 10**9, 1, 2, "several"),
+     ("ddp", 10**10, 1, 2, None), ("ddp", 10**10, 2, 1, None), ("ddp", 10**8, 2, 2, "several")],
+)  # fmt: skip
+def test_why_passes_of_several_gpus_are_not_recorded(monkeypatch, parallel, n_parameters, sharing, accumulate, why):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
-    assert dist.is_crowded(parallel, n_parameters, torch.device("cuda")) == crowded
+    told = dist.recorded_if_asked(parallel, n_parameters, sharing, accumulate, torch.device("cuda"))
+    assert told is None if why is None else why in str(told)
 
 
 def test_the_environment_of_torchrun_is_read_and_half_of_it_is_refused(monkeypatch):

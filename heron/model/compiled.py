@@ -40,7 +40,7 @@ def choose(
     in_pieces: bool = False,
     adapter: str | None = None,
     cut_packs: bool = False,
-    crowded: bool = False,
+    if_asked: str | None = None,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -51,7 +51,7 @@ def choose(
         in_pieces: whether a step reads texts chunk by chunk, or compares pairs.
         adapter: the kind of the adapter that is on the model, if there is one.
         cut_packs: whether several processes share a sample in which texts are packed.
-        crowded: whether what a recorded pass keeps would leave too little room for what is done between steps.
+        if_asked: why "auto" does not record passes that could be, as a clause.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -69,8 +69,8 @@ def choose(
     few = "the elementwise work of a block in few kernels"
     if no_graph is not None:
         return machine.Choice("on", f"{few}; not as one graph: {no_graph}")
-    if crowded:
-        return machine.Choice("on", f"{few}; --compile graph launches a pass as one, and keeps its memory")
+    if if_asked is not None:
+        return machine.Choice("on", f"{few}; as one graph with --compile graph alone: {if_asked}")
     return machine.Choice("graph", f"{few}, and a pass launched as one")
 
 

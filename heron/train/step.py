@@ -114,7 +114,9 @@ class Learner:
         self.compiled = compilation.choose(
             config.compile, device, model.config, config.tables, tables_train, adds_up, in_pieces, kind,
             self._context is not None and config.finetune is not None,
-            dist.is_crowded(self.parallel.value, n_parameters, device),
+            dist.recorded_if_asked(
+                self.parallel.value, n_parameters, config.context_parallel, config.accumulate, device
+            ),
         )  # fmt: skip
         of_users = hooks_of(self.network)
         dist.prepare(

@@ -321,11 +321,11 @@ def test_what_is_recorded(monkeypatch, model, settings, reason):
     assert choose("on").value == "on"
 
 
-def test_passes_on_a_crowded_gpu_are_recorded_if_asked_for(monkeypatch):
+def test_passes_may_be_recorded_if_asked_for_alone(monkeypatch):
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
-    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(variant="v7"), crowded=True)
+    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(variant="v7"), if_asked="no room")
     assert (choose("auto").value, choose("graph").value) == ("on", "graph")
-    assert "--compile graph" in choose("auto").reason
+    assert "--compile graph alone: no room" in choose("auto").reason
 
 
 @pytest.mark.parametrize(
