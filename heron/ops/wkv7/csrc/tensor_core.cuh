@@ -146,15 +146,11 @@ __device__ __forceinline__ void store_operand_transposed(Thread me, Tile tile, i
 
 // Copies of a chunk's inputs in the background, each to its tile, by one of two means. `table` has 16 bytes of use in each of its
 // rows of 128: where M has a hole, since its r-rows 0 .. 15 and k-columns 16 .. 31 are all zero, and no product reads them.
-struct Maps {
-  TileMap of[kDy + 1];
-  uint32_t there;  // bits of those that are
-};
-
+//
 // Whole tiles, each asked for by one thread of a warp.
 struct TileCopies {
   Tile table;
-  const Maps& maps;
+  const TileMap* maps;
   int row, first, head, length;
   unsigned there;  // bits of inputs; the others come as zeros
   bool packed;
@@ -166,19 +162,20 @@ struct TileCopies {
   __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
     row = int(sequence.row), first = int(sequence.first), head = sequence.head, length = sequence.length;
     packed = p.cu_seqlens != nullptr;
-    there = maps.there & ~skipped;
+    there = 0;
+    for (int i = 0; i < n; i++) there |= unsigned(p.inputs[i].data != nullptr) << i;
+    there &= ~skipped;
     if (threadIdx.x < 2) init_arrivals(arrivals(threadIdx.x));
     __syncthreads();
   }
   // The chunk at `start` to stage `index`; `thread` is this one's number among those that ask. `more` bytes come with it.
   template <int threads, int n>
   __device__ __forceinline__ void ask(unsigned thread, Tile stage, int index, int start, int more) const {
-    const int warp = of_first_lane(thread / 32);
     if (thread % 32 != 0) return;
-    if (warp == 0) expect_bytes(arrivals(index), n * kTile + more);
+    if (thread == 0) expect_bytes(arrivals(index), n * kTile + more);
 #pragma unroll 1
-    for (int i = warp; i < n; i += threads / 32) {
-      copy_tile(stage + i * kTile, maps.of[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
+    for (int i = thread / 32; i < n; i += threads / 32) {
+      copy_tile(stage + i * kTile, maps[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
     }
   }
   template <int threads>
@@ -191,7 +188,7 @@ struct TileCopies {
     __syncthreads();
     wait_for_bytes(arrivals(index), turn % 2);
     if (!packed || length - start >= kChunk) return;
-    for (int i = threadIdx.x + unknown_zero(); i < n * kTile / 16; i += threads) {
+    for (int i = threadIdx.x; i < n * kTile / 16; i += threads) {
       if (i / 8 % kChunk >= length - start) reinterpret_cast<Piece*>(stage)[i] = {};
     }
     __syncthreads();
@@ -205,7 +202,7 @@ struct alignas(16) Source { const char* first; int32_t step, length; };
 // Pieces of 16 bytes, by all threads that ask.
 struct PieceCopies {
   Tile table;
-  const Maps& maps;
+  const TileMap* maps;
 
   __device__ __forceinline__ Source& source(int i) const { return *reinterpret_cast<Source*>(table + place(i, kChunk + 16)); }
   __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
@@ -253,6 +250,7 @@ using Copies = TileCopies;
 #else
 using Copies = PieceCopies;
 #endif
+struct Maps { TileMap of[kDy + 1]; };
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 
@@ -373,19 +371,24 @@ __device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumul
 // by their inverse, and what they add to the others is added.
 template <bool transposed>
 __device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
-  const int row = me.lane % 8, block = me.lane / 8;
-  Fragment inverses;
+  Fragment inverses, below[3];  // on M's diagonal, and below[j][i] of rows 8 i and columns 8 j
+  const auto blocks = [&](int j) { return m + me.lane * 128 + (j ^ me.lane % 8) * 16; };
   if (transposed) {
-    load_matrices(inverses, m + me.lane * 128 + (block ^ row) * 16);
+    load_matrices(inverses, blocks(me.lane / 8));
   } else {
-    load_matrices_transposed(inverses, m + me.lane * 128 + (block ^ row) * 16);
+    load_matrices_transposed(inverses, blocks(me.lane / 8));
+  }
+#pragma unroll
+  for (int j = 0; j < 3; j++) {
+    if (transposed) {
+      load_matrices_transposed(below[j], blocks(j));
+    } else {
+      load_matrices(below[j], blocks(j));
+    }
   }
 #pragma unroll
   for (int step = 0; step < 4; step++) {
     const int j = transposed ? 3 - step : step;
-    Fragment others;  // A's blocks of rows 8 j, or of columns 8 j
-    if (step < 3 && transposed) load_matrices_transposed(others, m + (8 * j + row) * 128 + (block ^ row) * 16);
-    if (step < 3 && !transposed) load_matrices(others, m + me.lane * 128 + (j ^ row) * 16);
     uint32_t* const word = u[j / 2] + j % 2 * 2;
     Accumulator c = {};
     multiply_add(c, pack(z[j][0], z[j][1]), pack(z[j][2], z[j][3]), inverses[j]);
@@ -393,7 +396,7 @@ __device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Ti
     word[1] = pack(c[2], c[3]);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if (transposed ? i < j : i > j) multiply_add(z[i], word[0], word[1], others[i]);
+      if (transposed ? i < j : i > j) multiply_add(z[i], word[0], word[1], transposed ? below[i][j] : below[j][i]);
     }
   }
 }
@@ -458,7 +461,7 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
-  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps};
+  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps.of};
   auto copy_chunk = [&](int start) {
     const int index = start / kChunk % 2;
     copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
@@ -483,7 +486,6 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
       multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
-      if (me.warp >= 2 && valid > kChunk) copy_chunk(start + kChunk);
       wait_for_products();
       store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
     }
@@ -497,9 +499,13 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       if (saves) saved_piece(me, saved, k) = {of_state[k][0], of_state[k][1], of_state[k][2], of_state[k][3]};
     }
     multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
-    if (!identity && me.warp < 2) {
-      __syncwarp();
-      invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
+    if (!identity) {
+      if (me.warp < 2) {
+        __syncwarp();
+        invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
+      } else if (valid > kChunk) {
+        copy_chunk(start + kChunk);
+      }
     }
     wait_for_products();
     __syncthreads();
@@ -616,7 +622,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
   int length;
   int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
-  Copies copies{shared_memory() + kBackwardShared - kTable, maps};
+  Copies copies{shared_memory() + kBackwardShared - kTable, maps.of};
   {
     const Sequence sequence = find_sequence<kChunk>(p);
     length = sequence.length;
@@ -667,7 +673,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     __syncthreads();
     me = this_thread();
 
-    Fragment b, rows[4], more_rows[4];
+    Fragment b, rows[4];
     if (of_left) {
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, rows[k], left, 16 * me.warp, 16 * k);
@@ -710,26 +716,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     __syncthreads();
     me = this_thread();
 
-    // This warp's 16 rows of [X; dY], or of [U; V].
-    auto load_rows = [&](Fragment* to) {
-      const int row = 16 * me.warp;
-      const Tile tokens = of_left ? dy : stage + kV * kTile;
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        if (upper) {
-          load_a_by_depth(me, to[k], ux, of_left ? kChunk + row : row, 16 * k);
-        } else {
-          load_a(me, to[k], tokens, row - kChunk, 16 * k);
-        }
-      }
-    };
-    // u to `ux`; then dM to `m`. Or x to `ux`, dv, and the gradient of the state before the chunk. There is u and x behind the
-    // barrier that each half has in its own code, so that what the other multiplies goes on meanwhile.
-    auto have_ux = [&] {
-      show_to_warpgroups();
-      __syncthreads();
-      me = this_thread();
-    };
+    // u to `ux`, or x, and dv.
     if (of_left && !transfer) {
       Fragment u[2], v;
       load_a_by_depth(me, v, stage + kV * kTile, 16 * me.warp, 0);
@@ -743,17 +730,6 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       solve<false>(me, u, z, m);
       store_operand(me, ux, 16 * me.warp, 0, u[0]);
       store_operand(me, ux, 16 * me.warp, 16, u[1]);
-      have_ux();
-      load_rows(more_rows);
-      Accumulator dm[8];
-      multiply<4, 2, true, false>(me, dm, more_rows, ux, -1, late ? 3 : 1);
-      multiply<4, 2, false, false>(me, dm + 4, more_rows, stage + kV * kTile, -1, late ? 3 : 1);
-      wait_for_products();
-#pragma unroll
-      for (int k = 0; k < 4; k++) as_operand(rows[k], dm + 2 * k);
-      mask_rows(me, rows, !upper);
-#pragma unroll
-      for (int k = 0; k < 4; k++) store_operand(me, m, 16 * me.warp, 16 * k, rows[k]);
     }
     if (!of_left) {  // rows becomes (values, [X; dY])
       load_a_by_depth(me, rows[2], dy, 16 * me.warp, 0);
@@ -768,7 +744,6 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         multiply_16(c + 2 * group, rows[3], b);
       }
       solve<true>(me, rows, c, m);
-      multiply<4, 4, true>(me, held, rows, left);
       if (!transfer) {
         store_operand(me, ux, 16 * me.warp, kChunk, rows[0]);
         store_operand(me, ux, 16 * me.warp, kChunk + 16, rows[1]);
@@ -779,26 +754,62 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
         load_b_by_depth(me, b, m, 16, kChunk + 16);
         multiply_16(c + 6, rows[1], b);
         turn_tokens(me, of_v, c + 4);
-        have_ux();
-      }
-      wait_for_products();
-      if (!transfer) {
-        const Floats sum = sum_rows(me, state, held);
-        *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum;
       }
     }
+    if (!transfer) {
+      show_to_warpgroups();
+      __syncthreads();
+      me = this_thread();
+    }
+
+    // dM to `m`, or the gradient of the state before the chunk.
+    if (!of_left) {
+      multiply<4, 4, true>(me, held, rows, left);
+      wait_for_products();
+      if (!transfer) *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum_rows(me, state, held);
+    }
     if (transfer) continue;
+    // This warp's 16 rows of [X; dY], or of [U; V].
+    auto load_rows = [&](Fragment* to) {
+      const int row = 16 * me.warp;
+      const Tile tokens = of_left ? dy : stage + kV * kTile;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (upper) {
+          load_a_by_depth(me, to[k], ux, of_left ? kChunk + row : row, 16 * k);
+        } else {
+          load_a(me, to[k], tokens, row - kChunk, 16 * k);
+        }
+      }
+    };
+    if (of_left) {
+      load_rows(rows);
+      Accumulator dm[8];
+      multiply<4, 2, true, false>(me, dm, rows, ux, -1, late ? 3 : 1);
+      multiply<4, 2, false, false>(me, dm + 4, rows, stage + kV * kTile, -1, late ? 3 : 1);
+      wait_for_products();
+#pragma unroll
+      for (int k = 0; k < 4; k++) as_operand(rows[k], dm + 2 * k);
+      mask_rows(me, rows, !upper);
+#pragma unroll
+      for (int k = 0; k < 4; k++) store_operand(me, m, 16 * me.warp, 16 * k, rows[k]);
+    }
     __syncthreads();
     me = this_thread();
 
     // This warp's 16 rows of dM R + X S_0, or of dM^T L + [U; V] D.
-    if (!of_left) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
-      load_rows(more_rows);
+    for (int k = 0; k < 4; k++) {
+      if (of_left) {
+        load_a(me, rows[k], m, 16 * me.warp, 16 * k);
+      } else {
+        load_a_by_depth(me, rows[k], m, 16 * me.warp, 16 * k);
+      }
     }
+    Fragment more_rows[4];
     Accumulator gradient[8];
     multiply<4, 4, true, false>(me, gradient, rows, of_left ? right : left, of_left ? late ? 15 : 5 : late ? 10 : 15);
+    load_rows(more_rows);
     multiply<4, 4, true>(me, gradient, more_rows, of_left ? state : d);
     wait_for_products();
     __syncthreads();
@@ -818,7 +829,6 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     // state * d_state.
     constexpr int tokens = kChunk / 8;
     const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
-    const int64_t first_element = first_output + int64_t(start + tokens * warp) * output_step + column;
     const float* const cells[4] = {of_a, of_r, of_b, of_k};
     Floats gradients[tokens][4], scales[tokens + 1] = {{1.0f, 1.0f}}, slopes[tokens];
     uint32_t words[tokens][4];
@@ -840,16 +850,14 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     for (int i = 0; i < tokens; i++) {
       const Floats before = scales[i], after = scales[i + 1];
       const Floats inverse = {reciprocal_fast(after.first), reciprocal_fast(after.second)};
-      const int64_t element = first_element + i * output_step;
-      // The gradient of one input to its output; the result is its product with the input, both still scaled.
-      auto finish = [&](int name, Floats scale, void* out) -> Floats {
+      // The gradient of one input takes the place of the input; the result is their product, both still scaled.
+      auto finish = [&](int name, Floats scale) -> Floats {
         const Floats x = gradients[i][name];
-        store_if(tokens * warp + i < valid, static_cast<bfloat16*>(out) + element,
-                 pack(x.first * scale.first, x.second * scale.second));
+        word(stage, name, tokens * warp + i, column) = pack(x.first * scale.first, x.second * scale.second);
         return {x.first * low_half(words[i][name]), x.second * high_half(words[i][name])};
       };
-      const Floats of_alpha = finish(kA, before, p.da), of_rho = finish(kR, after, p.dr);
-      const Floats of_beta = finish(kB, inverse, p.db), of_kappa = finish(kK, inverse, p.dk);
+      const Floats of_alpha = finish(kA, before), of_rho = finish(kR, after);
+      const Floats of_beta = finish(kB, inverse), of_kappa = finish(kK, inverse);
       alphas[i][0] = of_alpha.first;
       alphas[i][1] = of_alpha.second;
       rises[i][0] = of_beta.first + (of_kappa.first - of_rho.first);
@@ -857,11 +865,18 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
       sum0 += rises[i][0] - alphas[i][0];
       sum1 += rises[i][1] - alphas[i][1];
     }
-    {
+    auto store_rows = [&](Tile tile, void* out) {  // this warp's tokens
       const int row = tokens * warp + me.lane / 8, piece = me.lane % 8 * 8;
-      store_if(row < valid, static_cast<bfloat16*>(p.dv) + first_output + int64_t(start + row) * output_step + piece,
-               *reinterpret_cast<const Piece*>(of_v + place(row, piece)));
-    }
+      const int64_t element = first_output + int64_t(start + row) * output_step + piece;
+      store_if(row < valid, static_cast<bfloat16*>(out) + element,
+               *reinterpret_cast<const Piece*>(tile + place(row, piece)));
+    };
+    __syncwarp();
+    store_rows(stage + kA * kTile, p.da);
+    store_rows(stage + kR * kTile, p.dr);
+    store_rows(stage + kB * kTile, p.db);
+    store_rows(stage + kK * kTile, p.dk);
+    store_rows(of_v, p.dv);
     *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
     __syncthreads();
     float dg0 = 0.0f, dg1 = 0.0f;
@@ -878,13 +893,15 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     }
 #pragma unroll
     for (int i = 0; i < tokens; i++) {
+      const int t = tokens * warp + i;
       dg0 -= alphas[i][0];
       dg1 -= alphas[i][1];
-      store_if(tokens * warp + i < valid, static_cast<bfloat16*>(p.dw) + first_element + i * output_step,
-               pack(slopes[i].first * dg0, slopes[i].second * dg1));
+      word(stage, kW, t, column) = pack(slopes[i].first * dg0, slopes[i].second * dg1);
       dg0 += rises[i][0];
       dg1 += rises[i][1];
     }
+    __syncwarp();
+    store_rows(stage + kW * kTile, p.dw);
   }
   if (of_left) return;
   const Sequence sequence = find_sequence<kChunk>(p);
@@ -936,11 +953,8 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
 
 const char* describe_inputs(Maps& maps, const Wkv7sProblem& p) {
   if (!copies_tiles()) return nullptr;
-  maps.there = 0;
   for (int i = 0; i <= kDy; i++) {
-    const bool there = p.inputs[i].data != nullptr;
-    const Wkv7sInput& x = p.inputs[there ? i : kW];
-    maps.there |= uint32_t(there) << i;
+    const Wkv7sInput& x = p.inputs[p.inputs[i].data != nullptr ? i : kW];
     const int64_t any = kSize;  // the step of a dimension of one
     const char* error = describe(maps.of[i], x.data, p.batch, p.tokens, p.heads, p.batch > 1 ? x.batch : any,
                                  p.tokens > 1 ? x.token : any, p.heads > 1 ? x.head : any);
