@@ -179,14 +179,12 @@ def become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
 
 
 if __name__ == "__main__":
-    from torch.distributed import fsdp as fsdp
-    from torch.distributed import tensor as tensor
-
     from heron import generation as generation
     from heron.commands import serve as serve
     from heron.commands import train as train
     from heron.serve import processes as processes
     from heron.train import loop as loop
+    from tests import torchrun as torchrun
 
     gc.freeze()  # to look for cycles in what was imported would copy it
     become(**forks(socket.socket(fileno=int(sys.argv[1]))))
