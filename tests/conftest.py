@@ -47,6 +47,14 @@ def _silent_progress():
     progress.PATIENCE_S = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _disk_is_not_awaited():
+    """A kill loses nothing that only a power cut would, and no test cuts the power; runs wait for the disk often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def randomize() -> Callable[..., nn.Module]:
     """A function that gives every parameter of a model a random value under which its whole equation matters."""
