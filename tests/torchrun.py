@@ -7,6 +7,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 
+from torch import _dynamo as _dynamo  # by ddp, by fsdp and by the optimizer, at a second each time
 from torch.distributed import checkpoint as checkpoint
 from torch.distributed import fsdp as fsdp
 from torch.distributed import tensor as tensor
