@@ -1,22 +1,25 @@
-"""What several tests share: one thread, `core` on the path, and models in which no weight is at a neutral value."""
+"""What several tests share: one thread, `core` on the path, and models in which no weight is at a neutral value.
+
+The process that deals tests to workers reads this file too. It needs no PyTorch, which takes seconds to import.
+"""
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-import heron
 from heron import progress
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    import heron
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` is not part of the installed package
 
@@ -33,6 +36,8 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Small tensors are faster on one thread, and bit-exact comparisons need one number of threads throughout."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,33 +52,28 @@ def _silent_progress():
     progress.PATIENCE_S = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _disk_is_not_awaited():
+    """A kill loses nothing that only a power cut would, and no test cuts the power; runs wait for the disk often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def randomize() -> Callable[..., nn.Module]:
     """A function that gives every parameter of a model a random value under which its whole equation matters."""
-    return _randomize
+    from tests import random_models
+
+    return random_models.randomize
 
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., heron.RWKV]:
     """A function: ModelConfig fields (and `seed`) -> a small fp32 RWKV with random weights and odd sizes."""
+    from tests import random_models
 
-    def make(seed: int = 0, **changes) -> heron.RWKV:
-        sizes = dict(n_layer=3, n_embd=32, vocab_size=37, head_size=16, ffn_dim=50)
-        ranks = dict(decay_rank=5, iclr_rank=6, value_rank=7, gate_rank=9)
-        config = heron.ModelConfig(**{"variant": "v8", **sizes, **ranks, **changes})
-        return copy.deepcopy(_random_model(config, seed))
-
-    return make
-
-
-@functools.lru_cache(maxsize=100)  # a copy takes a third of the time
-def _random_model(config: heron.ModelConfig, seed: int) -> heron.RWKV:
-    with torch.device("meta"):  # the reference initial values would only be overwritten
-        model = heron.RWKV(config)
-    _randomize(model.to_empty(device="cpu"), seed)
-    if not config.has_ln0:
-        model.blocks[0].ln0.reset_parameters()  # no forward reads it; a file in which it is neutral loads silently
-    return model
+    return random_models.random_model
 
 
 _PACKAGE_SCRIPT = """
@@ -107,6 +107,8 @@ def rwkv_package(tmp_path) -> Callable[..., list[tuple[Tensor, list[Tensor]]]]:
     def run(
         jobs: list[tuple[Any, ...]], jit: bool = False, deep_embed: bool = False
     ) -> list[tuple[Tensor, list[Tensor]]]:
+        import torch
+
         from tests import warm
 
         asked, answered = tmp_path / "jobs.pt", tmp_path / "answers.pt"
@@ -118,35 +120,3 @@ def rwkv_package(tmp_path) -> Callable[..., list[tuple[Tensor, list[Tensor]]]]:
         return torch.load(answered)
 
     return run
-
-
-_GATES = tuple(f".{table}.weight" for table in ("enn", "enn4", "ennk", "emm", "k_emb", "v_emb"))
-
-
-def _randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            normal = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_random_value(name, normal, torch.rand(parameter.shape, generator=generator)))
-    return model
-
-
-def _random_value(name: str, normal: Tensor, uniform: Tensor) -> Tensor:
-    leaf = name.split(".")[-1]
-    if name == "emb.weight":
-        return normal
-    if leaf == "bias":
-        return 0.2 * normal
-    if normal.dim() == 1 or name.endswith(_GATES):
-        return 1 + 0.3 * normal
-    if name.endswith("s_emb.weight"):
-        return 0.2 * normal
-    if leaf == "w0":
-        return 8 * uniform - 6  # decays from 0.586 to 0.9985
-    if leaf == "r_k":
-        return 0.3 * normal
-    if normal.dim() == 3:
-        return 0.5 + 0.3 * normal
-    fan_in = normal.shape[1] if leaf == "weight" else normal.shape[0]
-    return normal / fan_in**0.5

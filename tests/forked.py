@@ -1,6 +1,6 @@
 """``python -m tests.forked ARGUMENTS``: `python -m benchmarks.many_gpus ARGUMENTS` with programs that are forked.
 
-That imports all once, since an import takes seconds. Where the command starts torchrun, torchrun's engine starts them.
+Where the command starts torchrun, torchrun's engine starts them.
 """
 
 from __future__ import annotations
@@ -10,21 +10,14 @@ import os
 import subprocess
 import sys
 import time
-import traceback
-import uuid
+from functools import partial
 from typing import IO
-
-from torch import distributed
-from torch.distributed import fsdp as fsdp
-from torch.distributed import tensor as tensor
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks.many_gpus import __main__ as many_gpus
 from benchmarks.many_gpus import launch, witness
 from heron import cli
 from heron.train import loop
+from tests.torchrun import code_of, torchrun
 
 MAINS = {"heron": cli.main, "benchmarks.many_gpus.witness": witness.main}
 
@@ -59,34 +52,13 @@ def begin(program: list[str], processes: int, restarts: int, environment: dict[s
         for number in (1, 2):
             os.dup2(output.fileno(), number)
         os.environ.update(environment)
-        code = _torchrun(program, processes, restarts) if processes > 1 or restarts else _run(program)
+        work = partial(MAINS[program[1]], program[2:])
+        code = torchrun(work, processes, restarts) if processes > 1 or restarts else code_of(work)
     sys.stdout.flush()
     os._exit(code)
 
 
-def _run(program: list[str]) -> int:
-    try:
-        return MAINS[program[1]](program[2:])
-    except Exception:
-        traceback.print_exc()
-        return 1
-
-
-def _torchrun(program: list[str], processes: int, restarts: int) -> int:
-    config = LaunchConfig(
-        1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
-        max_restarts=restarts, monitor_interval=0.05, start_method="fork", local_addr="127.0.0.1",
-        logs_specs=DefaultLogsSpecs(),
-    )  # fmt: skip
-    try:
-        elastic_launch(config, lambda: sys.exit(_run(program)))()
-    except ChildFailedError:
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    assert distributed.is_available()
     loop.plot = lambda folders, out: None  # seconds, and tested elsewhere
     launch.begin = begin
     sys.exit(many_gpus.main())

@@ -1,7 +1,6 @@
 """Runs on several processes for tests/test_dist.py, which starts `python -m tests.ranks FOLDER TEXT`.
 
-That imports all once and becomes several processes, since an import takes seconds. What they leave in FOLDER is
-compared there.
+That becomes several processes. What they leave in FOLDER is compared there.
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ from pathlib import Path
 
 import torch
 from torch import distributed
-from torch.distributed import fsdp as fsdp
-from torch.distributed import tensor as tensor
 
 import heron
 from heron import cli, machine
@@ -92,8 +89,12 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 def become(processes: int, work: Callable[[], None]) -> None:
     """Do `work` in that many processes, copies of this one; SystemExit where one fails."""
+    await_ends(begin(processes, work, free_ports(_MOST_RUNS)))  # a run must not meet the store of the one before
+
+
+def begin(processes: int, work: Callable[[], None], ports: list[int]) -> list[int]:
+    """Start copies of this process that do `work`, one run after another at these ports; their process ids."""
     children = []
-    ports = free_ports(_MOST_RUNS)  # a run must not meet the store of the one before
     for rank in range(processes):
         if (child := os.fork()) == 0:
             try:
@@ -106,6 +107,11 @@ def become(processes: int, work: Callable[[], None]) -> None:
                 os._exit(1)
             os._exit(0)
         children.append(child)
+    return children
+
+
+def await_ends(children: list[int]) -> None:
+    """SystemExit where one of these processes fails."""
     ends = [os.waitpid(child, 0)[1] for child in children]
     if any(ends):
         sys.exit(1)

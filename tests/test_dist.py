@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
+from tests import warm
 from tests.ranks import (
     GATED,
     MODELS,
@@ -70,11 +70,7 @@ def folder(text):
         }.items():
             config = settings(folder, text, name, **{"micro_bsz": 4, **changes})
             assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
-    started = subprocess.run(
-        [sys.executable, "-m", "tests.ranks", str(folder), str(text)], cwd=Path(__file__).parents[1], timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert started.returncode == 0, started.stdout
+    warm.run(["-m", "tests.ranks", folder, text], timeout=400)
     return folder
 
 
@@ -283,39 +279,43 @@ def test_samples_are_dealt_to_processes_each_once(processes):
     assert torch.equal(torch.stack(dealt, dim=1).flatten(0, 1), every)
 
 
+_KILLED = """
+import os, sys
+from pathlib import Path
+
+from heron import cli
+from tests.torchrun import torchrun
+
+def work():
+    Path(sys.argv[1], f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    return cli.main(["train", "--config", sys.argv[2]])
+
+sys.exit(torchrun(work, 2))
+"""
+
+
 def test_a_killed_process_ends_the_run_with_exit_code_1_and_a_whole_checkpoint(tmp_path, text):
     config = settings(tmp_path, text, "killed", max_steps=100_000, save_every=5, eval_every=0, dist_timeout=20)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", *command, "--rdzv-endpoint", "127.0.0.1:0", "-m", "heron", "train", "--config",
-         str(tmp_path / "config.yaml")],
-        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
-            assert started.poll() is None, started.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        os.kill(_rank_1_of(started.pid), signal.SIGKILL)
-        begun = time.monotonic()
-        said = started.communicate(timeout=90)[0]
-    finally:
-        started.kill()
-    assert started.returncode == 1
+    with (tmp_path / "said.txt").open("w+") as output:
+        started = warm.start(["-c", _KILLED, tmp_path, tmp_path / "config.yaml"], output, subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 120
+            while not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
+                assert started.poll() is None, (tmp_path / "said.txt").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
+            begun = time.monotonic()
+            code = started.wait(timeout=90)
+        finally:
+            started.kill()
+    assert code == 1
     assert time.monotonic() - begun < 20 + 35
     run.verify(run.newest(tmp_path / "killed"))
+    said = (tmp_path / "said.txt").read_text()
     assert "heron: rank 0: another process of the run failed" in said
     assert str(Path(heron.__file__).parent) not in said  # no traceback of ours
-
-
-def _rank_1_of(launcher: int) -> int:
-    """The process id of rank 1 among the children of torchrun."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
-    return next(int(pid) for pid, environment in ranks.items() if b"RANK=1" in environment)
 
 
 def test_a_process_alone_needs_no_group():

@@ -1,13 +1,12 @@
 """One of two processes fails alone: the other ends, too, long before its timeout, or both go on another way.
 
-The processes are `python -m tests.test_dist_faults FOLDER TEXT`, which becomes two for each fault.
+The processes are `python -m tests.test_dist_faults FOLDER TEXT`, which becomes two for each fault, some faults at once.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +23,11 @@ from heron.commands.telling import telling
 from heron.errors import DataError
 from heron.model import compiled
 from heron.train import due, loop, run_data
-from tests.ranks import become, of_preferences, settings, write_preferences
+from tests import warm
+from tests.ranks import await_ends, begin, free_ports, of_preferences, settings, write_preferences
 
 STEPS, SOON = 4, 50  # seconds; --dist_timeout is 60
+AT_ONCE = 4  # pairs of processes
 BEFORE = "before it is joined"
 STARTS, PASSES, VALIDATION, SAVE = "while it starts", "in a step", "in a validation", "in a save"
 FAULTS = [(fault, parallel) for fault in (STARTS, PASSES, VALIDATION) for parallel in ("ddp", "fsdp")] + [
@@ -122,12 +123,7 @@ def folder(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("".join(f"Number {n} is {n * n % 97}.\n" for n in range(100)))
     write_preferences(folder)
-    started = subprocess.run(
-        [sys.executable, "-m", "tests.test_dist_faults", str(folder), str(text)], cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert started.returncode == 0, started.stdout
+    warm.run(["-m", "tests.test_dist_faults", folder, text])
     return folder
 
 
@@ -172,5 +168,9 @@ if __name__ == "__main__":
     loop.plot = lambda folders, out: None
     of_compiler = [("not compiling", "ddp"), ("compiling", "ddp"), (LATE, "ddp"), ("compiling", "fsdp")]
     of_compiler += [("not compiling pairs", "ddp"), ("compiling pairs", "ddp")]
-    for fault, parallel in ((BEFORE, "ddp"), *FAULTS, *of_compiler):
-        become(2, partial(meet, Path(sys.argv[1]), Path(sys.argv[2]), fault, parallel))
+    faults = [(BEFORE, "ddp"), *FAULTS, *of_compiler]
+    works = [partial(meet, Path(sys.argv[1]), Path(sys.argv[2]), *fault) for fault in faults]
+    ports = free_ports(len(works))
+    for first in range(0, len(works), AT_ONCE):  # they wait for each other, most of the time
+        pairs = [begin(2, work, [port]) for work, port in list(zip(works, ports, strict=True))[first : first + AT_ONCE]]
+        await_ends(list(itertools.chain(*pairs)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from benchmarks.many_gpus import __main__ as many_gpus
 from benchmarks.many_gpus import going_on, launch, rows, witness
 from benchmarks.many_gpus.results import Results
 from heron.train.step import Learner
+from tests import warm
 
 OF = dict(commit="abc", device="none", torch="2")
 
@@ -30,15 +30,11 @@ OF = dict(commit="abc", device="none", torch="2")
 
 def test_the_table_of_two_processes(tmp_path):
     asked = ["--gpus", "2", "--tiny", "--out", str(tmp_path), "--rows", "going-on", "loss-fp32", "1m", "v8"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.forked", *asked], cwd=Path(__file__).parents[1], timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    with warm.start(["-m", "tests.forked", *asked], stderr=subprocess.STDOUT, cwd=warm.REPOSITORY) as process:
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     _, head, _, *lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in done.stdout.splitlines()
-        if line.startswith(("|", "2 x"))
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith(("|", "2 x"))
     ]
     assert head[:4] == ["what", "one GPU", "2 GPUs", "times one GPU"]
     assert len(lines) == 4

@@ -1,7 +1,7 @@
 """Processes of Python in which PyTorch and Heron are imported already, which otherwise takes each of them two seconds.
 
 `start` asks `python -m tests.warm FILENO`, of which every worker of the suite has one: it imports all once and forks.
-What comes of it runs `-m MODULE` or `-c CODE` as Python would, and ends as Python ends.
+What comes of it runs `-m MODULE` or `-c CODE` as Python would, and ends as Python ends. It does not await the disk.
 """
 
 from __future__ import annotations
@@ -179,14 +179,13 @@ def become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
 
 
 if __name__ == "__main__":
-    from torch.distributed import fsdp as fsdp
-    from torch.distributed import tensor as tensor
-
     from heron import generation as generation
     from heron.commands import serve as serve
     from heron.commands import train as train
     from heron.serve import processes as processes
     from heron.train import loop as loop
+    from tests import torchrun as torchrun
 
+    os.fsync = lambda _: None  # as in tests/conftest.py
     gc.freeze()  # to look for cycles in what was imported would copy it
     become(**forks(socket.socket(fileno=int(sys.argv[1]))))

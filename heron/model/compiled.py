@@ -120,10 +120,13 @@ def undo(network: RWKV) -> None:
         network.memory.compiled = None
 
 
-def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
+def compiled(function: Callable, backend: str | Callable | None = None) -> Callable:
     """`function` of tensors, and of modules for their parameters, compiled whole at its first call of each shape.
 
     The compiler does not wait for kernels that are being built in the background; the first run does.
+
+    Args:
+        backend: torch.compile's; None: `BACKEND`.
     """
     import torch._dynamo
     import torch._inductor.config
@@ -134,7 +137,7 @@ def compiled(function: Callable, backend: str | Callable = BACKEND) -> Callable:
         # It gives gradients of (1, 1, C) as (C,), which autograd refuses: pytorch/pytorch#178080.
         torch._inductor.config.triton.mix_order_reduction = False
 
-    optimized = torch.compile(function, backend=_then_awaits(backend), dynamic=False, fullgraph=True)
+    optimized = torch.compile(function, backend=_then_awaits(backend or BACKEND), dynamic=False, fullgraph=True)
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:

@@ -145,7 +145,7 @@ def test_each_of_many_gpus_has_its_share_of_weights_and_of_rows_of_tables():
     assert copies.parameters == alone.parameters - 4 * rows // 2
     assert shards.parameters == pytest.approx(alone.parameters / 2, rel=0.01)
     assert shards.optimizer == pytest.approx(alone.optimizer / 2, rel=0.01)
-    plain = MODEL.changed(variant="v7", n_layer=3)
+    plain = MODEL.changed(variant="v7")
     assert found(2, plain, parallel="fsdp").peak < 0.75 * found(2, plain, parallel="ddp").peak
     assert found(2, parallel="fsdp", tables="host").tables == found(1, tables="host").tables / 2
     assert found(16, parallel="hsdp").peak == pytest.approx(found(8, parallel="fsdp").peak, rel=0.05)

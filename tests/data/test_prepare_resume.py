@@ -26,7 +26,6 @@ def _small_steps(monkeypatch):
     monkeypatch.setattr(preparing, "CHUNK_CHARACTERS", 200)
     monkeypatch.setattr(preparing, "COMMIT_BYTES", 3000)
     monkeypatch.setattr(preparing, "JOBS_WORTH_PROCESSES", 2)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill loses nothing that a power cut would
 
 
 @pytest.fixture

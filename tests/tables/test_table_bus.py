@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import heron
-from heron import machine
+from heron import dist, machine
 from heron.dist import Ranks
 from heron.model import compiled as compilation
 from heron.ops import rows
@@ -187,7 +187,7 @@ def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model
     monkeypatch.setattr(rows, "copy_rows", copy_in_pytorch)
     monkeypatch.setattr(rows.cuda, "row_adamw_", step_in_pytorch)
     monkeypatch.setattr(rows, "LARGEST_WIDTH", 0)  # no kernel multiplies with them
-    monkeypatch.setattr("heron.dist.compile_blocks", lambda network: None)
+    monkeypatch.setattr(dist, "compile_blocks", lambda network: None)
     monkeypatch.setattr(compilation, "PassGraph", Replayed)
 
     def tables_of_a_gpu(model, device, *_, **__):

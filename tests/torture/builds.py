@@ -10,6 +10,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -65,10 +66,12 @@ def ended(child: int, timeout_s: float) -> int | None:
     return None
 
 
-def killed_then_loaded(source: Path, cache: Path, kill_after_s: float, timeout_s: float) -> tuple[bool, int | None]:
-    """Whether the kill came before the end of the first build, and how a second process fared afterwards."""
+def killed_then_loaded(
+    source: Path, cache: Path, wait: Callable[[], object], timeout_s: float
+) -> tuple[bool, int | None]:
+    """Whether a kill behind `wait` came before the end of the first build, and how a second process fared then."""
     first = started(lambda: load_and_ask(source), cache)
-    time.sleep(kill_after_s)
+    wait()
     os.kill(first, signal.SIGKILL)
     effective = ended(first, TIMEOUT_S) == -signal.SIGKILL
     return effective, ended(started(lambda: load_and_ask(source), cache), timeout_s)
@@ -88,6 +91,13 @@ def count_compiles(folder: Path, starts: int, source: Path) -> tuple[int, list[i
         children = [started(lambda: load_and_ask(source), folder / "cache") for _ in range(starts)]
     codes = [ended(child, TIMEOUT_S) for child in children]
     return log.read_text(encoding="utf-8").count("run"), codes
+
+
+def until_locked(cache: Path) -> None:
+    """Wait until a build holds :func:`baton_lock`."""
+    end = time.monotonic() + TIMEOUT_S
+    while not list(cache.glob("*.baton")) and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 @contextlib.contextmanager
@@ -120,7 +130,9 @@ def run(trials: int, seed: int) -> Result:
         while effective < trials and attempts < 5 * trials:
             attempts += 1
             cache = fresh(f"kill {attempts}")
-            was_effective, code = killed_then_loaded(source, cache, rng.uniform(0, build_s), TIMEOUT_S)
+            was_effective, code = killed_then_loaded(
+                source, cache, partial(time.sleep, rng.uniform(0, build_s)), TIMEOUT_S
+            )
             effective += was_effective
             if code != 0:
                 failures.append(f"kill {attempts}: the next load ended with {'a hang' if code is None else code}")
@@ -135,7 +147,8 @@ def run(trials: int, seed: int) -> Result:
                 if tried == controls:
                     break
                 cache = fresh(f"control {attempt}")
-                was_effective, code = killed_then_loaded(source, cache, 0.5 * build_s, HANG_S + 3 * build_s)
+                wait = partial(until_locked, cache)
+                was_effective, code = killed_then_loaded(source, cache, wait, HANG_S + 3 * build_s)
                 tried += was_effective
                 caught += was_effective and code is None
     return Result(

@@ -13,20 +13,14 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch.distributed import checkpoint as checkpoint  # processes that are forked find it imported
-from torch.distributed import fsdp as fsdp
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from heron import cli
 from heron.checkpoint import run as checkpoints
@@ -34,6 +28,7 @@ from heron.config import TrainConfig
 from heron.errors import CheckpointError
 from heron.train import due, resume
 from heron.train import loop as train
+from tests.torchrun import torchrun
 from tests.torture import kills, minute
 from tests.torture.result import Result
 
@@ -130,7 +125,7 @@ def _torchrun(
     """Start a child that does what torchrun does, with processes that are forked; its process id."""
     arguments = minute.command(settings, Path(settings.out).parent)
 
-    def process() -> None:
+    def process() -> int:
         rank, restarted = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
         board.begin(rank)
         train.plot = lambda *_: None
@@ -140,20 +135,9 @@ def _torchrun(
         if restarted:
             at_restart()
             resume.point = _noting(resume.point)
-        sys.exit(cli.main(arguments))
+        return cli.main(arguments)
 
-    def launch() -> int:
-        config = LaunchConfig(
-            1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=1,
-            monitor_interval=0.05, start_method="fork", local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(),
-        )  # fmt: skip
-        try:
-            elastic_launch(config, process)()
-        except ChildFailedError:
-            return 1
-        return 0
-
-    return minute.child(launch, Path(settings.out).parent / "output.txt")
+    return minute.child(partial(torchrun, process, processes, 1), Path(settings.out).parent / "output.txt")
 
 
 def _noting(point: Callable[..., Path | None]) -> Callable[..., Path | None]:

@@ -19,8 +19,9 @@ def context():
         pytest.skip("no Chromium on this machine")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium has none for root
+    drawing = ["--disable-gpu", "--in-process-gpu"]  # on the CPU, without a process of its own
     with playwright.sync_playwright() as running:
-        context = running.chromium.launch(executable_path=CHROMIUM, args=sandbox).new_context()
+        context = running.chromium.launch(executable_path=CHROMIUM, args=sandbox + drawing).new_context()
         context.set_default_timeout(5000)
         yield context
         context.close()
