@@ -1,11 +1,11 @@
 """Fine-tuning steps on a CUDA device: their memory and speed. ``python benchmarks/finetune.py [--rows memory-lora]``
 
-L24-D2048 with V 65536 and ctx 1024, a fresh model on random tokens, bf16, the very step of ``heron finetune``, each row
-in a process of its own. `memory` rows are one sample with recomputed blocks, `speed` rows eight samples. `GiB` is the
-most that PyTorch had allocated at once, `reserved` the most that it had asked the driver for: both with all weights,
-moments and gradients, without the few hundred MiB that CUDA itself takes. `of full` is the time of a full step over the
-row's, `of v7` that of its v7 twin. Rows in int8 and nf4 need bitsandbytes. `--profile ROW` lists what the GPU
-does in a step.
+L24-D2048 with V 65536 and ctx 1024, a fresh model on random ids as frequent as those of a text, bf16, the very step of
+``heron finetune``, each row in a process of its own. `memory` rows are one sample with recomputed blocks, `speed` rows
+eight samples. `GiB` is the most that PyTorch had allocated at once, `reserved` the most that it had asked the driver
+for: both with all weights, moments and gradients, without the few hundred MiB that CUDA itself takes. `of full` is the
+time of a full step over the row's, `of v7` that of its v7 twin. Rows in int8 and nf4 need bitsandbytes. `--profile ROW`
+lists what the GPU does in a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from timing import need_gpu
 from torch.profiler import ProfilerActivity, profile
 
 from heron import RWKV, FinetuneConfig, ModelConfig, TrainConfig
-from heron.commands.bench import fresh_learner, random_batch
+from heron.commands.bench import fresh_learner
 from heron.config.finetune_adapter import AdapterConfig
 from heron.errors import ConfigError
 from heron.train.step import Learner
@@ -94,12 +94,19 @@ def _on_host(model: ModelConfig) -> RWKV:
     return network
 
 
+def text_like(micro_bsz: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A batch of ids whose frequency falls with rank^-1.2: fewer rows of tables than of ids all as frequent."""
+    frequencies = (torch.arange(V) + 3.0) ** -1.2
+    tokens = torch.multinomial(frequencies, micro_bsz * (TOKENS + 1), replacement=True).view(micro_bsz, -1)
+    return [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
+
+
 def measured(name: str, options: argparse.Namespace) -> Result:
     torch.manual_seed(0)
     learner = learner_of(ROWS[name], options)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    batches = [random_batch(learner.config, learner.model.config) for _ in range(WARM_UP + options.steps + 1)]
+    batches = [text_like(learner.config.micro_bsz) for _ in range(WARM_UP + options.steps + 1)]
     marks = []
     for samples in batches:
         learner.update(learner.gradients(samples), 1e-4, math.inf)
@@ -118,7 +125,7 @@ def measured(name: str, options: argparse.Namespace) -> Result:
 def profiled(name: str, options: argparse.Namespace) -> str:
     """What the GPU does in a step, the longest first."""
     learner = learner_of(ROWS[name], options)
-    batches = [random_batch(learner.config, learner.model.config) for _ in range(WARM_UP + 1)]
+    batches = [text_like(learner.config.micro_bsz) for _ in range(WARM_UP + 1)]
     for samples in batches[:-1]:
         learner.update(learner.gradients(samples), 1e-4, math.inf)
     torch.cuda.synchronize()
