@@ -1,7 +1,7 @@
-"""One token of n sequences through a block, in place: the one definition that every decoder runs or is tested by.
+"""One token of n sequences through a block: the one definition that every decoder runs or is tested by.
 
-A block is :func:`time_mix` and :func:`channel_mix`. The five pieces that they are made of run as :class:`Pieces` say:
-in plain PyTorch, compiled, or by kernels. A piece begins where a product does or is a kernel of its own, so that the
+A block is :func:`time_mix` and :func:`channel_mix`. The pieces that they are made of run as :class:`Pieces` say: in
+plain PyTorch, compiled, or by kernels. A piece begins where a product does or is a kernel of its own, so that the
 input of a product is computed once, not by every block of threads of the product.
 """
 
@@ -44,7 +44,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 class Pieces(NamedTuple):
-    """What computes the pieces of a block."""
+    """What computes the pieces of a block, and behind the last one the logits."""
 
     norm_mix: Callable[..., Tensor]
     """As :func:`heron.ops.norm_mix`."""
@@ -84,7 +84,7 @@ def time_mix(
     r, k, v, value, w, iclr, gate = run.project(mixed, large, layer.low_rank)
     of_values = (None, None) if v_first is None else (value, v_first)
     inputs = HeadInputs(r, w, k, v, iclr, gate, *of_values)
-    settled = True  # no kernel of a step before this one writes these states
+    settled = True  # of this step only head_step writes them, and a step begins with kernels that wait for the last
     y = run.head_step(inputs, layer.head, before.wkv, states.wkv, drawn, settled)
     (x,) = run.multiply([Product(y, layer.output, add=x)])
     return x, v if v_first is None else v_first
@@ -249,7 +249,7 @@ def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int
 
 
 def of_any_number(pieces: Pieces) -> Pieces:
-    """Compiled `pieces` that are not compiled again for another number n of sequences above 1."""
+    """Compiled `pieces` that are not compiled again for another number n of sequences above 1; norm and head never are."""
     return Pieces(
         varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last)),
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),

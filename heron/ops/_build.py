@@ -128,9 +128,14 @@ def load_kernels_for(
     """
     if capability < (8, 0):
         raise KernelError(f"{op}: the CUDA form needs compute capability 8.0, this device has {capability}")
-    arch = "".join(map(str, capability)) + ("a" if capability[0] == 9 else "")  # with what only this device has
+    arch = arch_of(capability)
     flags = ["-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     load_op_library(f"{name}_sm{arch}", sources, flags, depends)
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """How nvcc names the architecture of a compute capability: "80"; "90a" with what only 9.0 has, such as wgmma."""
+    return "".join(map(str, capability)) + ("a" if capability[0] == 9 else "")
 
 
 def _once(load: Callable) -> Callable:

@@ -107,14 +107,15 @@ def why_not_rows(weights: Sequence[Tensor]) -> str | None:
 
 
 def launches(products: Sequence[Product], most: int, launch: Callable[..., list[Tensor]]) -> list[Tensor]:
-    """What `launch` gives for up to `most` products at a time: of their x, on multiples of 16 bytes, weights, numbers
-    of activations, factors and adds."""
+    """What `launch` gives for up to `most` products at a time: of their x, weights, numbers of activations, factors and
+    adds. All but weights begin at multiples of 16 bytes."""
     ys = []
     for begin in range(0, len(products), most):
         xs, weights, activations, factors, adds = zip(*products[begin : begin + most], strict=True)
-        ys += launch([_aligned(x) for x in xs], weights, [_NUMBERS[name] for name in activations], factors, adds)
+        xs, factors, adds = (list(map(_aligned, each)) for each in (xs, factors, adds))
+        ys += launch(xs, weights, [_NUMBERS[name] for name in activations], factors, adds)
     return ys
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+def _aligned(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()

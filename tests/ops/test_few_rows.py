@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from heron.errors import KernelError
-from heron.ops import _build, few_rows
+from heron.ops import _build, _products, few_rows
 from heron.ops._products import ACTIVATIONS
 from heron.ops.few_rows import MOST, Product, cuda, few_rows_choice
 from heron.ops.few_rows.cuda import by_registers
@@ -129,6 +129,19 @@ def test_the_definition_multiplies_several_vectors(dtype, n):
     some = products([*SMALL, (4, 7), (1, 1)], n, dtype, seed=n)
     compare(few_rows(some), some)
     assert few_rows([]) == []
+
+
+def test_kernels_get_vectors_factors_and_adds_that_begin_at_multiples_of_16_bytes():
+    odd = [torch.arange(9, dtype=BF16)[1:].view(2, 4) for _ in range(3)]
+    product = Product(odd[0], torch.zeros(4, 4, dtype=BF16), factor=odd[1], add=odd[2])
+
+    def launch(xs, weights, activations, factors, adds):
+        for given in (*xs, *factors, *adds):
+            assert given is None or (given.data_ptr() % 16 == 0 and torch.equal(given, odd[0]))
+        assert factors[1] is None
+        return list(weights)
+
+    _products.launches([product, product._replace(factor=None)], 8, launch)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 using Optional = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
+using Optionals = std::vector<Optional>;
 
 inline int current_device() { return torch::stable::accelerator::getCurrentDeviceIndex(); }
 
@@ -35,6 +36,13 @@ inline cudaStream_t current_stream() {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current_device(), &stream));
     return static_cast<cudaStream_t>(stream);
+}
+
+// Null where there is no tensor.
+inline const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
+
+inline bool begins_at_multiple_of(int64_t bytes, const Tensor& x) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % bytes == 0;
 }
 
 inline bool on_one_device(const Tensor& a, const Tensor& b) { return a.get_device_index() == b.get_device_index(); }

@@ -105,7 +105,7 @@ def headers() -> list[Path]:
 
 def cuda_flags(capabilities: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     """Flags of nvcc for GPUs of these compute capabilities."""
-    targets = [f"{major}{minor}" + ("a" if major == 9 else "") for major, minor in capabilities]
+    targets = map(_build.arch_of, capabilities)
     roomy = all(major in (9, 10) for major, _ in capabilities)  # 227 KB of shared memory
     return (
         "-O3",
@@ -163,7 +163,8 @@ def plan_of(r: Tensor, cu_seqlens: Tensor | None, tensor_cores: bool) -> _Plan:
 def _segments(n_heads: int, n_tokens: int) -> int:
     """In how many segments to cut each of `n_heads` sequences, so that few long ones fill a GPU too.
 
-    A cut sequence costs about twice the work: it pays where a quarter of the GPU's 132 multiprocessors would have none.
+    A cut sequence costs more than half the work again: that pays where a quarter of an H200's 132 multiprocessors would
+    have none.
     """
     if 4 * n_heads > 3 * 132 or n_tokens < 2048:
         return 1

@@ -3,6 +3,7 @@
 
 #define __shared__ static
 
+float divide_fast(float x, float y) { return x / y; }
 template <typename Part> Part read_once(const Part* from) { return *from; }
 
 #include "../../../heron/ops/head_step/csrc/head_step.cu"

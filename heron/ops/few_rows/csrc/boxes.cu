@@ -332,10 +332,6 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_by_boxes(const __grid_co
 #ifdef __CUDACC__
 namespace {
 
-using Several = std::vector<Optional>;
-
-const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
-
 // `matrix`, to be read in boxes of kBox numbers of `box_rows` rows.
 CUtensorMap map_of(const Tensor& matrix, int64_t stride, int box_rows) {
     static const auto encode = [] {
@@ -372,7 +368,7 @@ void start(const Products& products, int blocks, int device) {
 
 // Shapes, dtypes and alignment as heron.ops.few_rows says, and checks.
 Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
-            const Several& factors, const Several& adds) {
+            const Optionals& factors, const Optionals& adds) {
     const Tensor& first = weights[0];
     const int device = first.get_device_index();
     const DeviceGuard guard(device);

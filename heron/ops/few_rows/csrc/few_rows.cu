@@ -275,10 +275,6 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
 #ifdef __CUDACC__
 namespace {
 
-using Several = std::vector<Optional>;
-
-const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
-
 template <typename T, int columns>
 void start(const Products& products, int blocks, int device) {
     const auto kernel = few_rows<T, columns>;
@@ -299,7 +295,7 @@ void start_for(const Products& products, int blocks, int device) {
 
 // Shapes, dtypes and alignment as heron.ops.few_rows says, and checks. `part` of a row for a block; `most` blocks of a cluster.
 Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t>& activations,
-            const Several& factors, const Several& adds, int64_t part, int64_t most) {
+            const Optionals& factors, const Optionals& adds, int64_t part, int64_t most) {
     const Tensor& first = weights[0];
     const int device = first.get_device_index();
     const DeviceGuard guard(device);

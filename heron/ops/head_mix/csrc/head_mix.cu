@@ -411,7 +411,7 @@ struct Call {
 
 void check(const Tensor& x, const Tensor& like, int64_t size, const char* name) {
     STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() && on_one_device(x, like) && x.numel() == size &&
-                    x.is_contiguous() && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+                    x.is_contiguous() && begins_at_multiple_of(16, x),
                     "head_mix: ", name, " must be contiguous, 16-byte aligned, of one size, dtype and device");
 }
 

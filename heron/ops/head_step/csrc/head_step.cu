@@ -305,6 +305,11 @@ void start_size(const Problem& problem, int size, int device) {
     if (size == 128) start<T, S, 128>(problem, device);
 }
 
+void check_begin(const Tensor& x, int64_t bytes) {
+    STD_TORCH_CHECK(begins_at_multiple_of(bytes, x), "head_step: states must begin at multiples of 16 bytes and all else at "
+                    "multiples of two numbers, and one does not; clone() it");
+}
+
 // Shapes and dtypes as heron.ops.head_step says, and checks. inputs and weights in the order of Name; of_values are none,
 // or value, v_first and v0.
 Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_values, double eps,
@@ -312,6 +317,11 @@ Tensor run(const Tensors& inputs, const Tensors& weights, const Tensors& of_valu
     const Tensor& r = inputs[0];
     const DeviceGuard guard(r.get_device_index());
     auto y = empty_like(r);
+    if (r.size(0) == 0) return y;
+    for (const Tensors* all : {&inputs, &weights, &of_values}) {
+        for (const Tensor& each : *all) check_begin(each, 2 * r.element_size());
+    }
+    check_begin(wkv, 16), check_begin(new_wkv, 16);
     Problem problem{};
     for (int i = 0; i <= kGate; ++i) problem.of[i] = inputs[i].const_data_ptr();
     for (int i = kW0; i < kV0; ++i) problem.of[i] = weights[i - kW0].const_data_ptr();

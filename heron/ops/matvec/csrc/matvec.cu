@@ -169,13 +169,9 @@ namespace {
 // Of shared memory for a vector, beside the sums of warps, without asking for it.
 constexpr int kFreeBytes = 48 * 1024 - kWarps * static_cast<int>(sizeof(float));
 
-using Several = std::vector<Optional>;
-
-const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
-
 // Shapes, dtypes and alignment as heron.ops.matvec says, and checks. Weights with scales are codes.
-Tensors run(const Tensors& xs, const Tensors& weights, const Several& scales, const std::vector<int64_t>& activations,
-            const Several& factors, const Several& adds) {
+Tensors run(const Tensors& xs, const Tensors& weights, const Optionals& scales,
+            const std::vector<int64_t>& activations, const Optionals& factors, const Optionals& adds) {
     const Tensor& first = xs[0];
     const DeviceGuard guard(first.get_device_index());
     Tensors ys;

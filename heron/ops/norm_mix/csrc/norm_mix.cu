@@ -125,6 +125,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps
     const DeviceGuard guard(x.get_device_index());
     const int64_t n = x.size(0), channels = x.size(1), m = mixes.size(0);
     auto mixed = empty({m, n, channels}, x);
+    if (n == 0) return mixed;
     const Problem problem{x.const_data_ptr(),
                           weight.const_data_ptr(),
                           bias.const_data_ptr(),
@@ -139,7 +140,9 @@ Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps
     // By 16 bytes, where all rows begin at multiples of them; else by two numbers.
     bool in_16_bytes = channels * x.element_size() % 16 == 0;
     for (const Tensor* each : {&x, &weight, &bias, &mixes, &last, &new_last}) {
-        in_16_bytes &= reinterpret_cast<uintptr_t>(each->const_data_ptr()) % 16 == 0;
+        STD_TORCH_CHECK(begins_at_multiple_of(2 * x.element_size(), *each), "norm_mix: tensors must begin at multiples of ",
+                        2 * x.element_size(), " bytes, and one does not; clone() it");
+        in_16_bytes &= begins_at_multiple_of(16, *each);
     }
     const auto chosen = [=](auto wide, auto narrow) { return in_16_bytes ? wide : narrow; };
     const auto kernel = x.scalar_type() == ScalarType::Float      ? chosen(norm_mix<float, 4>, norm_mix<float, 2>)

@@ -149,7 +149,7 @@ void check(const Tensor& x, const Tensor& rows) {
                     "gate_rows: rows as wide as x, 8, 16, ... 8192 numbers");
     STD_TORCH_CHECK(on_one_device(rows, x), "gate_rows: rows must be where x is");
     for (const auto& each : {x, rows})
-        STD_TORCH_CHECK(each.is_contiguous() && reinterpret_cast<uintptr_t>(each.const_data_ptr()) % 16 == 0,
+        STD_TORCH_CHECK(each.is_contiguous() && begins_at_multiple_of(16, each),
                         "gate_rows: tensors must be contiguous and 16-byte aligned");
 }
 

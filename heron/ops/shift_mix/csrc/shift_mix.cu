@@ -402,7 +402,7 @@ Shape shape_of(const Tensor& x, const Optional& begins, int strips) {
 
 void check(const Tensor& x, const Tensor& like, const char* name) {
     STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.is_contiguous() && on_one_device(x, like) &&
-                    reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+                    begins_at_multiple_of(16, x),
                     "shift_mix: ", name, " must be contiguous, 16-byte aligned and of the dtype and device of x");
 }
 
