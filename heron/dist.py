@@ -331,12 +331,14 @@ def fits(n_parameters: int, n_bytes: int) -> bool:
     return _BYTES_PER_WEIGHT * n_parameters <= _FOR_WEIGHTS * n_bytes
 
 
-def recorded_if_asked(
+def why_not_recorded(
     parallel: str, n_parameters: int, sharing: int, accumulate: int, device: torch.device
 ) -> str | None:
-    """Why passes with what travels between GPUs in them are recorded only if asked for, as a clause; None: no reason.
+    """Why ``--compile auto`` does not record passes over shards, or over spans of samples, as a clause; None: it does.
 
     Args:
+        parallel: as :func:`choose` gives it.
+        n_parameters: as :func:`choose` takes it.
         sharing: how many processes share a sample.
         accumulate: passes a step.
     """

@@ -335,7 +335,7 @@ def test_a_process_alone_needs_no_group():
 )  # fmt: skip
 def test_why_passes_of_several_gpus_are_not_recorded(monkeypatch, parallel, n_parameters, sharing, accumulate, why):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
-    told = dist.recorded_if_asked(parallel, n_parameters, sharing, accumulate, torch.device("cuda"))
+    told = dist.why_not_recorded(parallel, n_parameters, sharing, accumulate, torch.device("cuda"))
     assert told is None if why is None else why in str(told)
 
 

@@ -72,10 +72,11 @@ def time_mix(
     before: LayerStates | None = None,
     drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """residual (n, C), which may change, -> residual (n, C), and layer 0's values (n, C); new `states` of n sequences.
+    """residual (n, C), which may change, -> residual (n, C), and layer 0's values (n, C); writes `states`.
 
     Args:
-        before: what `states` go on from, which stay as they are; None: from what they are.
+        states: of n sequences, after this token.
+        before: those before it, which are only read; None: `states`.
         drawn: with `states.wkv` in bf16, what its rounding draws from, see :func:`heron.ops.head_step`.
     """
     before = before or states
@@ -99,12 +100,12 @@ def channel_mix(
     embedded: Tensor,
     before: LayerStates | None = None,
 ) -> Tensor:
-    """residual (n, C), which may change, -> residual (n, C); new `states` of n sequences.
+    """residual (n, C), which may change, -> residual (n, C); writes `states`.
 
     Args:
+        states: as for :func:`time_mix`, as is `before`.
         rows: (n, width), the tokens' rows of the layer's DeepEmbed; None without.
         embedded: (n, C), the tokens as they came into the network.
-        before: as for :func:`time_mix`.
     """
     before = before or states
     mixed = run.norm_mix(x, *layer.norm2, layer.channel_mix, before.ffn_shift, states.ffn_shift).squeeze(0)
@@ -205,7 +206,7 @@ def _for_many(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
 
 
 def _added_in_place(multiply: Callable[..., list[Tensor]], products: Sequence[Product]) -> list[Tensor]:
-    """By `multiply`; what is only added to the residual is added where that is, which costs no copy of it."""
+    """`multiply` of one product; one that is only added to the residual is added to it in place, without a copy."""
     (y,) = products
     if y.add is None or y.factor is not None or y.activation != "none":
         return multiply(products)
@@ -349,8 +350,10 @@ def norm_of(norm: nn.LayerNorm) -> Norm:
 
 
 def together(layer: LayerWeights) -> LayerWeights:
-    """`layer` with r's, k's and v's matrices in one, too, and its low-rank ones in one, (4, rank, C) and (4, C, rank),
-    with zeros up to the largest rank."""
+    """`layer` with its low-rank matrices in one, (4, rank, C) and (4, C, rank), zeros up to the largest rank.
+
+    r's, k's and v's matrices are there once more in one, `joined` (3, C, C).
+    """
     rank = max(len(part.down) for part in layer.low_rank)
     parts = [_filled_up(part, rank) for part in layer.low_rank]
     down, up = torch.stack([part.down for part in parts]), torch.stack([part.up for part in parts])

@@ -40,7 +40,7 @@ def choose(
     in_pieces: bool = False,
     adapter: str | None = None,
     cut_packs: bool = False,
-    if_asked: str | None = None,
+    not_by_itself: str | None = None,
 ) -> machine.Choice:
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
@@ -51,7 +51,7 @@ def choose(
         in_pieces: whether a step reads texts chunk by chunk, or compares pairs.
         adapter: the kind of the adapter that is on the model, if there is one.
         cut_packs: whether several processes share a sample in which texts are packed.
-        if_asked: why "auto" does not record passes that could be, as a clause.
+        not_by_itself: why "auto" does not record passes that "graph" would, as a clause; None: it does.
 
     Raises:
         ConfigError: "on" or "graph" where it can't be.
@@ -69,8 +69,8 @@ def choose(
     few = "the elementwise work of a block in few kernels"
     if no_graph is not None:
         return machine.Choice("on", f"{few}; not as one graph: {no_graph}")
-    if if_asked is not None:
-        return machine.Choice("on", f"{few}; as one graph with --compile graph alone: {if_asked}")
+    if not_by_itself is not None:
+        return machine.Choice("on", f"{few}; as one graph with --compile graph alone: {not_by_itself}")
     return machine.Choice("graph", f"{few}, and a pass launched as one")
 
 

@@ -89,8 +89,8 @@ class Lookup(NamedTuple):
     ids: Tensor  # (B, T) int64
     embedded: Tensor  # (B, T, C), after ln0
 
-    def unread(self) -> Lookup:
-        """The same for those that look up ids alone: no gradient comes back from them."""
+    def detached(self) -> Lookup:
+        """The same without a gradient of `embedded`, for tables that look up ids alone."""
         return Lookup(self.ids, self.embedded.detach())
 
     def last(self, n: int) -> Lookup:

@@ -326,7 +326,7 @@ class RWKV(nn.Module):
             x = self._first_norm(begun)
             context = Lookup(ids, self._first_norm(in_context) if self.config.reads_embedded else x)
         if not self.config.reads_embedded:  # a sharded block would hand back a gradient of zeros, to be added each time
-            context = context.unread()
+            context = context.detached()
         branch: Any = None
         v_first, new = None, []
         for block, layer_state in zip(self.blocks, old, strict=True):

@@ -14,13 +14,13 @@ class FrozenRows:
     """Picks rows of tables on the host and sends them to the device, on a stream beside the one that computes.
 
     The room on the device has two halves: a step reads its rows in one while those of the next arrive in the other.
-    They lie where they are for as long as there is room, so a CUDA graph can read them. What sends them is a copy
-    engine, which holds no multiprocessor: a matrix product that wants all of them does not wait.
+    The room stays where it is while it is large enough, so a CUDA graph can read it. A copy engine sends the rows, so
+    they take no multiprocessor from matrix products.
 
     Args:
-        weights: the tables, in memory of the host that need not be pinned.
+        weights: the tables, (V, width) of one dtype, in memory of the host that need not be pinned.
         device: a CUDA device.
-        before_moving: called before the rows get another place, with more room.
+        before_moving: called before the room is replaced by a larger one.
     """
 
     def __init__(self, weights: Sequence[Tensor], device: torch.device, before_moving: Callable[[], None]):
@@ -33,15 +33,16 @@ class FrozenRows:
 
     @torch.no_grad()
     def bring(self, ids: Tensor, most: int) -> tuple[list[Tensor], int]:
-        """Bring the rows of `ids` (n,) int64, of each table; what the current stream does next finds them there.
+        """Bring the rows of `ids` of each table; what the current stream does next finds them there.
 
-        The host waits until the device has left the step before the last one.
+        The host waits until the device has done the step before the last one.
 
         Args:
-            most: of how many ids rows will ever be asked at once, so more room than this is not made.
+            ids: (n,) int64, on the host.
+            most: the largest n that can come; a half has no more rows than this.
 
         Returns:
-            A matrix (more than n, width) for each table, and in which of their rows those of `ids` begin.
+            A matrix (2 x rows of a half, width) for each table, in its dtype, and the row of it that has the first id.
         """
         main = torch.cuda.current_stream(self._device)
         if self._begun is not None:

@@ -164,10 +164,13 @@ def references(
             _of(of_val, n_val, config.micro_bsz, likelihoods, ranks),
         )
         ranks.add_(found)
-    content = {**dataclasses.asdict(key), **{name: part.tolist() for name, part in found._asdict().items()}}
-    if resume_from is None or not kept.exists():
-        ranks.first(lambda: files.write_text(kept, json.dumps(content)))
+    ranks.first(lambda: None if resume_from is not None and kept.exists() else _write(kept, key, found))
     return found
+
+
+def _write(kept: Path, key: _Key, found: References) -> None:
+    content = {**dataclasses.asdict(key), **{name: part.tolist() for name, part in found._asdict().items()}}
+    files.write_text(kept, json.dumps(content))
 
 
 def score(pairs: Pairs, packs: Packs, config: TrainConfig, share: tuple[int, int]) -> list[float]:

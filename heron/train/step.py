@@ -114,7 +114,7 @@ class Learner:
         self.compiled = compilation.choose(
             config.compile, device, model.config, config.tables, tables_train, adds_up, in_pieces, kind,
             self._context is not None and config.finetune is not None,
-            dist.recorded_if_asked(
+            dist.why_not_recorded(
                 self.parallel.value, n_parameters, config.context_parallel, config.accumulate, device
             ),
         )  # fmt: skip

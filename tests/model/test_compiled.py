@@ -323,7 +323,7 @@ def test_what_is_recorded(monkeypatch, model, settings, reason):
 
 def test_passes_may_be_recorded_if_asked_for_alone(monkeypatch):
     monkeypatch.setattr(compilation, "why_not", lambda *_: None)
-    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(variant="v7"), if_asked="no room")
+    choose = partial(compilation.choose, device=GPU, model=heron.ModelConfig(variant="v7"), not_by_itself="no room")
     assert (choose("auto").value, choose("graph").value) == ("on", "graph")
     assert "--compile graph alone: no room" in choose("auto").reason
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import heron
 from heron import cli, report
+from heron.checkpoint import run
 from heron.data import conversations, template
 from heron.data.packs import Packs
 from heron.data.pairs import encode_pair
@@ -129,6 +131,21 @@ def test_references_are_computed_once_and_belong_to_their_base_and_data(settings
             CheckpointError, match=r"reference.json: is missing, damaged or of another base, data or dtype"
         ):
             fit(settings(max_steps=4))
+
+
+def test_processes_meet_for_references_whether_they_see_the_file_of_the_first_or_not(settings, tmp_path):
+    config = settings(max_steps=1, save_every=1)
+    assert fit(config) == "finished"
+    data, packs = packs_of(config)
+    key = json.loads((tmp_path / "run" / preference.FILE).read_text())
+    met, others = [], settings(out=str(tmp_path / "other"), weights=key["weights"])
+    data = SimpleNamespace(fingerprint=key["data"], samples=data.samples, val_samples=None)
+    ranks = SimpleNamespace(first=lambda work: [met[-1].append(work), work()][1])
+    (tmp_path / "other").mkdir()
+    for _ in range(2):  # the second time the file is there, as it is for a process that comes late
+        met.append([])
+        preference.references(others, key["base"], data, (packs, None), run.newest(tmp_path / "run"), None, ranks)
+    assert len(met[0]) == len(met[1]) == 2
 
 
 def test_another_base_has_references_of_its_own(settings, tmp_path, random_model):
