@@ -383,3 +383,23 @@ def test_figures_replace_what_the_command_wrote_and_nothing_else(model, tmp_path
     os.utime(tmp_path / name, (0, 0))
     assert cli.main(words) == 0
     assert (tmp_path / name).stat().st_mtime > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["init", "--out", "x.txt"], "x.txt: wanted a file name ending in .pth, .safetensors, .gguf, got '.txt'"),
+        (["convert", "x.pth", "y.bin"], "y.bin: wanted a file name ending in .pth, .safetensors, .gguf, got '.bin'"),
+        (["convert", "x.pth", "y.pth", "--format", "gguf"], "y.pth: wanted a file name ending in .gguf, got '.pth'"),
+        (["merge", "x.pth", "a", "y.pt"], "y.pt: wanted a file name ending in .pth, .safetensors, .gguf, got '.pt'"),
+        (["merge", "x.pth", "a", "y", "--format", "zip"], "y: format must be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_name_that_nothing_can_be_written_under_is_refused_before_the_work(words, wanted, monkeypatch, capsys):
+    from heron.commands import convert, init
+
+    for module, name in ((init, "RWKV"), (convert, "weights_file")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the work has begun"))
+    assert cli.main(words) == 1
+    assert wanted in capsys.readouterr().err

@@ -149,6 +149,20 @@ def assume(vocab_size: int, path: Path) -> Vocabulary | None:
     return None
 
 
+def check_name(path: Path, format: str | None) -> None:
+    """CheckpointError for a name, or a format, under which :func:`save` writes nothing."""
+    if format not in (None, *FORMATS):
+        raise CheckpointError(f"{path}: format must be {', '.join(FORMATS)}, got {format!r}")
+    if format is None and path.suffix not in _FILES:
+        raise CheckpointError(f"{path}: wanted a file name ending in {', '.join(_FILES)}, got {path.suffix!r}")
+    if not (format is None or _is_folder(path, format)) and path.suffix != f".{format}":
+        raise CheckpointError(f"{path}: wanted a file name ending in .{format}, got {path.suffix!r}")
+
+
+def _is_folder(path: Path, format: str | None) -> bool:
+    return format == "hf" or (format == "safetensors" and not path.suffix)
+
+
 def write(
     tensors: Mapping[str, Tensor],
     config: ModelConfig | None,
@@ -158,17 +172,14 @@ def write(
     papers: Mapping[str, bytes] = types.MappingProxyType({}),
 ) -> None:
     """:func:`save` for named tensors, of a model of `config`. A folder also holds the files `papers`."""
-    if format is None and path.suffix not in _FILES:
-        raise CheckpointError(f"{path}: wanted a file name ending in {', '.join(_FILES)}, got {path.suffix!r}")
-    if format not in (None, *FORMATS):
-        raise CheckpointError(f"{path}: format must be {', '.join(FORMATS)}, got {format!r}")
+    check_name(path, format)
     if vocabulary is not None and config is not None and vocabulary.vocab_size > config.vocab_size:
         raise ConfigError(
             f"{path}: the tokenizer {vocabulary.spec} has {vocabulary.vocab_size} ids, the model only "
             f"{config.vocab_size}: it is that of another model"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if format == "hf" or (format == "safetensors" and not path.suffix):
+    if _is_folder(path, format):
         with new_folder(path) as temporary:
             eod = 0 if vocabulary is None else vocabulary.eod  # upstream closes documents by 0
             config = _needed(config, path)
@@ -180,8 +191,6 @@ def write(
                 (temporary / name).write_bytes(content)
                 sync(temporary / name)
         return
-    if format is not None and path.suffix != f".{format}":
-        raise CheckpointError(f"{path}: wanted a file name ending in .{format}, got {path.suffix!r}")
     with new_file(path) as temporary:
         if path.suffix == ".gguf":
             gguf.write(tensors, _needed(config, path), temporary, vocabulary, path)

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from heron import machine
-from heron.checkpoint import assume, card, holds_tokenizer, load, migrate, read_tensors, unsaid, weights_file, write
+from heron.checkpoint import (
+    assume,
+    card,
+    check_name,
+    holds_tokenizer,
+    load,
+    migrate,
+    read_tensors,
+    unsaid,
+    weights_file,
+    write,
+)
 from heron.checkpoint.adapters import merged
 from heron.checkpoint.architecture import build, converted, in_one_dtype
 from heron.checkpoint.beside import papers_of, vocabulary_of
@@ -88,6 +99,7 @@ def convert(
     target = Path(target)
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file")
+    check_name(target, format)  # not after minutes
     if dtype is not None and dtype not in machine.DTYPES:
         raise ConfigError(f"dtype: wanted {', '.join(machine.DTYPES)}, got {dtype!r}")
     named = None if tokenizer is None else Vocabulary.of(load_tokenizer(tokenizer))

@@ -42,6 +42,7 @@ _PER_MACHINE = 8  # GPUs; hsdp shares the weights among these
 # Layers that are run; each further one takes as much more as the last of these did. A sharded backward pass holds up to
 # three gathered blocks, which the third layer still adds to.
 _COMPARED = 3, 4
+_LENGTHS = 1024, 2048  # tokens of a sample that are run; more take more by the same rule, and would take hours
 
 
 def run(options: argparse.Namespace) -> None:
@@ -101,9 +102,23 @@ def estimate(config: TrainConfig, model: ModelConfig) -> Memory:
     """
     if config.finetune is not None and config.finetune.quantizes:
         return _quantized(config, config.finetune, model)
+    distinct = min(config.tokens_per_step // max(1, config.processes), model.vocab_size)  # ids of one process
+    return _of_length(config, model, distinct)
+
+
+def _of_length(config: TrainConfig, model: ModelConfig, distinct: int) -> Memory:
+    """:func:`_of_depth`; of samples of any length from two of other lengths, since a step is made chunk by chunk."""
+    if config.ctx_len <= max(_LENGTHS):
+        return _of_depth(config, model, distinct)
+    shorter, longer = (_of_depth(dataclasses.replace(config, ctx_len=n), model, distinct) for n in _LENGTHS)
+    return shorter.between(longer, (config.ctx_len - _LENGTHS[0]) / (_LENGTHS[1] - _LENGTHS[0]))
+
+
+def _of_depth(config: TrainConfig, model: ModelConfig, distinct: int) -> Memory:
+    """:func:`_counted`; of any number of layers from two others."""
     if model.n_layer <= max(_COMPARED):
-        return _counted(config, model)
-    fewer, more = (_counted(config, model.changed(n_layer=n)) for n in _COMPARED)
+        return _counted(config, model, distinct)
+    fewer, more = (_counted(config, model.changed(n_layer=n), distinct) for n in _COMPARED)
     return fewer.between(more, (model.n_layer - _COMPARED[0]) / (_COMPARED[1] - _COMPARED[0]))
 
 
@@ -168,10 +183,9 @@ def _quantized(config: TrainConfig, finetune: FinetuneConfig, model: ModelConfig
     return found._replace(**{name: getattr(found, name) - saved for name in held})
 
 
-def _counted(config: TrainConfig, model: ModelConfig) -> Memory:
-    """A step in a ledger, after one of two tokens that makes the moments."""
+def _counted(config: TrainConfig, model: ModelConfig, distinct: int) -> Memory:
+    """A step in a ledger, after one of two tokens that makes the moments; `distinct` ids occur in it."""
     passes = min(config.accumulate, 2)  # any more take no more
-    distinct = min(config.tokens_per_step // max(1, config.processes), model.vocab_size)  # ids of one process
     with torch.device("meta"):
         network = RWKV(model)
     with _among_others(config.processes) as ranks, FakeTensorMode(), _nothing_moves(), _Ledger() as ledger:

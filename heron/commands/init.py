@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from heron.checkpoint import save
+from heron.checkpoint import check_name, save
 from heron.commands.info import sizes
 from heron.commands.settings import given
 from heron.config import ModelConfig
@@ -23,6 +23,7 @@ def run(options: argparse.Namespace) -> None:
     config = ModelConfig.preset(options.model, **changes) if options.model else ModelConfig.from_dict(changes)
     if Path(options.out).exists():
         raise ConfigError(f"{options.out} exists already; name another --out")
+    check_name(Path(options.out), None)
     n_parameters = memory.parameters(config)
     memory.check_host(4 * n_parameters, f"a model of {n_parameters:,} parameters in fp32")
     torch.manual_seed(options.seed)

@@ -6,6 +6,7 @@ import dataclasses
 import ipaddress
 import re
 
+from heron.config.finetune import RWKV_TEMPLATE
 from heron.config.settings import check_types, setting
 from heron.errors import ConfigError
 
@@ -27,7 +28,7 @@ class ServeConfig:
     api_key: str | None = setting(None, "what clients must send as their key; None: none is needed")
     api_key_file: str | None = setting(None, "read the key from a file, so that no list of processes shows it")
     cors: str | None = setting(None, "web pages that may ask, as in https://a.org,https://b.org; None: none")
-    template: str = setting("rwkv", "chat template: rwkv or a FILE.jinja")
+    template: str = setting(RWKV_TEMPLATE, "chat template: rwkv or a FILE.jinja")
     state_dir: str | None = setting(None, "folder that keeps saved states; None: they are lost at the end")
     cache_device: int = setting(1024, "MiB of states of prompts that are kept where the model runs; 0: none")
     cache_host: int = setting(4096, "MiB of them in host memory, and of sessions; 0: none")
@@ -51,6 +52,8 @@ class ServeConfig:
             raise ConfigError(f"timeout, grace: wanted seconds, got {self.timeout} and {self.grace}")
         if self.name is not None and not NAME.fullmatch(self.name):
             raise ConfigError(f"name: wanted letters, digits, '.', '_' and '-', at most 64, got {self.name!r:.80}")
+        if self.template != RWKV_TEMPLATE and not self.template.endswith(".jinja"):
+            raise ConfigError(f"template: wanted {RWKV_TEMPLATE} or a FILE.jinja, got {self.template!r}")
         if self.api_key is not None and self.api_key_file is not None:
             raise ConfigError("api_key and api_key_file were both given; drop one")
         for key in (self.api_key,) if self.api_key is not None else ():

@@ -90,10 +90,25 @@ def test_a_memory_counts_with_what_it_adds_to_a_step(tmp_path):
     assert found.parameters - without.parameters == 4 * (2 * 64 + 2 * 18 * 64 + 2 * 18)
 
 
+def counted(config, model):
+    """What :func:`estimate.estimate` gives where it runs all layers over all tokens."""
+    distinct = min(config.tokens_per_step // max(1, config.processes), model.vocab_size)
+    return estimate._counted(config, model, distinct)
+
+
 def test_layers_that_are_not_run_are_extrapolated():
     config, model = training(grad_checkpoint=True, ctx_len=2), MODEL.changed(n_layer=5)
-    found, counted = estimate.estimate(config, model), estimate._counted(config, model)
-    assert tuple(found) == pytest.approx(tuple(counted), rel=1e-3)
+    assert tuple(estimate.estimate(config, model)) == pytest.approx(tuple(counted(config, model)), rel=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["v7", "v8"])
+def test_long_samples_are_extrapolated(variant, monkeypatch):
+    monkeypatch.setattr(estimate, "_LENGTHS", (64, 128))
+    model = heron.ModelConfig(variant=variant, n_layer=1, n_embd=64, head_size=32, vocab_size=100)
+    config = training(micro_bsz=3, ctx_len=300)
+    assert tuple(estimate.estimate(config, model)) == pytest.approx(tuple(counted(config, model)), rel=1e-2)
+    of_any_length = estimate.estimate(training(micro_bsz=1, ctx_len=10**9), model)  # at once
+    assert of_any_length.activations > 10**12
 
 
 def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
@@ -102,7 +117,7 @@ def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
     of_shallow, found = (estimate.estimate(config, model) for model in (shallow, deep))
     assert of_shallow.peak == of_shallow.in_forward
     assert found.peak == found.in_backward
-    assert tuple(found) == pytest.approx(tuple(estimate._counted(config, deep)), rel=1e-3)
+    assert tuple(found) == pytest.approx(tuple(counted(config, deep)), rel=1e-3)
 
 
 def test_blocks_that_a_sharded_pass_has_gathered_are_not_counted_for_every_layer():
@@ -110,7 +125,7 @@ def test_blocks_that_a_sharded_pass_has_gathered_are_not_counted_for_every_layer
     config = estimate.on_gpus(training(grad_checkpoint=True, parallel="fsdp", micro_bsz=1), model, 8)
     found = estimate.estimate(config, model)
     assert found.peak == found.in_backward
-    assert found.peak == pytest.approx(estimate._counted(config, model).peak, rel=1e-2)
+    assert found.peak == pytest.approx(counted(config, model).peak, rel=1e-2)
 
 
 def test_host_tables_take_their_rows_alone_from_the_device():

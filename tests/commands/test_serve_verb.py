@@ -66,6 +66,7 @@ def test_what_does_not_end_in_time_is_told_when_the_server_ends(model):
         (["--api_key", "a", "--api_key_file", "b"], "drop one"),
         (["--api_key_file", "/nowhere/key"], "No such file"),
         (["--template", "none.jinja"], "none.jinja"),
+        (["--template", "notes.txt"], "template: wanted rwkv or a FILE.jinja"),
         (["--with_state", "poet=/nowhere"], "nowhere"),
         (["--state_dir", "/proc"], "/proc: no folder that states can be written into"),
         (["--rows", "0"], "rows: wanted at least 1"),
