@@ -1,4 +1,4 @@
-"""Rows of frozen tables, brought to a GPU while it still makes the step before the one that reads them."""
+"""Rows of frozen tables, brought to a GPU while it still ends the step before the one that reads them."""
 
 from __future__ import annotations
 
