@@ -3,12 +3,11 @@
 // (values) of the state in registers. The backward has two halves of four warps, and one half holds the gradient of the state
 // in the same way. README.md has the algebra and the budget of registers and shared memory.
 //
-// Tiles have rows of 64 bf16 = 128 bytes, whose eight 16-byte pieces are permuted by the row, so that ldmatrix meets no
-// bank conflict by rows or by columns. `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles.
-// M's block of a-rows and b-columns, A, has J^T in place of each 8 x 8 block on its diagonal: the transposed inverse of I - A there.
+// `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles. M's block of a-rows and b-columns, A, has J^T
+// in place of each 8 x 8 block on its diagonal: the transposed inverse of I - A there.
 #pragma once
 
-#include "sequence.cuh"
+#include "chunk_copies.cuh"
 
 #ifndef HERON_FORWARD_BLOCKS  // on one multiprocessor; 4 leave 128 registers and 56 KB to each
 #define HERON_FORWARD_BLOCKS 4
@@ -22,235 +21,15 @@
 
 namespace tensor_core {
 
-constexpr int kSize = 64, kChunk = 32, kThreads = 128, kBackwardThreads = 2 * kThreads;
-constexpr int kTile = kChunk * kSize * 2, kSquare = 2 * kTile;  // bytes of a tile of tokens, of a 64 x 64 tile
+constexpr int kBackwardThreads = 2 * kThreads;
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
 constexpr int kForwardShared = 2 * kForwardStage + kSquare;
-constexpr int kTable = (kDy + 1) * 128;  // bytes that copies have for their own use, see there
 // Gradients of a chunk in fp32, 32 x 64, with rows 8 banks apart: bytes of those of one input.
 constexpr int kCellPitch = kSize + 8, kCells = kChunk * kCellPitch * 4;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
 constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
 constexpr int kPitch = 12, kBlock = 8 * kPitch + 4;  // of 8 x 8 fp32: columns and blocks start in other banks, 16-byte aligned
 constexpr float kLog2DecayScale = kDecayScale * kLog2E;
-
-struct alignas(8) Floats { float first, second; };
-
-using Tile = unsigned char*;
-using Fragment = uint32_t[4];      // 16 x 16 of an A operand, or 16 x 16 of a B operand: two of its 16 x 8
-using Accumulator = float[4];      // 16 x 8: rows lane / 4 and 8 more, columns 2 (lane % 4) and the next
-
-// Where this thread is among the four warps of its half. A kernel asks anew in each of its phases, since the compiler would keep whatever depends on it in
-// registers through the whole loop, and spill.
-struct Thread { int warp, lane; };
-__device__ __forceinline__ Thread this_thread() {
-  const int index = int((threadIdx.x + unknown_zero()) % kThreads);
-  return {of_first_lane(index / 32) & 3, index % 32};
-}
-
-__device__ __forceinline__ int place(int row, int column) {
-  return row * 128 + ((column / 8 ^ row % 8) * 16) + column % 8 * 2;
-}
-
-// The row that a lane gives to ldmatrix, in a tile whose 16 x 16 corner lies at (0, 0): matrices 0 and 1 below one another,
-// 2 and 3 beside them; or 0 and 1 beside one another. Since 16 columns are two pieces, another corner's columns only flip
-// bits: place(row + r, column + c) = row * 128 + (place(r, c) ^ column * 2) for multiples of 16.
-__device__ __forceinline__ int down_first(Thread me) {
-  const int lane = me.lane;
-  return place(lane % 16, lane / 16 * 8);
-}
-__device__ __forceinline__ int across_first(Thread me) {
-  const int lane = me.lane;
-  return place(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
-}
-// A operands: rows row.., depth k.. of a tile that is stored by rows, or by depth.
-__device__ __forceinline__ void load_a(Thread me, Fragment& f, Tile tile, int row, int k) {
-  load_matrices(f, tile + row * 128 + (down_first(me) ^ k * 2));
-}
-__device__ __forceinline__ void load_a_by_depth(Thread me, Fragment& f, Tile tile, int row, int k) {
-  load_matrices_transposed(f, tile + k * 128 + (across_first(me) ^ row * 2));
-}
-// B operands: depth k.., columns column.. of a tile that is stored by columns, or by depth.
-__device__ __forceinline__ void load_b(Thread me, Fragment& f, Tile tile, int k, int column) {
-  load_matrices(f, tile + column * 128 + (across_first(me) ^ k * 2));
-}
-__device__ __forceinline__ void load_b_by_depth(Thread me, Fragment& f, Tile tile, int k, int column) {
-  load_matrices_transposed(f, tile + k * 128 + (down_first(me) ^ column * 2));
-}
-
-// 16 columns, c[0] and c[1], += a b.
-__device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, const Fragment& b) {
-  multiply_add(c[0], a, b[0], b[1]);
-  multiply_add(c[1], a, b[2], b[3]);
-}
-// c += a b, or c = a b if not `adds`, for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by
-// columns or by depth. The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of
-// `depths` and `of_groups` say which 16 of the depth and of the columns are of use; the rest of a is zero, the rest of c comes
-// out as anything.
-template <int n, int groups, bool by_depth, bool adds = true>
-__device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
-                                         int of_groups = -1) {
-#ifdef HERON_WARPGROUPS
-  const uint32_t first = matrix_descriptor(tile);
-  start_products();
-#pragma unroll
-  for (int k = 0; k < n; k++) {
-    const uint32_t b = first + k * (by_depth ? 128 : 2);
-    if (groups == 4) {
-      if (adds || k > 0) {
-        multiply_add_64<by_depth, true>(c, a[k], b);
-      } else {
-        multiply_add_64<by_depth, false>(c, a[k], b);
-      }
-    } else if (adds || k > 0) {
-      multiply_add_32<by_depth, true>(c, a[k], b);
-    } else {
-      multiply_add_32<by_depth, false>(c, a[k], b);
-    }
-  }
-  commit_products();
-#else
-#pragma unroll
-  for (int i = 0; i < 8 * groups && !adds; i++) c[i / 4][i % 4] = 0.0f;
-#pragma unroll
-  for (int k = 0; k < n; k++) {
-    if (!(depths >> k & 1)) continue;
-#pragma unroll
-    for (int group = 0; group < groups; group++) {
-      if (!(of_groups >> group & 1)) continue;
-      Fragment b;
-      if (by_depth) {
-        load_b_by_depth(me, b, tile, 16 * k, 16 * group);
-      } else {
-        load_b(me, b, tile, 16 * k, 16 * group);
-      }
-      multiply_16(c + 2 * group, a[k], b);
-    }
-  }
-#endif
-}
-// Two accumulators side by side as an A operand.
-__device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
-  f[0] = pack(c[0][0], c[0][1]);
-  f[1] = pack(c[0][2], c[0][3]);
-  f[2] = pack(c[1][0], c[1][1]);
-  f[3] = pack(c[1][2], c[1][3]);
-}
-__device__ __forceinline__ void store_operand(Thread me, Tile tile, int row, int column, const Fragment& f) {
-  store_matrices(tile + row * 128 + (down_first(me) ^ column * 2), f);
-}
-// The transpose of what store_operand stores.
-__device__ __forceinline__ void store_operand_transposed(Thread me, Tile tile, int row, int column, const Fragment& f) {
-  store_matrices_transposed(tile + row * 128 + (across_first(me) ^ column * 2), f);
-}
-
-// Copies of a chunk's inputs in the background, each to its tile, by one of two means. `table` has 16 bytes of use in each of its
-// rows of 128: where M has a hole, since its r-rows 0 .. 15 and k-columns 16 .. 31 are all zero, and no product reads them.
-//
-// Whole tiles, each asked for by one thread of a warp.
-struct TileCopies {
-  Tile table;
-  const TileMap* maps;
-  int row, first, head, length;
-  unsigned there;  // bits of inputs; the others come as zeros
-  bool packed;
-
-  __device__ __forceinline__ Arrivals& arrivals(int index) const {
-    return reinterpret_cast<Arrivals*>(table + place(0, kChunk + 16))[index];
-  }
-  // Of the first `n` inputs; those of the bits `skipped` come as zeros. Ends with the block in step.
-  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
-    row = int(sequence.row), first = int(sequence.first), head = sequence.head, length = sequence.length;
-    packed = p.cu_seqlens != nullptr;
-    there = 0;
-    for (int i = 0; i < n; i++) there |= unsigned(p.inputs[i].data != nullptr) << i;
-    there &= ~skipped;
-    if (threadIdx.x < 2) init_arrivals(arrivals(threadIdx.x));
-    __syncthreads();
-  }
-  // The chunk at `start` to stage `index`; `thread` is this one's number among those that ask. `more` bytes come with it.
-  template <int threads, int n>
-  __device__ __forceinline__ void ask(unsigned thread, Tile stage, int index, int start, int more) const {
-    if (thread % 32 != 0) return;
-    if (thread == 0) expect_bytes(arrivals(index), n * kTile + more);
-#pragma unroll 1
-    for (int i = thread / 32; i < n; i += threads / 32) {
-      copy_tile(stage + i * kTile, maps[i], row, there >> i & 1 ? first + start : -kChunk, head, arrivals(index));
-    }
-  }
-  template <int threads>
-  __device__ __forceinline__ void ask_for_state(unsigned thread, Tile to, int index, const void* from) const {
-    if (thread == 0) copy_bytes(to, from, kSquare, arrivals(index));
-  }
-  // Until the chunk is there that is number `turn` of its stage; what belongs to another packed sequence is zero. All threads.
-  template <int threads, int n>
-  __device__ __forceinline__ void wait(Tile stage, int index, int turn, int start) const {
-    __syncthreads();
-    wait_for_bytes(arrivals(index), turn % 2);
-    if (!packed || length - start >= kChunk) return;
-    for (int i = threadIdx.x; i < n * kTile / 16; i += threads) {
-      if (i / 8 % kChunk >= length - start) reinterpret_cast<Piece*>(stage)[i] = {};
-    }
-    __syncthreads();
-  }
-};
-
-// Where the sequence's first token of an input lies, bytes from one token to the next, and how many there are; of an input
-// that comes as zeros, none, at an address that may be read.
-struct alignas(16) Source { const char* first; int32_t step, length; };
-
-// Pieces of 16 bytes, by all threads that ask.
-struct PieceCopies {
-  Tile table;
-  const TileMap* maps;
-
-  __device__ __forceinline__ Source& source(int i) const { return *reinterpret_cast<Source*>(table + place(i, kChunk + 16)); }
-  __device__ __forceinline__ void begin(const Wkv7sProblem& p, const Sequence& sequence, int n, unsigned skipped) {
-    const int i = int(threadIdx.x);
-    if (i < n) {
-      const Wkv7sInput& x = p.inputs[i];
-      const bool there = x.data != nullptr && !(skipped >> i & 1) && sequence.length > 0;
-      const void* first = there ? token_of<bfloat16>(x, sequence, 0) : p.inputs[kW].data;
-      source(i) = {static_cast<const char*>(first), there ? int(x.token * 2) : 0, there ? sequence.length : 0};
-    }
-    __syncthreads();
-  }
-  template <int threads, int n>
-  __device__ __forceinline__ void ask(unsigned thread, Tile stage, int, int start, int) const {
-    constexpr int rows = threads / 8;  // of a tile at once
-    const int row = thread / 8, column = thread % 8 * 8;
-    Tile to = stage + place(row, column);
-#pragma unroll 1
-    for (int i = 0; i < n; i++, to += kTile) {
-      const Source from = source(i);
-      const char* piece = from.first + int64_t(start + row) * from.step + column * 2;
-#pragma unroll
-      for (int j = 0; j < kChunk / rows; j++, piece += rows * from.step) {
-        copy_async(to + j * rows * 128, piece, start + row + j * rows < from.length);
-      }
-    }
-    copy_commit();
-  }
-  template <int threads>
-  __device__ __forceinline__ void ask_for_state(unsigned thread, Tile to, int, const void* from) const {
-    const int piece = thread * 16;
-#pragma unroll
-    for (int i = 0; i < kSquare; i += threads * 16) copy_async(to + piece + i, static_cast<const char*>(from) + piece + i, true);
-    copy_commit();
-  }
-  template <int threads, int n>
-  __device__ __forceinline__ void wait(Tile, int, int, int) const {
-    copy_wait<0>();
-    __syncthreads();
-  }
-};
-
-#ifdef HERON_TILE_COPIES
-using Copies = TileCopies;
-#else
-using Copies = PieceCopies;
-#endif
-struct Maps { TileMap of[kDy + 1]; };
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 
@@ -612,7 +391,8 @@ __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumula
 // gradient, X, dV and the gradients of right. What both do alike they do by the same instructions, since instructions that
 // are not yet at hand are what this kernel waits for most.
 template <bool transfer>
-__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
+__global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS)
+    backward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
   const bool of_left = of_first_lane(threadIdx.x / kThreads) == 0;
   Thread me = this_thread();
   const int late = me.warp % 2;
@@ -766,7 +546,10 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS) backw
     if (!of_left) {
       multiply<4, 4, true>(me, held, rows, left);
       wait_for_products();
-      if (!transfer) *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum_rows(me, state, held);
+      if (!transfer) {
+        const Floats sum = sum_rows(me, state, held);
+        *reinterpret_cast<Floats*>(start_sums + me.warp * kSize + 8 * (me.lane / 4) + me.lane % 4 * 2) = sum;
+      }
     }
     if (transfer) continue;
     // This warp's 16 rows of [X; dY], or of [U; V].
@@ -949,18 +732,6 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
     }
     __syncthreads();
   }
-}
-
-const char* describe_inputs(Maps& maps, const Wkv7sProblem& p) {
-  if (!copies_tiles()) return nullptr;
-  for (int i = 0; i <= kDy; i++) {
-    const Wkv7sInput& x = p.inputs[p.inputs[i].data != nullptr ? i : kW];
-    const int64_t any = kSize;  // the step of a dimension of one
-    const char* error = describe(maps.of[i], x.data, p.batch, p.tokens, p.heads, p.batch > 1 ? x.batch : any,
-                                 p.tokens > 1 ? x.token : any, p.heads > 1 ? x.head : any);
-    if (error) return error;
-  }
-  return nullptr;
 }
 
 const char* run_forward(const Wkv7sProblem& p, void* stream) {
