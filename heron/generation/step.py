@@ -250,7 +250,8 @@ def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int
 
 
 def of_any_number(pieces: Pieces) -> Pieces:
-    """Compiled `pieces` that are not compiled again for another number n of sequences above 1; norm and head never are."""
+    """Compiled `pieces` that are not compiled again for another number n of sequences above 1; `norm` and `head`, which
+    are not compiled, stay."""
     return Pieces(
         varying(pieces.norm_mix, lambda x, weight, bias, eps, mixes, last, new_last: (x, last, new_last)),
         varying(pieces.project, lambda mixed, large, low_rank: (mixed,), dim=1),

@@ -200,6 +200,10 @@ def test_unfit_arguments_are_refused_in_words(change, message):
         )
 
 
+def test_no_sequences_give_nothing():
+    assert head_step(*problem(0, 2, 16, FP32)).shape == (0, 32)
+
+
 def test_heads_that_the_kernel_does_not_know_are_named():
     assert cuda.why_not(GPU, BF16, 64) is None
     assert cuda.why_not(GPU, FP64, 64) == "it takes fp32, bf16 and fp16, not torch.float64"
@@ -251,3 +255,13 @@ def test_kernel_steps(dtype, N, mixes):
     compare(got, elsewhere, want, TOLERANCES[dtype])
     check_states_in_bf16(head_step, 3, 5, N, "cuda")
     check_that_small_steps_add_up(head_step, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernel_takes_no_sequences_and_refuses_states_that_begin_between_pieces():
+    assert head_step(*problem(0, 2, 16, BF16, device="cuda"), impl="cuda").shape == (0, 32)
+    inputs, weights, wkv = problem(1, 2, 16, BF16, device="cuda")
+    between = torch.zeros(wkv.numel() + 1, device="cuda")[1:].view(wkv.shape)
+    with pytest.raises(RuntimeError, match="head_step: states must begin at multiples of 16 bytes"):
+        head_step(inputs, weights, between, impl="cuda")

@@ -115,6 +115,10 @@ def test_unfit_arguments_are_refused_in_words(change, message):
         norm_mix(**(arguments | change))
 
 
+def test_no_sequences_give_no_tokens():
+    assert norm_mix(*problem(0, 2, 8, FP32)).shape == (2, 0, 8)
+
+
 def test_tokens_that_the_kernel_does_not_know_are_named():
     assert cuda.why_not(GPU, BF16, 768) is None
     assert cuda.why_not(GPU, FP64, 768) == "it takes fp32, bf16 and fp16, not torch.float64"
@@ -155,3 +159,12 @@ def test_kernel_norms_and_mixes(dtype, C, m):
     assert torch.equal(norm_mix(*alone, impl="cuda")[:, 0], got[:, 3])
     assert torch.equal(alone[-1][0], arguments[-1][3])
     check_that_the_token_goes_elsewhere(partial(norm_mix, impl="cuda"), arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernel_takes_no_sequences_and_refuses_what_begins_between_two_numbers():
+    assert norm_mix(*problem(0, 2, 8, BF16, "cuda"), impl="cuda").shape == (2, 0, 8)
+    _, *rest = problem(2, 2, 8, BF16, "cuda")
+    with pytest.raises(RuntimeError, match="norm_mix: tensors must begin at multiples of 4 bytes"):
+        norm_mix(torch.zeros(17, dtype=BF16, device="cuda")[1:].view(2, 8), *rest, impl="cuda")

@@ -144,7 +144,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Rows of 128 bytes in shared memory, as the copy engine leaves them: eight of them are 1024 bytes.
+// Rows of 128 bytes in shared memory, as the copy engine leaves them: eight are 1024 bytes, 64 times 16 (from bit 32 on), and
+// their pieces are swizzled by 128 bytes (bit 62).
 __device__ __forceinline__ unsigned long long descriptor(const void* rows) {
     return (shared_address(rows) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }

@@ -72,7 +72,13 @@ __device__ __forceinline__ float sum_over(float x) {
     return x;
 }
 
-constexpr int kLanes = 8, kRows = 4;  // that share rows of the state; rows that they share
+constexpr int kLanes = 8, kRows = 4;            // that share rows of the state; rows that they share
+constexpr int kOfWarp = 32 / kLanes * kRows;  // channels of a warp
+
+// What all lanes read of every channel; the first four by the kind of the thread that writes them.
+enum Vector { kReceptance, kDecay, kKey, kRemovalKey, kRemovalIclr, kMixedValue, kVectors };
+// What every warp brings to a sum over the head: squares of the removal key, the bonus; the mean of y, squares of distances.
+enum Share { kSquare, kBonus, kMean, kSquares, kShares };
 
 // The sums over the lanes that share rows: of the row lane / 2. A lane hands on what others sum up.
 __device__ __forceinline__ float row_sum(const float (&of_rows)[kRows], int lane) {
@@ -114,11 +120,10 @@ constexpr int kBlocks = size == 128 ? 1 : kThreads / (2 * size);
 // T: of all but the states; S: of the states, rounded at random if it is not fp32.
 template <typename T, typename S, int size>
 __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __grid_constant__ Problem p) {
-    constexpr int kKeys = size / kLanes, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S), kWarps = size / 16;
+    constexpr int kKeys = size / kLanes, kRun = kKeys < 16 / sizeof(S) ? kKeys : 16 / sizeof(S), kWarps = size / kOfWarp;
     using Keys = Run<S, kRun>;
-    __shared__ float of_warps[4][kWarps];  // squares of the removal key, bonus; mean of y, squares of distances from it
-    // r, decay, k, removal key before it is normed, the same times iclr, v
-    alignas(16) __shared__ float vectors[6][size];
+    __shared__ float of_warps[kShares][kWarps];
+    alignas(16) __shared__ float vectors[kVectors][size];
     const int head = static_cast<int>(blockIdx.x) % p.heads, stride = static_cast<int>(gridDim.x) / p.heads;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
     // Of rows, of keys, of what a channel needs.
@@ -185,8 +190,8 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
         write(kind, of_both([&](int i) {
             return kind == 0 ? r.values[i] : kind == 1 ? decay.values[i] : kind == 2 ? k.values[i] : removal_key.values[i];
         }));
-        if (kind == 0) write(4, of_both([&](int i) { return removal_key.values[i] * iclr.values[i]; }));
-        if (kind == 1) write(5, v);
+        if (kind == 0) write(kRemovalIclr, of_both([&](int i) { return removal_key.values[i] * iclr.values[i]; }));
+        if (kind == 1) write(kMixedValue, v);
         float square_here = 0.0f, bonus_here = 0.0f;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -194,7 +199,7 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
             bonus_here += r.values[i] * k.values[i] * rk.values[i];
         }
         square_here = sum_over<4, 8, 16>(square_here), bonus_here = sum_over<4, 8, 16>(bonus_here);
-        if (thread % 32 == 0) of_warps[0][warp] = square_here, of_warps[1][warp] = bonus_here;
+        if (thread % 32 == 0) of_warps[kSquare][warp] = square_here, of_warps[kBonus][warp] = bonus_here;
 
         float state[kRows][kKeys];
 #pragma unroll
@@ -210,11 +215,11 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
         __syncthreads();
         float square = 0.0f, bonus = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kWarps; ++i) square += of_warps[0][i], bonus += of_warps[1][i];
+        for (int i = 0; i < kWarps; ++i) square += of_warps[kSquare][i], bonus += of_warps[kBonus][i];
         float sums[kRows] = {};
 #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
-            const float removal = vectors[3][key(i)];
+            const float removal = vectors[kRemovalKey][key(i)];
 #pragma unroll
             for (int row = 0; row < kRows; ++row) sums[row] += state[row][i] * removal;
         }
@@ -223,13 +228,13 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
             removed[row] = __shfl_sync(kAll, removed_here, 2 * row, kLanes);
-            values[row] = vectors[5][kRows * group + row];
+            values[row] = vectors[kMixedValue][kRows * group + row];
             sums[row] = 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
-            const float r_here = vectors[0][key(i)], decay_here = vectors[1][key(i)];
-            const float k_here = vectors[2][key(i)], removal = vectors[4][key(i)];
+            const float r_here = vectors[kReceptance][key(i)], decay_here = vectors[kDecay][key(i)];
+            const float k_here = vectors[kKey][key(i)], removal = vectors[kRemovalIclr][key(i)];
 #pragma unroll
             for (int row = 0; row < kRows; ++row) {
                 float& s = state[row][i];
@@ -247,7 +252,7 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
 #pragma unroll
                 for (int j = 0; j < kRun; ++j) {
                     if constexpr (sizeof(S) < 4) {
-                        random = random * 1664525u + 1013904223u;  // a good sequence's upper half, from a hashed begin
+                        random = random * 1664525u + 1013904223u;  // (Numerical Recipes) its upper half serves
                         keys.values[j] = static_cast<S>(rounded(state[row][i + j], random));
                     } else {
                         keys.values[j] = state[row][i + j];
@@ -257,17 +262,17 @@ __global__ void __launch_bounds__(2 * size, kBlocks<size>) head_step(const __gri
             }
         }
         const float y = row_sum(sums, lane);
-        const float mean_here = sum_over<2, 4, 8, 16>(y) / 16;
+        const float mean_here = sum_over<2, 4, 8, 16>(y) / kOfWarp;
         const float squares_here = sum_over<2, 4, 8, 16>((y - mean_here) * (y - mean_here));
-        if (thread % 32 == 0) of_warps[2][warp] = mean_here, of_warps[3][warp] = squares_here;
+        if (thread % 32 == 0) of_warps[kMean][warp] = mean_here, of_warps[kSquares][warp] = squares_here;
         __syncthreads();
         float mean = 0.0f, variance = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kWarps; ++i) mean += of_warps[2][i] / kWarps;
+        for (int i = 0; i < kWarps; ++i) mean += of_warps[kMean][i] / kWarps;
 #pragma unroll
         for (int i = 0; i < kWarps; ++i) {
-            const float distance = of_warps[2][i] - mean;
-            variance += (of_warps[3][i] + 16 * distance * distance) / size;
+            const float distance = of_warps[kMean][i] - mean;
+            variance += (of_warps[kSquares][i] + kOfWarp * distance * distance) / size;
         }
         if (lane % 2 == 0) {
             const float normed = (y - mean) * rsqrtf(variance + p.eps) * weight + bias;

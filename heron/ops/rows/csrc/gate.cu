@@ -147,7 +147,7 @@ void check(const Tensor& x, const Tensor& rows) {
     const auto width = rows.size(-1);
     STD_TORCH_CHECK(x.size(-1) == width && width % kWidth == 0 && width <= kThreads * kWidth,
                     "gate_rows: rows as wide as x, 8, 16, ... 8192 numbers");
-    STD_TORCH_CHECK(on_one_device(rows, x), "gate_rows: rows must be where x is");
+    STD_TORCH_CHECK(on_one_device(rows, x), "gate_rows: rows must be on the device of x; rows.to(x.device)");
     for (const auto& each : {x, rows})
         STD_TORCH_CHECK(each.is_contiguous() && begins_at_multiple_of(16, each),
                         "gate_rows: tensors must be contiguous and 16-byte aligned");
@@ -177,7 +177,8 @@ Tensor gate_rows(const Tensor& x, const Tensor& rows, const Tensor& row) {
 std::tuple<Tensor, Tensor> gate_rows_backward(const Tensor& d, const Tensor& x, const Tensor& rows,
                                               const Tensor& order, const Tensor& row_in_order) {
     check(x, rows), check(d, rows);
-    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float, "gate_rows: rows with gradients are in fp32");
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float, "gate_rows: rows that get a gradient must be fp32, got ",
+                    torch::headeronly::toString(rows.scalar_type()), "; rows.float()");
     STD_TORCH_CHECK(d.scalar_type() == x.scalar_type() && d.numel() == x.numel(), "gate_rows: a gradient like x");
     const DeviceGuard guard(x.get_device_index());
     const auto stream = current_stream();
