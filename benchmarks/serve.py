@@ -1,4 +1,4 @@
-"""Tokens per second over HTTP, beside the engine's own: a server, and N clients that stream in another process.
+"""Tokens per second over HTTP, beside the engine's own: a server, and N clients that stream in other processes.
 
     python benchmarks/serve.py --clients 256                       a v7 of random weights, --n_layer, --n_embd
     python benchmarks/serve.py --model x.pth --clients 64 --arrive 2 --prompt 512
@@ -8,9 +8,11 @@
 In one run: the engine alone with as many rows (as benchmarks/generate.py has them), and with one; the server with
 --clients clients; the server with one client, its engine the same. A client is a few lines over a socket, so that the
 server is measured. With --arrive SECONDS the clients come spread over so long, and with --last SECONDS they ask again
-and again. The server speaks HTTP in a process of its own, as heron serve does, or with --one_process in that of the
-engine. With --minutes the clients are those of serve_load.py, on a model of bytes, and all levels of the prefix cache
-are so small that each is full; the server's memory is that of both its processes.
+and again; tokens that come later do not count. Below each row stands the CPU time that a token took: of the engine's
+thread between its steps, of the process that speaks HTTP, and of the clients. The server speaks HTTP in a process of
+its own, as heron serve does, or with --one_process in that of the engine. With --minutes the clients are those of
+serve_load.py, on a model of bytes, and all levels of the prefix cache are so small that each is full; the server's
+memory is that of both its processes.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ class Ranks:
     def tell(self, failure: Exception) -> None:
         """Have the others, who wait in :meth:`joined`, end since this process will not come there.
 
-        Where torchrun did not start them, the first process is waited for, at whose store they meet; what fails in that
-        one cannot be told.
+        Processes that torchrun did not start meet at a store of the first: it cannot tell that it has failed, and the
+        others wait up to half a minute for it to tell theirs.
         """
         if self.count > 1 and (not self.is_first or _is_of_torchrun()):
             with contextlib.suppress(RuntimeError):  # nobody is there to be told
@@ -156,7 +156,7 @@ class Ranks:
         After a restart it may still have the addresses of those before, so each start has its own part of it.
 
         Args:
-            timeout: seconds for which it is waited for, and for what is in it.
+            timeout: seconds to wait for the store, and for each of its answers.
         """
         wait = datetime.timedelta(seconds=timeout)
         is_host, port = self.is_first and not _is_of_torchrun(), int(os.environ["MASTER_PORT"])
@@ -177,7 +177,7 @@ class Ranks:
                 missing = [str(rank) for rank in range(self.count) if not store.check([f"{_COME}-{rank}"])]
                 raise HeronError(
                     f"rank {', '.join(missing)} of {self.count} did not come within {timeout:g} s (--dist_timeout): "
-                    "see what they have said"
+                    "see what they have printed; start those that are not there, or give them longer"
                 )
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return store

@@ -11,7 +11,7 @@ from heron.serve.link import Link
 from heron.serve.orders import Drawn, Order
 from heron.serve.refusals import ENGINE_FAILED, Refusal, engine_failed, stopping, too_busy
 
-SECONDS_A_PIECE = 4e-5  # twice what it takes to send one
+SECONDS_A_PIECE = 4e-5  # of rest, after each piece that is given to a job: twice what it takes to send one
 
 
 class Job:
@@ -150,6 +150,7 @@ class Desk:
             self._give()
 
     def _give(self) -> None:
+        """Give the jobs what is held, then rest."""
         drawn, self._held = self._held, []
         for piece in drawn:
             job = self._open.get(piece.number)

@@ -206,7 +206,7 @@ class HttpProcess:
 
 
 def _be_quick() -> None:
-    """Let no thread of this process, nor its garbage collector, hold up the others for long."""
+    """Have the threads of this process take turns quickly, and its garbage collector look through new objects alone."""
     sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()  # what is there now stays: to look through it again would take tenths of a second

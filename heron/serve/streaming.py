@@ -21,7 +21,7 @@ class EventStream(Response):
     """Sends events as they come.
 
     Args:
-        events: the events, each as it is sent, or several at once; none comes behind :data:`heron.serve.wire.DONE`.
+        events: the bytes of one or more whole events at a time; nothing comes after :data:`heron.serve.wire.DONE`.
         cancel: called when the client has left, or the stream has ended.
     """
 

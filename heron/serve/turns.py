@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 
-AT_ONCE = 16  # some milliseconds
+AT_ONCE = 16  # requests in a turn: some milliseconds
 
 
 class Turns:

@@ -78,10 +78,14 @@ def candidates(out: Path) -> list[Path]:
 
 
 def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path | None:
-    """Of weights that a run may start from, newest first, the first that can be read; None: there are none.
+    """The newest of `found` that can be read; None where there are none.
 
-    Each that is passed over is told to `say`. Initial values never take the place of weights that were trained: where
-    nothing else can be read, the newest file is given, so that its reader says what is wrong with it.
+    Initial values never take the place of weights that were trained: where no trained ones can be read, the newest file
+    is given, so that its reader says what is wrong with it. One file alone is not read here.
+
+    Args:
+        found: what a run may start from, newest first.
+        say: is told of each file that is passed over, and why.
     """
     damaged = []
     for path in found if len(found) > 1 else ():

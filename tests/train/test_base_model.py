@@ -143,18 +143,8 @@ def test_initial_values_never_take_the_place_of_damaged_weights(files, settings,
 def test_the_command_line_passes_over_damaged_weights_too(files, heron_, tmp_path, how):
     put(files, tmp_path / "d", _8=1, _9=0)
     (tmp_path / "d" / "rwkv-9.pth").write_bytes(damages(files / "0.pth")[2])
-    words = [
-        "train",
-        "--data_file",
-        files / "text.txt",
-        "--my_exit_tokens",
-        "32",
-        "--ctx_len",
-        "16",
-        "--micro_bsz",
-        "1",
-    ]
-    words += ["--proj_dir", tmp_path / "d", "--accelerator", "cpu", "--sample_every", "0"]
+    words = ["train", "--data_file", files / "text.txt", "--my_exit_tokens", "32", "--ctx_len", "16"]
+    words += ["--micro_bsz", "1", "--proj_dir", tmp_path / "d", "--accelerator", "cpu", "--sample_every", "0"]
     words += {"sizes": SIZES, "no sizes": [], "partial": [*SIZES, "--load_partial", "1"]}[how]
     code, out, err = heron_(*words)
     assert code == 0, err
