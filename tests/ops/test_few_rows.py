@@ -30,7 +30,7 @@ GPU = torch.device("cuda")
 @pytest.fixture(scope="module")
 def library():
     """The kernel's source, compiled for a CPU."""
-    depends = [cuda.SOURCE, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    depends = [cuda.SOURCE, cuda.SHARING, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O1", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("few_rows_emulated", [EMULATOR / "few_rows.cpp"], flags, depends)
     library.few_rows_emulated.restype = ctypes.c_char_p
@@ -207,7 +207,7 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
         for t in (BFLOAT16, HALF)
         for columns in (8, 16, 32)
     ]
-    headers = ["algorithm", "type_traits", _build.EARLY, _build.PRODUCTS]
+    headers = ["type_traits", *cuda.HEADERS]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, headers, before="using Half = __half;")
 
 

@@ -17,7 +17,7 @@ from tests.ops.products import compare, exact, of_vectors, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16 = torch.bfloat16, torch.float16
-SHARING = (256, 16)  # part and enough of plan, for small matrices
+SHARING = (256, 16)  # part and enough of Sharing, for small matrices
 SMALL = [(3, 8), (65, 776), (70, 40), (9, 136), (133, 520)]
 needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 
@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C
 @pytest.fixture(scope="module")
 def library():
     """The kernel's source, compiled for a CPU."""
-    depends = [cuda.BOXES, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    depends = [cuda.BOXES, cuda.SHARING, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O2", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("few_rows_boxes_emulated", [EMULATOR / "few_rows_boxes.cpp"], flags, depends)
     library.few_rows_boxes_emulated.restype = ctypes.c_char_p
@@ -119,7 +119,7 @@ def test_boxes_are_built_for_compute_capability_9(monkeypatch):
 @needs_nvcc
 def test_boxes_compile_without_spilling(tmp_path):
     forms = [f"few_rows_by_boxes<{t}>(const __grid_constant__ Products)" for t in (BFLOAT16, HALF)]
-    headers = ["algorithm", "type_traits", "cuda.h", _build.EARLY, _build.PRODUCTS]
+    headers = ["type_traits", "cuda.h", *cuda.HEADERS]
     check_that_none_spills(tmp_path, cuda.BOXES, forms, "90a", headers, before="using Half = __half;")
 
 

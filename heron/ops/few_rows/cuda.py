@@ -12,7 +12,9 @@ from torch import Tensor
 from heron.ops import _build, _choice, _products
 from heron.ops._products import Product
 
-SOURCE, BOXES = (Path(__file__).parent / "csrc" / f"{name}.cu" for name in ("few_rows", "boxes"))
+_CSRC = Path(__file__).parent / "csrc"
+SOURCE, BOXES, SHARING = _CSRC / "few_rows.cu", _CSRC / "boxes.cu", _CSRC / "sharing.cuh"
+HEADERS = [_build.EARLY, _build.PRODUCTS, SHARING]
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 32  # vectors
 FEWEST_BY_BOXES = 17  # fewer are faster by registers
@@ -57,9 +59,9 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor],
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], [_build.EARLY, _build.PRODUCTS])
+    _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], HEADERS)
     if capability[0] == 9:
-        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], [_build.EARLY, _build.PRODUCTS])
+        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], HEADERS)
 
 
 FORM = _choice.NativeForm("few_rows", "cuda", "products with few vectors", why_not, library)

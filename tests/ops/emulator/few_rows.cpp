@@ -60,7 +60,5 @@ extern "C" const char* few_rows_emulated(int count, int n, int part, int most, c
 }
 
 extern "C" int few_rows_parts(int out, int in, int part, int most) {
-  Product product{};
-  product.out = out, product.in = in;
-  return parts_of(product, part, most);
+  return parts_of(out, in, sharing(part, most));
 }

@@ -141,7 +141,7 @@ void sync_multiplying() {
 
 }  // namespace
 
-// Of `count` products with n vectors; `strides` in elements; `part` and `enough` as plan has them.
+// Of `count` products with n vectors; `strides` in elements; `part` and `enough` as Sharing has them.
 extern "C" const char* few_rows_boxes_emulated(int count, int n, int part, int enough, const void** xs,
                                                const void** weights, const void** factors, const void** adds, void** ys,
                                                const int64_t* strides, const int* ins, const int* outs,
@@ -153,7 +153,7 @@ extern "C" const char* few_rows_boxes_emulated(int count, int n, int part, int e
     products.xs[i] = {static_cast<const uint16_t*>(xs[i]), ins[i], ins[i], n, kColumns};
   }
   products.count = count, products.n = n;
-  const int blocks = plan(products, part, enough);
+  const int blocks = share_out(products, sharing(part, enough));
   met.assign(blocks, std::vector<uint32_t>(kSharedBytes / 4, emulator::kNaN));
   blocks_of_cluster = products.cluster;
   const char* error = nullptr;
@@ -164,7 +164,5 @@ extern "C" const char* few_rows_boxes_emulated(int count, int n, int part, int e
 }
 
 extern "C" int few_rows_boxes_parts(int out, int in) {
-  Product product{};
-  product.out = out, product.in = in;
-  return parts_of(product, kPart, kEnough);
+  return parts_of(out, in, sharing());
 }

@@ -7,8 +7,6 @@
 //
 // No sum depends on other vectors, nor on how many there are.
 
-#include <algorithm>
-
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <cuda.h>
 
@@ -16,6 +14,7 @@
 #include "../../csrc/operator.h"
 #endif
 #include "../../csrc/products.cuh"
+#include "sharing.cuh"
 
 namespace {
 
@@ -33,7 +32,6 @@ constexpr int kMostParts = 8;        // blocks of a cluster
 constexpr int kPart = 1024;          // numbers of a row for a block, where there are so many blocks
 constexpr int kEnough = 64;          // blocks for one matrix
 constexpr int kMany = 256;           // blocks for one matrix with which more of them only read more vectors
-constexpr int kLeast = 128;          // numbers of a row that are worth a block
 
 // y = add + factor activation(weight x), of n vectors
 struct Product {
@@ -52,36 +50,8 @@ struct Products {
     int cluster;  // blocks of one; the parts of a product divide it
 };
 
-inline int up(int x, int unit) { return (x + unit - 1) / unit; }
-
-// How many blocks share the rows of a matrix.
-inline int parts_of(const Product& p, int part, int enough) {
-    const int tiles = up(p.out, kRows);
-    int parts = 1;
-    const auto wants_more = [&] {
-        const int blocks = tiles * parts;
-        return blocks < kMany && (p.in > part * parts || (blocks < enough && p.in > kLeast * parts));
-    };
-    while (parts < kMostParts && wants_more()) parts *= 2;
-    return parts;
-}
-
-// Share out the products to blocks; how many there are.
-inline int plan(Products& products, int part = kPart, int enough = kEnough) {
-    products.cluster = 1;
-    for (int i = 0; i < products.count; ++i) {
-        Product& p = products.of[i];
-        p.parts = parts_of(p, part, enough);
-        p.span = up(p.in, kBox * p.parts) * kBox;
-        products.cluster = std::max(products.cluster, p.parts);
-    }
-    int blocks = 0;
-    for (int i = 0; i < products.count; ++i) {
-        Product& p = products.of[i];
-        p.first_block = blocks;
-        blocks += up(up(p.out, kRows) * p.parts, products.cluster) * products.cluster;
-    }
-    return blocks;
+constexpr Sharing sharing(int part = kPart, int enough = kEnough) {
+    return {kRows, kBox, part, kMostParts, enough, kMany};
 }
 
 #ifdef __CUDACC__
@@ -386,7 +356,7 @@ Tensors run(const Tensors& xs, const Tensors& weights, const std::vector<int64_t
         p.in = static_cast<int>(weights[i].size(1)), p.out = static_cast<int>(weights[i].size(0));
         p.activation = static_cast<int>(activations[i]);
     }
-    const int blocks = plan(products);
+    const int blocks = share_out(products, sharing());
     (first.scalar_type() == ScalarType::BFloat16 ? start<BFloat16> : start<Half>)(products, blocks, device);
     return ys;
 }

@@ -9,13 +9,12 @@
 //
 // No sum depends on other vectors, nor on how many there are.
 
-#include <algorithm>
-
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
 #endif
 #include "../../csrc/products.cuh"
+#include "sharing.cuh"
 
 namespace {
 
@@ -29,7 +28,6 @@ constexpr int kStaged = 32768;       // numbers that a block holds at a time, of
 constexpr int kProducts = 8;         // of a launch
 constexpr int kEnough = 128;         // blocks for one matrix
 constexpr int kMany = 512;           // blocks for one matrix with which more of them only read more vectors
-constexpr int kLeast = 128;          // numbers of a row that are worth a block
 
 // y = add + factor activation(weight x), of n vectors
 struct Product {
@@ -49,36 +47,18 @@ struct Products {
     int staged;   // numbers of each vector that fit
 };
 
-// How many blocks share the rows of a matrix, up to `most`: each takes at most `part` numbers of a row, if there are not
-// many blocks anyway.
-inline int parts_of(const Product& p, int part, int most) {
-    const int tiles = (p.out + kTile - 1) / kTile;
-    int parts = 1;
-    const auto wants_more = [&] {
-        const int blocks = tiles * parts;
-        return blocks < kMany && (p.in > part * parts || (blocks < kEnough && p.in > kLeast * parts));
-    };
-    while (parts < most && wants_more()) parts *= 2;
-    return parts;
-}
+constexpr Sharing sharing(int part, int most) { return {kTile, kStep, part, most, kEnough, kMany}; }
 
 // Vectors for which there is a kernel, `n` or more.
 inline int columns_of(int n) { return n <= 8 ? 8 : n <= 16 ? 16 : 32; }
 
-// Share out the products to blocks, at most `most` to a cluster; how many blocks there are.
+// Share out the products to blocks, at most `most` to a cluster and `part` numbers of a row to a block, if there are not many
+// blocks anyway; how many blocks there are.
 inline int plan(Products& products, int part, int most) {
-    products.cluster = 1, products.staged = 0;
+    const int blocks = share_out(products, sharing(part, most));
+    products.staged = 0;
     for (int i = 0; i < products.count; ++i) {
-        products.of[i].parts = parts_of(products.of[i], part, most);
-        products.cluster = std::max(products.cluster, products.of[i].parts);
-    }
-    int blocks = 0;
-    for (int i = 0; i < products.count; ++i) {
-        Product& p = products.of[i];
-        p.span = (p.in + kStep * p.parts - 1) / (kStep * p.parts) * kStep;
-        p.first_block = blocks;
-        blocks += ((p.out + kTile - 1) / kTile * p.parts + products.cluster - 1) / products.cluster * products.cluster;
-        products.staged = std::max(products.staged, std::min(p.span, kStaged / columns_of(products.n)));
+        products.staged = std::max(products.staged, std::min(products.of[i].span, kStaged / columns_of(products.n)));
     }
     return blocks;
 }
