@@ -142,10 +142,10 @@ def test_host_tables_take_their_rows_alone_from_the_device():
 
 def test_rows_of_frozen_tables_on_the_host_take_their_place_twice(monkeypatch):
     config = training(tables="host", dtype="bf16", weights="bf16", finetune=heron.FinetuneConfig(method="state"))
-    found = estimate._counted(config, MODEL)
+    found = counted(config, MODEL)
     assert found.tables == 2 * 2 * 600 * 64
     monkeypatch.setattr(estimate, "tables_train", lambda _: True)
-    once = estimate._counted.__wrapped__(config, MODEL)
+    once = estimate._counted.__wrapped__(config, MODEL, 32)
     for phase in ("in_forward", "in_backward", "in_update"):
         assert getattr(found, phase) - getattr(once, phase) == 2 * 2 * 32 * 64  # of the 32 tokens of a step
 

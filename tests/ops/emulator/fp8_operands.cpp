@@ -48,7 +48,7 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
 #include "../../../heron/ops/fp8_linear/csrc/operands.cu"
 
 extern "C" const char* fp8_rows_emulated(const void* x, void* out, float* scales, int64_t n, int64_t m, float smallest) {
-  const Rows rows{static_cast<const Piece*>(x), static_cast<Eight*>(out), scales, n, int(m / 8), smallest};
+  const Rows rows{static_cast<const Sixteen*>(x), static_cast<Eight*>(out), scales, n, int(m / 8), smallest};
   return launch<Rows>(round_rows, dim3((n + kWarps - 1) / kWarps), kThreads, 0, nullptr, rows);
 }
 

@@ -36,7 +36,7 @@ __device__ __forceinline__ uint32_t multiplied(uint32_t four, float factor) {
 
 constexpr int kHeld = 8;  // pieces of 16 bytes of a lane: 2048 numbers of a row
 
-struct alignas(16) Piece {
+struct alignas(16) Sixteen {
     uint32_t words[4];
 };
 
@@ -45,7 +45,7 @@ struct alignas(8) Eight {
 };
 
 struct Rows {
-    const Piece* x;  // (n, 8 pieces)
+    const Sixteen* x;  // (n, 8 pieces)
     Eight* out;
     float* scales;  // (n,)
     int64_t n;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) round_rows(const __grid_constant__ R
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (row >= p.n) return;
-    Piece held[kHeld] = {};
+    Sixteen held[kHeld] = {};
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
         if (i * 32 + lane < p.pieces) held[i] = p.x[row * p.pieces + i * 32 + lane];
@@ -99,7 +99,7 @@ struct Turn {
 };
 
 __global__ void __launch_bounds__(kThreads) turn(const __grid_constant__ Turn p) {
-    __shared__ Piece columns[kTile * kPieces];
+    __shared__ Sixteen columns[kTile * kPieces];
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile;
     const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kTile;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) turn(const __grid_constant__ Turn p)
 #pragma unroll
             for (int i = 0; i < kRows; ++i) rows[i] = multiplied(rows[i], p.factors[row + i]);
         }
-        Piece mine[4];
+        Sixteen mine[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // four rows of four bytes become four columns of four
             const uint32_t* four = rows + 4 * i;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) turn(const __grid_constant__ Turn p)
         const int index = i * kThreads + thread, mine = index / kPieces, piece = index % kPieces;
         const int64_t to = first_column + mine, from = first_row + piece * kRows;
         if (to < p.m && from < p.n) {
-            *reinterpret_cast<Piece*>(p.out + to * p.n + from) = columns[mine * kPieces + (piece ^ mine / 4 % 8)];
+            *reinterpret_cast<Sixteen*>(p.out + to * p.n + from) = columns[mine * kPieces + (piece ^ mine / 4 % 8)];
         }
     }
 }
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> run_rows(const Tensor& x, double smallest) {
     const DeviceGuard guard(x.get_device_index());
     const int64_t n = x.size(0), m = x.size(1);
     auto out = empty({n, m}, x, ScalarType::Float8_e4m3fn), scales = empty({n, 1}, x, ScalarType::Float);
-    const Rows rows{static_cast<const Piece*>(x.const_data_ptr()), static_cast<Eight*>(out.mutable_data_ptr()),
+    const Rows rows{static_cast<const Sixteen*>(x.const_data_ptr()), static_cast<Eight*>(out.mutable_data_ptr()),
                     static_cast<float*>(scales.mutable_data_ptr()), n, static_cast<int>(m / 8),
                     static_cast<float>(smallest)};
     round_rows<<<static_cast<unsigned>((n + kWarps - 1) / kWarps), kThreads, 0, current_stream()>>>(rows);
