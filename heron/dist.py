@@ -30,6 +30,8 @@ from heron.model.deep_embed import DeepEmbed
 
 Result = TypeVar("Result")
 
+SHARDED = ("fsdp", "hsdp")  # of what :func:`choose` gives: each process has a part of the weights
+
 _COME, _FAILED = "come", "failed"  # keys of the store where processes meet
 _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_TELL = 0.1, 30
 _BYTES_PER_WEIGHT = 16  # fp32 weights, their bf16 copies, bf16 gradients and two fp32 moments
@@ -342,7 +344,7 @@ def why_not_recorded(
         sharing: how many processes share a sample.
         accumulate: passes a step.
     """
-    sharded = parallel in ("fsdp", "hsdp")
+    sharded = parallel in SHARDED
     if device.type != "cuda" or not (sharded or sharing > 1):
         return None
     if accumulate > 1:
@@ -365,7 +367,7 @@ def prepare(
     network.grad_checkpoint = grad_checkpoint
     if compiled:
         compile_blocks(network)
-    if parallel in ("fsdp", "hsdp"):
+    if parallel in SHARDED:
         _shard(network, ranks, parallel, device)
 
 
@@ -417,7 +419,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def share_of(like: Tensor, part: Tensor) -> Tensor:
-    """A tensor of which this process has `part`, placed and sharded as `like` is."""
+    """A tensor placed and sharded as `like` is, of which `part` is the share of this process."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor

@@ -164,6 +164,6 @@ def _longest(run: Record) -> list[float | None]:
 
 
 def _groups(found: Sequence[Record]) -> Iterator[Group]:
-    """Task, model, and their runs, which differ in their seed alone."""
+    """Each task and model, with its runs: one for each seed."""
     for task, model in dict.fromkeys((one["task"], one["model"]) for one in found):
         yield task, model, [one for one in found if (one["task"], one["model"]) == (task, model)]

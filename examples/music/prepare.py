@@ -91,7 +91,7 @@ def prepared(folder: Path) -> tuple[Path, Path]:
 
 
 def midi_files(sources: Sequence[Path]) -> list[Path]:
-    """The sources that are files, and what MIDI files the folders among them hold."""
+    """The files among `sources`, and the MIDI files in the folders among them."""
     found: list[Path] = []
     for source in sources:
         if not source.exists():

@@ -89,8 +89,7 @@ class FinetuneConfig:
                 f"finetune, base {self.base}: adapter.kind {self.adapter.kind} needs weights that are not quantized; "
                 "use lora, rslora or dora"
             )
-        if self.template != RWKV_TEMPLATE and not self.template.endswith(".jinja"):
-            raise ConfigError(f"finetune, template: wanted {RWKV_TEMPLATE} or a FILE.jinja, got {self.template!r}")
+        check_template("finetune, template", self.template)
         for name, least in (("epochs", 1), ("show", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"finetune, {name}: wanted at least {least}, got {getattr(self, name)}")
@@ -156,3 +155,9 @@ def tables_train(finetune: FinetuneConfig | None) -> bool:
     if finetune is None or not finetune.freezes:
         return True
     return finetune.adapter is not None and finetune.adapter.tables == "rows"
+
+
+def check_template(name: str, template: str) -> None:
+    """ConfigError, for the setting `name`, unless a chat template is upstream's or a FILE.jinja."""
+    if template != RWKV_TEMPLATE and not template.endswith(".jinja"):
+        raise ConfigError(f"{name}: wanted {RWKV_TEMPLATE} or a FILE.jinja, got {template!r}")

@@ -6,7 +6,7 @@ import dataclasses
 import ipaddress
 import re
 
-from heron.config.finetune import RWKV_TEMPLATE
+from heron.config.finetune import RWKV_TEMPLATE, check_template
 from heron.config.settings import check_types, setting
 from heron.errors import ConfigError
 
@@ -52,8 +52,7 @@ class ServeConfig:
             raise ConfigError(f"timeout, grace: wanted seconds, got {self.timeout} and {self.grace}")
         if self.name is not None and not NAME.fullmatch(self.name):
             raise ConfigError(f"name: wanted letters, digits, '.', '_' and '-', at most 64, got {self.name!r:.80}")
-        if self.template != RWKV_TEMPLATE and not self.template.endswith(".jinja"):
-            raise ConfigError(f"template: wanted {RWKV_TEMPLATE} or a FILE.jinja, got {self.template!r}")
+        check_template("template", self.template)
         if self.api_key is not None and self.api_key_file is not None:
             raise ConfigError("api_key and api_key_file were both given; drop one")
         for key in (self.api_key,) if self.api_key is not None else ():

@@ -293,8 +293,7 @@ class TorchDecoder(StateDecoder):
                 x[i], v_first[i] = time_mix(PLAIN, layer, x[i], own[number], v_first[i])
             for i, own in enumerate(states):
                 x[i] = channel_mix(PLAIN, layer, x[i], own[number], rows[i][number], embedded[i])
-        weight, bias, eps = self._norm
-        x = [F.layer_norm(part, weight.shape, weight, bias, eps) for part in x]
+        x = [PLAIN.norm(part, self._norm) for part in x]
         columns = [torch.cat([F.linear(part, matrix) for part in x]) for matrix in self._head]
         logits = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         return logits if self._memory is None or recalled is None else self._memory.add_to_(logits, recalled)

@@ -21,7 +21,7 @@ class Fp8Linear(nn.Linear):
 
 
 def multiply_in_fp8(network: RWKV) -> None:
-    """Have the MATRICES of `network`, in bf16, multiply in fp8, but for those whose sizes do not fit.
+    """Make the MATRICES of `network`, which are in bf16, multiply in fp8, except those of sizes that fp8 does not take.
 
     Names and order of the parameters stay; each is the same object.
     """

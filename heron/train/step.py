@@ -73,7 +73,7 @@ class Learner:
         self.config, self.device, self.ranks = config, device, ranks
         n_parameters = leaves.n_on_device(model, config, ranks)
         self.parallel = dist.choose(config.parallel, ranks, n_parameters, device)
-        sharded = self.parallel.value in ("fsdp", "hsdp")
+        sharded = self.parallel.value in dist.SHARDED
         leaves.check_tables(config, ranks)
         if sharded and config.dtype == "fp8":
             raise ConfigError("dtype fp8: weights are not sharded in it yet; use --parallel ddp, or --dtype bf16")

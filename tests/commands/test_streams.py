@@ -1,4 +1,4 @@
-"""What becomes of a command whose output nobody reads any more, or whose output's disk is full."""
+"""Commands whose reader has left, or whose output goes to a disk that is full."""
 
 from __future__ import annotations
 
