@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from heron.ops._products import ACTIVATIONS, Product
+from heron.ops.few_rows import MOST
 from heron.ops.int8 import Int8Matrix, dense
 
 # Half a unit in the last place, relative, or more.
@@ -67,3 +70,54 @@ def compare(got, wanted_of):
         least = torch.finfo(y.dtype).smallest_normal * torch.finfo(y.dtype).eps / 2  # half of what subnormals differ by
         limit = ROUNDING[y.dtype] * want.abs() + (in_fp32 + 1e-15) * scale + least
         assert ((y.double() - want).abs() <= limit).all()
+
+
+def by_source(function, some, *leading, with_scales=False):
+    """Products by a kernel's source on a CPU.
+
+    Args:
+        function: of a library; takes `leading`, the pointers of each kind of tensor, and the sizes of each product.
+        with_scales: whether it takes the scales of weights in 8 bits, behind the weights.
+    """
+    xs, weights, activations, factors, adds = zip(*some, strict=True)
+    ys = [
+        torch.full((len(x), weight.shape[0]), torch.nan, dtype=x.dtype) for x, weight in zip(xs, weights, strict=True)
+    ]
+    scales = [weight.scales if isinstance(weight, Int8Matrix) else None for weight in weights]
+    weights = [weight.codes if isinstance(weight, Int8Matrix) else weight for weight in weights]
+
+    def pointers(tensors):
+        return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
+
+    def integers(values, kind=ctypes.c_int):
+        return (kind * len(some))(*values)
+
+    tensors = (xs, weights, *([scales] if with_scales else []), factors, adds, ys)
+    error = function(
+        *leading, *map(pointers, tensors), integers([weight.stride(0) for weight in weights], ctypes.c_int64),
+        integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
+        integers([list(ACTIVATIONS).index(name) for name in activations]),
+    )  # fmt: skip
+    assert error is None, error.decode()
+    return ys
+
+
+def check_that_vectors_keep_their_bits(multiply, shapes):
+    """What each of MOST vectors in bf16 gives is the same bits whatever is beside it."""
+    some = products(shapes, MOST, torch.bfloat16)
+    for product in some:  # and it may be anything
+        product.x[20] = torch.inf
+        product.x[21] = torch.nan
+    together = multiply(some)
+    for chosen in ([3], [31, 3, 1], [*range(17)]):
+        for alone, beside in zip(multiply(of_vectors(some, chosen)), together, strict=True):
+            assert torch.equal(alone, beside[chosen])
+
+
+def check_that_what_is_not_finite_stays_so(multiply, definition, activation):
+    """Two vectors in bf16 with NaN and infinity among the weights give what the definition gives."""
+    weight = torch.zeros(3, 8, dtype=torch.bfloat16)
+    weight[1, 7], weight[2, 0] = torch.nan, torch.inf
+    some = [Product(torch.ones(2, 8, dtype=torch.bfloat16), weight, activation)]
+    (got,), (want,) = multiply(some), definition(some)
+    assert torch.equal(got.nan_to_num(nan=-7.0), want.nan_to_num(nan=-7.0))

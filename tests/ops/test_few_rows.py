@@ -20,7 +20,16 @@ from tests.ops.kernels import (
     check_that_none_spills,
     needs_nvcc,
 )
-from tests.ops.products import AsIfOnAGpu, compare, exact, of_vectors, products
+from tests.ops.products import (
+    AsIfOnAGpu,
+    by_source,
+    check_that_vectors_keep_their_bits,
+    check_that_what_is_not_finite_stays_so,
+    compare,
+    exact,
+    of_vectors,
+    products,
+)
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -42,24 +51,7 @@ def emulated(library):
     """few_rows, computed by the kernel's source on a CPU."""
 
     def multiply(some, part=256, most=8):
-        xs, weights, activations, factors, adds = zip(*some, strict=True)
-        n = len(xs[0])
-        ys = [torch.full((n, len(weight)), torch.nan, dtype=weight.dtype) for weight in weights]
-
-        def pointers(tensors):
-            return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
-
-        def integers(values, kind=ctypes.c_int):
-            return (kind * len(some))(*values)
-
-        error = library.few_rows_emulated(
-            len(some), n, part, most, *map(pointers, (xs, weights, factors, adds, ys)),
-            integers([weight.stride(0) for weight in weights], ctypes.c_int64),
-            integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
-            integers([list(ACTIVATIONS).index(name) for name in activations]),
-        )  # fmt: skip
-        assert error is None, error.decode()
-        return ys
+        return by_source(library.few_rows_emulated, some, len(some), len(some[0].x), part, most)
 
     return multiply
 
@@ -103,24 +95,13 @@ def test_a_matrix_of_many_rows_multiplies(emulated):
 
 @needs_compiler
 def test_what_a_vector_gives_is_the_same_bits_whatever_is_beside_it(emulated):
-    some = products(SMALL, MOST, BF16)
-    for product in some:  # and it may be anything
-        product.x[20] = torch.inf
-        product.x[21] = torch.nan
-    together = emulated(some)
-    for chosen in ([3], [31, 3, 1], [*range(17)]):
-        for alone, beside in zip(emulated(of_vectors(some, chosen)), together, strict=True):
-            assert torch.equal(alone, beside[chosen])
+    check_that_vectors_keep_their_bits(emulated, SMALL)
 
 
 @needs_compiler
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_not_finite_stays_so_in_the_kernels_source(emulated, activation):
-    weight = torch.zeros(3, 8, dtype=BF16)
-    weight[1, 7], weight[2, 0] = torch.nan, torch.inf
-    some = [Product(torch.ones(2, 8, dtype=BF16), weight, activation)]
-    (got,), (want,) = emulated(some), few_rows(some)
-    assert torch.equal(got.nan_to_num(nan=-7.0), want.nan_to_num(nan=-7.0))
+    check_that_what_is_not_finite_stays_so(emulated, few_rows, activation)
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])

@@ -10,10 +10,18 @@ import torch
 
 from heron.ops import _build, few_rows
 from heron.ops._products import ACTIVATIONS
-from heron.ops.few_rows import Product, cuda
+from heron.ops.few_rows import cuda
 from heron.ops.few_rows.cuda import by_boxes
 from tests.ops.kernels import BFLOAT16, HALF, check_that_none_spills, needs_nvcc
-from tests.ops.products import compare, exact, of_vectors, products
+from tests.ops.products import (
+    by_source,
+    check_that_vectors_keep_their_bits,
+    check_that_what_is_not_finite_stays_so,
+    compare,
+    exact,
+    of_vectors,
+    products,
+)
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -37,24 +45,7 @@ def emulated(library):
     """few_rows, computed by the kernel's source on a CPU."""
 
     def multiply(some, *sharing):
-        xs, weights, activations, factors, adds = zip(*some, strict=True)
-        n = len(xs[0])
-        ys = [torch.full((n, len(weight)), torch.nan, dtype=weight.dtype) for weight in weights]
-
-        def pointers(tensors):
-            return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
-
-        def integers(values, kind=ctypes.c_int):
-            return (kind * len(some))(*values)
-
-        error = library.few_rows_boxes_emulated(
-            len(some), n, *(sharing or SHARING), *map(pointers, (xs, weights, factors, adds, ys)),
-            integers([weight.stride(0) for weight in weights], ctypes.c_int64),
-            integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
-            integers([list(ACTIVATIONS).index(name) for name in activations]),
-        )  # fmt: skip
-        assert error is None, error.decode()
-        return ys
+        return by_source(library.few_rows_boxes_emulated, some, len(some), len(some[0].x), *(sharing or SHARING))
 
     return multiply
 
@@ -87,24 +78,13 @@ def test_rows_are_divided_into_boxes_as_the_documents_say(library, n_out, n_in, 
 
 @needs_compiler
 def test_what_a_vector_gives_by_boxes_is_the_same_bits_whatever_is_beside_it(emulated):
-    some = products(SMALL, 32, BF16)
-    for product in some:  # and it may be anything
-        product.x[20] = torch.inf
-        product.x[21] = torch.nan
-    together = emulated(some)
-    for chosen in ([3], [31, 3, 1], [*range(17)]):
-        for alone, beside in zip(emulated(of_vectors(some, chosen)), together, strict=True):
-            assert torch.equal(alone, beside[chosen])
+    check_that_vectors_keep_their_bits(emulated, SMALL)
 
 
 @needs_compiler
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_not_finite_stays_so_by_boxes(emulated, activation):
-    weight = torch.zeros(3, 8, dtype=BF16)
-    weight[1, 7], weight[2, 0] = torch.nan, torch.inf
-    some = [Product(torch.ones(2, 8, dtype=BF16), weight, activation)]
-    (got,), (want,) = emulated(some), few_rows(some)
-    assert torch.equal(got.nan_to_num(nan=-7.0), want.nan_to_num(nan=-7.0))
+    check_that_what_is_not_finite_stays_so(emulated, few_rows, activation)
 
 
 def test_boxes_are_built_for_compute_capability_9(monkeypatch):

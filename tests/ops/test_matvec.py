@@ -21,7 +21,7 @@ from tests.ops.kernels import (
     check_that_none_spills,
     needs_nvcc,
 )
-from tests.ops.products import AsIfOnAGpu, compare, products
+from tests.ops.products import AsIfOnAGpu, by_source, compare, products
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -37,25 +37,8 @@ def emulated():
     library.matvec_emulated.restype = ctypes.c_char_p
 
     def multiply(some):
-        xs, weights, activations, factors, adds = zip(*some, strict=True)
-        ys = [torch.full((1, weight.shape[0]), torch.nan, dtype=xs[0].dtype) for weight in weights]
-        scales = [weight.scales if isinstance(weight, Int8Matrix) else None for weight in weights]
-        weights = [weight.codes if isinstance(weight, Int8Matrix) else weight for weight in weights]
-
-        def pointers(tensors):
-            return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
-
-        def integers(values, kind=ctypes.c_int):
-            return (kind * len(some))(*values)
-
-        error = library.matvec_emulated(
-            int(xs[0].dtype == BF16), len(some), *map(pointers, (xs, weights, scales, factors, adds, ys)),
-            integers([weight.stride(0) for weight in weights], ctypes.c_int64),
-            integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
-            integers([list(ACTIVATIONS).index(name) for name in activations]),
-        )  # fmt: skip
-        assert error is None, error.decode()
-        return ys
+        is_bf16 = some[0].x.dtype == BF16
+        return by_source(library.matvec_emulated, some, int(is_bf16), len(some), with_scales=True)
 
     return multiply
 
