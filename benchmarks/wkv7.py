@@ -3,7 +3,8 @@
 bf16, N = 64, state in fp32. Times are medians in ms with a cold L2 cache: `forward` (nothing saved), `f+b` (forward and
 backward, launched from Python) and `graph` (our kernels replayed from a CUDA graph, so without the launches' cost).
 `GiB` is the peak of memory beyond the inputs and the gradient of y. Errors are ||got - true|| / ||true|| against the
-chunked form in fp64, on two heads of the first row. flash-linear-attention takes part where it is installed.
+chunked form in fp64, on two heads of the first row. flash-linear-attention and FlashRWKV2 take part where they are
+installed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SHAPES = {  # B, T, H
     "long": (1, 65536, 32),
 }
 SIZE = 64
+FORMS = ("cuda", "chunked", "fla", "flashrwkv2")
 NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db")
 
 
@@ -50,11 +52,21 @@ def fla_wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -
     return y, state.mT
 
 
+def flashrwkv2_wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashRWKV2's recurrence, which takes packed sequences and keeps states as (key, value). It tunes itself first."""
+    from flashrwkv2.tmix.wkv7.tilelang import tmix_wkv7_recurrent
+
+    batch, tokens, heads, size = r.shape
+    zeros = torch.zeros(batch, heads, size, size, device=r.device)
+    begins = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=r.device)
+    y, state = tmix_wkv7_recurrent(*(x.flatten(0, 1) for x in (r, w, k, v, a, b)), zeros, begins)
+    return y.view(r.shape), state.mT
+
+
 def forms() -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
     found = {impl: (lambda *x, impl=impl: wkv7(*x, impl=impl)) for impl in ("cuda", "chunked")}
-    if importlib.util.find_spec("fla") is not None:
-        found["fla"] = fla_wkv7
-    return found
+    of_others = {"fla": fla_wkv7, "flashrwkv2": flashrwkv2_wkv7}
+    return found | {name: form for name, form in of_others.items() if importlib.util.find_spec(name) is not None}
 
 
 def median_ms(call: Callable[[], object], rounds: int) -> float:
@@ -129,14 +141,14 @@ def measure_step(batch: int, heads: int, rounds: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all of them")
-    parser.add_argument("--forms", nargs="+", choices=("cuda", "chunked", "fla"), help="default: those that there are")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, help="default: those that there are")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each (default 30)")
     args = parser.parse_args()
     need_gpu(parser, "; benchmarks/wkv7_cpu.py needs none")
     torch.manual_seed(0)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, N = {SIZE}, median of {args.rounds}\n")
-    print(f"{'shape':<7}{'B':>4}{'T':>7}{'H':>4}  {'form':<9}{'forward':>9}{'f+b':>9}{'graph':>9}{'GiB':>7}  x 1e-3:")
+    print(f"{'shape':<7}{'B':>4}{'T':>7}{'H':>4}  {'form':<11}{'forward':>9}{'f+b':>9}{'graph':>9}{'GiB':>7}  x 1e-3:")
     for name in args.shapes:
         for form in forms():
             if args.forms and form not in args.forms:
@@ -145,11 +157,11 @@ def main() -> None:
             try:
                 found = measure(form, inputs(*SHAPES[name]), args.rounds)
             except torch.OutOfMemoryError:
-                print(f"{columns}  {form:<9} out of memory", flush=True)
+                print(f"{columns}  {form:<11} out of memory", flush=True)
                 continue
             times = "".join(f"{found[key]:>9.3f}" for key in ("forward", "f+b", "graph"))
             off = " ".join(f"{key} {1e3 * value:.2f}" for key, value in found["errors"].items())
-            print(f"{columns}  {form:<9}{times}{found['GiB']:>7.2f}  {off}", flush=True)
+            print(f"{columns}  {form:<11}{times}{found['GiB']:>7.2f}  {off}", flush=True)
     if not args.forms or "cuda" in args.forms:
         for batch, heads in ((1, 32), (256, 32)):
             ms, rate = measure_step(batch, heads, args.rounds)
