@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from heron import strict_json
 from heron.config import LARGEST_SEED
 from heron.data.template import Message
 from heron.serve.refusals import Refusal
@@ -131,12 +132,12 @@ class TextPart(_Loose):
     text: str
 
 
-def _parts_as_text(content: Any) -> Any:
+def _none_as_empty(content: Any) -> Any:
     return "" if content is None else content
 
 
 Content = Annotated[
-    str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)], BeforeValidator(_parts_as_text)
+    str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)], BeforeValidator(_none_as_empty)
 ]
 
 
@@ -361,9 +362,7 @@ def text_of(content: str | Sequence[TextPart]) -> str:
 
 
 def called(name: str, arguments: str) -> dict[str, Any]:
-    """A call as the template writes it."""
-    from heron import strict_json
-
+    """A call as the template writes it; arguments that are no JSON stay a text."""
     try:
         value = strict_json.loads((arguments or "{}").encode("utf-8", "surrogatepass"))
     except ValueError:
