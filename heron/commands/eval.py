@@ -11,7 +11,7 @@ import torch
 
 from heron import evaluate
 from heron.commands.settings import READING, given
-from heron.commands.sources import device_of, model_of, start_of, tokenizer_of
+from heron.commands.sources import device_of, tokenizer_of, weights_of
 from heron.commands.streams import note
 from heron.config import ModelConfig, TrainConfig
 from heron.data import recalled, sequences, token_index
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed where it is the only one."""
-    model = model_of(path, options).to(device_of(options.device))
-    start = start_of(options, model)
+    weights, device = weights_of(path, options), device_of(options.device)
+    model, start = weights.model.to(device), weights.start and weights.start.to(device)
     reading = {name: value for name, value in given(options, TrainConfig, "").items() if name in READING}
     tokenizer = tokenizer_of(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
     result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
