@@ -28,9 +28,7 @@ class AdapterConfig:
     alpha: float | None = setting(
         None, "the update is scaled by alpha / rank, in rslora by alpha / sqrt(rank); miss has none; None: the rank"
     )
-    targets: str = setting(
-        "all", "linear layers by name, as in key,value,att.output,head; all: every one but the head"
-    )
+    targets: str = setting("all", "linear layers by name, as in key,value,att.output,head; all: every one but the head")
     dropout: float = setting(0.0, "share of an adapter's inputs that is set to 0 while training")
     tables: str = setting(
         "frozen", "DeepEmbed tables: frozen, rows (those of tokens that occur train), or low-rank (LoRA on them)"
