@@ -96,7 +96,7 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.lambada:
         with progress(f"reading {options.lambada} with {path}"):
             last_words = evaluate.lambada(
-                model, tokenizer, options.lambada, options.mode, options.limit, documents, start
+                model, tokenizer, options.lambada, options.mode, options.limit, documents, start, Reading(**reading)
             )
         result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
         result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
