@@ -11,6 +11,7 @@ from heron.config.settings import check_types, setting
 from heron.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of a model, a variant of it, or a saved state
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\sA-Z*]+")  # as browsers send it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,12 @@ class ServeConfig:
             raise ConfigError("api_key and api_key_file were both given; drop one")
         if self.api_key is not None:
             check_key(self.api_key)
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "cors: wanted origins as browsers send them, such as https://a.org,http://b.org:8080, lower case, "
+                    f"without a path or a slash behind, got {origin!r:.80}"
+                )
         if not self.is_local and self.api_key is None and self.api_key_file is None:
             raise ConfigError(
                 f"host {self.host}: others can reach this address, so it needs a key: add --api_key_file FILE, or "
