@@ -40,8 +40,9 @@ class StateStore:
 
     def __init__(self, folder: str | Path | None, max_bytes: int):
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
         self._in_memory: Bounded[str] = Bounded(max_bytes)
+        self._lock = threading.Lock()  # of these; engines take it, so nobody holds it while a file is written
+        self._changing = threading.Lock()  # of the files
         self._given = None if folder is None else writable(Path(folder))
         if self._given is not None:
             sweep(self._given)
@@ -71,7 +72,7 @@ class StateStore:
             CheckpointError: too many bytes, or the disk refuses.
         """
         path = self._path(name)
-        with self._lock:
+        with self._changing:
             self._check_room(name, snapshot.nbytes)
             try:
                 engine.save(snapshot, path)
@@ -96,7 +97,7 @@ class StateStore:
     def fork(self, source: str, name: str) -> None:
         """Copy the state `source`, in place of the state `name` if there is one. Errors as in load and save."""
         path = self._path(name)
-        with self._lock:
+        with self._changing:
             self._check_room(name, self._about(source).st_size)
             try:
                 with new_file(path) as temporary:
@@ -106,7 +107,7 @@ class StateStore:
 
     def delete(self, name: str) -> None:
         """Remove a state. Errors as in :meth:`load`."""
-        with self._lock:
+        with self._changing:
             self._about(name)
             self._path(name).unlink(missing_ok=True)
             sync(self._folder)

@@ -301,6 +301,26 @@ def test_threads_that_ask_first_make_one_folder(monkeypatch):
     assert len(made) == 1
 
 
+def test_a_session_does_not_wait_for_a_file_that_is_being_written(tmp_path, engine, behind, monkeypatch):
+    store, begun, goes_on = StateStore(tmp_path, LARGE), threading.Event(), threading.Event()
+
+    def slowly(*_):
+        begun.set()
+        assert goes_on.wait(10)
+
+    monkeypatch.setattr(Engine, "save", slowly)
+    saving = threading.Thread(target=store.save, args=("a", behind([1]), engine))
+    saving.start()
+    assert begun.wait(10)
+    keeping = threading.Thread(target=store.keep, args=("b", behind([2])), daemon=True)
+    keeping.start()
+    keeping.join(5)
+    has_kept = not keeping.is_alive()
+    goes_on.set()
+    saving.join()
+    assert has_kept
+
+
 def test_saved_states_are_bounded(tmp_path, engine, behind):
     StateStore(tmp_path, LARGE).save("one", behind([1]), engine)
     size = (tmp_path / "one.safetensors").stat().st_size
