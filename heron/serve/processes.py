@@ -216,7 +216,7 @@ def _be_quick() -> None:
 
 @contextlib.contextmanager
 def _handled(handler: Any) -> Generator[None]:
-    """Signals are handled so meanwhile; where this is not the main thread, they are not for us."""
+    """SIGINT and SIGTERM have this handler inside. Only the main thread can set one; in any other nothing changes."""
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in _SIGNALS} if is_main else {}
     try:

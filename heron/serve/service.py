@@ -85,7 +85,7 @@ class Conversations:
 
 
 class Service:
-    """A server's models and memory.
+    """A server's models, and what it keeps between requests.
 
     Attributes:
         config, models, template, metrics: as their classes say.
