@@ -19,6 +19,8 @@ except ImportError:  # Windows: two processes that use one file or folder go unn
 
 from heron.errors import CheckpointError
 
+_LARGEST = 1 << 26  # bytes of a file that is looked into before it is replaced
+
 
 def as_path(path: str | Path) -> Path:
     """`path` as a Path; CheckpointError for what is none."""
@@ -121,6 +123,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 def refuse_foreign(path: Path, is_ours: Callable[[bytes], bool]) -> None:
     """Let a file be named for output only where nothing is lost: it is not there, or its content `is_ours`.
 
+    A file of more than 64 MiB is never ours: these are reports and pictures.
+
     Raises:
         CheckpointError: a file, or anything else, that a command of this kind has not written.
     """
@@ -128,7 +132,7 @@ def refuse_foreign(path: Path, is_ours: Callable[[bytes], bool]) -> None:
     if not os.path.lexists(path):
         return
     try:
-        content = path.read_bytes() if path.is_file() else b""
+        content = path.read_bytes() if path.is_file() and path.stat().st_size <= _LARGEST else b""
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
     if not is_ours(content):

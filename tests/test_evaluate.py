@@ -14,6 +14,7 @@ import heron
 from heron import cli, machine, tokenizer
 from heron import evaluate as module
 from heron.config import RosaConfig
+from heron.data.corpora import Reading
 from heron.errors import ConfigError, DataError
 from heron.evaluate import evaluate, likelihood, loglikelihoods
 from heron.model.memory import Documents, Recollection
@@ -240,6 +241,8 @@ def test_lambada_is_the_upstream_definition(reader, tmp_path, mode):
     assert got.accuracy == sum(greedy for _, greedy in scores) / 3
     assert got.n_texts == 3
     assert module.lambada(model, letters, path, mode, limit=2).n_texts == 2
+    path.write_text(path.read_text().replace('"text"', '"story"'))
+    assert module.lambada(model, letters, path, mode, reading=Reading("story")) == got
 
 
 def test_lambada_counts_a_text_when_every_token_of_the_word_is_the_likeliest(reader, tmp_path):

@@ -18,7 +18,7 @@ import heron
 from heron import cli
 from heron.commands import line_editing
 from heron.errors import CheckpointError, ConfigError, DataError, HeronError
-from heron.files import new_file
+from heron.files import new_file, refuse_foreign
 from heron.generation import Request, Sampling, Snapshot
 from heron.report import scores
 from heron.train import memory
@@ -383,6 +383,14 @@ def test_figures_replace_what_the_command_wrote_and_nothing_else(model, tmp_path
     os.utime(tmp_path / name, (0, 0))
     assert cli.main(words) == 0
     assert (tmp_path / name).stat().st_mtime > 0
+
+
+def test_a_file_too_large_for_figures_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    with open(tmp_path / "weights.pth", "wb") as file:
+        file.truncate(1 << 32)
+    with pytest.raises(CheckpointError, match="was not written by this command"):
+        refuse_foreign(tmp_path / "weights.pth", lambda content: bool(content))
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,12 @@ def test_changelog_and_citation_know_this_version():
     assert str(yaml.safe_load(read("CITATION.cff")).get("version", heron.__version__)) == heron.__version__
 
 
+def test_the_page_about_installing_names_every_extra():
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    table = read("docs/start/install.md").partition("## Extras")[2]
+    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))) == extras.keys()
+
+
 def test_doctor_names_every_package_of_the_extras():
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     of_users = {re.match(r"[\w-]+", wanted)[0] for name in extras.keys() - {"dev", "docs"} for wanted in extras[name]}

@@ -327,7 +327,7 @@ def unsaid(
 
 
 def recorded(source: Path) -> ModelConfig | None:
-    """What the run or the config.json that these weights belong to calls their config; None: there is none."""
+    """The config that the run or the config.json around these weights records; None: neither is there."""
     if source.is_dir() and not _is_shards(source):
         return hf.recorded(source)
     if run.is_checkpoint(source.parent):

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import heron
-from heron.checkpoint.vocabulary import Vocabulary
+from heron.checkpoint.vocabulary import WORLD_FILE, Vocabulary
 from heron.config import ModelConfig
 
 CARD, LICENSE = "README.md", "LICENSE"
@@ -136,9 +136,7 @@ def _tokenizer(vocabulary: Vocabulary | None) -> str:
         return "unknown: none lies here"
     if vocabulary.json is not None:
         return f"tokenizer.json, {vocabulary.vocab_size:,} ids"
-    return {"world": "RWKV World (rwkv_vocab_v20230424.txt)", "bytes": "UTF-8 bytes"}.get(
-        vocabulary.spec, vocabulary.spec
-    )
+    return {"world": f"RWKV World ({WORLD_FILE})", "bytes": "UTF-8 bytes"}.get(vocabulary.spec, vocabulary.spec)
 
 
 def _end(vocabulary: Vocabulary | None) -> str:

@@ -82,10 +82,10 @@ def upcycle(
     return _model(new, tensors, old)
 
 
-def resize_vocabulary(model: RWKV, vocab_size: int, rule: str = "mean") -> RWKV:
+def resize_vocabulary(model: RWKV, vocab_size: int, new_rows: str = "mean") -> RWKV:
     """The model with another number of token ids. Ids that stay keep their rows in `emb`, `head` and every table.
 
-    Fewer ids: the last ones go. More: the new rows of each of these tensors are, by `rule`,
+    Fewer ids: the last ones go. More: the new rows of each of these tensors are, by `new_rows`,
 
     * "mean": the mean of the old rows, in fp32, so that a new token is an average one for the network;
     * "initial": what these rows would be in a fresh model of the new size (`emb` uniform, `head` orthogonal, gates 1).
@@ -95,10 +95,10 @@ def resize_vocabulary(model: RWKV, vocab_size: int, rule: str = "mean") -> RWKV:
         vocab_size: the new number of ids, at least 1.
 
     Raises:
-        ConfigError: an unknown rule, or a vocab_size below 1.
+        ConfigError: an unknown rule for new rows, or a vocab_size below 1.
     """
-    if rule not in VOCABULARY_RULES:
-        raise ConfigError(f"rule: wanted {' or '.join(VOCABULARY_RULES)}, got {rule!r}")
+    if new_rows not in VOCABULARY_RULES:
+        raise ConfigError(f"new_rows: wanted {' or '.join(VOCABULARY_RULES)}, got {new_rows!r}")
     old, new = model.config.vocab_size, model.config.changed(vocab_size=vocab_size)
     shapes = expected_shapes(new)
     tensors = {}
@@ -108,7 +108,7 @@ def resize_vocabulary(model: RWKV, vocab_size: int, rule: str = "mean") -> RWKV:
             tensors[name] = tensor.clone()
             continue
         kept = tensor[:vocab_size]
-        if rule == "mean":
+        if new_rows == "mean":
             mean = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).mean(dim=0)
             added = mean.expand(max(vocab_size - old, 0), -1)
         else:

@@ -18,13 +18,13 @@ from heron import tokenizer
 from heron.errors import DataError, HeronError
 from heron.tokenizer import Tokenizer, WorldTokenizer
 from heron.tokenizer.json_file import byte_alphabet
+from heron.tokenizer.world import WORLD_FILE, world_file
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 # What a Hugging Face folder may hold beside its tokenizer.json, and what goes along with it.
 BESIDE = (TOKENIZER_CONFIG, GENERATION, TEMPLATE, "special_tokens_map.json", "added_tokens.json")
 SPEC = "heron_tokenizer"  # in a tokenizer_config.json: what heron.tokenizer.load takes
-WORLD_FILE = "rwkv_vocab_v20230424.txt"
 WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # of id 0, as the released Hugging Face folders call it
 WORLD_SIZE = 65536
 _END = "<|endoftext|>"  # of bytes
@@ -190,13 +190,6 @@ def world() -> WorldTokenizer:
     if not isinstance(known, WorldTokenizer):
         raise TypeError(type(known).__name__)
     return known
-
-
-def world_file() -> Path:
-    """World's table as upstream publishes it: lines of an id, a literal and a length in bytes."""
-    import pyrwkv_tokenizer
-
-    return Path(pyrwkv_tokenizer.__file__).with_name(WORLD_FILE)
 
 
 @functools.cache

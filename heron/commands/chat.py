@@ -12,7 +12,7 @@ from heron.generation import chat
 
 
 def run(options: argparse.Namespace) -> None:
-    engine, _ = engine_of(options)
+    engine = engine_of(options).engine
     talk = chat.Chat(engine, sampling_of(options), options.max_tokens, options.seed, options.system, options.think)
     if options.load:
         talk.load(options.load)

@@ -36,6 +36,7 @@ from heron.progress import progress
 from heron.tokenizer import load as load_tokenizer
 
 _CHECKED_TOKENS = 32
+_SEED = 42
 
 
 def run(options: argparse.Namespace) -> None:
@@ -63,7 +64,6 @@ def convert(
     vocab_size: int | None = None,
     new_rows: str = "mean",
     deep_embed_4x: bool = False,
-    seed: int = 42,
     rosa: RosaConfig | None = None,
     add_rosa: RosaConfig | None = None,
     tokenizer: str | None = None,
@@ -81,7 +81,6 @@ def convert(
         vocab_size: number of token ids (:func:`heron.checkpoint.migrate.resize_vocabulary`); None: as it is.
         new_rows: the rule for rows of new ids.
         deep_embed_4x: give the new variant the 4x form.
-        seed: of what is random in new parts, whose effect is multiplied by 0 before training.
         rosa: how the ROSA in the source works, where nothing beside it says so.
         add_rosa: give the model such a ROSA branch, or such a ROSA memory.
         tokenizer: what :func:`heron.tokenizer.load` takes; None: what the source holds or lies in, and for 65,536 ids
@@ -117,7 +116,7 @@ def convert(
     before = after = build(rest, source, None, *unsaid(tensors, source, rosa=rosa))
     if adapter is not None:
         before = after = merged(after, adapter, None if dtype is None else machine.DTYPES[dtype])
-    torch.manual_seed(seed)
+    torch.manual_seed(_SEED)  # of what is random in new parts, whose effect is multiplied by 0 before training
     if (deep_embed_4x or add_rosa) and variant is None:
         variant, deep_embed_4x = before.config.variant, deep_embed_4x or before.config.deep_embed_4x
     is_another = (variant, deep_embed_4x) != (before.config.variant, before.config.deep_embed_4x)
@@ -168,13 +167,13 @@ def _check_target(target: Path, format: str | None, config: ModelConfig, tuned: 
 
 
 @torch.no_grad()
-def largest_difference(before: RWKV, target: str | Path, seed: int = 42, rosa: RosaConfig | None = None) -> float:
+def largest_difference(before: RWKV, target: str | Path, rosa: RosaConfig | None = None) -> float:
     """The largest difference of a logit between a model and the file it was written to, both computed in fp32.
 
     Over 32 random tokens, from the ids and for the ids that both models have. `rosa`: as in :func:`heron.load`.
     """
     after = load(target, rosa=rosa)
     ids = min(before.config.vocab_size, after.config.vocab_size)
-    tokens = torch.randint(ids, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(ids, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(_SEED))
     one, other = (in_one_dtype(model, torch.float32, target)(tokens)[0][..., :ids] for model in (before, after))
     return float((one - other).abs().max())

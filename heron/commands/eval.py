@@ -11,7 +11,7 @@ import torch
 
 from heron import evaluate
 from heron.commands.settings import READING, given
-from heron.commands.sources import device_of, model_of, start_of, tokenizer_of
+from heron.commands.sources import device_of, tokenizer_of, weights_of
 from heron.commands.streams import note
 from heron.config import ModelConfig, TrainConfig
 from heron.data import recalled, sequences, token_index
@@ -50,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         refuse_foreign(Path(options.json), scores.is_ours)
     results = [_scores(model, options) for model in options.models]
-    if len(results) > 1:
+    if len(results) == 1:
+        print(_described(results[0]))
+    else:
         print(scores.table(results))
         for result in results:
             if "memory" in result:
@@ -63,63 +65,65 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one model, printed where it is the only one."""
-    model = model_of(path, options).to(device_of(options.device))
-    start = start_of(options, model)
-    reading = {name: value for name, value in given(options, TrainConfig, "").items() if name in READING}
-    tokenizer = tokenizer_of(path, options.tokenizer, model.config.vocab_size, reading.pop("eod", None))
-    result = {"model": path, "step": scores.step_of(path), "mode": options.mode}
+    """All figures of one model, as --json writes them."""
+    weights, device = weights_of(path, options), device_of(options.device)
+    model, start = weights.model.to(device), weights.start and weights.start.to(device)
+    settings = {name: value for name, value in given(options, TrainConfig, "").items() if name in READING}
+    tokenizer = tokenizer_of(path, options.tokenizer, model.config.vocab_size, settings.pop("eod", None))
+    reading, mode = Reading(**settings), options.mode
+    result = {"model": path, "step": scores.step_of(path), "mode": mode}
     result |= {name: value for name in ("adapter", "state") if (value := getattr(options, name)) is not None}
-    lines = []
-    documents = _documents(options, model.config, tokenizer, Reading(**reading))
+    documents = _documents(options, model.config, tokenizer, reading)
     if model.config.memory is not None:
         result["memory"] = _looks_back_on(options, model.config.memory.window)
-        lines.append(f"memory         {result['memory']}")
     if options.data:
-        if sequences.holds_ids(options.data, Reading(**reading).field):
+        if sequences.holds_ids(options.data, reading.field):
             score = _of_rows(model, options)
         else:
-            tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, Reading(**reading), note)
+            tokens, n_bytes = load_tokens(options.data, tokenizer, model.config.vocab_size, reading, note)
             with progress(f"reading {len(tokens):,} tokens of {options.data} with {path}"):
                 score = evaluate.evaluate(
-                    model, tokens, options.ctx_len, n_bytes, mode=options.mode, documents=documents, start=start
+                    model, tokens, options.ctx_len, n_bytes, mode=mode, documents=documents, start=start
                 )
         result |= {"data": options.data, "ctx_len": options.ctx_len, "tokens": score.n_targets}
         result |= {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
-        lines += [
-            f"{options.data}: {score.n_targets:,} tokens in windows of {options.ctx_len}",
-            f"loss           {score.loss:.4f} nats per token",
-            f"perplexity     {score.perplexity:.3f}",
-        ]
-        if score.bits_per_byte is not None:
-            lines.append(f"bits per byte  {score.bits_per_byte:.4f}")
     if options.lambada:
         with progress(f"reading {options.lambada} with {path}"):
-            last_words = evaluate.lambada(
-                model, tokenizer, options.lambada, options.mode, options.limit, documents, start
-            )
-        result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
-        result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
-        lines += [
-            f"{options.lambada}: {last_words.n_texts:,} texts",
-            f"perplexity     {last_words.perplexity:.3f} of the last word",
-            f"accuracy       {100 * last_words.accuracy:.2f} %",
-        ]
+            words = evaluate.lambada(model, tokenizer, options.lambada, mode, options.limit, documents, start, reading)
+        result |= {"lambada": options.lambada, "lambada_texts": words.n_texts}
+        result |= {"lambada_perplexity": words.perplexity, "lambada_accuracy": words.accuracy}
     if options.choices:
         with progress(f"reading {options.choices} with {path}"):
-            answers = evaluate.multiple_choice(
-                model, tokenizer, options.choices, options.mode, options.limit, documents, start
-            )
+            answers = evaluate.multiple_choice(model, tokenizer, options.choices, mode, options.limit, documents, start)
         result |= {"choices": options.choices, "questions": answers.n_questions}
         result |= {"accuracy": answers.accuracy, "accuracy_per_byte": answers.accuracy_per_byte}
-        lines += [
-            f"{options.choices}: {answers.n_questions:,} questions",
-            f"accuracy       {100 * answers.accuracy:.2f} %",
-            f"per byte       {100 * answers.accuracy_per_byte:.2f} %",
-        ]
-    if len(options.models) == 1:
-        print("\n".join(lines))
     return result
+
+
+def _described(result: dict[str, Any]) -> str:
+    """The figures of one model in lines."""
+    lines = [f"memory         {result['memory']}"] if "memory" in result else []
+    if "data" in result:
+        lines += [
+            f"{result['data']}: {result['tokens']:,} tokens in windows of {result['ctx_len']}",
+            f"loss           {result['loss']:.4f} nats per token",
+            f"perplexity     {result['perplexity']:.3f}",
+        ]
+        if result["bits_per_byte"] is not None:
+            lines.append(f"bits per byte  {result['bits_per_byte']:.4f}")
+    if "lambada" in result:
+        lines += [
+            f"{result['lambada']}: {result['lambada_texts']:,} texts",
+            f"perplexity     {result['lambada_perplexity']:.3f} of the last word",
+            f"accuracy       {100 * result['lambada_accuracy']:.2f} %",
+        ]
+    if "choices" in result:
+        lines += [
+            f"{result['choices']}: {result['questions']:,} questions",
+            f"accuracy       {100 * result['accuracy']:.2f} %",
+            f"per byte       {100 * result['accuracy_per_byte']:.2f} %",
+        ]
+    return "\n".join(lines)
 
 
 def _of_rows(model: RWKV, options: argparse.Namespace) -> evaluate.Evaluation:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from heron.commands import EXIT_PREEMPTED, defaults
-from heron.commands.settings import EITHER_OR, given
+from heron.commands.settings import given, overridden
 from heron.commands.telling import telling
 from heron.config import PRESETS, FinetuneConfig, TrainConfig, read_yaml
 from heron.config.finetune import DEFAULTS
@@ -50,13 +50,10 @@ def _config(options: argparse.Namespace) -> TrainConfig:
         finetune["adapter"] = {**(finetune.get("adapter") or {}), **of_adapter}
     method = str(finetune.get("method", FinetuneConfig.method))
     settings: dict[str, Any] = {**DEFAULTS.get(method, {}), **before}
-    for one, other in EITHER_OR:  # a flag takes the place of the file's other choice
-        if (one in flags) != (other in flags):
-            settings.pop(other if one in flags else one, None)
-    if "epochs" in of_method and not flags.keys() & {"max_steps", "max_tokens"}:
+    if "epochs" in of_method:  # it decides, unless a flag does
         settings.pop("max_steps", None)
         settings.pop("max_tokens", None)
-    settings |= {**flags, "model": options.base, "finetune": finetune}
+    settings = overridden(settings, flags) | {"model": options.base, "finetune": finetune}
     if "data" not in settings:
         raise ConfigError("finetune: wanted --data FILE, a jsonl of conversations (docs/start/fine-tune.md says how)")
     if "tokenizer" not in settings:

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     if options.ids and options.stop:
         options.parser.error("--ids prints ids, which a text of --stop may cut; end at ids, with --stop_ids")
     text, sampling = _prompt(options), sampling_of(options)
-    engine, documents = engine_of(options)
+    engine, documents, _ = engine_of(options)
     if options.show_memory and engine.model.config.memory is None:
         raise ConfigError(
             f"show_memory: {options.model} has no ROSA memory; leave --show_memory out, or take a model that was "

@@ -7,14 +7,12 @@ import copy
 import dataclasses
 from pathlib import Path
 
-from heron.checkpoint import tuned_state
 from heron.commands.settings import given
 from heron.commands.sources import engine_of
 from heron.config.serve import NAME, ServeConfig, check_key
 from heron.data import template, token_index
 from heron.errors import ConfigError
 from heron.generation import Engine
-from heron.model import State
 from heron.serve import serve
 
 PACKED = 64  # short prompts that a GPU reads in one pass
@@ -24,10 +22,10 @@ def run(options: argparse.Namespace) -> None:
     settings = given(options, ServeConfig, "")
     config = _with_key(ServeConfig(**{"name": _name_of(options.model), **settings}))
     template.load(config.template)  # what is wrong with it is said before the model is read
-    engine = engine_of(options, config.rows, PACKED, fit_steps=True)[0]
+    engine, _, states = engine_of(options, config.rows, PACKED, fit_steps=True)
     engines = {name: _adapted(options, path, config.rows) for name, path in options.with_adapter}
     engines |= {name: _remembering(options, engine, path, config.rows) for name, path in options.with_memory}
-    serve(engine, config, engines, _states(options, engine))
+    serve(engine, config, engines, states)
 
 
 def _with_key(config: ServeConfig) -> ServeConfig:
@@ -48,10 +46,10 @@ def _name_of(model: str) -> str | None:
 
 def _adapted(options: argparse.Namespace, folder: str, rows: int) -> Engine:
     changed = copy.copy(options)
-    changed.adapter, changed.state = folder, None
+    changed.adapter, changed.state, changed.with_state = folder, None, []
     if options.adapter is not None:
         raise ConfigError("with_adapter: --adapter is merged into the model already, and one adapter fits one base")
-    return engine_of(changed, rows, PACKED, fit_steps=True)[0]
+    return engine_of(changed, rows, PACKED, fit_steps=True).engine
 
 
 def _remembering(options: argparse.Namespace, engine: Engine, file: str, rows: int) -> Engine:
@@ -62,8 +60,3 @@ def _remembering(options: argparse.Namespace, engine: Engine, file: str, rows: i
     return Engine(
         engine.model, engine.tokenizer, rows, documents=documents.index, fit_steps=True, states=options.states
     )
-
-
-def _states(options: argparse.Namespace, engine: Engine) -> dict[str, State]:
-    weight, config = engine.model.emb.weight, engine.model.config
-    return {name: tuned_state(path, config, weight.dtype).to(weight.device) for name, path in options.with_state}

@@ -12,13 +12,19 @@ from heron.config import PRESETS, ModelConfig, TrainConfig, read_yaml
 from heron.errors import ConfigError
 
 READING = ("column", "glob", "split_at", "allow_normalized", "eod")  # settings of what reads text besides train
-EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
+_EITHER_OR = (("max_steps", "max_tokens"), ("val_data", "val_fraction"))
 
 
 def given(options: argparse.Namespace, config: type, prefix: str) -> dict[str, Any]:
     """The settings that were given as flags."""
     names = (field.name for field in dataclasses.fields(config))
     return {name: vars(options)[prefix + name] for name in names if prefix + name in vars(options)}
+
+
+def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Settings with flags laid over them. Of two that exclude each other a flag takes the place of the other, too."""
+    gone = {other for pair in _EITHER_OR for one, other in (pair, pair[::-1]) if one in flags}
+    return {name: value for name, value in settings.items() if name not in gone} | flags
 
 
 def train_config(options: argparse.Namespace, any_length: bool = False) -> TrainConfig:
@@ -36,11 +42,7 @@ def train_config(options: argparse.Namespace, any_length: bool = False) -> Train
                 )
     out = Path(flags["out"]) if "out" in flags else None
     settings = read_yaml(options.config) if options.config else defaults.of_run(out, flags.get("resume", "auto"))
-    for one, other in EITHER_OR:  # a flag takes the place of the file's other choice
-        if (one in flags) != (other in flags):
-            settings.pop(other if one in flags else one, None)
-    settings |= flags
-
+    settings = overridden(settings, flags)
     if official.is_x070 and "model" not in settings:
         changes.setdefault("variant", "v7")
     named = settings.get("model")

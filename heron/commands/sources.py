@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,19 +25,33 @@ from heron.tokenizer import Tokenizer
 from heron.tokenizer import load as load_tokenizer
 
 
-def engine_of(
-    options: argparse.Namespace, rows: int = 1, packed: int = 1, fit_steps: bool = False
-) -> tuple[Engine, DocumentIndex | None]:
-    """An engine, and the documents of its memory, from the flags that generate, chat and serve share.
+class Weights(NamedTuple):
+    """A model to run, and the tuned states that were made for its weights."""
+
+    model: RWKV
+    start: State | None  # what sequences begin from, of --state; None: zeros
+    states: dict[str, State]  # others by name, of --with_state
+
+
+class Running(NamedTuple):
+    """An engine, and what else a verb needs of what it was made of."""
+
+    engine: Engine
+    documents: DocumentIndex | None  # that its memory looks into
+    states: dict[str, State]  # see Weights; on its device
+
+
+def engine_of(options: argparse.Namespace, rows: int = 1, packed: int = 1, fit_steps: bool = False) -> Running:
+    """An engine from the flags that generate, chat and serve share.
 
     `packed` and `fit_steps` as for an Engine, on a GPU; a CPU reads prompts one by one.
     """
     dtypes = {None: None, **machine.DTYPES}
     if options.dtype not in dtypes:
         raise ConfigError(f"dtype: wanted fp32, bf16 or fp16, got {options.dtype!r}")
-    device, file = device_of(options.device), options.tables_file
-    ahead.build_for_decoding(torch.device(device))
-    model = model_of(options.model, options, dtypes[options.dtype])
+    device, file = torch.device(device_of(options.device)), options.tables_file
+    ahead.build_for_decoding(device)
+    model, start, states = weights_of(options.model, options, dtypes[options.dtype])
     vocab_size = model.config.vocab_size
     numbers = f"integers:{vocab_size}" if getattr(options, "ids", False) else None
     tokenizer = tokenizer_of(options.model, options.tokenizer, vocab_size, options.eod, numbers)
@@ -48,31 +63,34 @@ def engine_of(
     if options.tables == "device":
         model = model.to(device)
     documents = None if options.memory is None else token_index.read(options.memory, tokenizer)
-    index = None if documents is None else documents.index
-    start = start_of(options, model)
-    packed = packed if torch.device(device).type == "cuda" else 1
-    parts = model, tokenizer, rows, options.tables, file, device, index, start, packed, fit_steps, options.states
-    return Engine(*parts), documents
+    engine = Engine(
+        model, tokenizer, rows, options.tables, file, device,
+        documents=None if documents is None else documents.index,
+        start=start,
+        packed=packed if device.type == "cuda" else 1,
+        fit_steps=fit_steps,
+        states=options.states,
+    )  # fmt: skip
+    return Running(engine, documents, {name: state.to(device) for name, state in states.items()})
 
 
-def model_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None = None) -> RWKV:
+def weights_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None = None) -> Weights:
     """The model at `path`, in `dtype`, with the weights of --adapter merged into its own, and as --weights says."""
     with progress(f"reading {path}"):
         if options.adapter is None:
             model = load(path, dtype, rosa=options.rosa)
         else:
             model = merged(load(path, rosa=options.rosa), options.adapter, dtype)
-        if options.weights is None:
-            return model
-        return quantize_for_running(in_one_dtype(model), torch.device(device_of(options.device)))
+        # Before weights are quantized: a file of a state says which weights it was tuned on.
+        start = None if options.state is None else _tuned(options.state, model)
+        states = {name: _tuned(file, model) for name, file in getattr(options, "with_state", ())}
+        if options.weights is not None:
+            model = quantize_for_running(in_one_dtype(model), torch.device(device_of(options.device)))
+    return Weights(model, start, states)
 
 
-def start_of(options: argparse.Namespace, model: RWKV) -> State | None:
-    """What sequences begin from: the tuned state of --state, on the device of the model's weights."""
-    if options.state is None:
-        return None
-    weight = model.emb.weight
-    return tuned_state(options.state, model.config, model.widest() or weight.dtype, model).to(weight.device)
+def _tuned(file: str, model: RWKV) -> State:
+    return tuned_state(file, model.config, model.widest() or model.emb.weight.dtype, model)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

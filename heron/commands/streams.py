@@ -120,8 +120,10 @@ def flush() -> None:
 
 
 def note(line: str) -> None:
+    """Print a line of ours to standard error."""
     print(f"heron: {one_line(line)}", file=sys.stderr)
 
 
 def one_line(message: object) -> str:
+    """A message of several lines as one."""
     return " ".join(line.strip() for line in str(message).splitlines() if line.strip())

@@ -7,16 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from heron.config.settings import from_dict
+from heron.config.settings import from_dict, setting
 from heron.errors import ConfigError, did_you_mean
 
 KINDS = ("lora", "rslora", "dora", "pissa", "miss")
 TABLES = ("frozen", "rows", "low-rank")
 _OF_LOW_RANK = ("lora", "rslora")
-
-
-def _setting(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "short_flag": False})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +23,14 @@ class AdapterConfig:
         ConfigError: an unknown kind, a rank below 1, and other numbers out of range.
     """
 
-    kind: str = _setting("lora", f"{', '.join(KINDS)}")
-    rank: int = _setting(32, "width of the adapter's factors; more of it learns more and takes more memory")
-    alpha: float | None = _setting(
+    kind: str = setting("lora", f"{', '.join(KINDS)}")
+    rank: int = setting(32, "width of the adapter's factors; more of it learns more and takes more memory")
+    alpha: float | None = setting(
         None, "the update is scaled by alpha / rank, in rslora by alpha / sqrt(rank); miss has none; None: the rank"
     )
-    targets: str = _setting(
-        "all", "linear layers by name, as in key,value,att.output,head; all: every one but the head"
-    )
-    dropout: float = _setting(0.0, "share of an adapter's inputs that is set to 0 while training")
-    tables: str = _setting(
+    targets: str = setting("all", "linear layers by name, as in key,value,att.output,head; all: every one but the head")
+    dropout: float = setting(0.0, "share of an adapter's inputs that is set to 0 while training")
+    tables: str = setting(
         "frozen", "DeepEmbed tables: frozen, rows (those of tokens that occur train), or low-rank (LoRA on them)"
     )
 

@@ -10,7 +10,8 @@ from heron.config.finetune import RWKV_TEMPLATE, check_template
 from heron.config.settings import check_types, setting
 from heron.errors import ConfigError
 
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of a model, a variant of it, or a saved state
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\sA-Z*]+")  # as browsers send it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ServeConfig:
     template: str = setting(RWKV_TEMPLATE, "chat template: rwkv or a FILE.jinja")
     state_dir: str | None = setting(None, "folder that keeps saved states; None: they are lost at the end")
     cache_device: int = setting(1024, "MiB of states of prompts that are kept where the model runs; 0: none")
-    cache_host: int = setting(4096, "MiB of them in host memory, and of sessions; 0: none")
+    cache_host: int = setting(4096, "MiB of them in host memory; as much of sessions, and of saved states; 0: none")
     cache_disk: int = setting(4096, "MiB of them in files in --state_dir, also for the next start; 0: none")
     queue: int = setting(256, "requests that may wait for a place; one more is answered 429")
     max_body: int = setting(1 << 20, "most bytes of a request's body")
@@ -42,21 +43,29 @@ class ServeConfig:
 
     def __post_init__(self):
         check_types(self)
-        may_be_none = ("port", "cache_device", "cache_host", "cache_disk", "queue")
-        for name in (*may_be_none, "rows", "max_prompt", "max_answer", "max_body"):
-            if getattr(self, name) < (lowest := int(name not in may_be_none)):
+        may_be_zero = ("port", "cache_device", "cache_host", "cache_disk", "queue")
+        for name in (*may_be_zero, "rows", "max_prompt", "max_answer", "max_body"):
+            if getattr(self, name) < (lowest := int(name not in may_be_zero)):
                 raise ConfigError(f"{name}: wanted at least {lowest}, got {getattr(self, name)}")
         if self.port > 65535:
             raise ConfigError(f"port: wanted at most 65535, got {self.port}")
-        if self.timeout <= 0 or self.grace < 0:
-            raise ConfigError(f"timeout, grace: wanted seconds, got {self.timeout} and {self.grace}")
+        if not self.timeout > 0:
+            raise ConfigError(f"timeout: wanted more than 0 seconds, got {self.timeout:g}")
+        if not self.grace >= 0:
+            raise ConfigError(f"grace: wanted at least 0 seconds, got {self.grace:g}")
         if self.name is not None and not NAME.fullmatch(self.name):
             raise ConfigError(f"name: wanted letters, digits, '.', '_' and '-', at most 64, got {self.name!r:.80}")
         check_template("template", self.template)
         if self.api_key is not None and self.api_key_file is not None:
             raise ConfigError("api_key and api_key_file were both given; drop one")
-        for key in (self.api_key,) if self.api_key is not None else ():
-            check_key(key)
+        if self.api_key is not None:
+            check_key(self.api_key)
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "cors: wanted origins as browsers send them, such as https://a.org,http://b.org:8080, lower case, "
+                    f"without a path or a slash behind, got {origin!r:.80}"
+                )
         if not self.is_local and self.api_key is None and self.api_key_file is None:
             raise ConfigError(
                 f"host {self.host}: others can reach this address, so it needs a key: add --api_key_file FILE, or "

@@ -14,15 +14,11 @@ import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows: two writers of one pair go unnoticed there
-    fcntl = None
-
+from heron import files
 from heron.data import checks
 from heron.errors import DataError
 from heron.tokenizer import id_dtype
@@ -289,7 +285,7 @@ class BinidxWriter:
         for path in (bin_, self._checks, self._recalled, idx):
             if _part(path).exists():
                 os.replace(_part(path), path)
-        _sync_folder(idx.parent)
+        files.sync(idx.parent)
         self._sizes_part.unlink(missing_ok=True)
         self._progress.unlink(missing_ok=True)
 
@@ -316,10 +312,9 @@ class BinidxWriter:
         temporary = self._progress.with_name(f"{self._progress.name}.new")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
         os.replace(temporary, self._progress)
-        _sync_folder(self._progress.parent)
+        files.sync(self._progress.parent)
 
     def _kept(self) -> dict[str, Any] | None:
         """What the last commit of the same job left, or None."""
@@ -339,17 +334,9 @@ class BinidxWriter:
     def _opened(self, path: Path) -> BinaryIO:
         """`path` for reading and writing, for this process alone."""
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = path.exists() and os.path.samestat(
-                    path.stat(), os.fstat(file.fileno())
-                )  # not renamed by its owner meanwhile
-            except BlockingIOError:
-                ours = False
-            if not ours:
-                file.close()
-                raise DataError(f"{path}: another process is writing there; wait for it, or choose another name")
+        if not (files.locked(file) and _is_named(file, path)):
+            file.close()
+            raise DataError(f"{path}: another process is writing there; wait for it, or choose another name")
         return file
 
     def _refuse_existing(self) -> None:
@@ -387,17 +374,12 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no such call for folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still has its name, which its last owner may have changed; on Windows none can meanwhile."""
+    return os.name == "nt" or (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())))
 
 
-def _flush(file: BinaryIO) -> None:
+def _flush(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())
 

@@ -70,7 +70,7 @@ def text(row: dict[str, Any], key: str) -> str:
                 f"{name!r} ({_kind(value)})" if isinstance(value, (list, dict)) else repr(name)
                 for name, value in row.items()
             ]
-            got, hint = f"the keys {', '.join(names) or 'of none'}", _hint(row)
+            got, hint = f"the keys {', '.join(names)}" if names else "no key", _hint(row)
         raise ValueError(f'wanted a string under "{key}", got {got[:200]}{hint}')
     try:
         found.encode("utf-8")
@@ -195,11 +195,7 @@ def _elements(path: Path) -> Iterator[tuple[str, str, Any]]:
                 source.at += 1
         if is_array:
             if character != "]":
-                refuse(
-                    f"wanted , or ] in front of it, got {character!r}"
-                    if character
-                    else "the array has no end: cut short"
-                )
+                refuse(f"wanted , or ] in front of it, got {character!r}" if character else _NO_END)
             source.at += 1
             if source.next():
                 refuse("something follows the array")

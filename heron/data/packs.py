@@ -19,7 +19,6 @@ from heron.data.sampling import SampleOrder, permuted_starts
 
 _IGNORED = -100
 
-
 _Part = tuple[Tensor, Tensor, Tensor | None, list[int], list[int]]  # ..., where conversations begin, which they are
 
 
@@ -79,7 +78,8 @@ class Packs:
             tokens, targets: (count, T) int64, targets -100 where nothing is learned; what ROSA memory recalls at the
             tokens, (count, T, K, 2) int64, or None; and None. Where conversations share samples all are packed into
             one row, (1, count * T), and the last is cu_seqlens, int64, of a length that `count` alone decides: behind
-            the last conversation come empty ones.
+            the last conversation come empty ones. Where several always share one (`together`), a fifth tensor has the
+            number of each among `samples`, (len(cu_seqlens) - 1,) int64, -1 for the empty ones.
         """
         return self._joined([self._sample(number) for number in range(first, first + count * every, every)])
 

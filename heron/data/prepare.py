@@ -9,12 +9,11 @@ import hashlib
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +28,7 @@ from heron.data.corpora import PLAIN, Reading, read_documents, text_files
 from heron.data.encode import encode_document, warn_of_no_end
 from heron.data.files import is_packed
 from heron.data.sampling import magic_prime
+from heron.data.workers import Workers
 from heron.errors import ConfigError, DataError
 from heron.tokenizer import JsonTokenizer, Tokenizer, id_dtype
 
@@ -315,7 +315,7 @@ def _encoded(
         for chunk in itertools.chain(head, chunks):
             yield _encode_chunk(work, tokenizer, chunk)
         return
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    executor = Workers(workers)
     waiting: deque[Future[_Chunk]] = deque()
     try:
         for chunk in itertools.chain(head, chunks):

@@ -136,7 +136,7 @@ class JinjaTemplate:
 
     def __init__(self, path: str) -> None:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # PyTorch needs Jinja, so it is there
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.name = path
         try:
@@ -186,7 +186,7 @@ class JinjaTemplate:
         return self._rendered(messages, tools, opens=True)
 
     def stops(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, ...]:
-        """None: an id ends an answer."""
+        """No texts: an id ends an answer."""
         return ()
 
     def _rendered(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], opens: bool = False) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from heron.data import jsonl
-from heron.data.corpora import read_documents
+from heron.data.corpora import PLAIN, Reading, read_documents
 from heron.errors import ConfigError, DataError
 from heron.evaluate.likelihood import loglikelihoods
 from heron.model import RWKV, State
@@ -41,6 +41,7 @@ def lambada(
     limit: int | None = None,
     documents: Documents | None = None,
     start: State | None = None,
+    reading: Reading = PLAIN,
 ) -> Lambada:
     """Predict the last word of each text, which begins at its last space.
 
@@ -53,13 +54,14 @@ def lambada(
         limit: only so many texts; None: all.
         documents: what a ROSA memory looks into beside each text, see :class:`heron.model.memory.Documents`.
         start: as for :func:`evaluate`.
+        reading: how the file becomes texts.
 
     Raises:
         ConfigError: a tokenizer without end of document; a limit below 1.
         DataError: a bad line, a text without a space before its last word, or no text at all.
     """
     eod, pairs = _start_of(tokenizer), []
-    for where, text in _limited(read_documents(str(path)), limit):
+    for where, text in _limited(read_documents(str(path), reading=reading), limit):
         context, space, word = text.rstrip().rpartition(" ")
         if not context.strip() or not word:
             raise DataError(f"{where}: wanted a text of two words or more, got {text[:60]!r}")

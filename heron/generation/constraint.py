@@ -32,7 +32,7 @@ class Constraint(Protocol):
 
 
 def may_follow(constraint: Constraint, ends: Sequence[int], n_ids: int) -> Tensor:
-    """(V,) bool on the host: what `constraint` allows, and of the ids that end a text all or none, as it is over.
+    """(V,) bool on the host: what `constraint` allows. Ids that end the text are allowed where it is over, else not.
 
     Args:
         ends: ids that end the text, below `n_ids`.

@@ -227,7 +227,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
-    message = {404: "there is no such path", 405: "this path is not asked that way"}.get(status, "not served")
+    message = {404: "there is no such path", 405: "this path does not take this method"}.get(status, "not served")
     return await _refused(request, Refusal(status, message))
 
 

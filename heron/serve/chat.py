@@ -17,7 +17,7 @@ from heron.serve import wire
 from heron.serve.grammar import Grammar, Grammars
 from heron.serve.jobs import Job
 from heron.serve.models import Served
-from heron.serve.openai import ChatRequest, JsonSchema, think_of
+from heron.serve.openai import ChatRequest, JsonSchema, called, think_of
 from heron.serve.orders import Drawn, Start
 from heron.serve.parts import Call, Part, Parts
 from heron.serve.prompts import prompt_of
@@ -61,8 +61,7 @@ class Answer:
     @property
     def message(self) -> Message:
         """As the template has it in a conversation that goes on. Its thought is left out, as clients leave it out."""
-        calls = tuple({"name": call.name, "arguments": _value(call.arguments)} for call in self.calls)
-        return Message("assistant", self.content, "", calls)
+        return Message("assistant", self.content, "", tuple(called(*call) for call in self.calls))
 
 
 @dataclasses.dataclass
@@ -162,9 +161,7 @@ async def answer(
     asked_id = wire.new_id(prefix)
     keep_as = asked_id if keep_as == "" else keep_as
     sampling = sampling_of(settings, USUAL)
-    return Asked(
-        service, served, start, messages, tools, sampling, answers, asked_id, int(time.time()), keep_as
-    )  # fmt: skip
+    return Asked(service, served, start, messages, tools, sampling, answers, asked_id, int(time.time()), keep_as)
 
 
 def _grammar(
@@ -311,10 +308,3 @@ def call_on_wire(call: Call) -> dict[str, Any]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _value(arguments: str) -> Any:
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return arguments

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heron.errors import DataError, HeronError
+from heron.errors import HeronError
 from heron.serve.refusals import Refusal
+from heron.serve.wire import bytes_of
 from heron.tokenizer import Tokenizer
 
 MOST_SCHEMA_BYTES = 1 << 16
@@ -112,7 +113,7 @@ class _Bytes:
 
     def __init__(self, tokenizer: Tokenizer):
         self._encode, eod = tokenizer.encode, tokenizer.eod
-        self.tokens = [_bytes_of(tokenizer, token) for token in range(tokenizer.vocab_size)]
+        self.tokens = [bytes_of(tokenizer, [token]) for token in range(tokenizer.vocab_size)]
         self.special_token_ids = [token for token, text in enumerate(self.tokens) if not text]
         if eod is None:  # an id that the model does not have; Grammar.is_complete ends the text
             eod = len(self.tokens)
@@ -124,13 +125,6 @@ class _Bytes:
         if isinstance(text, bytes):
             raise TypeError("wanted a str")  # so that llguidance gives one
         return self._encode(text)
-
-
-def _bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
-    try:
-        return tokenizer.decode_bytes([token])
-    except DataError:  # a hole in the vocabulary
-        return b""
 
 
 _ANY_OBJECT = {"type": "object"}

@@ -33,8 +33,8 @@ _HEADERS = [
 class Guard:
     """An ASGI application around another one, which sees what passes alone, its body whole.
 
-    A server that listens on this machine alone answers to its own names alone, and to no page of another origin: the
-    browser of the one who sits here would carry such questions.
+    A server that only this machine can reach takes only its own names as Host, and no page of another origin: a website
+    that is open in a browser here could otherwise ask it.
     """
 
     def __init__(self, app: Any, config: ServeConfig, metrics: Metrics):
@@ -104,7 +104,7 @@ class Guard:
                         raise _GoneError
                     body += message.get("body", b"")
                     if len(body) > self._most_bytes:
-                        raise Refusal(413, f"the body may have {self._most_bytes} bytes")
+                        raise Refusal(413, f"wanted a body of at most {self._most_bytes} bytes, got more")
                     is_whole = not message.get("more_body", False)
         except TimeoutError:
             raise Refusal(408, f"the body did not come within {SECONDS_FOR_BODY:g} seconds") from None
@@ -113,7 +113,7 @@ class Guard:
         except ValueError as error:
             raise Refusal(400, f"the body is {error}") from None
         if isinstance(value, dict) and len(value) > MOST_FIELDS:  # each that is unknown would be an error of its own
-            raise Refusal(400, f"the body may have {MOST_FIELDS} fields, it has {len(value)}")
+            raise Refusal(400, f"wanted a body of at most {MOST_FIELDS} fields, got {len(value)}")
         return bytes(body)
 
 

@@ -24,14 +24,20 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._now = _Now(models)
         registry.register(self._now)
-        self._answers = Counter("heron_http_responses", "answers", ["route", "status"], registry=registry)
+        self._answers = Counter(
+            "heron_http_responses", "answers to HTTP requests", ["route", "status"], registry=registry
+        )
         self.prompt_tokens = Counter("heron_prompt_tokens", "tokens of prompts", registry=registry)
-        self.cached_tokens = Counter("heron_cached_prompt_tokens", "of them those read before", registry=registry)
-        self.drawn_tokens = Counter("heron_drawn_tokens", "tokens written", registry=registry)
+        self.cached_tokens = Counter(
+            "heron_cached_prompt_tokens", "tokens of prompts that the prefix cache had read", registry=registry
+        )
+        self.drawn_tokens = Counter("heron_drawn_tokens", "tokens drawn", registry=registry)
         self.first_token = Histogram(
             "heron_first_token_seconds", "from a request to its first token", buckets=_SECONDS, registry=registry
         )
-        self.whole = Histogram("heron_request_seconds", "from it to its end", buckets=_SECONDS, registry=registry)
+        self.whole = Histogram(
+            "heron_request_seconds", "from a request to its end", buckets=_SECONDS, registry=registry
+        )
 
     def count(self, route: str, status: int) -> None:
         """Count an answer."""
@@ -51,8 +57,8 @@ class _Now(Collector):
         self.levels: Mapping[str, Level] = {}
 
     def collect(self) -> Iterable[Metric]:
-        hits = CounterMetricFamily("heron_prefix_hits", "states of prompts found there", labels=["level"])
-        n_bytes = GaugeMetricFamily("heron_prefix_bytes", "that they take there", labels=["level"])
+        hits = CounterMetricFamily("heron_prefix_hits", "states found in the prefix cache", labels=["level"])
+        n_bytes = GaugeMetricFamily("heron_prefix_bytes", "bytes of the states in the prefix cache", labels=["level"])
         for name, level in self.levels.items():
             hits.add_metric([name], level.hits)
             n_bytes.add_metric([name], level.n_bytes)

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from heron import strict_json
 from heron.config import LARGEST_SEED
+from heron.config.serve import NAME
 from heron.data.template import Message
 from heron.serve.refusals import Refusal
 
@@ -19,15 +21,14 @@ MOST_ANSWERS = 16  # to one prompt
 MOST_STOPS, LONGEST_STOP = 8, 256
 MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, MOST_PROMPTS = 4096, 4096, 128, 256
 MOST_BIASES = 1024
-NAME = r"^[A-Za-z0-9_-]{1,64}$"
-STATE_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
+FUNCTION_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 _EFFORTS = {"none": "off", "minimal": "off", "low": "short", "medium": "on", "high": "long", "xhigh": "long"}
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Think = Literal["", "on", "off", "short", "long"]  # keys of heron.data.template.THINKING
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-StateName = Annotated[str, Field(pattern=STATE_NAME)]
+StateName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 # Of a long list the first error is enough: a million of them would hold up every stream.
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1 << 20, fail_fast=True)]
 
@@ -102,7 +103,7 @@ class StreamOptions(_Loose):
 class Function(_Loose):
     """A function that the model may call."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=FUNCTION_NAME)
     description: str | None = Field("", max_length=1 << 16)
     parameters: dict[str, Any] | None = None
 
@@ -131,17 +132,17 @@ class TextPart(_Loose):
     text: str
 
 
-def _parts_as_text(content: Any) -> Any:
+def _none_as_empty(content: Any) -> Any:
     return "" if content is None else content
 
 
 Content = Annotated[
-    str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)], BeforeValidator(_parts_as_text)
+    str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)], BeforeValidator(_none_as_empty)
 ]
 
 
 class CalledFunction(_Loose):
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=FUNCTION_NAME)
     arguments: str = ""
 
 
@@ -172,7 +173,7 @@ class Tool(_Loose):
 
 
 class NamedFunction(_Loose):
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=FUNCTION_NAME)
 
 
 class NamedTool(_Loose):
@@ -248,7 +249,7 @@ class InputItem(_Loose):
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Content = ""
-    name: str | None = Field(None, pattern=NAME)
+    name: str | None = Field(None, pattern=FUNCTION_NAME)
     arguments: str | None = None
     output: Content = ""
 
@@ -259,7 +260,7 @@ class FlatTool(Function):
 
 class NamedFlatTool(_Loose):
     type: Literal["function"]
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=FUNCTION_NAME)
 
 
 class TextFormat(JsonSchema):
@@ -361,9 +362,7 @@ def text_of(content: str | Sequence[TextPart]) -> str:
 
 
 def called(name: str, arguments: str) -> dict[str, Any]:
-    """A call as the template writes it."""
-    from heron import strict_json
-
+    """A call as the template writes it; arguments that are no JSON stay a text."""
     try:
         value = strict_json.loads((arguments or "{}").encode("utf-8", "surrogatepass"))
     except ValueError:

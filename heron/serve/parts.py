@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from heron import strict_json
 from heron.serve.grammar import CALL_CLOSING, CALL_OPENING
 
 _THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
@@ -123,12 +124,15 @@ _NOTHING = Part()
 
 
 def _call_of(block: str) -> Call | None:
-    """The call in a JSON block; None: it is none."""
+    """The call in a JSON block; None: it is none, or one that an answer in JSON and UTF-8 cannot hold."""
     try:
-        value: Any = json.loads(block)
-    except (ValueError, RecursionError):
+        value = strict_json.lenient(block.encode())
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            return None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (value["name"] + arguments).encode()  # a ValueError for half a surrogate pair
+    except ValueError:
         return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    return Call(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+    return Call(value["name"], arguments)

@@ -85,7 +85,7 @@ class PrefixCache:
         return None
 
     def fetch(self, prefix: Prefix) -> None:
-        """Read a state from its file into memory; what is wrong there is as if it had never been."""
+        """Read a state from its file into memory; a damaged file counts as none."""
         snapshot = None if self._files is None else self._files.read(prefix)
         if snapshot is None:
             return

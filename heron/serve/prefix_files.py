@@ -37,8 +37,8 @@ class Origin(NamedTuple):
 class PrefixFiles:
     """States of prefixes in files, each named by hashes of its ids and of what it starts from. Any thread may call.
 
-    It is a cache: a state is written by a thread of its own, and dropped where too many wait for that; one that is
-    damaged is deleted and was never there; and a disk that refuses turns it off. A file appears whole or not at all.
+    It is a cache: a thread of its own writes the states, and where too many wait for it one more is dropped; a damaged
+    file is deleted; after an error of the disk nothing is read or written any more. A file appears whole or not at all.
 
     Args:
         folder: of the files; one process uses it at a time.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import itertools
 import logging
 import multiprocessing
 import os
@@ -215,7 +216,7 @@ def _be_quick() -> None:
 
 @contextlib.contextmanager
 def _handled(handler: Any) -> Generator[None]:
-    """Signals are handled so meanwhile; where this is not the main thread, they are not for us."""
+    """SIGINT and SIGTERM have this handler inside. Only the main thread can set one; in any other nothing changes."""
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in _SIGNALS} if is_main else {}
     try:
@@ -233,6 +234,7 @@ class _Link:
 
     def __init__(self, pipe: _Pipe):
         self._pipe, self._asked = pipe, dict[int, asyncio.Future[Any]]()
+        self._numbers = itertools.count()
 
     def start(self, take: Take) -> None:
         self._take, self._loop = take, asyncio.get_running_loop()
@@ -241,8 +243,7 @@ class _Link:
         self._pipe.send(_Call(None, method, args, options))
 
     async def ask(self, method: Callable[Concatenate[Engines, _P], _T], *args: _P.args, **options: _P.kwargs) -> _T:
-        answer = self._loop.create_future()
-        number = id(answer)
+        answer, number = self._loop.create_future(), next(self._numbers)
         self._asked[number] = answer
         try:
             self._pipe.send(_Call(number, method, args, options))
@@ -261,7 +262,7 @@ class _Link:
 
     def _answer(self, answer: _Answer) -> None:
         waits = self._asked.get(answer.number)
-        if waits is None or waits.done():  # it was cancelled
+        if waits is None or waits.done():  # who asked was cancelled
             return
         if answer.error is None:
             waits.set_result(answer.value)

@@ -88,7 +88,7 @@ async def whole(asked: Asked) -> dict[str, Any]:
             answer.take(piece)
 
     await chat.gathered(asked.cancel, [read()])
-    return _kept(asked, [item for item in _items(answer) if item])
+    return _kept(asked, _items(answer))
 
 
 def _items(answer: Answer) -> list[dict[str, Any]]:

@@ -92,10 +92,11 @@ class Scheduler:
             try:
                 if self._has_failed:
                     self._end_all(engine_failed())
-                self._drop()
-                self._admit()
-                if self._writing:
-                    self._draw()
+                else:
+                    self._drop()
+                    self._admit()
+                    if self._writing:
+                        self._draw()
             except Exception as error:  # a fault of the device or of ours: no later step can be trusted
                 _log.critical("the engine has failed", exc_info=error)
                 self._has_failed = True
@@ -130,13 +131,11 @@ class Scheduler:
             def ends(text: _Text) -> bool:
                 return text.order.number in cancelled or (looks and (is_over or now > text.deadline))
 
-            gone = [text for text in self._waiting if ends(text)]
-            for text in gone:
+            for text in [text for text in self._waiting if ends(text)]:
                 self._waiting.remove(text)
+                self._fail(text, late)
         for sequence, text in [(sequence, text) for sequence, text in self._writing.items() if ends(text)]:
             self._leave(sequence, text)
-            gone.append(text)
-        for text in gone:
             self._fail(text, late)
 
     def _admit(self) -> None:
@@ -145,13 +144,15 @@ class Scheduler:
             with self._changed:
                 if not self._waiting:
                     return
-                text = self._waiting.popleft()
+                text = self._waiting[0]  # until it has a place: a fault of the device fails it with the others
             try:
                 sequence = self.engine.add(self._behind_cache(text))
             except HeronError as error:
                 self._fail(text, error)
             else:
                 self._writing[sequence] = text
+            with self._changed:
+                self._waiting.popleft()
 
     def _behind_cache(self, text: _Text) -> Request:
         """The order's request, less what of its prompt the cache has read."""
@@ -184,10 +185,14 @@ class Scheduler:
             self._drawn.append(Drawn(text.order.number, new, 1, tokens, finish, None, text.n_cached))
 
     def _leave(self, sequence: OpenSequence, text: _Text, has_ended: bool = False) -> None:
-        """Free a sequence's place; what it has read goes into the cache, and to its session once its text has ended."""
-        del self._writing[sequence]
-        if not sequence.is_open:
-            return
+        """Free a sequence's place, and keep what it has read."""
+        if sequence.is_open:
+            self._keep(sequence, text, has_ended)
+            self.engine.close(sequence)
+        del self._writing[sequence]  # not before: a fault on the way fails the text with the others
+
+    def _keep(self, sequence: OpenSequence, text: _Text, has_ended: bool) -> None:
+        """Give what a sequence has read to the cache, and to its session once its text has ended."""
         cache, key = self._cache, text.order.start.key
         session = text.order.session if has_ended else None
         if cache is not None:
@@ -199,7 +204,6 @@ class Scheduler:
                 cache.keep(text.ids[: -len(behind.pending)], behind, key)
             if session is not None and self._states is not None:
                 self._states.keep(session, behind)
-        self.engine.close(sequence)
 
     def _fail(self, text: _Text, error: Exception) -> None:
         self._drawn.append(Drawn(text.order.number, error=error, n_cached=text.n_cached))

@@ -16,7 +16,7 @@ from heron.config.serve import ServeConfig
 from heron.errors import ConfigError
 from heron.serve.protocol import guarded_protocol
 
-SECONDS_TO_TELL = 5  # those whose requests were ended by the end of the server
+SECONDS_TO_TELL = 5  # after the grace: clients whose requests were cut off get an error
 # uvloop takes one connection for each listener in a turn of its loop, which lasts milliseconds where many streams are
 # open. Windows, which has no uvloop, does not let a socket listen twice.
 LISTENERS = 1 if sys.platform == "win32" else 16

@@ -59,6 +59,7 @@ class Conversations:
         self._n_characters = 0
 
     def keep(self, key: str, kept: Kept) -> None:
+        """Keep a conversation, in place of an older one of this id."""
         self.forget(key)
         self._kept[key] = kept
         self._n_characters += kept.n_characters
@@ -71,18 +72,20 @@ class Conversations:
             self.keep(key, dataclasses.replace(kept, response=response))
 
     def find(self, key: str) -> Kept | None:
+        """The conversation of an id, which is then used last; None: there is none, or it was forgotten."""
         if key in self._kept:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
     def forget(self, key: str) -> bool:
+        """Forget the conversation of an id; False: there was none."""
         kept = self._kept.pop(key, None)
         self._n_characters -= 0 if kept is None else kept.n_characters
         return kept is not None
 
 
 class Service:
-    """A server's models and memory.
+    """A server's models, and what it keeps between requests.
 
     Attributes:
         config, models, template, metrics: as their classes say.

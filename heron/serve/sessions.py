@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from heron.config.serve import NAME
 from heron.errors import CheckpointError, ConfigError
 from heron.files import new_file, sync
 from heron.generation import Engine, Snapshot
 from heron.serve.bounded import Bounded, Kept
 from heron.serve.folders import SUFFIX, sweep, writable
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _MIB = 1 << 20
 
 
@@ -41,23 +39,28 @@ class StateStore:
     """
 
     def __init__(self, folder: str | Path | None, max_bytes: int):
-        self._wanted, self._max_bytes = None if folder is None else Path(folder), max_bytes
-        self._lock = threading.Lock()
+        self._max_bytes = max_bytes
         self._in_memory: Bounded[str] = Bounded(max_bytes)
-        if folder is not None:
-            _ = self._folder
+        self._lock = threading.Lock()  # of these; engines take it, so nobody holds it while a file is written
+        self._changing = threading.Lock()  # of the files
+        self._given = None if folder is None else writable(Path(folder))
+        if self._given is not None:
+            sweep(self._given)
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None  # made when it is first needed
+        self._making = threading.Lock()
 
-    @functools.cached_property
+    @property
     def _folder(self) -> Path:
-        if self._wanted is None:
-            try:
-                self._temporary = tempfile.TemporaryDirectory(prefix="heron-states-")
-            except OSError as error:
-                raise CheckpointError(f"states: no folder for them can be made: {error.strerror or error}") from None
+        if self._given is not None:
+            return self._given
+        with self._making:
+            if self._temporary is None:
+                try:
+                    self._temporary = tempfile.TemporaryDirectory(prefix="heron-states-")
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise CheckpointError(f"states: no folder for them can be made: {reason}") from None
             return Path(self._temporary.name)
-        folder = writable(self._wanted)
-        sweep(folder)
-        return folder
 
     # -- by name --------------------------------------------------------------------------------------------------
 
@@ -69,7 +72,7 @@ class StateStore:
             CheckpointError: too many bytes, or the disk refuses.
         """
         path = self._path(name)
-        with self._lock:
+        with self._changing:
             self._check_room(name, snapshot.nbytes)
             try:
                 engine.save(snapshot, path)
@@ -94,7 +97,7 @@ class StateStore:
     def fork(self, source: str, name: str) -> None:
         """Copy the state `source`, in place of the state `name` if there is one. Errors as in load and save."""
         path = self._path(name)
-        with self._lock:
+        with self._changing:
             self._check_room(name, self._about(source).st_size)
             try:
                 with new_file(path) as temporary:
@@ -104,7 +107,7 @@ class StateStore:
 
     def delete(self, name: str) -> None:
         """Remove a state. Errors as in :meth:`load`."""
-        with self._lock:
+        with self._changing:
             self._about(name)
             self._path(name).unlink(missing_ok=True)
             sync(self._folder)
@@ -119,7 +122,7 @@ class StateStore:
         return f"{about.st_ino:x}-{about.st_mtime_ns:x}"
 
     def _path(self, name: str) -> Path:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ConfigError(
                 "state: wanted a name of 1 to 64 letters, digits, '.', '_' and '-', the first of them no dot, got "
                 f"{name!r:.80}"
@@ -138,7 +141,7 @@ class StateStore:
         for path in self._folder.glob(f"*{SUFFIX}"):
             name = path.name.removesuffix(SUFFIX)
             with contextlib.suppress(FileNotFoundError):  # deleted by now
-                if _NAME.fullmatch(name) and path.is_file():
+                if NAME.fullmatch(name) and path.is_file():
                     sizes[name] = path.stat().st_size
         return sizes
 
@@ -147,7 +150,7 @@ class StateStore:
         if others + n_bytes > self._max_bytes:
             raise CheckpointError(
                 f"state {name!r}: with it the saved states would take {(others + n_bytes) / _MIB:.1f} MiB, and "
-                f"{self._max_bytes / _MIB:.1f} are theirs; delete one first"
+                f"{self._max_bytes / _MIB:.1f} are theirs; delete one first, or start with a larger --cache_host"
             )
 
     # -- by id ----------------------------------------------------------------------------------------------------

@@ -14,11 +14,10 @@ INDEX = "index.html"
 
 
 class Page:
-    """The files of a folder, by name."""
+    """The files of FOLDER, by name."""
 
-    def __init__(self, folder: Path = FOLDER):
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        self._files = {file.name: file.read_bytes() for file in files if file.is_file()}
+    def __init__(self) -> None:
+        self._files = {file.name: file.read_bytes() for file in FOLDER.iterdir() if file.is_file()}
 
     def response(self, name: str) -> Response:
         """A file of the page. Refusal where there is none of this name."""

@@ -54,7 +54,7 @@ def _scored(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
 
 
 def bytes_of(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The bytes of ids; of one that stands for nothing, none."""
+    """The bytes of ids; none where one of them stands for nothing."""
     try:
         return tokenizer.decode_bytes(ids)
     except DataError:

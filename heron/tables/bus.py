@@ -115,7 +115,7 @@ class Bus:
         eps: float,
         found_inf: Tensor | None,
     ) -> None:
-        """See :meth:`RowTables.step`."""
+        """See :meth:`heron.tables.rows.RowTables.step`."""
         main, n, ids = torch.cuda.current_stream(self._device), len(exp_avgs), self._ids
         self.arrive()
         moments = [*exp_avgs, *exp_avg_sqs]

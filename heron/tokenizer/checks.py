@@ -41,11 +41,13 @@ def listed_ids(ids: Sequence[int] | np.ndarray, spec: str, limit: int) -> list[i
 
 
 def check_text(text: object) -> None:
+    """DataError unless it is a str."""
     if not isinstance(text, str):
         raise DataError(f"wanted a text, a str, got {type(text).__name__}")
 
 
 def utf8(text: str) -> bytes:
+    """`text` in UTF-8; DataError, with the position, for half a surrogate pair, and for what is no str."""
     check_text(text)
     try:
         return text.encode("utf-8")
@@ -57,6 +59,7 @@ def utf8(text: str) -> bytes:
 
 
 def needed_package(module: str, distribution: str, spec: str) -> Any:
+    """The module of a package that the tokenizer `spec` needs; ConfigError, with what to type, where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

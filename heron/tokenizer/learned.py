@@ -1,4 +1,4 @@
-"""A vocabulary is learned in a process of its own, which a stop can end: the library itself hears no signal."""
+"""A vocabulary is learned in a process of its own, so that a stop can end it: the library would not stop."""
 
 from __future__ import annotations
 

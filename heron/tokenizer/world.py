@@ -13,6 +13,21 @@ import numpy as np
 from heron.errors import DataError
 from heron.tokenizer.checks import id_dtype, listed_ids, needed_package, utf8
 
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
+
+
+def world_file() -> Path:
+    """The table as upstream publishes it: lines of an id, a literal and a length in bytes.
+
+    Raises:
+        ConfigError: pyrwkv-tokenizer, which holds it, is not installed.
+    """
+    return Path(_package().__file__).with_name(WORLD_FILE)
+
+
+def _package() -> Any:
+    return needed_package("pyrwkv_tokenizer", "pyrwkv-tokenizer", WorldTokenizer.spec)
+
 
 class WorldTokenizer:
     """The RWKV World vocabulary: greedy longest match over bytes. Needs pyrwkv-tokenizer, which holds the table.
@@ -28,7 +43,7 @@ class WorldTokenizer:
     byte_level = True
 
     def __init__(self) -> None:
-        self._package = needed_package("pyrwkv_tokenizer", "pyrwkv-tokenizer", self.spec)
+        self._package = _package()
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
@@ -55,9 +70,8 @@ class WorldTokenizer:
 
     @functools.cached_property
     def _bytes_of(self) -> list[bytes]:
-        """Bytes of ids 0..65529, from lines of the form ``id literal length``."""
-        path = Path(self._package.__file__).with_name("rwkv_vocab_v20230424.txt")
-        table = [b""]
+        """Bytes of ids 0..65529."""
+        path, table = world_file(), [b""]
         try:
             with path.open(encoding="utf-8") as lines:
                 for line in lines:

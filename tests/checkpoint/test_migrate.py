@@ -150,7 +150,7 @@ def test_new_rows_are_the_mean_or_those_of_a_fresh_model(random_model):
 
 @pytest.mark.parametrize(
     ("vocab_size", "rule", "words"),
-    [(0, "mean", "vocab_size: wanted at least 1"), (40, "zero", "rule: wanted mean or initial, got")],
+    [(0, "mean", "vocab_size: wanted at least 1"), (40, "zero", "new_rows: wanted mean or initial, got")],
 )
 def test_a_vocabulary_that_cannot_be_is_refused(random_model, vocab_size, rule, words):
     with pytest.raises(ConfigError, match=words):

@@ -62,13 +62,13 @@ def tuned(random_model, tmp_path):
     return make
 
 
-def state_file(path, config, seed=3):
-    """A tuned state in a file."""
+def state_file(path, config, seed=3, base=None):
+    """A tuned state in a file, of weights with the fingerprint `base`."""
     state, generator = TunedState(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in state.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    save_tuned_state(state, path)
+    save_tuned_state(state, path, base)
     return path
 
 
@@ -184,6 +184,25 @@ def test_every_sequence_starts_from_a_tuned_state(heron_, random_model, tmp_path
     assert out[1] == heron_(f"generate {tmp_path / 'x.pth'} {PROMPT} --state {tmp_path}")
     trials = heron_(f"generate {tmp_path / 'x.pth'} {PROMPT} --state {file} --trials 2")[1]
     assert trials.count(out[1][1].strip("\n")) == 2
+
+
+def test_a_tuned_state_fits_its_base_alone_also_where_that_is_quantized_or_served(heron_, random_model, tmp_path):
+    for seed, name in enumerate(("base.pth", "other.pth")):
+        model = random_model(seed, variant="v7", n_layer=2, n_embd=64, ffn_dim=128, vocab_size=256)
+        heron.save(model, tmp_path / name)
+    (tmp_path / "text.txt").write_text("A text.")
+    file = state_file(
+        tmp_path / "state.pth", model.config, base=adapters.base_fingerprint(heron.load(tmp_path / "base.pth"))
+    )
+    score = f"--data {tmp_path / 'text.txt'} --tokenizer bytes --device cpu"
+    for verb, more in (("generate", PROMPT), ("eval", score)):
+        code, _, err = heron_(f"{verb} {tmp_path / 'base.pth'} {more} --state {file} --weights int8")
+        assert (code, err) == (0, "")
+    serve = f"serve {tmp_path / 'other.pth'} --port 0 --with_state a={file}"
+    for words in (f"generate {tmp_path / 'other.pth'} {PROMPT} --state {file}", serve, f"{serve} --weights int8"):
+        code, _, err = heron_(words)
+        assert code == 1
+        assert "it was tuned on a base with fingerprint" in err
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

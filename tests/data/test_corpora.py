@@ -59,7 +59,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path):
         (b'["text"]', "got list"),
         (b'"text"', "got str"),
         (b'{"test": "a"}', "got the keys 'test'"),
-        (b"{}", "got the keys of none"),
+        (b"{}", "got no key"),
         (b'{"text": null}', "got NoneType there"),
         (b'{"text": "ab\\ud800"}', r"character 2 of the text is '\\ud800'"),
     ],

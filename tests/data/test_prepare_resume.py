@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from heron import files
 from heron.data import binidx, checks
 from heron.data import prepare as preparing
 from heron.data.binidx import BinidxWriter, open_binidx
@@ -218,7 +219,7 @@ def test_a_damaged_record_of_progress_is_refused(source, tmp_path):
             prepare([source], str(out), "bytes", 1)
 
 
-@pytest.mark.skipif(binidx.fcntl is None, reason="needs file locks")
+@pytest.mark.skipif(files.fcntl is None, reason="needs file locks")
 def test_two_processes_cannot_write_one_pair(tmp_path):
     with BinidxWriter(tmp_path / "data", "u1") as writer:
         writer.append([1])

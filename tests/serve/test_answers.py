@@ -9,8 +9,12 @@ from pydantic import ValidationError
 
 from heron import tokenizer
 from heron.data.template import JinjaTemplate, Message, RwkvTemplate
+from heron.generation import Request
+from heron.serve.chat import Answer
 from heron.serve.grammar import Grammars
+from heron.serve.jobs import Job
 from heron.serve.openai import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingsRequest, ResponsesRequest
+from heron.serve.orders import Drawn, Order
 from heron.serve.parts import Call, Parts
 from heron.serve.prompts import prompt_of
 from heron.serve.refusals import Refusal
@@ -53,10 +57,27 @@ def test_calls_are_the_inverse_of_the_template(step):
     assert taken_apart(text, has_tools=True, step=step) == ("", "Let me see.", expected)
 
 
-@pytest.mark.parametrize("block", ["{", "[1]", '{"name": 3}', "x" * 9, "[" * 100_000])
+HALF_A_PAIR = r'{"name": "f", "arguments": {"a": "\ud800"}}'  # no text in UTF-8 holds it, so no answer does
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{", "[1]", '{"name": 3}', "x" * 9, "[" * 100_000,
+        HALF_A_PAIR, HALF_A_PAIR.replace("f", r"\ud800"), '{"name": "f", "arguments": {"a": NaN}}',
+    ],
+)  # fmt: skip
 def test_a_block_that_calls_nothing_stays_text(block):
     text = f"**Tool Call:**\n```json\n{block}\n```"
     assert taken_apart(text, has_tools=True, step=10_000) == ("", text, [])
+
+
+def test_arguments_that_are_nested_too_deep_are_a_text_in_the_conversation():
+    answer = Answer(0, Job(Order(Request([1]), 1)), Parts(has_tools=True))
+    arguments = "[" * 10_000
+    block = json.dumps({"name": "f", "arguments": arguments})
+    answer.take(Drawn(0, f"**Tool Call:**\n```json\n{block}\n```", finish="end"))
+    assert answer.message.tool_calls == ({"name": "f", "arguments": arguments},)
 
 
 def test_the_mark_of_a_prompt_is_where_the_next_turn_goes_on():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
+import types
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,8 @@ import pytest
 import heron
 from heron import tokenizer
 from heron.generation import Engine, Request, Sampling
+from heron.serve.engines import Engines
+from heron.serve.processes import _Answer, _Link
 from tests import warm
 from tests.serve.running import children, raw, request_of, until
 
@@ -180,3 +184,23 @@ def test_where_http_is_killed_the_engine_ends(path):
     assert code == 1
     assert lines == ["heron: the process that speaks HTTP was ended by signal 9; start the server again"]
     stream.close()
+
+
+def test_the_answer_to_a_question_that_nobody_waits_for_is_no_other_questions():
+    asked = []
+
+    async def main():
+        link = _Link(types.SimpleNamespace(send=asked.append))
+        link.start(lambda engine, drawn: None)
+        first = asyncio.create_task(link.ask(Engines.saved_states))
+        await asyncio.sleep(0)
+        first.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await first
+        second = asyncio.create_task(link.ask(Engines.saved_states))
+        await asyncio.sleep(0)
+        for call, answer in zip(asked, (["late"], ["right"]), strict=True):
+            link.take(_Answer(call.number, answer))
+        return await second
+
+    assert asyncio.run(main()) == ["right"]

@@ -303,6 +303,19 @@ def test_an_engine_that_breaks_fails_all_and_takes_no_more(engine_of, monkeypatc
     assert "division by zero" in caplog.text
 
 
+@pytest.mark.parametrize("at", ["add", "close"])
+def test_an_engine_that_breaks_as_a_text_joins_or_leaves_fails_that_text_too(engine_of, monkeypatch, caplog, at):
+    async def work(models, desk):
+        monkeypatch.setattr(Engine, at, lambda engine, _: 1 / 0)
+        jobs = await desk.submit([order_of(), order_of()])
+        for job in jobs:
+            with pytest.raises(Refusal, match="the engine has failed"):
+                await ids_of(job)
+
+    running(engine_of(1), work)
+    assert "division by zero" in caplog.text
+
+
 def test_stopping_finishes_what_runs_and_takes_no_more(engine_of):
     async def work(models, desk):
         [job] = await desk.submit([order_of(n=200)])

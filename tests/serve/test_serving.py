@@ -183,6 +183,12 @@ def test_pages_named_may_ask_and_others_not(serve, engine_of):
     assert other.status_code == 403
 
 
+@pytest.mark.parametrize("cors", ["friend.example", "https://friend.example/", "https://Friend.example", "*"])
+def test_a_page_that_no_browser_could_name_so_is_refused(cors):
+    with pytest.raises(ConfigError, match="cors: wanted origins as browsers send them"):
+        ServeConfig(cors=f"https://a.example:8080, {cors}")
+
+
 def test_the_key_guards_everything_but_the_page_and_the_pulse(serve, engine_of):
     with httpx.Client(base_url=serve(engine_of(1), api_key="secret")) as http:
         assert http.get("/health").status_code == 200

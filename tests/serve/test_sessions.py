@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -282,6 +284,41 @@ def test_a_folder_that_cannot_be_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file.*: no folder that states can be written into: "):
         StateStore(tmp_path / "file" / "states", LARGE)
+
+
+def test_threads_that_ask_first_make_one_folder(monkeypatch):
+    made, make = [], tempfile.TemporaryDirectory
+
+    def slowly(*given, **named):
+        time.sleep(0.02)
+        made.append(make(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", slowly)
+    store = StateStore(None, LARGE)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: list(store.list()), range(4))) == [[]] * 4
+    assert len(made) == 1
+
+
+def test_a_session_does_not_wait_for_a_file_that_is_being_written(tmp_path, engine, behind, monkeypatch):
+    store, begun, goes_on = StateStore(tmp_path, LARGE), threading.Event(), threading.Event()
+
+    def slowly(*_):
+        begun.set()
+        assert goes_on.wait(10)
+
+    monkeypatch.setattr(Engine, "save", slowly)
+    saving = threading.Thread(target=store.save, args=("a", behind([1]), engine))
+    saving.start()
+    assert begun.wait(10)
+    keeping = threading.Thread(target=store.keep, args=("b", behind([2])), daemon=True)
+    keeping.start()
+    keeping.join(5)
+    has_kept = not keeping.is_alive()
+    goes_on.set()
+    saving.join()
+    assert has_kept
 
 
 def test_saved_states_are_bounded(tmp_path, engine, behind):

@@ -21,7 +21,7 @@ from torch import Tensor
 from heron import strict_json
 from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.formats import gguf_header, gguf_vocabulary
-from heron.checkpoint.formats.layout import LERP, Layout, Place, confirm, flat, row, same, transposed
+from heron.checkpoint.formats.layout import LERP, Layout, Place, beyond_rwkv7, confirm, flat, row, same, transposed
 from heron.checkpoint.vocabulary import Vocabulary
 from heron.config import ModelConfig
 from heron.errors import CheckpointError
@@ -86,8 +86,7 @@ def write(
     Raises:
         CheckpointError: the model is more than RWKV-7, or the `gguf` package is not installed.
     """
-    if config.variant != "v7" or config.rosa is not None or config.memory is not None:
-        what = config.variant if config.rosa is None and config.memory is None else f"{config.variant} with ROSA"
+    if (what := beyond_rwkv7(config)) is not None:
         raise CheckpointError(
             f"GGUF has no tensors for what a {what} adds to a v7; convert --variant v7 if those parts are "
             "neutral, or keep .pth or .safetensors"

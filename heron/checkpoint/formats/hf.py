@@ -18,7 +18,7 @@ from heron import strict_json
 from heron.checkpoint import vocabulary
 from heron.checkpoint.architecture import UNUSED, sizes_of
 from heron.checkpoint.formats import safetensors
-from heron.checkpoint.formats.layout import LERP, Layout, Place, confirm, flat, row, same, transposed
+from heron.checkpoint.formats.layout import LERP, Layout, Place, beyond_rwkv7, confirm, flat, row, same, transposed
 from heron.config import ModelConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.files import sync
@@ -205,8 +205,7 @@ def write_rwkv7(tensors: dict[str, Tensor], config: ModelConfig, folder: Path, e
     Raises:
         CheckpointError: the model is more than RWKV-7, or its heads are not of size 64.
     """
-    if config.variant != "v7" or config.rosa is not None or config.memory is not None:
-        what = config.variant if config.rosa is None and config.memory is None else f"{config.variant} with ROSA"
+    if (what := beyond_rwkv7(config)) is not None:
         raise CheckpointError(
             f"the Hugging Face layout of RWKV-7 has no place for what a {what} adds to a v7; "
             "take --format safetensors, which heron.hf loads, or convert --variant v7 if those parts are neutral"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from heron.config import ModelConfig
 from heron.errors import CheckpointError, did_you_mean
 
 LERP = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")  # the order wherever the six are fused into one tensor
@@ -39,6 +40,13 @@ def confirm(told: Mapping[str, object], wanted: Mapping[str, object], source: ob
     for field, value in wanted.items():
         if told.get(field) not in (None, value):
             raise CheckpointError(f"{source}: {field} is {repr(told[field])[:80]}, but its tensors want {value!r}")
+
+
+def beyond_rwkv7(config: ModelConfig) -> str | None:
+    """What a model is that has more than an RWKV-7, such as "v8" or "v7 with ROSA"; None for one that has not."""
+    if config.rosa is not None or config.memory is not None:
+        return f"{config.variant} with ROSA"
+    return None if config.variant == "v7" else config.variant
 
 
 class Place(NamedTuple):
