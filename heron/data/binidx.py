@@ -18,13 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows: two writers of one pair go unnoticed there
-    fcntl = None
-
 from heron.data import checks
 from heron.errors import DataError
+from heron.locks import locked
 from heron.tokenizer import id_dtype
 
 MAGIC = b"MMIDIDX\0\0"
@@ -339,17 +335,9 @@ class BinidxWriter:
     def _opened(self, path: Path) -> BinaryIO:
         """`path` for reading and writing, for this process alone."""
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = path.exists() and os.path.samestat(
-                    path.stat(), os.fstat(file.fileno())
-                )  # not renamed by its owner meanwhile
-            except BlockingIOError:
-                ours = False
-            if not ours:
-                file.close()
-                raise DataError(f"{path}: another process is writing there; wait for it, or choose another name")
+        if not (locked(file) and _is_at(file, path)):  # its owner may have renamed it meanwhile
+            file.close()
+            raise DataError(f"{path}: another process is writing there; wait for it, or choose another name")
         return file
 
     def _refuse_existing(self) -> None:
@@ -385,6 +373,10 @@ def _known_dtypes() -> str:
 def _part(path: Path) -> Path:
     """Where a file grows before it has its name."""
     return path.with_name(f"{path.name}.part")
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 def _sync_folder(folder: Path) -> None:
