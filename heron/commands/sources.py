@@ -18,6 +18,7 @@ from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
 from heron.model import RWKV, State
 from heron.model.int8 import quantize_for_running
+from heron.model.mixed_dtypes import widest
 from heron.ops import ahead
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def start_of(options: argparse.Namespace, model: RWKV) -> State | None:
     if options.state is None:
         return None
     weight = model.emb.weight
-    return tuned_state(options.state, model.config, model.widest() or weight.dtype, model).to(weight.device)
+    return tuned_state(options.state, model.config, widest(model) or weight.dtype, model).to(weight.device)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
