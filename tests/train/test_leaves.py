@@ -345,7 +345,8 @@ def test_kills_leave_no_trace(tmp_path, method, trials):
         (("--adapter.kind", "lara"), "adapter.kind: wanted lora"),
         (("--token_shifts",), "token_shifts: belongs to method state, got method lora"),
         (("--base", "int2"), "base: wanted one of auto, fp32, bf16, int8, nf4, got 'int2'"),
-        (("--base", "bf16", "--dtype", "fp32"), "weights bf16 needs dtype bf16"),
+        (("--base", "bf16", "--dtype", "fp32"), "base bf16 needs dtype bf16; dtype is fp32"),
+        (("--base", "nf4"), "base nf4: is for a GPU, and the device is cpu; use --base fp32"),
         (("--base", "bf16", "--weights", "fp32"), "weights fp32 and base bf16 contradict each other"),
     ],
 )
