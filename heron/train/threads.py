@@ -41,7 +41,7 @@ def most() -> int:
 
 
 def take(number: int) -> None:
-    """Compute on that many threads, 0: as many as now; ConfigError for what this machine could not make, or to its harm."""
+    """Compute on that many threads, 0: as many as now; ConfigError for more than this machine makes without harm."""
     if not 0 <= number <= most():
         cores = os.cpu_count() or 1
         raise ConfigError(
