@@ -18,7 +18,7 @@ from heron.errors import ConfigError, DataError
 
 SUFFIXES = (".bin", ".idx", ".recalled")
 MEMORY = Rules(8)
-TEXTS = [f"document {i} " + "é🦩 words " * (i % 7) for i in range(150)]
+TEXTS = [f"document {i} " + "é🦩 words " * (i % 7) for i in range(110)]
 
 
 @pytest.fixture(autouse=True)
