@@ -32,9 +32,8 @@ from heron.model.deep_embed import DeepEmbed
 Result = TypeVar("Result")
 
 SHARDED = ("fsdp", "hsdp")  # of what :func:`choose` gives: each process has a part of the weights
-
 _COME, _FAILED = "come", "failed"  # keys of the store where processes meet
-_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_TELL = 0.1, 30
+_LOOKS_PER_SECOND, _SECONDS_TO_TELL = 500, 30  # at the store, of all processes that wait for others there
 _BYTES_PER_WEIGHT = 16  # fp32 weights, their bf16 copies, bf16 gradients and two fp32 moments
 _FOR_WEIGHTS = 0.6  # of a GPU's memory; the rest is for activations
 _FOR_VALIDATION = 0.1  # likewise, of shards put together
@@ -183,7 +182,7 @@ class Ranks:
                     f"rank {', '.join(missing)} of {self.count} did not come within {timeout:g} s (--dist_timeout): "
                     "see what they have printed; start those that are not there, or give them longer"
                 )
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(self.count / _LOOKS_PER_SECOND)
         return store
 
     def first(self, work: Callable[[], Result]) -> Result:

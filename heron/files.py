@@ -10,12 +10,6 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes that use one file or folder go unnoticed there
-    fcntl = None
 
 from heron.errors import CheckpointError
 
@@ -45,16 +39,6 @@ def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def locked(file: IO) -> bool:
-    """Whether this process has a file for itself from now on, until it closes it or dies; False: another one has."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 def sweep(folder: Path) -> None:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` is not part of the installed package
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: a fifth of a worker's time it waits for processes, a browser or a clock."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure():
     """Look for cycles of objects seldom: among all that is imported a look takes a second."""
     gc.set_threshold(20_000, 20, 10)

@@ -37,7 +37,7 @@ from tests.train.faults import StopAt
 SIZES = dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
 MODELS = {variant: heron.ModelConfig(variant=variant, **SIZES) for variant in ("v7", "v8")}
 GATED = "gated.pth"  # a v8 whose gates have gradients from the first step on, that count in the norm
-STEPS, STOP = 6, 3
+STEPS, STOP = 4, 2
 TABLE = torch.randn(37, 5, generator=torch.Generator().manual_seed(0))
 WANTED = [torch.tensor(ids) for ids in ([0, 1, 2, 4, 9, 36], [3, 4, 36], [5], [0, 4, 8, 11, 36])]  # by each process
 _MOST_RUNS = 50
@@ -248,7 +248,7 @@ def two(folder: Path, text: Path) -> None:
         "v8-ddp-stopped": dict(parallel="ddp", **v8),
     }
     for name, beside in stopped.items():
-        beside |= dict(background_save="on", save_every=3, keep=9)
+        beside |= dict(background_save="on", save_every=2, keep=9)
         assert made(name, partial(StopAt, step=STOP + 1, number=signal.SIGUSR1, rank=1), **beside) == "preempted"
         assert made(name, **beside) == "finished"
     assert made("v8-nan", FaultyRank, on_nonfinite="skip", max_steps=5, parallel="ddp", **v8) == "finished"
@@ -273,7 +273,8 @@ def two(folder: Path, text: Path) -> None:
     run._write = full_disk
     if os.environ["RANK"] == "1":
         run.Writer.files = full_disk
-    for name, changes in dict(full=dict(parallel="ddp"), full_fsdp=dict(parallel="fsdp", save_every=2)).items():
+    full = dict(full=dict(parallel="ddp"), full_fsdp=dict(parallel="fsdp", save_every=2, max_steps=STEPS + 2))
+    for name, changes in full.items():
         try:
             made(name, background_save="on", **changes)
         except HeronError as error:

@@ -20,7 +20,7 @@ from heron.checkpoint.vocabulary import GENERATION, WORLD_SIZE, Vocabulary, gene
 from heron.config import ModelConfig, RosaConfig, TrainConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.files import as_path, new_file, new_folder, sync
-from heron.model import RWKV, State
+from heron.model import RWKV, State, mixed_dtypes
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
 from heron.model.tuned_state import BASE, TunedState
 from heron.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def load(
     source = weights_file(as_path(path))
     tensors = read_tensors(source)
     model = build(tensors, source, dtype, *unsaid(tensors, source, has_ln0, rosa))
-    if (widest := model.widest()) is not None:
+    if (widest := mixed_dtypes.widest(model)) is not None:
         warnings.warn(
             f"{source}: its weights mix dtypes; they stay as they are and compute in {_name(widest)}, the widest "
             "(dtype= in Python, --dtype: all in one)",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heron.config import ModelConfig, RosaConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
-from heron.model import RWKV
+from heron.model import RWKV, mixed_dtypes
 from heron.model.memory import longest_match
 from heron.model.tuned_state import TUNED
 
@@ -109,9 +109,9 @@ def in_one_dtype(model: RWKV, dtype: torch.dtype | None = None, source: object =
     """
     tensors: dict[str, Tensor] = model.state_dict()
     if dtype is None:
-        if not isinstance(model, RWKV) or (widest := model.widest()) is None:
+        if not isinstance(model, RWKV) or (widest := mixed_dtypes.widest(model)) is None:
             return model
-        tensors |= converted({name: tensors[name] for name, _ in model.in_products()}, widest, source)
+        tensors |= converted({name: tensors[name] for name, _ in mixed_dtypes.in_products(model)}, widest, source)
     else:
         tensors = converted(tensors, dtype, source)
     with torch.device("meta"):

@@ -26,6 +26,7 @@ from heron.checkpoint import rng, sharded, shares
 from heron.checkpoint.formats import safetensors
 from heron.checkpoint.writer import Writer, serialized
 from heron.errors import CheckpointError
+from heron.locks import locked
 from heron.optim import RowAdamW
 
 MODEL = "model.safetensors"
@@ -231,7 +232,7 @@ def verify(folder: Path) -> None:
 def lock(run_folder: Path) -> Iterator[None]:
     """Own a run folder while inside; CheckpointError when another process does. The kernel frees it if we die."""
     with open(run_folder / "run.lock", "a", encoding="utf-8") as file:
-        if not files.locked(file):
+        if not locked(file):
             raise CheckpointError(f"{run_folder}: another process is training here; name another --out")
         yield
 

@@ -9,6 +9,7 @@ from heron import tokenizer
 from heron.checkpoint import ownership, run
 from heron.commands import streams
 from heron.config import PRESETS, ModelConfig, TrainConfig, read_yaml
+from heron.dist import Ranks
 from heron.errors import CheckpointError, HeronError
 from heron.train import base_model
 
@@ -50,8 +51,10 @@ def of_run(out: Path | None, resume: str) -> dict[str, Any]:
 def weights_in(out: Path) -> str | None:
     """The weights in a folder that a run there would start from; None: there are none, or the run goes on."""
     found = base_model.candidates(out)
-    newest = base_model.newest_whole(found, streams.note) if found and run.newest(out) is None else None
-    return None if newest is None else str(newest)
+    if not found or run.newest(out) is not None:
+        return None
+    says = Ranks.of_environment().is_first
+    return str(base_model.newest_whole(found, streams.note if says else lambda _: None))
 
 
 def vocabulary(spec: str, model: object) -> dict[str, int]:

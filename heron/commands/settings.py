@@ -30,6 +30,7 @@ def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any
 def train_config(options: argparse.Namespace, any_length: bool = False) -> TrainConfig:
     """--config, with the flags laid over it; `any_length`: max_steps and max_tokens may both be missing."""
     from heron.commands import defaults
+    from heron.dist import Ranks
 
     official = rwkv_lm_flags.read(options, any_length)
     flags, changes = given(options, TrainConfig, ""), given(options, ModelConfig, "model.")
@@ -62,7 +63,7 @@ def train_config(options: argparse.Namespace, any_length: bool = False) -> Train
     if official.saves_by_mini_epochs and "save_every" in flags:
         raise ConfigError("--save_every and --epoch_save were both given; drop one")
     config = official.finish(TrainConfig.from_dict(settings), has_tokenizer="tokenizer" in settings)
-    for note in official.notes:  # as comments where the settings are printed
+    for note in official.notes if Ranks.of_environment().is_first else ():  # as comments where settings are printed
         print(f"# {note}" if vars(options).get("dry_run") else note)
     options.stage = official.stage
     return config

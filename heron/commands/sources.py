@@ -19,6 +19,7 @@ from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
 from heron.model import RWKV, State
 from heron.model.int8 import quantize_for_running
+from heron.model.mixed_dtypes import widest
 from heron.ops import ahead
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def weights_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None
 
 
 def _tuned(file: str, model: RWKV) -> State:
-    return tuned_state(file, model.config, model.widest() or model.emb.weight.dtype, model)
+    return tuned_state(file, model.config, widest(model) or model.emb.weight.dtype, model)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

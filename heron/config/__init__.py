@@ -390,7 +390,8 @@ class TrainConfig:
             object.__setattr__(self, "weights", base)
         if self.freezes and self.init_from:
             raise ConfigError(f"init_from {self.init_from}: beside a frozen base nothing else can train; name a model")
-        check_precision(self.dtype, self.weights, self.freezes, self.tables, self.tables_state)
+        frozen = self.finetune.base if self.finetune is not None and self.freezes else None
+        check_precision(self.dtype, self.weights, frozen, self.tables, self.tables_state)
         if self.val_data is not None and self.val_fraction:
             raise ConfigError(
                 f"val_data {self.val_data!r} and val_fraction {self.val_fraction} exclude each other; drop one"

@@ -21,6 +21,7 @@ import numpy as np
 from heron import files
 from heron.data import checks
 from heron.errors import DataError
+from heron.locks import locked
 from heron.tokenizer import id_dtype
 
 MAGIC = b"MMIDIDX\0\0"
@@ -334,7 +335,7 @@ class BinidxWriter:
     def _opened(self, path: Path) -> BinaryIO:
         """`path` for reading and writing, for this process alone."""
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-        if not (files.locked(file) and _is_named(file, path)):
+        if not (locked(file) and _is_named(file, path)):
             file.close()
             raise DataError(f"{path}: another process is writing there; wait for it, or choose another name")
         return file

@@ -31,11 +31,18 @@ def quantize(model: RWKV, kind: str, device: torch.device) -> None:
     Raises:
         ConfigError: no GPU, or no bitsandbytes.
     """
-    if device.type not in DEVICES:
-        raise ConfigError(f"base {kind}: is for a GPU, and the device is {device.type}; use --base bf16 or fp32")
+    check_device(kind, device)
     library = bitsandbytes_library(kind)
     for name, layer in quantized_layers(model).items():
         model.set_submodule(name, _quantized(library, layer, kind, device))
+
+
+def check_device(kind: str, device: torch.device) -> None:
+    """ConfigError where frozen weights cannot have the form `kind` on this device."""
+    if device.type not in DEVICES:
+        raise ConfigError(
+            f"base {kind}: is for a GPU, and the device is {device.type}; use --base fp32, or --base bf16 --dtype bf16"
+        )
 
 
 def bitsandbytes_library(kind: str) -> ModuleType:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial, reduce
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from heron import ops
 from heron.config import ModelConfig
 from heron.errors import ConfigError
+from heron.model import mixed_dtypes
 from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
-from heron.model.deep_embed import DeepEmbed, Lookup
+from heron.model.deep_embed import Lookup
 from heron.model.init import initialize
 from heron.model.inputs import check_recalled, checked_offsets, checked_tokens, integers
 from heron.model.memory import Recollection, RosaMemory, recall
-from heron.model.plain import has_hooks, is_plain, own_parameters
+from heron.model.plain import has_hooks, is_plain
 from heron.model.rosa import RosaQKV
 from heron.model.shift import normed_and_mixed
 from heron.model.state import LayerState, State, States, memories_of, with_memory
@@ -135,18 +136,6 @@ class Block(nn.Module):
         return x, out, LayerState(att_shift, wkv, shift, attention, rosa) if keep_state else None, v_first
 
 
-class _Call(nn.Module):
-    """A method of a model as a module, which is what torch.func.functional_call takes."""
-
-    def __init__(self, model: nn.Module, method: Callable[..., Any]):
-        super().__init__()
-        self.model, self._method = model, method
-
-    def forward(self, *arguments: Any) -> Any:
-        """Call it."""
-        return self._method(self.model, *arguments)
-
-
 class RWKV(nn.Module):
     """An RWKV-7 or RWKV-8 language model. `state_dict()` is the upstream .pth format, key for key.
 
@@ -212,8 +201,8 @@ class RWKV(nn.Module):
             ConfigError: a state of another model or batch size, or none at all; an attention_window below 1;
                 `cu_seqlens` that do not go from 0 to T.
         """
-        if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.forward, tokens, state, cu_seqlens, recalled)
+        if self.mixes_dtypes and (widest := mixed_dtypes.widest(self)) is not None:
+            return mixed_dtypes.call_in(widest, RWKV.forward, self, tokens, state, cu_seqlens, recalled)
         recalled, memory = self.recall(tokens, state, cu_seqlens, recalled)
         hidden, state = self._hidden_states(tokens, state, cu_seqlens, None, True, recalled)
         return self.logits(hidden, recalled), with_memory(state, memory)
@@ -277,9 +266,9 @@ class RWKV(nn.Module):
         `embeddings` (B, T, C) stand in for the rows of emb; tables are still looked up by the ids. Without `keep_state`
         no state is returned.
         """
-        if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(
-                widest, RWKV.hidden_states, tokens, state, cu_seqlens, embeddings, keep_state, recalled
+        if self.mixes_dtypes and (widest := mixed_dtypes.widest(self)) is not None:
+            return mixed_dtypes.call_in(
+                widest, RWKV.hidden_states, self, tokens, state, cu_seqlens, embeddings, keep_state, recalled
             )
         recalled, memory = self.recall(tokens, state, cu_seqlens, recalled)
         hidden, state = self._hidden_states(tokens, state, cu_seqlens, embeddings, keep_state, recalled)
@@ -412,8 +401,8 @@ class RWKV(nn.Module):
 
         `cu_seqlens`, `recalled`, `state` as for :meth:`forward`. `span`: part of a longer text (:mod:`heron.context`).
         """
-        if self.mixes_dtypes and (widest := self.widest()) is not None:
-            return self._in_dtype(widest, RWKV.loss, tokens, targets, cu_seqlens, recalled, state, span)
+        if self.mixes_dtypes and (widest := mixed_dtypes.widest(self)) is not None:
+            return mixed_dtypes.call_in(widest, RWKV.loss, self, tokens, targets, cu_seqlens, recalled, state, span)
         targets = integers("targets", targets, self.emb)
         recalled, _ = self.recall(tokens, state, cu_seqlens, recalled)
         hidden, _ = self._hidden_states(tokens, state, cu_seqlens, None, False, recalled, span)
@@ -429,24 +418,5 @@ class RWKV(nn.Module):
     def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
         """As everywhere in PyTorch; dtypes that were assigned may differ from tensor to tensor."""
         keys = super().load_state_dict(*arguments, **settings)
-        self.mixes_dtypes = self.widest() is not None
+        self.mixes_dtypes = mixed_dtypes.widest(self) is not None
         return keys
-
-    def widest(self) -> torch.dtype | None:
-        """The dtype in which weights that mix several compute; None where all but the tables have one."""
-        dtypes = {parameter.dtype for _, parameter in self.in_products()}
-        return reduce(torch.promote_types, dtypes) if len(dtypes) > 1 else None
-
-    def in_products(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that meet each other in sums and products, by name.
-
-        All but tables, whose rows are cast, and those of adapters and quantized layers, which cast what they are given.
-        """
-        tables = {id(module.weight) for module in self.modules() if isinstance(module, DeepEmbed)}
-        found = own_parameters(self)
-        return ((name, part) for name, _, part in found if id(part) not in tables and part.is_floating_point())
-
-    def _in_dtype(self, dtype: torch.dtype, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a method of this class with the weights cast to `dtype`; gradients flow back through the cast."""
-        cast = {f"model.{name}": tensor.to(dtype) for name, tensor in self.in_products()}
-        return torch.func.functional_call(_Call(self, method), cast, arguments)

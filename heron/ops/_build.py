@@ -29,12 +29,8 @@ from pathlib import Path
 import torch
 
 from heron.errors import KernelError
+from heron.locks import locked
 from heron.progress import progress
-
-try:
-    import fcntl
-except ImportError:  # Windows: processes that start together may build the same library twice; the first one is kept
-    fcntl = None
 
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
@@ -280,27 +276,20 @@ def _compile(name: str, command: Sequence[str], library: Path) -> None:
 @contextlib.contextmanager
 def _file_lock(path: Path, name: str) -> Iterator[None]:
     """Hold the lock file at `path`; while another process builds, say so once and wait."""
-    if fcntl is None:
-        yield
-        return
     with open(path, "a+", encoding="ascii") as file:
         waiting_since = time.monotonic()
         said = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                if not said:
-                    print(f"heron: waiting for process {holder}, which is building {name}", file=sys.stderr)
-                    said = True
-                if time.monotonic() - waiting_since > LOCK_TIMEOUT_S:
-                    raise KernelError(
-                        f"{name}: process {holder} has been building it for {LOCK_TIMEOUT_S} s; stop it and try again"
-                    ) from None
-                time.sleep(0.05)
+        while not locked(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not said:
+                print(f"heron: waiting for process {holder}, which is building {name}", file=sys.stderr)
+                said = True
+            if time.monotonic() - waiting_since > LOCK_TIMEOUT_S:
+                raise KernelError(
+                    f"{name}: process {holder} has been building it for {LOCK_TIMEOUT_S} s; stop it and try again"
+                )
+            time.sleep(0.05)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

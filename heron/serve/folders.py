@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from heron.errors import CheckpointError
-from heron.files import locked
+from heron.locks import locked
 
 SUFFIX = ".safetensors"
 

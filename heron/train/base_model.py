@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from heron.checkpoint import ownership, read_tensors
 from heron.checkpoint.adapters import base_fingerprint
 from heron.config import ModelConfig, TrainConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.model import RWKV
+from heron.model.quantized import check_device
 
 _NUMBERED = re.compile(r"rwkv-([0-9]+)\.pth")
 _WEIGHTS = (".pth", ".safetensors", ".gguf")
@@ -53,6 +56,12 @@ def frozen(config: TrainConfig, start: Path | None, model: RWKV | None, record: 
             f"{record['base']['fingerprint']}; give these weights as they were, or name another --out"
         )
     return base
+
+
+def check_form(config: TrainConfig, device: torch.device) -> None:
+    """ConfigError where this device has no frozen weights in the form that a run asks for."""
+    if config.finetune is not None and config.finetune.quantizes:
+        check_device(config.finetune.base, device)
 
 
 def candidates(out: Path) -> list[Path]:

@@ -54,12 +54,11 @@ class Trainer:
         self._sizes: ModelConfig | None = None  # of the model, once they are known
         device = self.ranks.device(config.device)
         self.device = torch.device(device.value)
+        base_model.check_form(config, self.device)
         ahead.build_for_training(self.device, config.dtype == "fp8")
         self.dtype = machine.choose_dtype(config.dtype, self.device)
         weights = machine.choose_weights(config.weights, self.dtype.value, self.device)
-        threads.check(config.threads)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        threads.take(config.threads)
         self._asked = config
         self.config = dataclasses.replace(
             config,

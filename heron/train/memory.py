@@ -11,6 +11,7 @@ import torch
 from heron.config import ModelConfig, TrainConfig
 from heron.config.finetune import QUANTIZED, tables_train
 from heron.config.tbptt import EXACT_CHUNK
+from heron.dist import SHARDED
 from heron.errors import ConfigError
 from heron.model import RWKV
 
@@ -96,7 +97,7 @@ def knobs(config: TrainConfig, model: ModelConfig) -> list[tuple[str, TrainConfi
     if not config.grad_checkpoint:
         found.append(dict(grad_checkpoint=True))
     has_pairs = config.finetune is not None and config.finetune.has_pairs
-    whole = config.parallel not in ("fsdp", "hsdp") and config.context_parallel == 1  # what chunks need, for now
+    whole = config.parallel not in SHARDED and config.context_parallel == 1  # what chunks need, for now
     if not config.tbptt and config.ctx_len > EXACT_CHUNK and whole and not has_pairs:
         found.append(dict(tbptt="exact" if model.rosa is None else str(EXACT_CHUNK)))
     if config.micro_bsz % 2 == 0:

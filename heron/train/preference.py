@@ -132,7 +132,7 @@ def references(
     corpus: Conversations,
     packs: tuple[Packs, Packs | None],
     resume_from: Path | None,
-    likelihoods: Callable[[Sample], Tensor],
+    likelihoods: Callable[[], Callable[[Sample], Tensor]],
     ranks: Ranks,
 ) -> References:
     """Those of a run: computed, where it has none yet, and kept in its folder. All processes call this together.
@@ -141,7 +141,8 @@ def references(
         base: fingerprint of the weights that it starts from; None: not known, which it may be of one that goes on.
         packs: for training and for validation.
         resume_from: the checkpoint that it goes on from, in the folder in which they are kept.
-        likelihoods: a sample -> the log-probability of each of its texts under what the run starts from.
+        likelihoods: gives, where references are computed: a sample -> the log-probability of each of its texts under
+            what the run starts from. All processes call it together.
         ranks: the processes, among which samples are dealt.
 
     Raises:
@@ -158,10 +159,11 @@ def references(
         )
     if found is None:
         of_train, of_val = packs
+        of_sample = likelihoods()
         n_val = 0 if corpus.val_samples is None else len(corpus.val_samples)
         found = References(
-            _of(of_train, len(corpus.samples), config.micro_bsz, likelihoods, ranks),
-            _of(of_val, n_val, config.micro_bsz, likelihoods, ranks),
+            _of(of_train, len(corpus.samples), config.micro_bsz, of_sample, ranks),
+            _of(of_val, n_val, config.micro_bsz, of_sample, ranks),
         )
         ranks.add_(found)
     ranks.first(lambda: None if resume_from is not None and kept.exists() else _write(kept, key, found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,14 +161,14 @@ class Learner:
         """Set what pairs are measured against, if the run has some: :func:`heron.train.preference.references`."""
         if (pairs := self.pairs) is None:
             return
-        fingerprint, model = None if base is None else base.fingerprint, self.whole()
+        fingerprint, whole = None if base is None else base.fingerprint, functools.cache(self.whole)
         if resume_from is None and fingerprint is None:
-            fingerprint = base_fingerprint(model)
+            fingerprint = base_fingerprint(whole())
         self.network.eval()  # an adapter drops nothing then
-        likelihoods = self.pairs_of(model).log_likelihoods
         pairs.references = preference.references(
-            self.config, fingerprint, corpus, packs, resume_from, likelihoods, self.ranks
-        )
+            self.config, fingerprint, corpus, packs, resume_from, lambda: self.pairs_of(whole()).log_likelihoods,
+            self.ranks,
+        )  # fmt: skip
         self.network.train()
 
     def pairs_of(self, model: RWKV) -> preference.Pairs:

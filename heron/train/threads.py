@@ -40,13 +40,17 @@ def most() -> int:
     return max(_FEWEST_REFUSED, 8 * (os.cpu_count() or 1))
 
 
-def check(number: int) -> None:
-    """ConfigError for a number of threads that this machine could not make, or only to its harm."""
+def take(number: int) -> None:
+    """Compute on that many threads, 0: as many as now; ConfigError for more than this machine makes without harm."""
     if not 0 <= number <= most():
         cores = os.cpu_count() or 1
         raise ConfigError(
             f"threads: wanted 0 (as many as are of use) to {most()}, got {number}; this machine has {cores} cores"
         )
+    if number:
+        import torch
+
+        torch.set_num_threads(number)
 
 
 def fewer(most_threads: int) -> tuple[int, float]:

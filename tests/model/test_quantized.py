@@ -61,7 +61,7 @@ def test_the_matrices_of_the_blocks_are_replaced_and_nothing_else(random_model, 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_cpu_and_a_missing_package_are_refused_in_one_line(random_model, monkeypatch, kind):
-    with pytest.raises(ConfigError, match=f"base {kind}: is for a GPU, and the device is cpu; use --base bf16"):
+    with pytest.raises(ConfigError, match=f"base {kind}: is for a GPU, and the device is cpu; use --base fp32"):
         quantized.quantize(random_model(n_layer=1), kind, CPU)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"needs the package bitsandbytes .*pip install 'heron-rwkv\[quantized\]'"):

@@ -316,8 +316,8 @@ def test_operators_take_and_give_what_their_schemas_say(cache, tmp_path, monkeyp
         torch.ops.heron_tests.told(x.double(), [x], [x, x], [1, 2], x, 0.0, False, 0)
 
 
-@pytest.mark.skipif(_build.fcntl is None, reason="no file locks here")
 def test_a_process_that_waits_says_for_whom_and_gives_up_in_the_end(cache, source, monkeypatch, capfd):
+    pytest.importorskip("fcntl")
     cache.mkdir()
     lock = cache / "f-x.lock"
     monkeypatch.setattr(_build, "LOCK_TIMEOUT_S", 0.2)

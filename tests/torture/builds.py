@@ -20,7 +20,7 @@ from heron.ops import _build
 from tests.torture.result import Result
 
 TIMEOUT_S = 60
-HANG_S = 3
+HANG_S = 1
 SOURCE = """
 #include <algorithm>
 #include <map>

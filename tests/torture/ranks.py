@@ -34,7 +34,7 @@ from tests.torture.result import Result
 
 TIMEOUT = 15  # --dist_timeout
 SECONDS = TIMEOUT + 35.0  # from the kill to the end of the run that went on
-PHASES = {"step": 14, "validation": 3, "save": 7}  # of each how many a run has; before them comes the start
+PHASES = {"step": 8, "validation": 3, "save": 4}  # of each how many a run has; before them comes the start
 LAYOUTS = ((2, "ddp"), (2, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "fsdp"))
 CONTROLS = 10  # one control for so many trials
 _DIFFERS = "the curve or the weights differ"
@@ -107,7 +107,7 @@ def _settings(folder: Path, name: str, processes: int, parallel: str) -> TrainCo
     model = minute.MODEL if parallel == "ddp" else minute.MODEL.changed(variant="v7")  # tables are not sharded
     return minute.config(
         folder, model=model, out=str(folder / name), parallel=parallel, processes=processes, micro_bsz=4 // processes,
-        max_steps=14, save_every=2, eval_every=5, sample_every=0, background_save="on", dist_timeout=TIMEOUT,
+        max_steps=8, save_every=2, eval_every=3, sample_every=0, background_save="on", dist_timeout=TIMEOUT,
     )  # fmt: skip
 
 

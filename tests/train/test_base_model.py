@@ -152,6 +152,22 @@ def test_the_command_line_passes_over_damaged_weights_too(files, heron_, tmp_pat
     assert "".join(f"{tmp_path / 'd' / 'rwkv-8.pth'}".split()) in "".join(out.split())
 
 
+@pytest.mark.parametrize(("rank", "told"), [(0, 1), (1, 0)])
+def test_of_several_processes_the_first_alone_tells_of_damaged_weights(
+    files, heron_, tmp_path, monkeypatch, rank, told
+):
+    put(files, tmp_path / "d", _8=1, _9=0)
+    (tmp_path / "d" / "rwkv-9.pth").write_bytes(damages(files / "0.pth")[2])
+    numbers = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2, MASTER_PORT=29500)
+    for name, value in dict(MASTER_ADDR="127.0.0.1", **numbers).items():
+        monkeypatch.setenv(name, str(value))
+    words = ["train", "--data", files / "text.txt", "--max_steps", 1, "--out", tmp_path / "d", "--device", "cpu"]
+    code, out, err = heron_(*words, "--epoch_count", 1, "--dry_run")
+    assert code == 0, err
+    assert err.count("passing over damaged weights: ") == told
+    assert out.count("# --epoch_count 1: no effect") == told
+
+
 def test_weights_of_another_kind_are_whole_and_refused(files, settings, tmp_path):
     put(files, tmp_path / "run", _8=1)
     torch.save({"a": torch.zeros(3)}, tmp_path / "run" / "rwkv-9.pth")

@@ -121,6 +121,14 @@ def test_references_are_computed_once_and_belong_to_their_base_and_data(settings
     kept = Path(config.out) / preference.FILE
     before = kept.read_bytes()
     monkeypatch.setattr(preference, "_of", lambda *_: pytest.fail("they are computed again"))
+    refer = Learner.refer
+
+    def refers(learner, *given):
+        with monkeypatch.context() as inside:
+            inside.setattr(Learner, "whole", lambda _: pytest.fail("the model is gathered for nothing"))
+            return refer(learner, *given)
+
+    monkeypatch.setattr(Learner, "refer", refers)
     assert fit(settings(max_steps=3)) == "finished"
     assert kept.read_bytes() == before
     for content in (None, b"{", before.replace(b'"fp32"', b'"bf16"', 1)):
