@@ -9,8 +9,10 @@ from pydantic import ValidationError
 
 from heron import tokenizer
 from heron.data.template import JinjaTemplate, Message, RwkvTemplate
+from heron.serve.chat import Answer
 from heron.serve.grammar import Grammars
 from heron.serve.openai import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingsRequest, ResponsesRequest
+from heron.serve.orders import Drawn
 from heron.serve.parts import Call, Parts
 from heron.serve.prompts import prompt_of
 from heron.serve.refusals import Refusal
@@ -42,6 +44,14 @@ def taken_apart(text, opened="", has_tools=False, step=1):
 )
 def test_a_thought_is_told_from_the_answer_however_it_comes(step, opened, text, reasoning, content):
     assert taken_apart(text, opened, step=step) == (reasoning, content, [])
+
+
+@pytest.mark.parametrize(("finish", "content"), [("end", "A reed.\n\nTwo."), ("length", "A reed.\n\nTwo.\n\n")])
+def test_the_empty_line_before_the_end_of_a_document_is_no_part_of_an_answer(finish, content):
+    answer = Answer(0, None, Parts())
+    for drawn in (Drawn(0, " A reed."), Drawn(0, "\n\nTwo."), Drawn(0, "\n\n", finish=finish)):
+        answer.take(drawn)
+    assert answer.content == content
 
 
 @pytest.mark.parametrize("step", [1, 5, 1000])
