@@ -34,3 +34,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'n_layer'?"`` for the nearest of `known`, or ``""`` when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def counted(number: int, things: str) -> str:
+    """``"1 step"``, ``"1,000 steps"``: a number of things, whose plural ends in s."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"

@@ -72,7 +72,7 @@ def choose_device(wanted: str) -> Choice:
         raise ConfigError(f"device: wanted auto, cpu, cuda or cuda:N, got {wanted!r}; {device.type} is not tested yet")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {wanted} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return Choice(wanted, "as asked")
+    return Choice(wanted, "as set")
 
 
 def numbered(device: torch.device | str) -> torch.device:
@@ -89,8 +89,8 @@ def choose_dtype(wanted: str, device: torch.device) -> Choice:
     """
     if wanted != "auto":
         if wanted == "bf16" and device.type == "cpu" and not cpu_flags() & {"amx_bf16", "avx512_bf16"}:
-            return Choice(wanted, "as asked, but this CPU has no bf16 units: fp32 is many times faster")
-        return Choice(wanted, "as asked")
+            return Choice(wanted, "as set, but this CPU has no bf16 units: fp32 is many times faster")
+        return Choice(wanted, "as set")
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return Choice("bf16", "this GPU has bf16 tensor cores")
@@ -117,7 +117,7 @@ def check_dtype(dtype: str, device: torch.device) -> None:
 def choose_weights(wanted: str, dtype: str, device: torch.device) -> Choice:
     """fp32 or bf16 for what a training run's network computes with; those that train are fp32 either way."""
     if wanted != "auto":
-        return Choice(wanted, "as asked")
+        return Choice(wanted, "as set")
     if dtype == "fp8":
         return Choice("bf16", "what is rounded to fp8, and all beside it, is in bf16")
     if dtype == "bf16" and device.type == "cuda":

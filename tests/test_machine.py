@@ -53,7 +53,7 @@ def test_precision_as_asked_with_a_warning_where_it_is_slow(monkeypatch, wanted,
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
     choice = machine.choose_dtype(wanted, CPU)
     assert choice.value == wanted
-    assert choice.reason.startswith("as asked")
+    assert choice.reason.startswith("as set")
     assert ("no bf16 units" in choice.reason) == slow
 
 

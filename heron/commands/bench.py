@@ -24,7 +24,7 @@ from heron import dist, machine
 from heron.commands.settings import step_of
 from heron.commands.telling import telling
 from heron.config import ModelConfig, TrainConfig
-from heron.errors import ConfigError
+from heron.errors import ConfigError, counted
 from heron.files import new_file, refuse_foreign
 from heron.model import RWKV
 from heron.progress import progress
@@ -147,7 +147,7 @@ def describe(config: TrainConfig, model: ModelConfig, result: Result) -> str:
         ("precision", f"{config.dtype}, weights {config.weights}, tables {config.tables}"),
         ("compile", result.compile),
         *([("parallel", f"{config.processes} processes, {result.parallel}")] if config.processes > 1 else []),
-        ("device", f"{config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"),
+        ("device", f"{config.device}, {counted(torch.get_num_threads(), 'threads')}, torch {torch.__version__}"),
         ("a step", f"{1e3 * result.seconds:,.1f} ms, the median of {result.steps}"),
         ("  forward, backward", f"{1e3 * result.gradients_seconds:,.1f} ms"),
         ("  clip, optimizer", f"{1e3 * result.update_seconds:,.1f} ms"),

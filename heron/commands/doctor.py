@@ -17,7 +17,7 @@ import torch
 
 from heron import __version__, machine
 from heron.config import ModelConfig
-from heron.errors import KernelError
+from heron.errors import KernelError, counted
 from heron.model import compiled as compilation
 from heron.ops import ahead
 from heron.ops.adamw import adamw_choice
@@ -93,7 +93,7 @@ def report() -> str:
         "machine": [
             ("heron", __version__),
             ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-            ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+            ("torch", f"{torch.__version__}, {counted(torch.get_num_threads(), 'threads')}"),
             ("cpu kernels", torch.backends.cpu.get_cpu_capability()),
             ("cpu flags", ", ".join(units) or "not known"),
             ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that PyTorch can use"),

@@ -14,7 +14,7 @@ from heron.commands.citations import Citations
 from heron.commands.sources import engine_of, sampling_of
 from heron.errors import ConfigError, DataError
 from heron.generation import Request, Snapshot
-from heron.generation.chat import printable
+from heron.generation.chat import printable, printable_so_far
 from heron.generation.text import text_of
 
 
@@ -56,18 +56,18 @@ def run(options: argparse.Namespace) -> None:
             print(f"\n--- trial {trial + 1}, seed {options.seed + trial} ---")
         print(shown(text), end="", flush=True)
         citations = Citations(documents, in_terminal and os.environ.get("TERM") != "dumb")
-        n_tokens, start = 0, time.perf_counter()
+        n_tokens, held, start = 0, "", time.perf_counter()
         for piece in engine.run([dataclasses.replace(request, seed=options.seed + trial)]):
             new = piece.text
             if options.ids:
                 new = "" if piece.token is None or piece.finish in ("end", "stop") else str(piece.token.id)
                 new = f" {new}" if new and (n_tokens or text) else new
             n_tokens += piece.token is not None
-            new = shown(new)
+            new, held = printable_so_far(held + new) if in_terminal else (new, "")
             if options.show_memory:
                 new = citations.add(None if piece.finish in ("end", "stop") else piece.token, new)
             print(new, end="", flush=True)
-        print()
+        print(shown(held))
         if options.show_memory:
             print("", *citations.sources(), sep="\n", file=sys.stdout if in_terminal else sys.stderr)
         if options.probs or options.trials > 1:

@@ -16,6 +16,7 @@ from heron.data.conversations import Samples
 from heron.data.loader import Batches
 from heron.data.recalled import Recalled
 from heron.data.sampling import SampleOrder, permuted_starts
+from heron.errors import counted
 
 _IGNORED = -100
 
@@ -69,7 +70,8 @@ class Packs:
     def description(self) -> str:
         """One line for the console."""
         mixed = f", {float(self._share):.3g} of them from the second corpus" if self._share else ""
-        return f"{len(self._samples):,} sequences in {len(self._packs):,} samples, permuted anew in each epoch{mixed}"
+        sequences, samples = counted(len(self._samples), "sequences"), counted(len(self._packs), "samples")
+        return f"{sequences} in {samples}, permuted anew in each epoch{mixed}"
 
     def batch(self, first: int, count: int, every: int = 1) -> tuple[Tensor | None, ...]:
         """`count` samples of the run, counted from 0: `first`, and each that is `every` behind the one before.

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from heron.errors import ConfigError, DataError
+from heron.errors import ConfigError, DataError, counted
 
 _Samples = TypeVar("_Samples", int, np.ndarray)
 _LARGEST_INT64_PRIME = math.isqrt(2**63 - 1)  # below it a product of two residues fits int64
@@ -165,7 +165,8 @@ class SampleOrder:
         """One line for the console."""
         if self.prime:
             return f"{self.prime:,} samples an epoch in RWKV-LM's cubic order, magic prime {self.prime}"
-        return f"{self.samples_per_epoch:,} samples an epoch, shifted and permuted anew in each, seed {self.seed}"
+        samples = counted(self.samples_per_epoch, "samples")
+        return f"{samples} an epoch, shifted and permuted anew in each, seed {self.seed}"
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """Positions in the data, (count,) int64, of samples `first` .. `first + count - 1`, counted from 0.

@@ -155,8 +155,17 @@ class Chat:
 
 
 def printable(text: str) -> str:
-    """`text` with every character that could act on a terminal shown as a picture or U+FFFD; newline and tab stay."""
-    return "".join(c if c in "\n\t" or not is_control(c) else _picture(c) for c in text)
+    """`text` with every character that could act on a terminal shown as a picture or U+FFFD; newline and tab stay.
+
+    CR LF, which ends the lines of many texts, is a newline.
+    """
+    return "".join(c if c in "\n\t" or not is_control(c) else _picture(c) for c in text.replace("\r\n", "\n"))
+
+
+def printable_so_far(text: str) -> tuple[str, str]:
+    """:func:`printable` of a text that goes on, and what has to wait: a CR at its end, behind which LF may come."""
+    held = "\r" if text.endswith("\r") else ""
+    return printable(text.removesuffix(held)), held
 
 
 def run(chat: Chat, read: Callable[[str], str], write: Callable[[str], None]) -> None:
@@ -208,10 +217,14 @@ def _act(chat: Chat, line: str, write: Callable[[str], None]) -> None:
 
 def _show(pieces: Generator[str], write: Callable[[str], None]) -> None:
     write("\nAssistant:")
+    held = ""  # line ends: those behind the answer are not shown
     try:
         with contextlib.closing(pieces):
             for piece in pieces:
-                write(printable(piece))
+                text = held + piece
+                certain = text.rstrip("\r\n")
+                held = text.removeprefix(certain)
+                write(printable(certain))
     except KeyboardInterrupt:
         write(" [cut short]")
     write("\n")

@@ -57,13 +57,13 @@ def choose(
         ConfigError: "on" or "graph" where it can't be.
     """
     if wanted == "off":
-        return machine.Choice("off", "as asked")
+        return machine.Choice("off", "as set")
     reason = why_not(device, model) or (_DORA if adapter == "dora" else None)
     no_graph = _why_no_graph(model, tables, tables_train, adds_up, in_pieces, cut_packs)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
-        return machine.Choice(wanted, "as asked")
+        return machine.Choice(wanted, "as set")
     if reason is not None:
         return machine.Choice("off", reason)
     few = "the elementwise work of a block in few kernels"

@@ -18,6 +18,7 @@ from heron.report.figures import mean, thousands
 from heron.report.log import log_path, read_log
 
 AT = ("end", "tokens", "time")
+LONGEST_NAME = 80  # characters of what tells a group from the others; a table and a legend have no room for more
 _MARK = "<!-- heron compare -->"  # at the head of a file of ours
 _NOT_LEARNED_FROM = {  # settings that change nothing in what a run learns
     "seed", "out", "resume", "threads", "num_workers", "save_every", "keep", "eval_every", "log_every", "max_hours",
@@ -122,14 +123,20 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """The runs by the settings in which they differ, in the order of their first ones; what all share names nothing."""
+    """The runs by the settings in which they differ, in the order of their first ones; what all share names nothing.
+
+    Where so much differs that a name would be longer than a line, all are called by their folders.
+    """
     names = dict.fromkeys(name for run in runs for name in run.settings)
     differing = [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         found.setdefault(tuple(run.settings.get(name) for name in differing), []).append(run)
     shown = differing or ["variant", "rosa"]
-    return [Group(_name({name: of[0].settings.get(name) for name in shown}), of) for of in found.values()]
+    called = [_name({name: of[0].settings.get(name) for name in shown}) for of in found.values()]
+    if max(map(len, called)) > LONGEST_NAME:
+        called = [", ".join(str(run.folder) for run in of) for of in found.values()]
+    return [Group(name, of) for name, of in zip(called, found.values(), strict=True)]
 
 
 def budget(runs: Sequence[Run], at: str) -> float:

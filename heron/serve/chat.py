@@ -45,7 +45,8 @@ class Answer:
 
     def take(self, drawn: Drawn) -> list[Part]:
         """Note what was drawn, and give the parts of it."""
-        parts = self.parts.push(drawn.text)
+        # Where the document ends, what was held back as the beginning of a stop text ends the turn: an empty line.
+        parts = self.parts.push(drawn.text.rstrip("\n") if drawn.finish == "end" else drawn.text)
         if drawn.finish is not None:
             parts += self.parts.flush()
         for part in parts:

@@ -12,13 +12,14 @@ from heron import files, machine
 from heron.config import RosaConfig, TrainConfig
 from heron.data.loader import Batches, Corpus
 from heron.data.packs import Packs
-from heron.errors import CheckpointError
+from heron.errors import CheckpointError, counted
 from heron.model.fp8 import described
 from heron.model.plain import own_parameters
 from heron.ops._choice import counting_on_builds
 from heron.ops.rosa import rosa_choice
 from heron.ops.rosa.soft import soft_choice
 from heron.ops.wkv7 import wkv7_choice
+from heron.optim import lr_at
 from heron.train import run_data
 from heron.train.parts import Progress
 from heron.train.step import Learner
@@ -59,8 +60,9 @@ def header(
         ("order", batches.description),
         ("step", (f"{groups} x " if (groups := config.processes // config.context_parallel) > 1 else "")
                  + f"{config.micro_bsz} x {config.accumulate} samples of {config.ctx_len} = "
-                 + f"{config.tokens_per_step:,} tokens; {config.total_steps:,} steps"),
-        ("device", f"{device}, {config.threads} threads"),
+                 + f"{config.tokens_per_step:,} tokens; {counted(config.total_steps, 'steps')}"),
+        *_warm_up(config),
+        ("device", f"{device}, {counted(config.threads, 'threads')}"),
         *([("parallel", f"{learner.parallel.value} on {config.processes} processes: {learner.parallel.reason}"
                         + (f"; {config.context_parallel} share each sample" if config.context_parallel > 1 else ""))]
           if config.processes > 1 else []),
@@ -71,6 +73,19 @@ def header(
         *_rosa(config, device, model_config.rosa),
         *([("memory", run_data.looks_back_on(config, corpus))] if model_config.memory else []),
         ("out", f"{Path(config.out)}" + (f", going on from {resume_from.name}" if resume_from else "")),
+    ]  # fmt: skip
+
+
+def _warm_up(config: TrainConfig) -> list[tuple[str, str]]:
+    """A word about a run that ends before its learning rate has grown to what was set."""
+    n_steps = config.total_steps
+    if not 0 < n_steps <= config.warmup_steps:
+        return []
+    more = "--max_steps" if config.finetune is None else "--epochs, or a smaller --micro_bsz"
+    return [
+        ("warm-up", f"{counted(config.warmup_steps, 'steps')}, which this run does not pass: its learning rate ends at "
+                    f"{lr_at(n_steps - 1, config):.2g}, not {config.lr_init:g}, so it learns little. More {more}, "
+                    "or fewer --warmup_steps")
     ]  # fmt: skip
 
 

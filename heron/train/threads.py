@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from heron.errors import ConfigError
+from heron.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -160,8 +160,8 @@ def begin(now: int, asked: int, device: torch.device, before: dict[str, Any] | N
             best, times = fewer(number)
             if best != number:
                 say(
-                    f"the machine is busy: on {best} threads this run would be {times:.0f} times as fast as on its "
-                    f"{number}, and not bit-exact; --threads {best} chooses that"
+                    f"the machine is busy: on {counted(best, 'threads')} this run would be {times:.0f} times as "
+                    f"fast as on its {number}, and not bit-exact; --threads {best} chooses that"
                 )
     return _use(number)
 
@@ -190,8 +190,8 @@ def adapt(before: int, asked: int, device: torch.device, reporter: Reporter, ste
     now = _use(best)
     reporter.refused({"step": step, "threads": best, "threads_before": before})
     reporter.note(
-        f"{what}: the machine is busy; going on with {best} threads, not {before}, which are {times:.0f} times as "
-        "fast now (not bit-exact from here on with a run that keeps them)"
+        f"{what}: the machine is busy; going on with {counted(best, 'threads')}, not {before}, which are "
+        f"{times:.0f} times as fast now (not bit-exact from here on with a run that keeps them)"
     )
     return now
 

@@ -8,7 +8,6 @@ import signal
 
 import pytest
 
-from heron import files
 from heron.data import binidx, checks
 from heron.data import prepare as preparing
 from heron.data.binidx import BinidxWriter, open_binidx

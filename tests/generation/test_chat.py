@@ -12,7 +12,7 @@ import heron
 from heron import cli, tokenizer
 from heron.errors import CheckpointError, ConfigError
 from heron.generation import Engine, Sampling, Snapshot, chat
-from heron.generation.chat import Chat, cleaned, printable
+from heron.generation.chat import Chat, cleaned, printable, printable_so_far
 from heron.generation.prefill import PromptReader
 from tests.tokenizer.tokenizer_kinds import load
 
@@ -137,6 +137,18 @@ def test_no_character_reaches_the_terminal_that_could_act_on_it():
     for plain in ("héllo 日本 🙂\n\t", "שלום"):
         assert printable(plain) == plain
         assert cleaned(plain) == plain.strip()
+
+
+def test_lines_that_end_in_cr_lf_end_as_others_do_however_the_text_comes():
+    for cut in range(len(text := "one\r\n\rtwo\r\n")):
+        first, held = printable_so_far(text[:cut])
+        assert (first + printable(held + text[cut:]), held in ("", "\r")) == ("one\n␍two\n", True)
+
+
+def test_line_ends_behind_an_answer_are_not_shown():
+    out = []
+    chat._show((piece for piece in (" Two\r", "\nlines.\r", "\n", "\n\n")), out.append)
+    assert "".join(out) == "\nAssistant: Two\nlines.\n"
 
 
 def conversation(engine, *lines, **settings):

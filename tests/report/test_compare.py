@@ -73,6 +73,13 @@ def test_a_group_is_called_by_what_differs(made, one, other, expected):
     assert names([made("one", 4.0, 3.0, **one), made("other", 4.0, 3.0, **other)]) == expected
 
 
+def test_runs_in_which_much_differs_are_called_by_their_folders(made):
+    long = dict(data="a/long/path/to/a/text/of/some/length.txt", lr_init=1e-3, lr_final=1e-4, ctx_len=64, beta1=0.8)
+    folders = [made("one", 4.0, 3.0, **long), made("other", 4.0, 3.0), made("again", 4.0, 3.0, seed=1)]
+    assert names(folders) == [str(folders[0]), f"{folders[1]}, {folders[2]}"]
+    assert all(len(name) <= compare.LONGEST_NAME for name in names(folders[1:]))
+
+
 def test_sizes_that_follow_from_others_name_nothing(made):
     folders = [made("one", 4.0, 3.0), made("other", 4.0, 3.0)]
     model = ModelConfig(n_layer=1, n_embd=512, vocab_size=256)

@@ -48,6 +48,14 @@ def test_a_thought_is_told_from_the_answer_however_it_comes(step, opened, text, 
     assert taken_apart(text, opened, step=step) == (reasoning, content, [])
 
 
+@pytest.mark.parametrize(("finish", "content"), [("end", "A reed.\n\nTwo."), ("length", "A reed.\n\nTwo.\n\n")])
+def test_the_empty_line_before_the_end_of_a_document_is_no_part_of_an_answer(finish, content):
+    answer = Answer(0, None, Parts())
+    for drawn in (Drawn(0, " A reed."), Drawn(0, "\n\nTwo."), Drawn(0, "\n\n", finish=finish)):
+        answer.take(drawn)
+    assert answer.content == content
+
+
 @pytest.mark.parametrize("step", [1, 5, 1000])
 def test_calls_are_the_inverse_of_the_template(step):
     calls = ({"name": "paint", "arguments": {"colour": "red"}}, {"name": "wait", "arguments": {}})

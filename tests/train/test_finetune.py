@@ -117,6 +117,18 @@ def test_the_loss_and_its_validation_are_those_of_the_learned_tokens(settings):
     assert validations[-1]["val_loss"] == pytest.approx(total / n, rel=1e-5)
 
 
+def test_the_head_of_a_run_says_that_it_ends_within_its_warm_up(settings, tmp_path):
+    few, enough = [], []
+    fit(settings(max_steps=2, warmup_steps=10, lr_init=1e-2), few)
+    (line,) = (line for line in few if line.startswith("warm-up"))
+    assert "10 steps, which this run does not pass: its learning rate ends at" in line
+    words = " ".join(few).split()
+    assert words[words.index("at", words.index("warm-up")) + 1] == "0.0011,"  # 1 % and the tenth of 99 % of 1e-2
+    assert "--epochs," in words
+    fit(settings(max_steps=2, warmup_steps=1, out=str(tmp_path / "enough")), enough)
+    assert not any(line.startswith("warm-up") for line in enough)
+
+
 # -- runs -----------------------------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_is_the_one_that_was_never_stopped(heron_, tmp_path, 
     ).split()
     code, out, err = heron_(*words, tmp_path / "whole")
     assert (code, err) == (0, "")
-    assert "fp8: as asked; weights bf16; 6 matrices of the blocks in fp8, all else in bf16" in " ".join(out.split())
+    assert "fp8: as set; weights bf16; 6 matrices of the blocks in fp8, all else in bf16" in " ".join(out.split())
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
     (tmp_path / "cut" / "rwkv-final.pth").unlink()

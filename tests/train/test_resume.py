@@ -319,7 +319,7 @@ def test_a_resume_on_a_busy_machine_stays_exact_and_says_what_is_faster(home, mo
     busy(monkeypatch, {2: 8.0, 1: 1.0})
     said = []
     heron.Trainer(asked(home, out=str(home / "fresh"), threads=0, max_steps=3), say=said.append).fit()
-    assert any("on 1 threads this run would be 8 times as fast as on its 2" in line for line in said)
+    assert any("on 1 thread this run would be 8 times as fast as on its 2" in line for line in said)
     assert run.trainer_of(run.newest(home / "fresh"))["exact"]["threads"] == 2
     said = []
     heron.Trainer(asked(home, out=str(home / "fresh"), threads=1, max_steps=4), say=said.append).fit()
@@ -351,7 +351,7 @@ def test_steps_that_slow_down_tenfold_go_on_with_fewer_threads_unless_a_number_w
         assert "--threads 1 would be 8 times as fast" in line
     else:
         assert (kept, changes) == (1, [{"step": 3, "threads": 1, "threads_before": 2}])
-        assert "going on with 1 threads, not 2" in line
+        assert "going on with 1 thread, not 2" in line
 
 
 @pytest.mark.usefixtures("two_threads")
