@@ -473,7 +473,7 @@ def test_convert_changes_dtype_and_vocabulary(random_model, tmp_path):
         (["new.pth", "--format", "onnx"], f"format must be {', '.join(FORMATS)}, got 'onnx'"),
         (["new.pth", "--dtype", "int8"], "dtype: wanted fp32, bf16, fp16, got 'int8'"),
         (["new.pth", "--variant", "v9"], "variant: wanted one of"),
-        (["new.pth", "--vocab_size", "80", "--new_rows", "zero"], "rule: wanted mean or initial, got 'zero'"),
+        (["new.pth", "--vocab_size", "80", "--new_rows", "zero"], "new_rows: wanted mean or initial, got 'zero'"),
         (["old.pth"], "exists already; name another file"),
     ],
 )

@@ -183,6 +183,14 @@ def test_pages_named_may_ask_and_others_not(serve, engine_of):
     assert other.status_code == 403
 
 
+def test_a_page_that_may_ask_can_read_why_it_is_refused(serve, engine_of):
+    address = serve(engine_of(1), cors="https://friend.example", api_key="secret")
+    for origin, status, readable in (("https://friend.example", 401, True), ("https://other.example", 403, False)):
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a"}, headers={"Origin": origin})
+        assert answer.status_code == status
+        assert answer.headers.get("access-control-allow-origin") == (origin if readable else None)
+
+
 @pytest.mark.parametrize("cors", ["friend.example", "https://friend.example/", "https://Friend.example", "*"])
 def test_a_page_that_no_browser_could_name_so_is_refused(cors):
     with pytest.raises(ConfigError, match="cors: wanted origins as browsers send them"):
