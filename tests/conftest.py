@@ -5,6 +5,7 @@ The process that deals tests to workers reads this file too. It needs no PyTorch
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from heron import progress
+from heron.commands import flags
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,6 +57,14 @@ def _silent_progress():
     before, progress.PATIENCE_S = progress.PATIENCE_S, 1e6
     yield
     progress.PATIENCE_S = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flags_are_listed_once():
+    """A command makes its parser once; tests run a thousand commands in a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "parser", functools.cache(flags.parser))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

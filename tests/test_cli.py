@@ -783,7 +783,7 @@ def test_bad_weights_are_one_line_everywhere(heron_, weights, text, tmp_path, co
         ("eval {run} --data {here}/torn.idx", ["torn.idx"]),
         ("prepare {here}/none.txt --out {here}/x", ["none.txt"]),
         ("prepare {here}/empty.txt --out {here}/x", ["empty"]),
-        ("prepare {text} --out {text}/x", ["text.txt"]),
+        ("prepare {text} --out {text}/x", ["x.bin: cannot be written", "text.txt is not a folder"]),
         ("prepare {text} --out {here}/x --workers 0", ["workers"]),
         ("init --n_embd 33 --out {here}/x.pth", ["n_embd 33", "head_size 64"]),
         ("init --variant v9 --out {here}/x.pth", ["variant", "v9"]),
@@ -799,6 +799,7 @@ def test_bad_weights_are_one_line_everywhere(heron_, weights, text, tmp_path, co
         ("compare {run} {run}", ["given twice"]),
         ("compare {run} --out {text}", ["text.txt", "not written by this command"]),
         ("compare {run} --plot {here}/x.gif", ["x.gif", ".png"]),
+        ("train --config {here}", ["cannot be read: Is a directory"]),
         ("train --max_steps 2 --out {text}/run", ["text.txt"]),
         ("train --max_steps 2 --out {here}/r --data {here}/none.txt", ["none.txt"]),
         (

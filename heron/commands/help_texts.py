@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import textwrap
 
 from heron.config.groups import FIRST
@@ -43,14 +44,13 @@ class HelpInTwoSizes(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if values not in (None, EVERY_FLAG):
             raise argparse.ArgumentError(self, f"wanted {EVERY_FLAG} or nothing, got {values!r}")
-        if values is None:
-            _shorten(parser)
-        parser.print_help()
+        (parser if values == EVERY_FLAG else _shortened(parser)).print_help()
         parser.exit()
 
 
-def _shorten(parser: argparse.ArgumentParser) -> None:
-    """Hide all but the usual settings and the verb's own flags; the parser can show nothing else after that."""
+def _shortened(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A copy that shows the usual settings and the verb's own flags alone."""
+    parser = copy.deepcopy(parser)
     verb_flags = [*parser._optionals._group_actions, *parser._positionals._group_actions]
     for group in parser._action_groups:
         group.description = None
@@ -60,3 +60,4 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = _BriefHelp
     also = ", RWKV-LM's names too" if any(action.dest.startswith("rwkv_lm.") for action in parser._actions) else ""
     parser.epilog = f"`{parser.prog} --help {EVERY_FLAG}` lists every flag{also}"
+    return parser

@@ -44,7 +44,9 @@ def read(path: str | Path) -> dict[str, Any]:
             values = loader.get_single_data()
         finally:
             loader.dispose()
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or 2026-13-40
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or 2026-13-40
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         got = "none" if values is None else type(values).__name__

@@ -346,7 +346,9 @@ class BinidxWriter:
                 raise DataError(f"{path}: exists; choose another name, or allow overwriting (--overwrite)")
 
     def _unwritable(self, error: OSError) -> DataError:
-        return DataError(f"{self._pair[1]}: cannot be written: {error}")
+        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+        why = f"{error.filename} is not a folder" if is_file else error.strerror or error
+        return DataError(f"{self._pair[1]}: cannot be written: {why}")
 
 
 def write(

@@ -63,6 +63,10 @@ class DeepEmbed(nn.Embedding):
     brought: Brought | None = None  # set by heron.tables.rows while a training step runs
     before_reading: Callable[[], None] | None = None  # set there: waits for rows on their way back to the table
 
+    def reset_parameters(self) -> None:
+        """Gates that change nothing."""
+        nn.init.ones_(self.weight)
+
     def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Rows (..., width) of token ids (...), on the device of `ids` wherever the table lies."""
         if self.brought is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -83,12 +84,7 @@ def rule(name: str, config: ModelConfig) -> Rule:
     p = 1 - layer / L
     q = layer / (L - 1) if L > 1 else 0.0
 
-    c = torch.arange(C, dtype=torch.float64)
-    u = c / C
-    m = c / max(C - 1, 1) - 0.5
-    in_head = (c % N - (N - 1) / 2) / ((N - 1) / 2)
-    z = in_head * in_head.abs()
-
+    vector = partial(_vector, C, N)
     rules = {
         "ln0.weight": _constant(1.0),
         "ln0.bias": _constant(0.0),
@@ -96,15 +92,17 @@ def rule(name: str, config: ModelConfig) -> Rule:
         "ln1.bias": _constant(0.0),
         "ln2.weight": _constant(1.0),
         "ln2.bias": _constant(0.0),
-        "att.x_r": _vector("1 - u^(0.2 p)", 1 - u ** (0.2 * p)),
-        "att.x_w": _vector("1 - u^(0.9 p)", 1 - u ** (0.9 * p)),
-        "att.x_k": _vector("1 - u^(0.7 p)", 1 - u ** (0.7 * p)),
-        "att.x_v": _vector("1 - u^(0.7 p)", 1 - u ** (0.7 * p)),
-        "att.x_a": _vector("1 - u^(0.9 p)", 1 - u ** (0.9 * p)),
-        "att.x_g": _vector("1 - u^(0.2 p)", 1 - u ** (0.2 * p)),
-        "att.w0": _vector("-5.5 + 6 (m+.5)^(1+q^.3) + 2.5 z", -5.5 + 6 * (m + 0.5) ** (1 + q**0.3) + 2.5 * z),
-        "att.a0": _vector("-0.19 + 0.3 z + 0.4 m", -0.19 + 0.3 * z + 0.4 * m),
-        "att.v0": _vector("0.73 - 0.4 m", 0.73 - 0.4 * m),
+        "att.x_r": vector("1 - u^(0.2 p)", lambda c: 1 - c.u ** (0.2 * p)),
+        "att.x_w": vector("1 - u^(0.9 p)", lambda c: 1 - c.u ** (0.9 * p)),
+        "att.x_k": vector("1 - u^(0.7 p)", lambda c: 1 - c.u ** (0.7 * p)),
+        "att.x_v": vector("1 - u^(0.7 p)", lambda c: 1 - c.u ** (0.7 * p)),
+        "att.x_a": vector("1 - u^(0.9 p)", lambda c: 1 - c.u ** (0.9 * p)),
+        "att.x_g": vector("1 - u^(0.2 p)", lambda c: 1 - c.u ** (0.2 * p)),
+        "att.w0": vector(
+            "-5.5 + 6 (m+.5)^(1+q^.3) + 2.5 z", lambda c: -5.5 + 6 * (c.m + 0.5) ** (1 + q**0.3) + 2.5 * c.z
+        ),
+        "att.a0": vector("-0.19 + 0.3 z + 0.4 m", lambda c: -0.19 + 0.3 * c.z + 0.4 * c.m),
+        "att.v0": vector("0.73 - 0.4 m", lambda c: 0.73 - 0.4 * c.m),
         "att.w1": _constant(0.0),
         "att.a1": _constant(0.0),
         "att.v1": _constant(0.0),
@@ -113,7 +111,7 @@ def rule(name: str, config: ModelConfig) -> Rule:
         "att.a2": _orthogonal(0.1, widen=True),
         "att.v2": _orthogonal(0.1, widen=True),
         "att.g2": _orthogonal(0.1, widen=True),
-        "att.k_k": _vector("0.71 - 0.1 m", 0.71 - 0.1 * m),
+        "att.k_k": vector("0.71 - 0.1 m", lambda c: 0.71 - 0.1 * c.m),
         "att.k_a": _constant(1.02),
         "att.r_k": _constant(-0.04),
         "att.receptance.weight": _orthogonal(1.0),
@@ -122,7 +120,7 @@ def rule(name: str, config: ModelConfig) -> Rule:
         "att.output.weight": _constant(0.0),
         "att.ln_x.weight": _constant(((1 + layer) / L) ** 0.7),
         "att.ln_x.bias": _constant(0.0),
-        "ffn.x_k": _vector("1 - u^(p^4)", 1 - u ** (p**4)),
+        "ffn.x_k": vector("1 - u^(p^4)", lambda c: 1 - c.u ** (p**4)),
         "ffn.key.weight": _orthogonal(1.0),
         "ffn.value.weight": _constant(0.0),
     }
@@ -146,8 +144,22 @@ def _uniform(bound: float) -> Rule:
     return Rule(f"uniform +-{bound:.4g}", lambda shape: torch.empty(shape).uniform_(-bound, bound))
 
 
-def _vector(text: str, values: Tensor) -> Rule:
-    return Rule(text, lambda shape: values.float().view(shape))
+class _Channels(NamedTuple):
+    """u, m and z of :func:`rule`, (C,) fp64."""
+
+    u: Tensor
+    m: Tensor
+    z: Tensor
+
+
+def _vector(C: int, N: int, text: str, values: Callable[[_Channels], Tensor]) -> Rule:
+    def make(shape: torch.Size) -> Tensor:
+        c = torch.arange(C, dtype=torch.float64)
+        in_head = (c % N - (N - 1) / 2) / ((N - 1) / 2)
+        channels = _Channels(c / C, c / max(C - 1, 1) - 0.5, in_head * in_head.abs())
+        return values(channels).float().view(shape)
+
+    return Rule(text, make)
 
 
 def _orthogonal(gain: float, widen: bool = False) -> Rule:

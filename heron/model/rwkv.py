@@ -164,14 +164,14 @@ class RWKV(nn.Module):
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
-            self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+            self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_out = nn.LayerNorm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
             self.memory = RosaMemory(config) if config.memory else None
         device = torch.get_default_device()
         if device.type != "meta":
-            self.to_empty(device=device)
+            self._apply(lambda weight: torch.empty(weight.shape, device=device))  # to_empty takes as long as all else
             initialize(self, config)
 
     def forward(

@@ -52,9 +52,7 @@ def differing_settings(folder: Path, config: TrainConfig, asked: TrainConfig, da
         if getattr(asked, name) == "auto":
             del now[name]
     found = [
-        f"{name} was {before[name]} and is {value}"
-        for name, value in now.items()
-        if name in before and before[name] != value
+        _changed(name, before[name], value) for name, value in now.items() if name in before and before[name] != value
     ]
     earlier = _config(folder)
     if earlier is not None and isinstance(config.model, str) and config.model != earlier.model:
@@ -129,10 +127,13 @@ def not_exact(
     now = exact(config, device, corpus, learner)
     unknown = [f"{name} was not written down" for name in now if name not in before]
     return unknown + [
-        f"{name} was {before[name]} and is {value}"
-        for name, value in now.items()
-        if name in before and before[name] != value
+        _changed(name, before[name], value) for name, value in now.items() if name in before and before[name] != value
     ]
+
+
+def _changed(name: str, before: object, now: object) -> str:
+    was, is_ = ("not given" if value == "" else value for value in (before, now))
+    return f"{name} was {was} and is {is_}"
 
 
 def _of_finetuning(config: TrainConfig) -> dict[str, Any]:

@@ -435,6 +435,7 @@ def test_another_architecture_is_refused_by_field(settings, tmp_path):
         (dict(lr_init=1e-3), "lr_init was 0.003 and is 0.001"),
         (dict(threads=2), "threads was 1 and is 2"),
         (dict(micro_bsz=4), "micro_bsz was 2 and is 4"),
+        (dict(tbptt="4"), "tbptt was not given and is 4"),
         (dict(data="other"), "data was"),
         (dict(tokenizer="integers:256"), "tokenizer was bytes and is integers:256"),
     ],

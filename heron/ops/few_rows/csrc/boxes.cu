@@ -12,6 +12,7 @@
 
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
+#include "cluster.cuh"
 #endif
 #include "../../csrc/products.cuh"
 #include "sharing.cuh"
@@ -60,10 +61,6 @@ using Barrier = unsigned long long;
 __device__ __forceinline__ unsigned char* stages_memory() {
     extern __shared__ unsigned char shared[];
     return shared + (1024 - static_cast<unsigned>(__cvta_generic_to_shared(shared)) % 1024) % 1024;
-}
-
-__device__ __forceinline__ unsigned shared_address(const void* x) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(x));
 }
 
 __device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
@@ -145,17 +142,6 @@ __device__ __forceinline__ void end_multiplying() {
 
 // A barrier of the threads that multiply.
 __device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
-
-// Until all threads of the cluster are here; what they have written then can be read.
-__device__ __forceinline__ void sync_cluster() {
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Until they are here; ordinary memory that they have written is not there yet.
-__device__ __forceinline__ void meet_cluster() {
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
 
 struct alignas(16) Quad {
     float values[4];
@@ -265,7 +251,12 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_by_boxes(const __grid_co
         }
     }
     const bool is_alone = products.cluster == 1;
-    is_alone ? __syncthreads() : sync_cluster();
+    if (is_alone) {
+        __syncthreads();
+    } else {
+        __syncwarp();
+        sync_cluster();
+    }
 
     const int rows = kRows / p.parts;
     for (int i = static_cast<int>(threadIdx.x); i < products.n * rows / 4; i += kThreads) {
@@ -295,7 +286,9 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_by_boxes(const __grid_co
             }
         }
     }
-    if (!is_alone) meet_cluster();  // others may still read what is here
+    if (is_alone) return;
+    __syncwarp();
+    meet_cluster();  // others may still read what is here
 }
 
 }  // namespace

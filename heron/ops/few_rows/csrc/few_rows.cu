@@ -12,6 +12,7 @@
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
+#include "cluster.cuh"
 #endif
 #include "../../csrc/products.cuh"
 #include "sharing.cuh"
@@ -78,10 +79,6 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     return shared;
 }
 
-__device__ __forceinline__ unsigned shared_address(const void* x) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(x));
-}
-
 // 16 bytes from global to shared memory in the background; zeros where not `valid`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -113,11 +110,7 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[4], const unsigned (&a
 // What the blocks of a cluster of this size have written to shared memory can be read by them all.
 __device__ __forceinline__ void sync_cluster(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (blocks > 1) {
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-        return;
-    }
+    if (blocks > 1) return sync_cluster();
 #endif
     __syncthreads();
 }
@@ -126,8 +119,7 @@ __device__ __forceinline__ void sync_cluster(int blocks) {
 __device__ __forceinline__ void leave_cluster(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (blocks == 1) return;
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    meet_cluster();
 #endif
 }
 

@@ -1,0 +1,22 @@
+// What the blocks of a cluster do together, from compute capability 9.0 on, and addresses in shared memory.
+#pragma once
+
+namespace {
+
+__device__ __forceinline__ unsigned shared_address(const void* x) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(x));
+}
+
+// Until all threads of the cluster are here; what they have written then can be read.
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Until they are here; ordinary memory that they have written is not there yet.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+}  // namespace
