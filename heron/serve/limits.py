@@ -67,7 +67,8 @@ class Guard:
                 await self._turns.wait()
                 receive = _replayed(await self._body(headers, receive), receive)
         except Refusal as refusal:
-            await _refuse(refusal, send_guarded)
+            origin = headers.get(b"origin")
+            await _refuse(refusal, send_guarded, origin if origin in self._origins else None)
         except _GoneError:
             return
         else:
@@ -145,9 +146,12 @@ def _replayed(body: bytes, receive: Any) -> Any:
     return replay
 
 
-async def _refuse(refusal: Refusal, send: Any) -> None:
+async def _refuse(refusal: Refusal, send: Any, origin: str | None) -> None:
+    """Answer with a refusal; `origin`: that of a page that may ask, and so may read it."""
     body = json.dumps(refusal.body).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    if origin is not None:
+        headers |= {"access-control-allow-origin": origin, "vary": "Origin"}
     pairs = [(name.lower().encode(), value.encode()) for name, value in {**headers, **refusal.headers}.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
     await send({"type": "http.response.body", "body": body})
