@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import heron
-from heron import cli
+from heron import cli, machine
 from heron.commands import estimate
 from heron.errors import ConfigError
 from heron.train import memory
@@ -182,6 +182,29 @@ def test_many_gpus_share_weights_where_one_has_no_room(capsys):
     assert estimate.on_gpus(config, MODEL, 4, 1 << 20).parallel == "fsdp"
     assert cli.main(["estimate", "--gpus", "0"]) == 1
     assert "gpus: wanted at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_memory_without_its_unit_is_refused(capsys):
+    assert cli.main(["estimate", "--memory", "24"]) == 1
+    assert capsys.readouterr().err == "heron: memory: 24 is 24 B; wanted a size such as 24GiB\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "on this CPU; a run on a GPU has --dtype bf16 --weights bf16 by itself"),
+        (["--dtype", "bf16"], "on this CPU; a run on a GPU has --weights bf16 by itself"),
+        (["--dtype", "bf16", "--weights", "bf16"], ""),
+        (["--dtype", "fp32"], ""),
+        (["--device", "cpu"], ""),
+    ],
+)
+def test_what_a_gpu_would_choose_is_told_where_there_is_none(flags, told, peaks, capsys, monkeypatch):
+    peaks({})
+    monkeypatch.setattr(machine, "choose_device", lambda wanted: machine.Choice("cpu", "no CUDA device found"))
+    monkeypatch.setattr(machine, "cpu_flags", frozenset)
+    assert cli.main(["estimate", *flags]) == 0
+    assert capsys.readouterr().out.partition("host\n")[2].strip() == told
 
 
 @pytest.fixture
