@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> None:
         if options.probs:
             print(f"the likeliest tokens after {text!r}")
             for token, probability in engine.likeliest(snapshot, options.probs):
-                print(f"{100 * probability:8.3f} %  {token:>6}  {text_of(token, ids, engine.tokenizer)!r}")
+                quoted = repr(text_of(token, ids, engine.tokenizer)).replace(
+                    r"\\x", r"\x"
+                )  # bytes that are no character
+                print(f"{100 * probability:8.3f} %  {token:>6}  {quoted}")
     for trial in range(options.trials):
         if options.probs or options.trials > 1:
             print(f"\n--- trial {trial + 1}, seed {options.seed + trial} ---")
