@@ -50,9 +50,7 @@ def run(options: argparse.Namespace) -> None:
         if options.probs:
             print(f"the likeliest tokens after {text!r}")
             for token, probability in engine.likeliest(snapshot, options.probs):
-                quoted = repr(text_of(token, ids, engine.tokenizer)).replace(
-                    r"\\x", r"\x"
-                )  # bytes that are no character
+                quoted = repr(text_of(token, ids, engine.tokenizer)).replace(r"\\x", r"\x")  # one is enough
                 print(f"{100 * probability:8.3f} %  {token:>6}  {quoted}")
     for trial in range(options.trials):
         if options.probs or options.trials > 1:
