@@ -19,7 +19,7 @@ from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
 from heron.data.packs import Packs
 from heron.data.recalled import Rules
-from heron.errors import ConfigError
+from heron.errors import ConfigError, counted
 from heron.files import refuse_foreign
 from heron.model import RWKV
 from heron.model.memory import Documents
@@ -101,7 +101,7 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
         result |= {"lambada": options.lambada, "lambada_texts": last_words.n_texts}
         result |= {"lambada_perplexity": last_words.perplexity, "lambada_accuracy": last_words.accuracy}
         lines += [
-            f"{options.lambada}: {last_words.n_texts:,} texts",
+            f"{options.lambada}: {counted(last_words.n_texts, 'texts')}",
             f"perplexity     {last_words.perplexity:.3f} of the last word",
             f"accuracy       {100 * last_words.accuracy:.2f} %",
         ]
@@ -113,7 +113,7 @@ def _scores(path: str, options: argparse.Namespace) -> dict[str, Any]:
         result |= {"choices": options.choices, "questions": answers.n_questions}
         result |= {"accuracy": answers.accuracy, "accuracy_per_byte": answers.accuracy_per_byte}
         lines += [
-            f"{options.choices}: {answers.n_questions:,} questions",
+            f"{options.choices}: {counted(answers.n_questions, 'questions')}",
             f"accuracy       {100 * answers.accuracy:.2f} %",
             f"per byte       {100 * answers.accuracy_per_byte:.2f} %",
         ]
