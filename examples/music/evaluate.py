@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss = held_out_loss(model, val_data)
     print(f"model: {loss:.3f} nats an id on held-out pieces")
     for name, entropy in trigram.entropies(train, val, vocabulary.size)._asdict().items():
-        print(f"{name}: {entropy:.3f}, the model is {100 * (1 - loss / entropy):.1f} % below")
+        side = "below" if loss <= entropy else "above"
+        print(f"{name}: {entropy:.3f}, the model is {100 * abs(1 - loss / entropy):.1f} % {side}")
 
     length = options.from_bars + options.bars
     pieces = [piece[:length] for piece in (vocabulary.split(row["ids"]) for row in val) if len(piece) >= length]

@@ -17,8 +17,8 @@ from heron.checkpoint.adapters import base_fingerprint
 from heron.checkpoint.architecture import build, leave_unsaid
 from heron.checkpoint.formats import gguf, hf, pth, safetensors, wrappers
 from heron.checkpoint.vocabulary import GENERATION, WORLD_SIZE, Vocabulary, generation_config
-from heron.config import ModelConfig, RosaConfig, TrainConfig
-from heron.errors import CheckpointError, ConfigError
+from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
+from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.files import as_path, new_file, new_folder, sync
 from heron.model import RWKV, State, mixed_dtypes
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
@@ -201,7 +201,7 @@ def write(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Named CPU tensors of a file or a Hugging Face folder, under upstream's names, unchecked."""
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file{_perhaps(path)}")
     machine.settle_threads()
     if path.is_dir():
         return sharded.read_model(path) | shares.whole_tables(path.parent) if _is_shards(path) else hf.read(path)
@@ -262,6 +262,15 @@ def save_tuned_state(tuned: TunedState, path: str | Path, base: str | None = Non
     """
     of_base = {} if base is None else {BASE: torch.frombuffer(bytearray.fromhex(base), dtype=torch.uint8)}
     write({**tuned.tensors(), **of_base}, None, as_path(path))
+
+
+def _perhaps(path: Path) -> str:
+    """What somebody may have meant who named weights that are not there, as the end of a sentence."""
+    if str(path) in PRESETS:
+        return "; it is a preset, which has sizes and no weights"
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, beside) or did_you_mean(str(path), PRESETS)
+    return f".{near}" if near else ""
 
 
 def weights_file(path: Path) -> Path:

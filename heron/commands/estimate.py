@@ -38,6 +38,7 @@ from heron.train import memory
 from heron.train.step import Learner
 
 _WORTH_A_SETTING = 0.01  # of what a step takes; what a setting saves must be more, unless the step then fits
+_LEAST = 1 << 20  # bytes; a smaller memory is a mistyped one
 _PER_MACHINE = 8  # GPUs; hsdp shares the weights among these
 # Layers that are run; each further one takes as much more as the last of these did. A sharded backward pass holds up to
 # three gathered blocks, which the third layer still adds to.
@@ -48,12 +49,23 @@ _LENGTHS = 1024, 2048  # tokens of a sample that are run; more take more by the 
 def run(options: argparse.Namespace) -> None:
     if options.gpus < 1:
         raise ConfigError(f"gpus: wanted at least 1, got {options.gpus}")
-    config, model = step_of(options)
     available = None if options.memory is None else memory.size(options.memory)
+    if available is not None and available < _LEAST:
+        raise ConfigError(f"memory: {options.memory} is {memory.in_words(available)}; wanted a size such as 24GiB")
+    config, model = step_of(options)
     config = on_gpus(config, model, options.gpus, available)
     print(describe(config, model, available))
+    if config.device == "cpu" and (flags := _of_a_gpu(config, vars(options))):
+        print(f"\non this CPU; a run on a GPU has {flags} by itself")
     if options.probe:
         print(f"\nmeasured here\n{bench.describe(config, model, bench.bench(config, model, steps=5))}")
+
+
+def _of_a_gpu(config: TrainConfig, given: dict[str, Any]) -> str:
+    """The flags that say what a run on a GPU would choose otherwise than this one on a CPU; none: nothing."""
+    chosen = {name: "bf16" for name in ("dtype", "weights") if name not in given and getattr(config, name) == "fp32"}
+    is_of_cpu = given.get("device") == "cpu" or given.get("dtype", "bf16") != "bf16"
+    return "" if is_of_cpu else " ".join(f"--{name} {value}" for name, value in chosen.items())
 
 
 class Memory(NamedTuple):

@@ -19,7 +19,7 @@ from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
 from heron.data.packs import Packs
 from heron.data.recalled import Rules
-from heron.errors import ConfigError
+from heron.errors import ConfigError, counted
 from heron.files import refuse_foreign
 from heron.model import RWKV
 from heron.model.memory import Documents
@@ -105,7 +105,7 @@ def _described(result: dict[str, Any]) -> str:
     lines = [f"memory         {result['memory']}"] if "memory" in result else []
     if "data" in result:
         lines += [
-            f"{result['data']}: {result['tokens']:,} tokens in windows of {result['ctx_len']}",
+            f"{result['data']}: {counted(result['tokens'], 'tokens')} in windows of {result['ctx_len']}",
             f"loss           {result['loss']:.4f} nats per token",
             f"perplexity     {result['perplexity']:.3f}",
         ]
@@ -113,13 +113,13 @@ def _described(result: dict[str, Any]) -> str:
             lines.append(f"bits per byte  {result['bits_per_byte']:.4f}")
     if "lambada" in result:
         lines += [
-            f"{result['lambada']}: {result['lambada_texts']:,} texts",
+            f"{result['lambada']}: {counted(result['lambada_texts'], 'texts')}",
             f"perplexity     {result['lambada_perplexity']:.3f} of the last word",
             f"accuracy       {100 * result['lambada_accuracy']:.2f} %",
         ]
     if "choices" in result:
         lines += [
-            f"{result['choices']}: {result['questions']:,} questions",
+            f"{result['choices']}: {counted(result['questions'], 'questions')}",
             f"accuracy       {100 * result['accuracy']:.2f} %",
             f"per byte       {100 * result['accuracy_per_byte']:.2f} %",
         ]

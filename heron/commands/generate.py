@@ -12,7 +12,7 @@ from pathlib import Path
 from heron.commands import flag_values, streams
 from heron.commands.citations import Citations
 from heron.commands.sources import engine_of, sampling_of
-from heron.errors import ConfigError, DataError
+from heron.errors import ConfigError, DataError, counted
 from heron.generation import Request, Snapshot
 from heron.generation.chat import printable, printable_so_far
 from heron.generation.text import text_of
@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
         if options.probs:
             print(f"the likeliest tokens after {text!r}")
             for token, probability in engine.likeliest(snapshot, options.probs):
-                print(f"{100 * probability:8.3f} %  {token:>6}  {text_of(token, ids, engine.tokenizer)!r}")
+                quoted = repr(text_of(token, ids, engine.tokenizer)).replace(r"\\x", r"\x")  # one is enough
+                print(f"{100 * probability:8.3f} %  {token:>6}  {quoted}")
     for trial in range(options.trials):
         if options.probs or options.trials > 1:
             print(f"\n--- trial {trial + 1}, seed {options.seed + trial} ---")
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
             print("", *citations.sources(), sep="\n", file=sys.stdout if in_terminal else sys.stderr)
         if options.probs or options.trials > 1:
             seconds = time.perf_counter() - start
-            print(f"({n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s)")
+            print(f"({counted(n_tokens, 'tokens')}, {n_tokens / seconds:.1f} tokens/s)")
 
 
 def _prompt_ids(text: str) -> list[int]:

@@ -35,7 +35,7 @@ def add_source(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", help="run in fp32, bf16 or fp16; default: as in the file")
     parser.add_argument("--tables", default="device", help="where DeepEmbed tables are: device, host or disk")
     parser.add_argument("--tables_file", help="of --tables disk; written where missing; default: beside the weights")
-    states_help = "bf16: what a sequence remembers takes half, rounded at random; on a GPU; default: fp32"
+    states_help = "bf16: what a sequence remembers takes half, rounded at random; on a GPU"
     parser.add_argument("--states", choices=("fp32", "bf16"), default="fp32", help=states_help)
     parser.add_argument("--memory", metavar="FILE", help=MEMORY)
     add_weights(parser)

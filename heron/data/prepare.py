@@ -29,7 +29,7 @@ from heron.data.encode import encode_document, warn_of_no_end
 from heron.data.files import is_packed
 from heron.data.sampling import magic_prime
 from heron.data.workers import Workers
-from heron.errors import ConfigError, DataError
+from heron.errors import ConfigError, DataError, counted
 from heron.tokenizer import JsonTokenizer, Tokenizer, id_dtype
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class PrepareStats:
         end = f"each document ends with {self.end}\n" if self.end else ""
         resumed = f"went on after {self.resumed_at:,} documents of a run that was stopped\n" if self.resumed_at else ""
         return (
-            f"{resumed}{self.out}: {self.tokens:,} tokens of {self.documents:,} documents "
+            f"{resumed}{self.out}: {counted(self.tokens, 'tokens')} of {counted(self.documents, 'documents')} "
             f"({self.empty_documents:,} empty ones left out)\n{skipped}{normalized}{end}"
             f"{self.text_bytes:,} bytes of text, {self.bytes_per_token:.3f} a token; highest id {self.max_id}\n"
             f"magic primes by ctx_len: {primes}" + (f"\n{self.recalled}" if self.recalled else "")

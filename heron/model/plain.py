@@ -7,9 +7,11 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Kind = TypeVar("Kind", bound=nn.Module)
 _INSIDE = ("base_layer", "original_module")  # where peft keeps the module that it stands around
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)  # the last: without contents, as in `heron estimate`
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -34,7 +36,7 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
         return False
     if kind is nn.Linear and module.bias is not None:
         return False
-    return all(type(p) in (nn.Parameter, torch.Tensor) for p in module._parameters.values() if p is not None)
+    return all(type(p) in _PLAIN for p in module._parameters.values() if p is not None)
 
 
 def adapted(model: nn.Module) -> list[str]:

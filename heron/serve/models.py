@@ -75,7 +75,8 @@ class Models:
         served = self._served.get(name or self.names[0])
         if served is None:
             near = did_you_mean(name, self._served)
-            raise Refusal(404, f"there is no model {name[:200]!r}.{near}", "model", "model_not_found")
+            why = f"there is no model {name[:200]!r}; this server has {', '.join(self.names)}.{near}"
+            raise Refusal(404, why, "model", "model_not_found")
         return served
 
     @property

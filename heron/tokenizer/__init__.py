@@ -90,6 +90,8 @@ def load(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
         return JsonTokenizer(spec, eod)
     if Path(spec, "tokenizer.json").is_file():
         raise ConfigError(f"tokenizer {spec!r} is a folder; name its file, {Path(spec, 'tokenizer.json')}")
+    if f"{spec}:" == LEARNED:
+        raise ConfigError(f"tokenizer {spec}: wanted its size, too, as in {spec}:512, which heron train learns")
     if spec.startswith(LEARNED):
         raise ConfigError(f"tokenizer {spec}: only heron train learns it; name the tokenizer.json of the run instead")
     raise ConfigError(f"no tokenizer {spec!r}; there are {', '.join(SPECS)}.{did_you_mean(spec, (*SPECS, 'integers'))}")

@@ -243,8 +243,9 @@ def test_a_truncated_safetensors(random_model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("missing.pth", "no such file"),
-        ("file/x.pth", "no such file"),
+        ("missing.pth", "no such file$"),
+        ("fodler", "no such file. Did you mean 'folder'"),
+        ("file/x.pth", "no such file$"),
         ("file", "wanted a file name ending in .pth, .safetensors, .gguf, got ''"),
         ("x.bin", "wanted a file name ending in .pth, .safetensors, .gguf, got '.bin'"),
         ("folder", "no weights here.*checkpoints/step"),
@@ -256,6 +257,16 @@ def test_paths_that_hold_no_weights(tmp_path, name, words):
         (tmp_path / file).write_text("x")
     with pytest.raises(CheckpointError, match=f"^{tmp_path / name}: {words}"):
         heron.load(tmp_path / name)
+
+
+def test_a_preset_is_not_taken_for_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"^rwkv8-0.1b: no such file; it is a preset, which has sizes and no weight"
+    ):
+        heron.load("rwkv8-0.1b")
+    with pytest.raises(CheckpointError, match=r"^rwkv9-0.1b: no such file. Did you mean 'rwkv8-0.1b'?"):
+        heron.load("rwkv9-0.1b")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

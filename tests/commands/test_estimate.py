@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import heron
-from heron import cli
+from heron import cli, machine
 from heron.commands import estimate
 from heron.errors import ConfigError
 from heron.train import memory
@@ -82,6 +82,15 @@ def test_the_most_at_once_is_what_the_allocator_gives(tmp_path, changes, toleran
     assert found.optimizer == sum(n for weight, n in moments.items() if not any(weight is other for other in on_host))
 
 
+def test_of_many_logits_a_part_is_there_at_once():
+    """As in a step: what `allocated_in_a_step` would tell of this one takes seconds, and gigabytes."""
+    model = heron.ModelConfig(variant="v7", n_layer=1, n_embd=64, vocab_size=65536)
+    config = training(micro_bsz=4, ctx_len=512)
+    all_logits = 4 * 512 * 65536 * 4
+    found = estimate.estimate(config, model)
+    assert found.peak - found.parameters - found.optimizer < all_logits / 2
+
+
 def test_a_memory_counts_with_what_it_adds_to_a_step(tmp_path):
     config, model = training(), MODEL.changed(memory="memory")
     measured = allocated_in_a_step(Learner(heron.RWKV(model), config, CPU), tmp_path)
@@ -112,8 +121,8 @@ def test_long_samples_are_extrapolated(variant, monkeypatch):
 
 
 def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
-    config = training(grad_checkpoint=True, micro_bsz=1, ctx_len=64)
-    shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=2500) for n in (4, 6))
+    config = training(grad_checkpoint=True, micro_bsz=1, ctx_len=256)
+    shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=4350) for n in (4, 6))
     of_shallow, found = (estimate.estimate(config, model) for model in (shallow, deep))
     assert of_shallow.peak == of_shallow.in_forward
     assert found.peak == found.in_backward
@@ -175,6 +184,29 @@ def test_many_gpus_share_weights_where_one_has_no_room(capsys):
     assert estimate.on_gpus(config, MODEL, 4, 1 << 20).parallel == "fsdp"
     assert cli.main(["estimate", "--gpus", "0"]) == 1
     assert "gpus: wanted at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_memory_without_its_unit_is_refused(capsys):
+    assert cli.main(["estimate", "--memory", "24"]) == 1
+    assert capsys.readouterr().err == "heron: memory: 24 is 24 B; wanted a size such as 24GiB\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "on this CPU; a run on a GPU has --dtype bf16 --weights bf16 by itself"),
+        (["--dtype", "bf16"], "on this CPU; a run on a GPU has --weights bf16 by itself"),
+        (["--dtype", "bf16", "--weights", "bf16"], ""),
+        (["--dtype", "fp32"], ""),
+        (["--device", "cpu"], ""),
+    ],
+)
+def test_what_a_gpu_would_choose_is_told_where_there_is_none(flags, told, peaks, capsys, monkeypatch):
+    peaks({})
+    monkeypatch.setattr(machine, "choose_device", lambda wanted: machine.Choice("cpu", "no CUDA device found"))
+    monkeypatch.setattr(machine, "cpu_flags", frozenset)
+    assert cli.main(["estimate", *flags]) == 0
+    assert capsys.readouterr().out.partition("host\n")[2].strip() == told
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_statistics_name_the_magic_primes(tmp_path):
     (tmp_path / "a.txt").write_text("x" * (512 * 3000))
     stats = prepare([str(tmp_path / "a.txt")], str(tmp_path / "data"), "bytes")
     assert stats.magic_primes == {512: 2999, 1024: 1499, 2048: 743, 4096: 359}
-    assert "1,536,001 tokens of 1 documents" in str(stats)
+    assert "1,536,001 tokens of 1 document " in str(stats)
     assert "2999 at 512" in str(stats)
     (tmp_path / "b.txt").write_text("x")
     assert set(prepare([str(tmp_path / "b.txt")], str(tmp_path / "small"), "bytes").magic_primes.values()) == {None}

@@ -254,7 +254,8 @@ def test_generate_shows_the_likeliest_tokens_and_the_trials(capsys, weights):
         probs = model(torch.tensor([list(b"Line")]))[0][0, -1].softmax(0)
     lines = out.splitlines()
     for line, p, token in zip(lines[1:11], *(x.tolist() for x in probs.topk(10)), strict=True):
-        assert line.startswith(f"{100 * p:8.3f} %  {token:>6}  ")
+        text = repr(chr(token)) if token < 128 else rf"'\x{token:02x}'"
+        assert line == f"{100 * p:8.3f} %  {token:>6}  {text}"
     for trial in range(3):
         text = heron.generate(model, LETTERS, "Line", 9, top_p=1.0, seed=4 + trial)
         assert f"--- trial {trial + 1}, seed {4 + trial} ---\nLine{text}\n(" in out.replace("\r\n", "\n")

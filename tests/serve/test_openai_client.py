@@ -214,6 +214,7 @@ def test_embeddings_have_length_one_and_both_forms(client):
     ("changes", "error", "words"),
     [
         ({"model": "tini"}, openai.NotFoundError, "Did you mean 'tiny'"),
+        ({"model": "gpt-4"}, openai.NotFoundError, "there is no model 'gpt-4'; this server has tiny."),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"top_p": 2}, openai.BadRequestError, "top_p"),

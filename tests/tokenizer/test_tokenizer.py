@@ -179,6 +179,7 @@ def test_spec_makes_the_tokenizer_again(spec):
         ("byte", "mean 'bytes'"),
         ("integer:5", "mean 'integers"),
         ("integers", "integers:1000"),
+        ("bpe", "as in bpe:512, which heron train learns"),
         ("integers:x", "integers:1000"),
         ("integers:0", "1 <= V"),
         ("integers:5:5", "below V = 5"),
