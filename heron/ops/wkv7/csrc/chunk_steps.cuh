@@ -243,4 +243,89 @@ __device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumula
   return {sums[0], sums[1]};
 }
 
+// The last step of a backward chunk, for 64 columns by eight warps: gradients of the scaled vectors, `cells` by input, are scaled
+// and go to the outputs from where the inputs were, that of v from `of_v`; the block meets once. The decay's:
+// dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of state * d_state, here `start_warps` sums of
+// 64. `sums` is scratch of 8 x 64. `first_output`: elements of an output before the sequence's first.
+template <int start_warps>
+__device__ __forceinline__ void finish_gradients(const Wkv7sProblem& p, int warp, int lane, Tile stage, Tile of_v,
+                                                 const float* remains, const float* const (&cells)[4], float* sums,
+                                                 const float* start_sums, int64_t first_output, int output_step, int start,
+                                                 int valid) {
+  constexpr int tokens = kChunk / 8;
+  const int column = 2 * lane;
+  Floats gradients[tokens][4], scales[tokens + 1] = {{1.0f, 1.0f}}, slopes[tokens];
+  uint32_t words[tokens][4];
+  if (warp > 0) scales[0] = *reinterpret_cast<const Floats*>(remains + (tokens * warp - 1) * kSize + column);
+#pragma unroll
+  for (int i = 0; i < tokens; i++) {
+    const int t = tokens * warp + i;
+    scales[i + 1] = *reinterpret_cast<const Floats*>(remains + t * kSize + column);
+    for (int name = kA; name <= kK; name++) {
+      gradients[i][name] = *reinterpret_cast<const Floats*>(cells[name] + t * kCellPitch + column);
+      words[i][name] = word(stage, name, t, column);
+    }
+    const uint32_t w = word(stage, kW, t, column);
+    const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
+    slopes[i] = {-kDecayScale * s0 * (1.0f - s0), -kDecayScale * s1 * (1.0f - s1)};
+  }
+  float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+  for (int i = 0; i < tokens; i++) {
+    const Floats before = scales[i], after = scales[i + 1];
+    const Floats inverse = {reciprocal_fast(after.first), reciprocal_fast(after.second)};
+    // The gradient of one input takes the place of the input; the result is their product, both still scaled.
+    auto finish = [&](int name, Floats scale) -> Floats {
+      const Floats x = gradients[i][name];
+      word(stage, name, tokens * warp + i, column) = pack(x.first * scale.first, x.second * scale.second);
+      return {x.first * low_half(words[i][name]), x.second * high_half(words[i][name])};
+    };
+    const Floats of_alpha = finish(kA, before), of_rho = finish(kR, after);
+    const Floats of_beta = finish(kB, inverse), of_kappa = finish(kK, inverse);
+    alphas[i][0] = of_alpha.first;
+    alphas[i][1] = of_alpha.second;
+    rises[i][0] = of_beta.first + (of_kappa.first - of_rho.first);
+    rises[i][1] = of_beta.second + (of_kappa.second - of_rho.second);
+    sum0 += rises[i][0] - alphas[i][0];
+    sum1 += rises[i][1] - alphas[i][1];
+  }
+  auto store_rows = [&](Tile tile, void* out) {  // this warp's tokens
+    const int row = tokens * warp + lane / 8, piece = lane % 8 * 8;
+    const int64_t element = first_output + int64_t(start + row) * output_step + piece;
+    store_if(row < valid, static_cast<bfloat16*>(out) + element,
+             *reinterpret_cast<const Piece*>(tile + place(row, piece)));
+  };
+  __syncwarp();
+  store_rows(stage + kA * kTile, p.da);
+  store_rows(stage + kR * kTile, p.dr);
+  store_rows(stage + kB * kTile, p.db);
+  store_rows(stage + kK * kTile, p.dk);
+  store_rows(of_v, p.dv);
+  *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
+  __syncthreads();
+  float dg0 = 0.0f, dg1 = 0.0f;
+#pragma unroll
+  for (int i = 0; i < start_warps; i++) {
+    const Floats at_start = *reinterpret_cast<const Floats*>(start_sums + i * kSize + column);
+    dg0 += at_start.first;
+    dg1 += at_start.second;
+  }
+#pragma unroll
+  for (int i = 0; i < 7; i++) {
+    const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
+    if (i < warp) dg0 += earlier.first, dg1 += earlier.second;
+  }
+#pragma unroll
+  for (int i = 0; i < tokens; i++) {
+    const int t = tokens * warp + i;
+    dg0 -= alphas[i][0];
+    dg1 -= alphas[i][1];
+    word(stage, kW, t, column) = pack(slopes[i].first * dg0, slopes[i].second * dg1);
+    dg0 += rises[i][0];
+    dg1 += rises[i][1];
+  }
+  __syncwarp();
+  store_rows(stage + kW * kTile, p.dw);
+}
+
 }  // namespace tensor_core
