@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
-  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps.of};
+  Copies<1> copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps.of};
   auto copy_chunk = [&](int start) {
     const int index = start / kChunk % 2;
     copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS)
   int length;
   int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
-  Copies copies{shared_memory() + kBackwardShared - kTable, maps.of};
+  Copies<1> copies{shared_memory() + kBackwardShared - kTable, maps.of};
   {
     const Sequence sequence = find_sequence<kChunk>(p);
     length = sequence.length;
