@@ -70,12 +70,13 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
 }
 
 // Of this warp's 16 rows of M or dM, zero what they must not see: an a-row sees earlier tokens, an r-row its `own` as well.
+template <int groups = 4>
 __device__ __forceinline__ void mask_rows(Thread me, Fragment* rows, bool own) {
   const int row = me.lane / 4 + own, column = me.lane % 4 * 2;
   const uint32_t late = me.warp % 2 ? ~0u : 0;  // tokens from 16 on see all blocks of those before
   const uint32_t diagonal = (column < row ? 0xffffu : 0) | (column + 1 < row ? 0xffff0000u : 0);
 #pragma unroll
-  for (int group = 0; group < 4; group++) {
+  for (int group = 0; group < groups; group++) {
     const uint32_t seen = group % 2 ? diagonal & late : diagonal | late;
     rows[group][0] &= seen;
     rows[group][3] &= seen;
@@ -107,19 +108,20 @@ __device__ __forceinline__ void invert(Thread me, Tile m, const float* a) {
   }
 }
 
-// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the blocks that are to be inverted go to
-// `scratch` (4 kBlock floats), by columns.
-__device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumulator* c, float* scratch) {
+// This warp's 16 rows of left right^T, 16 groups columns from `first` on, masked, to M as far as they are not zero; the blocks
+// that are to be inverted, in the columns from 0 on, go to `scratch` (4 kBlock floats), by columns.
+template <int groups>
+__device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumulator* c, float* scratch, int first) {
   const int warp = me.warp, late = warp % 2;
-  Fragment rows[4];
+  Fragment rows[groups];
 #pragma unroll
-  for (int group = 0; group < 4; group++) as_operand(rows[group], c + 2 * group);
-  mask_rows(me, rows, warp >= 2);
+  for (int group = 0; group < groups; group++) as_operand(rows[group], c + 2 * group);
+  mask_rows<groups>(me, rows, warp >= 2);
 #pragma unroll
-  for (int group = 0; group < 4; group++) {
-    if (group % 2 <= late) store_operand(me, m, 16 * warp, 16 * group, rows[group]);
+  for (int group = 0; group < groups; group++) {
+    if (group % 2 <= late) store_operand(me, m, 16 * warp, first + 16 * group, rows[group]);
   }
-  if (warp < 2) {
+  if (warp < 2 && first == 0) {
     float* const block = scratch + 2 * warp * kBlock + me.lane % 4 * 2 * kPitch + me.lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -162,22 +164,24 @@ __device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Ti
   }
 }
 
-// Rows 16 warp .. of a state in global memory; null is zero.
+// Rows 16 warp .. of `columns` columns of a state (`size` x `size`) in global memory; null is zero.
+template <int size = kSize, int columns = size>
 __device__ __forceinline__ void load_state(Thread me, Accumulator* c, const float* state) {
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
+  for (int i = 0; i < columns / 4; i++) {
     const int row = 16 * me.warp + me.lane / 4 + i % 2 * 8, column = i / 2 * 8 + me.lane % 4 * 2;
     Floats x = {0.0f, 0.0f};
-    if (state != nullptr) x = *reinterpret_cast<const Floats*>(state + row * kSize + column);
+    if (state != nullptr) x = *reinterpret_cast<const Floats*>(state + row * size + column);
     c[i / 2][i % 2 * 2] = x.first;
     c[i / 2][i % 2 * 2 + 1] = x.second;
   }
 }
+template <int size = kSize, int columns = size>
 __device__ __forceinline__ void store_state(Thread me, float* state, const Accumulator* c) {
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
+  for (int i = 0; i < columns / 4; i++) {
     const int row = 16 * me.warp + me.lane / 4 + i % 2 * 8, column = i / 2 * 8 + me.lane % 4 * 2;
-    *reinterpret_cast<Floats*>(state + row * kSize + column) = {c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]};
+    *reinterpret_cast<Floats*>(state + row * size + column) = {c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]};
   }
 }
 
@@ -302,6 +306,7 @@ __device__ __forceinline__ void finish_gradients(const Wkv7sProblem& p, int warp
   store_rows(stage + kK * kTile, p.dk);
   store_rows(of_v, p.dv);
   *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
+  if (start_warps > 4) show_to_warpgroups();  // a state is copied to where cells were
   __syncthreads();
   float dg0 = 0.0f, dg1 = 0.0f;
 #pragma unroll

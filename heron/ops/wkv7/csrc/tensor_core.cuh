@@ -4,8 +4,6 @@
 // in the same way. README.md has the algebra and the budget of registers and shared memory.
 #pragma once
 
-#include "chunk_steps.cuh"
-
 #ifndef HERON_FORWARD_BLOCKS  // on one multiprocessor; 4 leave 128 registers and 56 KB to each
 #define HERON_FORWARD_BLOCKS 4
 #endif
@@ -16,77 +14,105 @@
 #define HERON_BACKWARD_STAGES 2
 #endif
 
+#include "wide_backward.cuh"
+
 namespace tensor_core {
 
 constexpr int kBackwardThreads = 2 * kThreads;
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
-constexpr int kForwardShared = 2 * kForwardStage + kSquare;
+template <int parts, bool transfer>
+constexpr int kForwardThreads = (transfer ? 2 : 1) * parts * kThreads;
+template <int parts>
+constexpr int kForwardShared = 2 * parts * kForwardStage + kSquare;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
 constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
 
 // `transfer`: only the map of a segment's state, S_out = S_in P + C; no y and nothing saved. Of eight warps, four have C, from
 // zero, and four P, from the identity and without v.
-template <bool transfer>
-__global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ? HERON_FORWARD_BLOCKS / 2 : HERON_FORWARD_BLOCKS)
+template <int parts, bool transfer>
+__global__ void __launch_bounds__(kForwardThreads<parts, transfer>, HERON_FORWARD_BLOCKS / (parts * parts * (transfer ? 2 : 1)) + (parts == 2 && transfer))
     forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
-  constexpr int threads = transfer ? 2 * kThreads : kThreads;
+  constexpr int threads = kForwardThreads<parts, transfer>, size = parts * kSize, kStage = parts * kForwardStage;
   Thread me = this_thread();
   const Sequence sequence = find_sequence<kChunk>(p);
-  const bool identity = transfer && of_first_lane(threadIdx.x / kThreads) == 1;
+  const int group = threads == kThreads ? 0 : of_first_lane(threadIdx.x / kThreads), part = parts == 1 ? 0 : group % parts;
+  const bool identity = transfer && group / parts == 1;
 
-  Accumulator state[8];
+  Accumulator state[8 * parts];
   const float* initial = p.segments > 1 ? p.edges : p.state;
-  load_state(me, state, transfer ? nullptr : state_of(initial, p, sequence.index, sequence.head));
+  const int first_element = part * kSize * size;  // of the state's rows that are this half's
+  load_state<size>(me, state, transfer ? nullptr : state_of(initial, p, sequence.index, sequence.head) + first_element);
   if (identity) {
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-      const int row = 16 * me.warp + me.lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + me.lane % 4 * 2 + i % 2;
+    for (int i = 0; i < 32 * parts; i++) {
+      const int row = 64 * part + 16 * me.warp + me.lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + me.lane % 4 * 2 + i % 2;
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
-  Copies<1> copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps.of};
+  Copies<parts> copies{shared_memory() + 2 * kStage + kChunk * 128, maps.of};
   auto copy_chunk = [&](int start) {
     const int index = start / kChunk % 2;
-    copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
+    copies.template ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kStage, index, start, 0);
   };
   copies.begin(p, sequence, kW + 1, transfer ? 1 << kR : 0);
-  if (!identity && me.warp >= 2 && sequence.length > 0) copy_chunk(0);
+  if (!identity && part == 0 && me.warp >= 2 && sequence.length > 0) copy_chunk(0);
   for (int start = 0; start < sequence.length; start += kChunk) {
-    const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
-    const Tile stage = shared + start / kChunk % 2 * kForwardStage;
+    const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kStage;
+    const Tile stage = shared + start / kChunk % 2 * kStage, own = stage + part * kForwardStage;
     const int valid = sequence.length - start;
-    float* const end = reinterpret_cast<float*>(stage + kW * kTile) + 768;  // the logits are dead once they are summed
-    copies.wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
+    constexpr int end = kW * kTile + 3072;  // in each part of a stage; the logits are dead once they are summed
+    copies.template wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
     me = this_thread();
-    scale_inputs<threads / 32>((identity ? 4 : 0) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    constexpr int warps = threads / 32 / parts;
+    scale_inputs<warps>((identity ? 4 : 0) + me.warp, me.lane, own, reinterpret_cast<float*>(m) + part * warps * kSize, nullptr,
+                        reinterpret_cast<float*>(own + end), valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
     if (!identity) {
-      Accumulator c[8];
-      Fragment a[4];
+      Accumulator c[8 / parts];
+      Fragment a[4 * parts];
 #pragma unroll
-      for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
-      multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      for (int i = 0; i < parts; i++) {
+        const Tile left = stage + i * kForwardStage + kA * kTile, right = stage + i * kForwardStage + (kB + part) * kTile;
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, a[4 * i + k], left, 16 * me.warp, 16 * k);
+        if (i == 0) {
+          multiply<4, 4 / parts, false, false>(me, c, a, right, -1, me.warp % 2 ? 15 : 5);
+        } else {
+          multiply<4, 4 / parts, false, true>(me, c, a + 4 * i, right, -1, me.warp % 2 ? 15 : 5);
+        }
+      }
       wait_for_products();
-      store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
+      store_attention<4 / parts>(me, m, c, reinterpret_cast<float*>(stage + kW * kTile), part * kChunk);
     }
-    Fragment of_state[4], b;
+    Fragment of_state[4 * parts], b;
     Accumulator z[8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const saved = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      as_operand(of_state[k], state + 2 * k);
-      if (saves) saved_piece(me, saved, k) = {of_state[k][0], of_state[k][1], of_state[k][2], of_state[k][3]};
+    for (int i = 0; i < parts; i++) {
+      const Tile left = stage + i * kForwardStage + kA * kTile;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        as_operand(of_state[4 * i + k], state + 8 * i + 2 * k);
+        if (saves) {
+          saved_piece(me, saved + (parts * part + i) * kSize * kSize, k) = {of_state[4 * i + k][0], of_state[4 * i + k][1],
+                                                                             of_state[4 * i + k][2], of_state[4 * i + k][3]};
+        }
+      }
+      if (i == 0) {
+        multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state + 4 * i, left);
+      } else {
+        multiply<4, transfer ? 2 : 4, false, true>(me, z, of_state + 4 * i, left);
+      }
     }
-    multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
     if (!identity) {
       if (me.warp < 2) {
         __syncwarp();
-        invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
-      } else if (valid > kChunk) {
+        if (part == 0) invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
+      } else if (part == 0 && valid > kChunk) {
         copy_chunk(start + kChunk);
       }
     }
@@ -96,8 +122,8 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
 
     Fragment uv[4];
     Fragment *const u = uv, *const v = uv + 2;
-    load_a_by_depth(me, v[0], stage + kV * kTile, 16 * me.warp, 0);
-    load_a_by_depth(me, v[1], stage + kV * kTile, 16 * me.warp, 16);
+    load_a_by_depth(me, v[0], own + kV * kTile, 16 * me.warp, 0);
+    load_a_by_depth(me, v[1], own + kV * kTile, 16 * me.warp, 16);
 #pragma unroll
     for (int i = 0; i < 8 && transfer; i++) {
       if (identity) v[i / 4][i % 4] = 0;
@@ -119,19 +145,21 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       multiply_16(z + 6, u[0], b);
       load_b(me, b, m, 16, kChunk + 16);
       multiply_16(z + 6, u[1], b);
-      const Tile tile = stage + kA * kTile;
+      const Tile tile = own + kA * kTile;
       turn_tokens(me, tile, z + 4);
       __syncwarp();
-      const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8, step = p.heads * kSize;
-      bfloat16* const to = token_of<bfloat16>(p.y, p, sequence, start + row) + column;
+      const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8, step = p.heads * size;
+      bfloat16* const to = token_of<bfloat16>(p.y, p, sequence, start + row) + part * kSize + column;
       store_if(row < valid, to, *reinterpret_cast<const Piece*>(tile + place(row, column)));
       store_if(row + 16 < valid, to + 16 * step, *reinterpret_cast<const Piece*>(tile + place(row + 16, column)));
     }
-    multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
+#pragma unroll
+    for (int i = 0; i < parts; i++) multiply<4, 4, true>(me, state + 8 * i, uv, stage + i * kForwardStage + kB * kTile);
     wait_for_products();
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const Floats factor = *reinterpret_cast<const Floats*>(end + 8 * i + me.lane % 4 * 2);
+    for (int i = 0; i < 8 * parts; i++) {
+      const float* const factors = reinterpret_cast<const float*>(stage + i / 8 * kForwardStage + end);
+      const Floats factor = *reinterpret_cast<const Floats*>(factors + i % 8 * 8 + me.lane % 4 * 2);
       state[i][0] *= factor.first;
       state[i][1] *= factor.second;
       state[i][2] *= factor.first;
@@ -140,11 +168,11 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
   }
   const int index = int(blockIdx.x) / p.heads, head = int(blockIdx.x) % p.heads;
   if (transfer) {
-    store_state(me, state_of(identity ? p.transfer : p.local, p, index, head), state);
+    store_state<size>(me, state_of(identity ? p.transfer : p.local, p, index, head) + first_element, state);
   } else if (p.segments == 1) {
-    store_state(me, state_of(p.final_state, p, index, head), state);
+    store_state<size>(me, state_of(p.final_state, p, index, head) + first_element, state);
   } else if (index % p.segments == p.segments - 1) {
-    store_state(me, state_of(p.final_state, p, sequence.row, head), state);
+    store_state<size>(me, state_of(p.final_state, p, sequence.row, head) + first_element, state);
   }
 }
 
@@ -241,7 +269,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS)
     wait_for_products();
     Accumulator* const z = held;  // (values, a-rows) of u's bracket
     if (of_left) {
-      store_attention(me, m, c, reinterpret_cast<float*>(ux));
+      store_attention<4>(me, m, c, reinterpret_cast<float*>(ux), 0);
       if (!transfer) {
 #pragma unroll
         for (int k = 0; k < 4; k++) load_saved(me, rows[k], state, k);
@@ -422,17 +450,23 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
   }
 }
 
+template <int parts, bool transfer>
+const char* launch_forward(const Wkv7sProblem& p, const Maps& maps, void* stream) {
+  const dim3 blocks(p.sequences * p.heads);
+  return launch(forward<parts, transfer>, blocks, kForwardThreads<parts, transfer>, kForwardShared<parts>, stream, p, maps);
+}
+
 const char* run_forward(const Wkv7sProblem& p, void* stream) {
-  const unsigned blocks = p.sequences * p.heads;
   Maps maps;
   const char* error = describe_inputs(maps, p);
   if (error) return error;
-  if (p.y == nullptr) return launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
+  if (p.size == 2 * kSize) return launch_forward<2, false>(p, maps, stream);
+  if (p.y == nullptr) return launch_forward<1, true>(p, maps, stream);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
+    if (!p.mapped) error = launch_forward<1, true>(p, maps, stream);
     if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
-  return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p, maps);
+  return error ? error : launch_forward<1, false>(p, maps, stream);
 }
 
 const char* run_backward(const Wkv7sProblem& p, void* stream) {
@@ -440,6 +474,7 @@ const char* run_backward(const Wkv7sProblem& p, void* stream) {
   Maps maps;
   const char* error = describe_inputs(maps, p);
   if (error) return error;
+  if (p.size == 2 * kSize) return launch(wide::backward, dim3(blocks), wide::kBlockThreads, wide::kShared, stream, p, maps);
   if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
   if (p.segments > 1) {
     if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
