@@ -64,7 +64,8 @@ struct TileCopies {
     __syncthreads();
     wait_for_bytes(arrivals(index), turn % 2);
     if (!packed || length - start >= kChunk) return;
-    for (int i = threadIdx.x; i < parts * n * kTile / 16; i += threads) {
+    const int first_piece = threadIdx.x + (parts == 1 ? 0 : unknown_zero());
+    for (int i = first_piece; i < parts * n * kTile / 16; i += threads) {
       if (i / 8 % kChunk >= length - start) reinterpret_cast<Piece*>(stage)[i] = {};
     }
     __syncthreads();

@@ -25,15 +25,20 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   Accumulator held[8] = {};  // rows of the state's gradient
   int length;
-  int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * 2 * kSize, state_step = p.heads * 4 * kSize * kSize;
   const int own_state = part * 2 * kSize * kSize + side * kSize;
-  Copies<2> copies{shared_memory() + kShared - kTable, maps.of};
+  const Tile table = shared_memory() + kShared - kTable;
+  Copies<2> copies{table, maps.of};
+  // Elements of an output, and of the saved states, that lie before: where the table has room, not in registers.
+  struct Before { int64_t outputs, states; };
+  const Before& before = *reinterpret_cast<const Before*>(table);
   {
     const Sequence sequence = find_sequence<kChunk>(p);
     length = sequence.length;
-    first_output = ((sequence.row * p.tokens + sequence.first) * p.heads + sequence.head) * 2 * kSize + part * kSize;
-    first_state = (sequence.slot * p.heads + sequence.head) * 4 * kSize * kSize;
+    if (threadIdx.x == 0) {
+      *reinterpret_cast<Before*>(table) = {((sequence.row * p.tokens + sequence.first) * p.heads + sequence.head) * 2 * kSize,
+                                           (sequence.slot * p.heads + sequence.head) * 4 * kSize * kSize};
+    }
     copies.begin(p, sequence, kDy + 1, 0);
     const float* const d_final = p.d_final == nullptr ? nullptr : state_of(p.d_final, p, sequence.index, sequence.head);
     load_state<2 * kSize, kSize>(me, held, d_final == nullptr ? nullptr : d_final + own_state);
@@ -48,7 +53,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   };
   auto copy_state = [&](int start) {
     if (half != 0 || upper) return;
-    const bfloat16* from = static_cast<const bfloat16*>(p.saved) + first_state + int64_t(start / kChunk) * state_step;
+    const bfloat16* from = static_cast<const bfloat16*>(p.saved) + before.states + int64_t(start / kChunk) * state_step;
     const unsigned thread = threadIdx.x + unknown_zero();
     copies.ask_for_state<64>(thread - 64, shared_memory() + HERON_BACKWARD_STAGES * kStage + kRoom, from);
   };
@@ -106,7 +111,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     __syncthreads();
     if (HERON_BACKWARD_STAGES == 2 && start > 0) copy_chunk(start - kChunk);
-    Accumulator z[4];  // (values, a-rows) of u's bracket
+    Accumulator* const z = c;  // (values, a-rows) of u's bracket
     if (of_left) {
       wait_for_products();
       store_attention<2>(me, m, c, reinterpret_cast<float*>(ux), part * kChunk);
@@ -241,10 +246,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     multiply<4, 4, true, false>(me, gradient, rows, tile(part, of_left ? kB : kA), of_left ? late ? 15 : 5 : late ? 10 : 15);
     load_rows(more_rows, 0);
     multiply<4, 4, true>(me, gradient, more_rows, (of_left ? state : d) + part * kSquare);
-    const Floats sum = sum_rows(me, state + (2 * part + side) * kSquare, held);
     wait_for_products();
     load_rows(rows, 1);
     multiply<4, 4, true>(me, gradient, rows, (of_left ? state : d) + (2 + part) * kSquare);
+    const Floats sum = sum_rows(me, state + (2 * part + side) * kSquare, held);
     wait_for_products();
     __syncthreads();
 
@@ -262,7 +267,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     float* const own_cells = cells + part * kCells;
     finish_gradients<8>(p, 4 * side + me.warp, me.lane, tile(part, kA), own_v, remains(part),
                         {own_cells, own_cells + kCells / 4, own_cells + kCells / 2, own_cells + kCells / 4 * 3}, sums(part),
-                        sums(part) + 8 * kSize, first_output, output_step, start, valid);
+                        sums(part) + 8 * kSize, before.outputs + part * kSize, output_step, start, valid);
     if (start > 0) copy_state(start - kChunk);
   }
   const Sequence sequence = find_sequence<kChunk>(p);
