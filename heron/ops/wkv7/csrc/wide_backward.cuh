@@ -106,14 +106,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, more_rows[k], tile(1, kA), 16 * me.warp, 16 * k);
       multiply<4, 2, false>(me, c, more_rows, tile(1, kB + part), -1, late ? 3 : 1);
+      wait_for_products();
     } else {
       multiply<4, 4, false, false>(me, c, rows, tile(1, kB));
+      wait_for_products();
     }
     __syncthreads();
     if (HERON_BACKWARD_STAGES == 2 && start > 0) copy_chunk(start - kChunk);
     Accumulator* const z = c;  // (values, a-rows) of u's bracket
     if (of_left) {
-      wait_for_products();
       store_attention<2>(me, m, c, reinterpret_cast<float*>(ux), part * kChunk);
       copies.wait_for_state(turn);
       const Tile own_state = state + 2 * part * kSquare;
@@ -134,12 +135,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         __syncwarp();
         invert(me, m, reinterpret_cast<float*>(ux));
       }
+      wait_for_products();
     } else {
 #pragma unroll
       for (int k = 0; k < 4; k++) load_a(me, more_rows[k], d + 2 * part * kSquare, 16 * me.warp, 16 * k);
       multiply<4, 4, false>(me, c, more_rows, tile(0, kB));
+      wait_for_products();
     }
-    wait_for_products();
     __syncthreads();
     me = this_thread();
 
@@ -194,6 +196,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       load_a_by_depth(me, rows[3], own_dy, 16 * me.warp, 16);
     }
     multiply<4, 4, true>(me, held, rows, tile(side, kA));
+    if (!of_left) wait_for_products();
     // This warp's 16 rows of [X; dY], or of [U; V], with the values of a part.
     auto load_rows = [&](Fragment* to, int of) {
       const int row = 16 * me.warp;
@@ -244,8 +247,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     Accumulator gradient[8];
     multiply<4, 4, true, false>(me, gradient, rows, tile(part, of_left ? kB : kA), of_left ? late ? 15 : 5 : late ? 10 : 15);
-    load_rows(more_rows, 0);
-    multiply<4, 4, true>(me, gradient, more_rows, (of_left ? state : d) + part * kSquare);
+    wait_for_products();
+    load_rows(rows, 0);
+    multiply<4, 4, true>(me, gradient, rows, (of_left ? state : d) + part * kSquare);
     wait_for_products();
     load_rows(rows, 1);
     multiply<4, 4, true>(me, gradient, rows, (of_left ? state : d) + (2 + part) * kSquare);
