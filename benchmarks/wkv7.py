@@ -136,7 +136,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, median of {args.rounds}\n")
-    print(f"{'shape':<7}{'B':>4}{'T':>7}{'H':>4}{'N':>5}  {'form':<9}{'forward':>9}{'f+b':>9}{'graph':>9}{'GiB':>7}  x 1e-3:")
+    columns = f"{'shape':<7}{'B':>4}{'T':>7}{'H':>4}{'N':>5}"
+    print(f"{columns}  {'form':<9}{'forward':>9}{'f+b':>9}{'graph':>9}{'GiB':>7}  x 1e-3:")
     for name in args.shapes:
         for form in forms():
             if args.forms and form not in args.forms:
