@@ -22,6 +22,8 @@ constexpr int kBackwardThreads = 2 * kThreads;
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
 template <int parts, bool transfer>
 constexpr int kForwardThreads = (transfer ? 2 : 1) * parts * kThreads;
+template <int parts, bool transfer>
+constexpr int kForwardBlocks = parts > 1 ? 1 : HERON_FORWARD_BLOCKS * kThreads / kForwardThreads<parts, transfer>;
 template <int parts>
 constexpr int kForwardShared = 2 * parts * kForwardStage + kSquare;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
@@ -30,7 +32,7 @@ constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCe
 // `transfer`: only the map of a segment's state, S_out = S_in P + C; no y and nothing saved. Of eight warps, four have C, from
 // zero, and four P, from the identity and without v.
 template <int parts, bool transfer>
-__global__ void __launch_bounds__(kForwardThreads<parts, transfer>, HERON_FORWARD_BLOCKS / (parts * parts * (transfer ? 2 : 1)) + (parts == 2 && transfer))
+__global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBlocks<parts, transfer>)
     forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
   constexpr int threads = kForwardThreads<parts, transfer>, size = parts * kSize, kStage = parts * kForwardStage;
   Thread me = this_thread();

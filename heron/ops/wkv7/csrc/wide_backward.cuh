@@ -247,12 +247,20 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     Accumulator gradient[8];
     multiply<4, 4, true, false>(me, gradient, rows, tile(part, of_left ? kB : kA), of_left ? late ? 15 : 5 : late ? 10 : 15);
+#ifdef HERON_WARPGROUPS
     wait_for_products();
     load_rows(rows, 0);
     multiply<4, 4, true>(me, gradient, rows, (of_left ? state : d) + part * kSquare);
     wait_for_products();
     load_rows(rows, 1);
     multiply<4, 4, true>(me, gradient, rows, (of_left ? state : d) + (2 + part) * kSquare);
+#else
+#pragma unroll 1  // the compiler would read both at once, and spill
+    for (int of = 0; of < 2; of++) {
+      load_rows(rows, of);
+      multiply<4, 4, true>(me, gradient, rows, (of_left ? state : d) + (2 * of + part) * kSquare);
+    }
+#endif
     const Floats sum = sum_rows(me, state + (2 * part + side) * kSquare, held);
     wait_for_products();
     __syncthreads();
