@@ -462,7 +462,9 @@ const char* run_forward(const Wkv7sProblem& p, void* stream) {
   Maps maps;
   const char* error = describe_inputs(maps, p);
   if (error) return error;
-  if (p.size == 2 * kSize) return launch_forward<2, false>(p, maps, stream);
+  if (p.size == 2 * kSize) {
+    return p.segments == 1 && p.y ? launch_forward<2, false>(p, maps, stream) : "heads of 128 are run by whole sequences";
+  }
   if (p.y == nullptr) return launch_forward<1, true>(p, maps, stream);
   if (p.segments > 1) {
     if (!p.mapped) error = launch_forward<1, true>(p, maps, stream);
@@ -476,7 +478,11 @@ const char* run_backward(const Wkv7sProblem& p, void* stream) {
   Maps maps;
   const char* error = describe_inputs(maps, p);
   if (error) return error;
-  if (p.size == 2 * kSize) return launch(wide::backward, dim3(blocks), wide::kBlockThreads, wide::kShared, stream, p, maps);
+  if (p.size == 2 * kSize) {
+    return p.segments == 1 && p.dr
+               ? launch(wide::backward, dim3(blocks), wide::kBlockThreads, wide::kShared, stream, p, maps)
+               : "heads of 128 are run by whole sequences";
+  }
   if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
   if (p.segments > 1) {
     if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
