@@ -1,6 +1,6 @@
 """WKV7 on a CUDA device: time, memory and error of each form. ``python benchmarks/wkv7.py [--shapes main small]``
 
-bf16, N = 64, state in fp32. Times are medians in ms with a cold L2 cache: `forward` (nothing saved), `f+b` (forward and
+bf16, state in fp32. Times are medians in ms with a cold L2 cache: `forward` (nothing saved), `f+b` (forward and
 backward, launched from Python) and `graph` (our kernels replayed from a CUDA graph, so without the launches' cost).
 `GiB` is the peak of memory beyond the inputs and the gradient of y. Errors are ||got - true|| / ||true|| against the
 chunked form in fp64, on two heads of the first row. flash-linear-attention and FlashRWKV2 take part where they are
@@ -22,23 +22,23 @@ from torch import Tensor
 
 from heron.ops import wkv7
 
-SHAPES = {  # B, T, H
-    "main": (8, 4096, 64),
-    "small": (16, 512, 12),
-    "wide": (64, 512, 12),
-    "long": (1, 65536, 32),
+SHAPES = {  # B, T, H, N
+    "main": (8, 4096, 64, 64),
+    "small": (16, 512, 12, 64),
+    "wide": (64, 512, 12, 64),
+    "long": (1, 65536, 32, 64),
+    "heads": (8, 4096, 32, 128),
 }
-SIZE = 64
 FORMS = ("cuda", "chunked", "fla", "flashrwkv2")
 NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db")
 
 
-def inputs(batch: int, tokens: int, heads: int) -> list[Tensor]:
+def inputs(batch: int, tokens: int, heads: int, size: int) -> list[Tensor]:
     """r, w, k, v, a, b like a model's, in bf16, and then the gradient of y."""
-    shape = (batch, tokens, heads, SIZE)
+    shape = (batch, tokens, heads, size)
     r, k, v, keys, iclr, dy, noise = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(7))
     keys = F.normalize(keys, dim=-1)
-    channels = torch.empty(heads, SIZE, device="cuda").uniform_(-6, 3)
+    channels = torch.empty(heads, size, device="cuda").uniform_(-6, 3)
     w = (channels + 0.7 * noise).bfloat16()
     return [r, w, k, v, -keys, keys * iclr.sigmoid(), dy]
 
@@ -131,8 +131,8 @@ def measure(name: str, tensors: list[Tensor], rounds: int) -> dict[str, object]:
 
 def measure_step(batch: int, heads: int, rounds: int) -> tuple[float, float]:
     """ms of one token for `batch` sequences, and the GB/s that it moves."""
-    tensors = inputs(batch, 1, heads)[:6]
-    state = torch.randn(batch, heads, SIZE, SIZE, device="cuda")
+    tensors = inputs(batch, 1, heads, 64)[:6]
+    state = torch.randn(batch, heads, 64, 64, device="cuda")
     step = graph_of(lambda: wkv7(*tensors, state, impl="cuda"))
     ms = median_ms(step, rounds)
     return ms, (2 * state.nbytes + 7 * tensors[0].nbytes) / ms / 1e6
@@ -147,13 +147,14 @@ def main() -> None:
     need_gpu(parser, "; benchmarks/wkv7_cpu.py needs none")
     torch.manual_seed(0)
 
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, N = {SIZE}, median of {args.rounds}\n")
-    print(f"{'shape':<7}{'B':>4}{'T':>7}{'H':>4}  {'form':<11}{'forward':>9}{'f+b':>9}{'graph':>9}{'GiB':>7}  x 1e-3:")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, median of {args.rounds}\n")
+    columns = f"{'shape':<7}{'B':>4}{'T':>7}{'H':>4}{'N':>5}"
+    print(f"{columns}  {'form':<11}{'forward':>9}{'f+b':>9}{'graph':>9}{'GiB':>7}  x 1e-3:")
     for name in args.shapes:
         for form in forms():
             if args.forms and form not in args.forms:
                 continue
-            columns = f"{name:<7}" + "".join(f"{x:>{n}}" for x, n in zip(SHAPES[name], (4, 7, 4), strict=True))
+            columns = f"{name:<7}" + "".join(f"{x:>{n}}" for x, n in zip(SHAPES[name], (4, 7, 4, 5), strict=True))
             try:
                 found = measure(form, inputs(*SHAPES[name]), args.rounds)
             except torch.OutOfMemoryError:

@@ -35,9 +35,12 @@ LENGTHS = (1, 15, 16, 17, 31, 33, 63, 65)
 FP32_BOUNDS = dict.fromkeys(NAMES, 1e-5) | {"y": 2e-6, "state": 2e-6}
 BF16_BOUNDS = dict.fromkeys(NAMES, 5e-3) | {"da": 8e-3, "db": 8e-3}
 CORRELATED_BOUNDS = BF16_BOUNDS | {"da": 1e-2, "db": 1e-2}
+_FORMS = {"general": (torch.float32, 16), "tensor": (torch.bfloat16, 64), "tensor of 128": (torch.bfloat16, 128)}
+EVERY_FORM = pytest.mark.parametrize(("dtype", "size"), [*_FORMS.values()], ids=[*_FORMS])
 FORMS = pytest.mark.parametrize(
-    ("dtype", "size"), [(torch.float32, 16), (torch.bfloat16, 64)], ids=["general", "tensor"]
-)
+    ("dtype", "size"), [*_FORMS.values()][:2], ids=[*_FORMS][:2]
+)  # where N = 128 adds nothing
+TENSOR_SIZES = pytest.mark.parametrize("size", [64, 128])
 
 
 def rounded(inputs, gradients, dtype):
@@ -96,9 +99,11 @@ def test_general_kernels_round_once(device, dtype, bound):
     assert_within(got, run(inputs, gradients, "reference"), dict.fromkeys(NAMES, bound))
 
 
+@TENSOR_SIZES
 @pytest.mark.parametrize("kind", ["model", "floor", "slow", "correlated"])
-def test_tensor_cores_stay_within_their_error(device, kind):
-    inputs, gradients = rounded(*problem(batch=1, tokens=161, heads=2, size=64, kind=kind), torch.bfloat16)
+def test_tensor_cores_stay_within_their_error(device, kind, size):
+    problem_ = problem(batch=1, tokens=161, heads=128 // size, size=size, kind=kind)
+    inputs, gradients = rounded(*problem_, torch.bfloat16)
     got = run_kernels(device, inputs, gradients, torch.bfloat16)
     want = run(inputs, gradients, "reference")
     assert_within(got, want, CORRELATED_BOUNDS if kind == "correlated" else BF16_BOUNDS)
@@ -108,7 +113,7 @@ def test_tensor_cores_stay_within_their_error(device, kind):
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
-@FORMS
+@EVERY_FORM
 def test_every_length(device, tokens, dtype, size):
     inputs, gradients = rounded(*problem(batch=3, tokens=tokens, heads=1, size=size, seed=tokens), dtype)
     got = run_kernels(device, inputs, gradients, dtype)
@@ -116,7 +121,7 @@ def test_every_length(device, tokens, dtype, size):
 
 
 @pytest.mark.parametrize("output", [0, 1])
-@FORMS
+@EVERY_FORM
 def test_gradient_of_one_output_alone(device, output, dtype, size):
     inputs, gradients = rounded(*problem(batch=1, tokens=49, size=size), dtype)
     inputs = [x.requires_grad_() for x in inputs]
@@ -158,7 +163,7 @@ def test_layouts_change_nothing(device, change, dtype, size):
     assert_equal(dict(zip(NAMES, (x.cpu() for x in (*outputs, *grads)), strict=True)), want)
 
 
-@FORMS
+@EVERY_FORM
 def test_tokens_and_rows_that_coincide(device, dtype, size):
     *inputs, state = typed(device, problem(batch=2, tokens=34, heads=2, size=size)[0], dtype)
     shared = [inputs[0][:1].expand(2, -1, -1, -1), inputs[1][:, :1].expand(-1, 34, -1, -1), *inputs[2:]]
@@ -172,7 +177,7 @@ def test_a_state_at_an_odd_address(device, dtype, size):
     inputs, gradients = problem(batch=1, tokens=5, size=size)
     inputs = typed(device, inputs, dtype)
     odd = inputs[6].new_empty(inputs[6].numel() + 1)[1:].view(inputs[6].shape).copy_(inputs[6])
-    for options in (dict(), dict(tensor_cores=size == 64)):
+    for options in (dict(), dict(tensor_cores=dtype == torch.bfloat16)):
         for one, other in zip(
             cuda.wkv7_kernels(*inputs[:6], odd, **options), cuda.wkv7_kernels(*inputs, **options), strict=True
         ):
@@ -180,7 +185,7 @@ def test_a_state_at_an_odd_address(device, dtype, size):
 
 
 @pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64])
-@FORMS
+@EVERY_FORM
 def test_packed_sequences_are_the_sequences_alone(device, offsets_dtype, dtype, size):
     lengths = [33, 0, 1, 32, 0, 17, 1]
     inputs, gradients = problem(batch=1, tokens=sum(lengths), heads=2, size=size)
@@ -244,12 +249,12 @@ def test_only_few_long_sequences_are_split():
     assert cuda._segments(1, 2047) == 1
 
 
-@FORMS
+@EVERY_FORM
 def test_without_gradients_nothing_is_saved(device, dtype, size):
     inputs, gradients = problem(batch=2, tokens=40, size=size)
     want = run_kernels(device, inputs, gradients, dtype)
     inputs = typed(device, inputs, dtype)
-    *_, saved, kept = torch.ops.heron.wkv7_kernels(*inputs, None, False, size == 64)
+    *_, saved, kept = torch.ops.heron.wkv7_kernels(*inputs, None, False, dtype == torch.bfloat16)
     assert saved.numel() == kept.numel() == 0
     y, state = cuda.wkv7_kernels(*inputs)
     assert torch.equal(y.cpu(), want["y"])
@@ -289,14 +294,15 @@ def test_the_step_form_on_packed_sequences(device):
 
 
 @pytest.mark.parametrize("segments", [1, 2])
-@FORMS
+@EVERY_FORM
 def test_all_outputs_are_written_and_nothing_beside_them(device, segments, dtype, size):
-    if size == 16 and segments == 2:
-        pytest.skip("the general kernels take whole sequences")
+    if size != 64 and segments == 2:
+        pytest.skip("these kernels take whole sequences")
+    tensor_cores = dtype == torch.bfloat16
     inputs, gradients = problem(batch=1, tokens=67, heads=2, size=size)
     *tensors, state = typed(device, inputs, dtype)
     d_final, dy = gradients[1].to(device).float(), gradients[0].to(device, dtype)
-    chunk = 32 if size == 64 else 16
+    chunk = 32 if tensor_cores else 16
     segment_tokens = 67 if segments == 1 else 64
     buffers = {}
     if device == "cuda":
@@ -309,9 +315,9 @@ def test_all_outputs_are_written_and_nothing_beside_them(device, segments, dtype
 
     square = (2, size, size)
     y, final = guarded("y", *tensors[0].shape, dtype=dtype), guarded("final", 1, *square)
-    saved = guarded("saved", -(-67 // chunk), *square, dtype=torch.bfloat16 if size == 64 else torch.float32)
+    saved = guarded("saved", -(-67 // chunk), *square, dtype=torch.bfloat16 if tensor_cores else torch.float32)
     work = [guarded(name, segments, *square) if segments > 1 else None for name in ("transfer", "local", "edges")]
-    plan = (None, size == 64, segments, segment_tokens, False)
+    plan = (None, tensor_cores, segments, segment_tokens, False)
     torch.ops.heron.wkv7s_forward(*tensors, state, *plan, y, final, saved, *work)
     grads = [guarded(f"d{name}", *tensors[0].shape, dtype=dtype) for name in "rwkvab"] + [
         guarded("d_state", 1, *square)
@@ -323,9 +329,10 @@ def test_all_outputs_are_written_and_nothing_beside_them(device, segments, dtype
         assert not buffer[64:-64].isnan().any(), name
 
 
-def test_tokens_of_a_neighbour_do_not_matter(device):
-    inputs, _ = problem(batch=1, tokens=40, heads=2, size=64)
-    padded = [torch.full((1, 80, 2, 64), float("nan"), dtype=torch.bfloat16, device=device) for _ in range(6)]
+@TENSOR_SIZES
+def test_tokens_of_a_neighbour_do_not_matter(device, size):
+    inputs, _ = problem(batch=1, tokens=40, heads=2, size=size)
+    padded = [torch.full((1, 80, 2, size), float("nan"), dtype=torch.bfloat16, device=device) for _ in range(6)]
     views = [x[:, :40].copy_(y) for x, y in zip(padded, inputs, strict=False)]
     state = inputs[6].to(device).float()
     want = cuda.wkv7_kernels(*(x.clone() for x in views), state)
@@ -333,10 +340,11 @@ def test_tokens_of_a_neighbour_do_not_matter(device):
         assert torch.equal(one, other)
 
 
-def test_an_older_gpu_computes_the_same(monkeypatch):
-    inputs, gradients = problem(batch=1, tokens=70, heads=2, size=64)
+@TENSOR_SIZES
+def test_an_older_gpu_computes_the_same(size, monkeypatch):
+    inputs, gradients = problem(batch=1, tokens=70, heads=2, size=size)
     offsets = torch.tensor([0, 33, 33, 70])
-    states, d_states = (torch.randn(3, 2, 64, 64, dtype=torch.float64) for _ in range(2))
+    states, d_states = (torch.randn(3, 2, size, size, dtype=torch.float64) for _ in range(2))
     for problem_, options in (
         ((inputs, gradients), {}),
         (([*inputs[:6], states], (gradients[0], d_states)), dict(cu_seqlens=offsets)),
@@ -362,7 +370,9 @@ def test_operators_obey_pytorch(device, dtype, size):
     detached = typed(device, inputs, dtype)
     leaves = [x.clone().requires_grad_() for x in detached]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.heron.wkv7_kernels, (*leaves, None, True, size == 64), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.heron.wkv7_kernels, (*leaves, None, True, dtype == torch.bfloat16), test_utils=tests
+    )
     torch.library.opcheck(torch.ops.heron.wkv7_kernels_step, (*detached, None), test_utils=tests)
 
 
@@ -389,7 +399,9 @@ def test_an_empty_batch(device):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("tokens", [511, 4096])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 64)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 64), (torch.bfloat16, 128)]
+)
 def test_long_sequences(tokens, dtype, size):
     inputs, gradients = rounded(*problem(batch=3, tokens=tokens, heads=5, size=size), dtype)
     on_gpu, d_outputs = [x.cuda().requires_grad_() for x in inputs], [x.cuda() for x in gradients]
@@ -402,9 +414,13 @@ def test_long_sequences(tokens, dtype, size):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("batch", "tokens"), [(64, 200), (1, 8192)], ids=["whole", "split over time"])
-def test_two_runs_are_bit_equal(batch, tokens):
-    inputs, gradients = problem(batch=batch, tokens=tokens, heads=12, size=64)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "size"),
+    [(64, 200, 64), (1, 8192, 64), (32, 200, 128)],
+    ids=["whole", "split over time", "of 128"],
+)
+def test_two_runs_are_bit_equal(batch, tokens, size):
+    inputs, gradients = problem(batch=batch, tokens=tokens, heads=12, size=size)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
         first, second = (run_kernels("cuda", inputs, gradients, torch.bfloat16) for _ in range(2))
@@ -428,7 +444,7 @@ def test_a_thread_that_has_used_no_gpu_yet():
 
 @pytest.mark.gpu
 @needs_gpu
-@FORMS
+@EVERY_FORM
 def test_cuda_graphs_and_another_stream(dtype, size):
     inputs, gradients = problem(batch=2, tokens=70, size=size)
     want = run_kernels("cuda", inputs, gradients, dtype)
@@ -596,6 +612,6 @@ def test_the_kernels_compile_without_spilling(capability):
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report.read_text()
     )
-    assert len(spills) == 18
+    assert len(spills) == 20
     assert set(spills) == {("0", "0", "0")}
     assert "wgmma.mma_async instructions are serialized" not in report.read_text()

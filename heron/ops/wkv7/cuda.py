@@ -138,6 +138,11 @@ def wkv7_kernels(
 
 def on_tensor_cores(dtype: torch.dtype, head_size: int) -> bool:
     """Whether the kernels for tensor cores apply."""
+    return dtype == torch.bfloat16 and head_size in (64, 128)
+
+
+def _in_segments(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether there are kernels for the maps of segments."""
     return dtype == torch.bfloat16 and head_size == 64
 
 
@@ -150,12 +155,12 @@ class _Plan(NamedTuple):
 
 
 def plan_of(r: Tensor, cu_seqlens: Tensor | None, tensor_cores: bool) -> _Plan:
-    B, T, H, _ = r.shape
+    B, T, H, N = r.shape
     chunk = 32 if tensor_cores else 16
     if cu_seqlens is not None:
         # Sequence i starts at slot cu_seqlens[i] // chunk + i, so no prefix sum has to wait for the device.
         return _Plan(T // chunk + cu_seqlens.numel() - 1, 1, T)
-    segments = _segments(B * H, T) if tensor_cores else 1
+    segments = _segments(B * H, T) if tensor_cores and _in_segments(r.dtype, N) else 1
     segment_tokens = -(-T // (segments * 32)) * 32
     return _Plan(B * -(-T // chunk), -(-T // segment_tokens), segment_tokens)
 
@@ -359,7 +364,7 @@ def span_kernels(w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple
     """:func:`heron.ops.wkv7_span` of each segment that a long sequence is cut into: (segments, B, H, N, N) each."""
     _build_for(w)
     B, _, H, N = w.shape
-    if not on_tensor_cores(w.dtype, N):
+    if not _in_segments(w.dtype, N):
         identity = torch.eye(N, device=w.device).repeat(B, H, 1, 1)
         transfer = run_forward(k, w, k, torch.zeros_like(v), a, b, identity, None, False, False)[1]
         return transfer[None], run_forward(k, w, k, v, a, b, torch.zeros_like(identity), None, False, False)[1][None]
@@ -374,7 +379,7 @@ def span_gradient_kernels(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor
     """:func:`heron.ops.wkv7_span_gradient` of each segment: (segments, B, H, N, N)."""
     _build_for(w)
     B, _, H, N = w.shape
-    if not on_tensor_cores(w.dtype, N):
+    if not _in_segments(w.dtype, N):
         zeros, state = torch.zeros_like(w), w.new_zeros(B, H, N, N, dtype=torch.float32)
         _, _, saved, transfer = run_forward(r, w, zeros, zeros, a, b, state, None, True, False)
         return run_backward(r, w, zeros, zeros, a, b, dy, None, saved, transfer, None, B, False)[-1][None]
@@ -387,7 +392,7 @@ def span_gradient_kernels(r: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor
 
 def n_segments(w: Tensor) -> int:
     """Into how many segments :func:`span_kernels` cuts."""
-    return plan_of(w, None, True).segments if on_tensor_cores(w.dtype, w.shape[-1]) else 1
+    return plan_of(w, None, True).segments if _in_segments(w.dtype, w.shape[-1]) else 1
 
 
 def by_segment(states: Tensor, n_rows: int) -> Tensor:

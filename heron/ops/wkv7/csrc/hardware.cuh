@@ -174,8 +174,8 @@ __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HERON_TILE_COPIES  // one thread copies whole tiles, and Arrivals tells when they are there
 #endif
-// A bf16 tensor (rows, tokens, heads, 64), to copy 32 tokens of a head from: they come as rows of 128 bytes whose 16-byte pieces
-// are permuted by the row.
+// A bf16 tensor (rows, tokens, heads, size), to copy 64 columns of 32 tokens of a head from: they come as rows of 128 bytes whose
+// 16-byte pieces are permuted by the row.
 using TileMap = CUtensorMap;
 // Bytes on their way to shared memory.
 using Arrivals = uint64_t;
@@ -196,9 +196,10 @@ __device__ __forceinline__ void wait_for_bytes(Arrivals& arrivals, bool odd) {
   }
 }
 // Tokens that the tensor does not have come as zeros.
-__device__ __forceinline__ void copy_tile(void* to, const TileMap& map, int row, int token, int head, Arrivals& arrivals) {
+__device__ __forceinline__ void copy_tile(void* to, const TileMap& map, int row, int token, int head, int column,
+                                          Arrivals& arrivals) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
-               :: "r"(shared_address(to)), "l"(&map), "r"(0), "r"(head), "r"(token), "r"(row), "r"(shared_address(&arrivals))
+               :: "r"(shared_address(to)), "l"(&map), "r"(column), "r"(head), "r"(token), "r"(row), "r"(shared_address(&arrivals))
                : "memory");
 }
 __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, Arrivals& arrivals) {
@@ -238,8 +239,8 @@ inline bool copies_tiles() {
          cudaSetDevice(device) == cudaSuccess;
 }
 // Describe the tensor at `first`, with steps in elements; null, or the error in words.
-inline const char* describe(TileMap& map, const void* first, int64_t rows, int64_t tokens, int64_t heads, int64_t row_step,
-                            int64_t token_step, int64_t head_step) {
+inline const char* describe(TileMap& map, const void* first, int64_t rows, int64_t tokens, int64_t heads, int size,
+                            int64_t row_step, int64_t token_step, int64_t head_step) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -247,7 +248,7 @@ inline const char* describe(TileMap& map, const void* first, int64_t rows, int64
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled; it is older than CUDA 12";
-  const cuuint64_t sizes[4] = {64, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(rows)};
+  const cuuint64_t sizes[4] = {cuuint64_t(size), cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(rows)};
   const cuuint64_t steps[3] = {cuuint64_t(head_step * 2), cuuint64_t(token_step * 2), cuuint64_t(row_step * 2)};
   const cuuint32_t tile[4] = {64, 1, 32, 1}, dense[4] = {1, 1, 1, 1};
   const CUresult result =

@@ -2,12 +2,7 @@
 // sums, fp32 state. One block runs one head of one sequence. The forward has four warps: warp i holds rows 16 i .. 16 i + 15
 // (values) of the state in registers. The backward has two halves of four warps, and one half holds the gradient of the state
 // in the same way. README.md has the algebra and the budget of registers and shared memory.
-//
-// `left` = [a; r] and `right` = [b; k] are scaled in place and read as 64 x 64 tiles. M's block of a-rows and b-columns, A, has J^T
-// in place of each 8 x 8 block on its diagonal: the transposed inverse of I - A there.
 #pragma once
-
-#include "chunk_copies.cuh"
 
 #ifndef HERON_FORWARD_BLOCKS  // on one multiprocessor; 4 leave 128 registers and 56 KB to each
 #define HERON_FORWARD_BLOCKS 4
@@ -19,270 +14,107 @@
 #define HERON_BACKWARD_STAGES 2
 #endif
 
+#include "wide_backward.cuh"
+
 namespace tensor_core {
 
 constexpr int kBackwardThreads = 2 * kThreads;
 constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBackwardStage = kState + kSquare;
-constexpr int kForwardShared = 2 * kForwardStage + kSquare;
-// Gradients of a chunk in fp32, 32 x 64, with rows 8 banks apart: bytes of those of one input.
-constexpr int kCellPitch = kSize + 8, kCells = kChunk * kCellPitch * 4;
+template <int parts, bool transfer>
+constexpr int kForwardThreads = (transfer ? 2 : 1) * parts * kThreads;
+template <int parts, bool transfer>
+constexpr int kForwardBlocks = parts > 1 ? 1 : HERON_FORWARD_BLOCKS * kThreads / kForwardThreads<parts, transfer>;
+template <int parts>
+constexpr int kForwardShared = 2 * parts * kForwardStage + kSquare;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
 constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
-constexpr int kPitch = 12, kBlock = 8 * kPitch + 4;  // of 8 x 8 fp32: columns and blocks start in other banks, 16-byte aligned
-constexpr float kLog2DecayScale = kDecayScale * kLog2E;
-
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
-
-// Two columns of an input's token t.
-__device__ __forceinline__ uint32_t& word(Tile stage, int name, int t, int column) {
-  return *reinterpret_cast<uint32_t*>(stage + name * kTile + place(t, column));
-}
-
-// Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. Each of `warps`
-// takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) of each token, or `end`,
-// exp(G) at the end (64), may be null.
-template <int warps>
-__device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, float* sums, float* remains, float* end,
-                                             int valid) {
-  constexpr int tokens = kChunk / warps;
-  const int column = lane * 2;
-  uint32_t words[tokens][4];
-  float g[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
-#pragma unroll
-  for (int i = 0; i < tokens; i++) {
-    const int t = tokens * warp + i;
-    const uint32_t w = word(stage, kW, t, column);
-    for (int name = kA; name <= kK; name++) words[i][name] = word(stage, name, t, column);
-    const float scale = t < valid ? -kLog2DecayScale : 0.0f;
-    sum0 += scale * sigmoid(low_half(w));
-    sum1 += scale * sigmoid(high_half(w));
-    g[i][0] = sum0;
-    g[i][1] = sum1;
-  }
-  *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
-  __syncthreads();
-  float base0 = 0.0f, base1 = 0.0f;
-#pragma unroll
-  for (int i = 0; i < warps - 1; i++) {
-    const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
-    if (i < warp) base0 += earlier.first, base1 += earlier.second;
-  }
-  float before0 = exp2_fast(base0), before1 = exp2_fast(base1);
-#pragma unroll
-  for (int i = 0; i < tokens; i++) {
-    const int t = tokens * warp + i;
-    const float g0 = base0 + g[i][0], g1 = base1 + g[i][1];
-    const float after0 = exp2_fast(g0), after1 = exp2_fast(g1), inverse0 = exp2_fast(-g0), inverse1 = exp2_fast(-g1);
-    auto scaled = [&](int name, float scale0, float scale1) {
-      word(stage, name, t, column) = pack(low_half(words[i][name]) * scale0, high_half(words[i][name]) * scale1);
-    };
-    scaled(kA, before0, before1);
-    scaled(kR, after0, after1);
-    scaled(kB, inverse0, inverse1);
-    scaled(kK, inverse0, inverse1);
-    if (remains != nullptr) *reinterpret_cast<Floats*>(remains + t * kSize + column) = {after0, after1};
-    before0 = after0;
-    before1 = after1;
-  }
-  if (end != nullptr && warp == warps - 1) *reinterpret_cast<Floats*>(end + column) = {before0, before1};
-}
-
-// Of this warp's 16 rows of M or dM, zero what they must not see: an a-row sees earlier tokens, an r-row its `own` as well.
-__device__ __forceinline__ void mask_rows(Thread me, Fragment* rows, bool own) {
-  const int row = me.lane / 4 + own, column = me.lane % 4 * 2;
-  const uint32_t late = me.warp % 2 ? ~0u : 0;  // tokens from 16 on see all blocks of those before
-  const uint32_t diagonal = (column < row ? 0xffffu : 0) | (column + 1 < row ? 0xffff0000u : 0);
-#pragma unroll
-  for (int group = 0; group < 4; group++) {
-    const uint32_t seen = group % 2 ? diagonal & late : diagonal | late;
-    rows[group][0] &= seen;
-    rows[group][3] &= seen;
-    if (group % 2) {
-      rows[group][1] &= late;
-      rows[group][2] = 0;
-    } else {
-      rows[group][2] &= late;
-    }
-  }
-}
-
-// Invert I - A for the two 8 x 8 strictly lower blocks A that are this warp's, by substitution in fp32, a lane for each column;
-// `a` holds them by columns, and anything above their diagonals. The inverses go to `m` by columns.
-__device__ __forceinline__ void invert(Thread me, Tile m, const float* a) {
-  const int second = me.lane / 8 % 2, column = me.lane % 8, first = 16 * me.warp + 8 * second;
-  a += (2 * me.warp + second) * kBlock;
-  float x[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) x[i] = i == column ? 1.0f : 0.0f;
-#pragma unroll
-  for (int k = 0; k < 7; k++) {
-#pragma unroll
-    for (int i = k + 1; i < 8; i++) x[i] += a[kPitch * k + i] * x[k];
-  }
-  if (me.lane < 16) {
-    *reinterpret_cast<Piece*>(m + place(first + column, first)) = {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]),
-                                                                   pack(x[6], x[7])};
-  }
-}
-
-// This warp's 16 rows of left right^T, masked, to M as far as they are not zero; the blocks that are to be inverted go to
-// `scratch` (4 kBlock floats), by columns.
-__device__ __forceinline__ void store_attention(Thread me, Tile m, const Accumulator* c, float* scratch) {
-  const int warp = me.warp, late = warp % 2;
-  Fragment rows[4];
-#pragma unroll
-  for (int group = 0; group < 4; group++) as_operand(rows[group], c + 2 * group);
-  mask_rows(me, rows, warp >= 2);
-#pragma unroll
-  for (int group = 0; group < 4; group++) {
-    if (group % 2 <= late) store_operand(me, m, 16 * warp, 16 * group, rows[group]);
-  }
-  if (warp < 2) {
-    float* const block = scratch + 2 * warp * kBlock + me.lane % 4 * 2 * kPitch + me.lane / 4;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      block[i / 2 * kBlock + i % 2 * kPitch] = late ? c[2 + i / 2][i / 2 * 2 + i % 2] : c[i / 2][i / 2 * 2 + i % 2];
-    }
-  }
-}
-
-// u^T = z^T J^T with z in four accumulators, or x^T = z^T J; the result as two A operands. 8 columns after another are multiplied
-// by their inverse, and what they add to the others is added.
-template <bool transposed>
-__device__ __forceinline__ void solve(Thread me, Fragment* u, Accumulator* z, Tile m) {
-  Fragment inverses, below[3];  // on M's diagonal, and below[j][i] of rows 8 i and columns 8 j
-  const auto blocks = [&](int j) { return m + me.lane * 128 + (j ^ me.lane % 8) * 16; };
-  if (transposed) {
-    load_matrices(inverses, blocks(me.lane / 8));
-  } else {
-    load_matrices_transposed(inverses, blocks(me.lane / 8));
-  }
-#pragma unroll
-  for (int j = 0; j < 3; j++) {
-    if (transposed) {
-      load_matrices_transposed(below[j], blocks(j));
-    } else {
-      load_matrices(below[j], blocks(j));
-    }
-  }
-#pragma unroll
-  for (int step = 0; step < 4; step++) {
-    const int j = transposed ? 3 - step : step;
-    uint32_t* const word = u[j / 2] + j % 2 * 2;
-    Accumulator c = {};
-    multiply_add(c, pack(z[j][0], z[j][1]), pack(z[j][2], z[j][3]), inverses[j]);
-    word[0] = pack(c[0], c[1]);
-    word[1] = pack(c[2], c[3]);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (transposed ? i < j : i > j) multiply_add(z[i], word[0], word[1], transposed ? below[i][j] : below[j][i]);
-    }
-  }
-}
-
-// Rows 16 warp .. of a state in global memory; null is zero.
-__device__ __forceinline__ void load_state(Thread me, Accumulator* c, const float* state) {
-#pragma unroll
-  for (int i = 0; i < 16; i++) {
-    const int row = 16 * me.warp + me.lane / 4 + i % 2 * 8, column = i / 2 * 8 + me.lane % 4 * 2;
-    Floats x = {0.0f, 0.0f};
-    if (state != nullptr) x = *reinterpret_cast<const Floats*>(state + row * kSize + column);
-    c[i / 2][i % 2 * 2] = x.first;
-    c[i / 2][i % 2 * 2 + 1] = x.second;
-  }
-}
-__device__ __forceinline__ void store_state(Thread me, float* state, const Accumulator* c) {
-#pragma unroll
-  for (int i = 0; i < 16; i++) {
-    const int row = 16 * me.warp + me.lane / 4 + i % 2 * 8, column = i / 2 * 8 + me.lane % 4 * 2;
-    *reinterpret_cast<Floats*>(state + row * kSize + column) = {c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]};
-  }
-}
-
-// Four accumulators that hold (values, tokens), as (tokens, values) to this warp's columns of a tile.
-__device__ __forceinline__ void turn_tokens(Thread me, Tile tile, const Accumulator* c) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    Fragment f;
-    as_operand(f, c + 2 * i);
-    store_operand_transposed(me, tile, 16 * i, 16 * me.warp, f);
-  }
-}
-
-// A state is saved as the four operands that its rows are to each warp; this lane's part of one.
-template <typename T>
-__device__ __forceinline__ Piece& saved_piece(Thread me, T* state, int k) {
-  return reinterpret_cast<Piece*>(state)[(4 * me.warp + k) * 32 + me.lane];
-}
-__device__ __forceinline__ void load_saved(Thread me, Fragment& f, Tile state, int k) {
-  const Piece piece = saved_piece(me, state, k);
-#pragma unroll
-  for (int i = 0; i < 4; i++) f[i] = piece.words[i];
-}
 
 // `transfer`: only the map of a segment's state, S_out = S_in P + C; no y and nothing saved. Of eight warps, four have C, from
 // zero, and four P, from the identity and without v.
-template <bool transfer>
-__global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ? HERON_FORWARD_BLOCKS / 2 : HERON_FORWARD_BLOCKS)
+template <int parts, bool transfer>
+__global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBlocks<parts, transfer>)
     forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
-  constexpr int threads = transfer ? 2 * kThreads : kThreads;
+  constexpr int threads = kForwardThreads<parts, transfer>, size = parts * kSize, kStage = parts * kForwardStage;
   Thread me = this_thread();
   const Sequence sequence = find_sequence<kChunk>(p);
-  const bool identity = transfer && of_first_lane(threadIdx.x / kThreads) == 1;
+  const int group = threads == kThreads ? 0 : of_first_lane(threadIdx.x / kThreads), part = parts == 1 ? 0 : group % parts;
+  const bool identity = transfer && group / parts == 1;
 
-  Accumulator state[8];
+  Accumulator state[8 * parts];
   const float* initial = p.segments > 1 ? p.edges : p.state;
-  load_state(me, state, transfer ? nullptr : state_of(initial, p, sequence.index, sequence.head));
+  const int first_element = part * kSize * size;  // of the state's rows that are this half's
+  load_state<size>(me, state, transfer ? nullptr : state_of(initial, p, sequence.index, sequence.head) + first_element);
   if (identity) {
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-      const int row = 16 * me.warp + me.lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + me.lane % 4 * 2 + i % 2;
+    for (int i = 0; i < 32 * parts; i++) {
+      const int row = 64 * part + 16 * me.warp + me.lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + me.lane % 4 * 2 + i % 2;
       state[i / 4][i % 4] = row == column ? 1.0f : 0.0f;
     }
   }
-  Copies copies{shared_memory() + 2 * kForwardStage + kChunk * 128, maps.of};
+  Copies<parts> copies{shared_memory() + 2 * kStage + kChunk * 128, maps.of};
   auto copy_chunk = [&](int start) {
     const int index = start / kChunk % 2;
-    copies.ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kForwardStage, index, start, 0);
+    copies.template ask<64, kW + 1>(threadIdx.x - 64, shared_memory() + index * kStage, index, start, 0);
   };
   copies.begin(p, sequence, kW + 1, transfer ? 1 << kR : 0);
-  if (!identity && me.warp >= 2 && sequence.length > 0) copy_chunk(0);
+  if (!identity && part == 0 && me.warp >= 2 && sequence.length > 0) copy_chunk(0);
   for (int start = 0; start < sequence.length; start += kChunk) {
-    const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kForwardStage;
-    const Tile stage = shared + start / kChunk % 2 * kForwardStage;
+    const Tile shared = shared_memory() + unknown_zero(), m = shared + 2 * kStage;
+    const Tile stage = shared + start / kChunk % 2 * kStage, own = stage + part * kForwardStage;
     const int valid = sequence.length - start;
-    float* const end = reinterpret_cast<float*>(stage + kW * kTile) + 768;  // the logits are dead once they are summed
-    copies.wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
+    constexpr int end = kW * kTile + 3072;  // in each part of a stage; the logits are dead once they are summed
+    copies.template wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
     me = this_thread();
-    scale_inputs<threads / 32>((identity ? 4 : 0) + me.warp, me.lane, stage, reinterpret_cast<float*>(m), nullptr, end, valid);
+    constexpr int warps = threads / 32 / parts;
+    scale_inputs<warps>((identity ? 4 : 0) + me.warp, me.lane, own, reinterpret_cast<float*>(m) + part * warps * kSize, nullptr,
+                        reinterpret_cast<float*>(own + end), valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
     if (!identity) {
-      Accumulator c[8];
-      Fragment a[4];
+      Accumulator c[8 / parts];
+      Fragment a[4 * parts];
 #pragma unroll
-      for (int k = 0; k < 4; k++) load_a(me, a[k], stage + kA * kTile, 16 * me.warp, 16 * k);
-      multiply<4, 4, false, false>(me, c, a, stage + kB * kTile, -1, me.warp % 2 ? 15 : 5);
+      for (int i = 0; i < parts; i++) {
+        const Tile left = stage + i * kForwardStage + kA * kTile, right = stage + i * kForwardStage + (kB + part) * kTile;
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_a(me, a[4 * i + k], left, 16 * me.warp, 16 * k);
+        if (i == 0) {
+          multiply<4, 4 / parts, false, false>(me, c, a, right, -1, me.warp % 2 ? 15 : 5);
+        } else {
+          multiply<4, 4 / parts, false, true>(me, c, a + 4 * i, right, -1, me.warp % 2 ? 15 : 5);
+        }
+      }
       wait_for_products();
-      store_attention(me, m, c, reinterpret_cast<float*>(stage + kW * kTile));
+      store_attention<4 / parts>(me, m, c, reinterpret_cast<float*>(stage + kW * kTile), part * kChunk);
     }
-    Fragment of_state[4], b;
+    Fragment of_state[4 * parts], b;
     Accumulator z[8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const saved = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      as_operand(of_state[k], state + 2 * k);
-      if (saves) saved_piece(me, saved, k) = {of_state[k][0], of_state[k][1], of_state[k][2], of_state[k][3]};
+    for (int i = 0; i < parts; i++) {
+      const Tile left = stage + i * kForwardStage + kA * kTile;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        as_operand(of_state[4 * i + k], state + 8 * i + 2 * k);
+        if (saves) {
+          saved_piece(me, saved + (parts * part + i) * kSize * kSize, k) = {of_state[4 * i + k][0], of_state[4 * i + k][1],
+                                                                             of_state[4 * i + k][2], of_state[4 * i + k][3]};
+        }
+      }
+      if (i == 0) {
+        multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state + 4 * i, left);
+      } else {
+        multiply<4, transfer ? 2 : 4, false, true>(me, z, of_state + 4 * i, left);
+      }
     }
-    multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state, stage + kA * kTile);
     if (!identity) {
       if (me.warp < 2) {
         __syncwarp();
-        invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
-      } else if (valid > kChunk) {
+        if (part == 0) invert(me, m, reinterpret_cast<float*>(stage + kW * kTile));
+      } else if (part == 0 && valid > kChunk) {
         copy_chunk(start + kChunk);
       }
     }
@@ -292,8 +124,8 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
 
     Fragment uv[4];
     Fragment *const u = uv, *const v = uv + 2;
-    load_a_by_depth(me, v[0], stage + kV * kTile, 16 * me.warp, 0);
-    load_a_by_depth(me, v[1], stage + kV * kTile, 16 * me.warp, 16);
+    load_a_by_depth(me, v[0], own + kV * kTile, 16 * me.warp, 0);
+    load_a_by_depth(me, v[1], own + kV * kTile, 16 * me.warp, 16);
 #pragma unroll
     for (int i = 0; i < 8 && transfer; i++) {
       if (identity) v[i / 4][i % 4] = 0;
@@ -315,19 +147,21 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
       multiply_16(z + 6, u[0], b);
       load_b(me, b, m, 16, kChunk + 16);
       multiply_16(z + 6, u[1], b);
-      const Tile tile = stage + kA * kTile;
+      const Tile tile = own + kA * kTile;
       turn_tokens(me, tile, z + 4);
       __syncwarp();
-      const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8, step = p.heads * kSize;
-      bfloat16* const to = token_of<bfloat16>(p.y, p, sequence, start + row) + column;
+      const int row = me.lane / 2, column = 16 * me.warp + me.lane % 2 * 8, step = p.heads * size;
+      bfloat16* const to = token_of<bfloat16>(p.y, p, sequence, start + row) + part * kSize + column;
       store_if(row < valid, to, *reinterpret_cast<const Piece*>(tile + place(row, column)));
       store_if(row + 16 < valid, to + 16 * step, *reinterpret_cast<const Piece*>(tile + place(row + 16, column)));
     }
-    multiply<4, 4, true>(me, state, uv, stage + kB * kTile);
+#pragma unroll
+    for (int i = 0; i < parts; i++) multiply<4, 4, true>(me, state + 8 * i, uv, stage + i * kForwardStage + kB * kTile);
     wait_for_products();
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const Floats factor = *reinterpret_cast<const Floats*>(end + 8 * i + me.lane % 4 * 2);
+    for (int i = 0; i < 8 * parts; i++) {
+      const float* const factors = reinterpret_cast<const float*>(stage + i / 8 * kForwardStage + end);
+      const Floats factor = *reinterpret_cast<const Floats*>(factors + i % 8 * 8 + me.lane % 4 * 2);
       state[i][0] *= factor.first;
       state[i][1] *= factor.second;
       state[i][2] *= factor.first;
@@ -336,53 +170,12 @@ __global__ void __launch_bounds__(transfer ? 2 * kThreads : kThreads, transfer ?
   }
   const int index = int(blockIdx.x) / p.heads, head = int(blockIdx.x) % p.heads;
   if (transfer) {
-    store_state(me, state_of(identity ? p.transfer : p.local, p, index, head), state);
+    store_state<size>(me, state_of(identity ? p.transfer : p.local, p, index, head) + first_element, state);
   } else if (p.segments == 1) {
-    store_state(me, state_of(p.final_state, p, index, head), state);
+    store_state<size>(me, state_of(p.final_state, p, index, head) + first_element, state);
   } else if (index % p.segments == p.segments - 1) {
-    store_state(me, state_of(p.final_state, p, sequence.row, head), state);
+    store_state<size>(me, state_of(p.final_state, p, sequence.row, head) + first_element, state);
   }
-}
-
-// 16 x 64 of an accumulator to fp32 cells.
-__device__ __forceinline__ void store_cells(Thread me, float* cells, const Accumulator* c) {
-  cells += (16 * (me.warp % 2) + me.lane / 4) * kCellPitch + me.lane % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    *reinterpret_cast<Floats*>(cells + 8 * i) = {c[i][0], c[i][1]};
-    *reinterpret_cast<Floats*>(cells + 8 * kCellPitch + 8 * i) = {c[i][2], c[i][3]};
-  }
-}
-
-// A lane keeps half of its 2 * width sums and adds those that its partner has for it.
-template <int width>
-__device__ __forceinline__ void halve(Thread me, float (&sums)[16]) {
-  const bool upper = me.lane & 2 * width;
-#pragma unroll
-  for (int i = 0; i < width; i++) {
-    const float other = exchange(upper ? sums[i] : sums[i + width], 2 * width);
-    sums[i] = (upper ? sums[i + width] : sums[i]) + other;
-  }
-}
-
-// Sums over this warp's 16 rows of state * d_state, one column pair a lane: column 8 (lane / 4) + 2 (lane % 4).
-__device__ __forceinline__ Floats sum_rows(Thread me, Tile state, const Accumulator* d_state) {
-  float sums[16];
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-    Fragment f;
-    load_a(me, f, state, 16 * me.warp, 16 * k);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const float* const d = d_state[2 * k + i];
-      sums[4 * k + 2 * i] = low_half(f[2 * i]) * d[0] + low_half(f[2 * i + 1]) * d[2];
-      sums[4 * k + 2 * i + 1] = high_half(f[2 * i]) * d[1] + high_half(f[2 * i + 1]) * d[3];
-    }
-  }
-  halve<8>(me, sums);
-  halve<4>(me, sums);
-  halve<2>(me, sums);
-  return {sums[0], sums[1]};
 }
 
 // `transfer`: only the gradient of the segment's first state as far as it comes from its own y.
@@ -402,7 +195,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS)
   int length;
   int64_t first_output, first_state;  // elements of an output, and of the saved states, that lie before
   const int output_step = p.heads * kSize, state_step = p.heads * kSize * kSize;
-  Copies copies{shared_memory() + kBackwardShared - kTable, maps.of};
+  Copies<1> copies{shared_memory() + kBackwardShared - kTable, maps.of};
   {
     const Sequence sequence = find_sequence<kChunk>(p);
     length = sequence.length;
@@ -478,7 +271,7 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS)
     wait_for_products();
     Accumulator* const z = held;  // (values, a-rows) of u's bracket
     if (of_left) {
-      store_attention(me, m, c, reinterpret_cast<float*>(ux));
+      store_attention<4>(me, m, c, reinterpret_cast<float*>(ux), 0);
       if (!transfer) {
 #pragma unroll
         for (int k = 0; k < 4; k++) load_saved(me, rows[k], state, k);
@@ -608,83 +401,8 @@ __global__ void __launch_bounds__(kBackwardThreads, HERON_BACKWARD_BLOCKS)
     __syncthreads();
     me = this_thread();
 
-    // Scaled, they go to the outputs. dg_t = D_{t-1} - alpha_t, D_t = dg_t + beta_t + kappa_t - rho_t, from D_0 = sum of
-    // state * d_state.
-    constexpr int tokens = kChunk / 8;
-    const int warp = (of_left ? 0 : 4) + me.warp, column = 2 * me.lane;
-    const float* const cells[4] = {of_a, of_r, of_b, of_k};
-    Floats gradients[tokens][4], scales[tokens + 1] = {{1.0f, 1.0f}}, slopes[tokens];
-    uint32_t words[tokens][4];
-    if (warp > 0) scales[0] = *reinterpret_cast<const Floats*>(remains + (tokens * warp - 1) * kSize + column);
-#pragma unroll
-    for (int i = 0; i < tokens; i++) {
-      const int t = tokens * warp + i;
-      scales[i + 1] = *reinterpret_cast<const Floats*>(remains + t * kSize + column);
-      for (int name = kA; name <= kK; name++) {
-        gradients[i][name] = *reinterpret_cast<const Floats*>(cells[name] + t * kCellPitch + column);
-        words[i][name] = word(stage, name, t, column);
-      }
-      const uint32_t w = word(stage, kW, t, column);
-      const float s0 = sigmoid(low_half(w)), s1 = sigmoid(high_half(w));
-      slopes[i] = {-kDecayScale * s0 * (1.0f - s0), -kDecayScale * s1 * (1.0f - s1)};
-    }
-    float alphas[tokens][2], rises[tokens][2], sum0 = 0.0f, sum1 = 0.0f;
-#pragma unroll
-    for (int i = 0; i < tokens; i++) {
-      const Floats before = scales[i], after = scales[i + 1];
-      const Floats inverse = {reciprocal_fast(after.first), reciprocal_fast(after.second)};
-      // The gradient of one input takes the place of the input; the result is their product, both still scaled.
-      auto finish = [&](int name, Floats scale) -> Floats {
-        const Floats x = gradients[i][name];
-        word(stage, name, tokens * warp + i, column) = pack(x.first * scale.first, x.second * scale.second);
-        return {x.first * low_half(words[i][name]), x.second * high_half(words[i][name])};
-      };
-      const Floats of_alpha = finish(kA, before), of_rho = finish(kR, after);
-      const Floats of_beta = finish(kB, inverse), of_kappa = finish(kK, inverse);
-      alphas[i][0] = of_alpha.first;
-      alphas[i][1] = of_alpha.second;
-      rises[i][0] = of_beta.first + (of_kappa.first - of_rho.first);
-      rises[i][1] = of_beta.second + (of_kappa.second - of_rho.second);
-      sum0 += rises[i][0] - alphas[i][0];
-      sum1 += rises[i][1] - alphas[i][1];
-    }
-    auto store_rows = [&](Tile tile, void* out) {  // this warp's tokens
-      const int row = tokens * warp + me.lane / 8, piece = me.lane % 8 * 8;
-      const int64_t element = first_output + int64_t(start + row) * output_step + piece;
-      store_if(row < valid, static_cast<bfloat16*>(out) + element,
-               *reinterpret_cast<const Piece*>(tile + place(row, piece)));
-    };
-    __syncwarp();
-    store_rows(stage + kA * kTile, p.da);
-    store_rows(stage + kR * kTile, p.dr);
-    store_rows(stage + kB * kTile, p.db);
-    store_rows(stage + kK * kTile, p.dk);
-    store_rows(of_v, p.dv);
-    *reinterpret_cast<Floats*>(sums + warp * kSize + column) = {sum0, sum1};
-    __syncthreads();
-    float dg0 = 0.0f, dg1 = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const Floats at_start = *reinterpret_cast<const Floats*>(start_sums + i * kSize + column);
-      dg0 += at_start.first;
-      dg1 += at_start.second;
-    }
-#pragma unroll
-    for (int i = 0; i < 7; i++) {
-      const Floats earlier = *reinterpret_cast<const Floats*>(sums + i * kSize + column);
-      if (i < warp) dg0 += earlier.first, dg1 += earlier.second;
-    }
-#pragma unroll
-    for (int i = 0; i < tokens; i++) {
-      const int t = tokens * warp + i;
-      dg0 -= alphas[i][0];
-      dg1 -= alphas[i][1];
-      word(stage, kW, t, column) = pack(slopes[i].first * dg0, slopes[i].second * dg1);
-      dg0 += rises[i][0];
-      dg1 += rises[i][1];
-    }
-    __syncwarp();
-    store_rows(stage + kW * kTile, p.dw);
+    finish_gradients<4>(p, (of_left ? 0 : 4) + me.warp, me.lane, stage, of_v, remains, {of_a, of_r, of_b, of_k}, sums, start_sums,
+                        first_output, output_step, start, valid);
   }
   if (of_left) return;
   const Sequence sequence = find_sequence<kChunk>(p);
@@ -734,17 +452,25 @@ __global__ void __launch_bounds__(kPassThreads) pass_states(const __grid_constan
   }
 }
 
+template <int parts, bool transfer>
+const char* launch_forward(const Wkv7sProblem& p, const Maps& maps, void* stream) {
+  const dim3 blocks(p.sequences * p.heads);
+  return launch(forward<parts, transfer>, blocks, kForwardThreads<parts, transfer>, kForwardShared<parts>, stream, p, maps);
+}
+
 const char* run_forward(const Wkv7sProblem& p, void* stream) {
-  const unsigned blocks = p.sequences * p.heads;
   Maps maps;
   const char* error = describe_inputs(maps, p);
   if (error) return error;
-  if (p.y == nullptr) return launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
+  if (p.size == 2 * kSize) {
+    return p.segments == 1 && p.y ? launch_forward<2, false>(p, maps, stream) : "heads of 128 are run by whole sequences";
+  }
+  if (p.y == nullptr) return launch_forward<1, true>(p, maps, stream);
   if (p.segments > 1) {
-    if (!p.mapped) error = launch(forward<true>, dim3(blocks), 2 * kThreads, kForwardShared, stream, p, maps);
+    if (!p.mapped) error = launch_forward<1, true>(p, maps, stream);
     if (!error) error = launch(pass_states<false>, dim3(p.batch * p.heads, 4), kPassThreads, kPassShared, stream, p);
   }
-  return error ? error : launch(forward<false>, dim3(blocks), kThreads, kForwardShared, stream, p, maps);
+  return error ? error : launch_forward<1, false>(p, maps, stream);
 }
 
 const char* run_backward(const Wkv7sProblem& p, void* stream) {
@@ -752,6 +478,11 @@ const char* run_backward(const Wkv7sProblem& p, void* stream) {
   Maps maps;
   const char* error = describe_inputs(maps, p);
   if (error) return error;
+  if (p.size == 2 * kSize) {
+    return p.segments == 1 && p.dr
+               ? launch(wide::backward, dim3(blocks), wide::kBlockThreads, wide::kShared, stream, p, maps)
+               : "heads of 128 are run by whole sequences";
+  }
   if (p.dr == nullptr) return launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
   if (p.segments > 1) {
     if (!p.mapped) error = launch(backward<true>, dim3(blocks), kBackwardThreads, kBackwardShared, stream, p, maps);
