@@ -29,7 +29,7 @@ import heron
 from heron import tokenizer
 from heron.generation import Snapshot
 from heron.model import State
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import quantize_for_running
 from heron.model.memory import Recollection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

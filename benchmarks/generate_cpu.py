@@ -26,7 +26,7 @@ from generate import in_turns, random_model
 import heron
 from heron import tokenizer
 from heron.generation.decoder import CppDecoder
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import quantize_for_running
 
 CPU = torch.device("cpu")
 _KEPT = []  # what llama.cpp calls

@@ -22,7 +22,7 @@ from heron.commands.sources import tokenizer_of
 from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
 from heron.generation import Engine, Request, Sampling, Snapshot
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import quantize_for_running
 from heron.tokenizer import Tokenizer
 
 READ_AT_ONCE = 32  # prompts

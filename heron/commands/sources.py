@@ -17,7 +17,7 @@ from heron.data.token_index import DocumentIndex
 from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
 from heron.model import RWKV, State
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import quantize_for_running
 from heron.ops import ahead
 from heron.progress import progress
 from heron.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def model_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None =
             model = merged(load(path, rosa=options.rosa), options.adapter, dtype)
         if options.weights is None:
             return model
-        return quantize_for_running(in_one_dtype(model), torch.device(device_of(options.device)))
+        return quantize_for_running(in_one_dtype(model), torch.device(device_of(options.device)), options.weights)
 
 
 def start_of(options: argparse.Namespace, model: RWKV) -> State | None:

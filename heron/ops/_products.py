@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops.int8 import GROUP, Int8Matrix, Matrix
+from heron.ops.codes import GROUP, CodedMatrix, Matrix
 
 
 class Product(NamedTuple, Generic[Matrix]):
-    """``y = add + factor * activation(weight x)`` for n vectors x; all on one device, all but weights in 8 bits of one
+    """``y = add + factor * activation(weight x)`` for n vectors x; all on one device, all but weights of codes of one
     dtype."""
 
     x: Tensor
     """(n, in)."""
     weight: Matrix
-    """(out, in), the last stride 1. In 8 bits it is read by matvec alone."""
+    """(out, in), the last stride 1. Of codes it is read by matvec alone."""
     activation: str = "none"
     """A key of ACTIVATIONS."""
     factor: Tensor | None = None
@@ -46,21 +46,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
-def check(op: str, products: Sequence[Product], n: int, in_8_bits: bool = False) -> None:
+def check(op: str, products: Sequence[Product], n: int, of_codes: bool = False) -> None:
     """KernelError, in the name of `op`, unless all `products` are as they say, of n vectors, and of one dtype.
 
     Args:
-        in_8_bits: whether `op` takes such weights.
+        of_codes: whether `op` takes such weights.
     """
     for number, product in enumerate(products):
-        if isinstance(product.weight, Int8Matrix) and not in_8_bits:
-            raise KernelError(f"{op}: product {number}: weight must be floating, got one in 8 bits; dequantize it")
+        if isinstance(product.weight, CodedMatrix) and not of_codes:
+            raise KernelError(f"{op}: product {number}: weight must be floating, got one of codes; dequantize it")
         _check(f"{op}: product {number}:", product, products[0].x, n)
 
 
 def _check(where: str, product: Product, first: Tensor, n: int) -> None:
     weight = product.weight
-    if isinstance(weight, Int8Matrix):
+    if isinstance(weight, CodedMatrix):
         _check_int8(where, weight, first.device)
     elif weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape or weight.stride(1) != 1:
         raise KernelError(
@@ -73,7 +73,7 @@ def _check(where: str, product: Product, first: Tensor, n: int) -> None:
     wanted = {"x": n_in, "weight": None, "factor": n_out, "add": n_out}
     for name, size in wanted.items():
         tensor = getattr(product, name)
-        if tensor is None or isinstance(tensor, Int8Matrix):
+        if tensor is None or isinstance(tensor, CodedMatrix):
             continue
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise KernelError(
@@ -84,7 +84,7 @@ def _check(where: str, product: Product, first: Tensor, n: int) -> None:
             raise KernelError(f"{where} {name} must be ({n}, {size}) and contiguous, got {tuple(tensor.shape)}")
 
 
-def _check_int8(where: str, weight: Int8Matrix, device: torch.device) -> None:
+def _check_int8(where: str, weight: CodedMatrix, device: torch.device) -> None:
     codes, scales = weight
     n_out, n_in = codes.shape
     fits = 0 not in codes.shape and n_in % GROUP == 0 and tuple(scales.shape) == (n_out, n_in // GROUP)

@@ -8,7 +8,7 @@ import torch
 
 from heron.ops._products import ACTIVATIONS, Product
 from heron.ops.few_rows import MOST
-from heron.ops.int8 import Int8Matrix, dense
+from heron.ops.codes import CodedMatrix, dense
 
 # Half a unit in the last place, relative, or more.
 ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -37,7 +37,7 @@ def products(shapes, n, dtype, device="cpu", seed=0):
         activation, has_factor, has_add = FORMS[(5 * i + seed) % len(FORMS)]
         weight = numbers(n_out, n_in + 8 * (i % 2), scale=2 * n_in**-0.5)[:, :n_in]
         factor, add = (numbers(n, n_out) if wanted else None for wanted in (has_factor, has_add))
-        made.append(Product(numbers(n, n_in), Int8Matrix.of(weight) if kind else weight, activation, factor, add))
+        made.append(Product(numbers(n, n_in), CodedMatrix.of(weight) if kind else weight, activation, factor, add))
     return made
 
 
@@ -83,8 +83,8 @@ def by_source(function, some, *leading, with_scales=False):
     ys = [
         torch.full((len(x), weight.shape[0]), torch.nan, dtype=x.dtype) for x, weight in zip(xs, weights, strict=True)
     ]
-    scales = [weight.scales if isinstance(weight, Int8Matrix) else None for weight in weights]
-    weights = [weight.codes if isinstance(weight, Int8Matrix) else weight for weight in weights]
+    scales = [weight.scales if isinstance(weight, CodedMatrix) else None for weight in weights]
+    weights = [weight.codes if isinstance(weight, CodedMatrix) else weight for weight in weights]
 
     def pointers(tensors):
         return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))

@@ -12,7 +12,7 @@ from heron.errors import KernelError
 from heron.ops import _build, matvec
 from heron.ops._products import ACTIVATIONS
 from heron.ops.few_rows import few_rows
-from heron.ops.int8 import GROUP, Int8Matrix
+from heron.ops.codes import GROUP, CodedMatrix
 from heron.ops.matvec import Product, cuda, matvec_choice
 from tests.ops.kernels import (
     BFLOAT16,
@@ -82,7 +82,7 @@ def test_the_definition_computes_fp64_in_fp64():
     assert (matvec([product])[0] - product.x @ product.weight.T).abs().max() < 1e-15
 
 
-CODES = Int8Matrix.of(torch.ones(4, 64))
+CODES = CodedMatrix.of(torch.ones(4, 64))
 
 
 def test_ops_that_read_no_8_bits_say_so():
@@ -138,7 +138,7 @@ def test_a_form_that_does_not_run_here_is_refused(impl, message):
         (torch.zeros(4, 9)[:, :8], "begin at multiples of 16 bytes"),
         (torch.zeros(4, 16)[:, 1:9], "begin at multiples of 16 bytes"),
         (CODES, None),
-        (Int8Matrix.of(torch.zeros(1, 12352)), "up to 12288 of torch.float32, not of 12352"),
+        (CodedMatrix.of(torch.zeros(1, 12352)), "up to 12288 of torch.float32, not of 12352"),
     ],
 )
 def test_weights_that_the_kernel_cannot_read_are_named(weight, reason):

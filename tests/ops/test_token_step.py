@@ -14,7 +14,7 @@ from heron.generation.decoder import SequenceStates
 from heron.generation.step import PLAIN, channel_mix, network_of, time_mix
 from heron.ops import _build
 from heron.ops.head_step import HeadWeights
-from heron.ops.int8 import Int8Matrix
+from heron.ops.codes import CodedMatrix
 from heron.ops.token_step import (
     LayerStates,
     LayerWeights,
@@ -87,13 +87,13 @@ def in_8_bits(network):
     """`network` with its large matrices in 8 bits, and with the matrices that these stand for."""
     names = "receptance", "key", "value", "output", "ffn_key", "ffn_value"
     eights = [
-        layer._replace(**{name: Int8Matrix.of(getattr(layer, name)) for name in names}) for layer in network.layers
+        layer._replace(**{name: CodedMatrix.of(getattr(layer, name)) for name in names}) for layer in network.layers
     ]
     stood_for = [
         layer._replace(**{name: getattr(layer, name).dequantized(network.head.dtype) for name in names})
         for layer in eights
     ]
-    head = Int8Matrix.of(network.head)
+    head = CodedMatrix.of(network.head)
     return (
         network._replace(layers=eights, head=head),
         network._replace(layers=stood_for, head=head.dequantized(network.head.dtype)),

@@ -17,12 +17,12 @@ from heron.generation import engine as engine_module
 from heron.generation.decoder import CppDecoder
 from heron.generation.graphed import GraphedDecoder
 from heron.generation.step import matrix_of
-from heron.model.int8 import Int8Linear, quantize_for_running
+from heron.model.coded import CodedLinear, quantize_for_running
 from heron.model.quantized import quantized_layers
 from heron.ops import _build
 from heron.ops._choice import Choice
 from heron.ops._products import Product
-from heron.ops.int8 import Int8Matrix
+from heron.ops.codes import CodedMatrix
 from heron.ops.matvec.reference import matvec_reference
 from tests.generation import accuracy
 
@@ -35,7 +35,7 @@ def stood_for(model: heron.RWKV) -> heron.RWKV:
     """A copy whose matrices are those that the ones in 8 bits stand for."""
     model = copy.deepcopy(model)
     for layer in [*quantized_layers(model).values(), model.head]:
-        layer.weight.data = Int8Matrix.of(layer.weight).dequantized(layer.weight.dtype)
+        layer.weight.data = CodedMatrix.of(layer.weight).dequantized(layer.weight.dtype)
     return model
 
 
@@ -46,7 +46,7 @@ def test_sequences_are_read_with_the_matrices_that_8_bits_stand_for(random_model
     want, kept = stood_for(model), {name: p for name, p in model.named_parameters() if "emb" in name or p.dim() != 2}
     assert quantize_for_running(model, CPU) is model
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
-    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 2 * 6 + 1
+    assert sum(isinstance(module, CodedLinear) for module in model.modules()) == 2 * 6 + 1
     assert all(model.get_parameter(name) is p for name, p in kept.items())
     ids = torch.randint(256, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_what_has_no_form_in_8_bits_is_refused_in_words(random_model, changes, d
     model = random_model(**{**SIZES, **changes})
     with pytest.raises(ConfigError, match=f"weights int8: {message}"):
         quantize_for_running(model, torch.device(device))
-    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+    assert not any(isinstance(module, CodedLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
