@@ -24,13 +24,14 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kUnroll = 2;  // vectors of a row that are under way at once
 #ifdef __AVX512F__          // how many registers there are
-constexpr int kTogether = 4, kRowsTogether = 2, kShortRows = 4;
+constexpr int kTogether = 4, kRowsTogether = 2, kFewRows = 4;
 #else
-constexpr int kTogether = 2, kRowsTogether = 1, kShortRows = 1;
+constexpr int kTogether = 2, kRowsTogether = 1, kFewRows = 1;
 #endif
 // kRowsTogether rows of a matrix are multiplied at once with kTogether sequences. With one sequence it is row after row:
-// that reads the matrix from its begin to its end, which is what the processor's own prefetching is made for. Rows of 4
-// bits a number wait for arithmetic as well as for memory: kShortRows of them are multiplied at once.
+// that reads the matrix from its begin to its end, which is what the processor's own prefetching is made for. Rows in 4
+// bits that are shorter than kShort bytes are the exception, kFewRows at once: what comes behind a row takes its time.
+constexpr int kShort = 1024;
 constexpr int kAhead = 8192;      // bytes of a matrix that are asked for before they are needed
 constexpr int kShare = 65536;     // bytes of a matrix that a thread takes at a time
 constexpr int kGroup = 64;        // codes of a row that share a scale
@@ -112,6 +113,15 @@ void set(Bf16& to, float x) {
     to.bits = static_cast<uint16_t>(word >> 16);
 }
 
+// x in all lanes.
+Vector spread(Bf16 x) {
+#ifdef __AVX512F__
+    return (Vector)(_mm512_set1_epi32(x.bits) << 16);
+#else
+    return value(x) - Vector{};
+#endif
+}
+
 // By halves: the upper one is added to the lower one.
 float sum(const Vector& v) {
     using Eight = float __attribute__((vector_size(8 * sizeof(float))));
@@ -139,7 +149,7 @@ float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 // A matrix from one of its rows on: n numbers each, fp32 or bf16.
 template <typename T>
 struct Rows {
-    static constexpr int kAlone = 1;  // rows that are multiplied at once with one sequence
+    static constexpr int kShortRows = 1;
     const T* numbers;
     int n;
 
@@ -150,7 +160,7 @@ struct Rows {
 // The codes of a group in 8 bits, each standing for itself.
 class Bytes {
   public:
-    static constexpr int kBytes = kGroup, kAlone = 1;
+    static constexpr int kBytes = kGroup, kShortRows = 1;
 
     explicit Bytes(const int8_t*) {}
 
@@ -162,7 +172,7 @@ class Bytes {
 // In 4 bits: word j of a group has the codes of its numbers j, 16 + j, 32 + j and 48 + j, which stand for one of 16 levels.
 class Nibbles {
   public:
-    static constexpr int kBytes = kGroup / 2, kAlone = kShortRows;
+    static constexpr int kBytes = kGroup / 2, kShortRows = kFewRows;
 
 #ifdef __AVX512F__
     explicit Nibbles(const int8_t* levels) : levels_(load(levels)) {}
@@ -195,7 +205,7 @@ class Nibbles {
 // A matrix of codes: a number is what its code stands for, times the scale of its group. n is a multiple of kGroup.
 template <typename Coding>
 struct CodedRows {
-    static constexpr int kAlone = Coding::kAlone;
+    static constexpr int kShortRows = Coding::kShortRows;
     const char* codes;
     const Bf16* scales;
     Coding coding;
@@ -241,8 +251,8 @@ void dots(const CodedRows<Coding>& weight, const float* x, float (&sums)[rows][t
     for (int g = 0; g < groups; ++g) {
         for (int r = 0; r < rows; ++r) {
             const char* here = weight.codes + (int64_t{r} * groups + g) * Coding::kBytes;
-            const float scale = value(weight.scales[r * groups + g]);
-            __builtin_prefetch(here + kAhead);
+            const Vector scale = spread(weight.scales[r * groups + g]);
+            if (g * Coding::kBytes % 64 == 0) __builtin_prefetch(here + kAhead);
             for (int i = 0; i < together; ++i) {
                 const float* with = x + int64_t{i} * n + g * kGroup;
                 Vector sum = weight.coding.part(here, 0) * load(with);
@@ -515,8 +525,8 @@ class Step {
         const auto next = [&turn] { return turn.fetch_add(1, std::memory_order_relaxed); };
         int number = next(), before = 0;
         const auto take = [&](const Product& p, const auto& weight) {
-            constexpr int kAlone = std::decay_t<decltype(weight)>::kAlone;
-            constexpr int kAtOnce = std::max(kRowsTogether, kAlone);
+            constexpr int kShortRows = std::decay_t<decltype(weight)>::kShortRows;
+            constexpr int kAtOnce = std::max(kRowsTogether, kShortRows);
             const int rows = std::max(1, kShare / weight.bytes() / kAtOnce) * kAtOnce;
             const int shares = (p.out + rows - 1) / rows;
             for (; number - before < shares; number = next()) {
@@ -524,7 +534,12 @@ class Step {
                 int i = 0;
                 for (; i + kTogether <= n_; i += kTogether)
                     multiply_rows<kRowsTogether, kTogether>(p, weight, begin, end, i);
-                for (; i < n_; ++i) multiply_rows<kAlone, 1>(p, weight, begin, end, i);
+                for (; i < n_; ++i) {
+                    if (weight.bytes() < kShort)
+                        multiply_rows<kShortRows, 1>(p, weight, begin, end, i);
+                    else
+                        multiply_rows<1, 1>(p, weight, begin, end, i);
+                }
             }
             before += shares;
         };
