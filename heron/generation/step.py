@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.channel_mix import GATE_RANK
+from heron.model.coded import CodedLinear
 from heron.model.compiled import varying
 from heron.model.deep_embed import DeepEmbed
-from heron.model.coded import CodedLinear
 from heron.model.rwkv import Block
 from heron.ops._choice import Choice
 from heron.ops._products import ACTIVATIONS, Product
+from heron.ops.codes import CodedMatrix, dense
 from heron.ops.few_rows import few_rows, few_rows_choice
 from heron.ops.head_step import HeadInputs, head_step, head_step_choice
 from heron.ops.head_step.reference import head_step_reference
-from heron.ops.codes import CodedMatrix, dense
 from heron.ops.matvec import matvec, matvec_choice
 from heron.ops.matvec.reference import matvec_reference
 from heron.ops.norm_mix import norm_mix, norm_mix_choice

@@ -70,4 +70,4 @@ def quantize_for_running(model: RWKV, device: torch.device, weights: str = "int8
     for name, layer in quantized_layers(model).items():
         model.set_submodule(name, CodedLinear(CodedMatrix.of(layer.weight.to(device), BITS[weights])))
     model.set_submodule("head", CodedLinear(CodedMatrix.of(model.head.weight.to(device))))
-    return model
+    return model.requires_grad_(False)

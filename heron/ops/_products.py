@@ -61,7 +61,7 @@ def check(op: str, products: Sequence[Product], n: int, of_codes: bool = False) 
 def _check(where: str, product: Product, first: Tensor, n: int) -> None:
     weight = product.weight
     if isinstance(weight, CodedMatrix):
-        _check_int8(where, weight, first.device)
+        _check_codes(where, weight, first.device)
     elif weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape or weight.stride(1) != 1:
         raise KernelError(
             f"{where} weight must be (out, in), floating, not empty, its last stride 1; "
@@ -84,15 +84,17 @@ def _check(where: str, product: Product, first: Tensor, n: int) -> None:
             raise KernelError(f"{where} {name} must be ({n}, {size}) and contiguous, got {tuple(tensor.shape)}")
 
 
-def _check_int8(where: str, weight: CodedMatrix, device: torch.device) -> None:
-    codes, scales = weight
-    n_out, n_in = codes.shape
-    fits = 0 not in codes.shape and n_in % GROUP == 0 and tuple(scales.shape) == (n_out, n_in // GROUP)
+def _check_codes(where: str, weight: CodedMatrix, device: torch.device) -> None:
+    codes, scales, levels = weight
+    per_group, dtype, wanted = (GROUP, torch.int8, "in") if levels is None else (GROUP // 4, torch.int16, "in / 4")
+    n_out, width = codes.shape
+    fits = 0 not in codes.shape and width % per_group == 0 and tuple(scales.shape) == (n_out, width // per_group)
     dtypes = codes.dtype, scales.dtype
-    if not fits or dtypes != (torch.int8, torch.bfloat16) or not codes.is_contiguous() or not scales.is_contiguous():
+    if not fits or dtypes != (dtype, torch.bfloat16) or not codes.is_contiguous() or not scales.is_contiguous():
         raise KernelError(
-            f"{where} weight in 8 bits must be (out, in) int8 and (out, in / {GROUP}) torch.bfloat16, contiguous, not "
-            f"empty; got {tuple(codes.shape)} {codes.dtype} and {tuple(scales.shape)} {scales.dtype}"
+            f"{where} weight in {weight.bits} bits must be (out, {wanted}) {dtype} and (out, in / {GROUP}) "
+            f"torch.bfloat16, contiguous, not empty; got {tuple(codes.shape)} {codes.dtype} and "
+            f"{tuple(scales.shape)} {scales.dtype}"
         )
     if codes.device != device or scales.device != device:
         raise KernelError(f"{where} all tensors must be on {device}; weight is on {codes.device} and {scales.device}")

@@ -104,20 +104,23 @@ def _in_4_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
     for end in _ENDS:
         codes = _nearest(groups / (largest / end), levels)
         found = levels.index_select(0, codes.flatten()).view_as(groups)
-        along, square = ((groups * found).sum(dim=-1, keepdim=True), found.square().sum(dim=-1, keepdim=True))
+        along, square = (groups * found).sum(dim=-1, keepdim=True), found.square().sum(dim=-1, keepdim=True)
         explained = along.abs() / square.sqrt()  # the more, the less the error; its square would overflow
         better = (explained > best) | along.isnan()
         scales, best = torch.where(better, along / square.clamp(min=1.0), scales), torch.where(better, explained, best)
     rounded = scales.bfloat16()
     codes = _nearest(groups / rounded.float(), levels).unflatten(-1, (4, _QUARTER))
-    words = sum(codes[..., quarter, :] << 4 * quarter for quarter in range(4))
-    return words.to(torch.int16).flatten(1), rounded.squeeze(-1)
+    first, second, third, fourth = codes.unbind(dim=-2)
+    words = (first | second << 4 | third << 8 | fourth << 12).to(torch.int16)
+    return words.flatten(1), rounded.squeeze(-1)
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
     """The code of the level that is nearest to each number, int32; of NaN that of 0."""
-    between = (levels[1:] + levels[:-1])  # twice the numbers halfway: a number is beyond one if its double is, rounded down
-    codes = torch.bucketize(torch.arange(-256.0, 256.0, device=x.device), between, right=True, out_int32=True)
+    between = levels[1:] + levels[:-1]  # twice what lies halfway: a number is beyond it if its double rounded down is
+    codes = torch.bucketize(
+        torch.arange(-256.0, 256.0, dtype=x.dtype, device=x.device), between, right=True, out_int32=True
+    )
     doubled = (2.0 * x).nan_to_num(0.0).floor_().clamp_(-256.0, 255.0)
     return codes.index_select(0, doubled.int().add_(256).flatten()).view_as(x)
 

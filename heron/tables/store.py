@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.files import new_file
 from heron.model import RWKV
-from heron.model.deep_embed import DeepEmbed
 from heron.model.coded import CodedLinear
+from heron.model.deep_embed import DeepEmbed
 from heron.ops.rows import copy_rows, copy_rows_choice
 
 PLACES = ("device", "host", "disk")

@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from heron.ops._products import ACTIVATIONS, Product
-from heron.ops.few_rows import MOST
 from heron.ops.codes import CodedMatrix, dense
+from heron.ops.few_rows import MOST
 
 # Half a unit in the last place, relative, or more.
 ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}

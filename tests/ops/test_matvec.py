@@ -11,8 +11,8 @@ import torch
 from heron.errors import KernelError
 from heron.ops import _build, matvec
 from heron.ops._products import ACTIVATIONS
-from heron.ops.few_rows import few_rows
 from heron.ops.codes import GROUP, CodedMatrix
+from heron.ops.few_rows import few_rows
 from heron.ops.matvec import Product, cuda, matvec_choice
 from tests.ops.kernels import (
     BFLOAT16,
@@ -85,8 +85,8 @@ def test_the_definition_computes_fp64_in_fp64():
 CODES = CodedMatrix.of(torch.ones(4, 64))
 
 
-def test_ops_that_read_no_8_bits_say_so():
-    with pytest.raises(KernelError, match="few_rows: product 0: weight must be floating, got one in 8 bits"):
+def test_ops_that_read_no_codes_say_so():
+    with pytest.raises(KernelError, match="few_rows: product 0: weight must be floating, got one of codes"):
         few_rows([Product(torch.zeros(2, 64), CODES)])
 
 

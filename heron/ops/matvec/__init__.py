@@ -32,7 +32,7 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
 
     Args:
         products: :class:`Product`, each of one vector, of one dtype on one device; their shapes may differ. Weights may
-            be in 8 bits (:class:`heron.ops.codes.CodedMatrix`): they are read as they are.
+            be of codes (:class:`heron.ops.codes.CodedMatrix`); those of 8 bits are read as they are.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:
@@ -42,7 +42,7 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
         KernelError: shapes, dtypes or devices that do not fit together, an unknown activation, an `impl` that does not
             exist or run here.
     """
-    _products.check("matvec", products, 1, in_8_bits=True)
+    _products.check("matvec", products, 1, of_codes=True)
     if not products:
         return []
     if impl == "auto":

@@ -42,6 +42,8 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor |
         return against
     longest = _LONGEST_BYTES // dtype.itemsize
     for weight in weights:
+        if isinstance(weight, CodedMatrix) and weight.bits != 8:
+            return f"it reads codes of 8 bits, not of {weight.bits}"
         n_in = weight.shape[1]
         if n_in % 8 or not 0 < n_in <= longest:
             return f"it takes vectors of a multiple of 8, up to {longest} of {dtype}, not of {n_in}"

@@ -7,8 +7,8 @@ from typing import Generic, NamedTuple
 
 from torch import Tensor
 
-from heron.ops.head_step.reference import HeadWeights
 from heron.ops.codes import Matrix
+from heron.ops.head_step.reference import HeadWeights
 
 
 class Norm(NamedTuple):
