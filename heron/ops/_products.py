@@ -96,8 +96,12 @@ def _check_codes(where: str, weight: CodedMatrix, device: torch.device) -> None:
             f"torch.bfloat16, contiguous, not empty; got {tuple(codes.shape)} {codes.dtype} and "
             f"{tuple(scales.shape)} {scales.dtype}"
         )
-    if codes.device != device or scales.device != device:
-        raise KernelError(f"{where} all tensors must be on {device}; weight is on {codes.device} and {scales.device}")
+    if levels is not None and (tuple(levels.shape), levels.dtype, levels.is_contiguous()) != ((16,), torch.int8, True):
+        raise KernelError(
+            f"{where} levels must be (16,) torch.int8, contiguous; got {tuple(levels.shape)} {levels.dtype}"
+        )
+    if devices := {part.device for part in weight if part is not None} - {device}:
+        raise KernelError(f"{where} all tensors must be on {device}; weight is on {', '.join(map(str, devices))}")
 
 
 def why_not_rows(weights: Sequence[Tensor]) -> str | None:

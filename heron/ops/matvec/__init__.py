@@ -32,7 +32,7 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
 
     Args:
         products: :class:`Product`, each of one vector, of one dtype on one device; their shapes may differ. Weights may
-            be of codes (:class:`heron.ops.codes.CodedMatrix`); those of 8 bits are read as they are.
+            be of codes (:class:`heron.ops.codes.CodedMatrix`): they are read as they are.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:

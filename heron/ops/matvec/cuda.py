@@ -27,8 +27,9 @@ def matvec_cuda(products: Sequence[Product]) -> list[Tensor]:
 
 
 def _launch(xs: Sequence[Tensor], weights: Sequence[Tensor | CodedMatrix], *rest: Sequence) -> list[Tensor]:
-    scales = [weight.scales if isinstance(weight, CodedMatrix) else None for weight in weights]
-    return torch.ops.heron.matvec(xs, list(map(_numbers, weights)), scales, *rest)
+    coded = [weight if isinstance(weight, CodedMatrix) else None for weight in weights]
+    scales, levels = ([weight and getattr(weight, name) for weight in coded] for name in ("scales", "levels"))
+    return torch.ops.heron.matvec(xs, list(map(_numbers, weights)), scales, levels, *rest)
 
 
 def _numbers(weight: Tensor | CodedMatrix) -> Tensor:
@@ -42,8 +43,8 @@ def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor |
         return against
     longest = _LONGEST_BYTES // dtype.itemsize
     for weight in weights:
-        if isinstance(weight, CodedMatrix) and weight.bits != 8:
-            return f"it reads codes of 8 bits, not of {weight.bits}"
+        if isinstance(weight, CodedMatrix) and weight.levels is not None and weight.levels.data_ptr() % 16:
+            return "it reads levels that begin at a multiple of 16 bytes"
         n_in = weight.shape[1]
         if n_in % 8 or not 0 < n_in <= longest:
             return f"it takes vectors of a multiple of 8, up to {longest} of {dtype}, not of {n_in}"
