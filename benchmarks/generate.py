@@ -104,7 +104,7 @@ def of_codes(weights: list[str], sizes: tuple, rows: int, turns: int, tokens: in
     for name, model in models.items():
         gb = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) / 1e9
         print(f"weights {name}: {gb:.2f} GB, of which the embedding {model.emb.weight.nbytes / 1e9:.2f}")
-    for n in (1, rows):
+    for n in sorted({1, rows}):
         steps = {f"{name}, {n} of {n}": decoding(model, n, ids) for name, model in models.items()}
         report(in_turns(steps, turns, tokens, device), dict.fromkeys(steps, n))
 

@@ -2,9 +2,9 @@
 
 Needs llama-cpp-python, which brings llama.cpp, and gguf. The same random RWKV-7 is written as a .gguf in fp16, which
 llama.cpp itself turns into Q8_0 and Q4_0. All forms run in one process on the same number of threads and take turns, a
-few tokens each, so that other work on the machine falls on all; the threads of one wait while another runs. Ratios are of
-medians and of the fastest turns, to llama.cpp with weights of the same size. How far the logits of each lie from those
-of fp32 is printed before.
+few tokens each, so that other work on the machine falls on all; the threads of one wait while another runs. Ratios are
+of medians and of the fastest turns, to llama.cpp with weights of the same size. How far the logits of each lie from
+those of fp32 is printed before.
 """
 
 from __future__ import annotations

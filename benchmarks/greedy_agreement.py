@@ -92,13 +92,11 @@ def main() -> None:
         pairs = list(zip(texts[one], texts[other], strict=True))
         whole = sum(a == b for a, b in pairs) / len(prompts)
         alike = sum(same(a, b) for a, b in pairs) / sum(map(len, texts[other]))
-        print(
-            f"{one}, {other:<8}{100 * whole:5.1f} % are the same text, {100 * alike:5.1f} % of tokens before they part"
-        )
-    losses = (
-        f"{name} {evaluate.evaluate(one, tokens[: args.scored + 1], 1024).loss:.4f}" for name, one in models.items()
-    )
-    print(f"loss of {min(args.scored, len(tokens) - 1):,} tokens: {', '.join(losses)}")
+        before = f"{100 * alike:5.1f} % of tokens before they part"
+        print(f"{one}, {other:<8}{100 * whole:5.1f} % are the same text, {before}")
+    scored = tokens[: args.scored + 1]
+    losses = (f"{name} {evaluate.evaluate(one, scored, 1024).loss:.4f}" for name, one in models.items())
+    print(f"loss of {len(scored) - 1:,} tokens: {', '.join(losses)}")
 
 
 if __name__ == "__main__":
