@@ -136,7 +136,10 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, built when needed; KernelError where it can't be."""
-    flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+    capability = torch.backends.cpu.get_cpu_capability()
+    # Without AVX-512 GCC moves a vector of 64 bytes 16 at a time, and what then reads 32 of them waits for two moves.
+    moves = _build.known("-mmove-max=256", "-mstore-max=256") if capability == "AVX2" else ()
+    flags = (*_FLAGS.get(capability, ()), *moves)
     built = _build.load_c_library("token_step", [SOURCE], ["-fno-math-errno", "-ffp-contract=fast", *flags])
     pointer, small = ctypes.c_void_p, ctypes.c_int32
     built.heron_token_step.argtypes = [pointer, small, pointer, pointer, pointer, pointer, pointer, small]
