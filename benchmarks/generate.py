@@ -5,9 +5,9 @@ and take turns, a few tokens each, so that other work on the machine falls on bo
 ratio is that of the fastest turns, the median stands beside it. On one thread of a CPU it is the process's CPU time.
 The package runs RWKV-8 files without their tables, so v8 stands beside our own v7. With --constant, instead: time per
 token far into a text, and memory. With --memory, instead: what ROSA memory costs a token, beside the same model without
-it, and how that grows with what it has read; with --weights int8 too, of weights in 8 bits. With --taken, instead: an
-engine of --rows places on a GPU, of which only so many are taken. With --weights int8, instead: the same weights in 8
-bits beside themselves, one text and --rows.
+it, and how that grows with what it has read; with --weights int8 or int4 too, of weights of codes. With --taken,
+instead: an engine of --rows places on a GPU, of which only so many are taken. With --weights int8 int4, instead: the
+same weights of codes beside themselves, one text and --rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import heron
 from heron import tokenizer
 from heron.generation import Snapshot
 from heron.model import State
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import BITS, quantize_for_running
 from heron.model.memory import Recollection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,18 +93,18 @@ def partly_taken(model: heron.RWKV, rows: int, taken: list[int], turns: int, tok
         report(seconds, dict.fromkeys(seconds, n))
 
 
-def in_8_bits(sizes: tuple, rows: int, turns: int, tokens: int, ids: list[int]) -> None:
-    """One text and `rows` with weights as they are and in 8 bits, and what these take."""
+def of_codes(weights: list[str], sizes: tuple, rows: int, turns: int, tokens: int, ids: list[int]) -> None:
+    """One text and `rows` with weights as they are and of codes, and what these take."""
     device = sizes[-1]
     models = {"as they are": random_model("v7", *sizes)}
-    start = time.perf_counter()
-    models["int8"] = quantize_for_running(random_model("v7", *sizes), device)
-    seconds = time.perf_counter() - start
+    for name in weights:
+        start = time.perf_counter()
+        models[name] = quantize_for_running(random_model("v7", *sizes), device, name)
+        print(f"made and put in {name} in {time.perf_counter() - start:.1f} s", flush=True)
     for name, model in models.items():
         gb = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) / 1e9
         print(f"weights {name}: {gb:.2f} GB, of which the embedding {model.emb.weight.nbytes / 1e9:.2f}")
-    print(f"made and put in 8 bits in {seconds:.1f} s", flush=True)
-    for n in (1, rows):
+    for n in sorted({1, rows}):
         steps = {f"{name}, {n} of {n}": decoding(model, n, ids) for name, model in models.items()}
         report(in_turns(steps, turns, tokens, device), dict.fromkeys(steps, n))
 
@@ -171,7 +171,7 @@ def constant(device: torch.device) -> None:
         print(f"peak memory after {written:>6,} tokens: {peak_memory(device):.1f} MB", flush=True)
 
 
-def with_memory(sizes: tuple, turns: int, tokens: int, weights: str | None) -> None:
+def with_memory(sizes: tuple, turns: int, tokens: int, weights: list[str]) -> None:
     """A token of a v8 with ROSA memory beside one without, behind few tokens and behind many."""
     *_, vocab_size, _, device = sizes
     rosa, steps = random_model("v8", *sizes, memory="memory"), {}
@@ -180,8 +180,8 @@ def with_memory(sizes: tuple, turns: int, tokens: int, weights: str | None) -> N
     twin.load_state_dict(
         {key: value for key, value in rosa.state_dict().items() if key in twin.state_dict()}, assign=True
     )
-    if weights == "int8":
-        rosa, twin = (quantize_for_running(model, device) for model in (rosa, twin))
+    if weights:
+        rosa, twin = (quantize_for_running(model, device, *weights) for model in (rosa, twin))
     steps["v8"] = decoding(twin, 1, [1] * 9)  # the same weights, where they are
     for n in (1_000, 200_000):
         engine = heron.Engine(rosa, tokenizer.load(f"integers:{vocab_size}"))
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--constant", action="store_true", help="time per token far into a text, and memory")
     parser.add_argument("--memory", action="store_true", help="a token with ROSA memory beside one without")
     parser.add_argument("--taken", type=int, nargs="+", help="places that are taken, of --rows")
-    parser.add_argument("--weights", choices=("int8",), help="beside the same weights as they are")
+    parser.add_argument("--weights", nargs="+", choices=BITS, default=[], help="beside the same weights as they are")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = device_of(parser, args.device)
@@ -237,8 +237,8 @@ def main() -> None:
     if args.memory:
         with_memory(sizes, args.turns, args.tokens, args.weights)
         return
-    if args.weights == "int8":
-        in_8_bits(sizes, args.rows, args.turns, args.tokens, ids)
+    if args.weights:
+        of_codes(args.weights, sizes, args.rows, args.turns, args.tokens, ids)
         return
     v7 = random_model("v7", *sizes)
     if args.taken:

@@ -1,10 +1,10 @@
 """Decoding on a CPU beside llama.cpp: one text, and a prompt. ``python benchmarks/generate_cpu.py``
 
 Needs llama-cpp-python, which brings llama.cpp, and gguf. The same random RWKV-7 is written as a .gguf in fp16, which
-llama.cpp itself turns into Q8_0. All forms run in one process on the same number of threads and take turns, a few
-tokens each, so that other work on the machine falls on all; the threads of one wait while another runs. Ratios are of
-medians and of the fastest turns, to llama.cpp with weights of the same size. How far the logits of each lie from those
-of fp32 is printed before.
+llama.cpp itself turns into Q8_0 and Q4_0. All forms run in one process on the same number of threads and take turns, a
+few tokens each, so that other work on the machine falls on all; the threads of one wait while another runs. Ratios are
+of medians and of the fastest turns, to llama.cpp with weights of the same size. How far the logits of each lie from
+those of fp32 is printed before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from generate import in_turns, random_model
 import heron
 from heron import tokenizer
 from heron.generation.decoder import CppDecoder
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import BITS, quantize_for_running
 
 CPU = torch.device("cpu")
 _KEPT = []  # what llama.cpp calls
@@ -87,20 +87,23 @@ def forms_of(
     library: ModuleType, sizes: tuple[int, int, int], threads: int, prompt: int, folder: Path
 ) -> dict[str, Form]:
     """Every form by its name; the files in `folder` are needed no longer."""
-    half, eights = folder / "f16.gguf", folder / "q8_0.gguf"
+    half = folder / "f16.gguf"
     model = random_model("v7", *sizes, torch.float32, CPU)
-    in_8_bits = quantize_for_running(random_model("v7", *sizes, torch.bfloat16, CPU), CPU)
+    coded = {name: quantize_for_running(random_model("v7", *sizes, torch.bfloat16, CPU), CPU, name) for name in BITS}
     heron.save(random_model("v7", *sizes, torch.float16, CPU), half, tokenizer="world" if sizes[2] == 65536 else None)
-    settings = library.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = library.LLAMA_FTYPE_MOSTLY_Q8_0, threads
-    if library.llama_model_quantize(str(half).encode(), str(eights).encode(), ctypes.byref(settings)):
-        raise SystemExit("llama.cpp: quantizing to Q8_0 failed")
+    quantized = {name: folder / f"{name}.gguf" for name in ("Q8_0", "Q4_0")}
+    for name, path in quantized.items():
+        settings = library.llama_model_quantize_default_params()
+        settings.ftype, settings.nthread = getattr(library, f"LLAMA_FTYPE_MOSTLY_{name}"), threads
+        if library.llama_model_quantize(str(half).encode(), str(path).encode(), ctypes.byref(settings)):
+            raise SystemExit(f"llama.cpp: quantizing to {name} failed")
     return {
         "llama.cpp F16": of_llama_cpp(library, half, threads, prompt),
-        "llama.cpp Q8_0": of_llama_cpp(library, eights, threads, prompt),
+        **{f"llama.cpp {name}": of_llama_cpp(library, path, threads, prompt) for name, path in quantized.items()},
         "heron fp32": of_heron(model, "llama.cpp F16"),
         "heron bf16": of_heron(random_model("v7", *sizes, torch.bfloat16, CPU), "llama.cpp F16"),
-        "heron int8": of_heron(in_8_bits, "llama.cpp Q8_0"),
+        "heron int8": of_heron(coded["int8"], "llama.cpp Q8_0"),
+        "heron int4": of_heron(coded["int4"], "llama.cpp Q4_0"),
     }
 
 

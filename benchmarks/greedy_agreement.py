@@ -1,9 +1,9 @@
-"""What weights in 8 bits change in a trained model's texts. ``python benchmarks/greedy_agreement.py MODEL --data TEXT``
+"""What weights of codes change in a trained model's texts. ``python benchmarks/greedy_agreement.py MODEL --data TEXT``
 
-Prompts are cut from a text at even distances. Each is gone on from greedily, with the weights as --dtype has them and
-in 8 bits: how many texts are the same to the last token, and how many tokens are up to where they part; what comes
-behind is not compared. Both are compared with fp32 too: rounding alone parts the texts of a model that is not sure. The
-loss of both on the text stands beside it. Prompts are read side by side, as sequences; what is written behind them is
+Prompts are cut from a text at even distances. Each is gone on from greedily, with the weights as --dtype has them, in 8
+bits and in 4: how many texts are the same to the last token, and how many tokens are up to where they part; what comes
+behind is not compared. All are compared with fp32 too: rounding alone parts the texts of a model that is not sure. The
+loss of each on the text stands beside it. Prompts are read side by side, as sequences; what is written behind them is
 written by steps of --rows texts, on a GPU by default of one, as `heron generate` does.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 
 import torch
@@ -22,7 +23,7 @@ from heron.commands.sources import tokenizer_of
 from heron.data.corpora import Reading
 from heron.data.loader import load_tokens
 from heron.generation import Engine, Request, Sampling, Snapshot
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import BITS, quantize_for_running
 from heron.tokenizer import Tokenizer
 
 READ_AT_ONCE = 32  # prompts
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--tokenizer")
     parser.add_argument("--dtype", choices=machine.DTYPES, default="bf16")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rows", type=int, help="texts side by side; default: 8, and on a GPU 1, which int8 is for")
+    parser.add_argument("--rows", type=int, help="texts side by side; default: 8, and on a GPU 1, which codes are for")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="that are written behind it")
@@ -81,23 +82,21 @@ def main() -> None:
     tokens, _ = load_tokens(args.data, tokenizer, model.config.vocab_size, Reading(), lambda text: None)
     distance = (len(tokens) - args.prompt) // args.prompts
     prompts = [tokens[i * distance :][: args.prompt].tolist() for i in range(args.prompts)]
-    eights, in_fp32 = quantize_for_running(copy.deepcopy(model), device), heron.load(args.model, torch.float32)
+    models = {args.dtype: model, "fp32": heron.load(args.model, torch.float32).to(device)}
+    models |= {weights: quantize_for_running(copy.deepcopy(model), device, weights) for weights in BITS}
     start = time.perf_counter()
-    in_8_bits, as_it_is, exact = (
-        greedy(one, tokenizer, prompts, args.tokens, rows) for one in (eights, model, in_fp32.to(device))
-    )
+    texts = {name: greedy(one, tokenizer, prompts, args.tokens, rows) for name, one in models.items()}
     taken = f"by steps of {rows}, in {time.perf_counter() - start:.0f} s in all"
     print(f"{args.model}: {args.prompts} prompts of {args.prompt} tokens, {args.tokens} tokens behind each, {taken}")
-    for name, one, other in (
-        (f"in 8 bits, in {args.dtype}", in_8_bits, as_it_is),
-        ("in 8 bits, in fp32", in_8_bits, exact),
-        (f"in {args.dtype}, in fp32", as_it_is, exact),
-    ):
-        whole = sum(a == b for a, b in zip(one, other, strict=True)) / len(prompts)
-        alike = sum(same(a, b) for a, b in zip(one, other, strict=True)) / sum(map(len, other))
-        print(f"{name:<20}{100 * whole:5.1f} % are the same text, {100 * alike:5.1f} % of tokens before they part")
-    before, after = (evaluate.evaluate(one, tokens[: args.scored + 1], 1024).loss for one in (model, eights))
-    print(f"loss of {min(args.scored, len(tokens) - 1):,} tokens: {before:.4f}, in 8 bits {after:.4f}")
+    for one, other in itertools.combinations(texts, 2):
+        pairs = list(zip(texts[one], texts[other], strict=True))
+        whole = sum(a == b for a, b in pairs) / len(prompts)
+        alike = sum(same(a, b) for a, b in pairs) / sum(map(len, texts[other]))
+        before = f"{100 * alike:5.1f} % of tokens before they part"
+        print(f"{one}, {other:<8}{100 * whole:5.1f} % are the same text, {before}")
+    scored = tokens[: args.scored + 1]
+    losses = (f"{name} {evaluate.evaluate(one, scored, 1024).loss:.4f}" for name, one in models.items())
+    print(f"loss of {len(scored) - 1:,} tokens: {', '.join(losses)}")
 
 
 if __name__ == "__main__":

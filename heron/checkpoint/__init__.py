@@ -21,6 +21,7 @@ from heron.config import PRESETS, ModelConfig, RosaConfig, TrainConfig
 from heron.errors import CheckpointError, ConfigError, did_you_mean
 from heron.files import as_path, new_file, new_folder, sync
 from heron.model import RWKV, State, mixed_dtypes
+from heron.model.coded import weights_of
 from heron.model.rosa_toys import QKVToy, SelfToy, toy_from
 from heron.model.tuned_state import BASE, TunedState
 from heron.tokenizer import Tokenizer
@@ -108,8 +109,8 @@ def save(
             without.
 
     Raises:
-        CheckpointError: no such format, one that can't hold the model, adapters of peft in it, or the file cannot be
-            written.
+        CheckpointError: no such format, one that can't hold the model, adapters of peft or weights of codes in it, or
+            the file cannot be written.
         ConfigError, DataError: no such tokenizer, or one with more ids than the model.
     """
     if not isinstance(model, nn.Module):
@@ -121,6 +122,8 @@ def save(
             f"{path}: an adapter is on {adapted}, and the file would hold it apart from its weight; merge it first "
             "(peft: merge_and_unload), or save the adapter alone (peft: save_pretrained)"
         )
+    if (weights := weights_of(model)) is not None:
+        raise CheckpointError(f"{path}: these weights are {weights}, for running alone; save what they were made of")
     config, path = getattr(model, "config", None), as_path(path)
     known = None
     if tokenizer is not None:

@@ -45,8 +45,8 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
     """What is done to the weights of a file before they run, and what fine-tuning left beside them."""
     parser.add_argument(
         "--weights",
-        choices=("int8",),
-        help="int8: the large matrices in 8 bits, a scale for 64 weights; v7 and v8; default: as in the file",
+        choices=("int8", "int4"),
+        help="the large matrices in 8 or 4 bits, a scale for 64 weights; v7 and v8; default: as in the file",
     )
     adapter_help = "a fine-tuning run, or the folder of an adapter, to add to the weights in memory; default: none"
     parser.add_argument("--adapter", metavar="DIR", help=adapter_help)

@@ -18,7 +18,7 @@ from heron.data.token_index import DocumentIndex
 from heron.errors import ConfigError
 from heron.generation import Engine, Sampling
 from heron.model import RWKV, State
-from heron.model.int8 import quantize_for_running
+from heron.model.coded import quantize_for_running
 from heron.model.mixed_dtypes import widest
 from heron.ops import ahead
 from heron.progress import progress
@@ -86,7 +86,8 @@ def weights_of(path: str, options: argparse.Namespace, dtype: torch.dtype | None
         start = None if options.state is None else _tuned(options.state, model)
         states = {name: _tuned(file, model) for name, file in getattr(options, "with_state", ())}
         if options.weights is not None:
-            model = quantize_for_running(in_one_dtype(model), torch.device(device_of(options.device)))
+            device = torch.device(device_of(options.device))
+            model = quantize_for_running(in_one_dtype(model), device, options.weights)
     return Weights(model, start, states)
 
 

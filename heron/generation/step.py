@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from heron.errors import ConfigError
 from heron.model import RWKV
 from heron.model.channel_mix import GATE_RANK
+from heron.model.coded import CodedLinear
 from heron.model.compiled import varying
 from heron.model.deep_embed import DeepEmbed
-from heron.model.int8 import Int8Linear
 from heron.model.rwkv import Block
 from heron.ops._choice import Choice
 from heron.ops._products import ACTIVATIONS, Product
+from heron.ops.codes import CodedMatrix, dense
 from heron.ops.few_rows import few_rows, few_rows_choice
 from heron.ops.head_step import HeadInputs, head_step, head_step_choice
 from heron.ops.head_step.reference import head_step_reference
-from heron.ops.int8 import Int8Matrix, dense
 from heron.ops.matvec import matvec, matvec_choice
 from heron.ops.matvec.reference import matvec_reference
 from heron.ops.norm_mix import norm_mix, norm_mix_choice
@@ -124,7 +124,7 @@ def multiply(products: Sequence[Product]) -> list[Tensor]:
 
 
 def _product(
-    x: Tensor, weight: Tensor | Int8Matrix, activation: str, factor: Tensor | None, add: Tensor | None
+    x: Tensor, weight: Tensor | CodedMatrix, activation: str, factor: Tensor | None, add: Tensor | None
 ) -> Tensor:
     y = F.linear(x, dense(weight, x.dtype))
     if activation != "none":
@@ -187,8 +187,8 @@ def way_for(layer: LayerWeights, n: int) -> Way:
     """That of n sequences, for a model with such layers, which are not laid out yet."""
     if n < FEWEST:
         return Way(apart, _for_one)
-    if isinstance(layer.key, Int8Matrix):
-        return Way(apart, _for_many_in_8_bits)
+    if isinstance(layer.key, CodedMatrix):
+        return Way(apart, _for_many_of_codes)
     are_few = few_rows_choice(_matrices(apart(layer)), n).impl == "cuda"
     return Way(apart, _for_few) if are_few else Way(together, _for_many)
 
@@ -218,7 +218,7 @@ def _for_one(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
     return _by_kernels(layer, compiled, multiply)
 
 
-def _for_many_in_8_bits(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
+def _for_many_of_codes(layer: LayerWeights, compiled: Compiler | None) -> Pieces:
     """PyTorch multiplies, and each matrix is dequantized for its product."""
     return _by_kernels(layer, compiled, multiply)
 
@@ -245,8 +245,8 @@ def _by_kernels(layer: LayerWeights, compiled: Compiler | None, multiply: Callab
     )
 
 
-def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | Int8Matrix) -> Tensor:
-    return multiply([Product(x, weight)])[0] if isinstance(weight, Int8Matrix) else F.linear(x, weight)
+def _head(multiply: Callable[..., list[Tensor]], x: Tensor, weight: Tensor | CodedMatrix) -> Tensor:
+    return multiply([Product(x, weight)])[0] if isinstance(weight, CodedMatrix) else F.linear(x, weight)
 
 
 def of_any_number(pieces: Pieces) -> Pieces:
@@ -341,8 +341,8 @@ def _layer_weights(block: Block, deep_embed: str | None) -> LayerWeights:
 
 
 def matrix_of(layer: nn.Module) -> Any:
-    """The weights of a linear layer: a tensor, or where it is in 8 bits an Int8Matrix."""
-    return layer.matrix if isinstance(layer, Int8Linear) else layer.weight
+    """The weights of a linear layer: a tensor, or where it is of codes a CodedMatrix."""
+    return layer.matrix if isinstance(layer, CodedLinear) else layer.weight
 
 
 def norm_of(norm: nn.LayerNorm) -> Norm:

@@ -82,6 +82,13 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, _COMPILERS)), None)
 
 
+def known(*flags: str) -> tuple[str, ...]:
+    """`flags` where the C++ compiler knows all of them, else none."""
+    compiler = find_compiler()
+    command = [compiler or "", *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
+    return flags if compiler and subprocess.run(command, capture_output=True).returncode == 0 else ()
+
+
 def load_c_library(
     name: str, sources: Sequence[Path], flags: Sequence[str] = (), depends: Sequence[Path] = ()
 ) -> ctypes.CDLL:

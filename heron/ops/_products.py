@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.ops.int8 import GROUP, Int8Matrix, Matrix
+from heron.ops.codes import GROUP, CodedMatrix, Matrix
 
 
 class Product(NamedTuple, Generic[Matrix]):
-    """``y = add + factor * activation(weight x)`` for n vectors x; all on one device, all but weights in 8 bits of one
+    """``y = add + factor * activation(weight x)`` for n vectors x; all on one device, all but weights of codes of one
     dtype."""
 
     x: Tensor
     """(n, in)."""
     weight: Matrix
-    """(out, in), the last stride 1. In 8 bits it is read by matvec alone."""
+    """(out, in), the last stride 1. Of codes it is read by matvec alone."""
     activation: str = "none"
     """A key of ACTIVATIONS."""
     factor: Tensor | None = None
@@ -46,22 +46,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
-def check(op: str, products: Sequence[Product], n: int, in_8_bits: bool = False) -> None:
+def check(op: str, products: Sequence[Product], n: int, of_codes: bool = False) -> None:
     """KernelError, in the name of `op`, unless all `products` are as they say, of n vectors, and of one dtype.
 
     Args:
-        in_8_bits: whether `op` takes such weights.
+        of_codes: whether `op` takes such weights.
     """
     for number, product in enumerate(products):
-        if isinstance(product.weight, Int8Matrix) and not in_8_bits:
-            raise KernelError(f"{op}: product {number}: weight must be floating, got one in 8 bits; dequantize it")
+        if isinstance(product.weight, CodedMatrix) and not of_codes:
+            raise KernelError(f"{op}: product {number}: weight must be floating, got one of codes; dequantize it")
         _check(f"{op}: product {number}:", product, products[0].x, n)
 
 
 def _check(where: str, product: Product, first: Tensor, n: int) -> None:
     weight = product.weight
-    if isinstance(weight, Int8Matrix):
-        _check_int8(where, weight, first.device)
+    if isinstance(weight, CodedMatrix):
+        _check_codes(where, weight, first.device)
     elif weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape or weight.stride(1) != 1:
         raise KernelError(
             f"{where} weight must be (out, in), floating, not empty, its last stride 1; "
@@ -73,7 +73,7 @@ def _check(where: str, product: Product, first: Tensor, n: int) -> None:
     wanted = {"x": n_in, "weight": None, "factor": n_out, "add": n_out}
     for name, size in wanted.items():
         tensor = getattr(product, name)
-        if tensor is None or isinstance(tensor, Int8Matrix):
+        if tensor is None or isinstance(tensor, CodedMatrix):
             continue
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise KernelError(
@@ -84,18 +84,24 @@ def _check(where: str, product: Product, first: Tensor, n: int) -> None:
             raise KernelError(f"{where} {name} must be ({n}, {size}) and contiguous, got {tuple(tensor.shape)}")
 
 
-def _check_int8(where: str, weight: Int8Matrix, device: torch.device) -> None:
-    codes, scales = weight
-    n_out, n_in = codes.shape
-    fits = 0 not in codes.shape and n_in % GROUP == 0 and tuple(scales.shape) == (n_out, n_in // GROUP)
+def _check_codes(where: str, weight: CodedMatrix, device: torch.device) -> None:
+    codes, scales, levels = weight
+    per_group, dtype, wanted = (GROUP, torch.int8, "in") if levels is None else (GROUP // 4, torch.int16, "in / 4")
+    n_out, width = codes.shape
+    fits = 0 not in codes.shape and width % per_group == 0 and tuple(scales.shape) == (n_out, width // per_group)
     dtypes = codes.dtype, scales.dtype
-    if not fits or dtypes != (torch.int8, torch.bfloat16) or not codes.is_contiguous() or not scales.is_contiguous():
+    if not fits or dtypes != (dtype, torch.bfloat16) or not codes.is_contiguous() or not scales.is_contiguous():
         raise KernelError(
-            f"{where} weight in 8 bits must be (out, in) int8 and (out, in / {GROUP}) torch.bfloat16, contiguous, not "
-            f"empty; got {tuple(codes.shape)} {codes.dtype} and {tuple(scales.shape)} {scales.dtype}"
+            f"{where} weight in {weight.bits} bits must be (out, {wanted}) {dtype} and (out, in / {GROUP}) "
+            f"torch.bfloat16, contiguous, not empty; got {tuple(codes.shape)} {codes.dtype} and "
+            f"{tuple(scales.shape)} {scales.dtype}"
         )
-    if codes.device != device or scales.device != device:
-        raise KernelError(f"{where} all tensors must be on {device}; weight is on {codes.device} and {scales.device}")
+    if levels is not None and (tuple(levels.shape), levels.dtype, levels.is_contiguous()) != ((16,), torch.int8, True):
+        raise KernelError(
+            f"{where} levels must be (16,) torch.int8, contiguous; got {tuple(levels.shape)} {levels.dtype}"
+        )
+    if devices := {part.device for part in weight if part is not None} - {device}:
+        raise KernelError(f"{where} all tensors must be on {device}; weight is on {', '.join(map(str, devices))}")
 
 
 def why_not_rows(weights: Sequence[Tensor]) -> str | None:

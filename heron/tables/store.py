@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from heron.errors import CheckpointError, ConfigError, HeronError
 from heron.files import new_file
 from heron.model import RWKV
+from heron.model.coded import CodedLinear
 from heron.model.deep_embed import DeepEmbed
-from heron.model.int8 import Int8Linear
 from heron.ops.rows import copy_rows, copy_rows_choice
 
 PLACES = ("device", "host", "disk")
@@ -164,7 +164,7 @@ def off_device(model: RWKV, device: torch.device, file: Path | None) -> tuple[RW
     with torch.device("meta"):
         bare = RWKV(config)
     for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, CodedLinear):
             bare.set_submodule(name, module)
     bare.load_state_dict(model.state_dict(), assign=True)
     [name] = [name for name, part in bare.get_submodule("blocks.0.ffn").named_children() if isinstance(part, DeepEmbed)]

@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from heron.ops._products import ACTIVATIONS, Product
+from heron.ops.codes import CodedMatrix, dense
 from heron.ops.few_rows import MOST
-from heron.ops.int8 import Int8Matrix, dense
 
 # Half a unit in the last place, relative, or more.
 ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -26,7 +26,7 @@ class AsIfOnAGpu:
 
 def products(shapes, n, dtype, device="cpu", seed=0):
     """One product of each shape (out, in) with n vectors, the forms in turn; every second weight is a part of a wider
-    matrix. Those of (out, in, "int8") are in 8 bits."""
+    matrix. Those of (out, in, bits) are of codes."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def numbers(*shape, scale=1.0):
@@ -37,7 +37,9 @@ def products(shapes, n, dtype, device="cpu", seed=0):
         activation, has_factor, has_add = FORMS[(5 * i + seed) % len(FORMS)]
         weight = numbers(n_out, n_in + 8 * (i % 2), scale=2 * n_in**-0.5)[:, :n_in]
         factor, add = (numbers(n, n_out) if wanted else None for wanted in (has_factor, has_add))
-        made.append(Product(numbers(n, n_in), Int8Matrix.of(weight) if kind else weight, activation, factor, add))
+        made.append(
+            Product(numbers(n, n_in), CodedMatrix.of(weight, *kind) if kind else weight, activation, factor, add)
+        )
     return made
 
 
@@ -72,19 +74,19 @@ def compare(got, wanted_of):
         assert ((y.double() - want).abs() <= limit).all()
 
 
-def by_source(function, some, *leading, with_scales=False):
+def by_source(function, some, *leading, with_codes=False):
     """Products by a kernel's source on a CPU.
 
     Args:
         function: of a library; takes `leading`, the pointers of each kind of tensor, and the sizes of each product.
-        with_scales: whether it takes the scales of weights in 8 bits, behind the weights.
+        with_codes: whether it takes the scales and levels of weights of codes, behind the weights.
     """
     xs, weights, activations, factors, adds = zip(*some, strict=True)
     ys = [
         torch.full((len(x), weight.shape[0]), torch.nan, dtype=x.dtype) for x, weight in zip(xs, weights, strict=True)
     ]
-    scales = [weight.scales if isinstance(weight, Int8Matrix) else None for weight in weights]
-    weights = [weight.codes if isinstance(weight, Int8Matrix) else weight for weight in weights]
+    coded = [weight if isinstance(weight, CodedMatrix) else CodedMatrix(weight, None) for weight in weights]
+    numbers, scales, levels = zip(*coded, strict=True)
 
     def pointers(tensors):
         return (ctypes.c_void_p * len(some))(*(None if x is None else x.data_ptr() for x in tensors))
@@ -92,10 +94,10 @@ def by_source(function, some, *leading, with_scales=False):
     def integers(values, kind=ctypes.c_int):
         return (kind * len(some))(*values)
 
-    tensors = (xs, weights, *([scales] if with_scales else []), factors, adds, ys)
+    tensors = (xs, numbers, *((scales, levels) if with_codes else ()), factors, adds, ys)
     error = function(
-        *leading, *map(pointers, tensors), integers([weight.stride(0) for weight in weights], ctypes.c_int64),
-        integers([weight.shape[1] for weight in weights]), integers(map(len, weights)),
+        *leading, *map(pointers, tensors), integers([each.stride(0) for each in numbers], ctypes.c_int64),
+        integers([weight.shape[1] for weight in weights]), integers(map(len, numbers)),
         integers([list(ACTIVATIONS).index(name) for name in activations]),
     )  # fmt: skip
     assert error is None, error.decode()

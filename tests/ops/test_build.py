@@ -46,6 +46,14 @@ def load_afresh(*arguments, **options):
 
 
 @needs_compiler
+def test_flags_are_known_all_together_or_not_at_all(monkeypatch):
+    assert _build.known("-O2", "-funroll-loops") == ("-O2", "-funroll-loops")
+    assert _build.known("-O2", "-mno-such-thing") == ()
+    monkeypatch.setattr(_build, "find_compiler", lambda: None)
+    assert _build.known("-O2") == ()
+
+
+@needs_compiler
 def test_a_library_is_built_at_first_use_and_then_kept(cache, source, monkeypatch):
     assert load_afresh("f", [source]).f(41) == 42
     assert len(built(cache)) == 1

@@ -11,8 +11,8 @@ import torch
 from heron.errors import KernelError
 from heron.ops import _build, matvec
 from heron.ops._products import ACTIVATIONS
+from heron.ops.codes import GROUP, CodedMatrix
 from heron.ops.few_rows import few_rows
-from heron.ops.int8 import GROUP, Int8Matrix
 from heron.ops.matvec import Product, cuda, matvec_choice
 from tests.ops.kernels import (
     BFLOAT16,
@@ -38,19 +38,19 @@ def emulated():
 
     def multiply(some):
         is_bf16 = some[0].x.dtype == BF16
-        return by_source(library.matvec_emulated, some, int(is_bf16), len(some), with_scales=True)
+        return by_source(library.matvec_emulated, some, int(is_bf16), len(some), with_codes=True)
 
     return multiply
 
 
 SMALL = [(3, 8), (1, 768), (9, 40), (9, 2056), (17, 264), (3, 8192), (5, 16), (24, 4104)]
-MIXED = [(3, 64, "int8"), (9, 40), (17, 320, "int8"), (1, 768, "int8"), (5, 2112, "int8"), (9, 264), (3, 8192, "int8")]
+MIXED = [(3, 64, 4), (9, 40), (17, 320, 8), (17, 320, 4), (1, 768, 8), (5, 2112, 4), (3, 8192, 8), (3, 8192, 4)]
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shapes", [SMALL, MIXED], ids=["floating", "with int8"])
+@pytest.mark.parametrize("shapes", [SMALL, MIXED], ids=["floating", "with codes"])
 def test_the_kernels_source_on_a_cpu_multiplies(emulated, dtype, seed, shapes):
     some = products(shapes, 1, dtype, seed=seed)
     together = emulated(some)
@@ -82,11 +82,11 @@ def test_the_definition_computes_fp64_in_fp64():
     assert (matvec([product])[0] - product.x @ product.weight.T).abs().max() < 1e-15
 
 
-CODES = Int8Matrix.of(torch.ones(4, 64))
+CODES, NIBBLES = CodedMatrix.of(torch.ones(4, 64)), CodedMatrix.of(torch.ones(4, 64), 4)
 
 
-def test_ops_that_read_no_8_bits_say_so():
-    with pytest.raises(KernelError, match="few_rows: product 0: weight must be floating, got one in 8 bits"):
+def test_ops_that_read_no_codes_say_so():
+    with pytest.raises(KernelError, match="few_rows: product 0: weight must be floating, got one of codes"):
         few_rows([Product(torch.zeros(2, 64), CODES)])
 
 
@@ -104,6 +104,15 @@ def test_ops_that_read_no_8_bits_say_so():
         (dict(weight=CODES._replace(scales=torch.zeros(4, 2).bfloat16())), r"int8 and \(4, 2\) torch.bfloat16"),
         (dict(weight=CODES._replace(scales=torch.zeros(4, 1))), r"int8 and \(4, 1\) torch.float32"),
         (dict(weight=CODES._replace(codes=torch.zeros(4, 96).to(torch.int8))), r"got \(4, 96\) torch.int8"),
+        (
+            dict(weight=NIBBLES._replace(codes=CODES.codes)),
+            r"in 4 bits must be \(out, in / 4\) torch.int16 .* got \(4, 64\)",
+        ),
+        (dict(weight=NIBBLES._replace(scales=torch.zeros(4, 2).bfloat16())), r"int16 and \(4, 2\) torch.bfloat16"),
+        (
+            dict(weight=NIBBLES._replace(levels=torch.zeros(8))),
+            r"levels must be \(16,\) torch.int8, .* got \(8,\) torch.float32",
+        ),
         (dict(weight=CODES), r"x must be \(1, 64\) and contiguous, got \(1, 8\)"),
         (dict(activation="relu"), "activation must be none, tanh, sigmoid, squared relu; got 'relu'"),
     ],
@@ -138,7 +147,9 @@ def test_a_form_that_does_not_run_here_is_refused(impl, message):
         (torch.zeros(4, 9)[:, :8], "begin at multiples of 16 bytes"),
         (torch.zeros(4, 16)[:, 1:9], "begin at multiples of 16 bytes"),
         (CODES, None),
-        (Int8Matrix.of(torch.zeros(1, 12352)), "up to 12288 of torch.float32, not of 12352"),
+        (NIBBLES, None),
+        (NIBBLES._replace(levels=torch.zeros(17, dtype=torch.int8)[1:]), "levels that begin at a multiple of 16 bytes"),
+        (CodedMatrix.of(torch.zeros(1, 12352)), "up to 12288 of torch.float32, not of 12352"),
     ],
 )
 def test_weights_that_the_kernel_cannot_read_are_named(weight, reason):
@@ -175,7 +186,7 @@ def gpu():
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_kernel_multiplies_the_longest_vectors(gpu, dtype):
     longest = 48 * 1024 // dtype.itemsize
-    some = products([(17, longest), (2, 8), (17, longest, "int8")], 1, dtype, gpu)
+    some = products([(17, longest), (2, 8), (17, longest, 8), (17, longest, 4)], 1, dtype, gpu)
     assert cuda.why_not(GPU, dtype, [product.weight for product in some]) is None
     compare(matvec(some, impl="cuda"), some)
 
@@ -186,7 +197,7 @@ def test_kernel_multiplies_the_longest_vectors(gpu, dtype):
 def test_kernel_multiplies(gpu, n_in, dtype):
     shapes = [(n_out, n_in) for n_out in (1, 3, 96, 2048, 96, 65536, 3, 2048, 1, 96)]  # more than one launch
     if n_in % GROUP == 0:
-        shapes += [(*shape, "int8") for shape in shapes]
+        shapes += [(*shape, bits) for bits in (8, 4) for shape in shapes]
     some = products(shapes, 1, dtype, gpu, seed=n_in)
     together = matvec(some, impl="cuda")
     compare(together, some)
@@ -196,7 +207,7 @@ def test_kernel_multiplies(gpu, n_in, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("kind", [(), ("int8",)], ids=["floating", "int8"])
+@pytest.mark.parametrize("kind", [(), (8,), (4,)], ids=["floating", "8 bits", "4 bits"])
 def test_a_chain_of_kernels_in_a_graph_is_the_chain(gpu, dtype, kind):
     """Each waits for the one before it, however early it began."""
     matrices = products([(1024, 1024, *kind)] * 6, 1, dtype, gpu)

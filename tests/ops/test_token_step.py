@@ -13,8 +13,8 @@ from heron.errors import KernelError
 from heron.generation.decoder import SequenceStates
 from heron.generation.step import PLAIN, channel_mix, network_of, time_mix
 from heron.ops import _build
+from heron.ops.codes import CodedMatrix
 from heron.ops.head_step import HeadWeights
-from heron.ops.int8 import Int8Matrix
 from heron.ops.token_step import (
     LayerStates,
     LayerWeights,
@@ -83,19 +83,20 @@ def network(C, head_size, hidden, ranks, vocab, layers=3, sequences=7, dtype=FP6
     )  # fmt: skip
 
 
-def in_8_bits(network):
-    """`network` with its large matrices in 8 bits, and with the matrices that these stand for."""
+def of_codes(network, bits):
+    """`network` with its large matrices of codes, and with the matrices that these stand for."""
     names = "receptance", "key", "value", "output", "ffn_key", "ffn_value"
-    eights = [
-        layer._replace(**{name: Int8Matrix.of(getattr(layer, name)) for name in names}) for layer in network.layers
+    coded = [
+        layer._replace(**{name: CodedMatrix.of(getattr(layer, name), bits) for name in names})
+        for layer in network.layers
     ]
     stood_for = [
         layer._replace(**{name: getattr(layer, name).dequantized(network.head.dtype) for name in names})
-        for layer in eights
+        for layer in coded
     ]
-    head = Int8Matrix.of(network.head)
+    head = CodedMatrix.of(network.head, bits)
     return (
-        network._replace(layers=eights, head=head),
+        network._replace(layers=coded, head=head),
         network._replace(layers=stood_for, head=head.dequantized(network.head.dtype)),
     )
 
@@ -187,11 +188,12 @@ def test_the_step_in_cpp_is_its_definition(sizes, gates, matches, dtype):
 @needs_compiler
 @pytest.mark.parametrize("gates", [None, "output", "hidden"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_matrices_in_8_bits_are_those_that_they_stand_for(dtype, gates):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_matrices_of_codes_are_those_that_they_stand_for(dtype, gates, bits):
     sizes = GROUPED | dict(gates=gates, matches=2)
-    _, exact = in_8_bits(network(**sizes))
-    built, _ = in_8_bits(network(**sizes, dtype=dtype))
-    eager = in_8_bits(network(**sizes, dtype=dtype))[1]  # with states of its own
+    _, exact = of_codes(network(**sizes), bits)
+    built, _ = of_codes(network(**sizes, dtype=dtype), bits)
+    eager = of_codes(network(**sizes, dtype=dtype), bits)[1]  # with states of its own
     step, rounds = TokenStep(built), []
     for seed, sequences in enumerate(COMPANIES, 3):
         inputs = sequences, *tokens(GROUPED, len(sequences), gates, seed=seed, matches=2)
@@ -230,7 +232,9 @@ def test_the_definition_is_the_model(random_model, form):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(
-    ("sizes", "bits"), [(SIZES[0], None), (SIZES[1], None), (GROUPED, 8)], ids=["C48", "C128", "8-bits"]
+    ("sizes", "bits"),
+    [(SIZES[0], None), (SIZES[1], None), (GROUPED, 8), (GROUPED, 4)],
+    ids=["C48", "C128", "8-bits", "4-bits"],
 )
 def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, bits, dtype):
     ids, gates, recalled = tokens(sizes, 7, "output", matches=2)
@@ -240,7 +244,7 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_on_any_threads(sizes, 
         for number, companies in ((1, [list(range(7))]), (3, alone), (2, in_two)):
             torch.set_num_threads(number)
             network_ = network(**sizes, dtype=dtype, gates="output", matches=2)
-            step = TokenStep(network_ if bits is None else in_8_bits(network_)[0])
+            step = TokenStep(network_ if bits is None else of_codes(network_, bits)[0])
             logits = torch.empty(7, sizes["vocab"])
             for _ in range(2):
                 for some in companies:

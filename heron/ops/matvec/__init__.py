@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heron.ops import _choice, _products
 from heron.ops._products import Product
-from heron.ops.int8 import Int8Matrix
+from heron.ops.codes import CodedMatrix
 from heron.ops.matvec import cuda
 from heron.ops.matvec.reference import matvec_reference
 
@@ -17,7 +17,7 @@ __all__ = ["Product", "matvec", "matvec_choice"]
 _FORMS = {"reference": matvec_reference, "cuda": cuda.matvec_cuda}
 
 
-def matvec_choice(weights: Sequence[Tensor | Int8Matrix], dtype: torch.dtype) -> _choice.Choice:
+def matvec_choice(weights: Sequence[Tensor | CodedMatrix], dtype: torch.dtype) -> _choice.Choice:
     """The form that "auto" takes for products with `weights`, (out, in) each, on one device, and vectors of `dtype`."""
     device = weights[0].device
     other = _choice.Choice("reference", f"an elementwise product and a sum, in PyTorch; runs on {device.type}")
@@ -32,7 +32,7 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
 
     Args:
         products: :class:`Product`, each of one vector, of one dtype on one device; their shapes may differ. Weights may
-            be in 8 bits (:class:`heron.ops.int8.Int8Matrix`): they are read as they are.
+            be of codes (:class:`heron.ops.codes.CodedMatrix`): they are read as they are.
         impl: "reference" (any device), "cuda" (a kernel, built at first use), or "auto": "cuda" where it runs.
 
     Returns:
@@ -42,7 +42,7 @@ def matvec(products: Sequence[Product], impl: str = "auto") -> list[Tensor]:
         KernelError: shapes, dtypes or devices that do not fit together, an unknown activation, an `impl` that does not
             exist or run here.
     """
-    _products.check("matvec", products, 1, in_8_bits=True)
+    _products.check("matvec", products, 1, of_codes=True)
     if not products:
         return []
     if impl == "auto":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heron.ops import _build, _choice, _products
 from heron.ops._products import Product
-from heron.ops.int8 import Int8Matrix
+from heron.ops.codes import CodedMatrix
 
 SOURCE = Path(__file__).parent / "csrc" / "matvec.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,22 +26,25 @@ def matvec_cuda(products: Sequence[Product]) -> list[Tensor]:
     return _products.launches(products, _MOST, _launch)
 
 
-def _launch(xs: Sequence[Tensor], weights: Sequence[Tensor | Int8Matrix], *rest: Sequence) -> list[Tensor]:
-    scales = [weight.scales if isinstance(weight, Int8Matrix) else None for weight in weights]
-    return torch.ops.heron.matvec(xs, list(map(_numbers, weights)), scales, *rest)
+def _launch(xs: Sequence[Tensor], weights: Sequence[Tensor | CodedMatrix], *rest: Sequence) -> list[Tensor]:
+    coded = [weight if isinstance(weight, CodedMatrix) else None for weight in weights]
+    scales, levels = ([weight and getattr(weight, name) for weight in coded] for name in ("scales", "levels"))
+    return torch.ops.heron.matvec(xs, list(map(_numbers, weights)), scales, levels, *rest)
 
 
-def _numbers(weight: Tensor | Int8Matrix) -> Tensor:
+def _numbers(weight: Tensor | CodedMatrix) -> Tensor:
     """What the kernel reads row by row."""
-    return weight.codes if isinstance(weight, Int8Matrix) else weight
+    return weight.codes if isinstance(weight, CodedMatrix) else weight
 
 
-def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor | Int8Matrix]) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor | CodedMatrix]) -> str | None:
     """Why the kernel can't read one of the `weights`, as a clause; None where it can read all."""
     if against := _choice.why_not_dtype(dtype, DTYPES):
         return against
     longest = _LONGEST_BYTES // dtype.itemsize
     for weight in weights:
+        if isinstance(weight, CodedMatrix) and weight.levels is not None and weight.levels.data_ptr() % 16:
+            return "it reads levels that begin at a multiple of 16 bytes"
         n_in = weight.shape[1]
         if n_in % 8 or not 0 < n_in <= longest:
             return f"it takes vectors of a multiple of 8, up to {longest} of {dtype}, not of {n_in}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heron.ops._products import Product
-from heron.ops.int8 import dense
+from heron.ops.codes import dense
 
 
 def matvec_reference(products: Sequence[Product]) -> list[Tensor]:

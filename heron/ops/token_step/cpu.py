@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _build, _choice
-from heron.ops.int8 import Int8Matrix
+from heron.ops.codes import CodedMatrix
 from heron.ops.token_step.network import LayerStates, LayerWeights, Memory, Network
 
 SOURCE = Path(__file__).parent / "csrc" / "token_step.cpp"
@@ -85,10 +85,10 @@ class Prepared:
     def _vector(self, vector: Tensor) -> int:
         return self._address(vector.detach().float().contiguous())
 
-    def _matrix(self, matrix: Tensor | Int8Matrix) -> _Matrix:
-        if isinstance(matrix, Int8Matrix):
-            return _Matrix(*(self._address(part.contiguous()) for part in matrix))
-        return _Matrix(self._plain(matrix), None)
+    def _matrix(self, matrix: Tensor | CodedMatrix) -> _Matrix:
+        if isinstance(matrix, CodedMatrix):
+            return _Matrix(*(None if part is None else self._plain(part) for part in matrix))
+        return _Matrix(self._plain(matrix))
 
     def _plain(self, matrix: Tensor) -> int:
         return self._address(matrix.detach().contiguous())
@@ -136,7 +136,10 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, built when needed; KernelError where it can't be."""
-    flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+    capability = torch.backends.cpu.get_cpu_capability()
+    # Without AVX-512 GCC moves a vector of 64 bytes 16 at a time, and what then reads 32 of them waits for two moves.
+    moves = _build.known("-mmove-max=256", "-mstore-max=256") if capability == "AVX2" else ()
+    flags = (*_FLAGS.get(capability, ()), *moves)
     built = _build.load_c_library("token_step", [SOURCE], ["-fno-math-errno", "-ffp-contract=fast", *flags])
     pointer, small = ctypes.c_void_p, ctypes.c_int32
     built.heron_token_step.argtypes = [pointer, small, pointer, pointer, pointer, pointer, pointer, small]
@@ -149,7 +152,7 @@ FORM = _choice.NativeForm("token_step", "cpu", "decoding", why_not, library)
 class _Matrix(ctypes.Structure):
     """HeronMatrix of csrc/token_step.cpp."""
 
-    _fields_ = [("numbers", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("numbers", "scales", "levels")]
 
 
 class _Layer(ctypes.Structure):

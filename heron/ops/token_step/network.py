@@ -7,8 +7,8 @@ from typing import Generic, NamedTuple
 
 from torch import Tensor
 
+from heron.ops.codes import Matrix
 from heron.ops.head_step.reference import HeadWeights
-from heron.ops.int8 import Matrix
 
 
 class Norm(NamedTuple):
@@ -98,7 +98,7 @@ class Memory(NamedTuple):
 
 
 class Network(NamedTuple, Generic[Matrix]):
-    """Weights and states of a network, all of one dtype but for wkv and matrices in 8 bits, on one device."""
+    """Weights and states of a network, all of one dtype but for wkv and matrices of codes, on one device."""
 
     embedding: Tensor
     """(V, C)."""

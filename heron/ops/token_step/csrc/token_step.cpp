@@ -11,6 +11,7 @@
 #include <memory>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,15 +24,17 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kUnroll = 2;  // vectors of a row that are under way at once
 #ifdef __AVX512F__          // how many registers there are
-constexpr int kTogether = 4, kRowsTogether = 2;
+constexpr int kTogether = 4, kRowsTogether = 2, kFewRows = 4;
 #else
-constexpr int kTogether = 2, kRowsTogether = 1;
+constexpr int kTogether = 2, kRowsTogether = 1, kFewRows = 1;
 #endif
 // kRowsTogether rows of a matrix are multiplied at once with kTogether sequences. With one sequence it is row after row:
-// that reads the matrix from its begin to its end, which is what the processor's own prefetching is made for.
+// that reads the matrix from its begin to its end, which is what the processor's own prefetching is made for. Rows in 4
+// bits that are shorter than kShort bytes are the exception, kFewRows at once: what comes behind a row takes its time.
+constexpr int kShort = 1024;
 constexpr int kAhead = 8192;      // bytes of a matrix that are asked for before they are needed
 constexpr int kShare = 65536;     // bytes of a matrix that a thread takes at a time
-constexpr int kGroup = 64;        // int8 numbers of a row that share a scale
+constexpr int kGroup = 64;        // codes of a row that share a scale
 constexpr float kDecayScale = 0.60653065971263342f;  // e^-0.5
 constexpr float kLeastNorm = 1e-12f;
 
@@ -63,10 +66,9 @@ Vector load(const Bf16* from) {
     return v;
 }
 
-Vector load(const int8_t* from) {
-    using Codes = int8_t __attribute__((vector_size(kLanes)));
-    Codes codes;
-    std::memcpy(&codes, from, sizeof codes);
+using Codes = int8_t __attribute__((vector_size(kLanes)));
+
+Vector widened(Codes codes) {
 #ifdef __AVX512F__
     return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)codes));
 #else
@@ -74,6 +76,12 @@ Vector load(const int8_t* from) {
     using Words = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
     return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(codes, Halves), Words), Vector);
 #endif
+}
+
+Vector load(const int8_t* from) {
+    Codes codes;
+    std::memcpy(&codes, from, sizeof codes);
+    return widened(codes);
 }
 
 // The first `some` numbers, and zeros.
@@ -105,6 +113,15 @@ void set(Bf16& to, float x) {
     to.bits = static_cast<uint16_t>(word >> 16);
 }
 
+// x in all lanes.
+Vector spread(Bf16 x) {
+#ifdef __AVX512F__
+    return (Vector)(_mm512_set1_epi32(x.bits) << 16);
+#else
+    return value(x) - Vector{};
+#endif
+}
+
 // By halves: the upper one is added to the lower one.
 float sum(const Vector& v) {
     using Eight = float __attribute__((vector_size(8 * sizeof(float))));
@@ -132,6 +149,7 @@ float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 // A matrix from one of its rows on: n numbers each, fp32 or bf16.
 template <typename T>
 struct Rows {
+    static constexpr int kShortRows = 1;
     const T* numbers;
     int n;
 
@@ -139,15 +157,64 @@ struct Rows {
     int bytes() const { return n * static_cast<int>(sizeof(T)); }  // of a row
 };
 
-// The same in 8 bits: a number is its code times the scale of its group. n is a multiple of kGroup.
-template <>
-struct Rows<int8_t> {
-    const int8_t* codes;
+// The codes of a group in 8 bits, each standing for itself.
+class Bytes {
+  public:
+    static constexpr int kBytes = kGroup, kShortRows = 1;
+
+    explicit Bytes(const int8_t*) {}
+
+    Vector part(const char* group, int which) const {
+        return load(reinterpret_cast<const int8_t*>(group) + which * kLanes);
+    }
+};
+
+// In 4 bits: word j of a group has the codes of its numbers j, 16 + j, 32 + j and 48 + j, which stand for one of 16 levels.
+class Nibbles {
+  public:
+    static constexpr int kBytes = kGroup / 2, kShortRows = kFewRows;
+
+#ifdef __AVX512F__
+    explicit Nibbles(const int8_t* levels) : levels_(load(levels)) {}
+
+    Vector part(const char* group, int which) const {
+        __m256i words;
+        std::memcpy(&words, group, sizeof words);
+        const __m512i codes = _mm512_srli_epi32(_mm512_cvtepu16_epi32(words), 4 * which);
+        return (Vector)_mm512_permutexvar_ps(codes, (__m512)levels_);  // by the last 4 bits
+    }
+
+  private:
+    Vector levels_;
+#else
+    explicit Nibbles(const int8_t* levels) { std::memcpy(&levels_, levels, sizeof levels_); }
+
+    Vector part(const char* group, int which) const {
+        using Words = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+        Words words;
+        std::memcpy(&words, group, sizeof words);
+        const auto codes = __builtin_convertvector(words >> 4 * which & 15, Codes);
+        return widened(__builtin_shuffle(levels_, codes));
+    }
+
+  private:
+    Codes levels_;
+#endif
+};
+
+// A matrix of codes: a number is what its code stands for, times the scale of its group. n is a multiple of kGroup.
+template <typename Coding>
+struct CodedRows {
+    static constexpr int kShortRows = Coding::kShortRows;
+    const char* codes;
     const Bf16* scales;
+    Coding coding;
     int n;
 
-    Rows from(int64_t row) const { return {codes + row * n, scales + row * (n / kGroup), n}; }
-    int bytes() const { return n; }
+    CodedRows from(int64_t row) const {
+        return {codes + row * bytes(), scales + row * (n / kGroup), coding, n};
+    }
+    int bytes() const { return n / kGroup * Coding::kBytes; }
 };
 
 // sums[r][i] = row r of the weight . x[i]; vectors of x lie n apart too.
@@ -177,20 +244,20 @@ void dots(const Rows<T>& weight, const float* x, float (&sums)[rows][together]) 
         for (int i = 0; i < together; ++i) sums[r][i] = sum(parts[r][i][0] + parts[r][i][1]);
 }
 
-template <int rows, int together>
-void dots(const Rows<int8_t>& weight, const float* x, float (&sums)[rows][together]) {
+template <int rows, int together, typename Coding>
+void dots(const CodedRows<Coding>& weight, const float* x, float (&sums)[rows][together]) {
     const int n = weight.n, groups = n / kGroup;
     Vector parts[rows][together] = {};
     for (int g = 0; g < groups; ++g) {
         for (int r = 0; r < rows; ++r) {
-            const int8_t* here = weight.codes + int64_t{r} * n + g * kGroup;
-            const float scale = value(weight.scales[r * groups + g]);
-            __builtin_prefetch(here + kAhead);
+            const char* here = weight.codes + (int64_t{r} * groups + g) * Coding::kBytes;
+            const Vector scale = spread(weight.scales[r * groups + g]);
+            if (g * Coding::kBytes % 64 == 0) __builtin_prefetch(here + kAhead);
             for (int i = 0; i < together; ++i) {
                 const float* with = x + int64_t{i} * n + g * kGroup;
-                Vector part = load(here) * load(with);
-                for (int at = kLanes; at < kGroup; at += kLanes) part += load(here + at) * load(with + at);
-                parts[r][i] += scale * part;
+                Vector sum = weight.coding.part(here, 0) * load(with);
+                for (int k = 1; k < kGroup / kLanes; ++k) sum += weight.coding.part(here, k) * load(with + k * kLanes);
+                parts[r][i] += scale * sum;
             }
         }
     }
@@ -238,8 +305,9 @@ extern "C" {
 
 // What cpu.py fills in; all contiguous.
 struct HeronMatrix {
-    const void* numbers;  // (out, in), fp32 or bf16; int8 where there are scales
-    const void* scales;   // null, or (out, in / kGroup) in bf16
+    const void* numbers;   // (out, in), fp32 or bf16; codes where there are scales
+    const void* scales;    // null, or (out, in / kGroup) in bf16
+    const int8_t* levels;  // null, or what each of 16 codes of 4 bits stands for
 };
 
 // Vectors of channels are fp32, shifts and matrices without scales fp32 or bf16.
@@ -457,28 +525,42 @@ class Step {
         const auto next = [&turn] { return turn.fetch_add(1, std::memory_order_relaxed); };
         int number = next(), before = 0;
         const auto take = [&](const Product& p, const auto& weight) {
-            const int rows = std::max(kRowsTogether, kShare / weight.bytes());
+            constexpr int kShortRows = std::decay_t<decltype(weight)>::kShortRows;
+            constexpr int kAtOnce = std::max(kRowsTogether, kShortRows);
+            const int rows = std::max(1, kShare / weight.bytes() / kAtOnce) * kAtOnce;
             const int shares = (p.out + rows - 1) / rows;
             for (; number - before < shares; number = next()) {
                 const int begin = (number - before) * rows, end = std::min(begin + rows, p.out);
                 int i = 0;
                 for (; i + kTogether <= n_; i += kTogether)
                     multiply_rows<kRowsTogether, kTogether>(p, weight, begin, end, i);
-                for (; i < n_; ++i) multiply_rows<1, 1>(p, weight, begin, end, i);
+                for (; i < n_; ++i) {
+                    if (weight.bytes() < kShort)
+                        multiply_rows<kShortRows, 1>(p, weight, begin, end, i);
+                    else
+                        multiply_rows<1, 1>(p, weight, begin, end, i);
+                }
             }
             before += shares;
         };
         for (const auto& p : products) {
-            const void* numbers = p.weight.numbers;
-            if (p.weight.scales)
-                take(p, Rows<int8_t>{static_cast<const int8_t*>(numbers), static_cast<const Bf16*>(p.weight.scales), p.in});
+            if (p.weight.levels)
+                take(p, coded<Nibbles>(p));
+            else if (p.weight.scales)
+                take(p, coded<Bytes>(p));
             else
-                take(p, Rows<T>{static_cast<const T*>(numbers), p.in});
+                take(p, Rows<T>{static_cast<const T*>(p.weight.numbers), p.in});
         }
     }
 
-    template <int rows, int together, typename Number>
-    static void multiply_rows(const Product& p, const Rows<Number>& weight, int begin, int end, int i) {
+    template <typename Coding>
+    static CodedRows<Coding> coded(const Product& p) {
+        const auto& [numbers, scales, levels] = p.weight;
+        return {static_cast<const char*>(numbers), static_cast<const Bf16*>(scales), Coding(levels), p.in};
+    }
+
+    template <int rows, int together, typename Weight>
+    static void multiply_rows(const Product& p, const Weight& weight, int begin, int end, int i) {
         const float* x = p.x + int64_t{i} * p.in;
         for (; begin + rows <= end; begin += rows) {
             float sums[rows][together];
