@@ -61,7 +61,8 @@ def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
     _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], HEADERS)
     if capability[0] == 9:
-        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], [*HEADERS, _build.BOXES, _build.BOX_MAPS])
+        headers = [*HEADERS, _build.BOXES, _build.BOX_MAPS]
+        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], headers)
 
 
 FORM = _choice.NativeForm("few_rows", "cuda", "products with few vectors", why_not, library)

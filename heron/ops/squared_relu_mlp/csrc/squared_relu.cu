@@ -4,9 +4,9 @@
 //     forward    roots = relu(x key^T)                    squares = roots^2
 //     backward   d = (d_y value) 2 roots                  squares = roots^2, once more
 //
-// Blocks stay and march over tiles of 128 tokens x 256 hidden channels, in pairs: the two of a cluster have the same
-// channels, and each brings half of their boxes to both. One thread of a block asks for boxes, two warpgroups multiply,
-// 64 tokens each, and then hold a tile's sums in registers.
+// Blocks stay and march over tiles of 64 tokens x 256 hidden channels, in pairs: the two of a cluster have the same
+// channels, and each brings half of their boxes to both. One thread of a block asks for boxes. Two warpgroups take turns
+// with the tiles: while one multiplies, the other does what is elementwise.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include "../../csrc/box_maps.h"
@@ -16,9 +16,10 @@
 namespace {
 
 constexpr int kGroups = 2;                                         // warpgroups that multiply
-constexpr int kTokens = 64 * kGroups, kColumns = 256, kBox = 64;   // of a tile; numbers of a sum in a stage
+constexpr int kTurns = 2;                                          // that they take; 1: both are at one tile
+constexpr int kTokens = 64 * kGroups / kTurns, kColumns = 256;     // of a tile
+constexpr int kBox = 64, kStages = kTurns == 2 ? 5 : 4;            // numbers of a sum in a stage
 constexpr int kMultiply = 128 * kGroups, kThreads = kMultiply + 128;  // threads that multiply; a warpgroup asks for boxes
-constexpr int kStages = 4;
 constexpr int kLeftBytes = kTokens * kBox * 2, kHalfBytes = kColumns / 2 * kBox * 2;
 constexpr int kStageBytes = kLeftBytes + 2 * kHalfBytes;
 constexpr int kSharedBytes = 1024 + kStages * kStageBytes;  // from a multiple of 1024 on
@@ -40,7 +41,7 @@ struct alignas(16) Piece {
 __device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
         "r"(rank)
         : "memory");
 }
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1) squared_relu(const __grid_constan
         prefetch_map(p.left), prefetch_map(p.right);
         for (int i = 0; i < kStages; ++i) {
             init_barrier(&full[i], 1);
-            init_barrier(&empty[i], 2 * kMultiply / 32);  // both blocks read what is brought to both
+            init_barrier(&empty[i], 2 * kTokens / 16);  // both blocks read what is brought to both
         }
         show_barriers();
     }
@@ -197,9 +198,11 @@ __global__ void __launch_bounds__(kThreads, 1) squared_relu(const __grid_constan
     } else {
         take_registers<232>();
         float c[kColumns / 2];
-        for (int pair = first_pair; pair < pairs; pair += clusters) {
+        const int group = warp / 4, turn_of = kTurns == 2 ? group : 0;
+        step = turn_of * steps;
+        for (int pair = first_pair + turn_of * clusters; pair < pairs; pair += kTurns * clusters) {
             // A thread has two tokens, 8 apart. Of every 32 channels it sums four pairs and stores eight in a row.
-            const int token = first_token(pair) + warp * 16 + lane / 4, column = first_column(pair) + lane % 4 * 8;
+            const int token = first_token(pair) + warp * 16 % kTokens + lane / 4, column = first_column(pair) + lane % 4 * 8;
             const auto token_of = [&](int piece) { return token + piece % 2 * 8; };
             const auto place_of = [&](int piece) {
                 return (static_cast<int64_t>(token_of(piece)) * p.hidden + column + piece / 2 * 32) / 2;
@@ -211,10 +214,13 @@ __global__ void __launch_bounds__(kThreads, 1) squared_relu(const __grid_constan
                     if (token_of(i) < p.tokens) kept[i] = *reinterpret_cast<const Piece*>(p.kept + place_of(i));
                 }
             }
+            const auto tell_of_room = [&](int step) {
+                if (lane < 2) arrive_at(&empty[step % kStages], lane);
+            };
 #pragma unroll 1
             for (int i = 0; i < steps; ++i, ++step) {
                 await(&full[step % kStages], step / kStages);
-                const auto left = descriptor(left_in(step) + warp / 4 * kLeftBytes / kGroups);
+                const auto left = descriptor(left_in(step) + (kTurns == 2 ? 0 : group * 64 * kBox * 2));
                 const auto right = backward ? descriptor_of_columns(right_in(step)) : descriptor(right_in(step));
                 begin_multiplying();
 #pragma unroll
@@ -224,12 +230,13 @@ __global__ void __launch_bounds__(kThreads, 1) squared_relu(const __grid_constan
                 commit_products();
                 if (i > 0) {
                     wait_for_products<1>();
-                    if (lane < 2) arrive_at(&empty[(step - 1) % kStages], lane);
+                    tell_of_room(step - 1);
                 }
             }
             wait_for_products<0>();
             settle(c);
-            if (lane < 2) arrive_at(&empty[(step - 1) % kStages], lane);
+            tell_of_room(step - 1);
+            step += (kTurns - 1) * steps;
 
 #pragma unroll
             for (int i = 0; i < kPieces; ++i) {
