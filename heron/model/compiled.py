@@ -23,6 +23,7 @@ from heron.errors import ConfigError, KernelError
 from heron.model.memory import WRITTEN
 from heron.model.rwkv import RWKV, Block
 from heron.ops import _choice
+from heron.ops.large_product import is_large
 from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
@@ -184,15 +185,39 @@ def _then_awaits(backend: str | Callable) -> Callable[..., Any]:
 
 
 def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """BACKEND, but what a matrix product of the backward reads may be computed again too, from what is kept anyway.
+    """BACKEND, but what a matrix product of the backward reads may be computed again too, from what is kept anyway, and
+    large products are ours.
 
     A block then does not keep its squared ReLUs, the size of four tensors of (B, T, C).
     """
     import torch._dynamo
     import torch._functorch.config
 
+    settings = {"config_patches": {"post_grad_custom_post_pass": _large_products()}} if BACKEND == "inductor" else {}
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
-        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs, **settings)
+
+
+def replace_products(graph: torch.fx.Graph) -> None:
+    """Have :func:`heron.ops.large_product` compute the large products of matrices of a traced graph."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+        if is_large(*(matrix.meta["val"] for matrix in node.args)):
+            node.target = torch.ops.heron.large_product.default
+
+
+@functools.cache
+def _large_products() -> Any:
+    """:func:`replace_products` as PyTorch's compiler takes it, which keeps what it has compiled with it."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class LargeProducts(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            replace_products(graph)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return LargeProducts()
 
 
 class PassGraph:

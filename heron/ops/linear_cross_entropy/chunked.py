@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from heron.ops import _graph
+from heron.ops.large_product import add_large_product_, large_product
 from heron.ops.linear_cross_entropy import cuda
 from heron.ops.linear_cross_entropy.reference import Bonus, check_ids
 
@@ -155,7 +156,7 @@ def _summed(
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             x = hidden[rows].to(product_dtype)
-            logits = x @ weight.mT
+            logits = (large_product if kernel else torch.mm)(x, weight.mT)
             if ids is not None and values is not None:
                 _add_at(logits, ids[rows], values[rows])
             losses, d_logits = rows_of(logits, targets[rows], l2wrap, any(wanted))
@@ -234,6 +235,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif total.device.type == "cuda":  # half precision in, fp32 out, in one product
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        add_large_product_(total, a, b)
     else:
         total += a @ b
