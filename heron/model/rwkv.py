@@ -22,7 +22,7 @@ from heron.model.inputs import check_recalled, checked_offsets, checked_tokens, 
 from heron.model.memory import Recollection, RosaMemory, recall
 from heron.model.plain import has_hooks, is_plain, own_parameters
 from heron.model.rosa import RosaQKV
-from heron.model.shift import normed_and_mixed
+from heron.model.shift import normed, normed_and_mixed
 from heron.model.state import LayerState, State, States, memories_of, with_memory
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
@@ -337,7 +337,7 @@ class RWKV(nn.Module):
             else:
                 x, branch, layer_state, v_first = block(*arguments)
             new.append(layer_state)
-        hidden = self.ln_out(x + branch)
+        hidden = normed(self.ln_out, x, branch)
         if not keep_state:
             return hidden, None
         state = State(tuple(new), None if past is None else ids, None if state is None else state.memory)
@@ -397,7 +397,7 @@ class RWKV(nn.Module):
         return rows[0], self.memory.begun(rows, lengths)
 
     def _first_norm(self, x: Tensor) -> Tensor:
-        return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
+        return normed(self.blocks[0].ln0, x) if self.config.has_ln0 else x  # pyright: ignore[reportArgumentType]
 
     def loss(
         self,

@@ -106,6 +106,7 @@ class _Chunked(torch.autograd.Function):
             hidden, weight, targets, l2wrap, chunk_rows, kernel, product_dtype, wanted, ids, values
         )
         ctx.dtypes = hidden.dtype, product_dtype, None if values is None else values.dtype
+        ctx.by_kernel = kernel
         ctx.save_for_backward(count, *grads)
         return total / count
 
@@ -113,21 +114,27 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):  # pyright: ignore[reportIncompatibleMethodOverride]
         count, *grads = ctx.saved_tensors
-        return _scaled(grads, d_loss / count, ctx.dtypes)
+        return _scaled(grads, d_loss / count, ctx.dtypes, ctx.by_kernel)
 
 
 def _scaled(
-    grads: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype | None]
+    grads: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype | None], by_kernel: bool = False
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `_summed` times `scale`, as those of the arguments of `_run`; None where the dtype is.
 
     `scale` holds 1 / count: it comes last, so that half precision won't underflow.
     """
     d_hidden, d_weight, d_values = (
-        None if grad is None or dtype is None else (grad.to(scale.dtype) * scale).to(dtype)
+        None if grad is None or dtype is None else _times(grad, scale, dtype, by_kernel)
         for grad, dtype in zip(grads, dtypes, strict=True)
     )
     return d_hidden, d_weight, *(None,) * 7, d_values
+
+
+def _times(grad: Tensor, scale: Tensor, dtype: torch.dtype, by_kernel: bool) -> Tensor:
+    if by_kernel and dtype in cuda.DTYPES:
+        return cuda.scaled_cuda(grad, scale, dtype)
+    return (grad.to(scale.dtype) * scale).to(dtype)
 
 
 def _summed(

@@ -133,6 +133,19 @@ loss_rows(T* __restrict__ logits, const int64_t* __restrict__ targets, int vocab
     }
 }
 
+// out = scale x, of n numbers; a block takes kThreads packs.
+template <typename To, typename From, int width>
+__global__ void __launch_bounds__(kThreads)
+scaled(To* __restrict__ out, const From* __restrict__ x, const float* __restrict__ scale, int64_t n) {
+    const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i >= n) return;
+    const auto from = *reinterpret_cast<const Pack<From, width>*>(x + i);
+    Pack<To, width> to;
+#pragma unroll
+    for (int j = 0; j < width; ++j) to.values[j] = static_cast<To>(static_cast<float>(from.values[j]) * *scale);
+    *reinterpret_cast<Pack<To, width>*>(out + i) = to;
+}
+
 // logits: (rows, V) fp32, bf16 or fp16, contiguous. targets: (rows,) int64. Returns the losses, (rows,) fp32.
 Tensor run(const Tensor& logits, const Tensor& targets, double l2wrap, bool with_gradient) {
     const DeviceGuard guard(logits.get_device_index());
@@ -159,10 +172,38 @@ Tensor run(const Tensor& logits, const Tensor& targets, double l2wrap, bool with
     return losses;
 }
 
+// x: fp32, bf16 or fp16, contiguous. scale: a number in fp32. like: of the dtype of what is returned, of the shape of x.
+Tensor run_scaled(const Tensor& x, const Tensor& scale, const Tensor& like) {
+    const DeviceGuard guard(x.get_device_index());
+    auto out = empty(x.sizes(), like);
+    const int64_t n = x.numel();
+    if (n == 0) return out;
+    with_dtype<float, BFloat16, Half>(x, "scaled", [&](auto from) {
+        with_dtype<float, BFloat16, Half>(like, "scaled", [&](auto to) {
+            using From = decltype(from);
+            using To = decltype(to);
+            const auto launch = [&](auto kernel, int width) {
+                const int64_t packs = (n + width - 1) / width;
+                kernel<<<static_cast<unsigned>((packs + kThreads - 1) / kThreads), kThreads, 0, current_stream()>>>(
+                    out.mutable_data_ptr<To>(), x.const_data_ptr<From>(), scale.const_data_ptr<float>(), n);
+                STD_CUDA_KERNEL_LAUNCH_CHECK();
+            };
+            constexpr int width = 8;
+            const bool whole = n % width == 0 && begins_at_multiple_of(width * sizeof(From), x);
+            whole ? launch(scaled<To, From, width>, width) : launch(scaled<To, From, 1>, 1);
+        });
+    });
+    return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def("loss_rows_(Tensor(a!) logits, Tensor targets, float l2wrap, bool with_gradient) -> Tensor");
+    library.def("scaled(Tensor x, Tensor scale, Tensor like) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("loss_rows_", TORCH_BOX(&run)); }
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) {
+    library.impl("loss_rows_", TORCH_BOX(&run));
+    library.impl("scaled", TORCH_BOX(&run_scaled));
+}
