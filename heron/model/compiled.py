@@ -21,9 +21,9 @@ from heron import machine
 from heron.config import ModelConfig
 from heron.errors import ConfigError, KernelError
 from heron.model.memory import WRITTEN
+from heron.model.products import replacing_products
 from heron.model.rwkv import RWKV, Block
 from heron.ops import _choice
-from heron.ops.large_product import is_large
 from heron.ops.wkv7 import wkv7_choice
 
 BACKEND = "inductor"
@@ -193,31 +193,9 @@ def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...,
     import torch._dynamo
     import torch._functorch.config
 
-    settings = {"config_patches": {"post_grad_custom_post_pass": _large_products()}} if BACKEND == "inductor" else {}
+    settings = {"config_patches": {"post_grad_custom_post_pass": replacing_products()}} if BACKEND == "inductor" else {}
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
         return torch._dynamo.lookup_backend(BACKEND)(graph, inputs, **settings)
-
-
-def replace_products(graph: torch.fx.Graph) -> None:
-    """Have :func:`heron.ops.large_product` compute the large products of matrices of a traced graph."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-        if is_large(*(matrix.meta["val"] for matrix in node.args)):
-            node.target = torch.ops.heron.large_product.default
-
-
-@functools.cache
-def _large_products() -> Any:
-    """:func:`replace_products` as PyTorch's compiler takes it, which keeps what it has compiled with it."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class LargeProducts(CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            replace_products(graph)
-
-        def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,))
-
-    return LargeProducts()
 
 
 class PassGraph:

@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from heron.errors import KernelError
-from heron.model import compiled
+from heron.model import products
 from heron.ops import large_product as op
 from heron.ops.large_product import add_large_product_, chosen, is_large, large_product
 from heron.ops.large_product.chosen import Form, Table, fastest
@@ -144,21 +144,46 @@ def test_small_products_and_other_devices_are_left_to_pytorch():
 
 
 def test_large_products_of_a_traced_graph_are_replaced(monkeypatch):
-    monkeypatch.setattr(compiled, "is_large", lambda a, b: a.shape[0] == 64)
+    monkeypatch.setattr(products, "is_large", lambda a, b: a.shape[0] == 64)
 
     def both(x, w, v):
         return torch.tanh(x @ w.T) @ v
 
     parts = torch.randn(64, 8), torch.randn(16, 8), torch.randn(16, 4)
     traced = make_fx(both, tracing_mode="fake")(*parts)
-    compiled.replace_products(traced.graph)
+    products.replace_products(traced.graph)
     traced.recompile()
     assert traced.code.count("heron.large_product") == 2
     assert torch.equal(traced(*parts), both(*parts))
     small = make_fx(both, tracing_mode="fake")(torch.randn(5, 8), *parts[1:])
-    compiled.replace_products(small.graph)
+    products.replace_products(small.graph)
     small.recompile()
     assert "heron.large_product" not in small.code
+
+
+def test_a_gradient_from_two_products_of_a_traced_graph_becomes_one_operator(monkeypatch):
+    monkeypatch.setattr(products, "is_large", lambda a, b: a.shape[1] == 16)
+
+    def gradient(d, w, e, v):
+        return torch.tanh((e @ v).view(2, 32, 8) + (d @ w).view(2, 32, 8))
+
+    parts = [torch.randn(size) for size in ((64, 16), (16, 8), (64, 3), (3, 8))]
+    traced = make_fx(gradient, tracing_mode="fake")(*parts)
+    products.replace_products(traced.graph)
+    traced.recompile()
+    assert "heron.sum_of_products" in traced.code
+    assert "aten.mm" not in traced.code
+    assert "aten.add" not in traced.code
+    torch.testing.assert_close(traced(*parts), gradient(*parts))
+
+    def read_twice(d, w, e, v):
+        first = d @ w
+        return first + e @ v, first
+
+    traced = make_fx(read_twice, tracing_mode="fake")(*parts)
+    products.replace_products(traced.graph)
+    traced.recompile()
+    assert "heron.sum_of_products" not in traced.code
 
 
 # On a GPU

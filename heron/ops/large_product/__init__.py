@@ -10,12 +10,13 @@ from torch import Tensor
 from heron.errors import KernelError
 from heron.ops.large_product import chosen, cublaslt
 
-__all__ = ["add_large_product_", "is_large", "large_product"]
+__all__ = ["add_large_product_", "is_large", "large_product", "sum_of_products"]
 FEWEST = 3e10  # operations; what takes less is over before a launch from Python is
 _DTYPES = (torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("heron", "FRAGMENT")
 _library.define("large_product(Tensor a, Tensor b) -> Tensor")
+_library.define("sum_of_products(Tensor a, Tensor b, Tensor c, Tensor d) -> Tensor")
 
 
 def is_large(a: Tensor, b: Tensor) -> bool:
@@ -39,6 +40,11 @@ def large_product(a: Tensor, b: Tensor) -> Tensor:
         (n, m).
     """
     return torch.ops.heron.large_product(a, b)
+
+
+def sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """``a b + c d`` (n, m): the first as :func:`large_product`, the second added where it lies. There is no gradient."""
+    return torch.ops.heron.sum_of_products(a, b, c, d)
 
 
 def add_large_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -67,9 +73,17 @@ def _on_cuda(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def _sum(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    total = large_product(a, b)
+    return torch.addmm(total, c, d, out=total)
+
+
 _library.impl("large_product", torch.mm, "CPU")
+for device in ("CPU", "CUDA"):
+    _library.impl("sum_of_products", _sum, device)
 
 
 @torch.library.register_fake("heron::large_product", lib=_library)
-def _(a, b):
+@torch.library.register_fake("heron::sum_of_products", lib=_library)
+def _(a, b, *_):
     return a.new_empty(a.shape[0], b.shape[1])
