@@ -43,7 +43,7 @@ def large_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """``a b + c d`` (n, m): the first as :func:`large_product`, the second added where it lies. There is no gradient."""
+    """``a b + c d`` (n, m): the first as :func:`large_product`, the second added where it lies. No gradient."""
     return torch.ops.heron.sum_of_products(a, b, c, d)
 
 
