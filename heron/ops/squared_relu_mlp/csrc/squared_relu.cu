@@ -110,6 +110,14 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+// This warpgroup waits for its turn to multiply, which the other one gives it.
+__device__ __forceinline__ void await_turn(int group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kMultiply) : "memory");
+}
+__device__ __forceinline__ void give_turn(int group) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(1 + group), "n"(kMultiply) : "memory");
+}
+
 // Two numbers of bf16 in a word.
 __device__ __forceinline__ unsigned pack(float low, float high) {
     unsigned word;
@@ -217,6 +225,8 @@ __global__ void __launch_bounds__(kThreads, 1) squared_relu(const __grid_constan
             const auto tell_of_room = [&](int step) {
                 if (lane < 2) arrive_at(&empty[step % kStages], lane);
             };
+            // Behind the other's turn all rounds of the barriers are known but those of this one.
+            if (kTurns == 2 && pair != first_pair) await_turn(group);
 #pragma unroll 1
             for (int i = 0; i < steps; ++i, ++step) {
                 await(&full[step % kStages], step / kStages);
@@ -233,6 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1) squared_relu(const __grid_constan
                     tell_of_room(step - 1);
                 }
             }
+            if (kTurns == 2 && pair + clusters < pairs) give_turn(1 - group);
             wait_for_products<0>();
             settle(c);
             tell_of_room(step - 1);
