@@ -30,7 +30,6 @@ from heron.ops.rosa.soft import soft_choice
 from heron.ops.rows import copy_rows_choice, row_adamw_choice
 from heron.ops.sample_rows import sample_rows_choice
 from heron.ops.shift_mix import shift_mix_choice
-from heron.ops.squared_relu_mlp import squared_relu_mlp_choice
 from heron.ops.token_step import token_step_choice
 from heron.ops.wkv7 import wkv7_choice
 
@@ -74,7 +73,6 @@ def report() -> str:
         "wkv7, T=1": wkv7_choice(there, 1),
         "shift and mix": shift_mix_choice(there),
         "time-mix heads": head_mix_choice(there),
-        "channel mix": squared_relu_mlp_choice(there),
         "head and loss": linear_cross_entropy_choice(there),
         "optimizer": adamw_choice(there),
         "rows of tables": row_adamw_choice(there),

@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from heron import ops
 from heron.config import ModelConfig
 from heron.model.deep_embed import DeepEmbed, Lookup, rows
 from heron.model.plain import is_plain
@@ -77,8 +76,6 @@ class ChannelMix(nn.Module):
             The residual stream x + branch, what is to be added to it (B, T, C) but for :meth:`gate`, and the new last.
         """
         x, mixed, last = begin(x, branch, self.mixes, last, cu_seqlens)
-        if of_table is None and is_plain(self.key, nn.Linear) and is_plain(self.value, nn.Linear):
-            return x, ops.squared_relu_mlp(mixed[0], self.key.weight, self.value.weight), last
         hidden = torch.relu(self.key(mixed[0])).square()  # (B, T, F)
         if of_table is not None:
             gate = of_table if self.form == "hidden" else self._low_rank_gate(mixed[1], of_table)

@@ -11,7 +11,6 @@ from heron.ops.norm_mix import norm_mix
 from heron.ops.rosa import rosa
 from heron.ops.sample_rows import sample_rows
 from heron.ops.shift_mix import shift_mix
-from heron.ops.squared_relu_mlp import squared_relu_mlp
 from heron.ops.wkv7 import wkv7, wkv7_span, wkv7_span_gradient
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "rosa",
     "sample_rows",
     "shift_mix",
-    "squared_relu_mlp",
     "wkv7",
     "wkv7_span",
     "wkv7_span_gradient",

@@ -38,10 +38,7 @@ except ImportError:  # Windows: processes that start together may build the same
 
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
-BOXES, COPIES, EARLY, PRODUCTS, STRIPS = (
-    _CSRC / f"{name}.cuh" for name in ("boxes", "copies", "early", "products", "strips")
-)
-BOX_MAPS = _CSRC / "box_maps.h"
+COPIES, EARLY, PRODUCTS, STRIPS = (_CSRC / f"{name}.cuh" for name in ("copies", "early", "products", "strips"))
 _OPERATOR = _CSRC / "operator.h"  # what all of them include
 BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache
 _COMPILERS = ("c++", "g++", "clang++")

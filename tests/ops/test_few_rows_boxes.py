@@ -33,8 +33,7 @@ needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C
 @pytest.fixture(scope="module")
 def library():
     """The kernel's source, compiled for a CPU."""
-    headers = [EMULATOR / name for name in ("boxes.h", "hardware.h", "single_token.h")]
-    depends = [cuda.BOXES, cuda.SHARING, _build.PRODUCTS, *headers]
+    depends = [cuda.BOXES, cuda.SHARING, _build.PRODUCTS, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O2", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("few_rows_boxes_emulated", [EMULATOR / "few_rows_boxes.cpp"], flags, depends)
     library.few_rows_boxes_emulated.restype = ctypes.c_char_p
@@ -100,7 +99,7 @@ def test_boxes_are_built_for_compute_capability_9(monkeypatch):
 @needs_nvcc
 def test_boxes_compile_without_spilling(tmp_path):
     forms = [f"few_rows_by_boxes<{t}>(const __grid_constant__ Products)" for t in (BFLOAT16, HALF)]
-    headers = ["type_traits", _build.BOXES, *cuda.HEADERS]
+    headers = ["type_traits", "cuda.h", *cuda.HEADERS]
     check_that_none_spills(tmp_path, cuda.BOXES, forms, "90a", headers, before="using Half = __half;")
 
 

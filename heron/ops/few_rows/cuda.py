@@ -61,8 +61,7 @@ def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
     _build.load_kernels_for(capability, "few_rows", "few_rows", [SOURCE], HEADERS)
     if capability[0] == 9:
-        headers = [*HEADERS, _build.BOXES, _build.BOX_MAPS]
-        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], headers)
+        _build.load_kernels_for(capability, "few_rows", "few_rows_boxes", [BOXES], HEADERS)
 
 
 FORM = _choice.NativeForm("few_rows", "cuda", "products with few vectors", why_not, library)

@@ -8,9 +8,10 @@
 // No sum depends on other vectors, nor on how many there are.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
-#include "../../csrc/box_maps.h"
-#include "../../csrc/boxes.cuh"
+#include <cuda.h>
+
 #include "../../csrc/early.cuh"
+#include "../../csrc/operator.h"
 #endif
 #include "../../csrc/products.cuh"
 #include "sharing.cuh"
@@ -54,7 +55,52 @@ constexpr Sharing sharing(int part = kPart, int enough = kEnough) {
 }
 
 #ifdef __CUDACC__
-// As bring, of what is read once: it is the first to leave the L2 cache.
+using Barrier = unsigned long long;
+
+__device__ __forceinline__ unsigned char* stages_memory() {
+    extern __shared__ unsigned char shared[];
+    return shared + (1024 - static_cast<unsigned>(__cvta_generic_to_shared(shared)) % 1024) % 1024;
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* x) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(x));
+}
+
+__device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// The copy engine sees the barriers that this thread has made.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void expect_bytes(Barrier* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(Barrier* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Until the barrier has been passed `round` + 1 times, of which all but the last are known.
+__device__ __forceinline__ void await(Barrier* barrier, int round) {
+    unsigned done = 0;
+    while (done == 0) {
+        asm volatile(
+            "{\n.reg .pred done;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(round % 2)
+            : "memory");
+    }
+}
+
+// A box of `map`, from number `k` of `row` on, to `to`; zeros beyond the matrix. `barrier` counts its bytes.
+__device__ __forceinline__ void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(to)),
+        "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+}
+// The same of what is read once: it is the first to leave the L2 cache.
 __device__ __forceinline__ void bring_once(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
     unsigned long long policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -63,6 +109,15 @@ __device__ __forceinline__ void bring_once(void* to, const CUtensorMap& map, int
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
         "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "l"(policy)
         : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Rows of 128 bytes in shared memory, as the copy engine leaves them: eight are 1024 bytes, 64 times 16 (from bit 32 on), and
+// their pieces are swizzled by 128 bytes (bit 62).
+__device__ __forceinline__ unsigned long long descriptor(const void* rows) {
+    return (shared_address(rows) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
 #define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
@@ -83,6 +138,7 @@ __device__ __forceinline__ void multiply(float (&c)[kColumns / 2], unsigned long
         WGMMA("bf16");
     }
 }
+__device__ __forceinline__ void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end_multiplying() {
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
@@ -90,7 +146,12 @@ __device__ __forceinline__ void end_multiplying() {
 // A barrier of the threads that multiply.
 __device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
 
-// Until all threads of the cluster are here; ordinary memory that they have written is not there yet.
+// Until all threads of the cluster are here; what they have written then can be read.
+__device__ __forceinline__ void sync_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Until they are here; ordinary memory that they have written is not there yet.
 __device__ __forceinline__ void meet_cluster() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -241,6 +302,29 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_by_boxes(const __grid_co
 
 #ifdef __CUDACC__
 namespace {
+
+// `matrix`, to be read in boxes of kBox numbers of `box_rows` rows.
+CUtensorMap map_of(const Tensor& matrix, int64_t stride, int box_rows) {
+    static const auto encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found{};
+        STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                                        &found));
+        STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "few_rows: the driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    }();
+    CUtensorMap map;
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.size(1)), static_cast<cuuint64_t>(matrix.size(0))};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
+    const cuuint32_t box[] = {kBox, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+    const bool in_half = matrix.scalar_type() == ScalarType::Half;
+    const auto type = in_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUresult result = encode(&map, type, 2, const_cast<void*>(matrix.const_data_ptr()), sizes, strides, box, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    STD_TORCH_CHECK(result == CUDA_SUCCESS, "few_rows: cuTensorMapEncodeTiled failed: ", static_cast<int>(result));
+    return map;
+}
 
 template <typename T>
 void start(const Products& products, int blocks, int device) {
