@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +16,6 @@ import torch
 from torch import Tensor
 
 from heron.errors import KernelError
-from heron.files import write_text
 from heron.ops import _build
 from heron.ops.large_product import cublaslt
 from heron.ops.large_product.cublaslt import Algorithms, Matrix
@@ -64,10 +66,17 @@ class Table:
                 chosen = fastest(form, algorithms, by_pytorch, self._device)
             except torch.OutOfMemoryError:
                 return by_pytorch
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._file, json.dumps(kept | {form.name: chosen}, indent=1, sort_keys=True) + "\n")
+            with contextlib.suppress(OSError):  # where nothing can be kept the next process measures again
+                self._keep(kept | {form.name: chosen})
         self._chosen[form] = by_pytorch if chosen is None else functools.partial(algorithms.run, chosen)
         return self._chosen[form]
+
+    def _keep(self, chosen: dict[str, int | None]) -> None:
+        """At once or not at all: other processes read it."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self._file.parent, delete=False) as file:
+            file.write(json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+        os.replace(file.name, self._file)
 
     def _kept(self) -> dict[str, int | None]:
         try:
