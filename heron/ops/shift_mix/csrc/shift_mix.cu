@@ -254,8 +254,9 @@ constexpr size_t backward_memory(int threads) {
     return sizeof(T) * kBackwardWidth<T, n_mixes> * kAhead<T> * (n_mixes + 2) * threads;
 }
 
+// In bf16, with so many registers, a multiprocessor runs three blocks of 192 threads, and one of 512.
 template <typename T, int n_mixes>
-__global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backward(const Backward<T> p) {
+__global__ void __maxnreg__(sizeof(T) == 2 ? 112 : 128) backward(const Backward<T> p) {
     constexpr int width = kBackwardWidth<T, n_mixes>, ahead = kAhead<T>, parts = n_mixes + 2;
     using Part = Pack<T, width>;
     const int c = threadIdx.x * width, threads = blockDim.x;
@@ -528,6 +529,8 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
             const auto bytes = static_cast<int>(backward_memory<T, n.value>(threads));
             const auto kernel = &backward<T, n.value>;
             STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+            STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                cudaSharedmemCarveoutMaxShared));
             p.shape.strip = strip_of(shape, kernel, threads, bytes);
             if (sums) {
                 of_strip = empty({strips_of(p.shape), sums, shape.channels}, sum, ScalarType::Float);
