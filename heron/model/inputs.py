@@ -1,4 +1,4 @@
-"""What a caller hands to a model, checked: ids of tokens and targets, and where packed sequences begin."""
+"""What a caller hands to a model, checked: ids of tokens and targets, where packed sequences begin. Ids looked up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError
+from heron.model.plain import is_plain
 from heron.ops._graph import in_graph
+from heron.ops.rows import look_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,3 +81,8 @@ def check_recalled(recalled: Tensor, tokens: Tensor, vocab_size: int, memory: Ro
         most = torch.tensor((vocab_size - 1, memory.max_match))
         if ((recalled < 0) | (recalled > most)).any():
             raise ConfigError(f"recalled: wanted ids to {most[0]} and lengths to {most[1]}, got others")
+
+
+def looked_up(emb: nn.Module, ids: Tensor) -> Tensor:
+    """The rows (..., C) of ids (...). An embedding that is not plain is called."""
+    return look_up(ids, emb.weight) if is_plain(emb, nn.Embedding) else emb(ids)

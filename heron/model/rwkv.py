@@ -19,11 +19,11 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import Lookup
 from heron.model.init import initialize
-from heron.model.inputs import check_recalled, checked_offsets, checked_tokens, integers
+from heron.model.inputs import check_recalled, checked_offsets, checked_tokens, integers, looked_up
 from heron.model.memory import Recollection, RosaMemory, recall
 from heron.model.plain import has_hooks, is_plain
 from heron.model.rosa import RosaQKV
-from heron.model.shift import normed_and_mixed
+from heron.model.shift import normed, normed_and_mixed
 from heron.model.state import LayerState, State, States, memories_of, with_memory
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
@@ -307,7 +307,7 @@ class RWKV(nn.Module):
             old, past = state.layers, state.tokens  # the ids of the context, where attention needs them
 
         ids = tokens if past is None else torch.cat((past, tokens), dim=1)
-        in_context = rows if past is None else torch.cat((self.emb(past), rows), dim=1)
+        in_context = rows if past is None else torch.cat((looked_up(self.emb, past), rows), dim=1)
         if begun is rows:
             context = Lookup(ids, self._first_norm(in_context))
             x = context.last(tokens.shape[1]).embedded  # (B, T, C)
@@ -326,7 +326,7 @@ class RWKV(nn.Module):
             else:
                 x, branch, layer_state, v_first = block(*arguments)
             new.append(layer_state)
-        hidden = self.ln_out(x + branch)
+        hidden = normed(self.ln_out, x, branch)
         if not keep_state:
             return hidden, None
         state = State(tuple(new), None if past is None else ids, None if state is None else state.memory)
@@ -374,19 +374,19 @@ class RWKV(nn.Module):
     def _rows(self, tokens: Tensor, recalled: Tensor | None, embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows (..., C) of emb for token ids (...), or `embeddings`; and these with what memory `recalled` adds."""
         if self.memory is None or recalled is None:
-            rows = self.emb(tokens) if embeddings is None else embeddings
+            rows = looked_up(self.emb, tokens) if embeddings is None else embeddings
             return rows, rows
         predicted, lengths = recalled.unbind(dim=-1)
         # Where there is no match, the token's own row: a batch of gradients of one row would be added up one by one.
         predicted = torch.where(lengths > 0, predicted, tokens.unsqueeze(-1)).movedim(-1, 0)
         if embeddings is None:  # one look-up: the gradients of all rows are then put together once
-            rows = self.emb(torch.cat((tokens.unsqueeze(0), predicted)))
+            rows = looked_up(self.emb, torch.cat((tokens.unsqueeze(0), predicted)))
         else:
             rows = torch.cat((embeddings.unsqueeze(0), self.emb(predicted).to(embeddings.dtype)))
         return rows[0], self.memory.begun(rows, lengths)
 
     def _first_norm(self, x: Tensor) -> Tensor:
-        return self.blocks[0].ln0(x) if self.config.has_ln0 else x  # pyright: ignore[reportCallIssue]
+        return normed(self.blocks[0].ln0, x) if self.config.has_ln0 else x  # pyright: ignore[reportArgumentType]
 
     def loss(
         self,

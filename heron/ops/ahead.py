@@ -27,11 +27,11 @@ from heron.ops.shift_mix import cuda as shift_mix
 from heron.ops.wkv7 import cuda as wkv7
 
 SEQUENCES = (wkv7.FORM, head_mix.FORM, shift_mix.FORM)  # the slowest first
-TRAINING = (*SEQUENCES, linear_cross_entropy.FORM, adamw.FORM)
+TRAINING = (*SEQUENCES, linear_cross_entropy.FORM, adamw.FORM, rows.FORM)
 DECODING = (sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM, few_rows.FORM)
 TABLES, STREAMS, FP8 = rows.FORM, device_stream.FORM, fp8_linear.FORM
 ROSA = (rosa.FORM, soft.FORM)
-ALL = (*TRAINING, *DECODING, TABLES, *ROSA, STREAMS, FP8)
+ALL = (*TRAINING, *DECODING, *ROSA, STREAMS, FP8)
 
 
 def build_for_training(device: torch.device, in_fp8: bool = False) -> None:

@@ -627,6 +627,18 @@ def test_kernel_rows_equal_those_of_pytorch(gpu_problem, vocab):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("to", cuda.DTYPES)
+def test_kernel_scales_in_one_pass(gpu_problem, dtype, to):
+    (_, _), _ = gpu_problem(1, 1)
+    cuda.FORM.require(torch.device("cuda"), torch.float32)
+    scale = torch.tensor(0.3, device="cuda")
+    for shape in ((40, 768), (5, 3), (0, 8)):
+        x = torch.randn(shape, device="cuda").to(dtype)
+        assert torch.equal(cuda.scaled_cuda(x, scale, to), (x.float() * scale).to(to))
+
+
+@pytest.mark.gpu
 def test_auto_takes_the_kernel_on_a_gpu(gpu_problem):
     sides, targets = gpu_problem(5, 40)
     assert linear_cross_entropy_choice(torch.device("cuda")).impl == "cuda"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from heron.errors import KernelError
-from heron.ops.rows import Places, copy_rows, cuda, gate_rows, row_adamw_
+from heron.ops._choice import Choice
+from heron.ops.rows import Places, copy_rows, cuda, gate_rows, look_up, row_adamw_
 from heron.ops.rows.gate import gate_rows_reference
 
 BETAS, EPS, LR = (0.9, 0.99), 1e-18, 3e-3
@@ -203,6 +204,59 @@ def test_products_with_rows_and_their_gradients_are_near_fp64(kernels, n, tokens
     (of_frozen,) = torch.autograd.grad(out, x, d)
     for got, given in ((out, x), (of_frozen, d)):
         assert torch.equal(got, (given.float() * in_half[row].float()).to(dtype))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "tokens", "width"), [(1, 700, 64), (9000, 8192, 64), (37, 513, 768), (65536, 100, 768)])
+@pytest.mark.parametrize("spread", [1, 4])
+def test_gradients_of_rows_that_were_looked_up_are_near_fp64(kernels, n, tokens, width, dtype, spread):
+    generator = torch.Generator().manual_seed(n + tokens)
+    ids = ((torch.rand(1, tokens, generator=generator) ** spread) * n).long().cuda()
+    table = torch.randn(n, width, generator=generator).to("cuda", dtype).requires_grad_()
+    d = torch.randn(1, tokens, width, generator=generator).to("cuda", dtype)
+
+    def results():
+        out = look_up(ids, table)
+        return out.detach(), *torch.autograd.grad(out, table, d)
+
+    (out, gradient), again = results(), results()
+    assert torch.equal(out, table[ids])
+    assert torch.equal(gradient, again[1])
+    exact = torch.zeros(n, width, dtype=torch.float64, device="cuda").index_add_(0, ids[0], d[0].double())
+    size = 1e-6 if dtype == torch.float32 else 2**-8
+    assert float((gradient.double() - exact).norm() / exact.norm()) < size
+
+
+def test_rows_are_looked_up_as_pytorch_does_on_a_cpu():
+    table, ids = torch.randn(7, 8, requires_grad=True), torch.tensor([[3, 0], [3, 6]])
+    out = look_up(ids, table)
+    assert torch.equal(out, table[ids])
+    (gradient,) = torch.autograd.grad(out.sum(), table)
+    assert gradient[:, 0].tolist() == [1, 0, 0, 2, 0, 0, 1]
+
+
+def test_the_kernel_is_asked_for_tokens_in_the_order_of_their_rows(monkeypatch):
+    from heron.ops.rows import lookup as module
+
+    library = torch.library.Library("heron", "FRAGMENT")
+    if not hasattr(torch.ops.heron, "look_up_backward"):
+        library.define("look_up_backward(Tensor d, Tensor order, Tensor row_in_order, int n_rows) -> Tensor")
+
+    def backward(d, order, row_in_order, n_rows):
+        return d.new_zeros(n_rows, d.shape[1]).index_add_(0, row_in_order, d[order])
+
+    library.impl("look_up_backward", backward, "CPU")
+    monkeypatch.setattr(module, "look_up_choice", lambda device: Choice("cuda", ""))
+    table, ids = torch.randn(7, 8, requires_grad=True), torch.tensor([[3, 0], [3, 6]])
+    d = torch.randn(2, 2, 8)
+    (mine,) = torch.autograd.grad(look_up(ids, table), table, d)
+    (want,) = torch.autograd.grad(table[ids], table, d)
+    torch.testing.assert_close(mine, want)
+    with torch.no_grad():
+        assert not look_up(ids, table).requires_grad
+    library._destroy()
 
 
 def test_places_hold_every_token_in_the_order_of_its_row():

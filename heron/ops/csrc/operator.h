@@ -38,6 +38,15 @@ inline cudaStream_t current_stream() {
     return static_cast<cudaStream_t>(stream);
 }
 
+// How many blocks of a kernel the current device runs at a time; at least 1.
+template <typename Kernel>
+int blocks_at_a_time(Kernel* kernel, int threads, size_t shared_bytes) {
+    int blocks = 0, multiprocessors = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, current_device()));
+    return blocks * multiprocessors > 0 ? blocks * multiprocessors : 1;
+}
+
 // Null where there is no tensor.
 inline const void* data_of(const Optional& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 

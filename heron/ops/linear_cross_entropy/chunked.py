@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from heron.ops import _graph
+from heron.ops.large_product import add_large_product_, large_product
 from heron.ops.linear_cross_entropy import cuda
 from heron.ops.linear_cross_entropy.reference import Bonus, check_ids
 
@@ -105,6 +106,7 @@ class _Chunked(torch.autograd.Function):
             hidden, weight, targets, l2wrap, chunk_rows, kernel, product_dtype, wanted, ids, values
         )
         ctx.dtypes = hidden.dtype, product_dtype, None if values is None else values.dtype
+        ctx.by_kernel = kernel
         ctx.save_for_backward(count, *grads)
         return total / count
 
@@ -112,21 +114,27 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):  # pyright: ignore[reportIncompatibleMethodOverride]
         count, *grads = ctx.saved_tensors
-        return _scaled(grads, d_loss / count, ctx.dtypes)
+        return _scaled(grads, d_loss / count, ctx.dtypes, ctx.by_kernel)
 
 
 def _scaled(
-    grads: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype | None]
+    grads: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype | None], by_kernel: bool = False
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `_summed` times `scale`, as those of the arguments of `_run`; None where the dtype is.
 
     `scale` holds 1 / count: it comes last, so that half precision won't underflow.
     """
     d_hidden, d_weight, d_values = (
-        None if grad is None or dtype is None else (grad.to(scale.dtype) * scale).to(dtype)
+        None if grad is None or dtype is None else _times(grad, scale, dtype, by_kernel)
         for grad, dtype in zip(grads, dtypes, strict=True)
     )
     return d_hidden, d_weight, *(None,) * 7, d_values
+
+
+def _times(grad: Tensor, scale: Tensor, dtype: torch.dtype, by_kernel: bool) -> Tensor:
+    if by_kernel and dtype in cuda.DTYPES:
+        return cuda.scaled_cuda(grad, scale, dtype)
+    return (grad.to(scale.dtype) * scale).to(dtype)
 
 
 def _summed(
@@ -155,7 +163,7 @@ def _summed(
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             x = hidden[rows].to(product_dtype)
-            logits = x @ weight.mT
+            logits = (large_product if kernel else torch.mm)(x, weight.mT)
             if ids is not None and values is not None:
                 _add_at(logits, ids[rows], values[rows])
             losses, d_logits = rows_of(logits, targets[rows], l2wrap, any(wanted))
@@ -234,6 +242,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif total.device.type == "cuda":  # half precision in, fp32 out, in one product
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        add_large_product_(total, a, b)
     else:
         total += a @ b

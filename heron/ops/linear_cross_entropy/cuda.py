@@ -19,6 +19,11 @@ def loss_rows_cuda(logits: Tensor, targets: Tensor, l2wrap: float, with_gradient
     return torch.ops.heron.loss_rows_(logits, targets, l2wrap, with_gradient), logits
 
 
+def scaled_cuda(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` times a number in fp32 on its device, computed in fp32, in `dtype`: read once, written once."""
+    return torch.ops.heron.scaled(x, scale, torch.empty(0, dtype=dtype, device=x.device))
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel does not take logits of `dtype`, as a clause; None where it does."""
     return _choice.why_not_dtype(dtype, DTYPES)

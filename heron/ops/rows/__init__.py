@@ -8,9 +8,20 @@ from torch import Tensor
 from heron.ops import _choice
 from heron.ops.rows import cpu, cuda
 from heron.ops.rows.gate import LARGEST_WIDTH, Places, gate_rows
+from heron.ops.rows.lookup import look_up, look_up_choice
 from heron.ops.rows.reference import row_adamw_reference
 
-__all__ = ["LARGEST_WIDTH", "Places", "copy_rows", "copy_rows_choice", "gate_rows", "row_adamw_", "row_adamw_choice"]
+__all__ = [
+    "LARGEST_WIDTH",
+    "Places",
+    "copy_rows",
+    "copy_rows_choice",
+    "gate_rows",
+    "look_up",
+    "look_up_choice",
+    "row_adamw_",
+    "row_adamw_choice",
+]
 _FORMS = {"reference": row_adamw_reference, "cpu": cpu.row_adamw_cpu}
 
 copy_rows = cuda.copy_rows

@@ -455,13 +455,10 @@ void start(void (*kernel)(Problem<T>), int width, int sums, Call& call) {
     const auto rounded_up = [](int x, int parts) { return (x + parts - 1) / parts; };
     const auto [columns, threads, bytes] =
         blocks_of(p.channels, width, static_cast<int>(call.inputs.size()), sizeof(T));
-    int blocks = 0, multiprocessors = 0;
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                         cudaSharedmemCarveoutMaxShared));
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index()));
-    p.strip = rounded_up(p.rows, std::max(1, blocks * multiprocessors / columns));
+    p.strip = rounded_up(p.rows, std::max(1, blocks_at_a_time(kernel, threads, bytes) / columns));
     const int strips = rounded_up(p.rows, p.strip);
     Tensor of_strip;
     if (sums) {

@@ -1,4 +1,5 @@
-// x times each token's row, on a GPU, and both gradients. A row's gradient is a sum over its tokens, which lie anywhere:
+// x times each token's row, on a GPU, and both gradients; and the gradient of rows that were looked up. A row's gradient
+// is a sum over its tokens, which lie anywhere:
 // the tokens are taken in the order of their rows, in pieces of one length, so that a token of every other place in
 // the text keeps no block waiting. What a piece has of a row that goes on in the next is put aside, and added up by
 // a second kernel, always in one order.
@@ -58,13 +59,14 @@ __global__ void gate(const T* x, const Row* rows, const int64_t* row, T* out, in
     }
 }
 
-template <typename T>
+template <typename T, typename Row>
 struct Gradients {
-    const T *d, *x;                     // (tokens, channels)
-    const float* rows;                  // (n_rows, channels)
+    const T *d, *x;                     // (tokens, channels); x is null of rows that were looked up
+    const float* rows;                  // (n_rows, channels); null likewise
     const int64_t *order, *row;         // (tokens,): the tokens in the order of their rows, and these rows
-    T* d_x;                             // (tokens, channels)
-    float *d_rows, *aside;              // (n_rows, channels), (pieces, 2, channels)
+    T* d_x;                             // (tokens, channels); null likewise
+    Row* d_rows;                        // (n_rows, channels)
+    float* aside;                       // (pieces, 2, channels)
     int64_t tokens, n_rows;
     int channels;
 };
@@ -72,8 +74,8 @@ struct Gradients {
 // Whether the row of place `i` in the order is that of the place before.
 __device__ __forceinline__ bool goes_on(const int64_t* row, int64_t i) { return i > 0 && row[i - 1] == row[i]; }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) gate_backward(const Gradients<T> p) {
+template <bool gated, typename T, typename Row>
+__global__ void __launch_bounds__(kThreads) gradients(const Gradients<T, Row> p) {
     const int c = threadIdx.x * kWidth;
     if (c >= p.channels) return;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kPiece, end = min(first + kPiece, p.tokens);
@@ -92,23 +94,28 @@ __global__ void __launch_bounds__(kThreads) gate_backward(const Gradients<T> p) 
             token[k] = p.order[at] * p.channels + c, row[k] = p.row[at];
         }
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k)
-            read(p.d + token[k], d[k]), read(p.x + token[k], x[k]), read(p.rows + row[k] * p.channels + c, gates[k]);
+        for (int k = 0; k < kAtOnce; ++k) {
+            read(p.d + token[k], d[k]);
+            if constexpr (gated) read(p.x + token[k], x[k]), read(p.rows + row[k] * p.channels + c, gates[k]);
+        }
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
             const int64_t at = i + k;
             if (at >= end) break;
             if (!goes_on(p.row, at)) clear(at > 0 ? p.row[at - 1] + 1 : 0, row[k]);
 #pragma unroll
-            for (int v = 0; v < kWidth; ++v) {
-                sum[v] += d[k][v] * x[k][v];
-                d[k][v] *= gates[k][v];
+            for (int v = 0; v < kWidth; ++v) sum[v] += gated ? d[k][v] * x[k][v] : d[k][v];
+            if constexpr (gated) {
+#pragma unroll
+                for (int v = 0; v < kWidth; ++v) d[k][v] *= gates[k][v];
+                write(p.d_x + token[k], d[k]);
             }
-            write(p.d_x + token[k], d[k]);
             const bool ends = at + 1 == p.tokens || p.row[at + 1] != row[k];
             if (!ends && at + 1 < end) continue;
-            float* aside = p.aside + (static_cast<int64_t>(blockIdx.x) * 2 + begun_here) * p.channels + c;
-            write(begun_here && ends ? p.d_rows + row[k] * p.channels + c : aside, sum);
+            if (begun_here && ends)
+                write(p.d_rows + row[k] * p.channels + c, sum);
+            else
+                write(p.aside + (static_cast<int64_t>(blockIdx.x) * 2 + begun_here) * p.channels + c, sum);
             begun_here = true;
 #pragma unroll
             for (int v = 0; v < kWidth; ++v) sum[v] = 0;
@@ -119,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) gate_backward(const Gradients<T> p) 
 }
 
 // The row with which this block's piece ends, if it began there and goes on.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) add_up(const Gradients<T> p) {
+template <typename T, typename Row>
+__global__ void __launch_bounds__(kThreads) add_up(const Gradients<T, Row> p) {
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kPiece, end = first + kPiece;
     if (end >= p.tokens || !goes_on(p.row, end)) return;
     const int64_t row = p.row[end];
@@ -174,6 +181,20 @@ Tensor gate_rows(const Tensor& x, const Tensor& rows, const Tensor& row) {
     return out;
 }
 
+template <bool gated, typename T, typename Row>
+void start(Gradients<T, Row> p, const Tensor& d, const Tensor& order, const Tensor& row_in_order, Tensor& d_rows) {
+    p.tokens = order.numel(), p.n_rows = d_rows.size(0), p.channels = static_cast<int>(d_rows.size(1));
+    const int64_t pieces = (p.tokens + kPiece - 1) / kPiece;
+    const Tensor aside = empty({pieces, 2, p.channels}, d, ScalarType::Float);
+    p.d = d.const_data_ptr<T>(), p.order = order.const_data_ptr<int64_t>(), p.row = row_in_order.const_data_ptr<int64_t>();
+    p.d_rows = d_rows.mutable_data_ptr<Row>(), p.aside = aside.mutable_data_ptr<float>();
+    const unsigned blocks = static_cast<unsigned>(pieces), threads = (p.channels / kWidth + 31) / 32 * 32;
+    gradients<gated><<<blocks, threads, 0, current_stream()>>>(p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    add_up<<<blocks, threads, 0, current_stream()>>>(p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 std::tuple<Tensor, Tensor> gate_rows_backward(const Tensor& d, const Tensor& x, const Tensor& rows,
                                               const Tensor& order, const Tensor& row_in_order) {
     check(x, rows), check(d, rows);
@@ -181,26 +202,30 @@ std::tuple<Tensor, Tensor> gate_rows_backward(const Tensor& d, const Tensor& x, 
                     torch::headeronly::toString(rows.scalar_type()), "; rows.float()");
     STD_TORCH_CHECK(d.scalar_type() == x.scalar_type() && d.numel() == x.numel(), "gate_rows: a gradient like x");
     const DeviceGuard guard(x.get_device_index());
-    const auto stream = current_stream();
-    const int64_t tokens = order.numel(), pieces = (tokens + kPiece - 1) / kPiece;
-    const auto channels = static_cast<int>(rows.size(1));
-    auto d_x = empty_like(x), d_rows = tokens ? empty_like(rows) : zeros_like(rows);
-    if (tokens == 0) return {d_x, d_rows};
-    const auto aside = empty({pieces, 2, channels}, rows);
-    const unsigned blocks = static_cast<unsigned>(pieces), threads = (channels / kWidth + 31) / 32 * 32;
+    auto d_x = empty_like(x), d_rows = order.numel() ? empty_like(rows) : zeros_like(rows);
+    if (order.numel() == 0) return {d_x, d_rows};
     with_dtype<float, BFloat16>(x, "gate_rows", [&](auto zero) {
         using scalar_t = decltype(zero);
-        const Gradients<scalar_t> p{d.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
-                                    rows.const_data_ptr<float>(), order.const_data_ptr<int64_t>(),
-                                    row_in_order.const_data_ptr<int64_t>(), d_x.mutable_data_ptr<scalar_t>(),
-                                    d_rows.mutable_data_ptr<float>(), aside.mutable_data_ptr<float>(), tokens,
-                                    rows.size(0), channels};
-        gate_backward<<<blocks, threads, 0, stream>>>(p);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-        add_up<<<blocks, threads, 0, stream>>>(p);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        Gradients<scalar_t, float> p{};
+        p.x = x.const_data_ptr<scalar_t>(), p.rows = rows.const_data_ptr<float>();
+        p.d_x = d_x.mutable_data_ptr<scalar_t>();
+        start<true>(p, d, order, row_in_order, d_rows);
     });
     return {d_x, d_rows};
+}
+
+// d: (tokens, width) of rows that were looked up in a table of n_rows. Returns that of the table, in the dtype of d.
+Tensor look_up_backward(const Tensor& d, const Tensor& order, const Tensor& row_in_order, int64_t n_rows) {
+    check(d, d);
+    STD_TORCH_CHECK(d.dim() == 2 && d.size(0) == order.numel(), "look_up: a gradient for each token");
+    const DeviceGuard guard(d.get_device_index());
+    if (order.numel() == 0) return zeros({n_rows, d.size(1)}, d);
+    auto d_rows = empty({n_rows, d.size(1)}, d);
+    with_dtype<float, BFloat16>(d, "look_up", [&](auto zero) {
+        using scalar_t = decltype(zero);
+        start<false>(Gradients<scalar_t, scalar_t>{}, d, order, row_in_order, d_rows);
+    });
+    return d_rows;
 }
 
 }  // namespace
@@ -209,9 +234,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
     library.def("gate_rows(Tensor x, Tensor rows, Tensor row) -> Tensor");
     library.def(
         "gate_rows_backward(Tensor d, Tensor x, Tensor rows, Tensor order, Tensor row_in_order) -> (Tensor, Tensor)");
+    library.def("look_up_backward(Tensor d, Tensor order, Tensor row_in_order, int n_rows) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) {
     library.impl("gate_rows", TORCH_BOX(&gate_rows));
     library.impl("gate_rows_backward", TORCH_BOX(&gate_rows_backward));
+    library.impl("look_up_backward", TORCH_BOX(&look_up_backward));
 }

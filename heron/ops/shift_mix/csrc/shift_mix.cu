@@ -19,8 +19,6 @@
 namespace {
 
 constexpr int kMixes = 6;             // at most; kMostSums - 2
-constexpr int kForwardStrips = 2048;  // at most; a block each
-constexpr int kBackwardStrips = 512;  // of all kMixes; twice as many of fewer, which keep less in registers
 constexpr int kLargestC = 2048;
 constexpr int kWarps = 16;  // of a block, at most
 
@@ -256,8 +254,9 @@ constexpr size_t backward_memory(int threads) {
     return sizeof(T) * kBackwardWidth<T, n_mixes> * kAhead<T> * (n_mixes + 2) * threads;
 }
 
+// In bf16, with so many registers, a multiprocessor runs three blocks of 192 threads, and one of 512.
 template <typename T, int n_mixes>
-__global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backward(const Backward<T> p) {
+__global__ void __maxnreg__(sizeof(T) == 2 ? 112 : 128) backward(const Backward<T> p) {
     constexpr int width = kBackwardWidth<T, n_mixes>, ahead = kAhead<T>, parts = n_mixes + 2;
     using Part = Pack<T, width>;
     const int c = threadIdx.x * width, threads = blockDim.x;
@@ -383,12 +382,12 @@ int strips_of(const Shape& shape) { return (shape.rows + shape.strip - 1) / shap
 int threads_for(int channels, int width) { return (channels / width + 31) / 32 * 32; }
 
 #ifdef __CUDACC__
-Shape shape_of(const Tensor& x, const Optional& begins, int strips) {
+// But for `strip`.
+Shape shape_of(const Tensor& x, const Optional& begins) {
     const int64_t rows = x.size(0) * x.size(1);
-    STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kForwardStrips, "shift_mix: too many tokens");
+    STD_TORCH_CHECK(rows < int64_t{1} << 30, "shift_mix: too many tokens");
     const auto tokens = static_cast<int>(x.size(1)), channels = static_cast<int>(x.size(2));
-    const auto strip = static_cast<int>(std::max<int64_t>(4, (rows + strips - 1) / strips));
-    Shape shape{static_cast<int>(rows), tokens, channels, strip, 1.0f / static_cast<float>(channels), nullptr, 0};
+    Shape shape{static_cast<int>(rows), tokens, channels, 0, 1.0f / static_cast<float>(channels), nullptr, 0};
     shape.sequences = static_cast<int>(x.size(0));
     if (begins) {
         STD_TORCH_CHECK(begins->scalar_type() == ScalarType::Int && begins->is_contiguous() && on_one_device(*begins, x) &&
@@ -404,6 +403,13 @@ void check(const Tensor& x, const Tensor& like, const char* name) {
     STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.is_contiguous() && on_one_device(x, like) &&
                     begins_at_multiple_of(16, x),
                     "shift_mix: ", name, " must be contiguous, 16-byte aligned and of the dtype and device of x");
+}
+
+// Tokens of a strip, of which there are as many as the GPU runs blocks at a time.
+template <typename Kernel>
+int strip_of(const Shape& shape, Kernel* kernel, int threads, size_t bytes) {
+    const int strips = blocks_at_a_time(kernel, threads, bytes);
+    return std::max(4, (shape.rows + strips - 1) / strips);
 }
 
 // (sequences, C), which the kernels fill but for empty sequences; there they are as `otherwise`, or zeros.
@@ -449,7 +455,7 @@ Tensors run_forward(const Tensor& x, const Optional& branch,
                     double eps) {
     const DeviceGuard guard(x.get_device_index());
     const auto stream = current_stream();
-    const Shape shape = shape_of(x, begins, kForwardStrips);
+    const Shape shape = shape_of(x, begins);
     check(x, x, "x");
     Tensors out;
     for (size_t i = 0; i < mixes.size(); ++i) out.push_back(empty_like(x));
@@ -473,7 +479,10 @@ Tensors run_forward(const Tensor& x, const Optional& branch,
         if (branch) p.branch = branch->const_data_ptr<T>(), p.sum = out.back().mutable_data_ptr<T>();
         p.shape = shape, p.eps = static_cast<float>(eps);
         with_mixes(mixes.size(), [&](auto n) {
-            forward<T, width, n.value><<<strips_of(shape), threads_for(shape.channels, width), 0, stream>>>(p);
+            const auto kernel = &forward<T, width, n.value>;
+            const int threads = threads_for(shape.channels, width);
+            p.shape.strip = strip_of(shape, kernel, threads, 0);
+            kernel<<<strips_of(p.shape), threads, 0, stream>>>(p);
         });
         STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -488,7 +497,7 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
     const DeviceGuard guard(sum.get_device_index());
     const auto stream = current_stream();
     const int n_mixes = static_cast<int>(mixes.size());
-    const Shape shape = shape_of(sum, begins, n_mixes == kMixes ? kBackwardStrips : 2 * kBackwardStrips);
+    const Shape shape = shape_of(sum, begins);
     check(sum, sum, "x");
     STD_TORCH_CHECK(d_mixed.size() == mixes.size(), "shift_mix: a gradient for each mix");
     const int sums = of_weights ? n_mixes + 2 : 0;
@@ -497,7 +506,6 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
     if (last) out.push_back(of_sequences(sum, shape, d_new_last));
     if (shape.rows == 0) return out;
     Tensor of_strip;
-    if (sums) of_strip = empty({strips_of(shape), sums, shape.channels}, sum, ScalarType::Float);
     with_dtype<float, BFloat16>(sum, "shift_mix", [&](auto zero) {
         using T = decltype(zero);
         Backward<T> p{};
@@ -515,19 +523,25 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
         p.d_new_last = checked_of_sequences<T>(d_new_last, sum, shape, "gradient of the new last");
         if (last) p.d_last = out.back().mutable_data_ptr<T>();
         p.d = out[0].mutable_data_ptr<T>();
-        if (sums) p.of_strip = of_strip.mutable_data_ptr<float>();
         p.shape = shape;
         with_mixes(n_mixes, [&](auto n) {
             const int threads = threads_for(shape.channels, kBackwardWidth<T, n.value>);
             const auto bytes = static_cast<int>(backward_memory<T, n.value>(threads));
             const auto kernel = &backward<T, n.value>;
             STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-            kernel<<<strips_of(shape), threads, bytes, stream>>>(p);
+            STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                cudaSharedmemCarveoutMaxShared));
+            p.shape.strip = strip_of(shape, kernel, threads, bytes);
+            if (sums) {
+                of_strip = empty({strips_of(p.shape), sums, shape.channels}, sum, ScalarType::Float);
+                p.of_strip = of_strip.mutable_data_ptr<float>();
+            }
+            kernel<<<strips_of(p.shape), threads, bytes, stream>>>(p);
         });
         STD_CUDA_KERNEL_LAUNCH_CHECK();
         if (!sums) return;
         const int columns = sums * shape.channels;
-        Columns<T> q{p.of_strip, {}, strips_of(shape), shape.channels, columns};
+        Columns<T> q{p.of_strip, {}, strips_of(p.shape), shape.channels, columns};
         // as the strips have them: the mixes, weight, bias; as they are returned: weight, bias, the mixes
         for (int i = 0; i < sums; ++i) q.out[i] = out[i < n_mixes ? i + 3 : i - n_mixes + 1].mutable_data_ptr<T>();
         add_up_strips<T><<<(columns + kColumns - 1) / kColumns, kColumns * kPerColumn, 0, stream>>>(q);
