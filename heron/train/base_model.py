@@ -58,9 +58,12 @@ def frozen(config: TrainConfig, start: Path | None, model: RWKV | None, record: 
     return base
 
 
-def check_form(config: TrainConfig, device: torch.device) -> None:
-    """ConfigError where this device has no frozen weights in the form that a run asks for."""
-    if config.finetune is not None and config.finetune.quantizes:
+def check_form(config: TrainConfig, device: torch.device, dtype: str) -> None:
+    """ConfigError where a run asks for frozen weights in 8 or 4 bits, and `dtype` was chosen for a CPU.
+
+    With --dtype bf16 such a run may be planned here, for another machine: it is refused when it begins.
+    """
+    if config.finetune is not None and config.finetune.quantizes and dtype == "fp32":
         check_device(config.finetune.base, device)
 
 

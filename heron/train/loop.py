@@ -54,9 +54,9 @@ class Trainer:
         self._sizes: ModelConfig | None = None  # of the model, once they are known
         device = self.ranks.device(config.device)
         self.device = torch.device(device.value)
-        base_model.check_form(config, self.device)
         ahead.build_for_training(self.device, config.dtype == "fp8")
         self.dtype = machine.choose_dtype(config.dtype, self.device)
+        base_model.check_form(config, self.device, self.dtype.value)
         weights = machine.choose_weights(config.weights, self.dtype.value, self.device)
         threads.take(config.threads)
         self._asked = config

@@ -358,6 +358,13 @@ def test_bad_settings_are_one_line_before_anything_is_trained(heron_, base, chat
     assert not list(tmp_path.glob("ft/checkpoints/*"))
 
 
+def test_a_base_in_4_bits_may_be_planned_on_a_cpu(heron_, base, chat, tmp_path):
+    words = ("--out", tmp_path / "ft", "--method", "lora", "--device", "cpu", "--base", "nf4", "--dtype", "bf16")
+    code, out, err = heron_("finetune", base(), "--data", chat, *words, "--dry_run")
+    assert code == 0, err
+    assert "base: nf4" in out
+
+
 def test_settings_of_another_method_are_refused():
     for settings in (dict(adapter=dict(rank=2)), dict(base="bf16"), dict(method="state", adapter={})):
         with pytest.raises(ConfigError, match="belongs to method lora|freezes no weights"):
