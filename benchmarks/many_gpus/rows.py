@@ -24,7 +24,7 @@ Settings = dict[str, Any]
 NONE = "–"
 WIDE = dict(n_layer=12, n_embd=768, micro_bsz=64, ctx_len=512)
 LARGE = dict(n_layer=24, n_embd=2048, micro_bsz=8, ctx_len=2048)
-# `heron estimate`: 77 GiB on each of 8 H200s, 89 on each of 4. Two samples would take 140, more than there is.
+# `heron estimate`: 76 GiB on each of 8 H200s, 87 on each of 4. Two samples would take 136, more than there is.
 HUGE = dict(variant="v7", n_layer=32, n_embd=4096, micro_bsz=1, ctx_len=4096)
 ONE_TEXT = dict(variant="v7", n_layer=12, n_embd=768, micro_bsz=1)
 LONG, LONGEST = 131_072, 1_048_576  # tokens; of LONG, one GPU has room for the activations
