@@ -1,7 +1,8 @@
-// The fast path: head size 64, bf16 in and out, chunks of 32 tokens, products of bf16 tiles on tensor cores with fp32
-// sums, fp32 state. One block runs one head of one sequence. The forward has four warps: warp i holds rows 16 i .. 16 i + 15
-// (values) of the state in registers. The backward has two halves of four warps, and one half holds the gradient of the state
-// in the same way. README.md has the algebra and the budget of registers and shared memory.
+// The fast path: bf16 in and out, chunks of 32 tokens, products of bf16 tiles on tensor cores with fp32 sums, fp32 state. One block
+// runs one head of one sequence. At head size 64 the forward has four warps: warp i holds rows 16 i .. 16 i + 15 (values) of the
+// state in registers. The backward has two halves of four warps, and one half holds the gradient of the state in the same way.
+// A head of 128 is two parts of 64 columns: the forward has four warps for the values of each, and wide_backward.cuh its backward.
+// README.md has the algebra and the budget of registers and shared memory.
 #pragma once
 
 #ifndef HERON_FORWARD_BLOCKS  // on one multiprocessor; 4 leave 128 registers and 56 KB to each
@@ -30,7 +31,8 @@ constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state,
 constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
 
 // `transfer`: only the map of a segment's state, S_out = S_in P + C; no y and nothing saved. Of eight warps, four have C, from
-// zero, and four P, from the identity and without v.
+// zero, and four P, from the identity and without v. With two `parts` there are twice as many warps; each four hold the rows of
+// their part's values for all keys, scale their part's columns, and find half the columns of M.
 template <int parts, bool transfer>
 __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBlocks<parts, transfer>)
     forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
@@ -66,8 +68,9 @@ __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBloc
     copies.template wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
     me = this_thread();
     constexpr int warps = threads / 32 / parts;
-    scale_inputs<warps, parts == 1>((identity ? 4 : 0) + me.warp, me.lane, own, reinterpret_cast<float*>(m) + part * warps * kSize, nullptr,
-                        reinterpret_cast<float*>(own + end), valid);
+    float* const sums = reinterpret_cast<float*>(m) + part * warps * kSize;
+    scale_inputs<warps, parts == 1>((identity ? 4 : 0) + me.warp, me.lane, own, sums, nullptr, reinterpret_cast<float*>(own + end),
+                                    valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
@@ -104,7 +107,7 @@ __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBloc
                                                                              of_state[k][3]};
         }
       }
-      if (i == 0) {
+      if (i == 0) {  // by single warps, where a warpgroup would not have the registers
         multiply<4, transfer ? 2 : 4, false, false, parts == 1>(me, z, of_state, left);
       } else {
         multiply<4, transfer ? 2 : 4, false, true, parts == 1>(me, z, of_state, left);

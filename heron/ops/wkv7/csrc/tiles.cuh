@@ -59,9 +59,9 @@ __device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, c
   multiply_add(c[1], a, b[2], b[3]);
 }
 // c += a b, or c = a b if not `adds`, for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by
-// columns or by depth. The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of
-// `depths` and `of_groups` say which 16 of the depth and of the columns are of use; the rest of a is zero, the rest of c comes
-// out as anything.
+// columns or by depth. The four warps of a half come to it together, and leave a and c alone until wait_for_products; not
+// `together`, each warp multiplies alone and at once. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
+// are of use; the rest of a is zero, the rest of c comes out as anything.
 template <int n, int groups, bool by_depth, bool adds = true, bool together = true>
 __device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
                                          int of_groups = -1) {
