@@ -59,12 +59,13 @@ struct TileCopies {
   }
   __device__ __forceinline__ void wait_for_state(int turn) const { wait_for_bytes(of_state(), turn % 2); }
   // Until the chunk is there that is number `turn` of its stage; what belongs to another packed sequence is zero. All threads.
-  template <int threads, int n>
+  // Not `in_step`: those that come to it first need not wait for the others.
+  template <int threads, int n, bool in_step = true>
   __device__ __forceinline__ void wait(Tile stage, int index, int turn, int start) const {
-    __syncthreads();
+    if (in_step) __syncthreads();
     wait_for_bytes(arrivals(index), turn % 2);
     if (!packed || length - start >= kChunk) return;
-    const int first_piece = threadIdx.x + (parts == 1 ? 0 : unknown_zero());
+    const int first_piece = threadIdx.x + (parts == 1 ? 0 : unknown_zero());  // so that no pieces are kept in registers
     for (int i = first_piece; i < parts * n * kTile / 16; i += threads) {
       if (i / 8 % kChunk >= length - start) reinterpret_cast<Piece*>(stage)[i] = {};
     }
@@ -118,10 +119,12 @@ struct PieceCopies {
   }
   template <int threads>
   __device__ __forceinline__ void ask_for_state(unsigned thread, Tile to, const void* from) const {
-    for (int i = 0; i < parts * parts; i++) ask_for_state<threads>(thread, to + i * kSquare, 0, static_cast<const char*>(from) + i * kSquare);
+    for (int i = 0; i < parts * parts; i++) {
+      ask_for_state<threads>(thread, to + i * kSquare, 0, static_cast<const char*>(from) + i * kSquare);
+    }
   }
   __device__ __forceinline__ void wait_for_state(int) const {}  // it came with the inputs
-  template <int threads, int n>
+  template <int threads, int n, bool in_step = true>
   __device__ __forceinline__ void wait(Tile, int, int, int) const {
     copy_wait<0>();
     __syncthreads();

@@ -22,8 +22,8 @@ __device__ __forceinline__ uint32_t& word(Tile stage, int name, int t, int colum
 
 // Sums of log2 decay from the start of the chunk, and the rows of left and right scaled by them in place. Each of `warps`
 // takes its share of the tokens, a lane two columns. `sums` is scratch of warps x 64; `remains`, exp(G) of each token, or `end`,
-// exp(G) at the end (64), may be null.
-template <int warps>
+// exp(G) at the end (64), may be null. What is scaled is read before the sums, or behind them if there is no room in registers.
+template <int warps, bool early = true>
 __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, float* sums, float* remains, float* end,
                                              int valid) {
   constexpr int tokens = kChunk / warps;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
   for (int i = 0; i < tokens; i++) {
     const int t = tokens * warp + i;
     const uint32_t w = word(stage, kW, t, column);
-    for (int name = kA; name <= kK; name++) words[i][name] = word(stage, name, t, column);
+    for (int name = kA; name <= kK && early; name++) words[i][name] = word(stage, name, t, column);
     const float scale = t < valid ? -kLog2DecayScale : 0.0f;
     sum0 += scale * sigmoid(low_half(w));
     sum1 += scale * sigmoid(high_half(w));
@@ -53,6 +53,7 @@ __device__ __forceinline__ void scale_inputs(int warp, int lane, Tile stage, flo
 #pragma unroll
   for (int i = 0; i < tokens; i++) {
     const int t = tokens * warp + i;
+    for (int name = kA; name <= kK && !early; name++) words[i][name] = word(stage, name, t, column);
     const float g0 = base0 + g[i][0], g1 = base1 + g[i][1];
     const float after0 = exp2_fast(g0), after1 = exp2_fast(g1), inverse0 = exp2_fast(-g0), inverse1 = exp2_fast(-g1);
     auto scaled = [&](int name, float scale0, float scale1) {

@@ -1,7 +1,8 @@
-// The fast path: head size 64, bf16 in and out, chunks of 32 tokens, products of bf16 tiles on tensor cores with fp32
-// sums, fp32 state. One block runs one head of one sequence. The forward has four warps: warp i holds rows 16 i .. 16 i + 15
-// (values) of the state in registers. The backward has two halves of four warps, and one half holds the gradient of the state
-// in the same way. README.md has the algebra and the budget of registers and shared memory.
+// The fast path: bf16 in and out, chunks of 32 tokens, products of bf16 tiles on tensor cores with fp32 sums, fp32 state. One block
+// runs one head of one sequence. At head size 64 the forward has four warps: warp i holds rows 16 i .. 16 i + 15 (values) of the
+// state in registers. The backward has two halves of four warps, and one half holds the gradient of the state in the same way.
+// A head of 128 is two parts of 64 columns: the forward has four warps for the values of each, and wide_backward.cuh its backward.
+// README.md has the algebra and the budget of registers and shared memory.
 #pragma once
 
 #ifndef HERON_FORWARD_BLOCKS  // on one multiprocessor; 4 leave 128 registers and 56 KB to each
@@ -23,14 +24,15 @@ constexpr int kForwardStage = (kW + 1) * kTile, kState = (kDy + 1) * kTile, kBac
 template <int parts, bool transfer>
 constexpr int kForwardThreads = (transfer ? 2 : 1) * parts * kThreads;
 template <int parts, bool transfer>
-constexpr int kForwardBlocks = parts > 1 ? 1 : HERON_FORWARD_BLOCKS * kThreads / kForwardThreads<parts, transfer>;
+constexpr int kForwardBlocks = HERON_FORWARD_BLOCKS * kThreads / kForwardThreads<parts, transfer>;
 template <int parts>
 constexpr int kForwardShared = 2 * parts * kForwardStage + kSquare;
 constexpr int kStartSums = 4 * kSize * 4;  // of the columns of state * d_state, by the warps that have its rows
 constexpr int kBackwardShared = HERON_BACKWARD_STAGES * kBackwardStage + 3 * kCells + kSquare + kStartSums + kTile + kTable;
 
 // `transfer`: only the map of a segment's state, S_out = S_in P + C; no y and nothing saved. Of eight warps, four have C, from
-// zero, and four P, from the identity and without v.
+// zero, and four P, from the identity and without v. With two `parts` there are twice as many warps; each four hold the rows of
+// their part's values for all keys, scale their part's columns, and find half the columns of M.
 template <int parts, bool transfer>
 __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBlocks<parts, transfer>)
     forward(const __grid_constant__ Wkv7sProblem p, const __grid_constant__ Maps maps) {
@@ -66,30 +68,31 @@ __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBloc
     copies.template wait<threads, kW + 1>(stage, start / kChunk % 2, start / kChunk / 2, start);
     me = this_thread();
     constexpr int warps = threads / 32 / parts;
-    scale_inputs<warps>((identity ? 4 : 0) + me.warp, me.lane, own, reinterpret_cast<float*>(m) + part * warps * kSize, nullptr,
-                        reinterpret_cast<float*>(own + end), valid);
+    float* const sums = reinterpret_cast<float*>(m) + part * warps * kSize;
+    scale_inputs<warps, parts == 1>((identity ? 4 : 0) + me.warp, me.lane, own, sums, nullptr, reinterpret_cast<float*>(own + end),
+                                    valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
 
     if (!identity) {
       Accumulator c[8 / parts];
-      Fragment a[4 * parts];
+      Fragment a[4];
 #pragma unroll
       for (int i = 0; i < parts; i++) {
         const Tile left = stage + i * kForwardStage + kA * kTile, right = stage + i * kForwardStage + (kB + part) * kTile;
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_a(me, a[4 * i + k], left, 16 * me.warp, 16 * k);
+        for (int k = 0; k < 4; k++) load_a(me, a[k], left, 16 * me.warp, 16 * k);
         if (i == 0) {
           multiply<4, 4 / parts, false, false>(me, c, a, right, -1, me.warp % 2 ? 15 : 5);
         } else {
-          multiply<4, 4 / parts, false, true>(me, c, a + 4 * i, right, -1, me.warp % 2 ? 15 : 5);
+          multiply<4, 4 / parts, false, true>(me, c, a, right, -1, me.warp % 2 ? 15 : 5);
         }
+        wait_for_products();
       }
-      wait_for_products();
       store_attention<4 / parts>(me, m, c, reinterpret_cast<float*>(stage + kW * kTile), part * kChunk);
     }
-    Fragment of_state[4 * parts], b;
+    Fragment of_state[4], b;
     Accumulator z[8];  // (values, [a-rows; r-rows])
     const bool saves = !transfer && p.saved != nullptr;
     bfloat16* const saved = state_of(static_cast<bfloat16*>(p.saved), p, sequence.slot + start / kChunk, sequence.head);
@@ -98,16 +101,16 @@ __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBloc
       const Tile left = stage + i * kForwardStage + kA * kTile;
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        as_operand(of_state[4 * i + k], state + 8 * i + 2 * k);
+        as_operand(of_state[k], state + 8 * i + 2 * k);
         if (saves) {
-          saved_piece(me, saved + (parts * part + i) * kSize * kSize, k) = {of_state[4 * i + k][0], of_state[4 * i + k][1],
-                                                                             of_state[4 * i + k][2], of_state[4 * i + k][3]};
+          saved_piece(me, saved + (parts * part + i) * kSize * kSize, k) = {of_state[k][0], of_state[k][1], of_state[k][2],
+                                                                             of_state[k][3]};
         }
       }
-      if (i == 0) {
-        multiply<4, transfer ? 2 : 4, false, false>(me, z, of_state + 4 * i, left);
+      if (i == 0) {  // by single warps, where a warpgroup would not have the registers
+        multiply<4, transfer ? 2 : 4, false, false, parts == 1>(me, z, of_state, left);
       } else {
-        multiply<4, transfer ? 2 : 4, false, true>(me, z, of_state + 4 * i, left);
+        multiply<4, transfer ? 2 : 4, false, true, parts == 1>(me, z, of_state, left);
       }
     }
     if (!identity) {
@@ -124,12 +127,15 @@ __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBloc
 
     Fragment uv[4];
     Fragment *const u = uv, *const v = uv + 2;
-    load_a_by_depth(me, v[0], own + kV * kTile, 16 * me.warp, 0);
-    load_a_by_depth(me, v[1], own + kV * kTile, 16 * me.warp, 16);
+    auto load_v = [&] {
+      load_a_by_depth(me, v[0], own + kV * kTile, 16 * me.warp, 0);
+      load_a_by_depth(me, v[1], own + kV * kTile, 16 * me.warp, 16);
 #pragma unroll
-    for (int i = 0; i < 8 && transfer; i++) {
-      if (identity) v[i / 4][i % 4] = 0;
-    }
+      for (int i = 0; i < 8 && transfer; i++) {
+        if (identity) v[i / 4][i % 4] = 0;
+      }
+    };
+    load_v();
 #pragma unroll
     for (int group = 0; group < (transfer ? 2 : 4); group++) {
       load_b(me, b, m, kChunk, 16 * group);
@@ -155,6 +161,7 @@ __global__ void __launch_bounds__(kForwardThreads<parts, transfer>, kForwardBloc
       store_if(row < valid, to, *reinterpret_cast<const Piece*>(tile + place(row, column)));
       store_if(row + 16 < valid, to + 16 * step, *reinterpret_cast<const Piece*>(tile + place(row + 16, column)));
     }
+    if (parts > 1) load_v();  // anew: meanwhile there was no room for it in registers
 #pragma unroll
     for (int i = 0; i < parts; i++) multiply<4, 4, true>(me, state + 8 * i, uv, stage + i * kForwardStage + kB * kTile);
     wait_for_products();

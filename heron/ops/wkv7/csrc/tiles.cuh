@@ -59,32 +59,35 @@ __device__ __forceinline__ void multiply_16(Accumulator* c, const Fragment& a, c
   multiply_add(c[1], a, b[2], b[3]);
 }
 // c += a b, or c = a b if not `adds`, for this warp's 16 rows: 16 n deep, a in registers, 16 groups columns of a tile stored by
-// columns or by depth. The four warps of a half come to it together, and leave a and c alone until wait_for_products. Bits of
-// `depths` and `of_groups` say which 16 of the depth and of the columns are of use; the rest of a is zero, the rest of c comes
-// out as anything.
-template <int n, int groups, bool by_depth, bool adds = true>
+// columns or by depth. The four warps of a half come to it together, and leave a and c alone until wait_for_products; not
+// `together`, each warp multiplies alone and at once. Bits of `depths` and `of_groups` say which 16 of the depth and of the columns
+// are of use; the rest of a is zero, the rest of c comes out as anything.
+template <int n, int groups, bool by_depth, bool adds = true, bool together = true>
 __device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragment* a, Tile tile, int depths = -1,
                                          int of_groups = -1) {
 #ifdef HERON_WARPGROUPS
-  const uint32_t first = matrix_descriptor(tile);
-  start_products();
+  if constexpr (together) {
+    const uint32_t first = matrix_descriptor(tile);
+    start_products();
 #pragma unroll
-  for (int k = 0; k < n; k++) {
-    const uint32_t b = first + k * (by_depth ? 128 : 2);
-    if (groups == 4) {
-      if (adds || k > 0) {
-        multiply_add_64<by_depth, true>(c, a[k], b);
+    for (int k = 0; k < n; k++) {
+      const uint32_t b = first + k * (by_depth ? 128 : 2);
+      if (groups == 4) {
+        if (adds || k > 0) {
+          multiply_add_64<by_depth, true>(c, a[k], b);
+        } else {
+          multiply_add_64<by_depth, false>(c, a[k], b);
+        }
+      } else if (adds || k > 0) {
+        multiply_add_32<by_depth, true>(c, a[k], b);
       } else {
-        multiply_add_64<by_depth, false>(c, a[k], b);
+        multiply_add_32<by_depth, false>(c, a[k], b);
       }
-    } else if (adds || k > 0) {
-      multiply_add_32<by_depth, true>(c, a[k], b);
-    } else {
-      multiply_add_32<by_depth, false>(c, a[k], b);
     }
+    commit_products();
+    return;
   }
-  commit_products();
-#else
+#endif
 #pragma unroll
   for (int i = 0; i < 8 * groups && !adds; i++) c[i / 4][i % 4] = 0.0f;
 #pragma unroll
@@ -102,7 +105,6 @@ __device__ __forceinline__ void multiply(Thread me, Accumulator* c, const Fragme
       multiply_16(c + 2 * group, a[k], b);
     }
   }
-#endif
 }
 // Two accumulators side by side as an A operand.
 __device__ __forceinline__ void as_operand(Fragment& f, const Accumulator* c) {
