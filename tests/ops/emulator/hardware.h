@@ -23,7 +23,6 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __maxnreg__(...)
 #define __grid_constant__
 
 struct dim3 {

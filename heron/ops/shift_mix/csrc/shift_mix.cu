@@ -19,6 +19,7 @@
 namespace {
 
 constexpr int kMixes = 6;             // at most; kMostSums - 2
+constexpr int kBackwardStrips = 512;  // of all kMixes; twice as many of fewer, which keep less in registers
 constexpr int kLargestC = 2048;
 constexpr int kWarps = 16;  // of a block, at most
 
@@ -254,9 +255,8 @@ constexpr size_t backward_memory(int threads) {
     return sizeof(T) * kBackwardWidth<T, n_mixes> * kAhead<T> * (n_mixes + 2) * threads;
 }
 
-// In bf16, with so many registers, a multiprocessor runs three blocks of 192 threads, and one of 512.
 template <typename T, int n_mixes>
-__global__ void __maxnreg__(sizeof(T) == 2 ? 112 : 128) backward(const Backward<T> p) {
+__global__ void __launch_bounds__(kLargestC / kBackwardWidth<T, n_mixes>) backward(const Backward<T> p) {
     constexpr int width = kBackwardWidth<T, n_mixes>, ahead = kAhead<T>, parts = n_mixes + 2;
     using Part = Pack<T, width>;
     const int c = threadIdx.x * width, threads = blockDim.x;
@@ -405,12 +405,8 @@ void check(const Tensor& x, const Tensor& like, const char* name) {
                     "shift_mix: ", name, " must be contiguous, 16-byte aligned and of the dtype and device of x");
 }
 
-// Tokens of a strip, of which there are as many as the GPU runs blocks at a time.
-template <typename Kernel>
-int strip_of(const Shape& shape, Kernel* kernel, int threads, size_t bytes) {
-    const int strips = blocks_at_a_time(kernel, threads, bytes);
-    return std::max(4, (shape.rows + strips - 1) / strips);
-}
+// Tokens of a strip, where there are to be so many of them.
+int strip_of(const Shape& shape, int strips) { return std::max(4, (shape.rows + strips - 1) / strips); }
 
 // (sequences, C), which the kernels fill but for empty sequences; there they are as `otherwise`, or zeros.
 Tensor of_sequences(const Tensor& x, const Shape& shape, const Optional& otherwise) {
@@ -481,7 +477,7 @@ Tensors run_forward(const Tensor& x, const Optional& branch,
         with_mixes(mixes.size(), [&](auto n) {
             const auto kernel = &forward<T, width, n.value>;
             const int threads = threads_for(shape.channels, width);
-            p.shape.strip = strip_of(shape, kernel, threads, 0);
+            p.shape.strip = strip_of(shape, blocks_at_a_time(kernel, threads, 0));
             kernel<<<strips_of(p.shape), threads, 0, stream>>>(p);
         });
         STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -529,9 +525,7 @@ Tensors run_backward(const Tensors& d_mixed, const Optional& d_sum,
             const auto bytes = static_cast<int>(backward_memory<T, n.value>(threads));
             const auto kernel = &backward<T, n.value>;
             STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-            STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                cudaSharedmemCarveoutMaxShared));
-            p.shape.strip = strip_of(shape, kernel, threads, bytes);
+            p.shape.strip = strip_of(shape, n_mixes == kMixes ? kBackwardStrips : 2 * kBackwardStrips);
             if (sums) {
                 of_strip = empty({strips_of(p.shape), sums, shape.channels}, sum, ScalarType::Float);
                 p.of_strip = of_strip.mutable_data_ptr<float>();
