@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     twin = out.with_name(f"{out.name}-without")
-    print("Training a small RWKV-8 on the Python reference manual. About two minutes on two cores.\n")
+    print("Training a small RWKV-8 on the Python manual. About two minutes on two cores.\n")
     if Trainer(config(out)).fit() == "preempted":
         return EXIT_PREEMPTED
     show(out)
