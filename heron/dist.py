@@ -389,6 +389,7 @@ def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device) -> 
     if isinstance(norm := getattr(network.blocks[0], "ln0", None), nn.Module):
         parts.insert(1, norm)  # it is called before its block is
     last.add_module("head", network.head)  # for the moment: it travels with the last block, behind which it is used
+    parts.append(network.ln_out)  # FSDP frees what the last block was gathered in as soon as it gathers another part
     for part in parts:  # the last block is the first that the backward pass needs
         fully_shard(part, **how, reshard_after_forward=part is not last)
     del last.head

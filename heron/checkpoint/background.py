@@ -82,13 +82,14 @@ class Saver:
 
     def _copied(self, contents: run.Contents) -> run.Contents:
         """With its tensors in the host's memory, where this process writes some."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+        from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
         mine = contents.tensors if contents.sharded or self._ranks.is_first else {}
         if not (mine or contents.tables):
             return contents
         if self._copies is None:
-            self._copies = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+            # DefaultStager copies once and no more with PyTorch 2.11, and this is what it copies with (pytorch#183413).
+            self._copies = StateDictStager(pin_memory=torch.cuda.is_available(), share_memory=False)
         copies: Any = self._copies.stage({**mine, _TABLES: contents.tables})
         tables = copies.pop(_TABLES)
         return contents._replace(tensors=copies if mine else contents.tensors, tables=tables)
