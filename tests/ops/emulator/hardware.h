@@ -360,9 +360,8 @@ inline void expect_bytes(Arrivals& arrivals, int bytes) {
   arrivals.expected = bytes;
 }
 inline void wait_for_bytes(Arrivals& arrivals, bool odd) {
-  const auto over = [&] { return arrivals.turns % 2 != odd; };
-  emulator::poll_until([&] { return over() || arrivals.expected; });
-  if (over()) return;
+  if (arrivals.turns % 2 != odd) return;
+  if (!arrivals.expected) emulator::fail("a wait for bytes that nobody asked for");
   std::vector<emulator::TileCopy> rest;
   for (auto& copy : emulator::tile_copies) {
     if (copy.arrivals == &arrivals) {

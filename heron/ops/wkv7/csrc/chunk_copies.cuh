@@ -59,10 +59,9 @@ struct TileCopies {
   }
   __device__ __forceinline__ void wait_for_state(int turn) const { wait_for_bytes(of_state(), turn % 2); }
   // Until the chunk is there that is number `turn` of its stage; what belongs to another packed sequence is zero. All threads.
-  // Not `in_step`: those that come to it first need not wait for the others.
-  template <int threads, int n, bool in_step = true>
+  template <int threads, int n>
   __device__ __forceinline__ void wait(Tile stage, int index, int turn, int start) const {
-    if (in_step) __syncthreads();
+    __syncthreads();
     wait_for_bytes(arrivals(index), turn % 2);
     if (!packed || length - start >= kChunk) return;
     const int first_piece = threadIdx.x + (parts == 1 ? 0 : unknown_zero());  // so that no pieces are kept in registers
@@ -124,7 +123,7 @@ struct PieceCopies {
     }
   }
   __device__ __forceinline__ void wait_for_state(int) const {}  // it came with the inputs
-  template <int threads, int n, bool in_step = true>
+  template <int threads, int n>
   __device__ __forceinline__ void wait(Tile, int, int, int) const {
     copy_wait<0>();
     __syncthreads();

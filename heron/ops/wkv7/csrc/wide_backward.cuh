@@ -11,10 +11,8 @@ namespace tensor_core {
 namespace wide {
 
 constexpr int kBlockThreads = 4 * kThreads, kStage = 2 * (kDy + 1) * kTile;
-// For sums of a chunk's decays while other warps still finish the chunk before; with one stage these wait for one another anyway.
-constexpr int kSums = HERON_BACKWARD_STAGES == 2 ? 2 * 8 * kSize * 4 : 0;
 constexpr int kRoom = 7 * kSquare;  // for M, [U; X] of both parts and D; later, with half of the state's, for gradients in fp32
-constexpr int kShared = HERON_BACKWARD_STAGES * kStage + kRoom + 4 * kSquare + 2 * kSquare + kSums + kTable;
+constexpr int kShared = HERON_BACKWARD_STAGES * kStage + kRoom + 4 * kSquare + 2 * kSquare + kTable;
 static_assert(8 * kCells <= kRoom + 2 * kSquare, "gradients in fp32 must leave room");
 
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -77,10 +75,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       copy_chunk(start);
     }
     const int index = start / kChunk % HERON_BACKWARD_STAGES, turn = (last - start) / kChunk;
-    copies.wait<kBlockThreads, kDy + 1, kSums == 0>(stage, index, turn / HERON_BACKWARD_STAGES, start);
+    copies.wait<kBlockThreads, kDy + 1>(stage, index, turn / HERON_BACKWARD_STAGES, start);
     me = this_thread();
-    float* const sums_of_decays = reinterpret_cast<float*>(kSums ? shared + kShared - kTable - kSums : m) + part * 8 * kSize;
-    scale_inputs<8>(4 * side + me.warp, me.lane, tile(part, kA), sums_of_decays, remains(part), nullptr, valid);
+    scale_inputs<8>(4 * side + me.warp, me.lane, tile(part, kA), reinterpret_cast<float*>(m) + part * 8 * kSize, remains(part),
+                    nullptr, valid);
     show_to_warpgroups();
     __syncthreads();
     me = this_thread();
@@ -114,6 +112,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       wait_for_products();
     }
     __syncthreads();
+    if (HERON_BACKWARD_STAGES == 2 && start > 0) copy_chunk(start - kChunk);
     Accumulator* const z = c;  // (values, a-rows) of u's bracket
     if (of_left) {
       store_attention<2>(me, m, c, reinterpret_cast<float*>(ux), part * kChunk);
@@ -123,6 +122,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int k = 0; k < 4; k++) {
         load_saved(me, rows[k], own_state, k);
         load_saved(me, more_rows[k], own_state + kSquare, k);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        store_operand(me, own_state, 16 * me.warp, 16 * k, rows[k]);
+        store_operand(me, own_state + kSquare, 16 * me.warp, 16 * k, more_rows[k]);
       }
       multiply<4, 2, false, false>(me, z, rows, tile(0, kA));
       multiply<4, 2, false>(me, z, more_rows, tile(1, kA));
@@ -226,20 +231,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       mask_rows<2>(me, rows, !upper);
 #pragma unroll
       for (int k = 0; k < 2; k++) store_operand(me, m, 16 * me.warp, part * kChunk + 16 * k, rows[k]);
-    }
-    if (!of_left) {  // which has time: the state as a tile, and the next chunk
-      if (HERON_BACKWARD_STAGES == 2 && start > 0) copy_chunk(start - kChunk);
-      const Tile own_state = state + 2 * part * kSquare;
-      wait_for_products();
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_saved(me, rows[k], own_state + i * kSquare, k);
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < 4; k++) store_operand(me, own_state + i * kSquare, 16 * me.warp, 16 * k, rows[k]);
-      }
-      show_to_warpgroups();
     }
     wait_for_products();
     __syncthreads();
