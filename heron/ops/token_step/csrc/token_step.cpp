@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__  // AVX-512 says so too
 #include <immintrin.h>
 #endif
 
@@ -186,7 +186,7 @@ class Nibbles {
 
   private:
     Vector levels_;
-#else
+#elif defined __AVX2__
     explicit Nibbles(const int8_t* levels) { std::memcpy(&levels_, levels, sizeof levels_); }
 
     Vector part(const char* group, int which) const {
@@ -194,11 +194,24 @@ class Nibbles {
         Words words;
         std::memcpy(&words, group, sizeof words);
         const auto codes = __builtin_convertvector(words >> 4 * which & 15, Codes);
-        return widened(__builtin_shuffle(levels_, codes));
+        return widened((Codes)_mm_shuffle_epi8((__m128i)levels_, (__m128i)codes));
     }
 
   private:
     Codes levels_;
+#else
+    explicit Nibbles(const int8_t* levels) { std::copy(levels, levels + 16, levels_); }
+
+    Vector part(const char* group, int which) const {
+        uint16_t words[kLanes];
+        float found[kLanes];
+        std::memcpy(words, group, sizeof words);
+        for (int lane = 0; lane < kLanes; ++lane) found[lane] = levels_[words[lane] >> 4 * which & 15];
+        return load(found);
+    }
+
+  private:
+    float levels_[16];
 #endif
 };
 
