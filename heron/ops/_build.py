@@ -38,7 +38,9 @@ except ImportError:  # Windows: processes that start together may build the same
 
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
-COPIES, EARLY, PRODUCTS, STRIPS = (_CSRC / f"{name}.cuh" for name in ("copies", "early", "products", "strips"))
+COPIES, EARLY, HEAD, PRODUCTS, STRIPS = (
+    _CSRC / f"{name}.cuh" for name in ("copies", "early", "head", "products", "strips")
+)
 _OPERATOR = _CSRC / "operator.h"  # what all of them include
 BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache
 _COMPILERS = ("c++", "g++", "clang++")

@@ -1,0 +1,941 @@
+// One token of one sequence through a whole network on a GPU, in one kernel: a block for each multiprocessor, all of
+// which go through the phases of each layer together.
+//
+// A phase is products with a vector that all blocks have. Their rows depend on nothing, so one warp of a block has the
+// copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in shared
+// memory: memory is busy while results go round. The other warps multiply each tile together, on the tensor cores.
+//
+// What blocks tell one another lies in global memory, each word beside a tag that says of which step and layer it is,
+// written and read as one: a block that needs it looks again and again until the tag is the one it waits for. No word is
+// overwritten before all have read it: every block has rows of the projections and of the key, so none is two phases
+// ahead of another. All blocks must run at the same time (a cooperative launch).
+
+#ifdef __CUDACC__  // the tests also compile the kernel for a CPU
+#include <algorithm>
+
+#include "../../csrc/early.cuh"
+#include "../../csrc/operator.h"
+#endif
+#include "../../csrc/head.cuh"
+#include "../../csrc/products.cuh"
+
+namespace {
+
+constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // threads that multiply; one more warp asks for tiles
+constexpr int kThreads = kMultiply + 32;
+constexpr int kRows = 8;                           // of a tile
+constexpr int kWide = 2048, kPitch = kWide + 64;   // bytes of its rows that come at once; and room, for fewer bank conflicts
+constexpr int kUnit = 64;                          // bytes of a row for one turn of a warp
+constexpr int kUnits = kWide / kUnit / kWarps;     // turns
+constexpr int kScalePitch = kWide / kUnit * 2;     // bytes of scales for a row
+constexpr int kMostSlots = 16, kLeastSlots = 3;    // of the ring
+constexpr int kTiles = 8, kSumPitch = kWarps * kRows + 8;  // whose sums the warps exchange at once
+constexpr int kHead = 64, kLowRank = 4, kMixes = 6;
+constexpr int kGroup = 64;  // numbers that share a scale
+constexpr unsigned kAll = 0xffffffffu;
+
+enum Phase { kProject, kOutput, kKey, kValue, kLogits };
+// r, k, v and the lower low-rank matrices, of the values' gate, decay, iclr and gate, are one phase.
+enum Product { kR, kDown = 3, kOfOutput = kDown + kLowRank, kOfKey, kOfValue, kOfHead, kProducts };
+__device__ __forceinline__ int first_product(int phase) { return phase == kProject ? kR : kOfOutput + phase - kOutput; }
+
+// Two numbers of 16 bits, or one of 32, and whose they are; written and read as one.
+struct alignas(8) Tagged {
+    unsigned bits, tag;
+};
+
+struct Matrix {
+    const void* numbers;
+    const void* scales;  // bf16, of a matrix of codes; else null
+};
+
+// Addresses alone; heron/ops/token_step/cuda.py writes them in this order.
+struct Layer {
+    const void *norm1_weight, *norm1_bias, *mixes;  // (C,), (C,), (6, C)
+    Matrix of[kOfHead];
+    const void* up[kLowRank];
+    const void *w0, *a0, *v0, *k_k, *k_a, *r_k, *norm_weight, *norm_bias;  // v0 is null in layer 0
+    const void *norm2_weight, *norm2_bias, *channel_mix;
+    const void *att_before, *ffn_before;
+    void *att_after, *ffn_after;
+    const float* wkv_before;
+    float* wkv_after;
+};
+
+// What is of one head, beside its state.
+struct HeadInputs {
+    alignas(16) float vectors[4][kHead];  // r, k, v, layer 0's v
+    float ups[kLowRank][kHead];
+    HeadRoom<kHead> room;
+};
+
+// Where what lies in shared memory, in bytes.
+struct Shared {
+    int vectors;   // that are multiplied: up to 6 of (C,), or one of (hidden,)
+    int limbs;     // of vectors for codes: all first limbs, then all second ones; so many
+    int n_limbs;
+    int scales;    // of their groups, fp32
+    int residual;  // (C,) fp32
+    int now;       // (C,), the token, normed
+    int squeezed;  // what the upper low-rank matrices multiply
+    int head;      // HeadInputs
+    int sums;      // of tiles, by warps, two times
+    int norm;      // sums over the block, two
+    int barriers;  // of slots that are filled, and of those that are free
+    int ring;
+    int slot;      // bytes of one
+    int slots;
+    int bytes;
+};
+
+struct Problem {
+    const Layer* layers;
+    Matrix head;
+    const void *norm_weight, *norm_bias;
+    const void* x;      // (C,), the embedded token
+    const void* gates;  // (layers, C or hidden), DeepEmbed's; or null
+    void* logits;
+    Tagged *residual, *projected, *v_first, *squeezed, *y, *hidden;  // (C,) in fp32; pairs of r, k, v; of (C,) and so on
+    unsigned* counters;                                              // steps, and blocks that have ended this one
+    int n_layers, channels, hidden_channels, ranks[kLowRank];
+    int rows[kProducts];
+    bool gates_hidden;
+    float eps, eps_head;
+    Shared at;
+};
+
+// What follows from the sizes; the ranks are there. Each word of `scratch` has its place.
+inline void size_up(Problem& p, int channels, int hidden_channels, int vocab, Tagged* scratch) {
+    p.channels = channels, p.hidden_channels = hidden_channels;
+    for (int i = 0; i < kProducts; ++i) p.rows[i] = channels;
+    for (int i = 0; i < kLowRank; ++i) p.rows[kDown + i] = p.ranks[i];
+    p.rows[kOfKey] = hidden_channels, p.rows[kOfHead] = vocab;
+    p.residual = scratch;
+    p.projected = p.residual + channels;
+    p.v_first = p.projected + 3 * channels / 2;
+    p.y = p.v_first + channels / 2;
+    p.squeezed = p.y + channels / 2;
+    p.hidden = p.squeezed + (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]) / 2;
+}
+
+// With as many slots as fit into so many bytes.
+inline Shared shared_of(const Problem& p, bool has_codes, int available) {
+    Shared at{};
+    const int C = p.channels, F = p.hidden_channels;
+    const auto larger = [](int a, int b) { return a > b ? a : b; };
+    int end = 0;
+    const auto take = [&](int bytes) {
+        const int begin = end;
+        end += (bytes + 15) / 16 * 16;
+        return begin;
+    };
+    at.n_limbs = has_codes ? larger(3 * C, F) : 0;
+    at.vectors = take(2 * larger(kMixes * C, F));
+    at.limbs = take(2 * at.n_limbs);
+    at.scales = take(4 * at.n_limbs / kGroup);
+    at.residual = take(4 * C);
+    at.now = take(2 * C);
+    at.squeezed = take(2 * (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]));
+    at.head = take(sizeof(HeadInputs));
+    at.sums = take(4 * 2 * kTiles * kSumPitch);
+    at.norm = take(4 * 2 * kWarps);
+    at.barriers = take(2 * 8 * kMostSlots);
+    at.ring = (end + 127) / 128 * 128;
+    at.slot = kRows * (kPitch + (has_codes ? kScalePitch : 0));
+    at.slots = (available - at.ring) / at.slot;
+    if (at.slots > kMostSlots) at.slots = kMostSlots;
+    if (at.slots < kLeastSlots) at.slots = kLeastSlots;
+    at.bytes = at.ring + at.slots * at.slot;
+    return at;
+}
+
+using Barrier = unsigned long long;
+
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char shared[];
+    return shared;
+}
+
+__device__ __forceinline__ void put(Tagged* to, unsigned bits, unsigned tag) {
+    const auto both = static_cast<unsigned long long>(tag) << 32 | bits;
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
+}
+__device__ __forceinline__ void look_at_two(const Tagged* from, Tagged& a, Tagged& b) {
+    unsigned long long first, second;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(from) : "memory");
+    a = {static_cast<unsigned>(first), static_cast<unsigned>(first >> 32)};
+    b = {static_cast<unsigned>(second), static_cast<unsigned>(second >> 32)};
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* x) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(x));
+}
+__device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// The copy engine sees the barriers that this thread has made.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void expect_bytes(Barrier* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(Barrier* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Until the barrier has been passed `round` + 1 times, of which all but the last are known.
+__device__ __forceinline__ void await(Barrier* barrier, int round) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again_%=:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=;\n}" ::"r"(shared_address(barrier)),
+        "r"(round & 1)
+        : "memory");
+}
+// Copy to shared memory in the background what is read once: it is the first to leave the L2 cache.
+__device__ __forceinline__ void bring(void* to, const void* from, int bytes, Barrier* barrier) {
+    unsigned long long once;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(once)
+        : "memory");
+}
+
+// Barriers of the threads that multiply, and of those of a head.
+__device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
+__device__ __forceinline__ void sync_head() { asm volatile("bar.sync 2, %0;" ::"n"(2 * kHead) : "memory"); }
+
+// c += a b: 16 x 8 in fp32, from 16 x 16 and 16 x 8; only the first 8 rows of a are not 0, and they are all the same.
+template <typename T>
+__device__ __forceinline__ void multiply_floats(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, unsigned b1) {
+    if constexpr (std::is_same_v<T, Half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(0), "r"(a1), "r"(0), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(0), "r"(a1), "r"(0), "r"(b0), "r"(b1));
+    }
+}
+// c += a b of bytes: 16 x 8 from 16 x 32 and 32 x 8; the first 8 rows of a are first limbs, the others second ones.
+__device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned first0, unsigned second0, unsigned first1,
+                                               unsigned second1, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(first0), "r"(second0), "r"(first1), "r"(second1), "r"(b0), "r"(b1));
+}
+
+// The last block to come here ends the step.
+__device__ __forceinline__ void end_step(unsigned* counters) {
+    if (threadIdx.x == 0 && atomicAdd(counters + 1, 1u) == gridDim.x - 1) ++counters[0], counters[1] = 0;
+}
+#endif
+
+// Where in the ring a warp is.
+struct Place {
+    int slot = 0, round = 0;
+    __device__ __forceinline__ void go_on(int slots) {
+        if (++slot == slots) slot = 0, ++round;
+    }
+};
+
+// A norm, and what its vectors are mixed of.
+struct Norm {
+    const void *weight, *bias;
+    const void *last, *mixes;  // (C,), (n_mixes, C); null, where the token itself is the vector
+    int n_mixes;
+};
+// Eight channels of it.
+struct NormPieces {
+    Piece weight, bias, last, mixes[kMixes];
+};
+
+template <typename T, bool kIsInt8>
+struct Step {
+    const Problem& p;
+    unsigned char* const shared;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int heads, first_head;  // the last blocks have fewer rows
+    unsigned first_tag;           // of this step
+    Place place{};
+    int turn = 0;                // which of the two rooms for sums is next
+
+    __device__ __forceinline__ explicit Step(const Problem& p)
+        : p(p), shared(shared_memory()), heads(p.channels / kHead), first_head(blocks - 1 - block),
+          first_tag(p.counters[0] * (2 * p.n_layers + 1) + 1) {}
+
+    template <typename V>
+    __device__ __forceinline__ V* there(int bytes) const { return reinterpret_cast<V*>(shared + bytes); }
+    __device__ __forceinline__ Barrier* filled(int slot) const { return there<Barrier>(p.at.barriers) + slot; }
+    __device__ __forceinline__ Barrier* freed(int slot) const { return filled(kMostSlots + slot); }
+    __device__ __forceinline__ unsigned char* slot_at(int slot) const {
+        return shared + p.at.ring + slot * p.at.slot;
+    }
+    // Of what a phase of a layer gives; the values change the residual a second time.
+    __device__ __forceinline__ unsigned tag(int layer, bool is_of_values) const {
+        return first_tag + 2 * layer + is_of_values;
+    }
+    __device__ __forceinline__ static bool has_codes(int product) {
+        return kIsInt8 && (product < kDown || product >= kOfOutput);
+    }
+    __device__ __forceinline__ int row_bytes(int product) const {
+        return (product == kOfValue ? p.hidden_channels : p.channels) * (has_codes(product) ? 1 : 2);
+    }
+
+    // use(product, tile) for this block's tiles of a phase.
+    template <typename Use>
+    __device__ __forceinline__ void for_tiles(int phase, const Use& use) const {
+        const int first = first_product(phase), end = phase == kProject ? kOfOutput : first + 1;
+        int tile = block;
+#pragma unroll 1
+        for (int product = first; product < end; ++product) {
+            const int tiles = (p.rows[product] + kRows - 1) / kRows;
+#pragma unroll 1
+            for (; tile < tiles; tile += blocks) use(product, tile);
+            tile -= tiles;
+        }
+    }
+    // use(matrix, rows, bytes of each) for the parts of a head's upper low-rank matrices that come at once.
+    template <typename Use>
+    __device__ __forceinline__ void for_ups(const Use& use) const {
+#pragma unroll 1
+        for (int m = 0; m < kLowRank; ++m) {
+            const int bytes = 2 * p.ranks[m], most = kRows * kPitch / bytes / kRows * kRows;
+#pragma unroll 1
+            for (int row = 0; row < kHead; row += most) use(m, row, most < kHead - row ? most : kHead - row, bytes);
+        }
+    }
+
+    // Of the warp that asks for tiles.
+    __device__ __forceinline__ void expect(int bytes) {
+        if (place.round > 0) await(freed(place.slot), place.round - 1);
+        if (lane == 0) expect_bytes(filled(place.slot), bytes);
+        __syncwarp();
+    }
+    __device__ __forceinline__ void bring_tiles(int phase, const Matrix* of) {
+        for_tiles(phase, [&](int product, int tile) {
+            const Matrix matrix = phase == kLogits ? *of : of[product];
+            const int bytes = row_bytes(product), left = p.rows[product] - kRows * tile;
+            const int rows = left < kRows ? left : kRows, pitch = (bytes / kUnit + 7) / 8 * 16;  // of the scales
+            const int64_t row = kRows * tile + lane % kRows;
+#pragma unroll 1
+            for (int begin = 0; begin < bytes; begin += kWide) {
+                const int n = bytes - begin < kWide ? bytes - begin : kWide;
+                const int scales = has_codes(product) ? (n / kUnit + 7) / 8 * 16 : 0;
+                expect(rows * (n + scales));
+                unsigned char* to = slot_at(place.slot);
+                if (lane < rows) {
+                    bring(to + lane * kPitch, static_cast<const char*>(matrix.numbers) + row * bytes + begin, n,
+                          filled(place.slot));
+                } else if (scales != 0 && lane >= kRows && lane < kRows + rows) {
+                    bring(to + kRows * kPitch + lane % kRows * kScalePitch,
+                          static_cast<const char*>(matrix.scales) + row * pitch + begin / 32, scales,
+                          filled(place.slot));
+                }
+                place.go_on(p.at.slots);
+            }
+        });
+    }
+    __device__ __forceinline__ void bring_all() {
+#pragma unroll 1
+        for (int layer = 0; layer < p.n_layers; ++layer) {
+            const Layer& w = p.layers[layer];
+#pragma unroll 1
+            for (int phase = kProject; phase < kLogits; ++phase) {
+                bring_tiles(phase, w.of);
+                if (phase != kProject) continue;
+#pragma unroll 1
+                for (int head = first_head; head < heads; head += blocks) {
+                    for_ups([&](int m, int row, int rows, int bytes) {
+                        expect(rows * bytes);
+                        const auto* up = static_cast<const char*>(w.up[m]) + static_cast<int64_t>(head * kHead + row) * bytes;
+                        if (lane == 0) bring(slot_at(place.slot), up, rows * bytes, filled(place.slot));
+                        place.go_on(p.at.slots);
+                    });
+                }
+            }
+        }
+        bring_tiles(kLogits, &p.head);
+    }
+
+    // This warp has done with a slot.
+    __device__ __forceinline__ void leave_slot() {
+        __syncwarp();
+        if (lane == 0) arrive(freed(place.slot));
+        place.go_on(p.at.slots);
+    }
+
+    // sums += those of the 8 rows at `rows`, so many bytes apart, over `count` units, with the vector at `vector`. Lane
+    // 4 g + t reads piece t of row g: the numbers that an instruction multiplies may come in any order, if it is the
+    // same in both. The sums of rows 2 t and 2 t + 1 are then this lane's.
+    template <int kMost>
+    __device__ __forceinline__ void multiply_units(const unsigned char* rows, int pitch, const unsigned char* vector,
+                                                   int count, float (&sums)[kMost][4]) const {
+        Piece weights[kMost], numbers[kMost];
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            if (i >= count) break;
+            weights[i] = *reinterpret_cast<const Piece*>(rows + lane / 4 * pitch + i * kUnit + lane % 4 * 16);
+            numbers[i] = *reinterpret_cast<const Piece*>(vector + i * kUnit + lane % 4 * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            if (i >= count) break;
+            const auto &w = weights[i].words, &x = numbers[i].words;
+            multiply_floats<T>(sums[i], x[0], x[1], w[0], w[1]);
+            multiply_floats<T>(sums[i], x[2], x[3], w[2], w[3]);
+        }
+    }
+    // The same of codes, from a vector's first unit and their scales on.
+    __device__ __forceinline__ void multiply_codes(const unsigned char* rows, const unsigned char* scales, int unit,
+                                                   int count, float (&sums)[kUnits][4]) const {
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+            if (i >= count) break;
+            const Piece codes = *reinterpret_cast<const Piece*>(rows + lane / 4 * kPitch + i * kUnit + lane % 4 * 16);
+            const auto* x = there<const unsigned char>(p.at.limbs) + (unit + i) * kUnit + lane % 4 * 16;
+            const Piece a = *reinterpret_cast<const Piece*>(x), b = *reinterpret_cast<const Piece*>(x + p.at.n_limbs);
+            int c[4] = {};
+#pragma unroll
+            for (int j = 0; j < 4; j += 2) {
+                multiply_bytes(c, a.words[j], b.words[j], a.words[j + 1], b.words[j + 1], codes.words[j],
+                               codes.words[j + 1]);
+            }
+            const float by = there<const float>(p.at.scales)[unit + i];
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                const unsigned scale = *reinterpret_cast<const uint16_t*>(
+                    scales + (lane % 4 * 2 + row) * kScalePitch + 2 * i);
+                sums[i][row] += static_cast<float>(c[row] * 256 + c[2 + row]) * (by * __uint_as_float(scale << 16));
+            }
+        }
+    }
+
+    // This block's tiles of a phase, each by all warps, a part of every row each.
+    __device__ __forceinline__ void multiply(int phase, int layer) {
+        int count = 0, product_here = 0, row_here = 0;  // of the tiles so far; what this thread finishes
+        float gate = 1.0f;
+        const auto finish = [&] {
+            sync_multiplying();
+            if (thread < kTiles * kRows) {
+                const float* of_tile = there<const float>(p.at.sums) + (turn * kTiles + thread / kRows) * kSumPitch;
+                float sum = 0.0f;
+#pragma unroll
+                for (int i = 0; i < kWarps; ++i) sum += of_tile[i * kRows + thread % kRows];
+                end(phase, layer, product_here, row_here, thread / kRows < count, sum, gate);
+            }
+            count = 0, turn ^= 1;
+        };
+        for_tiles(phase, [&](int product, int tile) {
+            if (thread / kRows == count) {
+                product_here = product, row_here = kRows * tile + thread % kRows;
+                gate = gate_of(phase, layer, row_here);
+            }
+            const bool in_codes = has_codes(product);
+            const int bytes = row_bytes(product), which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;
+            float sums[kUnits][4] = {};
+#pragma unroll 1
+            for (int begin = 0; begin < bytes; begin += kWide) {
+                const int units = (bytes - begin < kWide ? bytes - begin : kWide) / kUnit;
+                const int first = units * warp / kWarps, n = units * (warp + 1) / kWarps - first;
+                const unsigned char* slot = slot_at(place.slot);
+                await(filled(place.slot), place.round);
+                if (in_codes) {
+                    const int unit = (which * p.channels + begin) / kUnit + first;
+                    multiply_codes(slot + first * kUnit, slot + kRows * kPitch + 2 * first, unit, n, sums);
+                } else {
+                    const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin + first * kUnit;
+                    multiply_units<kUnits>(slot + first * kUnit, kPitch, vector, n, sums);
+                }
+                leave_slot();
+            }
+            if (lane < 4) {
+                float* to = there<float>(p.at.sums) + (turn * kTiles + count) * kSumPitch + warp * kRows + 2 * lane;
+#pragma unroll
+                for (int row = 0; row < 2; ++row) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < kUnits; ++i) sum += sums[i][row];
+                    to[row] = sum;
+                }
+            }
+            if (++count == kTiles) finish();
+        });
+        if (count > 0) finish();
+    }
+
+    __device__ __forceinline__ float gate_of(int phase, int layer, int row) const {
+        if (p.gates == nullptr || phase != (p.gates_hidden ? kKey : kValue)) return 1.0f;
+        const int64_t first = static_cast<int64_t>(layer) * (p.gates_hidden ? p.hidden_channels : p.channels);
+        return static_cast<float>(static_cast<const T*>(p.gates)[first + row]);
+    }
+
+    __device__ __forceinline__ static unsigned bits_of(float even, float odd) {
+        const T two[2] = {static_cast<T>(even), static_cast<T>(odd)};
+        unsigned bits;
+        memcpy(&bits, two, sizeof bits);
+        return bits;
+    }
+
+    __device__ __forceinline__ static Piece packed(const float (&x)[8]) {
+        Piece piece;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) piece.words[i] = bits_of(x[2 * i], x[2 * i + 1]);
+        return piece;
+    }
+
+    // What becomes of a row's sum; by whole warps, whose neighbours have neighbouring rows.
+    __device__ __forceinline__ void end(int phase, int layer, int product, int row, bool is_there, float sum, float gate) {
+        const int C = p.channels;
+        is_there = is_there && row < p.rows[product];
+        if (phase == kLogits) {
+            if (is_there) static_cast<T*>(p.logits)[row] = static_cast<T>(sum);
+            return;
+        }
+        if (phase == kOutput || phase == kValue) {
+            if (!is_there) return;
+            const float mine = there<const float>(p.at.residual)[row] + gate * sum;
+            put(p.residual + row, __float_as_uint(mine), tag(layer, phase == kValue));
+            return;
+        }
+        Tagged* to = p.hidden;
+        int activation = kSquaredRelu;
+        if (phase == kProject) {
+            const int m = product - kDown;
+            to = product < 2 ? p.projected + product * C / 2 : layer == 0 ? p.v_first : p.projected + C;
+            if (m >= 0) {
+                to = p.squeezed;
+                for (int i = 0; i < m; ++i) to += p.ranks[i] / 2;
+            }
+            activation = m == 1 ? kTanh : m == 3 ? kSigmoid : kNone;
+        }
+        const float mine = is_there ? gate * activated(sum, activation) : 0.0f;
+        const float other = __shfl_xor_sync(kAll, mine, 1);
+        if (is_there && row % 2 == 0) put(to + row / 2, bits_of(mine, other), tag(layer, false));
+    }
+
+    // use(i, bits) of the words 2 i and 2 i + 1 at `of(i)`, for all i < n, by whichever thread.
+    template <typename Of, typename Use>
+    __device__ __forceinline__ void get(int n, unsigned wanted, const Of& of, const Use& use) const {
+        constexpr int kAtOnce = 8;
+#pragma unroll 1
+        for (int begin = thread; begin < n; begin += kMultiply * kAtOnce) {
+            Tagged found[kAtOnce][2];
+            do look_at_two(of(begin), found[0][0], found[0][1]);  // one, until it is there: the others will be soon
+            while (found[0][0].tag != wanted || found[0][1].tag != wanted);
+            bool has_all;
+            do {
+                has_all = true;
+#pragma unroll
+                for (int i = 1; i < kAtOnce; ++i) {
+                    if (begin + kMultiply * i < n) look_at_two(of(begin + kMultiply * i), found[i][0], found[i][1]);
+                }
+#pragma unroll
+                for (int i = 1; i < kAtOnce; ++i) {
+                    const bool is_there = found[i][0].tag == wanted && found[i][1].tag == wanted;
+                    has_all = has_all && (begin + kMultiply * i >= n || is_there);
+                }
+            } while (!has_all);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (begin + kMultiply * i < n) use(begin + kMultiply * i, found[i][0].bits, found[i][1].bits);
+            }
+        }
+    }
+
+    // Eight numbers of vector `which`, from place 8 `at` on, and for codes their limbs: integers of two bytes, 127 x 256 for
+    // the largest of each 64. All lanes come here.
+    __device__ __forceinline__ void keep(int which, int at, bool is_there, const float (&x)[8]) const {
+        if (is_there) there<Piece>(p.at.vectors + which * 2 * p.channels)[at] = packed(x);
+        if constexpr (kIsInt8) {
+            if (which > 2) return;
+            float largest = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float size = fabsf(x[i]);
+                largest = size <= largest ? largest : size;  // NaN stays
+            }
+#pragma unroll
+            for (int mask = 1; mask < 8; mask *= 2) {
+                const float other = __shfl_xor_sync(kAll, largest, mask);
+                largest = other <= largest ? largest : other;
+            }
+            constexpr float kLargest = 127.0f * 256.0f;
+            const float by = largest > 0.0f ? kLargest / largest : 0.0f;
+            unsigned limbs[2][2] = {};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int whole = __float2int_rn(x[i] * by), low = static_cast<signed char>(whole & 0xff);
+                limbs[0][i / 4] |= static_cast<unsigned>((whole - low) / 256 & 0xff) << 8 * (i % 4);
+                limbs[1][i / 4] |= static_cast<unsigned>(low & 0xff) << 8 * (i % 4);
+            }
+            const int first = which * p.channels + 8 * at;
+            if (!is_there) return;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                auto* to = there<unsigned>(p.at.limbs + i * p.at.n_limbs + first);
+                to[0] = limbs[i][0], to[1] = limbs[i][1];
+            }
+            if (at % 8 == 0) there<float>(p.at.scales)[first / kGroup] = largest / kLargest;
+        }
+    }
+
+    // y, or the hidden channels, in pairs.
+    __device__ __forceinline__ void read_vector(const Tagged* from, int n, unsigned wanted) {
+        auto* to = there<unsigned>(p.at.vectors);
+        get(n / 4, wanted, [=](int i) { return from + 2 * i; }, [=](int i, unsigned a, unsigned b) {
+            to[2 * i] = a, to[2 * i + 1] = b;
+        });
+        sync_multiplying();
+        if constexpr (kIsInt8) {
+#pragma unroll 1
+            for (int begin = 0; begin < n / 8; begin += kMultiply) {
+                const int at = begin + thread;
+                float x[8] = {};
+                if (at < n / 8) unpack(there<const Piece>(p.at.vectors)[at], x);
+                keep(0, at, at < n / 8, x);
+            }
+            sync_multiplying();
+        }
+    }
+    __device__ __forceinline__ static void unpack(const Piece& piece, float (&x)[8]) {
+        T numbers[8];
+        memcpy(numbers, &piece, sizeof piece);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(numbers[i]);
+    }
+
+    __device__ __forceinline__ Norm first_norm(int layer) const {
+        const Layer& w = p.layers[layer];
+        return {w.norm1_weight, w.norm1_bias, w.att_before, w.mixes, kMixes};
+    }
+    // Ask for what a norm reads, before it waits for the residual.
+    __device__ __forceinline__ NormPieces ask(const Norm& norm, int at) const {
+        NormPieces pieces{};
+        const auto piece = [=](const void* from, int i) { return static_cast<const Piece*>(from)[i]; };
+        if (at >= p.channels / 8) return pieces;
+        pieces.weight = piece(norm.weight, at), pieces.bias = piece(norm.bias, at);
+        if (norm.last != nullptr) pieces.last = piece(norm.last, at);
+#pragma unroll
+        for (int m = 0; m < kMixes; ++m) {
+            if (m < norm.n_mixes) pieces.mixes[m] = piece(norm.mixes, m * p.channels / 8 + at);
+        }
+        return pieces;
+    }
+
+    __device__ __forceinline__ float block_sum(float x, float* room) const {
+        x = sum_over<1, 2, 4, 8, 16>(x);
+        if (lane == 0) room[warp] = x;
+        sync_multiplying();
+        x = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) x += room[i];
+        return x;
+    }
+
+    // The residual, normed, becomes the token; mixed with the last one the vectors. `pieces` are this thread's first.
+    __device__ __forceinline__ void norm_and_mix(const Norm& norm, NormPieces pieces, const void* input, unsigned wanted) {
+        auto* residual = there<float>(p.at.residual);
+        const int n = p.channels / 8;
+        if (input != nullptr) {
+            for (int at = thread; at < n; at += kMultiply) {
+                float x[8];
+                unpack(static_cast<const Piece*>(input)[at], x);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) residual[8 * at + i] = x[i];
+            }
+        } else {
+            get(p.channels / 2, wanted, [&](int i) { return p.residual + 2 * i; }, [=](int i, unsigned a, unsigned b) {
+                residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
+            });
+        }
+        sync_multiplying();
+        const auto sum_of = [&](float* room, const auto& share) {
+            float sum = 0.0f;
+            for (int i = 4 * thread; i < p.channels; i += 4 * kMultiply) {
+                const auto four = *reinterpret_cast<const Run<float, 4>*>(residual + i);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum += share(four.values[j]);
+            }
+            return block_sum(sum, room) / static_cast<float>(p.channels);
+        };
+        float* rooms = there<float>(p.at.norm);
+        const float mean = sum_of(rooms, [](float x) { return x; });
+        const float variance = sum_of(rooms + kWarps, [=](float x) { return (x - mean) * (x - mean); });
+        const float scale = rsqrtf(variance + p.eps);
+#pragma unroll 1
+        for (int begin = 0; begin < n; begin += kMultiply) {
+            const int at = begin + thread;
+            const bool is_there = at < n;
+            if (begin > 0) pieces = ask(norm, at);
+            float weight[8], bias[8], here[8] = {}, past[8], mix[8];
+            if (is_there) {
+                unpack(pieces.weight, weight), unpack(pieces.bias, bias);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) here[i] = (residual[8 * at + i] - mean) * scale * weight[i] + bias[i];
+            }
+            if (norm.n_mixes == 0) {
+                keep(0, at, is_there, here);
+                continue;
+            }
+            if (is_there) {
+                const Piece now = packed(here);
+                there<Piece>(p.at.now)[at] = now;
+                unpack(now, here);
+            }
+            unpack(pieces.last, past);
+#pragma unroll
+            for (int m = 0; m < kMixes; ++m) {
+                if (m >= norm.n_mixes) break;
+                float mixed[8];
+                unpack(pieces.mixes[m], mix);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) mixed[i] = here[i] + (past[i] - here[i]) * mix[i];
+                keep(m, at, is_there, mixed);
+            }
+        }
+        sync_multiplying();
+    }
+
+    // The last token, which all blocks have read by now, becomes this one.
+    __device__ __forceinline__ void keep_shift(void* to) const {
+        if (block != 0) return;
+        for (int at = thread; at < p.channels / 8; at += kMultiply) static_cast<Piece*>(to)[at] = there<Piece>(p.at.now)[at];
+    }
+
+    // The time mix of one head, between its products.
+    __device__ __forceinline__ void mix_head(int layer, int which) {
+        const Layer& w = p.layers[layer];
+        auto& in = *there<HeadInputs>(p.at.head);
+        Head<kHead> head(in.room);
+        constexpr int kKeys = Head<kHead>::kKeys;
+        const auto key = [&](int i) { return 4 * (i / 4 * kLanes + head.lane) + i % 4; };
+        const int here = which * kHead + 2 * head.pair;
+        const int64_t rows = (static_cast<int64_t>(which) * kHead + kStateRows * head.group) * kHead;
+        float state[kStateRows][kKeys];
+        Two added{}, kk{}, ka{}, rk{};
+        float weight = 0.0f, bias = 0.0f;
+        const bool is_of_head = thread < 2 * kHead;
+        if (is_of_head) {
+#pragma unroll
+            for (int row = 0; row < kStateRows; ++row) {
+#pragma unroll
+                for (int i = 0; i < kKeys; i += 4) {
+                    const auto four =
+                        *reinterpret_cast<const Run<float, 4>*>(w.wkv_before + rows + row * kHead + key(i));
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) state[row][i + j] = four.values[j];
+                }
+            }
+            added = two_at<T>(head.by_kind(w.w0, w.a0, w.v0, static_cast<const void*>(nullptr)), here);
+            kk = two_at<T>(w.k_k, here), ka = two_at<T>(w.k_a, here), rk = two_at<T>(w.r_k, here);
+            weight = head.own(two_at<T>(w.norm_weight, here)), bias = head.own(two_at<T>(w.norm_bias, here));
+        }
+        const int C = p.channels, squeezed = p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3];
+        const Tagged* const v = layer == 0 ? p.v_first : p.projected + C;
+        constexpr int kOfVector = kHead / 4;  // pairs of words
+        const unsigned first = tag(0, false), mine = tag(layer, false);
+        const auto of = [=](int i) -> const Tagged* {
+            if (i >= 3 * kOfVector) return p.squeezed + 2 * (i - 3 * kOfVector);
+            const Tagged* from = i < kOfVector ? p.projected : i < 2 * kOfVector ? p.projected + C / 2 : v;
+            return from + which * kHead / 2 + i % kOfVector * 2;
+        };
+        get(3 * kOfVector + squeezed / 4, mine, of, [&](int i, unsigned a, unsigned b) {
+            const unsigned bits[2] = {a, b};
+            if (i >= 3 * kOfVector) {
+                memcpy(there<unsigned>(p.at.squeezed) + 2 * (i - 3 * kOfVector), bits, sizeof bits);
+            } else {
+                keep_four(in.vectors[i / kOfVector] + i % kOfVector * 4, bits);
+            }
+        });
+        if (layer > 0) {
+            get(kOfVector, first, [=](int i) { return p.v_first + which * kHead / 2 + 2 * i; },
+                [&](int i, unsigned a, unsigned b) {
+                    const unsigned bits[2] = {a, b};
+                    keep_four(in.vectors[3] + 4 * i, bits);
+                });
+        }
+        sync_multiplying();
+        multiply_ups(in);
+        sync_multiplying();
+        if (!is_of_head) return;
+        const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
+        const Two vector = *reinterpret_cast<const Two*>(&in.vectors[head.kind][2 * head.pair]);
+        head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
+        sync_head();
+        const float y = head.move_on(state, key);
+        head.share_norm(y);
+        sync_head();
+        const float out = head.ended(y, weight, bias, p.eps_head);
+        const float other = __shfl_xor_sync(kAll, out, 2);
+        if (head.kind == 0) put(p.y + here / 2, bits_of(out, other), mine);
+#pragma unroll
+        for (int row = 0; row < kStateRows; ++row) {
+#pragma unroll
+            for (int i = 0; i < kKeys; i += 4) {
+                *reinterpret_cast<Run<float, 4>*>(w.wkv_after + rows + row * kHead + key(i)) = {
+                    {state[row][i], state[row][i + 1], state[row][i + 2], state[row][i + 3]}};
+            }
+        }
+    }
+    __device__ __forceinline__ static void keep_four(float* to, const unsigned (&bits)[2]) {
+        T numbers[4];
+        memcpy(numbers, bits, sizeof numbers);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(numbers[i]);
+    }
+    // The upper low-rank products of a head, 8 channels a warp.
+    __device__ __forceinline__ void multiply_ups(HeadInputs& in) {
+        int before = 0;  // bytes of the vectors of the matrices before
+        int of = 0;
+        float sums[kUnits][4] = {};
+        for_ups([&](int m, int row, int rows, int bytes) {
+            if (m != of) before += 2 * p.ranks[of], of = m;
+            await(filled(place.slot), place.round);
+            const int mine = kRows * warp - row;
+            if (mine >= 0 && mine < rows) {
+                const unsigned char *from = slot_at(place.slot) + mine * bytes, *x = shared + p.at.squeezed + before;
+#pragma unroll 1
+                for (int i = 0; i < bytes; i += kUnits * kUnit) {
+                    multiply_units<kUnits>(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
+                }
+                if (lane < 4) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int i = 0; i < kUnits; ++i) sum += sums[i][j];
+                        in.ups[m][kRows * warp + 2 * lane + j] = sum;
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < kUnits; ++i) sums[i][0] = sums[i][1] = 0.0f;
+            }
+            leave_slot();
+        });
+    }
+
+    // Of the warps that multiply.
+    __device__ __forceinline__ void compute_all() {
+        Norm norm = first_norm(0);
+        NormPieces pieces = ask(norm, thread);
+#pragma unroll 1
+        for (int layer = 0; layer < p.n_layers; ++layer) {
+            const Layer& w = p.layers[layer];
+            norm_and_mix(norm, pieces, layer == 0 ? p.x : nullptr, tag(layer - 1, true));
+            multiply(kProject, layer);
+#pragma unroll 1
+            for (int head = first_head; head < heads; head += blocks) {
+                mix_head(layer, head);
+                if (head + blocks < heads) sync_multiplying();
+            }
+            norm = {w.norm2_weight, w.norm2_bias, w.ffn_before, w.channel_mix, 1};
+            pieces = ask(norm, thread);
+            read_vector(p.y, p.channels, tag(layer, false));
+            keep_shift(w.att_after);
+            multiply(kOutput, layer);
+            norm_and_mix(norm, pieces, nullptr, tag(layer, false));
+            multiply(kKey, layer);
+            norm = layer + 1 < p.n_layers ? first_norm(layer + 1) : Norm{p.norm_weight, p.norm_bias, nullptr, nullptr, 0};
+            pieces = ask(norm, thread);
+            read_vector(p.hidden, p.hidden_channels, tag(layer, false));
+            keep_shift(w.ffn_after);
+            multiply(kValue, layer);
+        }
+        norm_and_mix(norm, pieces, nullptr, tag(p.n_layers - 1, true));
+        multiply(kLogits, p.n_layers);
+    }
+};
+
+template <typename T, bool kIsInt8>
+__global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant__ Problem p) {
+    Step<T, kIsInt8> step(p);
+    if (step.thread == 0) {
+        for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), 1), init_barrier(step.freed(i), kWarps);
+        show_barriers();
+    }
+    __syncthreads();
+    step.warp == kWarps ? step.bring_all() : step.compute_all();
+    __syncthreads();
+    end_step(p.counters);
+}
+
+}  // namespace
+
+#ifdef __CUDACC__
+namespace {
+
+template <typename T, bool kIsInt8>
+void start(Problem& problem, int device) {
+    const auto kernel = token_step<T, kIsInt8>;
+    int blocks = 0, available = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
+    problem.at = shared_of(problem, kIsInt8, available);
+    blocks = std::min({blocks, 3 * problem.channels / kRows, problem.hidden_channels / kRows});  // rows for each
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, problem.at.bytes));
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(problem.at.bytes);
+    config.stream = current_stream();
+    config.attrs = &together;
+    config.numAttrs = 1;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<const Problem&>(problem)));
+}
+
+// Shapes and dtypes as heron.ops.token_step says: `layers` are the addresses of each as in Layer, `scratch` has a place
+// for each word that blocks tell one another, `counters` are 0 at first.
+Tensor run(const Tensor& x, const Tensor& layers, const Tensor& head, const Optional& head_scales,
+           const Tensor& norm_weight, const Tensor& norm_bias, const Optional& gates, bool gates_hidden,
+           const Tensor& scratch, const Tensor& counters, const std::vector<int64_t>& ranks, int64_t hidden_channels,
+           double eps, double eps_head) {
+    const DeviceGuard guard(x.get_device_index());
+    auto logits = empty({1, head.size(0)}, x);
+    Problem p{};
+    p.layers = static_cast<const Layer*>(layers.const_data_ptr());
+    p.head = {head.const_data_ptr(), data_of(head_scales)};
+    p.norm_weight = norm_weight.const_data_ptr();
+    p.norm_bias = norm_bias.const_data_ptr();
+    p.x = x.const_data_ptr();
+    p.gates = data_of(gates);
+    p.gates_hidden = gates_hidden;
+    p.logits = logits.mutable_data_ptr();
+    p.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
+    p.n_layers = static_cast<int>(layers.size(0));
+    p.eps = static_cast<float>(eps);
+    p.eps_head = static_cast<float>(eps_head);
+    for (int i = 0; i < kLowRank; ++i) p.ranks[i] = static_cast<int>(ranks[i]);
+    size_up(p, static_cast<int>(x.size(1)), static_cast<int>(hidden_channels), static_cast<int>(head.size(0)),
+            static_cast<Tagged*>(scratch.mutable_data_ptr()));
+    const int device = x.get_device_index();
+    with_dtype<BFloat16, Half>(x, "token_step", [&](auto number) {
+        using T = decltype(number);
+        head_scales.has_value() ? start<T, true>(p, device) : start<T, false>(p, device);
+    });
+    return logits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(heron, library) {
+    library.def(
+        "token_step(Tensor x, Tensor layers, Tensor head, Tensor? head_scales, Tensor norm_weight, Tensor norm_bias, "
+        "Tensor? gates, bool gates_hidden, Tensor(a!) scratch, Tensor(b!) counters, int[] ranks, int hidden_channels, "
+        "float eps, float eps_head) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(heron, CUDA, library) { library.impl("token_step", TORCH_BOX(&run)); }
+#endif
