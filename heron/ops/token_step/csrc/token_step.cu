@@ -246,13 +246,7 @@ struct Place {
     }
 };
 
-// A norm, and what its vectors are mixed of.
-struct Norm {
-    const void *weight, *bias;
-    const void *last, *mixes;  // (C,), (n_mixes, C); null, where the token itself is the vector
-    int n_mixes;
-};
-// Eight channels of it.
+// What a norm reads beside the residual, of eight channels.
 struct NormPieces {
     Piece weight, bias, last, mixes[kMixes];
 };
@@ -525,7 +519,7 @@ struct Step {
     // use(i, bits) of the words 2 i and 2 i + 1 at `of(i)`, for all i < n, by whichever thread.
     template <typename Of, typename Use>
     __device__ __forceinline__ void get(int n, unsigned wanted, const Of& of, const Use& use) const {
-        constexpr int kAtOnce = 8;
+        constexpr int kAtOnce = 4;
 #pragma unroll 1
         for (int begin = thread; begin < n; begin += kMultiply * kAtOnce) {
             Tagged found[kAtOnce][2];
@@ -613,20 +607,26 @@ struct Step {
         for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(numbers[i]);
     }
 
-    __device__ __forceinline__ Norm first_norm(int layer) const {
-        const Layer& w = p.layers[layer];
-        return {w.norm1_weight, w.norm1_bias, w.att_before, w.mixes, kMixes};
+    __device__ __forceinline__ static int mixes_of(int phase) {
+        return phase == kProject ? kMixes : phase == kKey ? 1 : 0;
     }
-    // Ask for what a norm reads, before it waits for the residual.
-    __device__ __forceinline__ NormPieces ask(const Norm& norm, int at) const {
+    // Ask for what the norm before a phase reads, before it waits for the residual.
+    __device__ __forceinline__ NormPieces ask(int phase, int layer, int at) const {
         NormPieces pieces{};
-        const auto piece = [=](const void* from, int i) { return static_cast<const Piece*>(from)[i]; };
         if (at >= p.channels / 8) return pieces;
-        pieces.weight = piece(norm.weight, at), pieces.bias = piece(norm.bias, at);
-        if (norm.last != nullptr) pieces.last = piece(norm.last, at);
+        const auto piece = [=](const void* from, int i) { return static_cast<const Piece*>(from)[i]; };
+        if (phase == kLogits) {
+            pieces.weight = piece(p.norm_weight, at), pieces.bias = piece(p.norm_bias, at);
+            return pieces;
+        }
+        const Layer& w = p.layers[layer];
+        const bool is_first = phase == kProject;
+        pieces.weight = piece(is_first ? w.norm1_weight : w.norm2_weight, at);
+        pieces.bias = piece(is_first ? w.norm1_bias : w.norm2_bias, at);
+        pieces.last = piece(is_first ? w.att_before : w.ffn_before, at);
 #pragma unroll
         for (int m = 0; m < kMixes; ++m) {
-            if (m < norm.n_mixes) pieces.mixes[m] = piece(norm.mixes, m * p.channels / 8 + at);
+            if (m < mixes_of(phase)) pieces.mixes[m] = piece(is_first ? w.mixes : w.channel_mix, m * p.channels / 8 + at);
         }
         return pieces;
     }
@@ -642,17 +642,18 @@ struct Step {
     }
 
     // The residual, normed, becomes the token; mixed with the last one the vectors. `pieces` are this thread's first.
-    __device__ __forceinline__ void norm_and_mix(const Norm& norm, NormPieces pieces, const void* input, unsigned wanted) {
+    __device__ __forceinline__ void norm_and_mix(int phase, int layer, NormPieces pieces) {
         auto* residual = there<float>(p.at.residual);
         const int n = p.channels / 8;
-        if (input != nullptr) {
+        if (phase == kProject && layer == 0) {
             for (int at = thread; at < n; at += kMultiply) {
                 float x[8];
-                unpack(static_cast<const Piece*>(input)[at], x);
+                unpack(static_cast<const Piece*>(p.x)[at], x);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) residual[8 * at + i] = x[i];
             }
         } else {
+            const unsigned wanted = phase == kKey ? tag(layer, false) : tag(layer - 1, true);
             get(p.channels / 2, wanted, [&](int i) { return p.residual + 2 * i; }, [=](int i, unsigned a, unsigned b) {
                 residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
             });
@@ -675,14 +676,14 @@ struct Step {
         for (int begin = 0; begin < n; begin += kMultiply) {
             const int at = begin + thread;
             const bool is_there = at < n;
-            if (begin > 0) pieces = ask(norm, at);
+            if (begin > 0) pieces = ask(phase, layer, at);
             float weight[8], bias[8], here[8] = {}, past[8], mix[8];
             if (is_there) {
                 unpack(pieces.weight, weight), unpack(pieces.bias, bias);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) here[i] = (residual[8 * at + i] - mean) * scale * weight[i] + bias[i];
             }
-            if (norm.n_mixes == 0) {
+            if (phase == kLogits) {
                 keep(0, at, is_there, here);
                 continue;
             }
@@ -694,7 +695,7 @@ struct Step {
             unpack(pieces.last, past);
 #pragma unroll
             for (int m = 0; m < kMixes; ++m) {
-                if (m >= norm.n_mixes) break;
+                if (m >= mixes_of(phase)) break;
                 float mixed[8];
                 unpack(pieces.mixes[m], mix);
 #pragma unroll
@@ -825,32 +826,28 @@ struct Step {
 
     // Of the warps that multiply.
     __device__ __forceinline__ void compute_all() {
-        Norm norm = first_norm(0);
-        NormPieces pieces = ask(norm, thread);
+        NormPieces pieces = ask(kProject, 0, thread);
 #pragma unroll 1
         for (int layer = 0; layer < p.n_layers; ++layer) {
-            const Layer& w = p.layers[layer];
-            norm_and_mix(norm, pieces, layer == 0 ? p.x : nullptr, tag(layer - 1, true));
+            norm_and_mix(kProject, layer, pieces);
             multiply(kProject, layer);
 #pragma unroll 1
             for (int head = first_head; head < heads; head += blocks) {
                 mix_head(layer, head);
                 if (head + blocks < heads) sync_multiplying();
             }
-            norm = {w.norm2_weight, w.norm2_bias, w.ffn_before, w.channel_mix, 1};
-            pieces = ask(norm, thread);
+            pieces = ask(kKey, layer, thread);
             read_vector(p.y, p.channels, tag(layer, false));
-            keep_shift(w.att_after);
+            keep_shift(p.layers[layer].att_after);
             multiply(kOutput, layer);
-            norm_and_mix(norm, pieces, nullptr, tag(layer, false));
+            norm_and_mix(kKey, layer, pieces);
             multiply(kKey, layer);
-            norm = layer + 1 < p.n_layers ? first_norm(layer + 1) : Norm{p.norm_weight, p.norm_bias, nullptr, nullptr, 0};
-            pieces = ask(norm, thread);
+            pieces = ask(layer + 1 < p.n_layers ? kProject : kLogits, layer + 1, thread);
             read_vector(p.hidden, p.hidden_channels, tag(layer, false));
-            keep_shift(w.ffn_after);
+            keep_shift(p.layers[layer].ffn_after);
             multiply(kValue, layer);
         }
-        norm_and_mix(norm, pieces, nullptr, tag(p.n_layers - 1, true));
+        norm_and_mix(kLogits, p.n_layers, pieces);
         multiply(kLogits, p.n_layers);
     }
 };
