@@ -66,7 +66,7 @@ class _Step:
     form: _Form
     before: SequenceStates  # views of those that it goes on from
     states: SequenceStates  # views of where the new ones go: elsewhere, or there
-    logits: Tensor = dataclasses.field(init=False)  # (n, V), of its last run, until any other one runs
+    logits: Tensor = dataclasses.field(init=False)  # (n, V), of its last run, until another one to the same place runs
     whole: OneLaunch | None = None  # computes them in place of `form`
     graph: torch.cuda.CUDAGraph | None = None  # computes them where they are
 
@@ -76,7 +76,7 @@ class GraphedDecoder(StateDecoder):
 
     The graphs are recorded here, which takes a moment, and where a compiler is used up to half a minute the first time:
     recorded at first need they would hold up every sequence, and other threads may not allocate meanwhile. The largest
-    is recorded first; the others lie in the same memory, since one runs at a time.
+    is recorded first; the others to the same place lie in the same memory, since one runs at a time.
     A step can look ahead. The states are there twice for it: each step reads them from one place and writes the new
     ones to the other, so that those from before it are there until the next one. They are copied nowhere.
 
@@ -185,7 +185,11 @@ class GraphedDecoder(StateDecoder):
             n = len(sequences)
             if others:
                 self._send(slots[n:], list(others.values()), None)
-            self._ids[self._rows_of(slots[:n])] = ids.clamp(min=0)
+            rows = self._rows_of(slots[:n])
+            if isinstance(rows, slice):
+                torch.clamp(ids, min=0, out=self._ids[rows])
+            else:
+                self._ids[rows] = ids.clamp(min=0)
         else:
             if self._read_there is None or self._read_there.is_full:
                 self._read_there = self._memories.on_device(order[0], ids.device)
@@ -195,7 +199,8 @@ class GraphedDecoder(StateDecoder):
 
     @torch.inference_mode()
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
-        """Read `tokens`, one for each of `sequences`; logits (n, V), which the next step overwrites.
+        """Read `tokens`, one for each of `sequences`; logits (n, V), which the step after the next one overwrites, or the
+        next one if none looks ahead.
 
         A sequence that is left out loses its state: write it anew before its next step. `recalled` as for
         :class:`heron.generation.decoder.Decoder`.
@@ -285,9 +290,10 @@ class GraphedDecoder(StateDecoder):
     def _record(self) -> None:
         if importlib.util.find_spec("triton") is not None:
             self._compile()
-        pool = torch.cuda.graph_pool_handle()
-        for step in self._largest_first():
-            step.graph = recorded(partial(self._compute_into_place, step), pool)
+        for steps in zip(*(self._steps[n] for n in sorted(self._steps, reverse=True)), strict=True):
+            pool = torch.cuda.graph_pool_handle()  # of steps to the same place: the logits of the other ones stay
+            for step in steps:
+                step.graph = recorded(partial(self._compute_into_place, step), pool)
 
     def _largest_first(self) -> list[_Step]:
         return [step for n in sorted(self._steps, reverse=True) for step in self._steps[n]]
