@@ -31,6 +31,8 @@ constexpr int kScalePitch = kWide / kUnit * 2;     // bytes of scales for a row
 constexpr int kMostSlots = 16, kLeastSlots = 3;    // of the ring
 constexpr int kTiles = 8, kSumPitch = kWarps * kRows + 8;  // whose sums the warps exchange at once
 constexpr int kHead = 64, kLowRank = 4, kMixes = 6;
+constexpr int kStateBytes = kHead * kHead * 4;
+static_assert(kStateBytes <= kRows * kPitch, "a slot holds a state");
 constexpr int kGroup = 64;  // numbers that share a scale
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -61,6 +63,7 @@ struct Layer {
     const float* wkv_before;
     float* wkv_after;
 };
+static_assert(sizeof(Layer) % 16 == 0, "it is copied in pieces");
 
 // What is of one head, beside its state.
 struct HeadInputs {
@@ -71,6 +74,7 @@ struct HeadInputs {
 
 // Where what lies in shared memory, in bytes.
 struct Shared {
+    int layers;    // (n_layers,)
     int vectors;   // that are multiplied: up to 6 of (C,), or one of (hidden,)
     int limbs;     // of vectors for codes: all first limbs, then all second ones; so many
     int n_limbs;
@@ -129,6 +133,7 @@ inline Shared shared_of(const Problem& p, bool has_codes, int available) {
         end += (bytes + 15) / 16 * 16;
         return begin;
     };
+    at.layers = take(p.n_layers * static_cast<int>(sizeof(Layer)));
     at.n_limbs = has_codes ? larger(3 * C, F) : 0;
     at.vectors = take(2 * larger(kMixes * C, F));
     at.limbs = take(2 * at.n_limbs);
@@ -246,6 +251,8 @@ struct Place {
     }
 };
 
+using Sums = float[2][4];  // two of the tensor cores' results, for more of them at once
+
 // What a norm reads beside the residual, of eight channels.
 struct NormPieces {
     Piece weight, bias, last, mixes[kMixes];
@@ -268,6 +275,7 @@ struct Step {
 
     template <typename V>
     __device__ __forceinline__ V* there(int bytes) const { return reinterpret_cast<V*>(shared + bytes); }
+    __device__ __forceinline__ const Layer& weights_of(int layer) const { return there<const Layer>(p.at.layers)[layer]; }
     __device__ __forceinline__ Barrier* filled(int slot) const { return there<Barrier>(p.at.barriers) + slot; }
     __device__ __forceinline__ Barrier* freed(int slot) const { return filled(kMostSlots + slot); }
     __device__ __forceinline__ unsigned char* slot_at(int slot) const {
@@ -341,7 +349,7 @@ struct Step {
     __device__ __forceinline__ void bring_all() {
 #pragma unroll 1
         for (int layer = 0; layer < p.n_layers; ++layer) {
-            const Layer& w = p.layers[layer];
+            const Layer& w = weights_of(layer);
 #pragma unroll 1
             for (int phase = kProject; phase < kLogits; ++phase) {
                 bring_tiles(phase, w.of);
@@ -354,6 +362,10 @@ struct Step {
                         if (lane == 0) bring(slot_at(place.slot), up, rows * bytes, filled(place.slot));
                         place.go_on(p.at.slots);
                     });
+                    expect(kStateBytes);
+                    const auto* state = reinterpret_cast<const char*>(w.wkv_before) + static_cast<int64_t>(head) * kStateBytes;
+                    if (lane == 0) bring(slot_at(place.slot), state, kStateBytes, filled(place.slot));
+                    place.go_on(p.at.slots);
                 }
             }
         }
@@ -370,27 +382,26 @@ struct Step {
     // sums += those of the 8 rows at `rows`, so many bytes apart, over `count` units, with the vector at `vector`. Lane
     // 4 g + t reads piece t of row g: the numbers that an instruction multiplies may come in any order, if it is the
     // same in both. The sums of rows 2 t and 2 t + 1 are then this lane's.
-    template <int kMost>
     __device__ __forceinline__ void multiply_units(const unsigned char* rows, int pitch, const unsigned char* vector,
-                                                   int count, float (&sums)[kMost][4]) const {
-        Piece weights[kMost], numbers[kMost];
+                                                   int count, Sums& sums) const {
+        Piece weights[kUnits], numbers[kUnits];
 #pragma unroll
-        for (int i = 0; i < kMost; ++i) {
+        for (int i = 0; i < kUnits; ++i) {
             if (i >= count) break;
             weights[i] = *reinterpret_cast<const Piece*>(rows + lane / 4 * pitch + i * kUnit + lane % 4 * 16);
             numbers[i] = *reinterpret_cast<const Piece*>(vector + i * kUnit + lane % 4 * 16);
         }
 #pragma unroll
-        for (int i = 0; i < kMost; ++i) {
+        for (int i = 0; i < kUnits; ++i) {
             if (i >= count) break;
             const auto &w = weights[i].words, &x = numbers[i].words;
-            multiply_floats<T>(sums[i], x[0], x[1], w[0], w[1]);
-            multiply_floats<T>(sums[i], x[2], x[3], w[2], w[3]);
+            multiply_floats<T>(sums[0], x[0], x[1], w[0], w[1]);
+            multiply_floats<T>(sums[1], x[2], x[3], w[2], w[3]);
         }
     }
     // The same of codes, from a vector's first unit and their scales on.
     __device__ __forceinline__ void multiply_codes(const unsigned char* rows, const unsigned char* scales, int unit,
-                                                   int count, float (&sums)[kUnits][4]) const {
+                                                   int count, Sums& sums) const {
 #pragma unroll
         for (int i = 0; i < kUnits; ++i) {
             if (i >= count) break;
@@ -408,7 +419,7 @@ struct Step {
             for (int row = 0; row < 2; ++row) {
                 const unsigned scale = *reinterpret_cast<const uint16_t*>(
                     scales + (lane % 4 * 2 + row) * kScalePitch + 2 * i);
-                sums[i][row] += static_cast<float>(c[row] * 256 + c[2 + row]) * (by * __uint_as_float(scale << 16));
+                sums[0][row] += static_cast<float>(c[row] * 256 + c[2 + row]) * (by * __uint_as_float(scale << 16));
             }
         }
     }
@@ -435,7 +446,7 @@ struct Step {
             }
             const bool in_codes = has_codes(product);
             const int bytes = row_bytes(product), which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;
-            float sums[kUnits][4] = {};
+            Sums sums = {};
 #pragma unroll 1
             for (int begin = 0; begin < bytes; begin += kWide) {
                 const int units = (bytes - begin < kWide ? bytes - begin : kWide) / kUnit;
@@ -447,19 +458,14 @@ struct Step {
                     multiply_codes(slot + first * kUnit, slot + kRows * kPitch + 2 * first, unit, n, sums);
                 } else {
                     const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin + first * kUnit;
-                    multiply_units<kUnits>(slot + first * kUnit, kPitch, vector, n, sums);
+                    multiply_units(slot + first * kUnit, kPitch, vector, n, sums);
                 }
                 leave_slot();
             }
             if (lane < 4) {
                 float* to = there<float>(p.at.sums) + (turn * kTiles + count) * kSumPitch + warp * kRows + 2 * lane;
 #pragma unroll
-                for (int row = 0; row < 2; ++row) {
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < kUnits; ++i) sum += sums[i][row];
-                    to[row] = sum;
-                }
+                for (int row = 0; row < 2; ++row) to[row] = sums[0][row] + sums[1][row];
             }
             if (++count == kTiles) finish();
         });
@@ -517,9 +523,8 @@ struct Step {
     }
 
     // use(i, bits) of the words 2 i and 2 i + 1 at `of(i)`, for all i < n, by whichever thread.
-    template <typename Of, typename Use>
+    template <int kAtOnce, typename Of, typename Use>
     __device__ __forceinline__ void get(int n, unsigned wanted, const Of& of, const Use& use) const {
-        constexpr int kAtOnce = 4;
 #pragma unroll 1
         for (int begin = thread; begin < n; begin += kMultiply * kAtOnce) {
             Tagged found[kAtOnce][2];
@@ -585,7 +590,7 @@ struct Step {
     // y, or the hidden channels, in pairs.
     __device__ __forceinline__ void read_vector(const Tagged* from, int n, unsigned wanted) {
         auto* to = there<unsigned>(p.at.vectors);
-        get(n / 4, wanted, [=](int i) { return from + 2 * i; }, [=](int i, unsigned a, unsigned b) {
+        get<4>(n / 4, wanted, [=](int i) { return from + 2 * i; }, [=](int i, unsigned a, unsigned b) {
             to[2 * i] = a, to[2 * i + 1] = b;
         });
         sync_multiplying();
@@ -619,7 +624,7 @@ struct Step {
             pieces.weight = piece(p.norm_weight, at), pieces.bias = piece(p.norm_bias, at);
             return pieces;
         }
-        const Layer& w = p.layers[layer];
+        const Layer& w = weights_of(layer);
         const bool is_first = phase == kProject;
         pieces.weight = piece(is_first ? w.norm1_weight : w.norm2_weight, at);
         pieces.bias = piece(is_first ? w.norm1_bias : w.norm2_bias, at);
@@ -654,7 +659,7 @@ struct Step {
             }
         } else {
             const unsigned wanted = phase == kKey ? tag(layer, false) : tag(layer - 1, true);
-            get(p.channels / 2, wanted, [&](int i) { return p.residual + 2 * i; }, [=](int i, unsigned a, unsigned b) {
+            get<4>(p.channels / 2, wanted, [&](int i) { return p.residual + 2 * i; }, [=](int i, unsigned a, unsigned b) {
                 residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
             });
         }
@@ -714,28 +719,24 @@ struct Step {
 
     // The time mix of one head, between its products.
     __device__ __forceinline__ void mix_head(int layer, int which) {
-        const Layer& w = p.layers[layer];
+        const Layer& w = weights_of(layer);
         auto& in = *there<HeadInputs>(p.at.head);
         Head<kHead> head(in.room);
         constexpr int kKeys = Head<kHead>::kKeys;
         const auto key = [&](int i) { return 4 * (i / 4 * kLanes + head.lane) + i % 4; };
+        // use(row, i, at) for this thread's rows and for every four of its keys, which lie at 16 `at` of the state.
+        const auto for_keys = [&](const auto& use) {
+#pragma unroll
+            for (int row = 0; row < kStateRows; ++row) {
+#pragma unroll
+                for (int i = 0; i < kKeys; i += 4) use(row, i, ((kStateRows * head.group + row) * kHead + key(i)) / 4);
+            }
+        };
         const int here = which * kHead + 2 * head.pair;
-        const int64_t rows = (static_cast<int64_t>(which) * kHead + kStateRows * head.group) * kHead;
-        float state[kStateRows][kKeys];
         Two added{}, kk{}, ka{}, rk{};
         float weight = 0.0f, bias = 0.0f;
         const bool is_of_head = thread < 2 * kHead;
         if (is_of_head) {
-#pragma unroll
-            for (int row = 0; row < kStateRows; ++row) {
-#pragma unroll
-                for (int i = 0; i < kKeys; i += 4) {
-                    const auto four =
-                        *reinterpret_cast<const Run<float, 4>*>(w.wkv_before + rows + row * kHead + key(i));
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) state[row][i + j] = four.values[j];
-                }
-            }
             added = two_at<T>(head.by_kind(w.w0, w.a0, w.v0, static_cast<const void*>(nullptr)), here);
             kk = two_at<T>(w.k_k, here), ka = two_at<T>(w.k_a, here), rk = two_at<T>(w.r_k, here);
             weight = head.own(two_at<T>(w.norm_weight, here)), bias = head.own(two_at<T>(w.norm_bias, here));
@@ -749,7 +750,7 @@ struct Step {
             const Tagged* from = i < kOfVector ? p.projected : i < 2 * kOfVector ? p.projected + C / 2 : v;
             return from + which * kHead / 2 + i % kOfVector * 2;
         };
-        get(3 * kOfVector + squeezed / 4, mine, of, [&](int i, unsigned a, unsigned b) {
+        get<2>(3 * kOfVector + squeezed / 4, mine, of, [&](int i, unsigned a, unsigned b) {
             const unsigned bits[2] = {a, b};
             if (i >= 3 * kOfVector) {
                 memcpy(there<unsigned>(p.at.squeezed) + 2 * (i - 3 * kOfVector), bits, sizeof bits);
@@ -758,7 +759,7 @@ struct Step {
             }
         });
         if (layer > 0) {
-            get(kOfVector, first, [=](int i) { return p.v_first + which * kHead / 2 + 2 * i; },
+            get<1>(kOfVector, first, [=](int i) { return p.v_first + which * kHead / 2 + 2 * i; },
                 [&](int i, unsigned a, unsigned b) {
                     const unsigned bits[2] = {a, b};
                     keep_four(in.vectors[3] + 4 * i, bits);
@@ -766,6 +767,14 @@ struct Step {
         }
         sync_multiplying();
         multiply_ups(in);
+        float state[kStateRows][kKeys];
+        await(filled(place.slot), place.round);
+        if (is_of_head) for_keys([&](int row, int i, int at) {
+            const auto four = reinterpret_cast<const Run<float, 4>*>(slot_at(place.slot))[at];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) state[row][i + j] = four.values[j];
+        });
+        leave_slot();
         sync_multiplying();
         if (!is_of_head) return;
         const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
@@ -778,14 +787,10 @@ struct Step {
         const float out = head.ended(y, weight, bias, p.eps_head);
         const float other = __shfl_xor_sync(kAll, out, 2);
         if (head.kind == 0) put(p.y + here / 2, bits_of(out, other), mine);
-#pragma unroll
-        for (int row = 0; row < kStateRows; ++row) {
-#pragma unroll
-            for (int i = 0; i < kKeys; i += 4) {
-                *reinterpret_cast<Run<float, 4>*>(w.wkv_after + rows + row * kHead + key(i)) = {
-                    {state[row][i], state[row][i + 1], state[row][i + 2], state[row][i + 3]}};
-            }
-        }
+        auto* new_state = reinterpret_cast<Run<float, 4>*>(w.wkv_after + static_cast<int64_t>(which) * kHead * kHead);
+        for_keys([&](int row, int i, int at) {
+            new_state[at] = {{state[row][i], state[row][i + 1], state[row][i + 2], state[row][i + 3]}};
+        });
     }
     __device__ __forceinline__ static void keep_four(float* to, const unsigned (&bits)[2]) {
         T numbers[4];
@@ -797,28 +802,21 @@ struct Step {
     __device__ __forceinline__ void multiply_ups(HeadInputs& in) {
         int before = 0;  // bytes of the vectors of the matrices before
         int of = 0;
-        float sums[kUnits][4] = {};
         for_ups([&](int m, int row, int rows, int bytes) {
             if (m != of) before += 2 * p.ranks[of], of = m;
             await(filled(place.slot), place.round);
             const int mine = kRows * warp - row;
             if (mine >= 0 && mine < rows) {
+                Sums sums = {};
                 const unsigned char *from = slot_at(place.slot) + mine * bytes, *x = shared + p.at.squeezed + before;
 #pragma unroll 1
                 for (int i = 0; i < bytes; i += kUnits * kUnit) {
-                    multiply_units<kUnits>(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
+                    multiply_units(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
                 }
                 if (lane < 4) {
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        float sum = 0.0f;
-#pragma unroll
-                        for (int i = 0; i < kUnits; ++i) sum += sums[i][j];
-                        in.ups[m][kRows * warp + 2 * lane + j] = sum;
-                    }
+                    for (int j = 0; j < 2; ++j) in.ups[m][kRows * warp + 2 * lane + j] = sums[0][j] + sums[1][j];
                 }
-#pragma unroll
-                for (int i = 0; i < kUnits; ++i) sums[i][0] = sums[i][1] = 0.0f;
             }
             leave_slot();
         });
@@ -836,15 +834,15 @@ struct Step {
                 mix_head(layer, head);
                 if (head + blocks < heads) sync_multiplying();
             }
-            pieces = ask(kKey, layer, thread);
             read_vector(p.y, p.channels, tag(layer, false));
-            keep_shift(p.layers[layer].att_after);
+            pieces = ask(kKey, layer, thread);
+            keep_shift(weights_of(layer).att_after);
             multiply(kOutput, layer);
             norm_and_mix(kKey, layer, pieces);
             multiply(kKey, layer);
-            pieces = ask(layer + 1 < p.n_layers ? kProject : kLogits, layer + 1, thread);
             read_vector(p.hidden, p.hidden_channels, tag(layer, false));
-            keep_shift(p.layers[layer].ffn_after);
+            pieces = ask(layer + 1 < p.n_layers ? kProject : kLogits, layer + 1, thread);
+            keep_shift(weights_of(layer).ffn_after);
             multiply(kValue, layer);
         }
         norm_and_mix(kLogits, p.n_layers, pieces);
@@ -859,6 +857,8 @@ __global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant_
         for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), 1), init_barrier(step.freed(i), kWarps);
         show_barriers();
     }
+    for (int i = step.thread; i < p.n_layers * static_cast<int>(sizeof(Layer) / 16); i += kThreads)
+        step.template there<Piece>(p.at.layers)[i] = reinterpret_cast<const Piece*>(p.layers)[i];
     __syncthreads();
     step.warp == kWarps ? step.bring_all() : step.compute_all();
     __syncthreads();
