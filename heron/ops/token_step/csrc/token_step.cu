@@ -22,7 +22,7 @@
 namespace {
 
 constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // threads that multiply; one more warp asks for tiles
-constexpr int kThreads = kMultiply + 32;
+constexpr int kThreads = kMultiply + 128;                    // registers are shared out to four warps at a time
 constexpr int kRows = 8;                           // of a tile
 constexpr int kWide = 2048, kPitch = kWide + 64;   // bytes of its rows that come at once; and room, for fewer bank conflicts
 constexpr int kUnit = 64;                          // bytes of a row for one turn of a warp
@@ -44,6 +44,11 @@ __device__ __forceinline__ int first_product(int phase) { return phase == kProje
 // Two numbers of 16 bits, or one of 32, and whose they are; written and read as one.
 struct alignas(8) Tagged {
     unsigned bits, tag;
+};
+
+struct Wanted {
+    const Tagged* words;  // two
+    unsigned tag;
 };
 
 struct Matrix {
@@ -236,6 +241,10 @@ __device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned first0, uns
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(first0), "r"(second0), "r"(first1), "r"(second1), "r"(b0), "r"(b1));
 }
+
+// The warps that multiply take registers over from the others; together they have 168 for each thread.
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 224;"); }
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 56;"); }
 
 // The last block to come here ends the step.
 __device__ __forceinline__ void end_step(unsigned* counters) {
@@ -522,25 +531,24 @@ struct Step {
         if (is_there && row % 2 == 0) put(to + row / 2, bits_of(mine, other), tag(layer, false));
     }
 
-    // use(i, bits) of the words 2 i and 2 i + 1 at `of(i)`, for all i < n, by whichever thread.
+    // use(i, bits of both) of the two words of(i), for all i < n, by whichever thread.
     template <int kAtOnce, typename Of, typename Use>
-    __device__ __forceinline__ void get(int n, unsigned wanted, const Of& of, const Use& use) const {
+    __device__ __forceinline__ void get(int n, const Of& of, const Use& use) const {
 #pragma unroll 1
         for (int begin = thread; begin < n; begin += kMultiply * kAtOnce) {
             Tagged found[kAtOnce][2];
-            do look_at_two(of(begin), found[0][0], found[0][1]);  // one, until it is there: the others will be soon
-            while (found[0][0].tag != wanted || found[0][1].tag != wanted);
+            const auto look = [&](int i) {
+                const Wanted wanted = of(begin + kMultiply * i);
+                look_at_two(wanted.words, found[i][0], found[i][1]);
+                return found[i][0].tag == wanted.tag && found[i][1].tag == wanted.tag;
+            };
+            while (!look(0)) continue;  // until the first one is there: the others will be soon
             bool has_all;
             do {
                 has_all = true;
 #pragma unroll
                 for (int i = 1; i < kAtOnce; ++i) {
-                    if (begin + kMultiply * i < n) look_at_two(of(begin + kMultiply * i), found[i][0], found[i][1]);
-                }
-#pragma unroll
-                for (int i = 1; i < kAtOnce; ++i) {
-                    const bool is_there = found[i][0].tag == wanted && found[i][1].tag == wanted;
-                    has_all = has_all && (begin + kMultiply * i >= n || is_there);
+                    if (begin + kMultiply * i < n) has_all = look(i) && has_all;
                 }
             } while (!has_all);
 #pragma unroll
@@ -590,7 +598,7 @@ struct Step {
     // y, or the hidden channels, in pairs.
     __device__ __forceinline__ void read_vector(const Tagged* from, int n, unsigned wanted) {
         auto* to = there<unsigned>(p.at.vectors);
-        get<4>(n / 4, wanted, [=](int i) { return from + 2 * i; }, [=](int i, unsigned a, unsigned b) {
+        get<8>(n / 4, [=](int i) { return Wanted{from + 2 * i, wanted}; }, [=](int i, unsigned a, unsigned b) {
             to[2 * i] = a, to[2 * i + 1] = b;
         });
         sync_multiplying();
@@ -659,7 +667,7 @@ struct Step {
             }
         } else {
             const unsigned wanted = phase == kKey ? tag(layer, false) : tag(layer - 1, true);
-            get<4>(p.channels / 2, wanted, [&](int i) { return p.residual + 2 * i; }, [=](int i, unsigned a, unsigned b) {
+            get<4>(p.channels / 2, [&](int i) { return Wanted{p.residual + 2 * i, wanted}; }, [=](int i, unsigned a, unsigned b) {
                 residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
             });
         }
@@ -742,31 +750,34 @@ struct Step {
             weight = head.own(two_at<T>(w.norm_weight, here)), bias = head.own(two_at<T>(w.norm_bias, here));
         }
         const int C = p.channels, squeezed = p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3];
-        const Tagged* const v = layer == 0 ? p.v_first : p.projected + C;
+        const Tagged *const v_first = p.v_first, *const v = layer == 0 ? v_first : p.projected + C;
         constexpr int kOfVector = kHead / 4;  // pairs of words
-        const unsigned first = tag(0, false), mine = tag(layer, false);
-        const auto of = [=](int i) -> const Tagged* {
-            if (i >= 3 * kOfVector) return p.squeezed + 2 * (i - 3 * kOfVector);
-            const Tagged* from = i < kOfVector ? p.projected : i < 2 * kOfVector ? p.projected + C / 2 : v;
-            return from + which * kHead / 2 + i % kOfVector * 2;
+        const unsigned mine = tag(layer, false), first = tag(0, false);
+        const auto of = [&](int i) -> Wanted {
+            if (i >= 4 * kOfVector) return {p.squeezed + 2 * (i - 4 * kOfVector), mine};
+            const int vector = i / kOfVector;
+            const Tagged* from = vector == 3 ? v_first : vector == 2 ? v : p.projected + vector * C / 2;
+            return {from + which * kHead / 2 + i % kOfVector * 2, vector == 3 ? first : mine};
         };
-        get<2>(3 * kOfVector + squeezed / 4, mine, of, [&](int i, unsigned a, unsigned b) {
+        get<2>(4 * kOfVector + squeezed / 4, of, [&](int i, unsigned a, unsigned b) {
             const unsigned bits[2] = {a, b};
-            if (i >= 3 * kOfVector) {
-                memcpy(there<unsigned>(p.at.squeezed) + 2 * (i - 3 * kOfVector), bits, sizeof bits);
-            } else {
-                keep_four(in.vectors[i / kOfVector] + i % kOfVector * 4, bits);
+            if (i >= 4 * kOfVector) {
+                memcpy(there<unsigned>(p.at.squeezed) + 2 * (i - 4 * kOfVector), bits, sizeof bits);
+                return;
             }
+            T numbers[4];
+            memcpy(numbers, bits, sizeof numbers);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) in.vectors[i / kOfVector][i % kOfVector * 4 + j] = static_cast<float>(numbers[j]);
         });
-        if (layer > 0) {
-            get<1>(kOfVector, first, [=](int i) { return p.v_first + which * kHead / 2 + 2 * i; },
-                [&](int i, unsigned a, unsigned b) {
-                    const unsigned bits[2] = {a, b};
-                    keep_four(in.vectors[3] + 4 * i, bits);
-                });
-        }
         sync_multiplying();
         multiply_ups(in);
+        sync_multiplying();
+        if (is_of_head) {
+            const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
+            const Two vector = *reinterpret_cast<const Two*>(&in.vectors[head.kind][2 * head.pair]);
+            head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
+        }
         float state[kStateRows][kKeys];
         await(filled(place.slot), place.round);
         if (is_of_head) for_keys([&](int row, int i, int at) {
@@ -775,11 +786,7 @@ struct Step {
             for (int j = 0; j < 4; ++j) state[row][i + j] = four.values[j];
         });
         leave_slot();
-        sync_multiplying();
         if (!is_of_head) return;
-        const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
-        const Two vector = *reinterpret_cast<const Two*>(&in.vectors[head.kind][2 * head.pair]);
-        head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
         sync_head();
         const float y = head.move_on(state, key);
         head.share_norm(y);
@@ -791,12 +798,6 @@ struct Step {
         for_keys([&](int row, int i, int at) {
             new_state[at] = {{state[row][i], state[row][i + 1], state[row][i + 2], state[row][i + 3]}};
         });
-    }
-    __device__ __forceinline__ static void keep_four(float* to, const unsigned (&bits)[2]) {
-        T numbers[4];
-        memcpy(numbers, bits, sizeof numbers);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(numbers[i]);
     }
     // The upper low-rank products of a head, 8 channels a warp.
     __device__ __forceinline__ void multiply_ups(HeadInputs& in) {
@@ -860,7 +861,13 @@ __global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant_
     for (int i = step.thread; i < p.n_layers * static_cast<int>(sizeof(Layer) / 16); i += kThreads)
         step.template there<Piece>(p.at.layers)[i] = reinterpret_cast<const Piece*>(p.layers)[i];
     __syncthreads();
-    step.warp == kWarps ? step.bring_all() : step.compute_all();
+    if (step.warp < kWarps) {
+        take_registers();
+        step.compute_all();
+    } else {
+        give_registers();
+        if (step.warp == kWarps) step.bring_all();
+    }
     __syncthreads();
     end_step(p.counters);
 }
