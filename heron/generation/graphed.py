@@ -199,8 +199,8 @@ class GraphedDecoder(StateDecoder):
 
     @torch.inference_mode()
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
-        """Read `tokens`, one for each of `sequences`; logits (n, V), which the step after the next one overwrites, or the
-        next one if none looks ahead.
+        """Read `tokens`, one for each of `sequences`; logits (n, V), which the step after the next one overwrites, or
+        the next one if none looks ahead.
 
         A sequence that is left out loses its state: write it anew before its next step. `recalled` as for
         :class:`heron.generation.decoder.Decoder`.

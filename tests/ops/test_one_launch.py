@@ -24,7 +24,9 @@ EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 SMALL = dict(C=128, head_size=64, hidden=320, ranks=(5, 8, 32, 70), vocab=77)
-LONG = dict(C=64, head_size=64, hidden=2304, ranks=(8, 8, 8, 300), vocab=301)  # rows, and a head's ranks, of several parts
+LONG = dict(
+    C=64, head_size=64, hidden=2304, ranks=(8, 8, 8, 300), vocab=301
+)  # rows, and a head's ranks, of several parts
 SHARED = 2**17  # bytes that there are
 TOKENS = 3
 

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from heron.errors import KernelError
 from heron.generation.decoder import SequenceStates
-from heron.generation.step import PLAIN, channel_mix, network_of, time_mix
+from heron.generation.step import network_of
 from heron.ops import _build
-from heron.ops.head_step import HeadWeights
-from heron.ops.int8 import Int8Matrix
 from heron.ops.token_step import (
-    LayerStates,
-    LayerWeights,
-    LowRank,
     LowRankGate,
-    Memory,
-    Network,
-    Norm,
     TokenStep,
     cpu,
     token_step_choice,
 )
-
 from tests.ops.networks import (
-    LENGTHS,
     by_definition,
     check_distances,
     distance,
-    embedded,
     in_8_bits,
     network,
     parts,
