@@ -38,8 +38,8 @@ except ImportError:  # Windows: processes that start together may build the same
 
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
-COPIES, EARLY, HEAD, PRODUCTS, STRIPS = (
-    _CSRC / f"{name}.cuh" for name in ("copies", "early", "head", "products", "strips")
+BARRIERS, COPIES, EARLY, HEAD, PRODUCTS, STRIPS = (
+    _CSRC / f"{name}.cuh" for name in ("barriers", "copies", "early", "head", "products", "strips")
 )
 _OPERATOR = _CSRC / "operator.h"  # what all of them include
 BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache

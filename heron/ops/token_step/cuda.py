@@ -15,7 +15,7 @@ from heron.ops.int8 import GROUP, Int8Matrix
 from heron.ops.token_step.network import LayerStates, LayerWeights, LowRank, Network
 
 SOURCE = Path(__file__).parent / "csrc" / "token_step.cu"
-INCLUDES = (_build.EARLY, _build.HEAD, _build.PRODUCTS)
+INCLUDES = (_build.BARRIERS, _build.HEAD, _build.PRODUCTS)
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZE = 64
 RANKS = 32  # ranks are filled up to a multiple of it with zeros

@@ -13,7 +13,7 @@
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <algorithm>
 
-#include "../../csrc/early.cuh"
+#include "../../csrc/barriers.cuh"
 #include "../../csrc/operator.h"
 #endif
 #include "../../csrc/head.cuh"
@@ -159,8 +159,6 @@ inline Shared shared_of(const Problem& p, bool has_codes, int available) {
     return at;
 }
 
-using Barrier = unsigned long long;
-
 #ifdef __CUDACC__
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -178,31 +176,6 @@ __device__ __forceinline__ void look_at_two(const Tagged* from, Tagged& a, Tagge
     b = {static_cast<unsigned>(second), static_cast<unsigned>(second >> 32)};
 }
 
-__device__ __forceinline__ unsigned shared_address(const void* x) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(x));
-}
-__device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-// The copy engine sees the barriers that this thread has made.
-__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void expect_bytes(Barrier* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void arrive(Barrier* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Until the barrier has been passed `round` + 1 times, of which all but the last are known.
-__device__ __forceinline__ void await(Barrier* barrier, int round) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again_%=:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again_%=;\n}" ::"r"(shared_address(barrier)),
-        "r"(round & 1)
-        : "memory");
-}
 // Copy to shared memory in the background what is read once: it is the first to leave the L2 cache.
 __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Barrier* barrier) {
     unsigned long long once;
