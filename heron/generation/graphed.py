@@ -1,9 +1,10 @@
 """Decoding and reading on a GPU, each step recorded as one CUDA graph, so that the host launches it as one.
 
 All sequences decode at once by :mod:`heron.generation.step`: what is elementwise is compiled where PyTorch's compiler
-works, and all between the products of a time mix is :func:`heron.ops.head_step`. For one sequence all blocks and the head
-are one kernel, :class:`heron.ops.token_step.OneLaunch`, where it runs; else all products are made by
-:func:`heron.ops.matvec`, for a few sequences by :func:`heron.ops.few_rows`: those that need not wait for each other at once.
+works, and all between the products of a time mix is :func:`heron.ops.head_step`. For one sequence all blocks and the
+head are one kernel, :class:`heron.ops.token_step.OneLaunch`, where it runs; else all products are made by
+:func:`heron.ops.matvec`, for a few sequences by :func:`heron.ops.few_rows`: those that need not wait for each other at
+once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-// One token of a head's time mix, by a few warps: what head_step and token_step share. The tests also compile it for a CPU.
+// One token of a head's time mix, by a few warps: what head_step and token_step share. The tests also compile it for a
+// CPU.
 //
-// Eight lanes share four rows of the state, four value channels; each has every eighth run of keys, 16 bytes of a row, in
-// registers. What is to be computed of a channel is shared out to four lanes. Sums over a head's channels are sums over
-// warps, then over what the warps bring, in one order.
+// Eight lanes share four rows of the state, four value channels; each has every eighth run of keys, 16 bytes of a row,
+// in registers. What is to be computed of a channel is shared out to four lanes. Sums over a head's channels are sums
+// over warps, then over what the warps bring, in one order.
 #pragma once
 
 namespace {
@@ -43,7 +44,8 @@ constexpr int kOfWarp = 32 / kLanes * kStateRows;  // channels of a warp
 
 // What all lanes read of every channel; the first four by the kind of the thread that writes them.
 enum Vector { kReceptance, kDecay, kKeyVector, kRemovalKey, kRemovalIclr, kMixedValue, kVectors };
-// What every warp brings to a sum over the head: squares of the removal key, the bonus; the mean of y, squares of distances.
+// What every warp brings to a sum over the head: squares of the removal key, the bonus; the mean of y, squares of
+// distances from it.
 enum Share { kSquare, kBonus, kMean, kSquares, kShares };
 
 // The sums over the lanes that share rows: of the row lane / 2. A lane hands on what others sum up.
@@ -109,8 +111,8 @@ struct Head {
         return kind == 0 ? a : kind == 1 ? b : kind == 2 ? c : d;
     }
 
-    // Of its channels, by kind: what is added before the sigmoid (decay, iclr, value; 0), what the sigmoid is of (the gate
-    // as it is), r, k, v and layer 0's v. A barrier of the head's threads follows.
+    // Of its channels, by kind: what is added before the sigmoid (decay, iclr, value; 0), what the sigmoid is of (the
+    // gate as it is), r, k, v and layer 0's v. A barrier of the head's threads follows.
     __device__ __forceinline__ void mix(Two added, Two of_sigmoid, Two vector, bool mixes_v, Two kk, Two ka, Two rk) {
         const auto write = [&](int name, Two x) { *reinterpret_cast<Two*>(&room.vectors[name][2 * pair]) = x; };
         // One of three sigmoids; the fourth kind has the gate as it is.

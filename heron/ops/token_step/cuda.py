@@ -14,8 +14,10 @@ from heron.ops import _build, _choice
 from heron.ops.int8 import GROUP, Int8Matrix
 from heron.ops.token_step.network import LayerStates, LayerWeights, LowRank, Network
 
-SOURCE = Path(__file__).parent / "csrc" / "token_step.cu"
-INCLUDES = (_build.BARRIERS, _build.HEAD, _build.PRODUCTS)
+_CSRC = Path(__file__).parent / "csrc"
+SOURCE = _CSRC / "token_step.cu"
+SHARED = (_build.BARRIERS, _build.HEAD, _build.PRODUCTS)  # with other operators
+INCLUDES = (*SHARED, *(_CSRC / f"{name}.cuh" for name in ("network", "instructions", "tiles")))
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZE = 64
 RANKS = 32  # ranks are filled up to a multiple of it with zeros

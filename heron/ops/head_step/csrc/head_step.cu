@@ -1,9 +1,7 @@
 // One token of every head's time mix on a GPU: a block for a head of some sequences, one after another.
 //
-// Eight lanes share four rows of the state, four value channels; each has every eighth run of keys, 16 bytes of a row, in
-// registers, and asks for its part of the next sequence's state before it computes, so that no barrier stands between memory
-// and a state's use. What is to be computed of a channel is shared out to four lanes. Sums over a head's channels are
-// sums over warps, then over what the warps bring, in one order.
+// A thread asks for its part of the next sequence's state before it computes, so that no barrier stands between memory
+// and a state's use. What a head computes is in ../../csrc/head.cuh.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <algorithm>

@@ -2,13 +2,14 @@
 // which go through the phases of each layer together.
 //
 // A phase is products with a vector that all blocks have. Their rows depend on nothing, so one warp of a block has the
-// copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in shared
-// memory: memory is busy while results go round. The other warps multiply each tile together, on the tensor cores.
+// copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in
+// shared memory: memory is busy while results go round. Eight other warps multiply each tile together, on the tensor
+// cores.
 //
 // What blocks tell one another lies in global memory, each word beside a tag that says of which step and layer it is,
-// written and read as one: a block that needs it looks again and again until the tag is the one it waits for. No word is
-// overwritten before all have read it: every block has rows of the projections and of the key, so none is two phases
-// ahead of another. All blocks must run at the same time (a cooperative launch).
+// written and read as one: a block that needs it looks again and again until the tag is the one it waits for. No word
+// is overwritten before all have read it: every block has rows of the projections and of the key, and begins a phase
+// when it has all results of the one before. All blocks must run at the same time (a cooperative launch).
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <algorithm>
@@ -18,222 +19,13 @@
 #endif
 #include "../../csrc/head.cuh"
 #include "../../csrc/products.cuh"
+#include "network.cuh"
+#ifdef __CUDACC__
+#include "instructions.cuh"
+#endif
+#include "tiles.cuh"
 
 namespace {
-
-constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // threads that multiply; one more warp asks for tiles
-constexpr int kThreads = kMultiply + 128;                    // registers are shared out to four warps at a time
-constexpr int kRows = 8;                           // of a tile
-constexpr int kWide = 2048, kPitch = kWide + 64;   // bytes of its rows that come at once; and room, for fewer bank conflicts
-constexpr int kUnit = 64;                          // bytes of a row for one turn of a warp
-constexpr int kUnits = kWide / kUnit / kWarps;     // turns
-constexpr int kScalePitch = kWide / kUnit * 2;     // bytes of scales for a row
-constexpr int kMostSlots = 16, kLeastSlots = 3;    // of the ring
-constexpr int kTiles = 8, kSumPitch = kWarps * kRows + 8;  // whose sums the warps exchange at once
-constexpr int kHead = 64, kLowRank = 4, kMixes = 6;
-constexpr int kStateBytes = kHead * kHead * 4;
-static_assert(kStateBytes <= kRows * kPitch, "a slot holds a state");
-constexpr int kGroup = 64;  // numbers that share a scale
-constexpr unsigned kAll = 0xffffffffu;
-
-enum Phase { kProject, kOutput, kKey, kValue, kLogits };
-// r, k, v and the lower low-rank matrices, of the values' gate, decay, iclr and gate, are one phase.
-enum Product { kR, kDown = 3, kOfOutput = kDown + kLowRank, kOfKey, kOfValue, kOfHead, kProducts };
-__device__ __forceinline__ int first_product(int phase) { return phase == kProject ? kR : kOfOutput + phase - kOutput; }
-
-// Two numbers of 16 bits, or one of 32, and whose they are; written and read as one.
-struct alignas(8) Tagged {
-    unsigned bits, tag;
-};
-
-struct Wanted {
-    const Tagged* words;  // two
-    unsigned tag;
-};
-
-struct Matrix {
-    const void* numbers;
-    const void* scales;  // bf16, of a matrix of codes; else null
-};
-
-// Addresses alone; heron/ops/token_step/cuda.py writes them in this order.
-struct Layer {
-    const void *norm1_weight, *norm1_bias, *mixes;  // (C,), (C,), (6, C)
-    Matrix of[kOfHead];
-    const void* up[kLowRank];
-    const void *w0, *a0, *v0, *k_k, *k_a, *r_k, *norm_weight, *norm_bias;  // v0 is null in layer 0
-    const void *norm2_weight, *norm2_bias, *channel_mix;
-    const void *att_before, *ffn_before;
-    void *att_after, *ffn_after;
-    const float* wkv_before;
-    float* wkv_after;
-};
-static_assert(sizeof(Layer) % 16 == 0, "it is copied in pieces");
-
-// What is of one head, beside its state.
-struct HeadInputs {
-    alignas(16) float vectors[4][kHead];  // r, k, v, layer 0's v
-    float ups[kLowRank][kHead];
-    HeadRoom<kHead> room;
-};
-
-// Where what lies in shared memory, in bytes.
-struct Shared {
-    int layers;    // (n_layers,)
-    int vectors;   // that are multiplied: up to 6 of (C,), or one of (hidden,)
-    int limbs;     // of vectors for codes: all first limbs, then all second ones; so many
-    int n_limbs;
-    int scales;    // of their groups, fp32
-    int residual;  // (C,) fp32
-    int now;       // (C,), the token, normed
-    int squeezed;  // what the upper low-rank matrices multiply
-    int head;      // HeadInputs
-    int sums;      // of tiles, by warps, two times
-    int norm;      // sums over the block, two
-    int barriers;  // of slots that are filled, and of those that are free
-    int ring;
-    int slot;      // bytes of one
-    int slots;
-    int bytes;
-};
-
-struct Problem {
-    const Layer* layers;
-    Matrix head;
-    const void *norm_weight, *norm_bias;
-    const void* x;      // (C,), the embedded token
-    const void* gates;  // (layers, C or hidden), DeepEmbed's; or null
-    void* logits;
-    Tagged *residual, *projected, *v_first, *squeezed, *y, *hidden;  // (C,) in fp32; pairs of r, k, v; of (C,) and so on
-    unsigned* counters;                                              // steps, and blocks that have ended this one
-    int n_layers, channels, hidden_channels, ranks[kLowRank];
-    int rows[kProducts];
-    bool gates_hidden;
-    float eps, eps_head;
-    Shared at;
-};
-
-// What follows from the sizes; the ranks are there. Each word of `scratch` has its place.
-inline void size_up(Problem& p, int channels, int hidden_channels, int vocab, Tagged* scratch) {
-    p.channels = channels, p.hidden_channels = hidden_channels;
-    for (int i = 0; i < kProducts; ++i) p.rows[i] = channels;
-    for (int i = 0; i < kLowRank; ++i) p.rows[kDown + i] = p.ranks[i];
-    p.rows[kOfKey] = hidden_channels, p.rows[kOfHead] = vocab;
-    p.residual = scratch;
-    p.projected = p.residual + channels;
-    p.v_first = p.projected + 3 * channels / 2;
-    p.y = p.v_first + channels / 2;
-    p.squeezed = p.y + channels / 2;
-    p.hidden = p.squeezed + (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]) / 2;
-}
-
-// With as many slots as fit into so many bytes.
-inline Shared shared_of(const Problem& p, bool has_codes, int available) {
-    Shared at{};
-    const int C = p.channels, F = p.hidden_channels;
-    const auto larger = [](int a, int b) { return a > b ? a : b; };
-    int end = 0;
-    const auto take = [&](int bytes) {
-        const int begin = end;
-        end += (bytes + 15) / 16 * 16;
-        return begin;
-    };
-    at.layers = take(p.n_layers * static_cast<int>(sizeof(Layer)));
-    at.n_limbs = has_codes ? larger(3 * C, F) : 0;
-    at.vectors = take(2 * larger(kMixes * C, F));
-    at.limbs = take(2 * at.n_limbs);
-    at.scales = take(4 * at.n_limbs / kGroup);
-    at.residual = take(4 * C);
-    at.now = take(2 * C);
-    at.squeezed = take(2 * (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]));
-    at.head = take(sizeof(HeadInputs));
-    at.sums = take(4 * 2 * kTiles * kSumPitch);
-    at.norm = take(4 * 2 * kWarps);
-    at.barriers = take(2 * 8 * kMostSlots);
-    at.ring = (end + 127) / 128 * 128;
-    at.slot = kRows * (kPitch + (has_codes ? kScalePitch : 0));
-    at.slots = (available - at.ring) / at.slot;
-    if (at.slots > kMostSlots) at.slots = kMostSlots;
-    if (at.slots < kLeastSlots) at.slots = kLeastSlots;
-    at.bytes = at.ring + at.slots * at.slot;
-    return at;
-}
-
-#ifdef __CUDACC__
-__device__ __forceinline__ unsigned char* shared_memory() {
-    extern __shared__ __align__(128) unsigned char shared[];
-    return shared;
-}
-
-__device__ __forceinline__ void put(Tagged* to, unsigned bits, unsigned tag) {
-    const auto both = static_cast<unsigned long long>(tag) << 32 | bits;
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
-}
-__device__ __forceinline__ void look_at_two(const Tagged* from, Tagged& a, Tagged& b) {
-    unsigned long long first, second;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(from) : "memory");
-    a = {static_cast<unsigned>(first), static_cast<unsigned>(first >> 32)};
-    b = {static_cast<unsigned>(second), static_cast<unsigned>(second >> 32)};
-}
-
-// Copy to shared memory in the background what is read once: it is the first to leave the L2 cache.
-__device__ __forceinline__ void bring(void* to, const void* from, int bytes, Barrier* barrier) {
-    unsigned long long once;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(once)
-        : "memory");
-}
-
-// Barriers of the threads that multiply, and of those of a head.
-__device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
-__device__ __forceinline__ void sync_head() { asm volatile("bar.sync 2, %0;" ::"n"(2 * kHead) : "memory"); }
-
-// c += a b: 16 x 8 in fp32, from 16 x 16 and 16 x 8; only the first 8 rows of a are not 0, and they are all the same.
-template <typename T>
-__device__ __forceinline__ void multiply_floats(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, unsigned b1) {
-    if constexpr (std::is_same_v<T, Half>) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(0), "r"(a1), "r"(0), "r"(b0), "r"(b1));
-    } else {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(0), "r"(a1), "r"(0), "r"(b0), "r"(b1));
-    }
-}
-// c += a b of bytes: 16 x 8 from 16 x 32 and 32 x 8; the first 8 rows of a are first limbs, the others second ones.
-__device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned first0, unsigned second0, unsigned first1,
-                                               unsigned second1, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(first0), "r"(second0), "r"(first1), "r"(second1), "r"(b0), "r"(b1));
-}
-
-// The warps that multiply take registers over from the others; together they have 168 for each thread.
-__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 224;"); }
-__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 56;"); }
-
-// The last block to come here ends the step.
-__device__ __forceinline__ void end_step(unsigned* counters) {
-    if (threadIdx.x == 0 && atomicAdd(counters + 1, 1u) == gridDim.x - 1) ++counters[0], counters[1] = 0;
-}
-#endif
-
-// Where in the ring a warp is.
-struct Place {
-    int slot = 0, round = 0;
-    __device__ __forceinline__ void go_on(int slots) {
-        if (++slot == slots) slot = 0, ++round;
-    }
-};
-
-using Sums = float[2][4];  // two of the tensor cores' results, for more of them at once
 
 // What a norm reads beside the residual, of eight channels.
 struct NormPieces {
@@ -241,169 +33,16 @@ struct NormPieces {
 };
 
 template <typename T, bool kIsInt8>
-struct Step {
-    const Problem& p;
-    unsigned char* const shared;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-    const int heads, first_head;  // the last blocks have fewer rows
-    unsigned first_tag;           // of this step
-    Place place{};
-    int turn = 0;                // which of the two rooms for sums is next
+struct Step : Tiles {
+    const unsigned first_tag;  // of this step
+    int turn = 0;              // which of the two rooms for sums is next
 
     __device__ __forceinline__ explicit Step(const Problem& p)
-        : p(p), shared(shared_memory()), heads(p.channels / kHead), first_head(blocks - 1 - block),
-          first_tag(p.counters[0] * (2 * p.n_layers + 1) + 1) {}
+        : Tiles(p), first_tag(p.counters[0] * (2 * p.n_layers + 1) + 1) {}
 
-    template <typename V>
-    __device__ __forceinline__ V* there(int bytes) const { return reinterpret_cast<V*>(shared + bytes); }
-    __device__ __forceinline__ const Layer& weights_of(int layer) const { return there<const Layer>(p.at.layers)[layer]; }
-    __device__ __forceinline__ Barrier* filled(int slot) const { return there<Barrier>(p.at.barriers) + slot; }
-    __device__ __forceinline__ Barrier* freed(int slot) const { return filled(kMostSlots + slot); }
-    __device__ __forceinline__ unsigned char* slot_at(int slot) const {
-        return shared + p.at.ring + slot * p.at.slot;
-    }
     // Of what a phase of a layer gives; the values change the residual a second time.
     __device__ __forceinline__ unsigned tag(int layer, bool is_of_values) const {
         return first_tag + 2 * layer + is_of_values;
-    }
-    __device__ __forceinline__ static bool has_codes(int product) {
-        return kIsInt8 && (product < kDown || product >= kOfOutput);
-    }
-    __device__ __forceinline__ int row_bytes(int product) const {
-        return (product == kOfValue ? p.hidden_channels : p.channels) * (has_codes(product) ? 1 : 2);
-    }
-
-    // use(product, tile) for this block's tiles of a phase.
-    template <typename Use>
-    __device__ __forceinline__ void for_tiles(int phase, const Use& use) const {
-        const int first = first_product(phase), end = phase == kProject ? kOfOutput : first + 1;
-        int tile = block;
-#pragma unroll 1
-        for (int product = first; product < end; ++product) {
-            const int tiles = (p.rows[product] + kRows - 1) / kRows;
-#pragma unroll 1
-            for (; tile < tiles; tile += blocks) use(product, tile);
-            tile -= tiles;
-        }
-    }
-    // use(matrix, rows, bytes of each) for the parts of a head's upper low-rank matrices that come at once.
-    template <typename Use>
-    __device__ __forceinline__ void for_ups(const Use& use) const {
-#pragma unroll 1
-        for (int m = 0; m < kLowRank; ++m) {
-            const int bytes = 2 * p.ranks[m], most = kRows * kPitch / bytes / kRows * kRows;
-#pragma unroll 1
-            for (int row = 0; row < kHead; row += most) use(m, row, most < kHead - row ? most : kHead - row, bytes);
-        }
-    }
-
-    // Of the warp that asks for tiles.
-    __device__ __forceinline__ void expect(int bytes) {
-        if (place.round > 0) await(freed(place.slot), place.round - 1);
-        if (lane == 0) expect_bytes(filled(place.slot), bytes);
-        __syncwarp();
-    }
-    __device__ __forceinline__ void bring_tiles(int phase, const Matrix* of) {
-        for_tiles(phase, [&](int product, int tile) {
-            const Matrix matrix = phase == kLogits ? *of : of[product];
-            const int bytes = row_bytes(product), left = p.rows[product] - kRows * tile;
-            const int rows = left < kRows ? left : kRows, pitch = (bytes / kUnit + 7) / 8 * 16;  // of the scales
-            const int64_t row = kRows * tile + lane % kRows;
-#pragma unroll 1
-            for (int begin = 0; begin < bytes; begin += kWide) {
-                const int n = bytes - begin < kWide ? bytes - begin : kWide;
-                const int scales = has_codes(product) ? (n / kUnit + 7) / 8 * 16 : 0;
-                expect(rows * (n + scales));
-                unsigned char* to = slot_at(place.slot);
-                if (lane < rows) {
-                    bring(to + lane * kPitch, static_cast<const char*>(matrix.numbers) + row * bytes + begin, n,
-                          filled(place.slot));
-                } else if (scales != 0 && lane >= kRows && lane < kRows + rows) {
-                    bring(to + kRows * kPitch + lane % kRows * kScalePitch,
-                          static_cast<const char*>(matrix.scales) + row * pitch + begin / 32, scales,
-                          filled(place.slot));
-                }
-                place.go_on(p.at.slots);
-            }
-        });
-    }
-    __device__ __forceinline__ void bring_all() {
-#pragma unroll 1
-        for (int layer = 0; layer < p.n_layers; ++layer) {
-            const Layer& w = weights_of(layer);
-#pragma unroll 1
-            for (int phase = kProject; phase < kLogits; ++phase) {
-                bring_tiles(phase, w.of);
-                if (phase != kProject) continue;
-#pragma unroll 1
-                for (int head = first_head; head < heads; head += blocks) {
-                    for_ups([&](int m, int row, int rows, int bytes) {
-                        expect(rows * bytes);
-                        const auto* up = static_cast<const char*>(w.up[m]) + static_cast<int64_t>(head * kHead + row) * bytes;
-                        if (lane == 0) bring(slot_at(place.slot), up, rows * bytes, filled(place.slot));
-                        place.go_on(p.at.slots);
-                    });
-                    expect(kStateBytes);
-                    const auto* state = reinterpret_cast<const char*>(w.wkv_before) + static_cast<int64_t>(head) * kStateBytes;
-                    if (lane == 0) bring(slot_at(place.slot), state, kStateBytes, filled(place.slot));
-                    place.go_on(p.at.slots);
-                }
-            }
-        }
-        bring_tiles(kLogits, &p.head);
-    }
-
-    // This warp has done with a slot.
-    __device__ __forceinline__ void leave_slot() {
-        __syncwarp();
-        if (lane == 0) arrive(freed(place.slot));
-        place.go_on(p.at.slots);
-    }
-
-    // sums += those of the 8 rows at `rows`, so many bytes apart, over `count` units, with the vector at `vector`. Lane
-    // 4 g + t reads piece t of row g: the numbers that an instruction multiplies may come in any order, if it is the
-    // same in both. The sums of rows 2 t and 2 t + 1 are then this lane's.
-    __device__ __forceinline__ void multiply_units(const unsigned char* rows, int pitch, const unsigned char* vector,
-                                                   int count, Sums& sums) const {
-        Piece weights[kUnits], numbers[kUnits];
-#pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            if (i >= count) break;
-            weights[i] = *reinterpret_cast<const Piece*>(rows + lane / 4 * pitch + i * kUnit + lane % 4 * 16);
-            numbers[i] = *reinterpret_cast<const Piece*>(vector + i * kUnit + lane % 4 * 16);
-        }
-#pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            if (i >= count) break;
-            const auto &w = weights[i].words, &x = numbers[i].words;
-            multiply_floats<T>(sums[0], x[0], x[1], w[0], w[1]);
-            multiply_floats<T>(sums[1], x[2], x[3], w[2], w[3]);
-        }
-    }
-    // The same of codes, from a vector's first unit and their scales on.
-    __device__ __forceinline__ void multiply_codes(const unsigned char* rows, const unsigned char* scales, int unit,
-                                                   int count, Sums& sums) const {
-#pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            if (i >= count) break;
-            const Piece codes = *reinterpret_cast<const Piece*>(rows + lane / 4 * kPitch + i * kUnit + lane % 4 * 16);
-            const auto* x = there<const unsigned char>(p.at.limbs) + (unit + i) * kUnit + lane % 4 * 16;
-            const Piece a = *reinterpret_cast<const Piece*>(x), b = *reinterpret_cast<const Piece*>(x + p.at.n_limbs);
-            int c[4] = {};
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                multiply_bytes(c, a.words[j], b.words[j], a.words[j + 1], b.words[j + 1], codes.words[j],
-                               codes.words[j + 1]);
-            }
-            const float by = there<const float>(p.at.scales)[unit + i];
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-                const unsigned scale = *reinterpret_cast<const uint16_t*>(
-                    scales + (lane % 4 * 2 + row) * kScalePitch + 2 * i);
-                sums[0][row] += static_cast<float>(c[row] * 256 + c[2 + row]) * (by * __uint_as_float(scale << 16));
-            }
-        }
     }
 
     // This block's tiles of a phase, each by all warps, a part of every row each.
@@ -426,8 +65,9 @@ struct Step {
                 product_here = product, row_here = kRows * tile + thread % kRows;
                 gate = gate_of(phase, layer, row_here);
             }
-            const bool in_codes = has_codes(product);
-            const int bytes = row_bytes(product), which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;
+            const bool in_codes = kIsInt8 && has_codes(product);
+            const int bytes = row_bytes(product);
+            const int which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;  // of the vectors
             Sums sums = {};
 #pragma unroll 1
             for (int begin = 0; begin < bytes; begin += kWide) {
@@ -440,7 +80,7 @@ struct Step {
                     multiply_codes(slot + first * kUnit, slot + kRows * kPitch + 2 * first, unit, n, sums);
                 } else {
                     const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin + first * kUnit;
-                    multiply_units(slot + first * kUnit, kPitch, vector, n, sums);
+                    multiply_units<T>(slot + first * kUnit, kPitch, vector, n, sums);
                 }
                 leave_slot();
             }
@@ -475,7 +115,8 @@ struct Step {
     }
 
     // What becomes of a row's sum; by whole warps, whose neighbours have neighbouring rows.
-    __device__ __forceinline__ void end(int phase, int layer, int product, int row, bool is_there, float sum, float gate) {
+    __device__ __forceinline__ void end(int phase, int layer, int product, int row, bool is_there, float sum,
+                                        float gate) const {
         const int C = p.channels;
         is_there = is_there && row < p.rows[product];
         if (phase == kLogits) {
@@ -531,8 +172,8 @@ struct Step {
         }
     }
 
-    // Eight numbers of vector `which`, from place 8 `at` on, and for codes their limbs: integers of two bytes, 127 x 256 for
-    // the largest of each 64. All lanes come here.
+    // Eight numbers of vector `which`, from place 8 `at` on, and for codes their limbs: integers of two bytes, 127 x
+    // 256 for the largest of each 64. All lanes come here.
     __device__ __forceinline__ void keep(int which, int at, bool is_there, const float (&x)[8]) const {
         if (is_there) there<Piece>(p.at.vectors + which * 2 * p.channels)[at] = packed(x);
         if constexpr (kIsInt8) {
@@ -571,9 +212,8 @@ struct Step {
     // y, or the hidden channels, in pairs.
     __device__ __forceinline__ void read_vector(const Tagged* from, int n, unsigned wanted) {
         auto* to = there<unsigned>(p.at.vectors);
-        get<8>(n / 4, [=](int i) { return Wanted{from + 2 * i, wanted}; }, [=](int i, unsigned a, unsigned b) {
-            to[2 * i] = a, to[2 * i + 1] = b;
-        });
+        const auto of = [=](int i) { return Wanted{from + 2 * i, wanted}; };
+        get<8>(n / 4, of, [=](int i, unsigned a, unsigned b) { to[2 * i] = a, to[2 * i + 1] = b; });
         sync_multiplying();
         if constexpr (kIsInt8) {
 #pragma unroll 1
@@ -612,7 +252,8 @@ struct Step {
         pieces.last = piece(is_first ? w.att_before : w.ffn_before, at);
 #pragma unroll
         for (int m = 0; m < kMixes; ++m) {
-            if (m < mixes_of(phase)) pieces.mixes[m] = piece(is_first ? w.mixes : w.channel_mix, m * p.channels / 8 + at);
+            if (m < mixes_of(phase))
+                pieces.mixes[m] = piece(is_first ? w.mixes : w.channel_mix, m * p.channels / 8 + at);
         }
         return pieces;
     }
@@ -640,7 +281,8 @@ struct Step {
             }
         } else {
             const unsigned wanted = phase == kKey ? tag(layer, false) : tag(layer - 1, true);
-            get<4>(p.channels / 2, [&](int i) { return Wanted{p.residual + 2 * i, wanted}; }, [=](int i, unsigned a, unsigned b) {
+            const auto of = [&](int i) { return Wanted{p.residual + 2 * i, wanted}; };
+            get<4>(p.channels / 2, of, [=](int i, unsigned a, unsigned b) {
                 residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
             });
         }
@@ -695,7 +337,8 @@ struct Step {
     // The last token, which all blocks have read by now, becomes this one.
     __device__ __forceinline__ void keep_shift(void* to) const {
         if (block != 0) return;
-        for (int at = thread; at < p.channels / 8; at += kMultiply) static_cast<Piece*>(to)[at] = there<Piece>(p.at.now)[at];
+        for (int at = thread; at < p.channels / 8; at += kMultiply)
+            static_cast<Piece*>(to)[at] = there<Piece>(p.at.now)[at];
     }
 
     // The time mix of one head, between its products.
@@ -741,7 +384,8 @@ struct Step {
             T numbers[4];
             memcpy(numbers, bits, sizeof numbers);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) in.vectors[i / kOfVector][i % kOfVector * 4 + j] = static_cast<float>(numbers[j]);
+            for (int j = 0; j < 4; ++j)
+                in.vectors[i / kOfVector][i % kOfVector * 4 + j] = static_cast<float>(numbers[j]);
         });
         sync_multiplying();
         multiply_ups(in);
@@ -785,7 +429,7 @@ struct Step {
                 const unsigned char *from = slot_at(place.slot) + mine * bytes, *x = shared + p.at.squeezed + before;
 #pragma unroll 1
                 for (int i = 0; i < bytes; i += kUnits * kUnit) {
-                    multiply_units(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
+                    multiply_units<T>(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
                 }
                 if (lane < 4) {
 #pragma unroll
