@@ -45,51 +45,47 @@ struct Step : Tiles {
         return first_tag + 2 * layer + is_of_values;
     }
 
-    // This block's tiles of a phase, each by all warps, a part of every row each.
+    // This block's tiles of a phase; a warp multiplies every eighth part of them.
     __device__ __forceinline__ void multiply(int phase, int layer) {
-        int count = 0, product_here = 0, row_here = 0;  // of the tiles so far; what this thread finishes
+        int count = 0, parts = 0;  // of the tiles so far
+        int product_here = 0, row_here = 0, first_here = 0, parts_here = 0;  // what this thread finishes
         float gate = 1.0f;
+        const auto sums_of = [&](int part) { return there<float>(p.at.sums) + (turn * p.at.n_sums + part) * kRows; };
         const auto finish = [&] {
             sync_multiplying();
             if (thread < kTiles * kRows) {
-                const float* of_tile = there<const float>(p.at.sums) + (turn * kTiles + thread / kRows) * kSumPitch;
+                const bool is_there = thread / kRows < count;
                 float sum = 0.0f;
-#pragma unroll
-                for (int i = 0; i < kWarps; ++i) sum += of_tile[i * kRows + thread % kRows];
-                end(phase, layer, product_here, row_here, thread / kRows < count, sum, gate);
+                for (int i = 0; is_there && i < parts_here; ++i) sum += sums_of(first_here + i)[thread % kRows];
+                end(phase, layer, product_here, row_here, is_there, sum, gate);
             }
-            count = 0, turn ^= 1;
+            count = parts = 0, turn ^= 1;
         };
         for_tiles(phase, [&](int product, int tile) {
+            const bool in_codes = kIsInt8 && has_codes(product);
+            const int bytes = row_bytes(product), n_parts = (bytes + kWide - 1) / kWide;
+            const int which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;  // of the vectors
+            if (count == kTiles || parts + n_parts > p.at.n_sums) finish();
             if (thread / kRows == count) {
                 product_here = product, row_here = kRows * tile + thread % kRows;
+                first_here = parts, parts_here = n_parts;
                 gate = gate_of(phase, layer, row_here);
             }
-            const bool in_codes = kIsInt8 && has_codes(product);
-            const int bytes = row_bytes(product);
-            const int which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;  // of the vectors
-            Sums sums = {};
 #pragma unroll 1
-            for (int begin = 0; begin < bytes; begin += kWide) {
-                const int units = (bytes - begin < kWide ? bytes - begin : kWide) / kUnit;
-                const int first = units * warp / kWarps, n = units * (warp + 1) / kWarps - first;
-                const unsigned char* slot = slot_at(place.slot);
-                await(filled(place.slot), place.round);
-                if (in_codes) {
-                    const int unit = (which * p.channels + begin) / kUnit + first;
-                    multiply_codes(slot + first * kUnit, slot + kRows * kPitch + 2 * first, unit, n, sums);
-                } else {
-                    const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin + first * kUnit;
-                    multiply_units<T>(slot + first * kUnit, kPitch, vector, n, sums);
-                }
-                leave_slot();
+            for (int begin = 0; begin < bytes; begin += kWide, ++parts) {
+                take_slot([&](const unsigned char* slot) {
+                    const int units = (bytes - begin < kWide ? bytes - begin : kWide) / kUnit;
+                    Sums sums = {};
+                    if (in_codes) {
+                        multiply_codes(slot, slot + kRows * kPitch, (which * p.channels + begin) / kUnit, units, sums);
+                    } else {
+                        const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin;
+                        multiply_units<T>(slot, kPitch, vector, units, sums);
+                    }
+                    put_sums(sums, sums_of(parts));
+                });
             }
-            if (lane < 4) {
-                float* to = there<float>(p.at.sums) + (turn * kTiles + count) * kSumPitch + warp * kRows + 2 * lane;
-#pragma unroll
-                for (int row = 0; row < 2; ++row) to[row] = sums[0][row] + sums[1][row];
-            }
-            if (++count == kTiles) finish();
+            ++count;
         });
         if (count > 0) finish();
     }
@@ -156,12 +152,11 @@ struct Step : Tiles {
                 look_at_two(wanted.words, found[i][0], found[i][1]);
                 return found[i][0].tag == wanted.tag && found[i][1].tag == wanted.tag;
             };
-            while (!look(0)) continue;  // until the first one is there: the others will be soon
             bool has_all;
             do {
                 has_all = true;
 #pragma unroll
-                for (int i = 1; i < kAtOnce; ++i) {
+                for (int i = 0; i < kAtOnce; ++i) {
                     if (begin + kMultiply * i < n) has_all = look(i) && has_all;
                 }
             } while (!has_all);
@@ -213,7 +208,7 @@ struct Step : Tiles {
     __device__ __forceinline__ void read_vector(const Tagged* from, int n, unsigned wanted) {
         auto* to = there<unsigned>(p.at.vectors);
         const auto of = [=](int i) { return Wanted{from + 2 * i, wanted}; };
-        get<8>(n / 4, of, [=](int i, unsigned a, unsigned b) { to[2 * i] = a, to[2 * i + 1] = b; });
+        get<4>(n / 4, of, [=](int i, unsigned a, unsigned b) { to[2 * i] = a, to[2 * i + 1] = b; });
         sync_multiplying();
         if constexpr (kIsInt8) {
 #pragma unroll 1
@@ -271,34 +266,31 @@ struct Step : Tiles {
     // The residual, normed, becomes the token; mixed with the last one the vectors. `pieces` are this thread's first.
     __device__ __forceinline__ void norm_and_mix(int phase, int layer, NormPieces pieces) {
         auto* residual = there<float>(p.at.residual);
+        float *rooms = there<float>(p.at.norm), sum = 0.0f;
         const int n = p.channels / 8;
         if (phase == kProject && layer == 0) {
             for (int at = thread; at < n; at += kMultiply) {
                 float x[8];
                 unpack(static_cast<const Piece*>(p.x)[at], x);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) residual[8 * at + i] = x[i];
+                for (int i = 0; i < 8; ++i) residual[8 * at + i] = x[i], sum += x[i];
             }
         } else {
             const unsigned wanted = phase == kKey ? tag(layer, false) : tag(layer - 1, true);
             const auto of = [&](int i) { return Wanted{p.residual + 2 * i, wanted}; };
-            get<4>(p.channels / 2, of, [=](int i, unsigned a, unsigned b) {
+            get<4>(p.channels / 2, of, [&](int i, unsigned a, unsigned b) {
                 residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
+                sum += __uint_as_float(a) + __uint_as_float(b);
             });
         }
-        sync_multiplying();
-        const auto sum_of = [&](float* room, const auto& share) {
-            float sum = 0.0f;
-            for (int i = 4 * thread; i < p.channels; i += 4 * kMultiply) {
-                const auto four = *reinterpret_cast<const Run<float, 4>*>(residual + i);
+        const float mean = block_sum(sum, rooms) / static_cast<float>(p.channels);
+        sum = 0.0f;
+        for (int i = 4 * thread; i < p.channels; i += 4 * kMultiply) {
+            const auto four = *reinterpret_cast<const Run<float, 4>*>(residual + i);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) sum += share(four.values[j]);
-            }
-            return block_sum(sum, room) / static_cast<float>(p.channels);
-        };
-        float* rooms = there<float>(p.at.norm);
-        const float mean = sum_of(rooms, [](float x) { return x; });
-        const float variance = sum_of(rooms + kWarps, [=](float x) { return (x - mean) * (x - mean); });
+            for (int j = 0; j < 4; ++j) sum += (four.values[j] - mean) * (four.values[j] - mean);
+        }
+        const float variance = block_sum(sum, rooms + kWarps) / static_cast<float>(p.channels);
         const float scale = rsqrtf(variance + p.eps);
 #pragma unroll 1
         for (int begin = 0; begin < n; begin += kMultiply) {
@@ -389,22 +381,21 @@ struct Step : Tiles {
         });
         sync_multiplying();
         multiply_ups(in);
+        const int lower = await_slot(), upper = await_slot();  // half of the state each
         sync_multiplying();
-        if (is_of_head) {
-            const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
-            const Two vector = *reinterpret_cast<const Two*>(&in.vectors[head.kind][2 * head.pair]);
-            head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
-        }
+        if (!is_of_head) return;
+        const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
+        const Two vector = *reinterpret_cast<const Two*>(&in.vectors[head.kind][2 * head.pair]);
+        head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
         float state[kStateRows][kKeys];
-        await(filled(place.slot), place.round);
-        if (is_of_head) for_keys([&](int row, int i, int at) {
-            const auto four = reinterpret_cast<const Run<float, 4>*>(slot_at(place.slot))[at];
+        const auto* half = reinterpret_cast<const Run<float, 4>*>(slot_at(thread < kHead ? lower : upper));
+        for_keys([&](int row, int i, int at) {
+            const auto four = half[at % (kHalfState / 16)];
 #pragma unroll
             for (int j = 0; j < 4; ++j) state[row][i + j] = four.values[j];
         });
-        leave_slot();
-        if (!is_of_head) return;
         sync_head();
+        if (thread == 0) arrive(freed(lower)), arrive(freed(upper));
         const float y = head.move_on(state, key);
         head.share_norm(y);
         sync_head();
@@ -416,55 +407,46 @@ struct Step : Tiles {
             new_state[at] = {{state[row][i], state[row][i + 1], state[row][i + 2], state[row][i + 3]}};
         });
     }
-    // The upper low-rank products of a head, 8 channels a warp.
+    // The upper low-rank products of a head; a warp multiplies every eighth part of the matrices.
     __device__ __forceinline__ void multiply_ups(HeadInputs& in) {
-        int before = 0;  // bytes of the vectors of the matrices before
+        const unsigned char* vector = there<unsigned char>(p.at.squeezed);
         int of = 0;
         for_ups([&](int m, int row, int rows, int bytes) {
-            if (m != of) before += 2 * p.ranks[of], of = m;
-            await(filled(place.slot), place.round);
-            const int mine = kRows * warp - row;
-            if (mine >= 0 && mine < rows) {
-                Sums sums = {};
-                const unsigned char *from = slot_at(place.slot) + mine * bytes, *x = shared + p.at.squeezed + before;
+            if (m != of) vector += 2 * p.ranks[of], of = m;
+            take_slot([&](const unsigned char* slot) {
 #pragma unroll 1
-                for (int i = 0; i < bytes; i += kUnits * kUnit) {
-                    multiply_units<T>(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
+                for (int i = 0; i < rows; i += kRows) {
+                    Sums sums = {};
+                    multiply_units<T>(slot + i * bytes, bytes, vector, bytes / kUnit, sums);
+                    put_sums(sums, in.ups[m] + row + i);
                 }
-                if (lane < 4) {
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) in.ups[m][kRows * warp + 2 * lane + j] = sums[0][j] + sums[1][j];
-                }
-            }
-            leave_slot();
+            });
         });
     }
 
-    // Of the warps that multiply.
+    // Of the warps that multiply. Phases share their code, so that it stays near.
     __device__ __forceinline__ void compute_all() {
         NormPieces pieces = ask(kProject, 0, thread);
+        int layer = 0, phase = kProject;
 #pragma unroll 1
-        for (int layer = 0; layer < p.n_layers; ++layer) {
-            norm_and_mix(kProject, layer, pieces);
-            multiply(kProject, layer);
-#pragma unroll 1
-            for (int head = first_head; head < heads; head += blocks) {
+        while (true) {
+            if (phase == kOutput || phase == kValue) {
+                const bool is_y = phase == kOutput, is_last = !is_y && layer + 1 == p.n_layers;
+                read_vector(is_y ? p.y : p.hidden, is_y ? p.channels : p.hidden_channels, tag(layer, false));
+                pieces = ask(is_y ? kKey : is_last ? kLogits : kProject, is_y ? layer : layer + 1, thread);
+                keep_shift(is_y ? weights_of(layer).att_after : weights_of(layer).ffn_after);
+            } else {
+                norm_and_mix(phase, layer, pieces);
+            }
+            multiply(phase, layer);
+            if (phase == kLogits) break;
+            for (int head = first_head; phase == kProject && head < heads; head += blocks) {
                 mix_head(layer, head);
                 if (head + blocks < heads) sync_multiplying();
             }
-            read_vector(p.y, p.channels, tag(layer, false));
-            pieces = ask(kKey, layer, thread);
-            keep_shift(weights_of(layer).att_after);
-            multiply(kOutput, layer);
-            norm_and_mix(kKey, layer, pieces);
-            multiply(kKey, layer);
-            read_vector(p.hidden, p.hidden_channels, tag(layer, false));
-            pieces = ask(layer + 1 < p.n_layers ? kProject : kLogits, layer + 1, thread);
-            keep_shift(weights_of(layer).ffn_after);
-            multiply(kValue, layer);
+            layer += phase == kValue;
+            phase = layer == p.n_layers ? kLogits : (phase + 1) % kLogits;
         }
-        norm_and_mix(kLogits, p.n_layers, pieces);
-        multiply(kLogits, p.n_layers);
     }
 };
 
@@ -472,7 +454,7 @@ template <typename T, bool kIsInt8>
 __global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant__ Problem p) {
     Step<T, kIsInt8> step(p);
     if (step.thread == 0) {
-        for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), 1), init_barrier(step.freed(i), kWarps);
+        for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), 1), init_barrier(step.freed(i), 1);
         show_barriers();
     }
     for (int i = step.thread; i < p.n_layers * static_cast<int>(sizeof(Layer) / 16); i += kThreads)
