@@ -186,19 +186,19 @@ struct Step : Tiles {
             }
             constexpr float kLargest = 127.0f * 256.0f;
             const float by = largest > 0.0f ? kLargest / largest : 0.0f;
-            unsigned limbs[2][2] = {};
+            unsigned whole[8];  // + 128, in the lower bytes: the last bits of a float that has no fraction
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int whole = __float2int_rn(x[i] * by), low = static_cast<signed char>(whole & 0xff);
-                limbs[0][i / 4] |= static_cast<unsigned>((whole - low) / 256 & 0xff) << 8 * (i % 4);
-                limbs[1][i / 4] |= static_cast<unsigned>(low & 0xff) << 8 * (i % 4);
-            }
+            for (int i = 0; i < 8; ++i) whole[i] = __float_as_uint(fmaf(x[i], by, 12582912.0f + 128.0f));
+            const auto bytes_of = [&](int four, unsigned of_two) {
+                const unsigned *w = whole + 4 * four, lower = __byte_perm(w[0], w[1], of_two);
+                return __byte_perm(lower, __byte_perm(w[2], w[3], of_two), 0x5410);
+            };
             const int first = which * p.channels + 8 * at;
             if (!is_there) return;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                auto* to = there<unsigned>(p.at.limbs + i * p.at.n_limbs + first);
-                to[0] = limbs[i][0], to[1] = limbs[i][1];
+            for (int four = 0; four < 2; ++four) {
+                there<unsigned>(p.at.limbs + first)[four] = bytes_of(four, 0x51);
+                there<unsigned>(p.at.limbs + p.at.n_limbs + first)[four] = bytes_of(four, 0x40) ^ 0x80808080u;
             }
             if (at % 8 == 0) there<float>(p.at.scales)[first / kGroup] = largest / kLargest;
         }
