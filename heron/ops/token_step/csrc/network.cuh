@@ -3,8 +3,9 @@
 
 namespace {
 
-constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // that multiply, and their threads; one more warp asks for tiles
-constexpr int kThreads = kMultiply + 128;          // registers are shared out to four warps at a time
+constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // that multiply, and their threads
+constexpr int kBringers = 4;                        // warps that ask for tiles; registers are shared out to four at a time
+constexpr int kThreads = kMultiply + 32 * kBringers;
 constexpr int kRows = 8;                           // of a tile
 constexpr int kWide = 1024;                        // bytes of its rows that come at once
 constexpr int kPitch = kWide + 64;                 // from one row to the next, so that fewer banks clash

@@ -66,29 +66,31 @@ struct Tiles {
         }
     }
 
-    // Of the warp that asks for tiles.
+    // Of the warps that ask for tiles, some rows each: one asks for a row in a hundred cycles.
     __device__ __forceinline__ void expect(int bytes) {
         if (place.round > 0) await(freed(place.slot), place.round - 1);
-        if (lane == 0) expect_bytes(filled(place.slot), bytes);
+        if (thread == kMultiply) expect_bytes(filled(place.slot), bytes);
         __syncwarp();
     }
+    static constexpr int kOfBringer = kRows / kBringers;
     __device__ __forceinline__ void bring_tiles(int phase, const Matrix* of) {
         for_tiles(phase, [&](int product, int tile) {
             const Matrix matrix = phase == kLogits ? *of : of[product];
             const int bytes = row_bytes(product), left = p.rows[product] - kRows * tile;
             const int rows = left < kRows ? left : kRows, pitch = (bytes / kUnit + 7) / 8 * 16;  // of the scales
-            const int64_t row = kRows * tile + lane % kRows;
+            const int mine = (warp - kWarps) * kOfBringer + lane % kOfBringer;  // of the tile's rows
+            const int64_t row = kRows * tile + mine;
 #pragma unroll 1
             for (int begin = 0; begin < bytes; begin += kWide) {
                 const int n = bytes - begin < kWide ? bytes - begin : kWide;
                 const int scales = has_codes(product) ? (n / kUnit + 7) / 8 * 16 : 0;
                 expect(rows * (n + scales));
                 unsigned char* to = slot_at(place.slot);
-                if (lane < rows) {
-                    bring(to + lane * kPitch, static_cast<const char*>(matrix.numbers) + row * bytes + begin, n,
+                if (lane < kOfBringer && mine < rows) {
+                    bring(to + mine * kPitch, static_cast<const char*>(matrix.numbers) + row * bytes + begin, n,
                           filled(place.slot));
-                } else if (scales != 0 && lane >= kRows && lane < kRows + rows) {
-                    bring(to + kRows * kPitch + lane % kRows * kScalePitch,
+                } else if (scales != 0 && lane < 2 * kOfBringer && mine < rows) {
+                    bring(to + kRows * kPitch + mine * kScalePitch,
                           static_cast<const char*>(matrix.scales) + row * pitch + begin / 32, scales,
                           filled(place.slot));
                 }
@@ -98,7 +100,7 @@ struct Tiles {
     }
     __device__ __forceinline__ void bring_whole(const void* from, int64_t begin, int bytes) {
         expect(bytes);
-        if (lane == 0) bring(slot_at(place.slot), static_cast<const char*>(from) + begin, bytes, filled(place.slot));
+        if (thread == kMultiply) bring(slot_at(place.slot), static_cast<const char*>(from) + begin, bytes, filled(place.slot));
         place.go_on(p.at.slots);
     }
     __device__ __forceinline__ void bring_all() {

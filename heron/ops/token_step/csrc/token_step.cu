@@ -1,9 +1,9 @@
 // One token of one sequence through a whole network on a GPU, in one kernel: a block for each multiprocessor, all of
 // which go through the phases of each layer together.
 //
-// A phase is products with a vector that all blocks have. Their rows depend on nothing, so one warp of a block has the
-// copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in
-// shared memory: memory is busy while results go round. Eight other warps multiply each tile together, on the tensor
+// A phase is products with a vector that all blocks have. Their rows depend on nothing, so four warps of a block have
+// the copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in
+// shared memory: memory is busy while results go round. Eight other warps multiply what is in its slots, on the tensor
 // cores.
 //
 // What blocks tell one another lies in global memory, each word beside a tag that says of which step and layer it is,
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant_
         step.compute_all();
     } else {
         give_registers();
-        if (step.warp == kWarps) step.bring_all();
+        step.bring_all();
     }
     __syncthreads();
     end_step(p.counters);
