@@ -115,9 +115,8 @@ def shared_bytes(network: Network) -> int:
     vectors = 2 * max(6 * channels, hidden) + 6 * channels + 2 * ranks
     limbs = 2 * in_codes + -(-in_codes // GROUP // 4) * 16
     tables = 352 * len(network.layers)  # sizeof(Layer)
-    sums = 64 * max(64, -(-2 * max(channels, hidden) // 1024))
-    rest = tables + 3648 + sums + 64 + 512  # a head, sums of tiles and of the block, barriers
-    slots = 3 * 8 * (1088 + (32 if has_codes else 0))
+    rest = tables + 3648 + 4608 + 64 + 256  # a head, sums of tiles and of the block, barriers
+    slots = 3 * 8 * (2112 + (64 if has_codes else 0))
     return -(-(vectors + limbs + rest) // 128) * 128 + slots
 
 

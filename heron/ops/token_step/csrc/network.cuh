@@ -3,21 +3,20 @@
 
 namespace {
 
-constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // that multiply, and their threads
-constexpr int kBringers = 4;                        // warps that ask for tiles; registers are shared out to four at a time
-constexpr int kThreads = kMultiply + 32 * kBringers;
+constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // that multiply, and their threads; one more warp asks for tiles
+constexpr int kThreads = kMultiply + 128;          // registers are shared out to four warps at a time
 constexpr int kRows = 8;                           // of a tile
-constexpr int kWide = 1024;                        // bytes of its rows that come at once
+constexpr int kWide = 2048;                        // bytes of its rows that come at once
 constexpr int kPitch = kWide + 64;                 // from one row to the next, so that fewer banks clash
-constexpr int kUnit = 64;                          // bytes of a row that a warp reads at once
+constexpr int kUnit = 64;                          // bytes of a row for one turn of a warp
+constexpr int kUnits = kWide / kUnit / kWarps;     // turns
 constexpr int kScalePitch = kWide / kUnit * 2;     // bytes of scales for a row
-constexpr int kMostSlots = 32;                     // of the ring
-constexpr int kLeastSlots = 3;
-constexpr int kTiles = 16;                         // whose sums the warps exchange at once
-constexpr int kLeastSums = 64;                     // of their parts
+constexpr int kMostSlots = 16, kLeastSlots = 3;    // of the ring
+constexpr int kTiles = 8;                          // whose sums the warps exchange at once
+constexpr int kSumPitch = kWarps * kRows + 8;      // from one tile's to the next one's
 constexpr int kHead = 64, kLowRank = 4, kMixes = 6;
-constexpr int kHalfState = kHead * kHead * 2;  // bytes
-static_assert(kHalfState <= kRows * kPitch, "a slot holds half of a state");
+constexpr int kStateBytes = kHead * kHead * 4;
+static_assert(kStateBytes <= kRows * kPitch, "a slot holds a state");
 constexpr int kGroup = 64;  // numbers that share a scale
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -73,8 +72,7 @@ struct Shared {
     int now;       // (C,), the token, normed
     int squeezed;  // what the upper low-rank matrices multiply
     int head;      // HeadInputs
-    int sums;      // of the parts of tiles, 8 rows each, two times
-    int n_sums;    // so many parts
+    int sums;      // of tiles, by warps, two times
     int norm;      // sums over the block, two
     int barriers;  // of slots that are filled, and of those that are free
     int ring;
@@ -134,8 +132,7 @@ inline Shared shared_of(const Problem& p, bool has_codes, int available) {
     at.now = take(2 * C);
     at.squeezed = take(2 * (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]));
     at.head = take(sizeof(HeadInputs));
-    at.n_sums = larger(kLeastSums, (2 * larger(C, F) + kWide - 1) / kWide);
-    at.sums = take(4 * 2 * kRows * at.n_sums);
+    at.sums = take(4 * 2 * kTiles * kSumPitch);
     at.norm = take(4 * 2 * kWarps);
     at.barriers = take(2 * 8 * kMostSlots);
     at.ring = (end + 127) / 128 * 128;

@@ -12,7 +12,7 @@ struct Place {
     }
 };
 
-using Sums = float[4][4];  // of the tensor cores, which work on several at once
+using Sums = float[2][4];  // two of the tensor cores' results, for more of them at once
 
 struct Tiles {
     const Problem& p;
@@ -66,31 +66,29 @@ struct Tiles {
         }
     }
 
-    // Of the warps that ask for tiles, some rows each: one asks for a row in a hundred cycles.
+    // Of the warp that asks for tiles.
     __device__ __forceinline__ void expect(int bytes) {
         if (place.round > 0) await(freed(place.slot), place.round - 1);
-        if (thread == kMultiply) expect_bytes(filled(place.slot), bytes);
+        if (lane == 0) expect_bytes(filled(place.slot), bytes);
         __syncwarp();
     }
-    static constexpr int kOfBringer = kRows / kBringers;
     __device__ __forceinline__ void bring_tiles(int phase, const Matrix* of) {
         for_tiles(phase, [&](int product, int tile) {
             const Matrix matrix = phase == kLogits ? *of : of[product];
             const int bytes = row_bytes(product), left = p.rows[product] - kRows * tile;
             const int rows = left < kRows ? left : kRows, pitch = (bytes / kUnit + 7) / 8 * 16;  // of the scales
-            const int mine = (warp - kWarps) * kOfBringer + lane % kOfBringer;  // of the tile's rows
-            const int64_t row = kRows * tile + mine;
+            const int64_t row = kRows * tile + lane % kRows;
 #pragma unroll 1
             for (int begin = 0; begin < bytes; begin += kWide) {
                 const int n = bytes - begin < kWide ? bytes - begin : kWide;
                 const int scales = has_codes(product) ? (n / kUnit + 7) / 8 * 16 : 0;
                 expect(rows * (n + scales));
                 unsigned char* to = slot_at(place.slot);
-                if (lane < kOfBringer && mine < rows) {
-                    bring(to + mine * kPitch, static_cast<const char*>(matrix.numbers) + row * bytes + begin, n,
+                if (lane < rows) {
+                    bring(to + lane * kPitch, static_cast<const char*>(matrix.numbers) + row * bytes + begin, n,
                           filled(place.slot));
-                } else if (scales != 0 && lane < 2 * kOfBringer && mine < rows) {
-                    bring(to + kRows * kPitch + mine * kScalePitch,
+                } else if (scales != 0 && lane >= kRows && lane < kRows + rows) {
+                    bring(to + kRows * kPitch + lane % kRows * kScalePitch,
                           static_cast<const char*>(matrix.scales) + row * pitch + begin / 32, scales,
                           filled(place.slot));
                 }
@@ -100,7 +98,7 @@ struct Tiles {
     }
     __device__ __forceinline__ void bring_whole(const void* from, int64_t begin, int bytes) {
         expect(bytes);
-        if (thread == kMultiply) bring(slot_at(place.slot), static_cast<const char*>(from) + begin, bytes, filled(place.slot));
+        if (lane == 0) bring(slot_at(place.slot), static_cast<const char*>(from) + begin, bytes, filled(place.slot));
         place.go_on(p.at.slots);
     }
     __device__ __forceinline__ void bring_all() {
@@ -116,35 +114,18 @@ struct Tiles {
                     for_ups([&](int m, int row, int rows, int bytes) {
                         bring_whole(w.up[m], static_cast<int64_t>(head * kHead + row) * bytes, rows * bytes);
                     });
-                    for (int half = 0; half < 2; ++half)
-                        bring_whole(w.wkv_before, (2 * static_cast<int64_t>(head) + half) * kHalfState, kHalfState);
+                    bring_whole(w.wkv_before, static_cast<int64_t>(head) * kStateBytes, kStateBytes);
                 }
             }
         }
         bring_tiles(kLogits, &p.head);
     }
 
-    // A slot is one warp's for good: a barrier does not tell a round from the one before the last, so only who has seen
-    // every one can wait for the next.
-    __device__ __forceinline__ bool is_mine() const { return place.slot % kWarps == warp; }
-    // use(slot), if the next one is this warp's.
-    template <typename Use>
-    __device__ __forceinline__ void take_slot(const Use& use) {
-        if (is_mine()) {
-            await(filled(place.slot), place.round);
-            use(slot_at(place.slot));
-            __syncwarp();
-            if (lane == 0) arrive(freed(place.slot));
-        }
+    // This warp has done with a slot.
+    __device__ __forceinline__ void leave_slot() {
+        __syncwarp();
+        if (lane == 0) arrive(freed(place.slot));
         place.go_on(p.at.slots);
-    }
-
-    // The next slot; it has arrived for all threads that multiply once these meet.
-    __device__ __forceinline__ int await_slot() {
-        const int slot = place.slot;
-        if (is_mine()) await(filled(slot), place.round);
-        place.go_on(p.at.slots);
-        return slot;
     }
 
     // sums += those of the 8 rows at `rows`, so many bytes apart, over `count` units, with the vector at `vector`. Lane
@@ -153,78 +134,44 @@ struct Tiles {
     template <typename T>
     __device__ __forceinline__ void multiply_units(const unsigned char* rows, int pitch, const unsigned char* vector,
                                                    int count, Sums& sums) const {
-        rows += lane / 4 * pitch + lane % 4 * 16, vector += lane % 4 * 16;
-        int unit = 0;
-#pragma unroll 1
-        for (; unit + 8 <= count; unit += 8) multiply_some<T, 8>(rows + unit * kUnit, vector + unit * kUnit, sums);
-        if (count & 4) multiply_some<T, 4>(rows + unit * kUnit, vector + unit * kUnit, sums), unit += 4;
-        if (count & 2) multiply_some<T, 2>(rows + unit * kUnit, vector + unit * kUnit, sums), unit += 2;
-        if (count & 1) multiply_some<T, 1>(rows + unit * kUnit, vector + unit * kUnit, sums);
-    }
-    template <typename T, int kCount>
-    __device__ __forceinline__ static void multiply_some(const unsigned char* rows, const unsigned char* vector,
-                                                         Sums& sums) {
-        Piece weights[kCount], numbers[kCount];
+        Piece weights[kUnits], numbers[kUnits];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            weights[i] = *reinterpret_cast<const Piece*>(rows + i * kUnit);
-            numbers[i] = *reinterpret_cast<const Piece*>(vector + i * kUnit);
+        for (int i = 0; i < kUnits; ++i) {
+            if (i >= count) break;
+            weights[i] = *reinterpret_cast<const Piece*>(rows + lane / 4 * pitch + i * kUnit + lane % 4 * 16);
+            numbers[i] = *reinterpret_cast<const Piece*>(vector + i * kUnit + lane % 4 * 16);
         }
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
+        for (int i = 0; i < kUnits; ++i) {
+            if (i >= count) break;
             const auto &w = weights[i].words, &x = numbers[i].words;
-            multiply_floats<T>(sums[i % 2], x[0], x[1], w[0], w[1]);
-            multiply_floats<T>(sums[2 + i % 2], x[2], x[3], w[2], w[3]);
+            multiply_floats<T>(sums[0], x[0], x[1], w[0], w[1]);
+            multiply_floats<T>(sums[1], x[2], x[3], w[2], w[3]);
         }
     }
-
-    // The same of codes, whose scales are at `scales`; `unit` is the vector's first.
+    // The same of codes, from a vector's first unit and their scales on.
     __device__ __forceinline__ void multiply_codes(const unsigned char* rows, const unsigned char* scales, int unit,
                                                    int count, Sums& sums) const {
-        rows += lane / 4 * kPitch + lane % 4 * 16, scales += lane % 4 * 2 * kScalePitch;
-#pragma unroll 1
-        for (; count >= 4; count -= 4, unit += 4, rows += 4 * kUnit, scales += 4 * 2)
-            multiply_some_codes<4>(rows, scales, unit, sums);
-#pragma unroll 1
-        for (; count > 0; --count, ++unit, rows += kUnit, scales += 2) multiply_some_codes<1>(rows, scales, unit, sums);
-    }
-    template <int kCount>
-    __device__ __forceinline__ void multiply_some_codes(const unsigned char* rows, const unsigned char* scales, int unit,
-                                                        Sums& sums) const {
-        const auto* vector = there<const unsigned char>(p.at.limbs) + unit * kUnit + lane % 4 * 16;
-        const float* of_vector = there<const float>(p.at.scales) + unit;
-        Piece codes[kCount], limbs[2][kCount];
-        Run<uint16_t, kCount> of_rows[2];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            codes[i] = *reinterpret_cast<const Piece*>(rows + i * kUnit);
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-                limbs[j][i] = *reinterpret_cast<const Piece*>(vector + j * p.at.n_limbs + i * kUnit);
-        }
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-            of_rows[row] = *reinterpret_cast<const Run<uint16_t, kCount>*>(scales + row * kScalePitch);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const auto &w = codes[i].words, &a = limbs[0][i].words, &b = limbs[1][i].words;
+        for (int i = 0; i < kUnits; ++i) {
+            if (i >= count) break;
+            const Piece codes = *reinterpret_cast<const Piece*>(rows + lane / 4 * kPitch + i * kUnit + lane % 4 * 16);
+            const auto* x = there<const unsigned char>(p.at.limbs) + (unit + i) * kUnit + lane % 4 * 16;
+            const Piece a = *reinterpret_cast<const Piece*>(x), b = *reinterpret_cast<const Piece*>(x + p.at.n_limbs);
             int c[4] = {};
-            multiply_bytes(c, a[0], b[0], a[1], b[1], w[0], w[1]);
-            multiply_bytes(c, a[2], b[2], a[3], b[3], w[2], w[3]);
-            const float by = of_vector[i];
+#pragma unroll
+            for (int j = 0; j < 4; j += 2) {
+                multiply_bytes(c, a.words[j], b.words[j], a.words[j + 1], b.words[j + 1], codes.words[j],
+                               codes.words[j + 1]);
+            }
+            const float by = there<const float>(p.at.scales)[unit + i];
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                const float scale = by * __uint_as_float(static_cast<unsigned>(of_rows[row].values[i]) << 16);
-                sums[i][row] += static_cast<float>(c[row] * 256 + c[2 + row]) * scale;
+                const unsigned scale = *reinterpret_cast<const uint16_t*>(
+                    scales + (lane % 4 * 2 + row) * kScalePitch + 2 * i);
+                sums[0][row] += static_cast<float>(c[row] * 256 + c[2 + row]) * (by * __uint_as_float(scale << 16));
             }
         }
-    }
-    // What a warp has summed up of 8 rows, as lane t < 4 has it of rows 2 t and 2 t + 1, to `to`.
-    __device__ __forceinline__ void put_sums(const Sums& sums, float* to) const {
-        if (lane >= 4) return;
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-            to[2 * lane + row] = (sums[0][row] + sums[1][row]) + (sums[2][row] + sums[3][row]);
     }
 };
 

@@ -1,9 +1,9 @@
 // One token of one sequence through a whole network on a GPU, in one kernel: a block for each multiprocessor, all of
 // which go through the phases of each layer together.
 //
-// A phase is products with a vector that all blocks have. Their rows depend on nothing, so four warps of a block have
-// the copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in
-// shared memory: memory is busy while results go round. Eight other warps multiply what is in its slots, on the tensor
+// A phase is products with a vector that all blocks have. Their rows depend on nothing, so one warp of a block has the
+// copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in
+// shared memory: memory is busy while results go round. Eight other warps multiply each tile together, on the tensor
 // cores.
 //
 // What blocks tell one another lies in global memory, each word beside a tag that says of which step and layer it is,
@@ -45,47 +45,51 @@ struct Step : Tiles {
         return first_tag + 2 * layer + is_of_values;
     }
 
-    // This block's tiles of a phase; a warp multiplies every eighth part of them.
+    // This block's tiles of a phase, each by all warps, a part of every row each.
     __device__ __forceinline__ void multiply(int phase, int layer) {
-        int count = 0, parts = 0;  // of the tiles so far
-        int product_here = 0, row_here = 0, first_here = 0, parts_here = 0;  // what this thread finishes
+        int count = 0, product_here = 0, row_here = 0;  // of the tiles so far; what this thread finishes
         float gate = 1.0f;
-        const auto sums_of = [&](int part) { return there<float>(p.at.sums) + (turn * p.at.n_sums + part) * kRows; };
         const auto finish = [&] {
             sync_multiplying();
             if (thread < kTiles * kRows) {
-                const bool is_there = thread / kRows < count;
+                const float* of_tile = there<const float>(p.at.sums) + (turn * kTiles + thread / kRows) * kSumPitch;
                 float sum = 0.0f;
-                for (int i = 0; is_there && i < parts_here; ++i) sum += sums_of(first_here + i)[thread % kRows];
-                end(phase, layer, product_here, row_here, is_there, sum, gate);
+#pragma unroll
+                for (int i = 0; i < kWarps; ++i) sum += of_tile[i * kRows + thread % kRows];
+                end(phase, layer, product_here, row_here, thread / kRows < count, sum, gate);
             }
-            count = parts = 0, turn ^= 1;
+            count = 0, turn ^= 1;
         };
         for_tiles(phase, [&](int product, int tile) {
-            const bool in_codes = kIsInt8 && has_codes(product);
-            const int bytes = row_bytes(product), n_parts = (bytes + kWide - 1) / kWide;
-            const int which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;  // of the vectors
-            if (count == kTiles || parts + n_parts > p.at.n_sums) finish();
             if (thread / kRows == count) {
                 product_here = product, row_here = kRows * tile + thread % kRows;
-                first_here = parts, parts_here = n_parts;
                 gate = gate_of(phase, layer, row_here);
             }
+            const bool in_codes = kIsInt8 && has_codes(product);
+            const int bytes = row_bytes(product);
+            const int which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;  // of the vectors
+            Sums sums = {};
 #pragma unroll 1
-            for (int begin = 0; begin < bytes; begin += kWide, ++parts) {
-                take_slot([&](const unsigned char* slot) {
-                    const int units = (bytes - begin < kWide ? bytes - begin : kWide) / kUnit;
-                    Sums sums = {};
-                    if (in_codes) {
-                        multiply_codes(slot, slot + kRows * kPitch, (which * p.channels + begin) / kUnit, units, sums);
-                    } else {
-                        const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin;
-                        multiply_units<T>(slot, kPitch, vector, units, sums);
-                    }
-                    put_sums(sums, sums_of(parts));
-                });
+            for (int begin = 0; begin < bytes; begin += kWide) {
+                const int units = (bytes - begin < kWide ? bytes - begin : kWide) / kUnit;
+                const int first = units * warp / kWarps, n = units * (warp + 1) / kWarps - first;
+                const unsigned char* slot = slot_at(place.slot);
+                await(filled(place.slot), place.round);
+                if (in_codes) {
+                    const int unit = (which * p.channels + begin) / kUnit + first;
+                    multiply_codes(slot + first * kUnit, slot + kRows * kPitch + 2 * first, unit, n, sums);
+                } else {
+                    const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin + first * kUnit;
+                    multiply_units<T>(slot + first * kUnit, kPitch, vector, n, sums);
+                }
+                leave_slot();
             }
-            ++count;
+            if (lane < 4) {
+                float* to = there<float>(p.at.sums) + (turn * kTiles + count) * kSumPitch + warp * kRows + 2 * lane;
+#pragma unroll
+                for (int row = 0; row < 2; ++row) to[row] = sums[0][row] + sums[1][row];
+            }
+            if (++count == kTiles) finish();
         });
         if (count > 0) finish();
     }
@@ -186,19 +190,19 @@ struct Step : Tiles {
             }
             constexpr float kLargest = 127.0f * 256.0f;
             const float by = largest > 0.0f ? kLargest / largest : 0.0f;
-            unsigned whole[8];  // + 128, in the lower bytes: the last bits of a float that has no fraction
+            unsigned limbs[2][2] = {};
 #pragma unroll
-            for (int i = 0; i < 8; ++i) whole[i] = __float_as_uint(fmaf(x[i], by, 12582912.0f + 128.0f));
-            const auto bytes_of = [&](int four, unsigned of_two) {
-                const unsigned *w = whole + 4 * four, lower = __byte_perm(w[0], w[1], of_two);
-                return __byte_perm(lower, __byte_perm(w[2], w[3], of_two), 0x5410);
-            };
+            for (int i = 0; i < 8; ++i) {
+                const int whole = __float2int_rn(x[i] * by), low = static_cast<signed char>(whole & 0xff);
+                limbs[0][i / 4] |= static_cast<unsigned>((whole - low) / 256 & 0xff) << 8 * (i % 4);
+                limbs[1][i / 4] |= static_cast<unsigned>(low & 0xff) << 8 * (i % 4);
+            }
             const int first = which * p.channels + 8 * at;
             if (!is_there) return;
 #pragma unroll
-            for (int four = 0; four < 2; ++four) {
-                there<unsigned>(p.at.limbs + first)[four] = bytes_of(four, 0x51);
-                there<unsigned>(p.at.limbs + p.at.n_limbs + first)[four] = bytes_of(four, 0x40) ^ 0x80808080u;
+            for (int i = 0; i < 2; ++i) {
+                auto* to = there<unsigned>(p.at.limbs + i * p.at.n_limbs + first);
+                to[0] = limbs[i][0], to[1] = limbs[i][1];
             }
             if (at % 8 == 0) there<float>(p.at.scales)[first / kGroup] = largest / kLargest;
         }
@@ -266,31 +270,34 @@ struct Step : Tiles {
     // The residual, normed, becomes the token; mixed with the last one the vectors. `pieces` are this thread's first.
     __device__ __forceinline__ void norm_and_mix(int phase, int layer, NormPieces pieces) {
         auto* residual = there<float>(p.at.residual);
-        float *rooms = there<float>(p.at.norm), sum = 0.0f;
         const int n = p.channels / 8;
         if (phase == kProject && layer == 0) {
             for (int at = thread; at < n; at += kMultiply) {
                 float x[8];
                 unpack(static_cast<const Piece*>(p.x)[at], x);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) residual[8 * at + i] = x[i], sum += x[i];
+                for (int i = 0; i < 8; ++i) residual[8 * at + i] = x[i];
             }
         } else {
             const unsigned wanted = phase == kKey ? tag(layer, false) : tag(layer - 1, true);
             const auto of = [&](int i) { return Wanted{p.residual + 2 * i, wanted}; };
-            get<4>(p.channels / 2, of, [&](int i, unsigned a, unsigned b) {
+            get<4>(p.channels / 2, of, [=](int i, unsigned a, unsigned b) {
                 residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
-                sum += __uint_as_float(a) + __uint_as_float(b);
             });
         }
-        const float mean = block_sum(sum, rooms) / static_cast<float>(p.channels);
-        sum = 0.0f;
-        for (int i = 4 * thread; i < p.channels; i += 4 * kMultiply) {
-            const auto four = *reinterpret_cast<const Run<float, 4>*>(residual + i);
+        sync_multiplying();
+        const auto sum_of = [&](float* room, const auto& share) {
+            float sum = 0.0f;
+            for (int i = 4 * thread; i < p.channels; i += 4 * kMultiply) {
+                const auto four = *reinterpret_cast<const Run<float, 4>*>(residual + i);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sum += (four.values[j] - mean) * (four.values[j] - mean);
-        }
-        const float variance = block_sum(sum, rooms + kWarps) / static_cast<float>(p.channels);
+                for (int j = 0; j < 4; ++j) sum += share(four.values[j]);
+            }
+            return block_sum(sum, room) / static_cast<float>(p.channels);
+        };
+        float* rooms = there<float>(p.at.norm);
+        const float mean = sum_of(rooms, [](float x) { return x; });
+        const float variance = sum_of(rooms + kWarps, [=](float x) { return (x - mean) * (x - mean); });
         const float scale = rsqrtf(variance + p.eps);
 #pragma unroll 1
         for (int begin = 0; begin < n; begin += kMultiply) {
@@ -381,21 +388,22 @@ struct Step : Tiles {
         });
         sync_multiplying();
         multiply_ups(in);
-        const int lower = await_slot(), upper = await_slot();  // half of the state each
         sync_multiplying();
-        if (!is_of_head) return;
-        const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
-        const Two vector = *reinterpret_cast<const Two*>(&in.vectors[head.kind][2 * head.pair]);
-        head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
+        if (is_of_head) {
+            const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
+            const Two vector = *reinterpret_cast<const Two*>(&in.vectors[head.kind][2 * head.pair]);
+            head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
+        }
         float state[kStateRows][kKeys];
-        const auto* half = reinterpret_cast<const Run<float, 4>*>(slot_at(thread < kHead ? lower : upper));
-        for_keys([&](int row, int i, int at) {
-            const auto four = half[at % (kHalfState / 16)];
+        await(filled(place.slot), place.round);
+        if (is_of_head) for_keys([&](int row, int i, int at) {
+            const auto four = reinterpret_cast<const Run<float, 4>*>(slot_at(place.slot))[at];
 #pragma unroll
             for (int j = 0; j < 4; ++j) state[row][i + j] = four.values[j];
         });
+        leave_slot();
+        if (!is_of_head) return;
         sync_head();
-        if (thread == 0) arrive(freed(lower)), arrive(freed(upper));
         const float y = head.move_on(state, key);
         head.share_norm(y);
         sync_head();
@@ -407,46 +415,55 @@ struct Step : Tiles {
             new_state[at] = {{state[row][i], state[row][i + 1], state[row][i + 2], state[row][i + 3]}};
         });
     }
-    // The upper low-rank products of a head; a warp multiplies every eighth part of the matrices.
+    // The upper low-rank products of a head, 8 channels a warp.
     __device__ __forceinline__ void multiply_ups(HeadInputs& in) {
-        const unsigned char* vector = there<unsigned char>(p.at.squeezed);
+        int before = 0;  // bytes of the vectors of the matrices before
         int of = 0;
         for_ups([&](int m, int row, int rows, int bytes) {
-            if (m != of) vector += 2 * p.ranks[of], of = m;
-            take_slot([&](const unsigned char* slot) {
+            if (m != of) before += 2 * p.ranks[of], of = m;
+            await(filled(place.slot), place.round);
+            const int mine = kRows * warp - row;
+            if (mine >= 0 && mine < rows) {
+                Sums sums = {};
+                const unsigned char *from = slot_at(place.slot) + mine * bytes, *x = shared + p.at.squeezed + before;
 #pragma unroll 1
-                for (int i = 0; i < rows; i += kRows) {
-                    Sums sums = {};
-                    multiply_units<T>(slot + i * bytes, bytes, vector, bytes / kUnit, sums);
-                    put_sums(sums, in.ups[m] + row + i);
+                for (int i = 0; i < bytes; i += kUnits * kUnit) {
+                    multiply_units<T>(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
                 }
-            });
+                if (lane < 4) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) in.ups[m][kRows * warp + 2 * lane + j] = sums[0][j] + sums[1][j];
+                }
+            }
+            leave_slot();
         });
     }
 
-    // Of the warps that multiply. Phases share their code, so that it stays near.
+    // Of the warps that multiply.
     __device__ __forceinline__ void compute_all() {
         NormPieces pieces = ask(kProject, 0, thread);
-        int layer = 0, phase = kProject;
 #pragma unroll 1
-        while (true) {
-            if (phase == kOutput || phase == kValue) {
-                const bool is_y = phase == kOutput, is_last = !is_y && layer + 1 == p.n_layers;
-                read_vector(is_y ? p.y : p.hidden, is_y ? p.channels : p.hidden_channels, tag(layer, false));
-                pieces = ask(is_y ? kKey : is_last ? kLogits : kProject, is_y ? layer : layer + 1, thread);
-                keep_shift(is_y ? weights_of(layer).att_after : weights_of(layer).ffn_after);
-            } else {
-                norm_and_mix(phase, layer, pieces);
-            }
-            multiply(phase, layer);
-            if (phase == kLogits) break;
-            for (int head = first_head; phase == kProject && head < heads; head += blocks) {
+        for (int layer = 0; layer < p.n_layers; ++layer) {
+            norm_and_mix(kProject, layer, pieces);
+            multiply(kProject, layer);
+#pragma unroll 1
+            for (int head = first_head; head < heads; head += blocks) {
                 mix_head(layer, head);
                 if (head + blocks < heads) sync_multiplying();
             }
-            layer += phase == kValue;
-            phase = layer == p.n_layers ? kLogits : (phase + 1) % kLogits;
+            read_vector(p.y, p.channels, tag(layer, false));
+            pieces = ask(kKey, layer, thread);
+            keep_shift(weights_of(layer).att_after);
+            multiply(kOutput, layer);
+            norm_and_mix(kKey, layer, pieces);
+            multiply(kKey, layer);
+            read_vector(p.hidden, p.hidden_channels, tag(layer, false));
+            pieces = ask(layer + 1 < p.n_layers ? kProject : kLogits, layer + 1, thread);
+            keep_shift(weights_of(layer).ffn_after);
+            multiply(kValue, layer);
         }
+        norm_and_mix(kLogits, p.n_layers, pieces);
+        multiply(kLogits, p.n_layers);
     }
 };
 
@@ -454,7 +471,7 @@ template <typename T, bool kIsInt8>
 __global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant__ Problem p) {
     Step<T, kIsInt8> step(p);
     if (step.thread == 0) {
-        for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), 1), init_barrier(step.freed(i), 1);
+        for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), 1), init_barrier(step.freed(i), kWarps);
         show_barriers();
     }
     for (int i = step.thread; i < p.n_layers * static_cast<int>(sizeof(Layer) / 16); i += kThreads)
@@ -465,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant_
         step.compute_all();
     } else {
         give_registers();
-        step.bring_all();
+        if (step.warp == kWarps) step.bring_all();
     }
     __syncthreads();
     end_step(p.counters);
