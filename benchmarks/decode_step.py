@@ -28,6 +28,7 @@ from heron.ops.few_rows import MOST, Product, few_rows
 from heron.ops.token_step import LayerWeights
 
 KINDS = {  # by a part of the kernel's name; the first that fits
+    "whole step": ("token_step",),
     "matvec": ("matvec",),
     "few rows": ("few_rows",),
     "head step": ("head_step",),

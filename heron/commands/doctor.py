@@ -30,7 +30,7 @@ from heron.ops.rosa.soft import soft_choice
 from heron.ops.rows import copy_rows_choice, row_adamw_choice
 from heron.ops.sample_rows import sample_rows_choice
 from heron.ops.shift_mix import shift_mix_choice
-from heron.ops.token_step import token_step_choice
+from heron.ops.token_step import one_launch_choice, token_step_choice
 from heron.ops.wkv7 import wkv7_choice
 
 COLUMNS = 80
@@ -83,6 +83,7 @@ def report() -> str:
         decoding = {"a step": token_step_choice(there)}
     else:
         decoding = {
+            "a step of one text": one_launch_choice(there),
             "norm and mix": norm_mix_choice(there),
             "time-mix heads": head_step_choice(there),
             "drawing": sample_rows_choice(there),

@@ -69,7 +69,8 @@ class Decoder(Protocol):
         """Forget `sequence`: write it anew before its next step."""
 
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
-        """Read `tokens`, one for each of `sequences`; logits (n, V), which the next step may overwrite.
+        """Read `tokens`, one for each of `sequences`; logits (n, V), which the next step may overwrite unless it is one
+        that has looked ahead.
 
         A sequence that is left out may lose its state: write it anew before its next step.
 

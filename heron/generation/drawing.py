@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -127,6 +128,7 @@ class DeviceDraws:
         self._uniforms_there = torch.zeros(size, dtype=torch.float64, device=device)
         self._ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
         self._logprobs = torch.zeros(size, pin_memory=is_cuda)
+        self._beside = torch.cuda.Stream(device) if is_cuda else None  # copies that the next step does not wait for
         self._arrived = torch.cuda.Event() if is_cuda else None
 
     @functools.cached_property
@@ -154,7 +156,7 @@ class DeviceDraws:
             logits: (n, V) of the tokenizer's ids, on the device. They may still be being computed: the host waits once,
                 for the tokens.
             meanwhile: called with the ids (n,) on the device, -1 where none could be drawn, before the host waits for
-                them. It may overwrite the logits.
+                them. It leaves the logits as they are.
         """
         plan = self._plan_of([(one.place, one.sampling, one.extras) for one in sequences])
         for row in plan.by_chance:
@@ -164,16 +166,13 @@ class DeviceDraws:
             is_copy = [one.place for one in sequences] != list(range(self._size))
             counts = self._counts[plan.places] if is_copy else self._counts
         n = len(sequences)
-        self._uniforms_there.copy_(self._uniforms, non_blocking=True)
+        self._send_uniforms(plan)
         allowed = logits if plan.extras is None else plan.extras.shaped(logits)
         ids, logprobs = sample_rows(allowed, counts, self._barred, plan.settings, self._uniforms_there[:n])
         if plan.extras is not None:
             plan.extras.rank(logits, ids, logprobs)
         self._send(ids, logprobs)
         if meanwhile is not None:
-            is_shaped = allowed is not logits
-            logits = logits.clone()
-            allowed = allowed if is_shaped else logits
             meanwhile(ids)
         drawn: list[Token | HeronError] = [
             self._refusal(logits[row], allowed[row], sequences[row].sampling, None if counts is None else counts[row])
@@ -195,12 +194,29 @@ class DeviceDraws:
         error = not_finite(logits) or not_finite(allowed.masked_fill(self._barred, -math.inf))
         return error or HeronError("logits: no token could be drawn from them")
 
+    def _send_uniforms(self, plan: _Plan) -> None:
+        """Bring the uniform numbers to the device while it still computes the logits."""
+        if not plan.by_chance:
+            return
+        with self._copying():
+            self._uniforms_there.copy_(self._uniforms, non_blocking=True)
+        if self._beside is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._beside)
+
     def _send(self, ids: Tensor, logprobs: Tensor) -> None:
         """Start the copy of ids (n,) and logprobs (n,) to the host."""
-        self._ids[: len(ids)].copy_(ids, non_blocking=True)
-        self._logprobs[: len(ids)].copy_(logprobs, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
+        if self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream(self._device))
+            ids.record_stream(self._beside)
+            logprobs.record_stream(self._beside)
+        with self._copying():
+            self._ids[: len(ids)].copy_(ids, non_blocking=True)
+            self._logprobs[: len(ids)].copy_(logprobs, non_blocking=True)
+            if self._arrived is not None:
+                self._arrived.record()
+
+    def _copying(self) -> AbstractContextManager:
+        return nullcontext() if self._beside is None else torch.cuda.stream(self._beside)
 
     def _receive(self, n: int) -> list[Token]:
         """Both, one by one. The wait for them frees every buffer of this draw on the host."""

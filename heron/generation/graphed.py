@@ -1,8 +1,10 @@
 """Decoding and reading on a GPU, each step recorded as one CUDA graph, so that the host launches it as one.
 
 All sequences decode at once by :mod:`heron.generation.step`: what is elementwise is compiled where PyTorch's compiler
-works, and all between the products of a time mix is :func:`heron.ops.head_step`. For one sequence all products are made
-by :func:`heron.ops.matvec`, for a few by :func:`heron.ops.few_rows`: those that need not wait for each other at once.
+works, and all between the products of a time mix is :func:`heron.ops.head_step`. For one sequence all blocks and the
+head are one kernel, :class:`heron.ops.token_step.OneLaunch`, where it runs; else all products are made by
+:func:`heron.ops.matvec`, for a few sequences by :func:`heron.ops.few_rows`: those that need not wait for each other at
+once.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from heron.generation.step import (
     Compiler,
     Pieces,
     Way,
+    apart,
     blocks_of,
     channel_mix,
     layers_of,
     lookup,
     matrix_of,
+    network_of,
     norm_of,
     of_any_number,
     time_mix,
@@ -41,7 +45,7 @@ from heron.model.deep_embed import Lookup
 from heron.model.memory import Documents
 from heron.model.rwkv import Block
 from heron.ops.rosa.device_stream import DeviceStream, device_stream_choice
-from heron.ops.token_step import LayerWeights
+from heron.ops.token_step import LayerWeights, OneLaunch, one_launch_choice
 from heron.tables.store import Tables
 
 
@@ -64,7 +68,8 @@ class _Step:
     form: _Form
     before: SequenceStates  # views of those that it goes on from
     states: SequenceStates  # views of where the new ones go: elsewhere, or there
-    logits: Tensor = dataclasses.field(init=False)  # (n, V), of its last run, until any other one runs
+    logits: Tensor = dataclasses.field(init=False)  # (n, V), of its last run, until another one to the same place runs
+    whole: OneLaunch | None = None  # computes them in place of `form`
     graph: torch.cuda.CUDAGraph | None = None  # computes them where they are
 
 
@@ -73,7 +78,7 @@ class GraphedDecoder(StateDecoder):
 
     The graphs are recorded here, which takes a moment, and where a compiler is used up to half a minute the first time:
     recorded at first need they would hold up every sequence, and other threads may not allocate meanwhile. The largest
-    is recorded first; the others lie in the same memory, since one runs at a time.
+    is recorded first; the others to the same place lie in the same memory, since one runs at a time.
     A step can look ahead. The states are there twice for it: each step reads them from one place and writes the new
     ones to the other, so that those from before it are there until the next one. They are copied nowhere.
 
@@ -127,12 +132,15 @@ class GraphedDecoder(StateDecoder):
         ways = {n: way_for(layers[0], n) for n in sizes}
         laid_out = {of: [of(layer) for layer in layers] for of in {way.laid_out for way in ways.values()}}
         forms = {way: _Form(way, laid_out[way.laid_out]) for way in ways.values()}
-        self._forms = list(forms.values())
         places = [self._states, self._before] if self._largest_ahead else [self._states]
         self._steps: dict[int, list[_Step]] = {}  # of each size, from each place to the other
         for n, way in ways.items():
             views = [states.first(n) for states in places]
             self._steps[n] = [_Step(n, forms[way], views[i], views[i - 1]) for i in range(len(views))]
+        for step in self._steps.get(1, []):
+            network = network_of(model, step.states.layers)._replace(layers=laid_out[apart])
+            if one_launch_choice(device, network).impl == "cuda":
+                step.whole = OneLaunch(network, step.before.layers)
         self._from = 0  # in which place the next step finds its states
         self._last = self._steps[sizes[0]][0]
         self._order: list[int] = []  # slots, and what gives their logits
@@ -179,7 +187,11 @@ class GraphedDecoder(StateDecoder):
             n = len(sequences)
             if others:
                 self._send(slots[n:], list(others.values()), None)
-            self._ids[self._rows_of(slots[:n])] = ids.clamp(min=0)
+            rows = self._rows_of(slots[:n])
+            if isinstance(rows, slice):
+                torch.clamp(ids, min=0, out=self._ids[rows])
+            else:
+                self._ids[rows] = ids.clamp(min=0)
         else:
             if self._read_there is None or self._read_there.is_full:
                 self._read_there = self._memories.on_device(order[0], ids.device)
@@ -189,7 +201,8 @@ class GraphedDecoder(StateDecoder):
 
     @torch.inference_mode()
     def step(self, sequences: Sequence[int], tokens: Sequence[int], recalled: Tensor | None = None) -> Tensor:
-        """Read `tokens`, one for each of `sequences`; logits (n, V), which the next step overwrites.
+        """Read `tokens`, one for each of `sequences`; logits (n, V), which the step after the next one overwrites, or
+        the next one if none looks ahead.
 
         A sequence that is left out loses its state: write it anew before its next step. `recalled` as for
         :class:`heron.generation.decoder.Decoder`.
@@ -258,13 +271,19 @@ class GraphedDecoder(StateDecoder):
         if self._model.config.reads_embedded:  # the token alone, while x changes
             embedded = x.clone() if found is None else self._model.embed(ids)
         tables, v_first = self._lookup(ids), None
+        if step.whole is not None:
+            gates = None if tables[0] is None else torch.cat([rows.to(x.dtype) for rows in tables if rows is not None])
+            return self._with_bonus(step.whole(x, gates), found)
         step.states.draw_after(step.before)
         of_layers = zip(step.form.layers, step.states.layers, step.before.layers, tables, strict=True)
         for layer, states, before, rows in of_layers:
             x, v_first = time_mix(step.form.pieces, layer, x, states, v_first, before, step.states.drawn)
             x = channel_mix(step.form.pieces, layer, x, states, rows, embedded, before)
         x = step.form.pieces.norm(x, norm_of(self._model.ln_out))
-        logits = step.form.pieces.head(x, matrix_of(self._model.head))
+        return self._with_bonus(step.form.pieces.head(x, matrix_of(self._model.head)), found)
+
+    def _with_bonus(self, logits: Tensor, found: Tensor | None) -> Tensor:
+        """`logits` (n, V) with what memory adds to them, in place."""
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))
@@ -273,9 +292,10 @@ class GraphedDecoder(StateDecoder):
     def _record(self) -> None:
         if importlib.util.find_spec("triton") is not None:
             self._compile()
-        pool = torch.cuda.graph_pool_handle()
-        for step in self._largest_first():
-            step.graph = recorded(partial(self._compute_into_place, step), pool)
+        for steps in zip(*(self._steps[n] for n in sorted(self._steps, reverse=True)), strict=True):
+            pool = torch.cuda.graph_pool_handle()  # of steps to the same place: the logits of the other ones stay
+            for step in steps:
+                step.graph = recorded(partial(self._compute_into_place, step), pool)
 
     def _largest_first(self) -> list[_Step]:
         return [step for n in sorted(self._steps, reverse=True) for step in self._steps[n]]
@@ -285,7 +305,7 @@ class GraphedDecoder(StateDecoder):
         """Compile what has no kernel, once for all sizes above 1, and run each step."""
         embed, bonus = self._embed, self._memory and self._memory.bonus
         varies = len(self._steps) > 1
-        for form in self._forms:
+        for form in {step.form for step in self._largest_first() if step.whole is None}:
             pieces = form.pieces_for(compiled)
             form.pieces = of_any_number(pieces) if varies else pieces
         if bonus is not None:  # otherwise the embedding is two kernels as it is
@@ -301,7 +321,7 @@ class GraphedDecoder(StateDecoder):
                 raise
             reason = compilation.first_line(error)
             print(f"heron: decoding is not compiled, so it takes longer: {reason}", file=sys.stderr)
-            for form in self._forms:
+            for form in {step.form for step in self._largest_first()}:
                 form.pieces = form.pieces_for(None)
             self._embed = embed
             if bonus is not None:

@@ -26,11 +26,12 @@ class _Recorded:
 
 @torch.inference_mode()
 def recorded(decoder: GraphedDecoder) -> GraphedDecoder:
-    """The decoder; its steps compute their logits into one place each, and spoil those of the others."""
+    """The decoder; its steps compute their logits into one place each, and spoil those of others to the same place."""
 
     def replay(mine) -> None:
-        for step in decoder._largest_first():
-            step.logits.fill_(math.nan)
+        for steps in decoder._steps.values():
+            i = next(i for of_size in decoder._steps.values() for i, step in enumerate(of_size) if step is mine)
+            steps[i].logits.fill_(math.nan)
         mine.logits.copy_(decoder._compute(mine))
 
     weight = decoder._model.head.weight

@@ -83,7 +83,7 @@ def test_new_states_go_where_they_should(dtype):
 @pytest.fixture(scope="module")
 def emulated():
     """head_step, computed by the kernel's source on a CPU."""
-    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
+    depends = [cuda.SOURCE, _build.HEAD, EMULATOR / "hardware.h", EMULATOR / "single_token.h"]
     flags = ("-O1", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("head_step_emulated", [EMULATOR / "head_step.cpp"], flags, depends)
     library.head_step_emulated.restype = ctypes.c_char_p
@@ -229,7 +229,7 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
         for t, size in sizes
         for s in ("float", BFLOAT16)
     ]
-    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY])
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY, _build.HEAD])
 
 
 # On a GPU

@@ -274,8 +274,10 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     arguments = "int64_t, const float*, const bool*, const double*, const double*, int, bool, int64_t*, float*"
-    kinds = {"80": [("float", 1)], "90a": [*((t, 1) for t in ("float", BFLOAT16, HALF)), ("float", 8), (BFLOAT16, 8)]}
-    forms = [f"sample_rows<{t}, {blocks}>(const {t}*, {arguments})" for t, blocks in kinds[arch]]
+    alone, clusters = "1, false", ("8, true", "8, false")
+    kinds = {"80": [("float", alone)], "90a": [*((t, alone) for t in ("float", BFLOAT16, HALF))]}
+    kinds["90a"] += [(t, cluster) for t in ("float", BFLOAT16) for cluster in clusters]
+    forms = [f"sample_rows<{t}, {kind}>(const {t}*, {arguments})" for t, kind in kinds[arch]]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch)
 
 

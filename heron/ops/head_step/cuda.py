@@ -40,7 +40,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "head_step", "head_step", [SOURCE], [_build.EARLY])
+    _build.load_kernels_for(capability, "head_step", "head_step", [SOURCE], [_build.EARLY, _build.HEAD])
 
 
 FORM = _choice.NativeForm("head_step", "cuda", "the time mix of one token", why_not, library)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heron.errors import KernelError
 from heron.ops import _choice
-from heron.ops.token_step import cpu
+from heron.ops.token_step import cpu, cuda
 from heron.ops.token_step.network import LayerStates, LayerWeights, LowRank, LowRankGate, Memory, Network, Norm
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "Memory",
     "Network",
     "Norm",
+    "OneLaunch",
     "TokenStep",
+    "one_launch_choice",
     "token_step_choice",
 ]
 
@@ -29,6 +31,43 @@ def token_step_choice(device: torch.device, dtype: torch.dtype = torch.float32, 
     """Whether :class:`TokenStep` ("cpu") runs for a network of `dtype` and `head_size` on `device`, or PyTorch does."""
     other = _choice.Choice("reference", f"plain PyTorch; runs on {device.type}")
     return cpu.FORM.choice("C++, each weight read once for all sequences", other, device, dtype, head_size)
+
+
+def one_launch_choice(device: torch.device, network: Network | None = None) -> _choice.Choice:
+    """Whether :class:`OneLaunch` ("cuda") runs for `network` on `device`, or its pieces do, kernel by kernel.
+
+    None: for any network that it is for.
+    """
+    other = _choice.Choice("reference", f"piece by piece; runs on {device.type}")
+    return cuda.FORM.choice("one kernel, which asks for weights ahead of every wait", other, device, network)
+
+
+class OneLaunch:
+    """A network of v7 or v8 on a GPU that reads one token of one sequence in one launch; no gradients.
+
+    :mod:`heron.generation.step` is its definition.
+
+    Args:
+        network: :class:`Network`, without low-rank gates; its low-rank matrices contiguous, of ranks that are multiples
+            of 8. A step writes its states.
+        before: the states that a step goes on from; they stay as they are, but for those that are the network's own.
+
+    Raises:
+        KernelError: a network that it is not for, no nvcc.
+    """
+
+    def __init__(self, network: Network, before: Sequence[LayerStates]):
+        cuda.FORM.require(network.norm.weight.device, network)
+        self._prepared = cuda.Prepared(network, before)
+
+    def __call__(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """Logits (1, V), in the dtype of x.
+
+        Args:
+            x: (1, C), the token, embedded, the embedding's norm included.
+            gates: (L, C), or (L, F) where they gate the hidden channels: the token's DeepEmbed rows; None for a v7.
+        """
+        return self._prepared(x, gates)
 
 
 class TokenStep:

@@ -2,6 +2,7 @@
 #include "warp.h"
 
 #include <algorithm>
+#include <utility>
 
 #define __shared__ static
 using std::max;
@@ -19,6 +20,10 @@ inline uint32_t __float_as_uint(float x) { return as_bits(x); }
 inline float __uint_as_float(uint32_t bits) { return as_float(bits); }
 
 inline bool __any_sync(unsigned, bool x) { return __ballot_sync(0xffffffffu, x) != 0; }
+inline unsigned __reduce_add_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return a + b; }); }
+inline unsigned __reduce_max_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return max(a, b); }); }
+inline unsigned __reduce_min_sync(unsigned, unsigned x) { return reduce(x, [](unsigned a, unsigned b) { return min(a, b); }); }
+inline int atomicAdd(int* to, int x) { return std::exchange(*to, *to + x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 #include "../../../heron/ops/sample_rows/csrc/sample_rows.cu"
@@ -28,7 +33,7 @@ template <typename T>
 const char* draw(const void* logits, int64_t rows, int64_t stride, const float* counts, const bool* barred,
                  const double* settings, const double* uniforms, int vocab, bool aligned, int64_t* ids, float* logprobs) {
   return launch<const T*, int64_t, const float*, const bool*, const double*, const double*, int, bool, int64_t*, float*>(
-      sample_rows<T, 1>, dim3(rows), kThreads, 0, nullptr, static_cast<const T*>(logits), stride, counts, barred, settings,
+      sample_rows<T, 1, false>, dim3(rows), kThreads, 0, nullptr, static_cast<const T*>(logits), stride, counts, barred, settings,
       uniforms, vocab, aligned, ids, logprobs);
 }
 }  // namespace

@@ -10,6 +10,7 @@
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include <cuda.h>
 
+#include "../../csrc/barriers.cuh"
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
 #include "cluster.cuh"
@@ -56,37 +57,9 @@ constexpr Sharing sharing(int part = kPart, int enough = kEnough) {
 }
 
 #ifdef __CUDACC__
-using Barrier = unsigned long long;
-
 __device__ __forceinline__ unsigned char* stages_memory() {
     extern __shared__ unsigned char shared[];
     return shared + (1024 - static_cast<unsigned>(__cvta_generic_to_shared(shared)) % 1024) % 1024;
-}
-
-__device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-// The copy engine sees the barriers that this thread has made.
-__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void expect_bytes(Barrier* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void arrive(Barrier* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Until the barrier has been passed `round` + 1 times, of which all but the last are known.
-__device__ __forceinline__ void await(Barrier* barrier, int round) {
-    unsigned done = 0;
-    while (done == 0) {
-        asm volatile(
-            "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, done;\n}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(round % 2)
-            : "memory");
-    }
 }
 
 // A box of `map`, from number `k` of `row` on, to `to`; zeros beyond the matrix. `barrier` counts its bytes.

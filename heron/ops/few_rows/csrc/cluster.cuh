@@ -1,11 +1,9 @@
-// What the blocks of a cluster do together, from compute capability 9.0 on, and addresses in shared memory.
+// What the blocks of a cluster do together, from compute capability 9.0 on.
 #pragma once
 
-namespace {
+#include "../../csrc/shared_address.cuh"
 
-__device__ __forceinline__ unsigned shared_address(const void* x) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(x));
-}
+namespace {
 
 // Until all threads of the cluster are here; what they have written then can be read.
 __device__ __forceinline__ void sync_cluster() {

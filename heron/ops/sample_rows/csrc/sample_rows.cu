@@ -20,10 +20,11 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr int kCluster = 8;    // blocks of a row, where rows are few
 constexpr int kFewRows = 16;   // clusters that a large GPU runs at once
 constexpr int kWidth = 8;      // ids of a lane that stand side by side
-constexpr int kBits = 42;      // of a weight below its point
+constexpr int kHeldByCluster = kCluster * kThreads * kWidth;  // ids
+constexpr int kBits = 42;                                     // of a weight below its point
 constexpr int kSettings = 5;   // numbers a row
 constexpr int kHalvings = 24;  // of the interval of distances; from then on of the interval of their bits
-constexpr int kNearby = 256;   // distances that a warp has room for in shared memory
+constexpr int kNearby = 2;     // distances that a thread takes once few are left
 constexpr float kFar = 64.0f;  // no weight is above 0 at half this distance
 constexpr float kLargestFloat = 3.4028234663852886e38f;
 constexpr double kLog2E = 1.4426950408889634;
@@ -94,7 +95,7 @@ __device__ __forceinline__ X* in_block(X* x, int rank) {
     return x;
 }
 
-template <typename T, int blocks>
+template <typename T, int blocks, bool holds>
 struct Row {
     const T* logits;
     const float* counts;  // null where the row has no penalties
@@ -102,9 +103,8 @@ struct Row {
     int vocab;
     bool aligned;  // all three on 16 bytes, so that whole packs can be read
     float presence, frequency;
-    float held[kWidth];  // what a first reading found allowed; all that there is for this thread, if `is_held`
-
-    __device__ __forceinline__ bool is_held() const { return blocks > 1 && vocab <= 32 * kWidth * kWarps * blocks; }
+    // Allowed logits as a first reading finds them, then their distances; all that there is for this thread, if it `holds`.
+    float held[kWidth];
 
     // Of the ids from `at` on: the logits as they are, and less the penalties, -inf where barred or behind the last id.
     __device__ __forceinline__ void load(int at, float (&raw)[kWidth], float (&allowed)[kWidth]) const {
@@ -136,17 +136,22 @@ struct Row {
 
     // Bits of the distances from the largest logit, which are ordered as the distances are; kInfinity where barred.
     __device__ __forceinline__ void load_distances(int at, float largest, unsigned (&distances)[kWidth]) const {
-        float raw[kWidth], allowed[kWidth];
-        if (is_held()) {
+        if constexpr (holds) {
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) allowed[j] = held[j];
+            for (int j = 0; j < kWidth; ++j) distances[j] = __float_as_uint(held[j]);
         } else {
+            float raw[kWidth], allowed[kWidth];
             load(at, raw, allowed);
-        }
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-            distances[j] = allowed[j] > -INFINITY ? __float_as_uint(largest - allowed[j]) : kInfinity;
+            for (int j = 0; j < kWidth; ++j) distances[j] = distance_of(allowed[j], largest);
         }
+    }
+    __device__ __forceinline__ static unsigned distance_of(float allowed, float largest) {
+        return allowed > -INFINITY ? __float_as_uint(largest - allowed) : kInfinity;
+    }
+    __device__ __forceinline__ void hold_distances(float largest) {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) held[j] = __uint_as_float(distance_of(held[j], largest));
     }
 
     // Ids of this warp, and the first of a lane.
@@ -193,8 +198,8 @@ __device__ __forceinline__ Summary merge(Summary all, int lanes) {
 }
 
 // Of the ids from `begin` to `end`, for all lanes of a warp.
-template <typename T, int blocks>
-__device__ __forceinline__ Summary summary_of(Row<T, blocks>& row, int begin, int end) {
+template <typename T, int blocks, bool holds>
+__device__ __forceinline__ Summary summary_of(Row<T, blocks, holds>& row, int begin, int end) {
     Summary mine{-kLargestFloat, 0.0f, 0, 0};  // finite, so that -inf - largest is -inf
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) row.held[j] = -INFINITY;
@@ -222,8 +227,8 @@ __device__ __forceinline__ Summary summary_of(Row<T, blocks>& row, int begin, in
 }
 
 // A block alone makes the sums of a cluster's blocks one after another, so that they are the same bit for bit.
-template <typename T, int blocks>
-__device__ __forceinline__ Summary summary_of(Row<T, blocks>& row) {
+template <typename T, int blocks, bool holds>
+__device__ __forceinline__ Summary summary_of(Row<T, blocks, holds>& row) {
     __shared__ Summary of_warp[kCluster / blocks][kWarps], of_part[kCluster / blocks];
     const int stretch = row.stretch(kCluster), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -248,16 +253,17 @@ struct Tally {
     unsigned count, last, after;  // tokens in the part, the largest distance there, and the smallest after it
 };
 
-// Over `lanes` neighbours.
+// Of a warp's first `lanes`.
 __device__ __forceinline__ Tally merge(Tally all, int lanes) {
+    if (static_cast<int>(threadIdx.x % 32) >= lanes) all = {0, 0, 0, kAll};
+    constexpr int kPart = 26;  // bits, of which a warp's sums fit 32
+    unsigned long long mass = 0;
 #pragma unroll
-    for (int mask = lanes / 2; mask; mask /= 2) {
-        all.mass += __shfl_xor_sync(kAll, all.mass, mask);
-        all.count += __shfl_xor_sync(kAll, all.count, mask);
-        all.last = max(all.last, __shfl_xor_sync(kAll, all.last, mask));
-        all.after = min(all.after, __shfl_xor_sync(kAll, all.after, mask));
+    for (int shift = 0; shift < 64; shift += kPart) {
+        const auto part = static_cast<unsigned>(all.mass >> shift) & ((1u << kPart) - 1);
+        mass += static_cast<unsigned long long>(__reduce_add_sync(kAll, part)) << shift;
     }
-    return all;
+    return {mass, __reduce_add_sync(kAll, all.count), __reduce_max_sync(kAll, all.last), __reduce_min_sync(kAll, all.after)};
 }
 
 // The part up to `middle` of the distances from `low` to `high`; each(visit) shows `visit` this thread's share of them.
@@ -267,13 +273,13 @@ __device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned midd
     __shared__ Tally of_warp[kWarps], of_block[2];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Tally mine{0, 0, low, high};
-    each([&](unsigned distance) {
+    each([&](unsigned distance, auto mass) {
         if (distance < low || distance > high) return;
         if (distance > middle) {
             mine.after = min(mine.after, distance);
         } else {
             mine.last = max(mine.last, distance);
-            mine.mass += weight(__uint_as_float(distance), static_cast<float>(kLog2E));
+            mine.mass += mass();
             mine.count += 1;
         }
     });
@@ -288,15 +294,16 @@ __device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned midd
     return merge(*in_block<blocks>(&of_block[turn % 2], lane % blocks), blocks);
 }
 
-// Copy this warp's distances from `low` to `high`. Returns how many they are, or -1 in all warps where one lacks room.
-template <typename T, int blocks>
-__device__ __forceinline__ int gather(const Row<T, blocks>& row, float largest, unsigned low, unsigned high,
-                                      unsigned* nearby) {
-    __shared__ bool lacking;
-    if (threadIdx.x == 0) lacking = false;
+// Those from `low` to `high` of a row's distances, at most kNearby for each thread of a block: every block gets them all.
+// What a thread has less than that is kInfinity.
+template <typename T, int blocks, bool holds>
+__device__ __forceinline__ void gather(const Row<T, blocks, holds>& row, float largest, unsigned low, unsigned high,
+                                       unsigned (&nearby)[kNearby]) {
+    __shared__ unsigned of_block[kNearby * kThreads];
+    __shared__ int n_of_block;
+    if (threadIdx.x == 0) n_of_block = 0;
+    __syncthreads();
     const int lane = threadIdx.x % 32;
-    const unsigned lower_lanes = (1u << lane) - 1;
-    int count = 0;
     for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
         unsigned distances[kWidth];
         row.load_distances(start + row.of_lane(), largest, distances);
@@ -304,20 +311,28 @@ __device__ __forceinline__ int gather(const Row<T, blocks>& row, float largest, 
         for (int j = 0; j < kWidth; ++j) {
             const bool inside = low <= distances[j] && distances[j] <= high;
             const unsigned votes = __ballot_sync(kAll, inside);
-            const int place = count + __popc(votes & lower_lanes);
-            if (inside && place < kNearby) nearby[place] = distances[j];
-            count += __popc(votes);
+            if (votes == 0) continue;
+            const int first = __shfl_sync(kAll, lane == 0 ? atomicAdd(&n_of_block, __popc(votes)) : 0, 0);
+            if (inside) of_block[first + __popc(votes & ((1u << lane) - 1))] = distances[j];
         }
     }
     sync<blocks>();
-    if (count > kNearby) lacking = true;
-    sync<blocks>();
-    return __any_sync(kAll, *in_block<blocks>(&lacking, lane % blocks)) ? -1 : count;
+#pragma unroll
+    for (int i = 0; i < kNearby; ++i) {
+        int at = static_cast<int>(threadIdx.x) + i * kThreads;
+        nearby[i] = kInfinity;
+#pragma unroll 1
+        for (int k = 0; k < blocks; ++k) {
+            const int count = *in_block<blocks>(&n_of_block, k);
+            if (0 <= at && at < count) nearby[i] = in_block<blocks>(of_block, k)[at];
+            at -= count;
+        }
+    }
 }
 
 // The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all).
-template <typename T, int blocks, typename Value, typename Point>
-__device__ __forceinline__ int locate(const Row<T, blocks>& row, float largest, Value value, Point point) {
+template <typename T, int blocks, bool holds, typename Value, typename Point>
+__device__ __forceinline__ int locate(const Row<T, blocks, holds>& row, float largest, Value value, Point point) {
     __shared__ unsigned long long of_warp[kWarps], of_block;
     __shared__ int found;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -381,20 +396,30 @@ struct Cut {
     int last;
 };
 
-template <typename T, int blocks>
-__device__ __forceinline__ Cut cut_of(const Row<T, blocks>& row, float largest, double top_p, double top_k) {
-    __shared__ unsigned nearby[kWarps][kNearby];
+template <typename T, int blocks, bool holds>
+__device__ __forceinline__ Cut cut_of(const Row<T, blocks, holds>& row, float largest, double top_p, double top_k) {
+    const auto mass_at = [](unsigned distance) { return weight(__uint_as_float(distance), static_cast<float>(kLog2E)); };
+    unsigned long long masses[kWidth];  // of what is held
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) masses[j] = holds ? mass_at(__float_as_uint(row.held[j])) : 0;
     const auto each_of_row = [&](auto visit) {
+        if constexpr (holds) {
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) visit(__float_as_uint(row.held[j]), [&] { return masses[j]; });
+            return;
+        }
         for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
             unsigned distances[kWidth];
             row.load_distances(at, largest, distances);
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) visit(distances[j]);
+            for (int j = 0; j < kWidth; ++j) visit(distances[j], [&] { return mass_at(distances[j]); });
         }
     };
-    int n_nearby = -1;  // not gathered
+    unsigned nearby[kNearby];
+    bool is_gathered = false;
     const auto each_nearby = [&](auto visit) {
-        for (int i = threadIdx.x % 32; i < n_nearby; i += 32) visit(nearby[threadIdx.x / 32][i]);
+#pragma unroll
+        for (int i = 0; i < kNearby; ++i) visit(nearby[i], [&] { return mass_at(nearby[i]); });
     };
     const Tally all = tally_of<blocks>(each_of_row, 0, kInfinity - 1, kInfinity - 1, 1);
     unsigned low = 0, high = all.last, inside = all.count;
@@ -404,19 +429,18 @@ __device__ __forceinline__ Cut cut_of(const Row<T, blocks>& row, float largest, 
     const unsigned most = top_k > 0.0 ? static_cast<unsigned>(fmin(top_k, 4294967295.0)) : 4294967295u;
     unsigned long long mass = 0;  // nearer than low
     unsigned count = 0;
-    bool try_gathering = !row.is_held();
     for (int round = 0; low < high; ++round) {
-        if (try_gathering && inside <= blocks * kWarps * kNearby / 4) {
-            n_nearby = gather(row, largest, low, high, nearby[threadIdx.x / 32]);
-            try_gathering = n_nearby < 0 && inside > kNearby;
+        if (!is_gathered && inside <= kNearby * kThreads) {
+            gather(row, largest, low, high, nearby);
+            is_gathered = true;
         }
         const float nearest = __uint_as_float(low), farthest = __uint_as_float(high);
         unsigned middle = low + (high - low) / 2;
         if (farthest <= kFar && round < kHalvings) middle = __float_as_uint(0.5f * (nearest + farthest));
         if (farthest > kFar && nearest < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
         middle = max(low, min(middle, high - 1));
-        const Tally part = n_nearby < 0 ? tally_of<blocks>(each_of_row, low, middle, high, round)
-                                        : tally_of<blocks>(each_nearby, low, middle, high, round);
+        const Tally part = is_gathered ? tally_of<1>(each_nearby, low, middle, high, round)
+                                       : tally_of<blocks>(each_of_row, low, middle, high, round);
         if (mass + part.mass >= wanted || count + part.count >= most) {
             high = part.last;
             inside = part.count;
@@ -440,14 +464,14 @@ __device__ __forceinline__ Cut cut_of(const Row<T, blocks>& row, float largest, 
 }
 
 // logits: (rows, vocab), `stride` apart. ids: -1 where the logits are not finite.
-template <typename T, int blocks>
+template <typename T, int blocks, bool holds>
 __global__ void __launch_bounds__(kThreads)
 sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restrict__ counts,
             const bool* __restrict__ barred, const double* __restrict__ settings, const double* __restrict__ uniforms,
             int vocab, bool aligned, int64_t* __restrict__ ids, float* __restrict__ logprobs) {
     const unsigned number = blockIdx.x / blocks;
     const double* mine = settings + static_cast<int64_t>(number) * kSettings;
-    Row<T, blocks> row{logits + number * stride,    nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
+    Row<T, blocks, holds> row{logits + number * stride,    nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
                        static_cast<float>(mine[4]), {}};
     if (counts != nullptr && (mine[3] != 0.0 || mine[4] != 0.0)) {
         row.counts = counts + static_cast<int64_t>(number) * vocab;
@@ -459,6 +483,7 @@ sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restric
     if (summary.nan || summary.largest == INFINITY || summary.best == 0 || best == INFINITY) {
         id = -1;
     } else if (temperature != 0.0 && top_p != 0.0 && top_k != 1.0) {
+        row.hold_distances(best);
         const float scale = static_cast<float>(fmin(kLog2E / temperature, static_cast<double>(kLargestFloat)));
         Cut cut{kInfinity, vocab};
         if (top_p < 1.0 || top_k > 0.0) cut = cut_of(row, best, top_p, top_k);
@@ -495,6 +520,8 @@ void start(const Tensor& logits, const float* counts, const Tensor& barred, cons
     int major = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, logits.get_device_index()));
     const bool few = logits.size(0) <= kFewRows && major >= 9;
+    const bool holds = logits.size(1) <= kHeldByCluster;
+    const auto kernel = !few ? sample_rows<T, 1, false> : holds ? sample_rows<T, kCluster, true> : sample_rows<T, kCluster, false>;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = kCluster;
@@ -505,7 +532,7 @@ void start(const Tensor& logits, const float* counts, const Tensor& barred, cons
     config.stream = current_stream();
     config.attrs = &cluster;
     config.numAttrs = few ? 1 : 0;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, few ? sample_rows<T, kCluster> : sample_rows<T, 1>, data,
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, data,
                                       logits.stride(0), counts, bars, settings.const_data_ptr<double>(),
                                       uniforms.const_data_ptr<double>(), static_cast<int>(logits.size(1)), aligned,
                                       ids.mutable_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>()));
