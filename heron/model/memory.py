@@ -22,7 +22,7 @@ from heron.ops.rosa import TokenIndex, TokenStream
 from heron.ops.rosa.device_stream import DeviceStream
 
 MEMORY_BYTES = 12  # a token that is read; up to twice as much while the arrays have room to grow
-_NO_TOKENS = torch.empty(0, dtype=torch.int64)
+_NO_TOKENS = torch.empty(0, dtype=torch.int64, device="cpu")  # also where this is imported under another device
 _EXACT = 16  # lengths that have a row of their own; longer ones share one up to each power of two
 
 

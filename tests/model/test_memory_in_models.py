@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import dataclasses
+import importlib.util
 import io
 import itertools
 import pickle
@@ -19,6 +20,7 @@ from heron import ops
 from heron.checkpoint.migrate import upcycle
 from heron.config import RosaConfig
 from heron.errors import CheckpointError, ConfigError, KernelError
+from heron.model import memory as memory_module
 from heron.model.memory import Recollection, longest_match, n_length_rows
 from heron.model.state import State
 from heron.train.leaves import all_weights
@@ -486,3 +488,11 @@ def test_graphs_and_transforms_take_what_was_recalled_before(random_model):
     assert_close([each.mean()], [total(weights, tokens, recalled)], 1e-5)
     with pytest.raises(ConfigError, match="inside a graph what memory found must be given; model.recall finds it"):
         torch.func.grad(lambda w: torch.func.functional_call(model, w, (tokens,))[0].sum())(weights)
+
+
+def test_a_memory_begins_on_the_cpu_where_the_package_is_first_used_under_another_device():
+    spec = importlib.util.spec_from_file_location("heron_model_memory_again", memory_module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    with torch.device("meta"):  # under which `with torch.device("meta"): heron.RWKV(config)` imports it
+        spec.loader.exec_module(again)
+    assert again.Recollection().tokens().tolist() == []
