@@ -185,10 +185,13 @@ def test_networks_that_the_kernel_is_not_for_are_named(monkeypatch, change, capa
     assert said is None if reason is None else reason in said
 
 
-def test_small_networks_in_8_bits_are_not_the_kernels(monkeypatch):
+@pytest.mark.parametrize(
+    ("bits", "why"), [(8, "in 8 bits it is no faster below 1024 channels"), (4, "it takes codes of 8 bits, not of 4")]
+)
+def test_codes_that_are_not_the_kernels(bits, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    made = in_8_bits(network(**SMALL, dtype=BF16, sequences=1, layers=1))[0]
-    assert cuda.why_not(torch.device("cuda"), made) == "in 8 bits it is no faster below 1024 channels"
+    made = of_codes(network(**SMALL, dtype=BF16, sequences=1, layers=1), bits)[0]
+    assert cuda.why_not(torch.device("cuda"), made) == why
 
 
 def test_states_in_bf16_are_not_the_kernels(monkeypatch):
