@@ -81,7 +81,7 @@ class Table:
     def _kept(self) -> dict[str, int | None]:
         try:
             return json.loads(self._file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # a damaged one is written anew
+        except (OSError, ValueError):  # there is none yet, or a damaged one, which is written anew
             return {}
 
 
