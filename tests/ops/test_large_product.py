@@ -126,6 +126,19 @@ def test_a_file_that_does_not_fit_is_measured_again(measured, tmp_path, damage):
     assert json.loads(file.read_text()) == {FORM.name: 1}
 
 
+def test_a_product_that_cublaslt_refuses_is_asked_for_once(measured, tmp_path, monkeypatch):
+    asked = []
+
+    def refused(*form):
+        asked.append(form)
+        raise KernelError("not supported")
+
+    monkeypatch.setattr(chosen, "Algorithms", refused)
+    table = Table(CPU, tmp_path / "gpu.json")
+    assert [product_by(table) for _ in range(2)] == [8, 8]
+    assert asked == [FORM]
+
+
 def test_without_room_to_measure_pytorch_multiplies(measured, tmp_path, monkeypatch):
     times, measure = measured
     measure.error = torch.OutOfMemoryError("no room")
@@ -190,11 +203,9 @@ def test_a_gradient_from_two_products_of_a_traced_graph_becomes_one_operator(mon
 
 
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """A device without a table of its own, for which every product is large."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    table = Table(torch.device("cuda", 0), tmp_path / "gpu.json")
+def gpu(gpu, monkeypatch, tmp_path):
+    """The file of the table of the GPU, which begins empty; every product counts as large."""
+    table = Table(torch.device(gpu, 0), tmp_path / "gpu.json")
     monkeypatch.setattr(chosen, "table", lambda index: table)
     monkeypatch.setattr(op, "FEWEST", 0)
     return tmp_path / "gpu.json"

@@ -61,7 +61,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, adds: bool, by_pytorch: chosen.
     lie = cublaslt.described(a), cublaslt.described(b), cublaslt.described(out)
     if is_large(a, b) and None not in lie:
         form = chosen.Form(*lie, adds)  # pyright: ignore[reportArgumentType]
-        with contextlib.suppress(KernelError):  # PyTorch came without cuBLASLt, or that refuses
+        with contextlib.suppress(KernelError):  # PyTorch came without cuBLASLt
             multiply = chosen.table(out.get_device()).multiply(form, by_pytorch)
     multiply(a, b, out)
 

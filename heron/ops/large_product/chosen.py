@@ -56,7 +56,11 @@ class Table:
         """What multiplies fastest; the first time it is measured. `by_pytorch` does it as PyTorch does."""
         if form in self._chosen:
             return self._chosen[form]
-        algorithms, kept = Algorithms(*form), self._kept()
+        try:
+            algorithms, kept = Algorithms(*form), self._kept()
+        except KernelError:  # cuBLASLt refuses, and would each time
+            self._chosen[form] = by_pytorch
+            return by_pytorch
         if (number := kept.get(form.name, -1)) is None or 0 <= number < len(algorithms):
             chosen = number
         elif torch.cuda.is_current_stream_capturing():
