@@ -26,7 +26,7 @@ class Workers(ProcessPoolExecutor):
         super().__init__(n, multiprocessing.get_context("spawn"), _end_with_parent)
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        """As in the base class, which starts a process here where one more is of use."""
+        """As in the base class. This call may start a process, which then ignores SIGINT."""
         with _deaf_to_interrupts():
             return super().submit(fn, *args, **kwargs)
 

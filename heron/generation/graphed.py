@@ -283,7 +283,7 @@ class GraphedDecoder(StateDecoder):
         return self._with_bonus(step.form.pieces.head(x, matrix_of(self._model.head)), found)
 
     def _with_bonus(self, logits: Tensor, found: Tensor | None) -> Tensor:
-        """`logits` (n, V) with what memory adds to them, in place."""
+        """Add to `logits` (n, V), in place, what ROSA memory does; returns them."""
         if found is not None:
             of_memory, values = self._bonus(found)
             logits.scatter_add_(1, of_memory, values.to(logits.dtype))

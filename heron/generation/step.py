@@ -72,7 +72,7 @@ def time_mix(
     before: LayerStates | None = None,
     drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """residual (n, C), which may change, -> residual (n, C), and layer 0's values (n, C); writes `states`.
+    """Add a time mix to residual (n, C), which may change; return the sum and layer 0's values (n, C). Writes `states`.
 
     Args:
         states: of n sequences, after this token.
@@ -100,7 +100,7 @@ def channel_mix(
     embedded: Tensor,
     before: LayerStates | None = None,
 ) -> Tensor:
-    """residual (n, C), which may change, -> residual (n, C); writes `states`.
+    """Add a channel mix to residual (n, C), which may change; return the sum. Writes `states`.
 
     Args:
         states: as for :func:`time_mix`, as is `before`.

@@ -22,7 +22,7 @@ def widest(model: nn.Module) -> torch.dtype | None:
 def in_products(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters that meet each other in sums and products, by name.
 
-    All but tables, whose rows are cast, and those of adapters and quantized layers, which cast what they are given.
+    Tables do not count, as their rows are cast, nor do adapters and quantized layers, which cast their inputs.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, DeepEmbed)}
     found = own_parameters(model)

@@ -1,4 +1,4 @@
-"""Matrix products of what PyTorch's compiler has traced: the large ones, and sums of two, are computed by ours."""
+"""Matrix products in graphs of PyTorch's compiler: heron.ops.large_product takes over large ones and sums of two."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class CodedMatrix(NamedTuple):
     scales: Tensor
     """(out, in / GROUP), bf16."""
     levels: Tensor | None = None
-    """What codes of 4 bits stand for, (16,) int8; None: they have 8."""
+    """What each code of 4 bits stands for, (16,) int8; None where codes have 8 bits."""
 
     @classmethod
     def of(cls, matrix: Tensor, bits: int = 8) -> CodedMatrix:

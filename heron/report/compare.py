@@ -123,7 +123,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """The runs by the settings in which they differ, in the order of their first ones; what all share names nothing.
+    """The runs by name: the settings in which they differ, in the order of the first run; what all share is left out.
 
     Where so much differs that a name would be longer than a line, all are called by their folders.
     """

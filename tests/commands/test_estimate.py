@@ -100,7 +100,7 @@ def test_a_memory_counts_with_what_it_adds_to_a_step(tmp_path):
 
 
 def counted(config, model):
-    """What :func:`estimate.estimate` gives where it runs all layers over all tokens."""
+    """What :func:`estimate.estimate` would give if it ran all layers over all tokens."""
     distinct = min(config.tokens_per_step // max(1, config.processes), model.vocab_size)
     return estimate._counted(config, model, distinct)
 

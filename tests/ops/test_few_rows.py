@@ -196,11 +196,9 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
 
 
 @pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def gpu(gpu):
     cuda.library(torch.cuda.get_device_capability())
-    return "cuda"
+    return gpu
 
 
 @pytest.mark.gpu

@@ -175,13 +175,6 @@ def test_the_kernel_compiles_without_spilling(tmp_path, arch):
 # On a GPU
 
 
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return "cuda"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_kernel_multiplies_the_longest_vectors(gpu, dtype):

@@ -217,13 +217,6 @@ def test_the_kernel_compiles_without_spilling(tmp_path):
 # On a GPU
 
 
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return "cuda"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("eights", [False, True], ids=["floating", "int8"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -44,8 +44,8 @@ constexpr int kOfWarp = 32 / kLanes * kStateRows;  // channels of a warp
 
 // What all lanes read of every channel; the first four by the kind of the thread that writes them.
 enum Vector { kReceptance, kDecay, kKeyVector, kRemovalKey, kRemovalIclr, kMixedValue, kVectors };
-// What every warp brings to a sum over the head: squares of the removal key, the bonus; the mean of y, squares of
-// distances from it.
+// Sums over a head to which every warp adds its part: squares of the removal key, the bonus, the mean of y, and squares of
+// distances from that mean.
 enum Share { kSquare, kBonus, kMean, kSquares, kShares };
 
 // The sums over the lanes that share rows: of the row lane / 2. A lane hands on what others sum up.

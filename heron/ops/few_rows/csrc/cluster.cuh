@@ -1,4 +1,4 @@
-// What the blocks of a cluster do together, from compute capability 9.0 on.
+// Barriers of all threads of a cluster of blocks, from compute capability 9.0 on.
 #pragma once
 
 #include "../../csrc/shared_address.cuh"

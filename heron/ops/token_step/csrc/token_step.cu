@@ -347,7 +347,7 @@ struct Step : Tiles {
         Head<kHead> head(in.room);
         constexpr int kKeys = Head<kHead>::kKeys;
         const auto key = [&](int i) { return 4 * (i / 4 * kLanes + head.lane) + i % 4; };
-        // use(row, i, at) for this thread's rows and for every four of its keys, which lie at 16 `at` of the state.
+        // Calls use(row, i, at) for each of this thread's rows and each four of its keys; they begin at byte 16 at.
         const auto for_keys = [&](const auto& use) {
 #pragma unroll
             for (int row = 0; row < kStateRows; ++row) {
