@@ -125,14 +125,22 @@ class Desk:
         if all(order.form is None and order.start.state is None for order in orders):
             self._link.tell(Engines.submit, self._engine, orders)
             return jobs
-        try:  # grammars and files take a while
-            await self._link.ask(Engines.submit, self._engine, orders)
+        asked = asyncio.ensure_future(self._link.ask(Engines.submit, self._engine, orders))
+        try:
+            await asyncio.shield(asked)  # grammars and files take a while, and only an order that is there can be ended
+        except asyncio.CancelledError:
+            asked.add_done_callback(lambda _: self._withdraw(jobs))
+            raise
         except BaseException:
-            for job in jobs:
-                self.cancel(job)
-                self._open.pop(job.number, None)
+            self._withdraw(jobs)
             raise
         return jobs
+
+    def _withdraw(self, jobs: Sequence[Job]) -> None:
+        """End texts of which one cannot be written, or for which nobody waits any more."""
+        for job in jobs:
+            self.cancel(job)
+            self._open.pop(job.number, None)
 
     def cancel(self, job: Job) -> None:
         """End a text that nobody wants any more."""

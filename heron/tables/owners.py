@@ -131,11 +131,15 @@ class Request:
     def fetch(self, owned: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Fill the rows (n, width) of each table from those that their owners have at hand.
 
+        All tables' rows of a token travel as one, since each transfer costs the host as much as many kernels do.
+
         Args:
             owned: (m, width) of each table, on the device of `rows`.
         """
-        at = _onto(self.at, owned[0].device)
-        self.ranks.exchange((part.index_select(0, at) for part in owned), rows, self.lent, self.wanted)
+        lent = torch.stack(list(owned), dim=1).index_select(0, _onto(self.at, owned[0].device))
+        received = lent.new_empty(len(self.ids), *lent.shape[1:])
+        self.ranks.exchange([lent], [received], self.lent, self.wanted)
+        torch._foreach_copy_(list(rows), list(received.unbind(1)))  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def give_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -144,16 +148,17 @@ class Request:
         Added up in the order of the processes, so that a run repeats bit for bit.
 
         Args:
-            gradients: (n, width) of the rows in `ids`.
+            gradients: (n, width) of the rows in `ids`, of each table.
         """
-        received = [gradient.new_empty(len(self.at), gradient.shape[1]) for gradient in gradients]
-        self.ranks.exchange(gradients, received, self.wanted, self.lent)
-        if not len(self.owned):
-            return received
-        order, times = (_onto(part, gradients[0].device) for part in (self.order, self.times))
-        return [
-            torch.segment_reduce(part.index_select(0, order), "sum", lengths=times, unsafe=True) for part in received
-        ]
+        given = torch.stack(list(gradients), dim=1)
+        received = given.new_empty(len(self.at), *given.shape[1:])
+        self.ranks.exchange([given], [received], self.wanted, self.lent)
+        if len(self.owned):
+            order, times = (_onto(part, given.device) for part in (self.order, self.times))
+            parts = received.flatten(1).index_select(0, order)
+            sums = torch.segment_reduce(parts, "sum", lengths=times, unsafe=True)
+            received = sums.view(len(self.owned), *given.shape[1:])
+        return list(received.transpose(0, 1).contiguous().unbind())
 
 
 def _onto(tensor: Tensor, device: torch.device) -> Tensor:

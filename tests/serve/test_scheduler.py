@@ -206,6 +206,30 @@ def test_more_than_may_wait_are_refused_together(engine_of):
     running(engine_of(1), work, queue=2)
 
 
+def test_a_text_that_nobody_waits_for_ends_though_its_grammar_is_still_made(engine_of):
+    begun, goes_on, made = threading.Event(), threading.Event(), threading.Event()
+
+    def form(grammars):
+        begun.set()
+        goes_on.wait(20)
+        made.set()
+
+    async def work(models, desk):
+        asked = asyncio.create_task(desk.submit([order_of(n=1_000_000_000, form=form)]))
+        await asyncio.to_thread(begun.wait, 20)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert desk.n_writing == 1  # its place is taken until it is known to have ended
+        goes_on.set()
+        await asyncio.to_thread(made.wait, 20)
+        [job] = await desk.submit([order_of(n=2)])  # there is one place
+        await ids_of(job)
+        assert (desk.n_writing, desk.n_waiting) == (0, 0)
+
+    running(engine_of(1), work)
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_job_whose_time_is_over_fails(engine_of, waits):
     async def work(models, desk):
