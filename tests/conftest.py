@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` and `tests` are not part of the installed package
 
-from tests import warm  # noqa: E402
+from tests import warm
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -97,6 +97,25 @@ def _flags_are_listed_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "parser", functools.cache(flags.parser))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures_of_runs():
+    """A picture of a run takes many times as long as such runs; `picture` has it drawn."""
+    from heron.train import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot", lambda folders, out: None)
+        yield
+
+
+@pytest.fixture
+def picture(monkeypatch):
+    """Has `loss.png` drawn."""
+    from heron import report
+    from heron.train import loop
+
+    monkeypatch.setattr(loop, "plot", report.plot)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 
 One process, the server, imports all and forks; the workers of the suite are forked by it, and what `start` starts. It
 is `python -m tests.warm FILENO`, and ends with the process that has started it. What comes of a fork runs `-m MODULE`
-or `-c CODE` as Python would, and ends as Python ends. It does not await the disk.
+or `-c CODE` as Python would, and ends as Python ends. It does not await the disk, and draws no picture of a run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import json
 import os
 import runpy
 import select
-import signal
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -221,6 +221,7 @@ def serve(listener: socket.socket) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     os.fsync = lambda _: None  # as in tests/conftest.py
+    sys.modules["heron.train.loop"].plot = lambda folders, out: None
     gc.freeze()  # to look for cycles in what was imported would copy it
     become(**forks(listener))
 
