@@ -31,7 +31,10 @@ REPOSITORY = Path(__file__).parents[1]
 ADDRESS = "HERON_TESTS_WARM"  # the environment variable with the address of a server's socket
 _NUMBER = 4  # bytes of a process number or an exit code
 _FILES = 4  # that come with a request
-_LIBRARIES = ("httpx", "hypothesis", "music21", "openai", "peft", "schemathesis", "transformers")  # where installed
+_LIBRARIES = (  # where installed
+    "httpx", "hypothesis", "matplotlib.backends.backend_agg", "matplotlib.figure", "music21", "networkx", "openai", "peft",
+    "schemathesis", "torch._inductor.compile_fx", "transformers",
+)  # fmt: skip
 _address = os.environ.get(ADDRESS)
 _servers: list[subprocess.Popen] = []  # that end with this process
 
