@@ -32,8 +32,8 @@ ADDRESS = "HERON_TESTS_WARM"  # the environment variable with the address of a s
 _NUMBER = 4  # bytes of a process number or an exit code
 _FILES = 4  # that come with a request
 _LIBRARIES = (  # where installed
-    "httpx", "hypothesis", "matplotlib.backends.backend_agg", "matplotlib.figure", "music21", "networkx", "openai", "peft",
-    "schemathesis", "torch._inductor.compile_fx", "transformers",
+    "httpx", "hypothesis", "matplotlib.backends.backend_agg", "matplotlib.figure", "music21", "networkx", "openai",
+    "peft", "schemathesis", "torch._inductor.compile_fx", "transformers",
 )  # fmt: skip
 _address = os.environ.get(ADDRESS)
 _servers: list[subprocess.Popen] = []  # that end with this process
