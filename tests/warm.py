@@ -213,6 +213,20 @@ def become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
         exec(what, {"__name__": "__main__"})
 
 
+def _build() -> None:
+    """Build the libraries for which all workers would else wait at once, while there are no workers yet."""
+    from heron import progress
+    from heron.errors import KernelError
+    from heron.ops.rosa import cpu as rosa
+    from heron.ops.token_step import cpu as token_step
+    from tests.ops import emulator
+
+    progress.PATIENCE_S = 1e6  # says nothing
+    with contextlib.suppress(KernelError):  # no compiler: what needs one says so
+        for load in (token_step.library, emulator.load, rosa.library):
+            load()
+
+
 def serve(listener: socket.socket) -> None:
     """Import all, then fork what is asked for; returns in a process that was forked, and has done what it had to."""
     for name in (
@@ -220,6 +234,10 @@ def serve(listener: socket.socket) -> None:
         "tests.torchrun",
     ):  # fmt: skip
         importlib.import_module(name)
+    if os.fork() == 0:
+        listener.close()
+        _build()
+        os._exit(0)
     for name in _LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
