@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` and `tests` are no
 
 from tests import warm
 
+_LONG = ("test_dist.py", "test_dist_faults.py", "test_many_gpus.py", "test_torture.py")  # a test takes half a minute
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are processors: a fifth of a worker's time it waits for processes, a browser or a clock."""
@@ -64,8 +66,9 @@ def pytest_collect_directory(path, parent):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    """Every worker must have the tests in one order, and short ones at the end: the last worker is soon done then."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.path)  # every worker must have them in one order
+        items.sort(key=lambda item: (item.path.name not in _LONG, item.path))
 
 
 def pytest_collection_finish():
