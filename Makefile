@@ -14,7 +14,8 @@ lint: .venv/installed-dev        ## ruff over all files, their format too, pyrig
 test: lint                       ## the whole suite
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-torture: .venv/installed-dev     ## the promises under attack at full count, and the table of docs/reliability.md
+torture: .venv/installed-dev     ## the tests that take long; the promises under attack at full count, and the table of docs/reliability.md
+	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.torture --write
 
 bench: .venv/installed-dev       ## the figures that README and docs quote

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
     import heron
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` is not part of the installed package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `core/` and `tests` are not part of the installed package
+
+from tests import warm
+
+_LONG = ("test_dist.py", "test_dist_faults.py", "test_many_gpus.py", "test_torture.py")  # a test takes half a minute
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -31,9 +35,40 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_xdist_setupnodes(specs):
+    """Workers are forked by one process that has imported what tests import, where a fork is safe."""
+    if sys.platform == "linux":
+        os.environ[warm.ADDRESS] = warm.start_server()
+        for spec in specs:
+            spec.python = warm.worker()
+
+
 def pytest_configure():
     """Look for cycles of objects seldom: among all that is imported a look takes a second."""
     gc.set_threshold(20_000, 20, 10)
+
+
+class _FromItsShare(pytest.Dir):
+    """A folder of tests, which each worker begins to read elsewhere, and finds compiled what others have read."""
+
+    def collect(self):
+        found, worker = [*super().collect()], self.config.workerinput
+        first = len(found) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+        return found[first:] + found[:first]
+
+
+def pytest_collect_directory(path, parent):
+    """Unless it is a package, of which pytest knows more."""
+    if not hasattr(parent.config, "workerinput") or (path / "__init__.py").exists():
+        return None
+    return _FromItsShare.from_parent(parent, path=path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Every worker must have the tests in one order, and short ones at the end: the last worker is soon done then."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (item.path.name not in _LONG, item.path))
 
 
 def pytest_collection_finish():
@@ -65,6 +100,25 @@ def _flags_are_listed_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "parser", functools.cache(flags.parser))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures_of_runs():
+    """A picture of a run takes many times as long as such runs; `picture` has it drawn."""
+    from heron.train import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot", lambda folders, out: None)
+        yield
+
+
+@pytest.fixture
+def picture(monkeypatch):
+    """Has `loss.png` drawn."""
+    from heron import report
+    from heron.train import loop
+
+    monkeypatch.setattr(loop, "plot", report.plot)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,8 +177,6 @@ def rwkv_package(tmp_path) -> Callable[..., list[tuple[Tensor, list[Tensor]]]]:
         jobs: list[tuple[Any, ...]], jit: bool = False, deep_embed: bool = False
     ) -> list[tuple[Tensor, list[Tensor]]]:
         import torch
-
-        from tests import warm
 
         asked, answered = tmp_path / "jobs.pt", tmp_path / "answers.pt"
         torch.save([(str(path), *rest) for path, *rest in jobs], asked)

@@ -24,7 +24,6 @@ from heron import cli, report, tokenizer
 from heron.commands import flags, info
 from heron.config import MINI_EPOCH, ModelConfig, TrainConfig, groups
 from heron.data import binidx
-from heron.train import loop as train
 from tests import warm
 
 TEXT = "".join(f"Line {n} of a text that repeats itself, {n % 7} times {n % 5}.\n" for n in range(60))
@@ -71,14 +70,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_picture():
-    """It takes longer than such a run; tests/train/test_loop.py has it drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "plot", lambda folders, out: None)
-        yield
 
 
 @pytest.fixture(scope="module")

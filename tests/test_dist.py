@@ -22,7 +22,6 @@ from heron import dist, report
 from heron.checkpoint import run, sharded, shares
 from heron.data.loader import Batches
 from heron.errors import CheckpointError, ConfigError, HeronError
-from heron.train import loop as train
 from heron.train.step import Learner
 from heron.train.stop import Preemption
 from tests import warm
@@ -59,17 +58,15 @@ def folder(text):
     rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_preferences(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "plot", lambda folders, out: None)
-        for name, changes in {
-            "one": {},
-            "one-v8": dict(model=str(folder / GATED), tables="host"),
-            "one-accumulated": dict(micro_bsz=2, accumulate=2),
-            "one-packs": of_packs(folder),
-            "one-dpo": of_preferences(folder),
-        }.items():
-            config = settings(folder, text, name, **{"micro_bsz": 4, **changes})
-            assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
+    for name, changes in {
+        "one": {},
+        "one-v8": dict(model=str(folder / GATED), tables="host"),
+        "one-accumulated": dict(micro_bsz=2, accumulate=2),
+        "one-packs": of_packs(folder),
+        "one-dpo": of_preferences(folder),
+    }.items():
+        config = settings(folder, text, name, **{"micro_bsz": 4, **changes})
+        assert heron.Trainer(config, say=lambda line: None).fit() == "finished"
     warm.run(["-m", "tests.ranks", folder, text], timeout=400)
     return folder
 
@@ -256,8 +253,7 @@ def test_a_checkpoint_of_shares_is_a_model_and_is_refused_where_one_is_missing(f
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "v8-ddp-host", "v8-fsdp-host"])
-def test_one_process_goes_on_with_a_run_of_many(folder, text, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(train, "plot", lambda folders, out: None)
+def test_one_process_goes_on_with_a_run_of_many(folder, text, tmp_path, name):
     said = []
     source = folder / name / "checkpoints" / f"step-{STEPS:08d}"
     v8 = dict(model=str(folder / GATED), tables="host") if "v8" in name else {}

@@ -33,6 +33,7 @@ def test_an_example_is_short_and_tested_here(path):
     assert f'example("{path.stem}"' in Path(__file__).read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("picture")
 def test_train_your_text(example, tmp_path):
     (tmp_path / "mine.txt").write_text("One fish, two fish, red fish, blue fish.\n" * 100)
     arguments = ("--data", tmp_path / "mine.txt", "--out", tmp_path / "run", "--prompt", "One ", "--steps", 2)

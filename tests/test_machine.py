@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,9 +104,19 @@ def test_the_precision_context(dtype, product):
 # -- doctor ---------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_says_what_is_here_and_what_would_be_used(monkeypatch):
+@pytest.fixture
+def on_the_path(monkeypatch):
+    """A function: where `doctor` finds every program. No one else does: builds that fail are remembered."""
+
+    def pretend(place):
+        monkeypatch.setattr(doctor, "shutil", SimpleNamespace(which=lambda _: place))
+
+    return pretend
+
+
+def test_doctor_says_what_is_here_and_what_would_be_used(monkeypatch, on_the_path):
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"avx2", "amx_bf16"}))
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    on_the_path(None)
     report = doctor.report()
     values = dict(re.findall(r"^  (\S.{0,15}?) {2,}(\S.*)$", report, re.MULTILINE))
     assert values["heron"] == heron.__version__
@@ -119,11 +130,11 @@ def test_doctor_says_what_is_here_and_what_would_be_used(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [set(), {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}])
-def test_doctor_fits_80_columns(monkeypatch, flags):
+def test_doctor_fits_80_columns(monkeypatch, on_the_path, flags):
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     monkeypatch.setattr(doctor.sys, "executable", "/usr/bin/python3")
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/local/cuda/bin/nvcc")
+    on_the_path("/usr/local/cuda/bin/nvcc")
     assert max(map(len, doctor.report().splitlines())) <= 80
 
 

@@ -1,18 +1,23 @@
-"""Processes of Python in which PyTorch and Heron are imported already, which otherwise takes each of them two seconds.
+"""Processes of Python in which PyTorch, Heron and what tests import are imported already, which takes many seconds.
 
-`start` asks `python -m tests.warm FILENO`, of which every worker of the suite has one: it imports all once and forks.
-What comes of it runs `-m MODULE` or `-c CODE` as Python would, and ends as Python ends. It does not await the disk.
+One process, the server, imports all and forks; the workers of the suite are forked by it, and what `start` starts. It
+is `python -m tests.warm FILENO`, and ends with the process that has started it. What comes of a fork runs `-m MODULE`
+or `-c CODE` as Python would, and ends as Python ends. It does not await the disk, and draws no picture of a run.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
 import select
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,20 +28,32 @@ from pathlib import Path
 from typing import IO
 
 REPOSITORY = Path(__file__).parents[1]
+ADDRESS = "HERON_TESTS_WARM"  # the environment variable with the address of a server's socket
 _NUMBER = 4  # bytes of a process number or an exit code
+_FILES = 4  # that come with a request
+_LIBRARIES = (  # where installed
+    "httpx", "hypothesis", "matplotlib.backends.backend_agg", "matplotlib.figure", "music21", "networkx", "openai",
+    "peft", "schemathesis", "torch._inductor.compile_fx", "transformers",
+)  # fmt: skip
+_address = os.environ.get(ADDRESS)
+_servers: list[subprocess.Popen] = []  # that end with this process
 
 
 class Process:
     """As subprocess.Popen of `python ARGUMENTS`, with text; see :func:`start`."""
 
-    def __init__(self, arguments: Sequence[object], stdout, stderr, env: Mapping[str, str] | None, cwd: object):
+    def __init__(self, arguments: Sequence[object], stdout, stderr, env=None, cwd=None, stdin=subprocess.DEVNULL):
         self.args, self.returncode = [*map(str, arguments)], None
         self._told, tells = os.pipe()
+        read = os.open(os.devnull, os.O_RDONLY) if stdin == subprocess.DEVNULL else os.dup(stdin.fileno())
         self.stdout, out = _reads_and_written(stdout)
         self.stderr, errors = (None, os.dup(out)) if stderr == subprocess.STDOUT else _reads_and_written(stderr)
         asked = dict(arguments=self.args, env=dict(env or os.environ), cwd=str(cwd or os.getcwd()))
-        socket.send_fds(_warm(), [json.dumps(asked).encode()], [tells, out, errors])
-        for file in (tells, out, errors):
+        files = [tells, read, out, errors]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+            server.connect(_address or _own_server())
+            socket.send_fds(server, [json.dumps(asked).encode()], files)
+        for file in files:
             os.close(file)
         self.pid = self._number()
 
@@ -119,47 +136,64 @@ def run(arguments: Sequence[object], timeout: float = 300, env: Mapping[str, str
         assert code == 0, output.read()
 
 
+def worker() -> str:
+    """The command line of a Python for xdist: `-u -c CODE` behind it is run by a process that a server has forked."""
+    return shlex.join([sys.executable, "-E", __file__])
+
+
 @functools.cache
-def _warm() -> socket.socket:
-    """What `forks` reads, of a process that ends with this one."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        number = theirs.fileno()
+def _own_server() -> str:
+    return start_server()
+
+
+def start_server() -> str:
+    """Start a server that ends with this process, and return the address of its socket."""
+    address = os.path.join(tempfile.mkdtemp(prefix="heron-warm-"), "socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen(100)  # who asks before all is imported waits
+        number = listener.fileno()
         command = [sys.executable, "-m", "tests.warm", str(number)]
-        subprocess.Popen(command, pass_fds=[number], cwd=REPOSITORY, start_new_session=True)
-    return ours
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=[number], cwd=REPOSITORY, start_new_session=True
+        )
+    _servers.append(process)  # its stdin is closed when this process ends
+    atexit.register(shutil.rmtree, os.path.dirname(address), ignore_errors=True)
+    return address
 
 
-def forks(asked: socket.socket) -> dict:
-    """Fork what is asked for. In a process that was forked: what it has to run."""
+def forks(listener: socket.socket) -> dict:
+    """Fork what is asked for, until stdin is closed. In a process that was forked: what it has to run."""
     while True:
-        request, files, *_ = socket.recv_fds(asked, 1 << 20, 3)
-        if not request:
+        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
             sys.exit()
+        asked, _ = listener.accept()
+        with asked:
+            request, files, *_ = socket.recv_fds(asked, 1 << 20, _FILES)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if os.fork() == 0:
-            asked.close()
+            listener.close()
             _begin(*files)
             return json.loads(request)
         for file in files:
             os.close(file)
 
 
-def _begin(tells: int, out: int, errors: int) -> None:
+def _begin(tells: int, read: int, out: int, errors: int) -> None:
     """Fork once more, and tell of the process that comes back from here: its number, then how it has ended."""
     if child := os.fork():
-        for file in (out, errors):
+        for file in (read, out, errors):
             os.close(file)
         os.write(tells, child.to_bytes(_NUMBER, sys.byteorder, signed=True))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.write(tells, code.to_bytes(_NUMBER, sys.byteorder, signed=True))
         os._exit(0)
     os.setsid()
-    for file, number in ((out, 1), (errors, 2)):
+    for number, file in enumerate((read, out, errors)):
         os.dup2(file, number)
-    for file in (tells, out, errors):
+    for file in (tells, read, out, errors):
         os.close(file)
 
 
@@ -170,6 +204,7 @@ def become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv, sys.path[0] = [how, *words], cwd
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     if how == "-m":
@@ -178,14 +213,42 @@ def become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
         exec(what, {"__name__": "__main__"})
 
 
-if __name__ == "__main__":
-    from heron import generation as generation
-    from heron.commands import serve as serve
-    from heron.commands import train as train
-    from heron.serve import processes as processes
-    from heron.train import loop as loop
-    from tests import torchrun as torchrun
+def _build() -> None:
+    """Build the libraries for which all workers would else wait at once, while there are no workers yet."""
+    from heron import progress
+    from heron.errors import KernelError
+    from heron.ops.rosa import cpu as rosa
+    from heron.ops.token_step import cpu as token_step
+    from tests.ops import emulator
 
+    progress.PATIENCE_S = 1e6  # says nothing
+    with contextlib.suppress(KernelError):  # no compiler: what needs one says so
+        for load in (token_step.library, emulator.load, rosa.library):
+            load()
+
+
+def serve(listener: socket.socket) -> None:
+    """Import all, then fork what is asked for; returns in a process that was forked, and has done what it had to."""
+    for name in (
+        "heron.generation", "heron.commands.serve", "heron.commands.train", "heron.serve.processes", "heron.train.loop",
+        "tests.torchrun",
+    ):  # fmt: skip
+        importlib.import_module(name)
+    if os.fork() == 0:
+        listener.close()
+        _build()
+        os._exit(0)
+    for name in _LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     os.fsync = lambda _: None  # as in tests/conftest.py
+    sys.modules["heron.train.loop"].plot = lambda folders, out: None
     gc.freeze()  # to look for cycles in what was imported would copy it
-    become(**forks(socket.socket(fileno=int(sys.argv[1]))))
+    become(**forks(listener))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "-u":
+        process = Process(sys.argv[2:], sys.stdout, sys.stderr, stdin=sys.stdin)
+        sys.exit(process.wait() % 256)
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -77,8 +77,7 @@ class WorldTokenizer:
                 for line in lines:
                     index, _, rest = line.partition(" ")
                     literal, _, length = rest.rpartition(" ")
-                    token = ast.literal_eval(literal)
-                    token = token.encode("utf-8") if isinstance(token, str) else token
+                    token = _value(literal)
                     if int(index) != len(table) or int(length) != len(token):
                         raise ValueError(f"id {index} with {len(token)} bytes, wanted {len(table)} with {int(length)}")
                     table.append(token)
@@ -88,3 +87,12 @@ class WorldTokenizer:
                 "Type: pip install --force-reinstall pyrwkv-tokenizer"
             ) from None
         return table
+
+
+def _value(literal: str) -> bytes:
+    """The bytes that a literal of Python stands for. Most are plain text between quotes, which is read at once."""
+    text, quote = literal[1:-1], literal[:1]
+    if quote in ("'", '"') and literal[1:].endswith(quote) and quote not in text and "\\" not in text:
+        return text.encode("utf-8")
+    value = ast.literal_eval(literal)
+    return value.encode("utf-8") if isinstance(value, str) else value

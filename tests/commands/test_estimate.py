@@ -106,7 +106,7 @@ def counted(config, model):
 
 
 def test_layers_that_are_not_run_are_extrapolated():
-    config, model = training(grad_checkpoint=True, ctx_len=2), MODEL.changed(n_layer=5)
+    config, model = training(ctx_len=2), MODEL.changed(n_layer=5)
     assert tuple(estimate.estimate(config, model)) == pytest.approx(tuple(counted(config, model)), rel=1e-3)
 
 
@@ -121,8 +121,8 @@ def test_long_samples_are_extrapolated(variant, monkeypatch):
 
 
 def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
-    config = training(grad_checkpoint=True, micro_bsz=1, ctx_len=256)
-    shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=4350) for n in (4, 6))
+    config = training(grad_checkpoint=True, micro_bsz=8, ctx_len=32)
+    shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=4400) for n in (4, 6))
     of_shallow, found = (estimate.estimate(config, model) for model in (shallow, deep))
     assert of_shallow.peak == of_shallow.in_forward
     assert found.peak == found.in_backward
@@ -131,7 +131,7 @@ def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
 
 def test_blocks_that_a_sharded_pass_has_gathered_are_not_counted_for_every_layer():
     model = heron.ModelConfig(variant="v7", n_layer=5, n_embd=256, head_size=64, vocab_size=64)
-    config = estimate.on_gpus(training(grad_checkpoint=True, parallel="fsdp", micro_bsz=1), model, 8)
+    config = estimate.on_gpus(training(parallel="fsdp", micro_bsz=1), model, 8)
     found = estimate.estimate(config, model)
     assert found.peak == found.in_backward
     assert found.peak == pytest.approx(counted(config, model).peak, rel=1e-2)

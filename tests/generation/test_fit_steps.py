@@ -120,8 +120,8 @@ def test_sequences_that_come_and_go_get_the_logits_of_each_alone(random_model, c
     model, chance = random_model(**MODELS[form]).double(), random.Random(1)
     fits, alone, there = recorded(GraphedDecoder(model, 9, fit_steps=True)), GraphedDecoder(model, 1), {}
     sizes = set()
-    for step in range(90):
-        wanted = (9, 2, 1)[step // 15 % 3]  # full and nearly empty by turns
+    for step in range(48):
+        wanted = (9, 2, 1)[step // 8 % 3]  # full and nearly empty by turns
         for sequence in list(there):
             if len(there) > wanted or chance.random() < 0.05:
                 fits.free(sequence)

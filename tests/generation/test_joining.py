@@ -84,7 +84,7 @@ def test_a_sequence_says_what_it_says_alone_whatever_joins_and_leaves(
     if draws == "device":
         monkeypatch.setattr(many, "_draws", DeviceDraws(INTEGERS, 3, torch.device("cpu")))
     said, wanted, n_cancelled, n_gone_on = {}, {}, 0, 0
-    for _ in range(70):
+    for _ in range(40):
         while many.n_free and chance.random() < 0.4:
             request = some_request(chance)
             sequence = many.add(request)

@@ -45,7 +45,7 @@ def test_sequences_that_come_and_go_while_a_step_is_ahead_get_what_each_gets_alo
     many, alone = recorded(GraphedDecoder(model, 6, fit_steps=fit_steps)), GraphedDecoder(model, 1)
     alone.step([0], [5])
     behind, tokens, begun = {}, {}, set()  # of each sequence: its state, and the token that it reads next
-    for _ in range(120):
+    for _ in range(60):
         for sequence in range(6):
             if sequence not in tokens and chance.random() < 0.1:
                 behind[sequence], tokens[sequence] = alone.read(0), chance.randrange(37)  # from where another one was

@@ -17,8 +17,6 @@ from heron.config.finetune_adapter import KINDS, AdapterConfig
 from heron.errors import CheckpointError, ConfigError
 from heron.generation.decoder import is_fusible
 from heron.model.adapters import Adapter, adapter_parameters, add_adapter
-from heron.model.compiled import compiled
-from heron.model.rwkv import Block
 from heron.optim import group_of
 
 pytest.importorskip("peft", reason="needs the finetune extra: pip install 'heron-rwkv[finetune]'")
@@ -238,18 +236,6 @@ def test_without_peft_the_error_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"adapters need the package peft .* pip install 'heron-rwkv\[finetune\]'"):
         add_adapter(base(), AdapterConfig(rank=4))
-
-
-@pytest.mark.parametrize("kind", ["lora", "miss"])  # pissa is a lora by then; peft's DoRA cannot be traced
-def test_compiled_blocks_compute_with_their_adapters(base, kind):
-    model = base()
-    add_adapter(model, AdapterConfig(kind, rank=4))
-    trained(model)
-    wanted = model.loss(IDS, IDS.roll(-1, 1))
-    mix = compiled(Block.mix, "eager")
-    for block in model.blocks:
-        block.compiled = mix
-    assert torch.allclose(model.loss(IDS, IDS.roll(-1, 1)), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

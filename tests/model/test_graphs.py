@@ -1,7 +1,7 @@
 """What a user does with any module: torch.compile, torch.export and torch.func, against the same calls as they are.
 
-`aot_eager` captures the graphs and runs them as they are, so its numbers are the same bit for bit; one test has the
-whole of torch.compile, with C++.
+`aot_eager` captures the graphs and runs them as they are, so its numbers are the same bit for bit. The whole of
+torch.compile, with C++, has WKV7, and a model among the tests that take long.
 """
 
 from __future__ import annotations
@@ -77,7 +77,35 @@ def test_a_model_is_one_graph_with_the_same_numbers_and_gradients(model):
             compiled(model, ids(2, 17), torch.full((2, 17), 29))
 
 
-@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler on the path")
+needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler on the path")
+
+
+@needs_compiler
+def test_wkv7_among_operators_of_torch_compiles_own_compiler():
+    """All else in a model is PyTorch's own."""
+    torch._dynamo.reset()
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 17, 24, generator=draw), torch.randn(24, 6 * 24, generator=draw) / 5
+    start = torch.randn(2, 3, 8, 8, generator=draw)
+
+    def mixed(x, weight, start):
+        r, w, k, v, a, b = (x @ weight).view(2, 17, 6, 3, 8).unbind(2)  # strided as no kernel is promised
+        a = nn.functional.normalize(a, dim=-1)
+        y, state = heron.ops.wkv7(r, w.sigmoid(), k, v, -a, a * b.sigmoid(), start)
+        return y * x.view(2, 17, 3, 8).tanh(), state
+
+    results, slopes = [], []
+    for run in (torch.compile(mixed, fullgraph=True), mixed):
+        given = [tensor.clone().requires_grad_() for tensor in (x, weight, start)]
+        y, state = run(*given)
+        slopes.append(torch.autograd.grad(y.square().mean() + state.square().mean(), given))
+        results.append((y.detach(), state.detach()))
+    assert_close(*results, 1e-5)
+    assert_close(*slopes, 1e-4)
+
+
+@pytest.mark.long
+@needs_compiler
 def test_torch_compile_with_its_own_compiler(random_model):
     check_compiled(random_model(n_layer=1, vocab_size=29, variant="v8"), "inductor", 1e-5, read)
 

@@ -28,7 +28,6 @@ from heron.model.rosa_toys import SelfToy, toy_from
 from heron.model.state import ROSA_BYTES, RosaState
 from heron.ops.rosa.gradients import RULES
 from heron.optim import group_of
-from heron.train import loop as train
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("HERON_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -576,7 +575,6 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_says_what_its_files_cannot(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "plot", lambda folders, out: None)  # which takes longer than the run
     (tmp_path / "text.txt").write_text("".join(f"{n} and {n + 1} " for n in range(400)))
     model = heron.ModelConfig(variant="rosa-lm", n_layer=1, n_embd=16, vocab_size=256, rosa="qkv-4bit")
     settings = dict(model=model, data=str(tmp_path / "text.txt"), ctx_len=16, micro_bsz=2, sample_every=0, eval_every=0)

@@ -20,6 +20,7 @@ from heron.ops._choice import Choice, NativeForm
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 BFLOAT16, HALF = "__nv_bfloat16", "__half"
+ARCHITECTURES = [pytest.param("80", marks=pytest.mark.long), "90a"]  # each takes nvcc seconds
 _NAMESPACE = "namespace {"
 
 

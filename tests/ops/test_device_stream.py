@@ -10,7 +10,7 @@ from heron.ops.rosa import device_stream
 from heron.ops.rosa.device_stream import DeviceStream, device_stream_choice
 from heron.ops.rosa.memory import CSRC, TREES, TokenStream
 from tests.ops.emulated_stream import emulate
-from tests.ops.kernels import check_that_none_spills, needs_nvcc
+from tests.ops.kernels import ARCHITECTURES, check_that_none_spills, needs_nvcc
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -100,6 +100,6 @@ def test_where_there_is_no_gpu_the_host_reads():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     check_that_none_spills(tmp_path, CSRC / "memory.cu", ["read_one"], arch, [TREES])

@@ -14,6 +14,7 @@ from heron.ops._products import ACTIVATIONS
 from heron.ops.few_rows import MOST, Product, cuda, few_rows_choice
 from heron.ops.few_rows.cuda import by_registers
 from tests.ops.kernels import (
+    ARCHITECTURES,
     BFLOAT16,
     HALF,
     check_that_a_failed_build_is_said_once,
@@ -181,7 +182,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     forms = [
         f"few_rows<{t}, {columns}>(const __grid_constant__ Products)"

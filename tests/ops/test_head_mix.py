@@ -18,6 +18,7 @@ from heron.ops.head_mix import _FORMS, HeadInputs, HeadWeights, cuda, head_mix_c
 from heron.ops.spans import Span
 from tests.ops import emulator
 from tests.ops.kernels import (
+    ARCHITECTURES,
     BFLOAT16,
     check_that_a_failed_build_is_said_once,
     check_that_none_spills,
@@ -522,7 +523,7 @@ def test_without_wkv7s_kernels_there_are_none(monkeypatch):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_compile_without_spilling(tmp_path, arch):
     kernels = ("before<{}, true>", "before<{}, false>", "after<{}>", "after_backward<{}>")
     kernels += ("before_backward<{}, true>", "before_backward<{}, false>")

@@ -13,7 +13,13 @@ from heron.errors import KernelError
 from heron.ops import _build, head_step, wkv7
 from heron.ops.head_step import HeadInputs, HeadWeights, cuda, head_step_choice
 from heron.ops.head_step.reference import rounded_at_random
-from tests.ops.kernels import BFLOAT16, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import (
+    ARCHITECTURES,
+    BFLOAT16,
+    check_that_a_failed_build_is_said_once,
+    check_that_none_spills,
+    needs_nvcc,
+)
 
 EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -221,7 +227,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     sizes = [(t, size) for t in ("float", BFLOAT16) for size in (64, 128)]
     forms = [

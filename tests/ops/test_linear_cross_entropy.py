@@ -15,6 +15,7 @@ from heron.ops.linear_cross_entropy import cuda, linear_cross_entropy_choice
 from heron.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
 from heron.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 from tests.ops.kernels import (
+    ARCHITECTURES,
     BFLOAT16,
     HALF,
     check_that_a_failed_build_is_said_once,
@@ -662,7 +663,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     types = {"float": (4, 1), BFLOAT16: (8, 1), HALF: (8, 1)}
     forms = [

@@ -15,6 +15,7 @@ from heron.ops.codes import GROUP, CodedMatrix
 from heron.ops.few_rows import few_rows
 from heron.ops.matvec import Product, cuda, matvec_choice
 from tests.ops.kernels import (
+    ARCHITECTURES,
     BFLOAT16,
     HALF,
     check_that_a_failed_build_is_said_once,
@@ -166,7 +167,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_compiles_without_spilling(tmp_path, arch):
     forms = [f"matvec<{t}>(const __grid_constant__ Products)" for t in ("float", BFLOAT16, HALF)]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch, [_build.EARLY, _build.PRODUCTS])

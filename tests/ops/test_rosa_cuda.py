@@ -7,7 +7,7 @@ import torch
 
 from heron.errors import KernelError
 from heron.ops.rosa import cuda, rosa, rosa_choice
-from tests.ops.kernels import check_that_none_spills, needs_nvcc
+from tests.ops.kernels import ARCHITECTURES, check_that_none_spills, needs_nvcc
 from tests.ops.test_rosa import mixed_streams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -50,7 +50,7 @@ def test_without_a_device_it_says_what_to_type():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_compile_without_spilling(tmp_path, arch):
     arguments = "const int32_t*, const int32_t*, int64_t, int, int, int, uint32_t*"
     forms = [f"match<{m}>({arguments})" for m in (4, 8, 16, 32)]

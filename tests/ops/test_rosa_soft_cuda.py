@@ -12,7 +12,7 @@ from heron.ops import _build
 from heron.ops.rosa import soft
 from heron.ops.rosa.gradients import rosa_qkv, value_gradient
 from heron.ops.rosa.soft import soft_choice, soft_gradients, soft_gradients_cuda, soft_gradients_torch
-from tests.ops.kernels import check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
+from tests.ops.kernels import ARCHITECTURES, check_that_a_failed_build_is_said_once, check_that_none_spills, needs_nvcc
 
 EMULATOR = Path(__file__).parent / "emulator"
 GPU = torch.device("cuda")
@@ -146,7 +146,7 @@ def test_without_nvcc_auto_says_so_once(monkeypatch, capsys):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_compile_without_spilling(tmp_path, arch):
     forms = [f"soft<{bits}>(Problem)" for bits in (1, 4, 8)]
     check_that_none_spills(tmp_path, soft.SOURCE, forms, arch, includes=["algorithm"])

@@ -271,13 +271,23 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, capsys):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90a"])
-def test_the_kernel_compiles_without_spilling(tmp_path, arch):
+@pytest.mark.parametrize(
+    ("arch", "kinds"),
+    [
+        ("90a", [("float", "8, true")]),
+        pytest.param(
+            "90a",
+            [(t, "1, false") for t in ("float", BFLOAT16, HALF)]
+            + [("float", "8, false"), (BFLOAT16, "8, true"), (BFLOAT16, "8, false")],
+            marks=pytest.mark.long,
+        ),
+        pytest.param("80", [("float", "1, false")], marks=pytest.mark.long),
+    ],
+    ids=["a cluster", "90a", "80"],
+)
+def test_the_kernel_compiles_without_spilling(tmp_path, arch, kinds):
     arguments = "int64_t, const float*, const bool*, const double*, const double*, int, bool, int64_t*, float*"
-    alone, clusters = "1, false", ("8, true", "8, false")
-    kinds = {"80": [("float", alone)], "90a": [*((t, alone) for t in ("float", BFLOAT16, HALF))]}
-    kinds["90a"] += [(t, cluster) for t in ("float", BFLOAT16) for cluster in clusters]
-    forms = [f"sample_rows<{t}, {kind}>(const {t}*, {arguments})" for t, kind in kinds[arch]]
+    forms = [f"sample_rows<{t}, {kind}>(const {t}*, {arguments})" for t, kind in kinds]
     check_that_none_spills(tmp_path, cuda.SOURCE, forms, arch)
 
 

@@ -370,4 +370,4 @@ def test_the_kernels_compile_without_spilling(tmp_path):
         for form in (f"forward<{t}, {width}, {n}>(const Forward<{t}>)", f"backward<{t}, {n}>(const Backward<{t}>)")
     ]
     part = dict(begin="constexpr int kMixes", end="#ifdef __CUDACC__\n// But for `strip`.", before="using std::min;")
-    check_that_none_spills(tmp_path, cuda.SOURCE, forms, "90", ["algorithm", _build.STRIPS], **part)
+    check_that_none_spills(tmp_path, cuda.SOURCE, forms, "90a", ["algorithm", _build.STRIPS], **part)

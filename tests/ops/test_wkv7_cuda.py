@@ -594,6 +594,7 @@ def test_a_form_may_be_built_first_while_torch_compile_traces():
 # What nvcc makes of the sources
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_the_kernels_compile_without_spilling(capability):

@@ -78,7 +78,6 @@ def folder(tmp_path_factory):
     heron.save(heron.RWKV(heron.ModelConfig(variant="v8", **SIZES)), folder / "base.pth")
     heron.save(heron.RWKV(heron.ModelConfig(variant="v7", **SIZES | dict(n_embd=64))), folder / "wide.pth")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot", lambda folders, out: None)
         patch.setattr(quantized, "DEVICES", ("cpu",))
         for name in ALIKE:
             config = settings(folder / "one", folder / "text.txt", name, **runs(folder)[name] | dict(micro_bsz=4))

@@ -147,7 +147,9 @@ def test_the_run_folder(settings, tmp_path, capsys):
     assert "0.08 M parameters" in capsys.readouterr().out
 
 
-def test_the_picture_is_drawn_of_the_run(settings, drawn, tmp_path):
+def test_the_picture_is_drawn_of_the_run(settings, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(train, "plot", lambda folders, out: drawn.append((folders, out)))
     fit(settings(max_steps=1))
     assert drawn == [([tmp_path / "run"], tmp_path / "run" / "loss.png")]
 

@@ -22,13 +22,6 @@ SIZES = "--n_layer 1 --n_embd 32 --head_size 16 --ctx_len 16 --micro_bsz 1 --dev
 QUIET = "--sample_every 0 --eval_every 0 --val_fraction 0 --lr_init 1e-3 --lr_final 1e-5 --warmup_steps 1"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_picture():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "plot", lambda folders, out: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder with text.txt and a finished run of 4 steps in `run`."""
