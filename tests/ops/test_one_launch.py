@@ -51,8 +51,8 @@ def copied(states):
 
 
 def emulated(library, prepared, x, gates, blocks, switches, shared=SHARED):
-    """Logits, by the kernel's source with so many blocks; `switches`: each gives way to others at every turn. Without
-    blocks: the bytes of shared memory that it takes."""
+    """Logits, by the kernel's source with so many blocks; `switches`: each gives way to others at every turn. With -n
+    blocks: the bytes of shared memory that each of n takes."""
     logits = torch.full((1, prepared.head.shape[0]), torch.nan, dtype=x.dtype)
     sizes = [len(prepared.layers), x.shape[1], prepared.hidden, logits.shape[1], *prepared.ranks, prepared.gates_hidden]
     tensors = [
@@ -66,7 +66,7 @@ def emulated(library, prepared, x, gates, blocks, switches, shared=SHARED):
         ctypes.c_float(prepared.norm.eps), ctypes.c_float(prepared.eps_head), ctypes.byref(taken),
     )  # fmt: skip
     assert error is None, error.decode()
-    return logits if blocks else taken.value
+    return logits if blocks > 0 else taken.value
 
 
 def check(step, sizes, dtype, eights, gates, device="cpu", layers=3):
@@ -157,11 +157,12 @@ def test_the_kernel_takes_the_shared_memory_that_the_choice_counts_with(library,
     made = network(**sizes, dtype=BF16, sequences=1, layers=2)
     made = apart_from(of_codes(made, 8)[0] if eights else made)
     x = torch.zeros(1, sizes["C"], dtype=BF16)
-    least = emulated(library, cuda.Prepared(made, made.states), x, None, 0, 0, shared=0)
-    assert cuda.shared_bytes(made) == least
-    for more in (0, 1000, 100_000):
-        taken = emulated(library, cuda.Prepared(made, made.states), x, None, 0, 0, shared=least + more)
-        assert least <= taken <= least + more
+    for blocks in (1, 5, 24):
+        least = emulated(library, cuda.Prepared(made, made.states), x, None, -blocks, 0, shared=0)
+        assert cuda.shared_bytes(made, blocks) == least
+        for more in (0, 1000, 100_000):
+            taken = emulated(library, cuda.Prepared(made, made.states), x, None, -blocks, 0, shared=least + more)
+            assert least <= taken <= least + more
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_the_kernel_takes_the_shared_memory_that_the_choice_counts_with(library,
     ],
 )
 def test_networks_that_the_kernel_is_not_for_are_named(monkeypatch, change, capability, reason):
-    has = types.SimpleNamespace(shared_memory_per_block_optin=232448)
+    has = types.SimpleNamespace(shared_memory_per_block_optin=232448, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: has)
     made = network(**{**SMALL, "dtype": BF16, "sequences": 1, "layers": 1, **change})

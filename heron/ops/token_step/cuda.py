@@ -20,7 +20,7 @@ SHARED = (_build.BARRIERS, _build.HEAD, _build.PRODUCTS, _build.SHARED_ADDRESS) 
 INCLUDES = (*SHARED, *(_CSRC / f"{name}.cuh" for name in ("network", "instructions", "tiles")))
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZE = 64
-FEWEST_IN_8_BITS = 1024  # channels: 768 take 5 % longer than piece by piece, 2048 a sixth less
+FEWEST_IN_8_BITS = 1024  # channels: an engine of 768 was 4 % slower than piece by piece, not measured since
 RANKS = 32  # ranks are filled up to a multiple of it with zeros
 
 
@@ -43,6 +43,7 @@ class Prepared:
         self.ranks = [_filled_up(len(part.down)) for part in first.low_rank]
         self.hidden, channels = first.ffn_key.shape
         words = 3 * channels + channels // 2 + (sum(self.ranks) + self.hidden) // 2  # that blocks tell one another
+        words += channels // 4  # a token, normed
         self.scratch = torch.zeros(words, dtype=torch.int64, device=device)
         self.counters = torch.zeros(2, dtype=torch.int32, device=device)
 
@@ -107,22 +108,42 @@ def why_not(device: torch.device, network: Network | None) -> str | None:
         return f"it takes codes of 8 bits, not of {first.key.bits}"
     if isinstance(network.head, CodedMatrix) and network.head.shape[1] < FEWEST_IN_8_BITS:
         return f"in 8 bits it is no faster below {FEWEST_IN_8_BITS} channels"
-    needed, has = shared_bytes(network), torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    channels, has = network.norm.weight.shape[0], properties.shared_memory_per_block_optin
+    blocks = min(properties.multi_processor_count, 3 * channels // 8, hidden // 8)  # as the launch has it
+    needed = shared_bytes(network, blocks)
     return f"this network needs {needed} bytes of shared memory, a block has {has}" if needed > has else None
 
 
-def shared_bytes(network: Network) -> int:
-    """The least that `shared_of` of the kernel's source can do with."""
+def shared_bytes(network: Network, blocks: int) -> int:
+    """The least that `shared_of` of the kernel's source can do with, by so many blocks."""
     first, channels = network.layers[0], network.norm.weight.shape[0]
-    hidden, ranks = first.ffn_key.shape[0], sum(_filled_up(len(part.down)) for part in first.low_rank)
+    hidden, ranks = first.ffn_key.shape[0], [_filled_up(len(part.down)) for part in first.low_rank]
     has_codes = isinstance(network.head, CodedMatrix)
-    in_codes = max(hidden, 3 * channels) if has_codes else 0
-    vectors = 2 * max(6 * channels, hidden) + 6 * channels + 2 * ranks
-    limbs = 2 * in_codes + -(-in_codes // GROUP // 4) * 16
+    in_codes, floats = _most_vectors([channels] * 3 + ranks, blocks, has_codes)
+    scales = -(-max(in_codes * channels, hidden) // GROUP // 4) * 16 if has_codes else 0
+    vectors = max(2 * (in_codes + floats) * channels + 4 * channels, 2 * hidden)  # and the residual
+    own = -(-channels // 8 // blocks) * 8 * 4  # rows of it
     tables = 352 * len(network.layers)  # sizeof(Layer)
-    rest = tables + 3648 + 4608 + 64 + 256  # a head, sums of tiles and of the block, barriers
-    slots = 3 * 8 * (2112 + (64 if has_codes else 0))
-    return -(-(vectors + limbs + rest) // 128) * 128 + slots
+    others = 3648 + 4608 + 128 + 256 + 48  # a head, sums of tiles and of the block, barriers, parts
+    rest = tables + own + scales + 2 * sum(ranks) + others
+    slots = 3 * 8 * (2048 + (64 if has_codes else 0))
+    return -(-(vectors + rest) // 128) * 128 + slots
+
+
+def _most_vectors(rows: list[int], blocks: int, has_codes: bool) -> tuple[int, int]:
+    """How many vectors a block needs for projections of so many rows, at most: for codes, and for floats."""
+    vectors = [vector for vector, n in zip((0, 1, 2, 2, 3, 4, 5), rows, strict=True) for _ in range(-(-n // 8))]
+    each, more = divmod(len(vectors), blocks)
+    in_codes = floats = 0
+    for block in range(blocks):
+        begin = block * each + min(block, more)
+        needed = vectors[begin : begin + each + (block < more)]
+        if needed:
+            span = range(needed[0], needed[-1] + 1)
+            in_codes = max(in_codes, sum(has_codes and vector < 3 for vector in span))
+            floats = max(floats, sum(not has_codes or vector >= 2 for vector in span))
+    return in_codes, floats
 
 
 @functools.cache

@@ -30,37 +30,45 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Bar
         : "memory");
 }
 
+// The same number, of which the compiler then knows nothing.
+__device__ __forceinline__ int unforeseen(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Barriers of the threads that multiply, and of those of a head.
 __device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
 __device__ __forceinline__ void sync_head() { asm volatile("bar.sync 2, %0;" ::"n"(2 * kHead) : "memory"); }
 
-// c += a b: 16 x 8 in fp32, from 16 x 16 and 16 x 8; only the first 8 rows of a are not 0, and they are all the same.
+// c += a b: 16 x 8 in fp32, from 16 x 16 and 16 x 8. Lane 4 g + t has a0 and a2 of a's row g, a1 and a3 of its row
+// g + 8, all of b's column g, and of c's rows g and g + 8 columns 2 t and 2 t + 1.
 template <typename T>
-__device__ __forceinline__ void multiply_floats(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, unsigned b1) {
+__device__ __forceinline__ void multiply_floats(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                                unsigned b0, unsigned b1) {
     if constexpr (std::is_same_v<T, Half>) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(0), "r"(a1), "r"(0), "r"(b0), "r"(b1));
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     } else {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(0), "r"(a1), "r"(0), "r"(b0), "r"(b1));
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     }
 }
-// c += a b of bytes: 16 x 8 from 16 x 32 and 32 x 8; the first 8 rows of a are first limbs, the others second ones.
-__device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned first0, unsigned second0, unsigned first1,
-                                               unsigned second1, unsigned b0, unsigned b1) {
+// c += a b of bytes: 16 x 8 from 16 x 32 and 32 x 8, by lanes as above.
+__device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                               unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(first0), "r"(second0), "r"(first1), "r"(second1), "r"(b0), "r"(b1));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // The warps that multiply take registers over from the others; together they have 168 for each thread.
-__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 224;"); }
-__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 56;"); }
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 208;"); }
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
 
 // The last block to come here ends the step.
 __device__ __forceinline__ void end_step(unsigned* counters) {

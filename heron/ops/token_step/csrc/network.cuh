@@ -3,20 +3,23 @@
 
 namespace {
 
-constexpr int kWarps = 8, kMultiply = 32 * kWarps;  // that multiply, and their threads; one more warp asks for tiles
-constexpr int kThreads = kMultiply + 128;          // registers are shared out to four warps at a time
+constexpr int kTeams = 2, kWarps = 4;              // that take turns with slots; warps of each
+constexpr int kMultiply = 32 * kTeams * kWarps;    // threads that multiply
+constexpr int kAskers = 4;                         // warps that ask for tiles
+constexpr int kThreads = kMultiply + 32 * kAskers;
 constexpr int kRows = 8;                           // of a tile
 constexpr int kWide = 2048;                        // bytes of its rows that come at once
-constexpr int kPitch = kWide + 64;                 // from one row to the next, so that fewer banks clash
 constexpr int kUnit = 64;                          // bytes of a row for one turn of a warp
-constexpr int kUnits = kWide / kUnit / kWarps;     // turns
-constexpr int kScalePitch = kWide / kUnit * 2;     // bytes of scales for a row
+constexpr int kUnits = kWide / kUnit / kWarps;     // of a warp
+constexpr int kAtOnce = 4;                         // units
+constexpr int kScales = kWide / kUnit * 2;         // bytes of a row's scales that come at once
 constexpr int kMostSlots = 16, kLeastSlots = 3;    // of the ring
+static_assert(kTeams == 2 && kLeastSlots >= kTeams, "teams take turns, and a slot is always the same team's");
 constexpr int kTiles = 8;                          // whose sums the warps exchange at once
-constexpr int kSumPitch = kWarps * kRows + 8;      // from one tile's to the next one's
+constexpr int kSumPitch = kTeams * kWarps * kRows + 8;  // from one tile's to the next one's
 constexpr int kHead = 64, kLowRank = 4, kMixes = 6;
 constexpr int kStateBytes = kHead * kHead * 4;
-static_assert(kStateBytes <= kRows * kPitch, "a slot holds a state");
+static_assert(kStateBytes <= kRows * kWide, "a slot holds a state");
 constexpr int kGroup = 64;  // numbers that share a scale
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -24,6 +27,11 @@ enum Phase { kProject, kOutput, kKey, kValue, kLogits };
 // r, k, v and the lower low-rank matrices, of the values' gate, decay, iclr and gate, are one phase.
 enum Product { kR, kDown = 3, kOfOutput = kDown + kLowRank, kOfKey, kOfValue, kOfHead, kProducts };
 __device__ __forceinline__ int first_product(int phase) { return phase == kProject ? kR : kOfOutput + phase - kOutput; }
+// Which of its phase's vectors it multiplies: values and their gate have one.
+__host__ __device__ inline int vector_of(int product) {
+    return product < kDown ? product : product < kOfOutput ? product - 1 : 0;
+}
+constexpr int kFirstOfDown = kDown - 1;  // of the vectors
 
 // Two numbers of 16 bits, or one of 32, and whose they are; written and read as one.
 struct alignas(8) Tagged {
@@ -61,20 +69,26 @@ struct HeadInputs {
     HeadRoom<kHead> room;
 };
 
+// A block's share of so many tiles, one behind the other.
+struct Part {
+    int first, count;
+};
+
 // Where what lies in shared memory, in bytes.
 struct Shared {
     int layers;    // (n_layers,)
-    int vectors;   // that are multiplied: up to 6 of (C,), or one of (hidden,)
-    int limbs;     // of vectors for codes: all first limbs, then all second ones; so many
-    int n_limbs;
+    int vectors;   // that are multiplied: those of (C,) that a block needs, or one of (hidden,)
+    int limbs;     // the same for codes: of each group all first ones, then all second ones
     int scales;    // of their groups, fp32
-    int residual;  // (C,) fp32
-    int now;       // (C,), the token, normed
+    bool has_codes;
+    int residual;  // (C,) fp32, up to where hidden channels are multiplied
+    int own;       // of the residual, this block's rows
     int squeezed;  // what the upper low-rank matrices multiply
     int head;      // HeadInputs
     int sums;      // of tiles, by warps, two times
-    int norm;      // sums over the block, two
+    int norm;      // sums of warps
     int barriers;  // of slots that are filled, and of those that are free
+    int parts;     // of a block, by phase
     int ring;
     int slot;      // bytes of one
     int slots;
@@ -90,6 +104,7 @@ struct Problem {
     void* logits;
     Tagged* residual;                                     // (C,), fp32
     Tagged *projected, *v_first, *squeezed, *y, *hidden;  // of r, k and v; v of layer 0; ...: two numbers in a word
+    void* now;            // (C,), the token, normed, until all blocks have read the last one, if it is to lie there
     unsigned* counters;                                   // steps, and blocks that have ended this one
     int n_layers, channels, hidden_channels, ranks[kLowRank];
     int rows[kProducts];
@@ -110,11 +125,47 @@ inline void size_up(Problem& p, int channels, int hidden_channels, int vocab, Ta
     p.y = p.v_first + channels / 2;
     p.squeezed = p.y + channels / 2;
     p.hidden = p.squeezed + (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]) / 2;
+    p.now = p.hidden + hidden_channels / 2;
+}
+
+// The first blocks have one more.
+__host__ __device__ inline Part part_of(int all, int blocks, int block) {
+    const int each = all / blocks, more = all % blocks;
+    return {block * each + (block < more ? block : more), each + (block < more)};
+}
+__host__ __device__ inline int tiles_of(const Problem& p, int product) { return (p.rows[product] + kRows - 1) / kRows; }
+
+// Of the vectors that the projections multiply, those that a block needs.
+struct Span {
+    int first, last;
+};
+__host__ __device__ inline Span span_of(const Problem& p, int blocks, int block) {
+    int all = 0;
+    for (int product = kR; product < kOfOutput; ++product) all += tiles_of(p, product);
+    Part part = part_of(all, blocks, block);
+    Span span{kMixes, 0};
+    for (int product = kR; product < kOfOutput; ++product) {
+        const int tiles = tiles_of(p, product);
+        if (part.first < tiles && part.first + part.count > 0) {
+            if (span.first == kMixes) span.first = vector_of(product);
+            span.last = vector_of(product);
+        }
+        part.first -= tiles;
+    }
+    return span;
 }
 
 // With as many slots as fit into so many bytes.
-inline Shared shared_of(const Problem& p, bool has_codes, int available) {
+inline Shared shared_of(const Problem& p, bool has_codes, int available, int blocks) {
     Shared at{};
+    int in_codes = 0, floats = 0;  // vectors, at most
+    for (int block = 0; block < blocks; ++block) {
+        const Span span = span_of(p, blocks, block);
+        int n[2] = {};
+        for (int m = span.first; m <= span.last; ++m)
+            n[0] += has_codes && m < kDown, n[1] += !has_codes || m >= kFirstOfDown;
+        in_codes = n[0] > in_codes ? n[0] : in_codes, floats = n[1] > floats ? n[1] : floats;
+    }
     const int C = p.channels, F = p.hidden_channels;
     const auto larger = [](int a, int b) { return a > b ? a : b; };
     int end = 0;
@@ -124,19 +175,20 @@ inline Shared shared_of(const Problem& p, bool has_codes, int available) {
         return begin;
     };
     at.layers = take(p.n_layers * static_cast<int>(sizeof(Layer)));
-    at.n_limbs = has_codes ? larger(3 * C, F) : 0;
-    at.vectors = take(2 * larger(kMixes * C, F));
-    at.limbs = take(2 * at.n_limbs);
-    at.scales = take(4 * at.n_limbs / kGroup);
-    at.residual = take(4 * C);
-    at.now = take(2 * C);
+    at.has_codes = has_codes;
+    at.limbs = take(larger(2 * (in_codes + floats) * C + 4 * C, 2 * F));
+    at.vectors = at.limbs + 2 * in_codes * C;
+    at.residual = at.vectors + 2 * floats * C;
+    at.scales = take(has_codes ? 4 * larger(in_codes * C, F) / kGroup : 0);
+    at.own = take(4 * kRows * part_of(tiles_of(p, kOfValue), blocks, 0).count);
     at.squeezed = take(2 * (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]));
     at.head = take(sizeof(HeadInputs));
     at.sums = take(4 * 2 * kTiles * kSumPitch);
-    at.norm = take(4 * 2 * kWarps);
+    at.norm = take(4 * 4 * kTeams * kWarps);
     at.barriers = take(2 * 8 * kMostSlots);
+    at.parts = take((kLogits + 1) * static_cast<int>(sizeof(Part)));
     at.ring = (end + 127) / 128 * 128;
-    at.slot = kRows * (kPitch + (has_codes ? kScalePitch : 0));
+    at.slot = kRows * (kWide + (has_codes ? kScales : 0));
     at.slots = (available - at.ring) / at.slot;
     if (at.slots > kMostSlots) at.slots = kMostSlots;
     if (at.slots < kLeastSlots) at.slots = kLeastSlots;

@@ -4,26 +4,33 @@
 
 namespace {
 
-// Where in the ring a warp is.
+// Where in the ring a warp is. Every second slot is the other team's, and those of a team follow one another.
 struct Place {
-    int slot = 0, round = 0;
+    int slot, round = 0;
     __device__ __forceinline__ void go_on(int slots) {
-        if (++slot == slots) slot = 0, ++round;
+        if ((slot += kTeams) >= slots) slot %= kTeams, ++round;
     }
 };
 
-using Sums = float[2][4];  // two of the tensor cores' results, for more of them at once
+using Sums = float[kAtOnce][4];  // the tensor cores' results: of every fourth unit
+
+struct alignas(8) HalfPiece {
+    unsigned words[2];
+};
 
 struct Tiles {
     const Problem& p;
     unsigned char* const shared;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int team = thread / 32 / kWarps, warp = thread / 32 % kWarps;
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
     const int heads, first_head;  // the last blocks have fewer rows
-    Place place{};
+    int next = 0;            // whose slot it is
+    Place place, others{1};  // of this warp's team; a warp that asks for tiles has both, that of the next slot first
 
     __device__ __forceinline__ explicit Tiles(const Problem& p)
-        : p(p), shared(shared_memory()), heads(p.channels / kHead), first_head(blocks - 1 - block) {}
+        : p(p), shared(shared_memory()), heads(p.channels / kHead), first_head(blocks - 1 - block),
+          place{team % kTeams} {}
 
     template <typename V>
     __device__ __forceinline__ V* there(int bytes) const { return reinterpret_cast<V*>(shared + bytes); }
@@ -36,23 +43,32 @@ struct Tiles {
         return shared + p.at.ring + slot * p.at.slot;
     }
     __device__ __forceinline__ bool has_codes(int product) const {
-        return p.at.n_limbs > 0 && (product < kDown || product >= kOfOutput);
+        return p.at.has_codes && (product < kDown || product >= kOfOutput);
     }
     __device__ __forceinline__ int row_bytes(int product) const {
         return (product == kOfValue ? p.hidden_channels : p.channels) * (has_codes(product) ? 1 : 2);
     }
 
-    // use(product, tile) for this block's tiles of a phase.
+    // This block's tiles of a phase, which lie side by side.
+    __device__ __forceinline__ Part part_of_phase(int phase) const { return there<const Part>(p.at.parts)[phase]; }
+    __device__ __forceinline__ void find_parts() const {
+        if (thread > kLogits) return;
+        const int first = first_product(thread), end = thread == kProject ? kOfOutput : first + 1;
+        int all = 0;
+        for (int product = first; product < end; ++product) all += tiles_of(p, product);
+        there<Part>(p.at.parts)[thread] = part_of(all, blocks, block);
+    }
+    // use(product, tile, whether it is the last one) for them.
     template <typename Use>
     __device__ __forceinline__ void for_tiles(int phase, const Use& use) const {
-        const int first = first_product(phase), end = phase == kProject ? kOfOutput : first + 1;
-        int tile = block;
+        Part part = part_of_phase(phase);
 #pragma unroll 1
-        for (int product = first; product < end; ++product) {
-            const int tiles = (p.rows[product] + kRows - 1) / kRows;
+        for (int product = first_product(phase); part.count > 0; ++product) {
+            const int here = tiles_of(p, product);
 #pragma unroll 1
-            for (; tile < tiles; tile += blocks) use(product, tile);
-            tile -= tiles;
+            for (; part.first < here && part.count > 0; ++part.first)
+                use(product, part.first, --part.count == 0);
+            part.first -= here;
         }
     }
     // use(matrix, rows, bytes of each) for the parts of a head's upper low-rank matrices that come at once.
@@ -60,46 +76,67 @@ struct Tiles {
     __device__ __forceinline__ void for_ups(const Use& use) const {
 #pragma unroll 1
         for (int m = 0; m < kLowRank; ++m) {
-            const int bytes = 2 * p.ranks[m], most = kRows * kPitch / bytes / kRows * kRows;
+            const int bytes = 2 * p.ranks[m], most = kRows * kWide / bytes / kRows * kRows;
 #pragma unroll 1
             for (int row = 0; row < kHead; row += most) use(m, row, most < kHead - row ? most : kHead - row, bytes);
         }
     }
 
-    // Of the warp that asks for tiles.
+    // Of a warp that asks for tiles.
+    static constexpr int kOfAsker = kRows / kAskers;  // rows
+    __device__ __forceinline__ int asker() const { return thread / 32 - kMultiply / 32; }
+    // For its bytes of a slot.
     __device__ __forceinline__ void expect(int bytes) {
         if (place.round > 0) await(freed(place.slot), place.round - 1);
         if (lane == 0) expect_bytes(filled(place.slot), bytes);
         __syncwarp();
     }
+    __device__ __forceinline__ void ask_on() {
+        place.go_on(p.at.slots);
+        take_turns();
+    }
+    __device__ __forceinline__ void take_turns() {
+        const Place place_here = place;
+        place = others, others = place_here;
+        next ^= 1;
+    }
+    // Lane `first` and those behind it bring rows, so many bytes apart in memory; rows that are whole by one copy.
+    __device__ __forceinline__ void bring_rows(int first, int rows, unsigned char* to, const void* from, int64_t begin,
+                                               int apart, int bytes) {
+        const int copies = bytes == apart ? 1 : rows, mine = lane - first;
+        if (rows > 0 && mine >= 0 && mine < copies) {
+            bring(to + mine * bytes, static_cast<const char*>(from) + begin + static_cast<int64_t>(mine) * apart,
+                  bytes == apart ? rows * bytes : bytes, filled(place.slot));
+        }
+    }
     __device__ __forceinline__ void bring_tiles(int phase, const Matrix* of) {
-        for_tiles(phase, [&](int product, int tile) {
+        for_tiles(phase, [&](int product, int tile, bool) {
             const Matrix matrix = phase == kLogits ? *of : of[product];
-            const int bytes = row_bytes(product), left = p.rows[product] - kRows * tile;
-            const int rows = left < kRows ? left : kRows, pitch = (bytes / kUnit + 7) / 8 * 16;  // of the scales
-            const int64_t row = kRows * tile + lane % kRows;
+            const int64_t row = kRows * tile + kOfAsker * asker();
+            const int left = p.rows[product] - static_cast<int>(row);
+            const int rows = left < 0 ? 0 : left < kOfAsker ? left : kOfAsker;
+            const int bytes = row_bytes(product), pitch = (bytes / kUnit + 7) / 8 * 16;  // of the scales
 #pragma unroll 1
             for (int begin = 0; begin < bytes; begin += kWide) {
                 const int n = bytes - begin < kWide ? bytes - begin : kWide;
                 const int scales = has_codes(product) ? (n / kUnit + 7) / 8 * 16 : 0;
                 expect(rows * (n + scales));
                 unsigned char* to = slot_at(place.slot);
-                if (lane < rows) {
-                    bring(to + lane * kPitch, static_cast<const char*>(matrix.numbers) + row * bytes + begin, n,
-                          filled(place.slot));
-                } else if (scales != 0 && lane >= kRows && lane < kRows + rows) {
-                    bring(to + kRows * kPitch + lane % kRows * kScalePitch,
-                          static_cast<const char*>(matrix.scales) + row * pitch + begin / 32, scales,
-                          filled(place.slot));
+                bring_rows(0, rows, to + kOfAsker * asker() * n, matrix.numbers, row * bytes + begin, bytes, n);
+                if (scales != 0) {
+                    bring_rows(kOfAsker, rows, to + kRows * kWide + kOfAsker * asker() * scales, matrix.scales,
+                               row * pitch + begin / 32, pitch, scales);
                 }
-                place.go_on(p.at.slots);
+                ask_on();
             }
         });
     }
     __device__ __forceinline__ void bring_whole(const void* from, int64_t begin, int bytes) {
-        expect(bytes);
-        if (lane == 0) bring(slot_at(place.slot), static_cast<const char*>(from) + begin, bytes, filled(place.slot));
-        place.go_on(p.at.slots);
+        const bool is_mine = thread / 32 == kMultiply / 32;
+        expect(is_mine ? bytes : 0);
+        if (is_mine && lane == 0)
+            bring(slot_at(place.slot), static_cast<const char*>(from) + begin, bytes, filled(place.slot));
+        ask_on();
     }
     __device__ __forceinline__ void bring_all() {
 #pragma unroll 1
@@ -114,6 +151,7 @@ struct Tiles {
                     for_ups([&](int m, int row, int rows, int bytes) {
                         bring_whole(w.up[m], static_cast<int64_t>(head * kHead + row) * bytes, rows * bytes);
                     });
+                    if (next != 0) take_turns();  // the threads of a head are of the first team
                     bring_whole(w.wkv_before, static_cast<int64_t>(head) * kStateBytes, kStateBytes);
                 }
             }
@@ -121,56 +159,101 @@ struct Tiles {
         bring_tiles(kLogits, &p.head);
     }
 
-    // This warp has done with a slot.
-    __device__ __forceinline__ void leave_slot() {
-        __syncwarp();
-        if (lane == 0) arrive(freed(place.slot));
-        place.go_on(p.at.slots);
+    // This warp has done with a slot, or leaves it to the other team.
+    __device__ __forceinline__ void leave_slot(bool is_mine) {
+        if (is_mine) {
+            __syncwarp();
+            if (lane == 0) arrive(freed(place.slot));
+            place.go_on(p.at.slots);
+        }
+        next ^= 1;
     }
 
     // sums += those of the 8 rows at `rows`, so many bytes apart, over `count` units, with the vector at `vector`. Lane
-    // 4 g + t reads piece t of row g: the numbers that an instruction multiplies may come in any order, if it is the
-    // same in both. The sums of rows 2 t and 2 t + 1 are then this lane's.
-    template <typename T>
+    // 4 g + t reads piece t of row g, whose words an instruction takes as they come: 0 and 2 as of its row g, 1 and 3
+    // as of its row g + 8. Its columns 2 u and 2 u + 1 are the vector's words of unit u for either: what it multiplies
+    // may come in any order, if it is the same in both. Of two units a lane reads the second one first where g is odd,
+    // from other banks than its neighbours.
+    template <typename T, int kMost>
     __device__ __forceinline__ void multiply_units(const unsigned char* rows, int pitch, const unsigned char* vector,
                                                    int count, Sums& sums) const {
-        Piece weights[kUnits], numbers[kUnits];
+        constexpr int kTurns = kMost / kAtOnce;
+        Piece weights[kMost];
+        HalfPiece numbers[kTurns];
+        const int unit = lane / 8, odd = lane / 4 % 2;
+        const unsigned char *row = rows + lane / 4 * pitch + lane % 4 * 16, *x = vector + lane % 4 * 16 + odd * 8;
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            if (i >= count) break;
-            weights[i] = *reinterpret_cast<const Piece*>(rows + lane / 4 * pitch + i * kUnit + lane % 4 * 16);
-            numbers[i] = *reinterpret_cast<const Piece*>(vector + i * kUnit + lane % 4 * 16);
+        for (int i = 0; i < kMost; ++i) {
+            const int here = i % 2 == 0 ? i + odd : i - odd;
+            weights[i] = Piece{};
+            if (here < count) weights[i] = *reinterpret_cast<const Piece*>(row + here * kUnit);
         }
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            if (i >= count) break;
-            const auto &w = weights[i].words, &x = numbers[i].words;
-            multiply_floats<T>(sums[0], x[0], x[1], w[0], w[1]);
-            multiply_floats<T>(sums[1], x[2], x[3], w[2], w[3]);
+        for (int i = 0; i < kTurns; ++i) {
+            numbers[i] = HalfPiece{};
+            const int here = kAtOnce * i + unit;
+            if (here < count) numbers[i] = *reinterpret_cast<const HalfPiece*>(x + here * kUnit);
+        }
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            const auto& a = weights[i].words;
+            const auto& b = numbers[i / kAtOnce].words;
+            multiply_floats<T>(sums[i % kAtOnce], a[0], a[1], a[2], a[3], b[0], b[1]);
         }
     }
-    // The same of codes, from a vector's first unit and their scales on.
-    __device__ __forceinline__ void multiply_codes(const unsigned char* rows, const unsigned char* scales, int unit,
-                                                   int count, Sums& sums) const {
+    // What lane 4 g + t has of the sum of row g: of units t, 4 + t, ..., whose columns it has.
+    __device__ __forceinline__ float sum_of_row(const Sums& sums) const {
+        const int turn = lane % 4 ^ lane / 4 % 2;  // in which they were multiplied
+        float mine[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            if (i >= count) break;
-            const Piece codes = *reinterpret_cast<const Piece*>(rows + lane / 4 * kPitch + i * kUnit + lane % 4 * 16);
-            const auto* x = there<const unsigned char>(p.at.limbs) + (unit + i) * kUnit + lane % 4 * 16;
-            const Piece a = *reinterpret_cast<const Piece*>(x), b = *reinterpret_cast<const Piece*>(x + p.at.n_limbs);
-            int c[4] = {};
+        for (int i = 0; i < kAtOnce; ++i) mine[i] = sums[i][0] + sums[i][3];
+        return turn < 2 ? (turn == 0 ? mine[0] : mine[1]) : (turn == 2 ? mine[2] : mine[3]);
+    }
+    // Where word i of a vector lies, so that words 0 and 2 of a piece are neighbours.
+    __device__ __forceinline__ static int place_of_word(int i) { return i - i % 4 + i % 2 * 2 + i / 2 % 2; }
+    // The same of codes, from a vector's first unit and their scales on. An instruction's first 8 rows are of one unit,
+    // the others of its neighbour; two columns of the vector are a unit's limbs. Lane 4 g + t has row g's units t,
+    // 4 + t, ...
+    __device__ __forceinline__ void multiply_codes(const unsigned char* rows, int pitch, const unsigned char* scales,
+                                                   int scale_pitch, int unit, int count, float& sum) const {
+        constexpr int kTurns = kUnits / kAtOnce;
+        Piece codes[kUnits], limbs[kTurns];
+        unsigned scale[kTurns];
+        float by[kTurns];
+        const int odd = lane / 4 % 2;
+        const unsigned char *row = rows + lane / 4 * pitch + lane % 4 * 16, *of_row = scales + lane / 4 * scale_pitch;
 #pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                multiply_bytes(c, a.words[j], b.words[j], a.words[j + 1], b.words[j + 1], codes.words[j],
-                               codes.words[j + 1]);
+        for (int i = 0; i < kUnits; ++i)
+            codes[i] = *reinterpret_cast<const Piece*>(row + (i % 2 == 0 ? i + odd : i - odd) * kUnit);
+#pragma unroll
+        for (int i = 0; i < kTurns; ++i) {
+            const int here = kAtOnce * i;
+            limbs[i] = there<const Piece>(p.at.limbs)[(unit + here) * 2 * kUnit / 16 + lane];
+            scale[i] = *reinterpret_cast<const uint16_t*>(of_row + (here + lane % 4) * 2);
+            by[i] = there<const float>(p.at.scales)[unit + here + lane % 4];
+        }
+#pragma unroll
+        for (int i = 0; i < kTurns; ++i) {
+            int c[2][4] = {};
+#pragma unroll
+            for (int word = 0; word < 4; word += 2) {
+#pragma unroll
+                for (int pair = 0; pair < 2; ++pair) {
+                    const auto& a = codes[kAtOnce * i + 2 * pair].words;
+                    const auto& b = codes[kAtOnce * i + 2 * pair + 1].words;
+                    multiply_bytes(c[pair], a[word], b[word], a[word + 1], b[word + 1], limbs[i].words[word],
+                                   limbs[i].words[word + 1]);
+                }
             }
-            const float by = there<const float>(p.at.scales)[unit + i];
+            int both[2];
 #pragma unroll
-            for (int row = 0; row < 2; ++row) {
-                const unsigned scale = *reinterpret_cast<const uint16_t*>(
-                    scales + (lane % 4 * 2 + row) * kScalePitch + 2 * i);
-                sums[0][row] += static_cast<float>(c[row] * 256 + c[2 + row]) * (by * __uint_as_float(scale << 16));
+            for (int limb = 0; limb < 2; ++limb) {
+                const int first = lane % 4 < 2 ? c[0][limb] : c[1][limb];
+                const int second = lane % 4 < 2 ? c[0][2 + limb] : c[1][2 + limb];
+                both[limb] = lane % 2 == odd ? first : second;
             }
+            const float here = static_cast<float>(both[0] * 256 + both[1]) * (by[i] * __uint_as_float(scale[i] << 16));
+            if (kAtOnce * i + lane % 4 < count) sum += here;
         }
     }
 };

@@ -1,10 +1,10 @@
 // One token of one sequence through a whole network on a GPU, in one kernel: a block for each multiprocessor, all of
 // which go through the phases of each layer together.
 //
-// A phase is products with a vector that all blocks have. Their rows depend on nothing, so one warp of a block has the
-// copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in
-// shared memory: memory is busy while results go round. Eight other warps multiply each tile together, on the tensor
-// cores.
+// A phase is products with a vector that all blocks have. Their rows depend on nothing, so four warps of a block have
+// the copy engine bring the tiles of 8 rows that the block is to multiply, whatever phase they are of, into a ring in
+// shared memory: memory is busy while results go round. Two teams of four other warps take turns to multiply what is
+// there, on the tensor cores.
 //
 // What blocks tell one another lies in global memory, each word beside a tag that says of which step and layer it is,
 // written and read as one: a block that needs it looks again and again until the tag is the one it waits for. No word
@@ -27,25 +27,30 @@
 
 namespace {
 
+constexpr int kAhead = 2;  // mixes that a norm has asked for before it begins
+
 // What a norm reads beside the residual, of eight channels.
 struct NormPieces {
-    Piece weight, bias, last, mixes[kMixes];
+    Piece weight, bias, last, mixes[kAhead];
 };
 
 template <typename T, bool kIsInt8>
 struct Step : Tiles {
     const unsigned first_tag;  // of this step
     int turn = 0;              // which of the two rooms for sums is next
+    const Span projected;      // of the projections' vectors
+    const float one_of_channels;
 
     __device__ __forceinline__ explicit Step(const Problem& p)
-        : Tiles(p), first_tag(p.counters[0] * (2 * p.n_layers + 1) + 1) {}
+        : Tiles(p), first_tag(p.counters[0] * (2 * p.n_layers + 1) + 1), projected(span_of(p, blocks, block)),
+          one_of_channels(1.0f / static_cast<float>(p.channels)) {}
 
     // Of what a phase of a layer gives; the values change the residual a second time.
     __device__ __forceinline__ unsigned tag(int layer, bool is_of_values) const {
         return first_tag + 2 * layer + is_of_values;
     }
 
-    // This block's tiles of a phase, each by all warps, a part of every row each.
+    // This block's tiles of a phase, slot by slot by either team, a part of every row by each of its warps.
     __device__ __forceinline__ void multiply(int phase, int layer) {
         int count = 0, product_here = 0, row_here = 0;  // of the tiles so far; what this thread finishes
         float gate = 1.0f;
@@ -55,43 +60,49 @@ struct Step : Tiles {
                 const float* of_tile = there<const float>(p.at.sums) + (turn * kTiles + thread / kRows) * kSumPitch;
                 float sum = 0.0f;
 #pragma unroll
-                for (int i = 0; i < kWarps; ++i) sum += of_tile[i * kRows + thread % kRows];
+                for (int i = 0; i < kTeams * kWarps; ++i) sum += of_tile[i * kRows + thread % kRows];
                 end(phase, layer, product_here, row_here, thread / kRows < count, sum, gate);
             }
             count = 0, turn ^= 1;
         };
-        for_tiles(phase, [&](int product, int tile) {
+        for_tiles(phase, [&](int product, int tile, bool is_last) {
             if (thread / kRows == count) {
                 product_here = product, row_here = kRows * tile + thread % kRows;
                 gate = gate_of(phase, layer, row_here);
             }
             const bool in_codes = kIsInt8 && has_codes(product);
             const int bytes = row_bytes(product);
-            const int which = product < kDown ? product : product < kOfOutput ? product - 1 : 0;  // of the vectors
+            const int which = vector_of(product) - first_kept(phase, in_codes);
+            const int part = team ^ next;  // of the tile's slots, this team's
             Sums sums = {};
+            float sum = 0.0f;
 #pragma unroll 1
             for (int begin = 0; begin < bytes; begin += kWide) {
-                const int units = (bytes - begin < kWide ? bytes - begin : kWide) / kUnit;
+                if (team != next) {
+                    leave_slot(false);
+                    continue;
+                }
+                const int wide = bytes - begin < kWide ? bytes - begin : kWide, units = wide / kUnit;
                 const int first = units * warp / kWarps, n = units * (warp + 1) / kWarps - first;
                 const unsigned char* slot = slot_at(place.slot);
                 await(filled(place.slot), place.round);
                 if (in_codes) {
                     const int unit = (which * p.channels + begin) / kUnit + first;
-                    multiply_codes(slot + first * kUnit, slot + kRows * kPitch + 2 * first, unit, n, sums);
+                    multiply_codes(slot + first * kUnit, wide, slot + kRows * kWide + 2 * first, (units + 7) / 8 * 16,
+                                   unit, n, sum);
                 } else {
                     const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin + first * kUnit;
-                    multiply_units<T>(slot + first * kUnit, kPitch, vector, n, sums);
+                    multiply_units<T, kUnits>(slot + first * kUnit, wide, vector, n, sums);
                 }
-                leave_slot();
+                leave_slot(true);
             }
-            if (lane < 4) {
-                float* to = there<float>(p.at.sums) + (turn * kTiles + count) * kSumPitch + warp * kRows + 2 * lane;
-#pragma unroll
-                for (int row = 0; row < 2; ++row) to[row] = sums[0][row] + sums[1][row];
+            sum = sum_over<1, 2>(in_codes ? sum : sum_of_row(sums));
+            if (lane % 4 == 0) {
+                float* to = there<float>(p.at.sums) + (turn * kTiles + count) * kSumPitch;
+                to[(part * kWarps + warp) * kRows + lane / 4] = sum;
             }
-            if (++count == kTiles) finish();
+            if (++count == kTiles || is_last) finish();
         });
-        if (count > 0) finish();
     }
 
     __device__ __forceinline__ float gate_of(int phase, int layer, int row) const {
@@ -125,7 +136,8 @@ struct Step : Tiles {
         }
         if (phase == kOutput || phase == kValue) {
             if (!is_there) return;
-            const float mine = there<const float>(p.at.residual)[row] + gate * sum;
+            const float before = there<const float>(p.at.own)[row - kRows * part_of_phase(phase).first];
+            const float mine = before + gate * sum;
             put(p.residual + row, __float_as_uint(mine), tag(layer, phase == kValue));
             return;
         }
@@ -145,85 +157,140 @@ struct Step : Tiles {
         if (is_there && row % 2 == 0) put(to + row / 2, bits_of(mine, other), tag(layer, false));
     }
 
-    // use(i, bits of both) of the two words of(i), for all i < n, by whichever thread.
-    template <int kAtOnce, typename Of, typename Use>
+    // use(i, words) of the two words of(i), of(i + kMultiply), ... for all i < n; what is not there is 0.
+    template <int kLooks, typename Of, typename Use>
     __device__ __forceinline__ void get(int n, const Of& of, const Use& use) const {
 #pragma unroll 1
-        for (int begin = thread; begin < n; begin += kMultiply * kAtOnce) {
-            Tagged found[kAtOnce][2];
-            const auto look = [&](int i) {
-                const Wanted wanted = of(begin + kMultiply * i);
-                look_at_two(wanted.words, found[i][0], found[i][1]);
-                return found[i][0].tag == wanted.tag && found[i][1].tag == wanted.tag;
-            };
-            bool has_all;
+        for (int begin = thread; begin - lane < n; begin += kMultiply * kLooks) {
+            Tagged found[kLooks][2];
+            bool has[kLooks], has_all;
+#pragma unroll
+            for (int i = 0; i < kLooks; ++i) {
+                found[i][0] = found[i][1] = {};
+                has[i] = begin + kMultiply * i >= n;
+            }
             do {
+#pragma unroll
+                for (int i = 0; i < kLooks; ++i)
+                    if (!has[i]) look_at_two(of(begin + kMultiply * i).words, found[i][0], found[i][1]);
                 has_all = true;
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    if (begin + kMultiply * i < n) has_all = look(i) && has_all;
+                for (int i = 0; i < kLooks; ++i) {
+                    if (!has[i]) {
+                        const unsigned wanted = of(begin + kMultiply * i).tag;
+                        has[i] = found[i][0].tag == wanted && found[i][1].tag == wanted;
+                    }
+                    has_all = has[i] && has_all;
                 }
             } while (!has_all);
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (begin + kMultiply * i < n) use(begin + kMultiply * i, found[i][0].bits, found[i][1].bits);
-            }
+            use(begin, found);
         }
     }
 
-    // Eight numbers of vector `which`, from place 8 `at` on, and for codes their limbs: integers of two bytes, 127 x
-    // 256 for the largest of each 64. All lanes come here.
-    __device__ __forceinline__ void keep(int which, int at, bool is_there, const float (&x)[8]) const {
-        if (is_there) there<Piece>(p.at.vectors + which * 2 * p.channels)[at] = packed(x);
+    // As integers of two bytes, 127 x 256 for the largest of each 64: their first limbs, and their second ones behind
+    // those of all 64. Of k runs of n numbers, which lie so far apart, those before `end` are there. All lanes come
+    // here.
+    template <int k, int n>
+    __device__ __forceinline__ void keep_limbs(int first, int apart, int end, const float (&x)[k][n]) const {
+        float largest[k] = {};
+#pragma unroll
+        for (int i = 0; i < k; ++i) {
+#pragma unroll
+            for (int j = 0; j < n; ++j) {
+                const float size = fabsf(x[i][j]);
+                largest[i] = size <= largest[i] ? largest[i] : size;  // NaN stays
+            }
+        }
+#pragma unroll
+        for (int mask = 1; mask < kGroup / n; mask *= 2) {
+#pragma unroll
+            for (int i = 0; i < k; ++i) {
+                const float other = __shfl_xor_sync(kAll, largest[i], mask);
+                largest[i] = other <= largest[i] ? largest[i] : other;
+            }
+        }
+        constexpr float kLargest = 127.0f * 256.0f;
+#pragma unroll
+        for (int i = 0; i < k; ++i) {
+            const float by = largest[i] > 0.0f ? kLargest / largest[i] : 0.0f;
+            unsigned limbs[2][n / 4];
+#pragma unroll
+            for (int j = 0; j < n / 4; ++j) {
+                // The second limb is a whole's last byte, signed: half of 256 more is in the first one's.
+                unsigned whole[4], more[4];
+#pragma unroll
+                for (int l = 0; l < 4; ++l) {
+                    whole[l] = static_cast<unsigned>(__float2int_rn(x[i][4 * j + l] * by));
+                    more[l] = whole[l] + 128;
+                }
+                const auto joined = [](const unsigned (&from)[4], unsigned bytes) {
+                    const unsigned low = __byte_perm(from[0], from[1], bytes);
+                    return __byte_perm(low, __byte_perm(from[2], from[3], bytes), 0x5410);
+                };
+                limbs[0][j] = joined(more, 0x0051), limbs[1][j] = joined(whole, 0x0040);
+            }
+            const int here = first + apart * i;
+            if (here >= end) continue;
+#pragma unroll
+            for (int limb = 0; limb < 2; ++limb) {
+                auto* to = there<unsigned>(p.at.limbs + (here / kGroup * 2 + limb) * kGroup + here % kGroup);
+#pragma unroll
+                for (int j = 0; j < n / 4; ++j) to[j] = limbs[limb][j];
+            }
+            if (here % kGroup == 0) there<float>(p.at.scales)[here / kGroup] = largest[i] / kLargest;
+        }
+    }
+
+    __device__ __forceinline__ static Piece in_order(const Piece& x) {
+        return {{x.words[0], x.words[2], x.words[1], x.words[3]}};
+    }
+    // The first vector of a phase that is there, for products of codes or of floats.
+    __device__ __forceinline__ int first_kept(int phase, bool in_codes) const {
+        const int first = phase == kProject ? projected.first : 0;
+        return kIsInt8 && !in_codes && first < kFirstOfDown ? kFirstOfDown : first;
+    }
+    // Eight numbers of a vector, from place 8 `at` on, as its products read them. All lanes come here.
+    __device__ __forceinline__ void keep(int phase, int which, int at, bool is_there, const float (&x)[8]) const {
+        if (is_there && (!kIsInt8 || which >= kFirstOfDown))
+            there<Piece>(p.at.vectors + (which - first_kept(phase, false)) * 2 * p.channels)[at] = in_order(packed(x));
         if constexpr (kIsInt8) {
-            if (which > 2) return;
-            float largest = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const float size = fabsf(x[i]);
-                largest = size <= largest ? largest : size;  // NaN stays
-            }
-#pragma unroll
-            for (int mask = 1; mask < 8; mask *= 2) {
-                const float other = __shfl_xor_sync(kAll, largest, mask);
-                largest = other <= largest ? largest : other;
-            }
-            constexpr float kLargest = 127.0f * 256.0f;
-            const float by = largest > 0.0f ? kLargest / largest : 0.0f;
-            unsigned limbs[2][2] = {};
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int whole = __float2int_rn(x[i] * by), low = static_cast<signed char>(whole & 0xff);
-                limbs[0][i / 4] |= static_cast<unsigned>((whole - low) / 256 & 0xff) << 8 * (i % 4);
-                limbs[1][i / 4] |= static_cast<unsigned>(low & 0xff) << 8 * (i % 4);
-            }
-            const int first = which * p.channels + 8 * at;
-            if (!is_there) return;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                auto* to = there<unsigned>(p.at.limbs + i * p.at.n_limbs + first);
-                to[0] = limbs[i][0], to[1] = limbs[i][1];
-            }
-            if (at % 8 == 0) there<float>(p.at.scales)[first / kGroup] = largest / kLargest;
+            const int first = (which - first_kept(phase, true)) * p.channels + 8 * at;
+            const float run[1][8] = {{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}};
+            if (which < kDown) keep_limbs(first, 0, is_there ? first + 8 : 0, run);
         }
     }
 
     // y, or the hidden channels, in pairs.
     __device__ __forceinline__ void read_vector(const Tagged* from, int n, unsigned wanted) {
+        constexpr int kLooks = 4;
         auto* to = there<unsigned>(p.at.vectors);
         const auto of = [=](int i) { return Wanted{from + 2 * i, wanted}; };
-        get<4>(n / 4, of, [=](int i, unsigned a, unsigned b) { to[2 * i] = a, to[2 * i + 1] = b; });
-        sync_multiplying();
-        if constexpr (kIsInt8) {
-#pragma unroll 1
-            for (int begin = 0; begin < n / 8; begin += kMultiply) {
-                const int at = begin + thread;
-                float x[8] = {};
-                if (at < n / 8) unpack(there<const Piece>(p.at.vectors)[at], x);
-                keep(0, at, at < n / 8, x);
+        get<kLooks>(n / 4, of, [&](int begin, const Tagged (&found)[kLooks][2]) {
+            if constexpr (kIsInt8) {
+                float x[kLooks][4];
+#pragma unroll
+                for (int i = 0; i < kLooks; ++i) unpack(found[i], x[i]);
+                keep_limbs(4 * begin, 4 * kMultiply, n, x);
+            } else {
+#pragma unroll
+                for (int i = 0; i < kLooks; ++i) {
+                    const int here = begin + kMultiply * i;
+                    if (here < n / 4) keep_words(to, here, found[i]);
+                }
             }
-            sync_multiplying();
-        }
+        });
+        sync_multiplying();
+    }
+    __device__ __forceinline__ static void keep_words(unsigned* to, int pair, const Tagged (&words)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) to[place_of_word(2 * pair + i)] = words[i].bits;
+    }
+    __device__ __forceinline__ static void unpack(const Tagged (&words)[2], float (&x)[4]) {
+        const unsigned bits[2] = {words[0].bits, words[1].bits};
+        T numbers[4];
+        memcpy(numbers, bits, sizeof numbers);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = static_cast<float>(numbers[i]);
     }
     __device__ __forceinline__ static void unpack(const Piece& piece, float (&x)[8]) {
         T numbers[8];
@@ -232,73 +299,97 @@ struct Step : Tiles {
         for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(numbers[i]);
     }
 
-    __device__ __forceinline__ static int mixes_of(int phase) {
-        return phase == kProject ? kMixes : phase == kKey ? 1 : 0;
+    __device__ __forceinline__ Span mixes_of(int phase) const {
+        return phase == kProject ? projected : phase == kKey ? Span{0, 0} : Span{0, -1};
+    }
+    __device__ __forceinline__ static Piece piece_at(const void* from, int i) {
+        return static_cast<const Piece*>(from)[i];
+    }
+    __device__ __forceinline__ Piece mix_at(int phase, int layer, int m, int at) const {
+        const Layer& w = weights_of(layer);
+        return piece_at(phase == kProject ? w.mixes : w.channel_mix, m * (p.channels / 8) + at);
     }
     // Ask for what the norm before a phase reads, before it waits for the residual.
     __device__ __forceinline__ NormPieces ask(int phase, int layer, int at) const {
         NormPieces pieces{};
         if (at >= p.channels / 8) return pieces;
-        const auto piece = [=](const void* from, int i) { return static_cast<const Piece*>(from)[i]; };
         if (phase == kLogits) {
-            pieces.weight = piece(p.norm_weight, at), pieces.bias = piece(p.norm_bias, at);
+            pieces.weight = piece_at(p.norm_weight, at), pieces.bias = piece_at(p.norm_bias, at);
             return pieces;
         }
         const Layer& w = weights_of(layer);
         const bool is_first = phase == kProject;
-        pieces.weight = piece(is_first ? w.norm1_weight : w.norm2_weight, at);
-        pieces.bias = piece(is_first ? w.norm1_bias : w.norm2_bias, at);
-        pieces.last = piece(is_first ? w.att_before : w.ffn_before, at);
+        pieces.weight = piece_at(is_first ? w.norm1_weight : w.norm2_weight, at);
+        pieces.bias = piece_at(is_first ? w.norm1_bias : w.norm2_bias, at);
+        pieces.last = piece_at(is_first ? w.att_before : w.ffn_before, at);
+        const Span mixes = mixes_of(phase);
 #pragma unroll
-        for (int m = 0; m < kMixes; ++m) {
-            if (m < mixes_of(phase))
-                pieces.mixes[m] = piece(is_first ? w.mixes : w.channel_mix, m * p.channels / 8 + at);
-        }
+        for (int i = 0; i < kAhead; ++i)
+            if (mixes.first + i <= mixes.last) pieces.mixes[i] = mix_at(phase, layer, mixes.first + i, at);
         return pieces;
-    }
-
-    __device__ __forceinline__ float block_sum(float x, float* room) const {
-        x = sum_over<1, 2, 4, 8, 16>(x);
-        if (lane == 0) room[warp] = x;
-        sync_multiplying();
-        x = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) x += room[i];
-        return x;
     }
 
     // The residual, normed, becomes the token; mixed with the last one the vectors. `pieces` are this thread's first.
     __device__ __forceinline__ void norm_and_mix(int phase, int layer, NormPieces pieces) {
         auto* residual = there<float>(p.at.residual);
-        const int n = p.channels / 8;
+        // Of distances from the pivot, this warp's first number; and how many all its lanes have.
+        float pivot = 0.0f, sum = 0.0f, squares = 0.0f, count = 0.0f;
+        const auto take = [&](int i, float a, float b) {
+            residual[2 * i] = a, residual[2 * i + 1] = b;
+            if (i < kMultiply) pivot = __shfl_sync(kAll, a, 0, 32);
+            a -= pivot, b -= pivot;
+            sum += a + b, squares += a * a + b * b, count += 2.0f * 32.0f;
+        };
         if (phase == kProject && layer == 0) {
-            for (int at = thread; at < n; at += kMultiply) {
-                float x[8];
-                unpack(static_cast<const Piece*>(p.x)[at], x);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) residual[8 * at + i] = x[i];
+#pragma unroll 1
+            for (int i = thread; i < p.channels / 2; i += kMultiply) {
+                const T* two = static_cast<const T*>(p.x) + 2 * i;
+                take(i, static_cast<float>(two[0]), static_cast<float>(two[1]));
             }
         } else {
             const unsigned wanted = phase == kKey ? tag(layer, false) : tag(layer - 1, true);
             const auto of = [&](int i) { return Wanted{p.residual + 2 * i, wanted}; };
-            get<4>(p.channels / 2, of, [=](int i, unsigned a, unsigned b) {
-                residual[2 * i] = __uint_as_float(a), residual[2 * i + 1] = __uint_as_float(b);
+            constexpr int kLooks = 4;
+            get<kLooks>(p.channels / 2, of, [&](int begin, const Tagged (&found)[kLooks][2]) {
+#pragma unroll
+                for (int i = 0; i < kLooks; ++i) {
+                    const int here = begin + kMultiply * i;
+                    if (here < p.channels / 2)
+                        take(here, __uint_as_float(found[i][0].bits), __uint_as_float(found[i][1].bits));
+                }
             });
         }
+        // Each warp's mean and its sum of squared distances from it, then those of all.
+        using OfWarp = Run<float, 4>;
+        __syncwarp();
+        auto* of_warps = there<OfWarp>(p.at.norm);
+        sum = sum_over<1, 2, 4, 8, 16>(sum), squares = sum_over<1, 2, 4, 8, 16>(squares);
+        if (lane == 0) {
+            const float distance = count > 0.0f ? sum / count : 0.0f;
+            of_warps[thread / 32] = OfWarp{{pivot + distance, squares - sum * distance, count, 0.0f}};
+        }
         sync_multiplying();
-        const auto sum_of = [&](float* room, const auto& share) {
-            float sum = 0.0f;
-            for (int i = 4 * thread; i < p.channels; i += 4 * kMultiply) {
-                const auto four = *reinterpret_cast<const Run<float, 4>*>(residual + i);
+        OfWarp of[kTeams * kWarps];
+        float mean = 0.0f, variance = 0.0f;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) sum += share(four.values[j]);
-            }
-            return block_sum(sum, room) / static_cast<float>(p.channels);
-        };
-        float* rooms = there<float>(p.at.norm);
-        const float mean = sum_of(rooms, [](float x) { return x; });
-        const float variance = sum_of(rooms + kWarps, [=](float x) { return (x - mean) * (x - mean); });
-        const float scale = rsqrtf(variance + p.eps);
+        for (int i = 0; i < kTeams * kWarps; ++i) {
+            of[i] = of_warps[i];
+            mean += of[i].values[0] * of[i].values[2];
+        }
+        mean *= one_of_channels;
+#pragma unroll
+        for (int i = 0; i < kTeams * kWarps; ++i) {
+            const float distance = of[i].values[0] - mean;
+            variance += of[i].values[1] + of[i].values[2] * (distance * distance);
+        }
+        const float scale = rsqrtf(variance * one_of_channels + p.eps);
+        const Part own = part_of_phase(kValue);  // and of the output
+        for (int i = thread; i < kRows * own.count; i += kMultiply) {
+            const int row = kRows * own.first + i;
+            if (row < p.channels) there<float>(p.at.own)[i] = residual[row];
+        }
+        const int n = p.channels / 8;
+        const Span mixes = mixes_of(phase);
 #pragma unroll 1
         for (int begin = 0; begin < n; begin += kMultiply) {
             const int at = begin + thread;
@@ -311,33 +402,42 @@ struct Step : Tiles {
                 for (int i = 0; i < 8; ++i) here[i] = (residual[8 * at + i] - mean) * scale * weight[i] + bias[i];
             }
             if (phase == kLogits) {
-                keep(0, at, is_there, here);
+                keep(phase, 0, at, is_there, here);
                 continue;
             }
             if (is_there) {
                 const Piece now = packed(here);
-                there<Piece>(p.at.now)[at] = now;
+                if (block == 0) now_at(phase, layer)[at] = now;
                 unpack(now, here);
             }
             unpack(pieces.last, past);
-#pragma unroll
-            for (int m = 0; m < kMixes; ++m) {
-                if (m >= mixes_of(phase)) break;
+#pragma unroll 1
+            for (int m = mixes.first; m <= mixes.last; ++m) {
+                Piece of = m == mixes.first ? pieces.mixes[0] : pieces.mixes[1];
+                if (m >= mixes.first + kAhead && is_there) of = mix_at(phase, layer, m, at);
                 float mixed[8];
-                unpack(pieces.mixes[m], mix);
+                unpack(of, mix);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) mixed[i] = here[i] + (past[i] - here[i]) * mix[i];
-                keep(m, at, is_there, mixed);
+                keep(phase, m, at, is_there, mixed);
             }
         }
         sync_multiplying();
     }
 
-    // The last token, which all blocks have read by now, becomes this one.
-    __device__ __forceinline__ void keep_shift(void* to) const {
-        if (block != 0) return;
-        for (int at = thread; at < p.channels / 8; at += kMultiply)
-            static_cast<Piece*>(to)[at] = there<Piece>(p.at.now)[at];
+    // Where the token, normed, is kept: not where the last one lies as long as other blocks may read that.
+    __device__ __forceinline__ Piece* now_at(int phase, int layer) const {
+        const Layer& w = weights_of(layer);
+        void* to = phase == kProject ? w.att_after : w.ffn_after;
+        return static_cast<Piece*>(to == (phase == kProject ? w.att_before : w.ffn_before) ? p.now : to);
+    }
+    // All blocks have read the last token by now.
+    __device__ __forceinline__ void keep_shift(int phase, int layer) const {
+        const Layer& w = weights_of(layer);
+        auto* to = static_cast<Piece*>(phase == kProject ? w.att_after : w.ffn_after);
+        const Piece* now = now_at(phase, layer);
+        if (block != 0 || now == to) return;
+        for (int at = thread; at < p.channels / 8; at += kMultiply) to[at] = now[at];
     }
 
     // The time mix of one head, between its products.
@@ -374,17 +474,22 @@ struct Step : Tiles {
             const Tagged* from = vector == 3 ? v_first : vector == 2 ? v : p.projected + vector * C / 2;
             return {from + which * kHead / 2 + i % kOfVector * 2, vector == 3 ? first : mine};
         };
-        get<2>(4 * kOfVector + squeezed / 4, of, [&](int i, unsigned a, unsigned b) {
-            const unsigned bits[2] = {a, b};
-            if (i >= 4 * kOfVector) {
-                memcpy(there<unsigned>(p.at.squeezed) + 2 * (i - 4 * kOfVector), bits, sizeof bits);
-                return;
-            }
-            T numbers[4];
-            memcpy(numbers, bits, sizeof numbers);
+        const int pairs = 4 * kOfVector + squeezed / 4;
+        constexpr int kLooks = 2;
+        get<kLooks>(pairs, of, [&](int begin, const Tagged (&found)[kLooks][2]) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                in.vectors[i / kOfVector][i % kOfVector * 4 + j] = static_cast<float>(numbers[j]);
+            for (int i = 0; i < kLooks; ++i) {
+                const int here = begin + kMultiply * i, of_squeezed = here - 4 * kOfVector;
+                if (here >= pairs) break;
+                if (of_squeezed >= 0) {
+                    keep_words(there<unsigned>(p.at.squeezed), of_squeezed, found[i]);
+                    continue;
+                }
+                float x[4];
+                unpack(found[i], x);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) in.vectors[here / kOfVector][here % kOfVector * 4 + j] = x[j];
+            }
         });
         sync_multiplying();
         multiply_ups(in);
@@ -395,13 +500,14 @@ struct Step : Tiles {
             head.mix(added, of_sigmoid, vector, w.v0 != nullptr, kk, ka, rk);
         }
         float state[kStateRows][kKeys];
-        await(filled(place.slot), place.round);
+        next = 0;
+        if (team == 0) await(filled(place.slot), place.round);
         if (is_of_head) for_keys([&](int row, int i, int at) {
             const auto four = reinterpret_cast<const Run<float, 4>*>(slot_at(place.slot))[at];
 #pragma unroll
             for (int j = 0; j < 4; ++j) state[row][i + j] = four.values[j];
         });
-        leave_slot();
+        leave_slot(team == 0);
         if (!is_of_head) return;
         sync_head();
         const float y = head.move_on(state, key);
@@ -421,49 +527,59 @@ struct Step : Tiles {
         int of = 0;
         for_ups([&](int m, int row, int rows, int bytes) {
             if (m != of) before += 2 * p.ranks[of], of = m;
-            await(filled(place.slot), place.round);
-            const int mine = kRows * warp - row;
-            if (mine >= 0 && mine < rows) {
-                Sums sums = {};
-                const unsigned char *from = slot_at(place.slot) + mine * bytes, *x = shared + p.at.squeezed + before;
+            if (team == next) {
+                await(filled(place.slot), place.round);
+                constexpr int kOfWarp = kHead / kRows / kWarps;  // eights of channels
+                Sums sums[kOfWarp] = {};
+                const unsigned char *from = slot_at(place.slot), *x = shared + p.at.squeezed + before;
 #pragma unroll 1
-                for (int i = 0; i < bytes; i += kUnits * kUnit) {
-                    multiply_units<T>(from + i, bytes, x + i, (bytes - i) / kUnit, sums);
-                }
-                if (lane < 4) {
+                for (int begin = 0; begin < bytes; begin += kAtOnce * kUnit) {
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) in.ups[m][kRows * warp + 2 * lane + j] = sums[0][j] + sums[1][j];
+                    for (int i = 0; i < kOfWarp; ++i) {
+                        const int mine = kRows * (warp + kWarps * i), units = mine < rows ? (bytes - begin) / kUnit : 0;
+                        multiply_units<T, kAtOnce>(from + mine * bytes + begin, bytes, x + begin, units, sums[i]);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < kOfWarp; ++i) {
+                    const int mine = kRows * (warp + kWarps * i);
+                    const float sum = sum_over<1, 2>(sum_of_row(sums[i]));
+                    if (lane % 4 == 0 && mine < rows) in.ups[m][row + mine + lane / 4] = sum;
                 }
             }
-            leave_slot();
+            leave_slot(team == next);
         });
     }
 
-    // Of the warps that multiply.
+    // Of the warps that multiply. All phases go through the same code: if the compiler knew which one it is, it would
+    // write the code out for each of them.
     __device__ __forceinline__ void compute_all() {
         NormPieces pieces = ask(kProject, 0, thread);
+        int layer = 0, phase = kProject;
 #pragma unroll 1
-        for (int layer = 0; layer < p.n_layers; ++layer) {
-            norm_and_mix(kProject, layer, pieces);
-            multiply(kProject, layer);
-#pragma unroll 1
-            for (int head = first_head; head < heads; head += blocks) {
-                mix_head(layer, head);
-                if (head + blocks < heads) sync_multiplying();
+        while (true) {
+            phase = unforeseen(phase);
+            if (phase == kOutput || phase == kValue) {
+                const bool is_output = phase == kOutput;
+                if (is_output) mix_heads(layer);
+                read_vector(is_output ? p.y : p.hidden, is_output ? p.channels : p.hidden_channels, tag(layer, false));
+                const bool is_last = !is_output && layer + 1 == p.n_layers;
+                pieces = ask(is_output ? kKey : is_last ? kLogits : kProject, is_output ? layer : layer + 1, thread);
+                keep_shift(phase - 1, layer);
+            } else {
+                norm_and_mix(phase, layer, pieces);
             }
-            read_vector(p.y, p.channels, tag(layer, false));
-            pieces = ask(kKey, layer, thread);
-            keep_shift(weights_of(layer).att_after);
-            multiply(kOutput, layer);
-            norm_and_mix(kKey, layer, pieces);
-            multiply(kKey, layer);
-            read_vector(p.hidden, p.hidden_channels, tag(layer, false));
-            pieces = ask(layer + 1 < p.n_layers ? kProject : kLogits, layer + 1, thread);
-            keep_shift(weights_of(layer).ffn_after);
-            multiply(kValue, layer);
+            multiply(phase, layer);
+            if (phase == kLogits) return;
+            if (++phase == kLogits && ++layer < p.n_layers) phase = kProject;
         }
-        norm_and_mix(kLogits, p.n_layers, pieces);
-        multiply(kLogits, p.n_layers);
+    }
+    __device__ __forceinline__ void mix_heads(int layer) {
+#pragma unroll 1
+        for (int head = first_head; head < heads; head += blocks) {
+            mix_head(layer, head);
+            if (head + blocks < heads) sync_multiplying();
+        }
     }
 };
 
@@ -471,18 +587,19 @@ template <typename T, bool kIsInt8>
 __global__ void __launch_bounds__(kThreads, 1) token_step(const __grid_constant__ Problem p) {
     Step<T, kIsInt8> step(p);
     if (step.thread == 0) {
-        for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), 1), init_barrier(step.freed(i), kWarps);
+        for (int i = 0; i < p.at.slots; ++i) init_barrier(step.filled(i), kAskers), init_barrier(step.freed(i), kWarps);
         show_barriers();
     }
+    step.find_parts();
     for (int i = step.thread; i < p.n_layers * static_cast<int>(sizeof(Layer) / 16); i += kThreads)
         step.template there<Piece>(p.at.layers)[i] = reinterpret_cast<const Piece*>(p.layers)[i];
     __syncthreads();
-    if (step.warp < kWarps) {
+    if (step.thread < kMultiply) {
         take_registers();
         step.compute_all();
     } else {
         give_registers();
-        if (step.warp == kWarps) step.bring_all();
+        step.bring_all();
     }
     __syncthreads();
     end_step(p.counters);
@@ -499,8 +616,8 @@ void start(Problem& problem, int device) {
     int blocks = 0, available = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
-    problem.at = shared_of(problem, kIsInt8, available);
     blocks = std::min({blocks, 3 * problem.channels / kRows, problem.hidden_channels / kRows});  // rows for each
+    problem.at = shared_of(problem, kIsInt8, available, blocks);
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, problem.at.bytes));
     cudaLaunchAttribute together{};
