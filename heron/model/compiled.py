@@ -20,8 +20,8 @@ from torch import Tensor
 from heron import machine
 from heron.config import ModelConfig
 from heron.errors import ConfigError, KernelError
+from heron.model import products
 from heron.model.memory import WRITTEN
-from heron.model.products import replacing_products
 from heron.model.rwkv import RWKV, Block
 from heron.ops import _choice
 from heron.ops.wkv7 import wkv7_choice
@@ -188,12 +188,13 @@ def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...,
     """BACKEND, but what a matrix product of the backward reads may be computed again too, from what is kept anyway, and
     large products are ours.
 
-    A block then does not keep its squared ReLUs, the size of four tensors of (B, T, C).
+    A block then keeps either the key of its channel mix or its squared ReLU, the size of four tensors of (B, T, C), not
+    both.
     """
     import torch._dynamo
     import torch._functorch.config
 
-    settings = {"config_patches": {"post_grad_custom_post_pass": replacing_products()}} if BACKEND == "inductor" else {}
+    settings = {"config_patches": products.settings()} if BACKEND == "inductor" else {}
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
         return torch._dynamo.lookup_backend(BACKEND)(graph, inputs, **settings)
 

@@ -34,9 +34,12 @@ from heron.progress import progress
 
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
-BARRIERS, COPIES, EARLY, HEAD, PRODUCTS, SHARED_ADDRESS, STRIPS = (
-    _CSRC / f"{name}.cuh" for name in ("barriers", "copies", "early", "head", "products", "shared_address", "strips")
-)
+BARRIERS, BOXES, CLUSTER, COPIES, EARLY, HEAD, PRODUCTS, SHARED_ADDRESS, STRIPS = (
+    _CSRC / f"{name}.cuh"
+    for name in (
+        "barriers", "boxes", "cluster", "copies", "early", "head", "products", "shared_address", "strips",
+    )
+)  # fmt: skip
 _OPERATOR = _CSRC / "operator.h"  # what all of them include
 BUNDLED = Path(__file__).parent / "_built"  # libraries that a wheel brought, in the form of the cache
 _COMPILERS = ("c++", "g++", "clang++")

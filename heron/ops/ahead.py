@@ -24,11 +24,12 @@ from heron.ops.rosa import device_stream, soft
 from heron.ops.rows import cuda as rows
 from heron.ops.sample_rows import cuda as sample_rows
 from heron.ops.shift_mix import cuda as shift_mix
+from heron.ops.squared_relu_product import cuda as squared_relu_product
 from heron.ops.token_step import cuda as token_step
 from heron.ops.wkv7 import cuda as wkv7
 
 SEQUENCES = (wkv7.FORM, head_mix.FORM, shift_mix.FORM)  # the slowest first
-TRAINING = (*SEQUENCES, linear_cross_entropy.FORM, adamw.FORM, rows.FORM)
+TRAINING = (*SEQUENCES, squared_relu_product.FORM, linear_cross_entropy.FORM, adamw.FORM, rows.FORM)
 DECODING = (token_step.FORM, sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM, few_rows.FORM)
 TABLES, STREAMS, FP8 = rows.FORM, device_stream.FORM, fp8_linear.FORM
 ROSA = (rosa.FORM, soft.FORM)

@@ -14,7 +14,9 @@ from heron.ops._products import Product
 
 _CSRC = Path(__file__).parent / "csrc"
 SOURCE, BOXES, SHARING = _CSRC / "few_rows.cu", _CSRC / "boxes.cu", _CSRC / "sharing.cuh"
-HEADERS = [_build.BARRIERS, _build.EARLY, _build.PRODUCTS, _build.SHARED_ADDRESS, SHARING, _CSRC / "cluster.cuh"]
+HEADERS = [
+    _build.BARRIERS, _build.BOXES, _build.CLUSTER, _build.EARLY, _build.PRODUCTS, _build.SHARED_ADDRESS, SHARING
+]  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 32  # vectors
 FEWEST_BY_BOXES = 17  # fewer are faster by registers

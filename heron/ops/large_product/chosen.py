@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,28 @@ class Form(NamedTuple):
         return f"{', '.join(matrices)}{', adds' if self.adds else ''}"
 
 
+class Kept:
+    """What was measured on a device, by name, in a file that processes share."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def all(self) -> dict[str, Any]:
+        """Empty where there is no file yet, or a damaged one, which is written anew."""
+        try:
+            return json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def add(self, name: str, value: Any) -> None:
+        """At once or not at all: other processes read it. Where nothing can be kept the next process measures again."""
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self._file.parent, delete=False) as file:
+                file.write(json.dumps(self.all() | {name: value}, indent=1, sort_keys=True) + "\n")
+            os.replace(file.name, self._file)
+
+
 class Table:
     """What is chosen on a device, by form: the number of an algorithm, in the order in which cuBLASLt tells of them.
 
@@ -49,7 +71,7 @@ class Table:
     """
 
     def __init__(self, device: torch.device, file: Path):
-        self._device, self._file = device, file
+        self._device, self._kept = device, Kept(file)
         self._chosen: dict[Form, Multiply] = {}
 
     def multiply(self, form: Form, by_pytorch: Multiply) -> Multiply:
@@ -57,7 +79,7 @@ class Table:
         if form in self._chosen:
             return self._chosen[form]
         try:
-            algorithms, kept = Algorithms(*form), self._kept()
+            algorithms, kept = Algorithms(*form), self._kept.all()
         except KernelError:  # cuBLASLt refuses, and would each time
             self._chosen[form] = by_pytorch
             return by_pytorch
@@ -70,23 +92,9 @@ class Table:
                 chosen = fastest(form, algorithms, by_pytorch, self._device)
             except torch.OutOfMemoryError:
                 return by_pytorch
-            with contextlib.suppress(OSError):  # where nothing can be kept the next process measures again
-                self._keep(kept | {form.name: chosen})
+            self._kept.add(form.name, chosen)
         self._chosen[form] = by_pytorch if chosen is None else functools.partial(algorithms.run, chosen)
         return self._chosen[form]
-
-    def _keep(self, chosen: dict[str, int | None]) -> None:
-        """At once or not at all: other processes read it."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self._file.parent, delete=False) as file:
-            file.write(json.dumps(chosen, indent=1, sort_keys=True) + "\n")
-        os.replace(file.name, self._file)
-
-    def _kept(self) -> dict[str, int | None]:
-        try:
-            return json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # there is none yet, or a damaged one, which is written anew
-            return {}
 
 
 def fastest(form: Form, algorithms: Algorithms, by_pytorch: Multiply, device: torch.device) -> int | None:
@@ -131,5 +139,10 @@ def _drawn(matrix: Matrix, random: torch.Generator) -> Tensor:
 def table(index: int) -> Table:
     """That of a CUDA device, kept under its name and the version of cuBLASLt."""
     device = torch.device("cuda", index)
-    name = f"{torch.cuda.get_device_name(device).replace(' ', '-')}-cublaslt-{cublaslt.version()}.json"
-    return Table(device, _build.cache_folder() / "products" / name)
+    return Table(device, file_of(device, f"cublaslt-{cublaslt.version()}"))
+
+
+def file_of(device: torch.device, version: str) -> Path:
+    """Where what was measured on devices like this one is kept; `version` is of what was measured."""
+    name = torch.cuda.get_device_name(device).replace(" ", "-")
+    return _build.cache_folder() / "products" / f"{name}-{version}.json"

@@ -32,7 +32,7 @@ int blocks_of_cluster;
 std::vector<std::vector<uint32_t>> met;  // what every block had in shared memory
 
 unsigned char* shared() { return reinterpret_cast<unsigned char*>(emulator::shared_words.data()); }
-unsigned char* stages_memory() { return shared(); }
+unsigned char* memory_of_boxes() { return shared(); }
 unsigned offset_of(const void* x) { return static_cast<const unsigned char*>(x) - shared(); }
 unsigned swizzled(unsigned offset) { return offset ^ (offset >> 7 & 7) << 4; }
 uint16_t& word_at(unsigned offset) {
@@ -107,6 +107,8 @@ template <typename T, int n> void multiply(float (&c)[n], unsigned long long row
 }
 void begin_multiplying() {}
 void end_multiplying() { __syncwarp(); }
+template <int>
+void multiplied() {}
 
 int at_named_barrier, named_rounds;
 void sync_multiplying();

@@ -8,12 +8,10 @@
 // No sum depends on other vectors, nor on how many there are.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
-#include <cuda.h>
-
-#include "../../csrc/barriers.cuh"
+#include "../../csrc/boxes.cuh"
+#include "../../csrc/cluster.cuh"
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
-#include "cluster.cuh"
 #endif
 #include "../../csrc/products.cuh"
 #include "sharing.cuh"
@@ -57,20 +55,7 @@ constexpr Sharing sharing(int part = kPart, int enough = kEnough) {
 }
 
 #ifdef __CUDACC__
-__device__ __forceinline__ unsigned char* stages_memory() {
-    extern __shared__ unsigned char shared[];
-    return shared + (1024 - static_cast<unsigned>(__cvta_generic_to_shared(shared)) % 1024) % 1024;
-}
-
-// A box of `map`, from number `k` of `row` on, to `to`; zeros beyond the matrix. `barrier` counts its bytes.
-__device__ __forceinline__ void bring(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
-        : "memory");
-}
-// The same of what is read once: it is the first to leave the L2 cache.
+// As `bring`, of what is read once: it is the first to leave the L2 cache.
 __device__ __forceinline__ void bring_once(void* to, const CUtensorMap& map, int k, int row, Barrier* barrier) {
     unsigned long long policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -80,16 +65,6 @@ __device__ __forceinline__ void bring_once(void* to, const CUtensorMap& map, int
         "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)), "l"(policy)
         : "memory");
 }
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-// Rows of 128 bytes in shared memory, as the copy engine leaves them: eight are 1024 bytes, 64 times 16 (from bit 32 on), and
-// their pieces are swizzled by 128 bytes (bit 62).
-__device__ __forceinline__ unsigned long long descriptor(const void* rows) {
-    return (shared_address(rows) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 #define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define WGMMA(type)                                                                                                   \
     asm volatile(                                                                                                     \
@@ -107,10 +82,6 @@ __device__ __forceinline__ void multiply(float (&c)[kColumns / 2], unsigned long
     } else {
         WGMMA("bf16");
     }
-}
-__device__ __forceinline__ void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_multiplying() {
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
 // A barrier of the threads that multiply.
@@ -170,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_by_boxes(const __grid_co
     const int steps = max(0, (min(p.span, p.in - begin) + kBox - 1) / kBox);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
 
-    unsigned char* const memory = stages_memory();
+    unsigned char* const memory = memory_of_boxes();
     const auto rows_in = [&](int step) { return memory + step % kStages * kStageBytes; };
     const auto vectors_in = [&](int step) { return rows_in(step) + kRows * kBox * 2; };
     const bool brings = threadIdx.x == kMultiply;
@@ -214,6 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_by_boxes(const __grid_co
 #pragma unroll
             for (int k = 0; k < kBox / 16; ++k) multiply<T>(c, rows + 2 * k, vectors + 2 * k);  // 32 bytes on
             end_multiplying();
+            multiplied<0>();
             if (lane == 0) arrive(&empty[step % kStages]);
         }
         sync_multiplying();  // the stages have been read
@@ -271,24 +243,10 @@ namespace {
 
 // `matrix`, to be read in boxes of kBox numbers of `box_rows` rows.
 CUtensorMap map_of(const Tensor& matrix, int64_t stride, int box_rows) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found{};
-        STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                                        &found));
-        STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "few_rows: the driver has no cuTensorMapEncodeTiled");
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
     CUtensorMap map;
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.size(1)), static_cast<cuuint64_t>(matrix.size(0))};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
-    const cuuint32_t box[] = {kBox, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-    const bool in_half = matrix.scalar_type() == ScalarType::Half;
-    const auto type = in_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const CUresult result = encode(&map, type, 2, const_cast<void*>(matrix.const_data_ptr()), sizes, strides, box, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    STD_TORCH_CHECK(result == CUDA_SUCCESS, "few_rows: cuTensorMapEncodeTiled failed: ", static_cast<int>(result));
+    const int result = describe(map, matrix.const_data_ptr(), matrix.scalar_type() == ScalarType::Half, matrix.size(0),
+                                matrix.size(1), stride, box_rows);
+    STD_TORCH_CHECK(result == 0, "few_rows: cuTensorMapEncodeTiled failed: ", result);
     return map;
 }
 

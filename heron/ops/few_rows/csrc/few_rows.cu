@@ -10,9 +10,9 @@
 // No sum depends on other vectors, nor on how many there are.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
+#include "../../csrc/cluster.cuh"
 #include "../../csrc/early.cuh"
 #include "../../csrc/operator.h"
-#include "cluster.cuh"
 #endif
 #include "../../csrc/products.cuh"
 #include "sharing.cuh"

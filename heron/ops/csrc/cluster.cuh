@@ -1,7 +1,7 @@
 // Barriers of all threads of a cluster of blocks, from compute capability 9.0 on.
 #pragma once
 
-#include "../../csrc/shared_address.cuh"
+#include "shared_address.cuh"
 
 namespace {
 
