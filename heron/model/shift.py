@@ -53,8 +53,8 @@ def normed(norm: nn.Module, x: Tensor, branch: Tensor | None = None) -> Tensor:
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and x.dim() == 3 and norm.weight.dtype == x.dtype:
-        if shift_mix_choice(x.device, x.dtype, x.shape[-1]).impl == "cuda":
-            nothing_of_the_token_before = torch.zeros_like(norm.weight)
-            return ops.shift_mix(x, branch, norm.weight, norm.bias, [nothing_of_the_token_before], eps=norm.eps)[1][0]
+    learns = torch.is_grad_enabled() and x.dim() == 3 and norm.weight.dtype == x.dtype
+    if learns and shift_mix_choice(x.device, x.dtype, x.shape[-1]).impl == "cuda":
+        nothing_of_the_token_before = torch.zeros_like(norm.weight)
+        return ops.shift_mix(x, branch, norm.weight, norm.bias, [nothing_of_the_token_before], eps=norm.eps)[1][0]
     return nn.LayerNorm.forward(norm, x if branch is None else x + branch)

@@ -74,4 +74,6 @@ def test_an_embedding_that_is_called_sums_its_gradients_as_one_that_is_read(monk
     calls = []
     model.emb.register_forward_hook(lambda *_: calls.append(True))
     model.loss(IDS, IDS.roll(1, 1))
-    assert calls == [True] and len(read) == 1 and read[0] is model.emb.weight
+    assert calls == [True]
+    assert len(read) == 1
+    assert read[0] is model.emb.weight

@@ -80,14 +80,17 @@ def test_a_norm_of_the_network_is_by_the_kernels_when_it_is_called_too(by_kernel
     called, seen = by_kernel(True), []
     want = nn.functional.layer_norm(x + branch, norm.normalized_shape, eps=norm.eps)
     torch.testing.assert_close(normed(norm, x, branch), want)
-    assert called[-1][0] is x and called[-1][1] is branch
+    assert called[-1][0] is x
+    assert called[-1][1] is branch
     norm.register_forward_hook(lambda _, given, out: seen.append(given))
     torch.testing.assert_close(normed(norm, x, branch), want)
-    assert len(called) == 2 and torch.equal(called[-1][0], x + branch) and called[-1][1] is None
+    assert len(called) == 2
+    assert torch.equal(called[-1][0], x + branch)
+    assert called[-1][1] is None
     assert torch.equal(seen[0][0], x + branch)  # of a hook, one input: what is normed
     norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Tagged))
     torch.testing.assert_close(normed(norm, x, branch).as_subclass(torch.Tensor), want)
-    assert len(called) == 2 and len(seen) == 2
+    assert (len(called), len(seen)) == (2, 2)
 
 
 @pytest.mark.gpu
