@@ -1,9 +1,9 @@
 """Many processes that make one run: who they are, what they decide together, and how a network lies over them.
 
-Elsewhere only gradients travel (:mod:`heron.reduction`), those that share a text speak with each other
-(:mod:`heron.context`), and those that write a checkpoint together (:mod:`heron.checkpoint.sharded`). torchrun starts
-the processes, one a GPU, and tells each its number in the environment; PyTorch moves the numbers: NCCL between GPUs,
-Gloo between hosts and for what is decided.
+Elsewhere only weights are gathered (:mod:`heron.gathering`), gradients travel (:mod:`heron.reduction`), those that
+share a text speak with each other (:mod:`heron.context`), and those that write a checkpoint together
+(:mod:`heron.checkpoint.sharded`). torchrun starts the processes, one a GPU, and tells each its number in the
+environment; PyTorch moves the numbers: NCCL between GPUs, Gloo between hosts and for what is decided.
 """
 
 from __future__ import annotations
