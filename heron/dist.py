@@ -1,9 +1,9 @@
 """Many processes that make one run: who they are, what they decide together, and how a network lies over them.
 
-Elsewhere only gradients travel (:mod:`heron.reduction`), those that share a text speak with each other
-(:mod:`heron.context`), and those that write a checkpoint together (:mod:`heron.checkpoint.sharded`). torchrun starts
-the processes, one a GPU, and tells each its number in the environment; PyTorch moves the numbers: NCCL between GPUs,
-Gloo between hosts and for what is decided.
+Elsewhere only weights are gathered (:mod:`heron.gathering`), gradients travel (:mod:`heron.reduction`), those that
+share a text speak with each other (:mod:`heron.context`), and those that write a checkpoint together
+(:mod:`heron.checkpoint.sharded`). torchrun starts the processes, one a GPU, and tells each its number in the
+environment; PyTorch moves the numbers: NCCL between GPUs, Gloo between hosts and for what is decided.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _LOOKS_PER_SECOND, _SECONDS_TO_TELL = 500, 30  # at the store, of all processes 
 _BYTES_PER_WEIGHT = 16  # fp32 weights, their bf16 copies, bf16 gradients and two fp32 moments
 _FOR_WEIGHTS = 0.6  # of a GPU's memory; the rest is for activations
 _FOR_VALIDATION = 0.1  # likewise, of shards put together
+_NO_MULTIPROCESSORS = 2  # NCCL_CTA_POLICY_ZERO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +126,11 @@ class Ranks:
             yield
             return
         try:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             wait, store = datetime.timedelta(seconds=timeout), self._met(timeout)
-            distributed.init_process_group(backend, timeout=wait, store=store, rank=self.rank, world_size=self.count)
+            settings: dict[str, Any] = dict(backend="gloo")
+            if device.type == "cuda":
+                settings = dict(backend="cpu:gloo,cuda:nccl", pg_options=nccl_options(wait))
+            distributed.init_process_group(timeout=wait, store=store, rank=self.rank, world_size=self.count, **settings)
             yield
             self.all(True)  # who leaves first must not take the connection from the others
             gc.collect()  # NCCL does not end while a recorded pass holds it, and what holds that is of cycles
@@ -314,6 +317,18 @@ class Ranks:
 ALONE = Ranks()
 
 
+def nccl_options(timeout: datetime.timedelta) -> Any:
+    """Of a group of processes with GPUs, which takes no multiprocessors where copy engines do (:mod:`heron.gathering`).
+
+    Args:
+        timeout: for which one waits for another.
+    """
+    options = distributed.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    options.config.cta_policy = _NO_MULTIPROCESSORS  # pyright: ignore[reportAttributeAccessIssue]
+    return options
+
+
 def choose(wanted: str, ranks: Ranks, n_parameters: int, device: torch.device) -> machine.Choice:
     """How a network lies over the processes: "none" for one process, else "ddp", "fsdp" or "hsdp".
 
@@ -403,6 +418,23 @@ def _shard(network: RWKV, ranks: Ranks, parallel: str, device: torch.device) -> 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a loss is this process's share already: gradients are summed
             module.set_force_sum_reduction_for_comms(True)
+    if parallel == "fsdp" and device.type == "cuda" and ranks.count == ranks.local_count:
+        _gather_by_copies(network, ranks, how["mesh"].get_group())
+
+
+def _gather_by_copies(network: RWKV, ranks: Ranks, group: distributed.ProcessGroup) -> None:
+    """Have copy engines gather all blocks but the last, which comes with the head, where they can."""
+    from heron import gathering
+
+    blocks: list[Any] = [*network.blocks[:-1]]
+    if not blocks or not ranks.all(gathering.is_there(ranks.count)):
+        return
+    most = max(gathering.numel(filter(is_sharded, block.parameters()), ranks.count) for block in blocks)
+    gather = gathering.CopiedGather(group, most)
+    network.emb.register_forward_pre_hook(gather.begin)
+    for block in blocks:
+        block.set_custom_all_gather(gather)
+        block.register_forward_pre_hook(gather.has_weights)
 
 
 def local(tensor: Tensor) -> Tensor:

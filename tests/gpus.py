@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import heron
 from heron.commands.bench import fresh_learner, random_batch
 from heron.dist import Ranks
+from heron.train.step import Learner
 
 STEPS = 7  # of which the fourth is recorded
 MODEL = heron.ModelConfig(variant="v7", n_layer=3, n_embd=128, vocab_size=512)
@@ -24,27 +28,40 @@ TOGETHER = {
 }
 
 
-def losses(ranks: Ranks, **settings: object) -> list[float]:
-    """The losses of some steps over two batches in turn, which depend on the group of processes alone."""
+def steps(ranks: Ranks, **settings: object) -> Iterator[tuple[float, Learner]]:
+    """Make steps over two batches in turn, which depend on the group of processes alone: their losses, the learner."""
     values = dict(micro_bsz=2, ctx_len=128, max_steps=1, dtype="fp32", device="cuda", lr_init=1e-3) | settings
     config = heron.Trainer(heron.TrainConfig(model=MODEL, **values)).config
     torch.manual_seed(0)
     learner = fresh_learner(config, MODEL, ranks)
     torch.manual_seed(1 + ranks.group(config.context_parallel)[0])
-    batches, found = [random_batch(config, MODEL) for _ in range(2)], []
-    for step in range(STEPS):
-        numbers = learner.update(learner.gradients(batches[step % 2]), config.lr_init, math.inf)
-        found.append(float(numbers[0]))
-    passes = getattr(learner._passes, "graphs", {})
+    for samples in itertools.cycle([random_batch(config, MODEL) for _ in range(2)]):
+        numbers = learner.update(learner.gradients(samples), config.lr_init, math.inf)
+        yield float(numbers[0]), learner
+
+
+def losses(ranks: Ranks, **settings: object) -> list[float]:
+    """Those of some steps."""
+    found, learners = zip(*itertools.islice(steps(ranks, **settings), STEPS), strict=True)
+    passes = getattr(learners[-1]._passes, "graphs", {})
     assert bool(passes) == (settings["compile"] == "graph")
-    return found
+    return list(found)
+
+
+def copies(ranks: Ranks) -> int:
+    """How often copy engines write to the other GPU in a step over shards."""
+    made = steps(ranks, parallel="fsdp", compile="off")
+    next(made)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        next(made)
+    return sum("Memcpy PtoP" in event.name for event in seen.events() or ())
 
 
 def main(file: Path) -> None:
     """Write the losses of all ways, compiled, and compiled and recorded."""
     ranks = Ranks.of_environment()
     with ranks.joined(torch.device(ranks.device("cuda").value), 60):
-        found = {}
+        found: dict[str, object] = {"copies": copies(ranks)}
         for name, settings in TOGETHER.items():
             for compiled in ("on", "graph"):
                 found[f"{name}-{compiled}"] = losses(ranks, compile=compiled, **settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpus import STEPS, TOGETHER
+from tests.gpus import MODEL, STEPS, TOGETHER
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,3 +41,9 @@ def test_replayed_passes_are_those_that_are_not(losses, name):
 def test_shards_and_copies_learn_the_same(losses, one, other):
     for compiled in ("on", "graph"):
         assert losses[f"{other}-{compiled}"] == pytest.approx(losses[f"{one}-{compiled}"], rel=2e-5)
+
+
+def test_copy_engines_gather_all_blocks_but_the_last_twice_a_pass(losses):
+    if torch.cuda.nccl.version() < (2, 28) or not torch.cuda.can_device_access_peer(0, 1):
+        pytest.skip("needs NCCL 2.28, and GPUs that reach each other's memory")
+    assert losses["copies"] >= 2 * (MODEL.n_layer - 1)

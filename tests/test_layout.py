@@ -19,7 +19,7 @@ LINES = [
     ["machine", "strict_json", "files"],
     ["tokenizer", "ops"],
     ["model", "data"],
-    ["tables", "context", "dist", "reduction"],
+    ["tables", "context", "dist", "gathering", "reduction"],
     ["optim", "checkpoint"],
     ["generation"],
     ["evaluate", "report", "serve"],

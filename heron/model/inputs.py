@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from heron.config import RosaConfig
 from heron.errors import ConfigError, DataError
-from heron.model.plain import is_plain
+from heron.model.plain import holds_tensors, is_plain
 from heron.ops._graph import in_graph
 from heron.ops.rows import look_up
 
@@ -83,6 +83,13 @@ def check_recalled(recalled: Tensor, tokens: Tensor, vocab_size: int, memory: Ro
             raise ConfigError(f"recalled: wanted ids to {most[0]} and lengths to {most[1]}, got others")
 
 
+class Embedding(nn.Embedding):
+    """Rows of ids, whose gradients :func:`heron.ops.rows.look_up` sums. Its hooks are called: it may be sharded."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return look_up(ids, self.weight) if holds_tensors(self) else super().forward(ids)
+
+
 def looked_up(emb: nn.Module, ids: Tensor) -> Tensor:
-    """The rows (..., C) of ids (...). An embedding that is not plain is called."""
+    """The rows (..., C) of ids (...), by :class:`Embedding` where PyTorch's own stands in its place."""
     return look_up(ids, emb.weight) if is_plain(emb, nn.Embedding) else emb(ids)

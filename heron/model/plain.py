@@ -36,6 +36,11 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
         return False
     if kind is nn.Linear and module.bias is not None:
         return False
+    return holds_tensors(module)
+
+
+def holds_tensors(module: nn.Module) -> bool:
+    """Whether the parameters of `module` itself are tensors of no other class: what reads them gets their numbers."""
     return all(type(p) in _PLAIN for p in module._parameters.values() if p is not None)
 
 

@@ -19,11 +19,11 @@ from heron.model.attention import FirstAttention, SecondAttention
 from heron.model.channel_mix import ChannelMix
 from heron.model.deep_embed import Lookup
 from heron.model.init import initialize
-from heron.model.inputs import check_recalled, checked_offsets, checked_tokens, integers, looked_up
+from heron.model.inputs import Embedding, check_recalled, checked_offsets, checked_tokens, integers, looked_up
 from heron.model.memory import Recollection, RosaMemory, recall
 from heron.model.plain import has_hooks, is_plain
 from heron.model.rosa import RosaQKV
-from heron.model.shift import normed, normed_and_mixed
+from heron.model.shift import Norm, normed, normed_and_mixed
 from heron.model.state import LayerState, State, States, memories_of, with_memory
 from heron.model.time_mix import TimeMix
 from heron.ops._graph import in_graph
@@ -48,7 +48,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)  # applied to the embedding, where config.has_ln0
+            self.ln0 = Norm(config.n_embd)  # applied to the embedding, where config.has_ln0
         if config.has_time_mix:
             self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
@@ -164,9 +164,9 @@ class RWKV(nn.Module):
         self.attention_window: int | None = None  # tokens that DeepEmbedAttention looks back on; None: all
         # Built without memory first: the layers' own random initial values would only be thrown away.
         with torch.device("meta"):
-            self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+            self.emb = Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            self.ln_out = nn.LayerNorm(config.n_embd)
+            self.ln_out = Norm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
             self.memory = RosaMemory(config) if config.memory else None
         device = torch.get_default_device()

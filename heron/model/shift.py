@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from heron import ops
-from heron.model.plain import is_plain
+from heron.model.plain import holds_tensors, is_plain
 from heron.ops.shift_mix import shift_mix_choice, shift_mix_reference
 from heron.ops.spans import Span, last_before
 
@@ -36,13 +36,25 @@ def normed_and_mixed(
     return shift_mix_reference(x, branch, None, None, mixes, last, cu_seqlens, 0.0, norm)
 
 
+class Norm(nn.LayerNorm):
+    """A layer norm that computes as :func:`normed` does when it is called, too, as one with hooks is: a sharded one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _normed(self, x, None) if holds_tensors(self) else super().forward(x)
+
+
 def normed(norm: nn.Module, x: Tensor, branch: Tensor | None = None) -> Tensor:
     """``norm(x + branch)`` (B, T, C). For gradients by the kernels of :func:`heron.ops.shift_mix`, where they run: they
-    read and write less than PyTorch's.
+    read and write less than PyTorch's. A norm that is not plain is called.
     """
-    if torch.is_grad_enabled() and x.dim() == 3 and is_plain(norm, nn.LayerNorm):
-        alike = norm.weight.dtype == x.dtype
-        if alike and shift_mix_choice(x.device, x.dtype, x.shape[-1]).impl == "cuda":
-            nothing_of_the_token_before = torch.zeros_like(norm.weight)
-            return ops.shift_mix(x, branch, norm.weight, norm.bias, [nothing_of_the_token_before], eps=norm.eps)[1][0]
+    if is_plain(norm, nn.LayerNorm) or is_plain(norm, Norm):
+        return _normed(norm, x, branch)
     return norm(x if branch is None else x + branch)
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None) -> Tensor:
+    learns = torch.is_grad_enabled() and x.dim() == 3 and norm.weight.dtype == x.dtype
+    if learns and shift_mix_choice(x.device, x.dtype, x.shape[-1]).impl == "cuda":
+        nothing_of_the_token_before = torch.zeros_like(norm.weight)
+        return ops.shift_mix(x, branch, norm.weight, norm.bias, [nothing_of_the_token_before], eps=norm.eps)[1][0]
+    return nn.LayerNorm.forward(norm, x if branch is None else x + branch)

@@ -63,3 +63,17 @@ def test_a_wrapped_module_counts_wherever_its_output_does(random_model, variant,
         for model in (expected, hooked, wrapper)
     ]
     assert written[0] == written[1] == written[2]  # token by token
+
+
+def test_an_embedding_that_is_called_sums_its_gradients_as_one_that_is_read(monkeypatch, random_model):
+    from heron.model import inputs
+
+    look_up, read = inputs.look_up, []
+    monkeypatch.setattr(inputs, "look_up", lambda ids, table: read.append(table) or look_up(ids, table))
+    model = random_model(variant="v8", n_layer=1, vocab_size=V)
+    calls = []
+    model.emb.register_forward_hook(lambda *_: calls.append(True))
+    model.loss(IDS, IDS.roll(1, 1))
+    assert calls == [True]
+    assert len(read) == 1
+    assert read[0] is model.emb.weight

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from heron.model.shift import normed
+from heron.model.shift import Norm, normed
 from heron.ops import shift_mix
 from heron.ops._choice import Choice
 
@@ -69,6 +69,28 @@ def test_a_norm_is_called_where_it_is_not_plain_or_nothing_learns(by_kernel):
     by_kernel(False)
     normed(nn.LayerNorm(SHAPE[-1]), x)
     assert called == []
+
+
+class Tagged(torch.Tensor):
+    """A tensor of another class, as a quantized weight is."""
+
+
+def test_a_norm_of_the_network_is_by_the_kernels_when_it_is_called_too(by_kernel):
+    norm, x, branch = Norm(SHAPE[-1]), torch.randn(SHAPE), torch.randn(SHAPE)
+    called, seen = by_kernel(True), []
+    want = nn.functional.layer_norm(x + branch, norm.normalized_shape, eps=norm.eps)
+    torch.testing.assert_close(normed(norm, x, branch), want)
+    assert called[-1][0] is x
+    assert called[-1][1] is branch
+    norm.register_forward_hook(lambda _, given, out: seen.append(given))
+    torch.testing.assert_close(normed(norm, x, branch), want)
+    assert len(called) == 2
+    assert torch.equal(called[-1][0], x + branch)
+    assert called[-1][1] is None
+    assert torch.equal(seen[0][0], x + branch)  # of a hook, one input: what is normed
+    norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Tagged))
+    torch.testing.assert_close(normed(norm, x, branch).as_subclass(torch.Tensor), want)
+    assert (len(called), len(seen)) == (2, 2)
 
 
 @pytest.mark.gpu

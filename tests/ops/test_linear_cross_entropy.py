@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -211,6 +212,22 @@ def test_chunks_keep_the_logits_bounded(monkeypatch):
     with Watch():
         linear_cross_entropy(hidden, weight, targets).backward()
     assert max(largest) == 3
+
+
+def test_a_chunk_of_logits_and_its_gradient_are_gone_when_the_next_one_is_there(monkeypatch):
+    module = importlib.import_module("heron.ops.linear_cross_entropy.chunked")
+    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 33)
+    compute, before, left = module.loss_rows, [], []
+
+    def watched(logits, *arguments):
+        left.append(sum(tensor() is not None for tensor in before))
+        losses, d_logits = compute(logits, *arguments)
+        before.extend(map(weakref.ref, (logits, d_logits)))
+        return losses, d_logits
+
+    monkeypatch.setattr(module, "loss_rows", watched)
+    linear_cross_entropy(*problem(width=2)).backward()
+    assert left == [0] * 5
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def _summed(
                 _add_product(d_weight, d_logits.mT, x)
             if ids is not None and d_values is not None:
                 torch.gather(d_logits, -1, ids[rows], out=d_values[rows])
+            del logits, d_logits  # before the next chunk's are there
         return total, (targets != -100).sum().clamp(min=1), d_hidden, d_weight, d_values
 
 
