@@ -325,7 +325,8 @@ def nccl_options(timeout: datetime.timedelta) -> Any:
     """
     options = distributed.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    options.config.cta_policy = _NO_MULTIPROCESSORS  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(options.config, "cta_policy"):  # PyTorch may be built with an older NCCL
+        options.config.cta_policy = _NO_MULTIPROCESSORS  # pyright: ignore[reportAttributeAccessIssue]
     return options
 
 

@@ -47,6 +47,7 @@ class CopiedGather(DefaultAllGather):
     def __init__(self, group: distributed.ProcessGroup, n: int):
         self._group, self._n = group, n
         self._memory: Tensor | None = None
+        self._pool: Any = None  # it is what is registered, and must live as long
         self._read: Any = None  # the event
 
     def begin(self, *_: Any) -> None:
@@ -68,7 +69,7 @@ class CopiedGather(DefaultAllGather):
     def _told(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory of which all processes tell each other. They call it together."""
         backend: Any = self._group._get_backend(device)
-        self._pool = torch.cuda.MemPool(backend.mem_allocator)  # kept: it is what is registered
+        self._pool = torch.cuda.MemPool(backend.mem_allocator)
         with torch.cuda.use_mem_pool(self._pool):
             memory = torch.empty(self._n, dtype=dtype, device=device)
         torch.cuda.synchronize(device)

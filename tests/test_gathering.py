@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import types
 
 import pytest
@@ -114,3 +115,13 @@ def test_it_takes_a_new_nccl_and_gpus_that_reach_each_other(monkeypatch, version
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda mine, other: mine == 1 and other in reached)
     assert gathering.is_there(3) == there
+
+
+@pytest.mark.parametrize("config", [types.SimpleNamespace(cta_policy=0), types.SimpleNamespace()])
+def test_a_group_asks_for_no_multiprocessors_where_pytorch_can_say_so(monkeypatch, config):
+    given = types.SimpleNamespace(config=config)
+    monkeypatch.setattr(distributed, "ProcessGroupNCCL", types.SimpleNamespace(Options=lambda: given), raising=False)
+    timeout = datetime.timedelta(seconds=7)
+    assert dist.nccl_options(timeout) is given
+    assert given._timeout == timeout
+    assert list(vars(config).values()) in ([], [2])
