@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from heron.errors import KernelError
 from heron.model import products
 from heron.ops import _build, ahead
-from heron.ops._choice import Choice
+from heron.ops._choice import Choice, NativeForm, counting_on_builds
 from heron.ops.squared_relu_product import (
     chosen,
     cuda,
@@ -107,12 +108,12 @@ def emulated():
     sources, flags = [EMULATOR / "squared_relu_product.cpp"], ("-O2", "-U_FORTIFY_SOURCE")
     library = _build.load_c_library("squared_relu_product_emulated", sources, flags, depends)
 
-    def compute(form, x, weight, square, blocks, group, switches):
+    def compute(form, x, weight, square, blocks, beside, switches):
         n, n_in = x.shape
         hidden = weight.shape[0 if square is None else 1]
         unwritten = torch.full((n, hidden), 0x7FC0, dtype=torch.int16).view(BF16)
         places = (None if part is None else ctypes.c_void_p(part.data_ptr()) for part in (x, weight, square, unwritten))
-        forms = library.squared_relu_product_emulated(form, n, n_in, hidden, blocks, group, switches, *places)
+        forms = library.squared_relu_product_emulated(form, n, n_in, hidden, blocks, beside, switches, *places)
         assert forms == cuda.FORMS
         return unwritten
 
@@ -122,20 +123,19 @@ def emulated():
 @needs_compiler
 @pytest.mark.parametrize("form", range(cuda.FORMS))
 @pytest.mark.parametrize(
-    ("size", "blocks", "group"),
+    ("size", "blocks", "beside", "switches"),
     [
-        ((64, 64, 128), 2, 12),  # less than a tile, and a stage
-        ((700, 104, 520), 4, 2),  # tiles that a cluster has alone; a group of fewer
-        ((900, 456, 264), 2, 1),  # more stages than the ring has
+        ((64, 64, 128), 2, 12, True),  # less than a tile, and a stage
+        ((700, 104, 520), 4, 2, True),  # tiles that a cluster has alone; fewer beside one another at the end
+        ((900, 456, 264), 2, 1, False),  # more stages than the ring has
     ],
 )
-def test_kernels_compute_on_a_cpu(emulated, form, size, blocks, group):
-    switches = size[0] % 3 == 1
+def test_kernels_compute_on_a_cpu(emulated, form, size, blocks, beside, switches):
     x, key, value, d_out = drawn(*size, BF16)
     square, d_key = by_pytorch(*(part.float() for part in (x, key, value, d_out)))
-    got = emulated(form, x, key, None, blocks, group, switches)
+    got = emulated(form, x, key, None, blocks, beside, switches)
     torch.testing.assert_close(got, square.bfloat16(), rtol=2**-6, atol=2**-10)
-    d_got = emulated(form, d_out, value, got, blocks, group, switches)
+    d_got = emulated(form, d_out, value, got, blocks, beside, switches)
     torch.testing.assert_close(d_got, d_key.bfloat16(), rtol=2**-5, atol=2**-8)
 
 
@@ -401,6 +401,25 @@ def test_a_failed_build_leaves_products_as_they_are(hopper, monkeypatch, capsys)
     monkeypatch.setattr(cuda.FORM, "load", fail)
     assert choice().impl == "reference"
     assert "no nvcc" in capsys.readouterr().err
+
+
+def test_a_build_that_fails_while_a_compiler_counts_on_it_leaves_products_as_they_are(hopper, monkeypatch):
+    measured, _ = hopper
+    fails = threading.Event()
+
+    def fail(capability):
+        assert fails.wait(30)
+        raise KernelError("squared_relu_product: no nvcc")
+
+    form = NativeForm("squared_relu_product", "cuda", "products of a test", cuda.why_not, fail)
+    monkeypatch.setattr(cuda, "FORM", form)
+    form.begin(torch.device("cuda", 0))
+    threading.Timer(0.2, fails.set).start()
+    with counting_on_builds():
+        found = choice()
+    assert found.impl == "reference"
+    assert "no nvcc" in found.reason
+    assert not measured
 
 
 @pytest.mark.parametrize(

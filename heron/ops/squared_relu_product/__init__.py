@@ -69,7 +69,11 @@ def squared_relu_product_choice(x: Tensor, weight: Tensor) -> _choice.Choice:
     At the first call of sizes that the kernels take, both ways are measured.
     """
     choice = cuda.FORM.choice("in one kernel each", _IN_PYTORCH, x.device, x, weight)
-    if choice.impl == "cuda" and not _measured(x, weight.shape[0]).is_faster:
+    if choice.impl != "cuda":
+        return choice
+    if (against := cuda.FORM.why_not_built(x.device)) is not None:  # for a compiler it counted as there
+        return _choice.Choice("reference", f"{_IN_PYTORCH.reason}; not in CUDA ({against})")
+    if not _measured(x, weight.shape[0]).is_faster:
         return _choice.Choice("reference", f"{_IN_PYTORCH.reason}, which take less time")
     return choice
 

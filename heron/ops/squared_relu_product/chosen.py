@@ -26,7 +26,7 @@ class Measured(NamedTuple):
     is_faster: bool
 
 
-_NOT = Measured(0, 0, False)  # measured
+_NOT_MEASURED = Measured(0, 0, False)
 _known: dict[tuple[torch.device, int, int, int], Measured] = {}
 
 
@@ -50,12 +50,12 @@ def measured(device: torch.device, n: int, n_in: int, hidden: int) -> Measured:
         found = Measured(*kept.all()[name])
     except (KeyError, TypeError):
         if torch.cuda.is_current_stream_capturing():
-            return _NOT
+            return _NOT_MEASURED
         try:
             with no_dispatch(), torch.no_grad():  # a compiler that looks at shapes alone may be asking
                 found = _measure(*sizes)
         except torch.OutOfMemoryError:
-            return _NOT
+            return _NOT_MEASURED
         kept.add(name, found)
     _known[sizes] = found
     return found
