@@ -120,6 +120,7 @@ def test_long_samples_are_extrapolated(variant, monkeypatch):
     assert of_any_length.activations > 10**12
 
 
+@pytest.mark.long
 def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
     config = training(grad_checkpoint=True, micro_bsz=8, ctx_len=32)
     shallow, deep = (heron.ModelConfig(variant="v7", n_layer=n, n_embd=64, vocab_size=4400) for n in (4, 6))
@@ -129,6 +130,7 @@ def test_a_deep_network_takes_most_at_another_moment_than_those_that_are_run():
     assert tuple(found) == pytest.approx(tuple(counted(config, deep)), rel=1e-3)
 
 
+@pytest.mark.long
 def test_blocks_that_a_sharded_pass_has_gathered_are_not_counted_for_every_layer():
     model = heron.ModelConfig(variant="v7", n_layer=5, n_embd=256, head_size=64, vocab_size=64)
     config = estimate.on_gpus(training(parallel="fsdp", micro_bsz=1), model, 8)

@@ -10,9 +10,10 @@ import pytest
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups are POSIX's")
 
 CODE = """
-import os, time
+import os, signal, time
 from heron.data.workers import Workers
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 with Workers(1) as workers:
     print(workers.submit(os.getpid).result(), flush=True)
     try:

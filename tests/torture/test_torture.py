@@ -20,14 +20,17 @@ SHORT = {
     "fields": 24,
     "nonfinite": 6,
     "signals": 7,
-    "ranks": 1,
 }
 NEEDS_COMPILER = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+ALSO = [
+    pytest.param("ranks", marks=pytest.mark.long),  # tests/test_dist.py and test_dist_faults.py kill processes, too
+    pytest.param("builds", marks=NEEDS_COMPILER),
+]
 POSIX = pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="forks, signals and rlimits are POSIX's")
 
 
 @POSIX
-@pytest.mark.parametrize("name", [*SHORT, pytest.param("builds", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize("name", [*SHORT, *ALSO])
 def test_a_promise_holds_and_its_attack_can_fail(name):
     trials = SHORT.get(name, 1)
     result = importlib.import_module(f"tests.torture.{name}").run(trials, seed=0)
