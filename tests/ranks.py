@@ -217,9 +217,9 @@ def lend(folder: Path) -> None:
     with ranks.joined(torch.device("cpu"), 60):
         owners, ids = Owners(ranks, len(TABLE)), WANTED[ranks.rank]
         request, share = owners.request(ids), owners.share(TABLE)
-        rows, others = TABLE.new_empty(2, len(ids), TABLE.shape[1])
-        request.fetch([share[request.owned], -2 * share[request.owned]], [rows, others])
-        sums, of_others = request.give_back([(ranks.rank + 1) * rows, rows + others])
+        rows, others = TABLE.new_empty(len(ids), TABLE.shape[1]), TABLE.new_empty(len(ids), 1)
+        request.fetch([share[request.owned], -2 * share[request.owned, :1]], [rows, others])
+        sums, of_others = request.give_back([(ranks.rank + 1) * rows, others])
         (whole,) = owners.whole({"table": share}, folder).values()
         came = dict(ids=request.ids, most=request.most, rows=rows, owned=request.owned, sums=sums, whole=whole)
         came |= dict(others=others, of_others=of_others)  # of a second table

@@ -220,14 +220,14 @@ def test_rows_come_from_their_owners_and_their_gradients_are_added_up_there(fold
             assert sorted(came["ids"].tolist()) == WANTED[rank].tolist()
             assert (came["ids"] % count).tolist() == sorted((WANTED[rank] % count).tolist())
             assert torch.equal(came["rows"], TABLE[came["ids"]])
-            assert torch.equal(came["others"], -2 * TABLE[came["ids"]])
+            assert torch.equal(came["others"], -2 * TABLE[came["ids"], :1])
             assert came["most"] == max(map(len, WANTED[:count]))
             mine = [i for i in range(37) if i % count == rank and any(i in ids for ids in WANTED[:count])]
             assert (came["owned"] * count + rank).tolist() == mine
             times = torch.tensor([[sum(r + 1.0 for r in range(count) if i in WANTED[r])] for i in mine])
             assert torch.allclose(came["sums"], times * TABLE[mine])
             users = torch.tensor([[float(sum(i in ids for ids in WANTED[:count]))] for i in mine])
-            assert torch.allclose(came["of_others"], -users * TABLE[mine])
+            assert torch.allclose(came["of_others"], -2 * users * TABLE[mine, :1])
             assert torch.equal(came["whole"], TABLE)
     assert not list(folder.glob(".tmp-*"))
 

@@ -134,12 +134,12 @@ class Request:
         All tables' rows of a token travel as one, since each transfer costs the host as much as many kernels do.
 
         Args:
-            owned: (m, width) of each table, on the device of `rows`.
+            owned: (m, width) of each table, on the device of `rows` and of one dtype.
         """
-        lent = torch.stack(list(owned), dim=1).index_select(0, _onto(self.at, owned[0].device))
-        received = lent.new_empty(len(self.ids), *lent.shape[1:])
+        lent = torch.cat(list(owned), dim=1).index_select(0, _onto(self.at, owned[0].device))
+        received = lent.new_empty(len(self.ids), lent.shape[1])
         self.ranks.exchange([lent], [received], self.lent, self.wanted)
-        torch._foreach_copy_(list(rows), list(received.unbind(1)))  # pyright: ignore[reportPrivateImportUsage]
+        torch.split_with_sizes_copy(received, [part.shape[1] for part in rows], dim=1, out=list(rows))
 
     @torch.no_grad()
     def give_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -148,17 +148,16 @@ class Request:
         Added up in the order of the processes, so that a run repeats bit for bit.
 
         Args:
-            gradients: (n, width) of the rows in `ids`, of each table.
+            gradients: (n, width) of the rows in `ids`, of each table, of one dtype.
         """
-        given = torch.stack(list(gradients), dim=1)
-        received = given.new_empty(len(self.at), *given.shape[1:])
+        given = torch.cat(list(gradients), dim=1)
+        received = given.new_empty(len(self.at), given.shape[1])
         self.ranks.exchange([given], [received], self.wanted, self.lent)
         if len(self.owned):
             order, times = (_onto(part, given.device) for part in (self.order, self.times))
-            parts = received.flatten(1).index_select(0, order)
-            sums = torch.segment_reduce(parts, "sum", lengths=times, unsafe=True)
-            received = sums.view(len(self.owned), *given.shape[1:])
-        return list(received.transpose(0, 1).contiguous().unbind())
+            received = torch.segment_reduce(received.index_select(0, order), "sum", lengths=times, unsafe=True)
+        widths = [part.shape[1] for part in gradients]
+        return list(torch.split_with_sizes_copy(received, widths, dim=1))  # pyright: ignore[reportArgumentType]
 
 
 def _onto(tensor: Tensor, device: torch.device) -> Tensor:
