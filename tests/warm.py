@@ -214,7 +214,7 @@ def become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
 
 
 def _build() -> None:
-    """Build the libraries for which all workers would else wait at once, while there are no workers yet."""
+    """Build, before there are workers, the libraries that all of them would wait for."""
     from heron import progress
     from heron.errors import KernelError
     from heron.ops.rosa import cpu as rosa

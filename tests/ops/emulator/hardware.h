@@ -126,6 +126,14 @@ template <typename Ready> inline void poll_until(Ready ready) {
   abort();
 }
 
+// Whether a barrier that has been through `rounds` seems to be beyond number `round`: the hardware knows no more than
+// whether the last round was an even one.
+inline bool seems_over(int rounds, int round) {
+  const bool seems = (rounds + 1) % 2 == round % 2;
+  if (seems != (rounds > round)) fail("a wait for a round that is not the next one");
+  return seems;
+}
+
 inline void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; i++) {
     Fiber& fiber = fibers[i];

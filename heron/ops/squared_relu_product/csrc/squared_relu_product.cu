@@ -350,7 +350,8 @@ __global__ void __launch_bounds__(kThreads, 1) products_with_squares(const __gri
                 sync_group(group);
                 if (leads) {
                     write(p.out, buffer, channel + half * kHalf, tile.token + part * Form::kPart);
-                    // A buffer's next piece; of many buffers that of the piece before, written meanwhile.
+                    // Bring the next piece into a buffer. Of two buffers it is this one; of more it is that of the
+                    // piece before, which has been written in the meantime.
                     constexpr int since = buffers > 2;
                     if (backward && piece >= since && piece - since + buffers < Form::kPieces) {
                         written<since>();
