@@ -1,9 +1,10 @@
 """How much training steps lose while a save is in flight. ``python benchmarks/background_save.py [--n_layer 24 ...]``
 
 On many GPUs ``torchrun --nproc-per-node N benchmarks/background_save.py --parallel fsdp``. The steps of ``heron train``
-on random tokens, read one behind as there, alone and then beside saves. `lost` is by how much the steps that were made
-meanwhile took longer than as many alone, as a share of the save's time; `copy` of that is the time in which training
-waits for the copy in the host's memory. The first save makes room for it: its pages, and on a GPU their pinning.
+on random tokens, read one behind as there, alone and beside saves in turns, since a GPU that has become warm is slower.
+`alone` is the median of the steps before and behind a save. `lost` is by how much the steps that were made meanwhile
+took longer than as many of these, as a share of the save's time; `copy` of that is the time in which training waits for
+the copy in the host's memory. The first save makes room for it: its pages, and on a GPU their pinning.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from heron.checkpoint.background import Saver
 from heron.commands.bench import fresh_learner, random_batch
 from heron.dist import Ranks
 
-ALONE, WARM_UP = 20, 6  # steps
+ALONE, WARM_UP = 16, 6  # steps; alone, before each save and behind the last
 
 
 def steps(trainer: Trainer, config: TrainConfig, model: ModelConfig, ranks: Ranks) -> Iterator[object]:
@@ -61,34 +62,42 @@ def main() -> None:
 
 
 def measure(trainer: Trainer, model: ModelConfig, saves: int) -> None:
-    """Steps alone, then those beside each save."""
+    """Steps alone and beside saves, in turns."""
     ranks = trainer.ranks
     config = dataclasses.replace(trainer.config, out=ranks.first(lambda: trainer.config.out))
-    made, number, taken = steps(trainer, config, model, ranks), WARM_UP, []
+    made = steps(trainer, config, model, ranks)
     for _ in range(WARM_UP):
         learner = next(made)
-    for _ in range(ALONE):
-        begun = time.perf_counter()
-        next(made)
-        taken.append(time.perf_counter() - begun)
-    alone = statistics.median(taken)
-    trainer.say(f"{1e3 * alone:.1f} ms a step alone")
-    trainer.say(f"{'save':<6}{'seconds':>9}{'steps':>7}{'ms a step':>11}{'lost':>8}{'copy':>8}")
+    trainer.say(f"{'save':<6}{'seconds':>9}{'steps':>7}{'ms a step':>11}{'alone':>8}{'lost':>8}{'copy':>8}")
+    before = alone(made)
     with Saver(config, ranks) as saver:
         for save in range(1, saves + 1):
             begun = time.perf_counter()
-            number += 1
-            saver.begin(run.contents(number, learner.trained, learner.optimizer, {"step": number}, config.to_yaml()))
+            saver.begin(run.contents(save, learner.trained, learner.optimizer, {"step": save}, config.to_yaml()))
             copied, n, is_whole = time.perf_counter() - begun, 0, False
             while not ranks.all(is_whole):
                 next(made)
                 n += 1
                 is_whole = is_whole or (saver.wait() if saver.failed else saver.done()) is not None
             seconds = time.perf_counter() - begun
-            lost = seconds - n * alone
-            each = f"{1e3 * (seconds - copied) / max(n, 1):.1f}"
-            trainer.say(f"{save:<6}{seconds:>9.2f}{n:>7}{each:>11}{lost / seconds:>8.1%}{copied / seconds:>8.1%}")
+            behind = alone(made)
+            each = statistics.median([*before, *behind])
+            lost, before = seconds - n * each, behind
+            trainer.say(
+                f"{save:<6}{seconds:>9.2f}{n:>7}{1e3 * (seconds - copied) / max(n, 1):>11.1f}{1e3 * each:>8.1f}"
+                f"{lost / seconds:>8.1%}{copied / seconds:>8.1%}"
+            )
         saver.wait()
+
+
+def alone(made: Iterator[object]) -> list[float]:
+    """The seconds of steps beside which nothing is saved."""
+    taken = []
+    for _ in range(ALONE):
+        begun = time.perf_counter()
+        next(made)
+        taken.append(time.perf_counter() - begun)
+    return taken
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -25,17 +26,20 @@ TOGETHER = {
     "spans": dict(parallel="ddp", context_parallel=2),
     "spans-fsdp": dict(parallel="fsdp", context_parallel=2),
     "half-fsdp": dict(parallel="fsdp", dtype="bf16", accumulate=2),
+    "tables": dict(parallel="ddp", variant="v8"),
+    "tables-host": dict(parallel="ddp", variant="v8", tables="host"),
 }
 
 
-def steps(ranks: Ranks, **settings: object) -> Iterator[tuple[float, Learner]]:
+def steps(ranks: Ranks, variant: str = "v7", **settings: object) -> Iterator[tuple[float, Learner]]:
     """Make steps over two batches in turn, which depend on the group of processes alone: their losses, the learner."""
+    model = dataclasses.replace(MODEL, variant=variant)
     values = dict(micro_bsz=2, ctx_len=128, max_steps=1, dtype="fp32", device="cuda", lr_init=1e-3) | settings
-    config = heron.Trainer(heron.TrainConfig(model=MODEL, **values)).config
+    config = heron.Trainer(heron.TrainConfig(model=model, **values)).config
     torch.manual_seed(0)
-    learner = fresh_learner(config, MODEL, ranks)
+    learner = fresh_learner(config, model, ranks)
     torch.manual_seed(1 + ranks.group(config.context_parallel)[0])
-    for samples in itertools.cycle([random_batch(config, MODEL) for _ in range(2)]):
+    for samples in itertools.cycle([random_batch(config, model) for _ in range(2)]):
         numbers = learner.update(learner.gradients(samples), config.lr_init, math.inf)
         yield float(numbers[0]), learner
 

@@ -35,7 +35,6 @@ def choose(
     wanted: str,
     device: torch.device,
     model: ModelConfig,
-    tables: str = "device",
     tables_train: bool = True,
     adds_up: bool = False,
     in_pieces: bool = False,
@@ -46,7 +45,7 @@ def choose(
     """Whether training steps of `model` on `device` are compiled. On a GPU without triton a line says what to install.
 
     Args:
-        wanted, tables: TrainConfig's.
+        wanted: TrainConfig's `compile`.
         tables_train: whether tables train, if there are any; else they are frozen.
         adds_up: whether each pass adds its gradients to those of the passes before, in place.
         in_pieces: whether a step reads texts chunk by chunk, or compares pairs.
@@ -60,7 +59,7 @@ def choose(
     if wanted == "off":
         return machine.Choice("off", "as set")
     reason = why_not(device, model) or (_DORA if adapter == "dora" else None)
-    no_graph = _why_no_graph(model, tables, tables_train, adds_up, in_pieces, cut_packs)
+    no_graph = _why_no_graph(model, tables_train, adds_up, in_pieces, cut_packs)
     if wanted != "auto":
         if reason := reason or (no_graph if wanted == "graph" else None):
             raise ConfigError(f"compile {wanted}: {reason}; use --compile auto")
@@ -88,7 +87,7 @@ def why_not(device: torch.device, model: ModelConfig) -> str | None:
 
 
 def _why_no_graph(
-    model: ModelConfig, tables: str, tables_train: bool, adds_up: bool, in_pieces: bool, cut_packs: bool
+    model: ModelConfig, tables_train: bool, adds_up: bool, in_pieces: bool, cut_packs: bool
 ) -> str | None:
     """Why passes are not replayed from a CUDA graph, as a clause; None where they can be."""
     if cut_packs:
@@ -97,10 +96,8 @@ def _why_no_graph(
         return "texts are read chunk by chunk, or in pairs"
     if adds_up:  # a replay overwrites its gradients
         return "gradients of several passes are added up in place"
-    if model.deep_embed is None or not tables_train or (model.deep_embed == "output" and tables == "device"):
+    if model.deep_embed in (None, "output") or not tables_train:
         return None
-    if tables == "host":
-        return "rows of tables on the host, which train, arrive while a pass runs"
     return f"rows of {model.variant}'s tables are looked up in a way that is not the same for every step"
 
 

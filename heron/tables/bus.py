@@ -41,6 +41,9 @@ class Bus:
     that only the others come over the bus, while the step begins. Moments follow in the backward pass, into memory that
     activations have left by then, if they are few enough. After the step rows and moments are written back.
 
+    What comes *ahead* comes into memory of its own, so that it waits for nothing that computes: rows while the step
+    before is made, moments from the beginning of their own.
+
     Args:
         weights: the tables, in pinned memory.
         device: a CUDA device.
@@ -60,8 +63,12 @@ class Bus:
         self._arrived: Any = None  # the event of that copy
 
     @torch.no_grad()
-    def bring(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`ids` (n,) and the rows of each table, on the device; the rows are there after :meth:`arrive`."""
+    def bring(self, ids: Tensor, ahead: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """`ids` (n,) and the rows of each table, on the device; the rows are there after :meth:`arrive`.
+
+        Args:
+            ahead: whether they come ahead. The current stream then waits for them at once.
+        """
         versions = [weight._version for weight in self._weights]
         if versions != self._versions:  # others have written into the tables
             self.wait()
@@ -73,14 +80,19 @@ class Bus:
         self._position[ids] = torch.arange(len(ids))
 
         lists = (ids, ids[new], new, at[known], known)
-        self._index = pinned(torch.cat(lists)).to(self._device, non_blocking=True)
+        main = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._reading if ahead else main):
+            self._index = pinned(torch.cat(lists)).to(self._device, non_blocking=True)
+        self._index.record_stream(main if ahead else self._reading)
         self._ids, new_ids, new, at, known = self._index.split([len(part) for part in lists])
-        self._parts = self._room_for(self._weights)
+        self._parts = self._room_for(self._weights, ahead)
         with torch.cuda.stream(self._reading):
             if self._settled is not None:  # rows that were not in the last step are written
                 self._reading.wait_event(self._settled)
             rows.copy_rows(self._weights, new_ids, self._parts, new, rows.cuda.BUS_BLOCKS)
             self._gathered = self._reading.record_event()
+        if ahead:
+            self.arrive()
         if len(known):
             rows.copy_rows(before, at, self._parts, known)
         self._settled, self._prefetched = self._written, []
@@ -92,14 +104,31 @@ class Bus:
             torch.cuda.current_stream(self._device).wait_event(self._gathered)
             self._gathered = None
 
+    @torch.no_grad()
+    def prefetch(self, ahead: bool = False) -> None:
+        """Begin to copy the moments of the rows that were brought, or, where they are too many, of none.
+
+        Args:
+            ahead: whether they come ahead.
+        """
+        shapes = shapes_of(self._moments, len(self._ids))
+        if not shapes or size_of(shapes) * self._moments[0].element_size() > _PREFETCHED_BYTES:
+            return
+        self._prefetched = self._room_for(self._moments, ahead)
+        with torch.cuda.stream(self._reading):
+            if self._written is not None:
+                self._reading.wait_event(self._written)
+            rows.copy_rows(self._moments, self._ids, self._prefetched, None, rows.cuda.BUS_BLOCKS)
+            self._arrived = self._reading.record_event()
+
     def prefetch_with(self, rows_of_a_table: Tensor, passes: int) -> None:
-        """Prefetch when these rows have got their gradient of the last of so many passes."""
+        """:meth:`prefetch` when these rows have got their gradient of the last of so many passes."""
 
         def hook(_: Tensor) -> None:
             nonlocal passes
             passes -= 1
             if passes == 0:
-                self._prefetch()
+                self.prefetch()
 
         rows_of_a_table.register_post_accumulate_grad_hook(hook)
 
@@ -148,26 +177,14 @@ class Bus:
     def __del__(self) -> None:
         self.wait()  # rows are still being written to the tables, whose memory others may get next
 
-    @torch.no_grad()
-    def _prefetch(self) -> None:
-        """Begin to copy the moments of the rows that were brought."""
-        shapes = shapes_of(self._moments, len(self._ids))
-        if not shapes or size_of(shapes) * self._moments[0].element_size() > _PREFETCHED_BYTES:
-            return
-        self._prefetched = self._room_for(self._moments)
-        with torch.cuda.stream(self._reading):
-            if self._written is not None:
-                self._reading.wait_event(self._written)
-            rows.copy_rows(self._moments, self._ids, self._prefetched, None, rows.cuda.BUS_BLOCKS)
-            self._arrived = self._reading.record_event()
-
-    def _room_for(self, tables: list[Tensor]) -> list[Tensor]:
+    def _room_for(self, tables: list[Tensor], ahead: bool) -> list[Tensor]:
         """Room on the device for the rows that are brought, of each of `tables`; the reading stream may fill it."""
-        shapes = shapes_of(tables, len(self._ids))
-        block = tables[0].new_empty(size_of(shapes), device=self._device)
-        self._reading.wait_event(torch.cuda.current_stream(self._device).record_event())  # who had that memory is done
-        for used in (block, self._index):
-            used.record_stream(self._reading)
+        shapes, main = shapes_of(tables, len(self._ids)), torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._reading if ahead else main):
+            block = tables[0].new_empty(size_of(shapes), device=self._device)
+        if not ahead:
+            self._reading.wait_event(main.record_event())  # who had that memory is done
+        block.record_stream(main if ahead else self._reading)
         return parts_of(block, shapes)
 
 

@@ -117,8 +117,8 @@ class RowTables:
 
     @property
     def recordable(self) -> bool:
-        """Whether :meth:`bring` can bring rows for a recorded pass: whether they are there before it begins."""
-        return self._frozen is not None or (self._by_kernel and self._bus is None)
+        """Whether :meth:`bring` can bring rows for a recorded pass."""
+        return self._frozen is not None or self._by_kernel
 
     @property
     def n_elsewhere(self) -> int:
@@ -131,7 +131,8 @@ class RowTables:
         Args:
             passes: forward and backward passes of the step. In the last, the moments of the rows follow.
             recorded: whether a CUDA graph will replay the pass. The rows then lie in the tensors `rows` of the last
-                such step, unless there are too many for these; what is behind the rows in them is unused.
+                such step, unless there are too many for these; what is behind the rows in them is unused. They are
+                there before the pass begins, and the moments follow at once.
 
         Raises:
             DataError: an id outside the vocabulary.
@@ -146,11 +147,14 @@ class RowTables:
             self._there = self._onto_device(self.ids)
             brought, first = self._frozen.bring(self.ids, min(tokens.numel(), self.n_rows))
         elif self._bus is not None:
-            self._there, brought = self._bus.bring(self._stepped)
-            arrive = self._bus.arrive
+            self._there, brought = self._bus.bring(self._stepped, recorded)
+            arrive = None if recorded else self._bus.arrive
+            if recorded and self._request is None:
+                brought = self._in_place(brought, None)
         else:
             self._there = self._onto_device(self._stepped)
-            brought = self._gathered_in_place() if recorded and self._request is None else self._gathered()
+            alone = recorded and self._request is None
+            brought = self._in_place(self.weights, self._there) if alone else self._gathered()
         looked_up = self._there
         if self._request is not None:
             brought, arrive = self._fetched(self._request, brought, arrive, recorded)
@@ -160,7 +164,9 @@ class RowTables:
         self._position.fill_(-1)
         self._position[looked_up] = torch.arange(first, first + len(self.ids), device=self._device)
         self.rows = brought if recorded else [part.detach().requires_grad_(self._trains) for part in brought]
-        if self._bus is not None and self.rows:
+        if self._bus is not None and recorded:
+            self._bus.prefetch(ahead=True)
+        elif self._bus is not None and self.rows:
             self._bus.prefetch_with(self.rows[len(self.rows) // 2], passes)
         gates_by_kernel = self._by_kernel and self.weights[0].shape[1] <= rows.LARGEST_WIDTH
         where = Where(self._position, gates_by_kernel, arrive)
@@ -260,10 +266,10 @@ class RowTables:
         return parts_of(block.to(self._device, non_blocking=True), shapes)
 
     @torch.no_grad()
-    def _gathered_in_place(self) -> list[Tensor]:
-        """The same in the leaves of :meth:`_room_in_place`."""
+    def _in_place(self, sources: Sequence[Tensor], at: Tensor | None) -> list[Tensor]:
+        """The leaves of :meth:`_room_in_place`, which rows `at` of `sources` fill, or all of theirs."""
         room = self._room_in_place()
-        rows.copy_rows(self.weights, self._there, [part.detach()[: len(self.ids)] for part in room], None)
+        rows.copy_rows(sources, at, [part.detach()[: len(self.ids)] for part in room], None)
         return room
 
     def _room_in_place(self) -> list[Tensor]:

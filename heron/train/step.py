@@ -113,7 +113,7 @@ class Learner:
         self._uneven = config.finetune is not None or learns_ids(config)  # passes differ in how many targets they have
         kind = None if self.leaves.adapter is None else self.leaves.adapter.kind
         self.compiled = compilation.choose(
-            config.compile, device, model.config, config.tables, tables_train, adds_up, in_pieces, kind,
+            config.compile, device, model.config, tables_train, adds_up, in_pieces, kind,
             self._context is not None and config.finetune is not None,
             dist.why_not_recorded(
                 self.parallel.value, n_parameters, config.context_parallel, config.accumulate, device

@@ -301,8 +301,6 @@ def test_what_a_gpu_compiles(monkeypatch, capsys, variant, kernels, triton, reas
         (dict(variant="v8"), {}, None),
         (dict(variant="v7"), dict(adds_up=True), "added up"),
         (dict(variant="v7"), dict(cut_packs=True), "cut a pack"),
-        (dict(variant="v8"), dict(tables="host"), "on the host"),
-        (dict(variant="v8"), dict(tables="host", tables_train=False), None),
         (dict(variant="v8", deep_embed_4x=True), {}, "looked up"),
         (dict(variant="v7a"), {}, "looked up"),
         (dict(variant="v7a"), dict(tables_train=False), None),

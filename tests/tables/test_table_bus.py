@@ -91,16 +91,20 @@ def bus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variant", "prefetched", "owned"),
+    ("variant", "prefetched", "owned", "recorded"),
     [
-        ("v8", 0, False),
-        ("v8", 1 << 30, False),
-        ("v8", 1 << 30, True),
-        ("v8-hybrid", 0, True),
-        ("v8-hybrid", 1 << 30, False),
+        ("v8", 0, False, False),
+        ("v8", 1 << 30, False, False),
+        ("v8", 1 << 30, True, False),
+        ("v8-hybrid", 0, True, False),
+        ("v8-hybrid", 1 << 30, False, False),
+        ("v8", 0, True, True),
+        ("v8", 1 << 30, False, True),
     ],
 )
-def test_rows_that_stay_on_the_device_are_those_of_the_host(random_model, bus, monkeypatch, variant, prefetched, owned):
+def test_rows_that_stay_on_the_device_are_those_of_the_host(
+    random_model, bus, monkeypatch, variant, prefetched, owned, recorded
+):
     monkeypatch.setattr(table_bus, "_PREFETCHED_BYTES", prefetched)
     models = [random_model(variant=variant).float() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -120,7 +124,7 @@ def test_rows_that_stay_on_the_device_are_those_of_the_host(random_model, bus, m
         tokens = torch.randint(0, V // 2, (2, n))
         losses = []
         for model, tables, optimizer in roads:
-            tables.bring(tokens)
+            tables.bring(tokens, recorded=recorded and tables is by_bus)
             loss = model.loss(tokens, tokens.flip(0))
             loss.backward()
             tables.collect()
@@ -182,10 +186,11 @@ class Replayed:
         return self.run(*self.inputs)
 
 
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize(("checkpointed", "owned"), [(False, False), (True, False), (False, True)])
-def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model, monkeypatch, checkpointed, owned):
-    monkeypatch.setattr(rows, "copy_rows", copy_in_pytorch)
-    monkeypatch.setattr(rows.cuda, "row_adamw_", step_in_pytorch)
+def test_recorded_steps_are_the_others_while_rows_move_to_more_room(
+    random_model, bus, monkeypatch, checkpointed, owned, on_host
+):
     monkeypatch.setattr(rows, "LARGEST_WIDTH", 0)  # no kernel multiplies with them
     monkeypatch.setattr(dist, "compile_blocks", lambda network: None)
     monkeypatch.setattr(compilation, "PassGraph", Replayed)
@@ -195,7 +200,7 @@ def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model
         tables._by_kernel = True
         if owned:
             tables.owners = Owners(Oneself(), len(tables.weights[0]))
-        return tables
+        return bus(tables) if on_host else tables
 
     monkeypatch.setattr("heron.train.step.row_tables", tables_of_a_gpu)
     results = []
@@ -220,7 +225,9 @@ def test_recorded_steps_are_the_others_while_rows_move_to_more_room(random_model
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("settings", [dict(), dict(tables_state="bf16"), dict(accumulate=2)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(tables_state="bf16"), dict(accumulate=2), dict(compile="graph")], ids=str
+)
 def test_the_host_and_the_device_train_the_same_tables(settings):
     """20 steps with nothing but the steps themselves to wait for, once more read in between."""
     ended = []
@@ -231,9 +238,8 @@ def test_the_host_and_the_device_train_the_same_tables(settings):
                 patch.setattr(table_bus, "_PREFETCHED_BYTES", 0)
             torch.manual_seed(0)
             model = heron.RWKV(heron.ModelConfig(variant="v8", n_layer=3, n_embd=128, vocab_size=4096))
-            config = heron.TrainConfig(
-                max_steps=1, tables=storage.split(",")[0], compile="off", dtype="bf16", **settings
-            )
+            values = dict(max_steps=1, tables=storage.split(",")[0], compile="off", dtype="bf16") | settings
+            config = heron.TrainConfig(**values)
             learner = Learner(model, config, torch.device("cuda"))
             batches = [torch.randint(0, 3000, (4, 65)) ** 2 // 3000 for _ in range(20 * config.accumulate)]
             for step in range(20):
@@ -243,6 +249,7 @@ def test_the_host_and_the_device_train_the_same_tables(settings):
                 if storage == "host, read" and step % 3 == 0:
                     model.state_dict()
                     learner.model(batches[0][:, :8].cuda())
+            assert bool(learner._passes.graphs) == (config.compile == "graph")
             numbers = {name: value.cpu().clone() for name, value in model.state_dict().items() if ".ffn.enn" in name}
             for i, weight in enumerate(learner.tables.weights):
                 numbers |= {
