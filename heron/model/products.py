@@ -1,9 +1,12 @@
 """Matrix products in graphs of PyTorch's compiler: heron.ops.squared_relu_product takes over those of a channel mix
-together with its squared ReLU, heron.ops.large_product other large ones and sums of two."""
+together with its squared ReLU, heron.ops.large_product other large ones and sums of two, heron.ops.thin_products thin
+ones that don't wait for one another."""
 
 from __future__ import annotations
 
 import functools
+import operator
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -13,9 +16,11 @@ from torch.fx import Graph, Node
 
 from heron.ops.large_product import is_large
 from heron.ops.squared_relu_product import squared_relu_product_choice
+from heron.ops.thin_products import is_thin
 
 _PRODUCT = torch.ops.aten.mm.default
 _LARGE, _SUM = torch.ops.heron.large_product.default, torch.ops.heron.sum_of_products.default
+_THIN = torch.ops.heron.thin_products.default
 _SQUARE = torch.ops.heron.squared_relu_product.default
 _GRADIENT = torch.ops.heron.squared_relu_product_gradient.default
 _ADD = torch.ops.aten.add.Tensor
@@ -61,6 +66,36 @@ def _product_of(part: Any) -> Node | None:
             return None
         part = part.args[0]
     return None
+
+
+def join_thin_products(graph: Graph) -> None:
+    """Have heron.ops.thin_products compute thin products of a graph together that do not depend on one another.
+
+    Which these are: those that have equally many thin products before them, one behind another.
+    """
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    depths: dict[Node, int] = {}  # thin products on the longest way to a node, itself among them
+    together: dict[int, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        depth = max((depths[part] for part in node.all_input_nodes), default=0)
+        if node.target == _PRODUCT and is_thin(*(part.meta["val"] for part in _factors(node))):
+            together[depth].append(node)
+            depth += 1
+        depths[node] = depth
+    for products in together.values():
+        if len(products) < 2:
+            continue
+        with graph.inserting_before(products[-1]):
+            joined = graph.call_function(_THIN, tuple(map(list, zip(*map(_factors, products), strict=True))))
+            joined.meta["val"] = [product.meta["val"] for product in products]
+            for i, product in enumerate(products):
+                one = graph.call_function(operator.getitem, (joined, i))
+                one.meta = dict(product.meta)
+                product.replace_all_uses_with(one)
+        for product in products:
+            graph.erase_node(product)
+    stable_topological_sort(graph)
 
 
 def replace_squared_relus(graph: Graph) -> None:
@@ -156,21 +191,21 @@ def _take_over(node: Node, matrix: Node) -> None:
 
 @functools.cache
 def settings() -> dict[str, Any]:
-    """What the compiler is told, which keeps what it has compiled with it: :func:`replace_squared_relus` and
-    :func:`replace_products`."""
+    """What the compiler is told, which keeps what it has compiled with it: the passes of this module."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Replacing(CustomGraphPass):
-        def __init__(self, replace: Callable[[Graph], None]):
-            self._replace = replace
+        def __init__(self, *passes: Callable[[Graph], None]):
+            self._passes = passes
 
         def __call__(self, graph: Graph) -> None:
-            self._replace(graph)
+            for replace in self._passes:
+                replace(graph)
 
         def uuid(self) -> bytes:
             return get_hash_for_files((__file__,))
 
     return {
         "joint_custom_post_pass": Replacing(replace_squared_relus),
-        "post_grad_custom_post_pass": Replacing(replace_products),
+        "post_grad_custom_post_pass": Replacing(replace_products, join_thin_products),
     }
