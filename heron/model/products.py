@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from heron.ops import large_product, thin_products
 from heron.ops.large_product import is_large
 from heron.ops.squared_relu_product import squared_relu_product_choice
 from heron.ops.thin_products import is_thin
@@ -203,7 +204,7 @@ def settings() -> dict[str, Any]:
                 replace(graph)
 
         def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,))
+            return get_hash_for_files((__file__, large_product.__file__, thin_products.__file__))
 
     return {
         "joint_custom_post_pass": Replacing(replace_squared_relus),
