@@ -20,13 +20,15 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.checkpoint import state_dict_saver
 
 import heron
 from heron import cli, machine
-from heron.checkpoint import run
+from heron.checkpoint import run, sharded
 from heron.dist import Ranks
 from heron.errors import CheckpointError, HeronError
 from heron.tables.owners import Owners
@@ -248,9 +250,12 @@ def two(folder: Path, text: Path) -> None:
         "half-fsdp-stopped": dict(parallel="fsdp", **half),
         "v8-ddp-stopped": dict(parallel="ddp", **v8),
     }
+    sharded._parts.clear()
+    asked = calls(state_dict_saver, "save")
     for name, beside in stopped.items():
         beside |= dict(background_save="on", save_every=2, keep=9)
         assert made(name, partial(StopAt, step=STOP + 1, number=signal.SIGUSR1, rank=1), **beside) == "preempted"
+        assert name != "fsdp-stopped" or len(asked) == 1  # though it has saved twice
         assert made(name, **beside) == "finished"
     assert made("v8-nan", FaultyRank, on_nonfinite="skip", max_steps=5, parallel="ddp", **v8) == "finished"
     accumulated = dict(micro_bsz=1, accumulate=2)
@@ -281,6 +286,18 @@ def two(folder: Path, text: Path) -> None:
         except HeronError as error:
             (folder / f"{name}-{os.environ['RANK']}.txt").write_text(str(error))
             distributed.destroy_process_group()
+
+
+def calls(module: Any, name: str) -> list[str]:
+    """A list that grows by one at each call of a function of a module."""
+    called, function = [], getattr(module, name)
+
+    def calling(*arguments: Any, **named: Any) -> Any:
+        called.append(name)
+        return function(*arguments, **named)
+
+    setattr(module, name, calling)
+    return called
 
 
 def four(folder: Path, text: Path) -> None:

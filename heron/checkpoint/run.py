@@ -140,12 +140,15 @@ def _write_parts(run_folder: Path, contents: Contents, keep: int, ranks: dist.Ra
             return folder
 
         def write_mine() -> dict[str, Any]:
+            if part is not None:
+                sharded.write(mine, contents.tensors[MODEL], contents.tensors[OPTIMIZER], part)
             return mine.files() | (shares.write(temporary, contents.tables, ranks) if contents.tables else {})
 
         temporary = ranks.first(begin)
-        mine = stack.enter_context(Writer(temporary))
+        mine, part = stack.enter_context(Writer(temporary)), None
         if contents.sharded:
-            sharded.write(mine, contents.tensors[MODEL], contents.tensors[OPTIMIZER], ranks.connection)
+            of_run = contents.tensors[MODEL], contents.tensors[OPTIMIZER]
+            part = sharded.part_of(temporary, *of_run, ranks.connection)
         written = ranks.each(write_mine)
         return ranks.first(end)
 

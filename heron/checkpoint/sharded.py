@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, distributed
 
 from heron.checkpoint.writer import Writer, serialized
+from heron.dist import is_sharded, local
 from heron.errors import CheckpointError
 
 FOLDER = "dcp"  # in that of a checkpoint
@@ -30,41 +31,70 @@ def is_file(name: str) -> bool:
     return re.fullmatch(rf"{FOLDER}/shard-\d{{5}}-model-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
 
 
-def write(writer: Writer, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], group: Any) -> None:
-    """Write this process's parts into the folder of a checkpoint. All processes of `group` call it.
+class Part(NamedTuple):
+    """What a process writes."""
 
-    Raises:
-        CheckpointError: in all processes, where one could not write.
+    number: int
+    """Of its file."""
+    offsets: Mapping[str, Sequence[int]]
+    """Where its part of a tensor begins in the whole one, of each of which it has some, by name."""
+
+
+_parts: dict[Any, Part] = {}  # of the last tensors, by what they are
+
+
+def part_of(folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], group: Any) -> Part:
+    """This process's part of tensors that are to be written into `folder`. All processes of `group` call it.
+
+    It is found out once for tensors of the same names, shapes and places: that takes a second of Python, during which a
+    step beside it would come to a standstill.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    (writer.folder / FOLDER).mkdir(exist_ok=True)
-    try:
-        save(_joined(model, optimizer), storage_writer=_storage(writer), process_group=group)
-    except CheckpointException as error:  # no Exception
-        rank, (cause, _) = min(error.failures.items())
-        raise CheckpointError(f"{writer.folder}: rank {rank} cannot write its part: {cause}") from None
-
-
-def _storage(writer: Writer) -> Any:
-    """What writes the files. PyTorch's own would hold Python's lock for a third of the time, and training up."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    class Storage(HuggingFaceStorageWriter):
+    class Asked(HuggingFaceStorageWriter):
+        """Is told what to write, and writes nothing: PyTorch's own holds Python's lock for a third of the time."""
+
         def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[Any]]:
-            tensors: dict[str, Tensor] = {item.index.fqn: planner.resolve_data(item) for item in plan.items}  # pyright: ignore[reportAssignmentType]
-            where = {item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets} for item in plan.items}  # pyright: ignore[reportOptionalMemberAccess]
-            described = {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0"}  # as its reader wants it
-            if tensors:
-                name = f"{FOLDER}/shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-                writer.write(name, serialized(tensors, described))
+            offsets = {item.index.fqn: item.tensor_data.chunk.offsets for item in plan.items}  # pyright: ignore[reportOptionalMemberAccess]
+            _parts[what] = Part(plan.storage_data["shard_index"], offsets)
             done = torch.futures.Future()
             done.set_result([])
             return done
 
-    return Storage(str(writer.folder / FOLDER), save_distributed=True)
+    tensors = _joined(model, optimizer)
+    what = (distributed.get_world_size(group), *map(_placed, tensors.items()))
+    if what not in _parts:
+        _parts.clear()
+        save(tensors, storage_writer=Asked(str(folder / FOLDER), save_distributed=True), process_group=group)
+    return _parts[what]
+
+
+def write(writer: Writer, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], part: Part) -> None:
+    """Write this process's part into the folder of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    if not part.offsets:
+        return
+    tensors = _joined(model, optimizer)
+    where = {name: {"saved_offsets": offsets} for name, offsets in part.offsets.items()}
+    described = {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0"}  # as its reader wants it
+    try:
+        (writer.folder / FOLDER).mkdir(exist_ok=True)
+        name = f"{FOLDER}/shard-{part.number:05d}-model-00001-of-00001.safetensors"
+        writer.write(name, serialized({name: local(tensors[name]) for name in part.offsets}, described))
+    except OSError as error:
+        raise CheckpointError(f"{writer.folder}: cannot write shard {part.number}: {error}") from error
+
+
+def _placed(named: tuple[str, Tensor]) -> tuple[Any, ...]:
+    """What decides who writes a tensor, and which part of it."""
+    name, tensor = named
+    spread = (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None  # pyright: ignore[reportAttributeAccessIssue]
+    return name, tensor.shape, tensor.dtype, spread
 
 
 def described(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

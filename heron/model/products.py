@@ -1,5 +1,5 @@
 """Matrix products in graphs of PyTorch's compiler: heron.ops.squared_relu_product takes over those of a channel mix
-together with its squared ReLU, heron.ops.large_product other large ones and sums of two, heron.ops.thin_products thin
+together with its squared ReLU, heron.ops.large_product other large ones and sums of two, heron.ops.small_products small
 ones that don't wait for one another."""
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from heron.ops import large_product, thin_products
+from heron.ops import large_product, small_products
 from heron.ops.large_product import is_large
 from heron.ops.squared_relu_product import squared_relu_product_choice
-from heron.ops.thin_products import is_thin
+from heron.ops.small_products import is_small
 
 _PRODUCT = torch.ops.aten.mm.default
 _LARGE, _SUM = torch.ops.heron.large_product.default, torch.ops.heron.sum_of_products.default
-_THIN = torch.ops.heron.thin_products.default
+_TOGETHER = torch.ops.heron.small_products.default
 _SQUARE = torch.ops.heron.squared_relu_product.default
 _GRADIENT = torch.ops.heron.squared_relu_product_gradient.default
 _ADD = torch.ops.aten.add.Tensor
@@ -69,18 +69,18 @@ def _product_of(part: Any) -> Node | None:
     return None
 
 
-def join_thin_products(graph: Graph) -> None:
-    """Have heron.ops.thin_products compute thin products of a graph together that do not depend on one another.
+def join_small_products(graph: Graph) -> None:
+    """Have heron.ops.small_products compute small products of a graph together that do not depend on one another.
 
-    Which these are: those that have equally many thin products before them, one behind another.
+    Which these are: those that have equally many small products before them, one behind another.
     """
     from torch._inductor.pattern_matcher import stable_topological_sort
 
-    depths: dict[Node, int] = {}  # thin products on the longest way to a node, itself among them
+    depths: dict[Node, int] = {}  # small products on the longest way to a node, itself among them
     together: dict[int, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         depth = max((depths[part] for part in node.all_input_nodes), default=0)
-        if node.target == _PRODUCT and is_thin(*(part.meta["val"] for part in _factors(node))):
+        if node.target == _PRODUCT and is_small(*(part.meta["val"] for part in _factors(node))):
             together[depth].append(node)
             depth += 1
         depths[node] = depth
@@ -88,7 +88,7 @@ def join_thin_products(graph: Graph) -> None:
         if len(products) < 2:
             continue
         with graph.inserting_before(products[-1]):
-            joined = graph.call_function(_THIN, tuple(map(list, zip(*map(_factors, products), strict=True))))
+            joined = graph.call_function(_TOGETHER, tuple(map(list, zip(*map(_factors, products), strict=True))))
             joined.meta["val"] = [product.meta["val"] for product in products]
             for i, product in enumerate(products):
                 one = graph.call_function(operator.getitem, (joined, i))
@@ -204,9 +204,9 @@ def settings() -> dict[str, Any]:
                 replace(graph)
 
         def uuid(self) -> bytes:
-            return get_hash_for_files((__file__, large_product.__file__, thin_products.__file__))
+            return get_hash_for_files((__file__, large_product.__file__, small_products.__file__))
 
     return {
         "joint_custom_post_pass": Replacing(replace_squared_relus),
-        "post_grad_custom_post_pass": Replacing(replace_products, join_thin_products),
+        "post_grad_custom_post_pass": Replacing(replace_products, join_small_products),
     }

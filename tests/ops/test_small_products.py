@@ -1,4 +1,4 @@
-"""heron.ops.thin_products: which products of a compiled graph it takes over, and that they are PyTorch's to the bit."""
+"""heron.ops.small_products: which products of a compiled graph it takes over, and that they are PyTorch's to the bit."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from heron.model import products
-from heron.ops.thin_products import THIN, is_thin, thin_products
+from heron.ops.small_products import LIMIT, is_small, small_products
 
-THIN_TARGET = torch.ops.heron.thin_products.default
+TOGETHER = torch.ops.heron.small_products.default
 PRODUCT = torch.ops.aten.mm.default
 
 
-def test_a_product_is_thin_where_one_of_its_sizes_is_small():
-    small, large = THIN - 1, THIN
-    for n, k, m in ((small, large, large), (large, small, large), (large, large, small)):
-        assert is_thin(torch.empty(n, k), torch.empty(k, m))
-    assert not is_thin(torch.empty(large, large), torch.empty(large, large))
+def test_a_product_is_small_where_its_matrices_are():
+    def matrix(rows, columns):
+        return torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+
+    n = LIMIT // 2 // 1024  # rows
+    assert is_small(matrix(n - 1, 1024), matrix(1024, 8))
+    assert not is_small(matrix(n, 1024), matrix(1024, 8))
+    assert not is_small(matrix(8, 1024), matrix(1024, n))
+    assert not is_small(matrix(n, 8), matrix(8, 1024))
 
 
 def chains(x, y, z, down, up):
@@ -34,9 +38,9 @@ def drawn(n=6, channels=8, rank=3):
 def test_products_that_do_not_wait_for_one_another_are_joined():
     parts = drawn()
     traced = make_fx(chains)(*parts)
-    products.join_thin_products(traced.graph)
+    products.join_small_products(traced.graph)
     traced.graph.lint()
-    joined = traced.graph.find_nodes(op="call_function", target=THIN_TARGET)
+    joined = traced.graph.find_nodes(op="call_function", target=TOGETHER)
     assert [len(node.args[0]) for node in joined] == [3, 3]  # of x, y and x; of what these give
     assert len(traced.graph.find_nodes(op="call_function", target=PRODUCT)) == 1  # of the sum, alone in its depth
     traced.recompile()
@@ -44,15 +48,15 @@ def test_products_that_do_not_wait_for_one_another_are_joined():
         assert torch.equal(got, want)
 
 
-def test_one_product_and_wide_ones_are_left_alone(monkeypatch):
+def test_one_product_and_large_ones_are_left_alone(monkeypatch):
     parts = drawn()
-    monkeypatch.setattr(products, "is_thin", lambda a, b: False)
+    monkeypatch.setattr(products, "is_small", lambda a, b: False)
     traced = make_fx(chains)(*parts)
-    products.join_thin_products(traced.graph)
-    assert not traced.graph.find_nodes(op="call_function", target=THIN_TARGET)
+    products.join_small_products(traced.graph)
+    assert not traced.graph.find_nodes(op="call_function", target=TOGETHER)
     monkeypatch.undo()
     alone = make_fx(lambda x, down: x @ down)(parts[0], parts[3])
-    products.join_thin_products(alone.graph)
+    products.join_small_products(alone.graph)
     assert [node.target for node in alone.graph.nodes if node.op == "call_function"] == [PRODUCT]
 
 
@@ -81,11 +85,11 @@ def test_on_a_gpu_they_are_pytorchs_bits(recorded):
         [*weights, *(torch.randn_like(one @ w) for one, w in zip(x, weights, strict=True))],
     )
     want = [torch.mm(one, other) for one, other in zip(a, b, strict=True)]
-    got = thin_products(a, b)
+    got = small_products(a, b)
     if recorded:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = thin_products(a, b)
+            got = small_products(a, b)
             later = [part + 1 for part in got]
         graph.replay()
         assert all(torch.equal(one, other + 1) for one, other in zip(later, want, strict=True))

@@ -1,4 +1,4 @@
-"""Independent products of thin matrices, beside one another on a GPU. README.md says why."""
+"""Independent products of small matrices, beside one another on a GPU. README.md says why."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["is_thin", "thin_products"]
-THIN = 512  # rows or columns: below that a product reads more than it multiplies
+__all__ = ["is_small", "small_products"]
+LIMIT = 32 << 20  # bytes of a matrix: smaller ones of several products are in the L2 cache at one time
 STREAMS = 4
 
 _library = torch.library.Library("heron", "FRAGMENT")
-_library.define("thin_products(Tensor[] a, Tensor[] b) -> Tensor[]")
+_library.define("small_products(Tensor[] a, Tensor[] b) -> Tensor[]")
 
 
-def is_thin(a: Tensor, b: Tensor) -> bool:
-    """Whether one of the sizes of the product of (n, k) and (k, m) is small."""
-    return min(*a.shape, b.shape[1]) < THIN
+def is_small(a: Tensor, b: Tensor) -> bool:
+    """Whether the product of (n, k) and (k, m) is of matrices smaller than LIMIT, and gives one."""
+    return max(a.numel(), b.numel(), a.shape[0] * b.shape[1]) * a.itemsize < LIMIT
 
 
-def thin_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+def small_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     """``[a[0] b[0], a[1] b[1], ...]``, bit for bit what PyTorch gives one after another. There is no gradient.
 
     On a GPU they are launched on several streams. A CUDA graph that records them has them side by side, too.
@@ -33,10 +33,10 @@ def thin_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         (n, m) each.
     """
-    return torch.ops.heron.thin_products(a, b)
+    return torch.ops.heron.small_products(a, b)
 
 
-@torch.library.impl(_library, "thin_products", "CUDA")
+@torch.library.impl(_library, "small_products", "CUDA")
 def _on_cuda(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     # Nothing is allocated on the other streams: they begin when what is read here is there and its memory free, and
     # what comes behind them here waits for them, so memory is used as if there were one stream.
@@ -62,11 +62,11 @@ def _others(device: torch.device) -> list[torch.cuda.Stream]:
     return [torch.cuda.Stream(device) for _ in range(STREAMS - 1)]
 
 
-@torch.library.impl(_library, "thin_products", "CPU")
+@torch.library.impl(_library, "small_products", "CPU")
 def _on_cpu(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     return [torch.mm(one, other) for one, other in zip(a, b, strict=True)]
 
 
-@torch.library.register_fake("heron::thin_products", lib=_library)
+@torch.library.register_fake("heron::small_products", lib=_library)
 def _(a, b):
     return [one.new_empty(one.shape[0], other.shape[1]) for one, other in zip(a, b, strict=True)]
