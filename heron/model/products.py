@@ -16,8 +16,8 @@ from torch.fx import Graph, Node
 
 from heron.ops import large_product, small_products
 from heron.ops.large_product import is_large
-from heron.ops.squared_relu_product import squared_relu_product_choice
 from heron.ops.small_products import is_small
+from heron.ops.squared_relu_product import squared_relu_product_choice
 
 _PRODUCT = torch.ops.aten.mm.default
 _LARGE, _SUM = torch.ops.heron.large_product.default, torch.ops.heron.sum_of_products.default

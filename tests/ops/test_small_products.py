@@ -1,4 +1,4 @@
-"""heron.ops.small_products: which products of a compiled graph it takes over, and that they are PyTorch's to the bit."""
+"""heron.ops.small_products: which products of a compiled graph it takes, and that they are PyTorch's to the bit."""
 
 from __future__ import annotations
 
