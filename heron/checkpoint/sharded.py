@@ -48,7 +48,11 @@ def part_of(folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, T
 
     It is found out once for tensors of the same names, shapes and places: that takes a second of Python, during which a
     step beside it would come to a standstill.
+
+    Raises:
+        CheckpointError: in all processes, where one could not find it out.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -67,7 +71,12 @@ def part_of(folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, T
     what = (distributed.get_world_size(group), *map(_placed, tensors.items()))
     if what not in _parts:
         _parts.clear()
-        save(tensors, storage_writer=Asked(str(folder / FOLDER), save_distributed=True), process_group=group)
+        try:
+            save(tensors, storage_writer=Asked(str(folder / FOLDER), save_distributed=True), process_group=group)
+        except CheckpointException as error:  # no Exception
+            _parts.clear()
+            rank, (cause, _) = min(error.failures.items())
+            raise CheckpointError(f"{folder}: rank {rank} does not know its part: {cause}") from None
     return _parts[what]
 
 
