@@ -43,7 +43,7 @@ def replace_products(graph: Graph) -> None:
         if is_large(a.meta["val"], b.meta["val"]):  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
             product.target = _LARGE
     for total in graph.find_nodes(op="call_function", target=_ADD):
-        products = [product for part in total.args if (product := _product_of(part)) is not None]
+        products = _summed(total)
         products.sort(key=lambda product: product.target != _LARGE)
         if len(products) < 2 or products[0].target != _LARGE or total.kwargs:
             continue
@@ -56,6 +56,11 @@ def replace_products(graph: Graph) -> None:
         total.replace_all_uses_with(shaped)
         graph.erase_node(total)
     graph.eliminate_dead_code()
+
+
+def _summed(total: Node) -> list[Node]:
+    """The products of matrices among what a sum is of."""
+    return [product for part in total.args if (product := _product_of(part)) is not None]
 
 
 def _product_of(part: Any) -> Node | None:
@@ -72,15 +77,19 @@ def _product_of(part: Any) -> Node | None:
 def join_small_products(graph: Graph) -> None:
     """Have heron.ops.small_products compute small products of a graph together that do not depend on one another.
 
-    Which these are: those that have equally many small products before them, one behind another.
+    Which these are: those that have equally many small products before them, one behind another. Two that are added up
+    are left to the compiler, which rounds their sum alone.
     """
     from torch._inductor.pattern_matcher import stable_topological_sort
 
+    sums = map(_summed, graph.find_nodes(op="call_function", target=_ADD))
+    added_up = {product for products in sums if len(products) > 1 for product in products}
     depths: dict[Node, int] = {}  # small products on the longest way to a node, itself among them
     together: dict[int, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         depth = max((depths[part] for part in node.all_input_nodes), default=0)
-        if node.target == _PRODUCT and is_small(*(part.meta["val"] for part in _factors(node))):
+        of_product = node.target == _PRODUCT and node not in added_up
+        if of_product and is_small(*(part.meta["val"] for part in _factors(node))):
             together[depth].append(node)
             depth += 1
         depths[node] = depth

@@ -48,6 +48,20 @@ def test_products_that_do_not_wait_for_one_another_are_joined():
         assert torch.equal(got, want)
 
 
+def test_two_products_that_are_added_up_are_left_to_the_compiler():
+    def added_up(x, y, z, down, up):
+        return (x @ down + y @ down) @ up, z @ down, y @ down
+
+    parts = drawn()
+    traced = make_fx(added_up)(*parts)
+    products.join_small_products(traced.graph)
+    (joined,) = traced.graph.find_nodes(op="call_function", target=TOGETHER)
+    assert len(joined.args[0]) == 3  # of the sum, of z, and of y by itself
+    assert len(traced.graph.find_nodes(op="call_function", target=PRODUCT)) == 2
+    traced.recompile()
+    assert all(map(torch.equal, traced(*parts), added_up(*parts)))
+
+
 def test_one_product_and_large_ones_are_left_alone(monkeypatch):
     parts = drawn()
     monkeypatch.setattr(products, "is_small", lambda a, b: False)
