@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 from timing import median_ms, need_gpu
 from torch import Tensor, nn
 
 import heron
-from heron.train.step import norm_of
+from heron.ops.global_norm import global_norm, verdict
 
 SIZES = {"L12-D768": (12, 768), "L24-D2048": (24, 2048)}
 BYTES = {"PyTorch": 52, "norm": 2, "kernel": 30}  # a parameter: see heron/ops/adamw/README.md
@@ -38,9 +39,8 @@ def by_pytorch(masters: list[nn.Parameter], copies: list[nn.Parameter], optimize
 
 def by_kernel(gradients: list[Tensor], optimizer: heron.optim.CopiedAdamW) -> None:
     """The same."""
-    norm = norm_of(gradients)
-    optimizer.grad_scale = ((norm + 1e-6) / CLIP).clamp(min=1.0)
-    optimizer.found_inf = (~torch.isfinite(norm)).float()
+    norm = global_norm(gradients)
+    optimizer.found_inf, optimizer.grad_scale = verdict(norm, norm, math.inf, CLIP)
     optimizer.step()
 
 
@@ -59,7 +59,7 @@ def measure(name: str, repeats: int) -> None:
     plain.state.clear()
     torch.cuda.empty_cache()
     optimizer = heron.build_optimizer(model, copies=dict(zip(masters, copies, strict=True)))
-    took["norm"] = median_ms(lambda: norm_of(gradients), repeats)
+    took["norm"] = median_ms(lambda: global_norm(gradients), repeats)
     took["kernel"] = median_ms(lambda: by_kernel(gradients, optimizer), repeats)
     for form, ms in took.items():
         print(f"{name:<10} {n / 1e6:6.0f} M  {form:<8}{ms:8.3f} ms {BYTES[form] * n / ms / 1e9:6.2f} TB/s", flush=True)

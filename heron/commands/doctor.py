@@ -21,6 +21,7 @@ from heron.errors import KernelError, counted
 from heron.model import compiled as compilation
 from heron.ops import ahead
 from heron.ops.adamw import adamw_choice
+from heron.ops.global_norm import global_norm_choice
 from heron.ops.head_mix import head_mix_choice
 from heron.ops.head_step import head_step_choice
 from heron.ops.linear_cross_entropy import linear_cross_entropy_choice
@@ -74,6 +75,7 @@ def report() -> str:
         "shift and mix": shift_mix_choice(there),
         "time-mix heads": head_mix_choice(there),
         "head and loss": linear_cross_entropy_choice(there),
+        "norm of gradients": global_norm_choice(there),
         "optimizer": adamw_choice(there),
         "rows of tables": row_adamw_choice(there),
         "rosa": rosa_choice(there),

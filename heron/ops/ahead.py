@@ -14,6 +14,7 @@ from heron.ops._choice import NativeForm
 from heron.ops.adamw import cuda as adamw
 from heron.ops.few_rows import cuda as few_rows
 from heron.ops.fp8_linear import cuda as fp8_linear
+from heron.ops.global_norm import cuda as global_norm
 from heron.ops.head_mix import cuda as head_mix
 from heron.ops.head_step import cuda as head_step
 from heron.ops.linear_cross_entropy import cuda as linear_cross_entropy
@@ -29,7 +30,7 @@ from heron.ops.token_step import cuda as token_step
 from heron.ops.wkv7 import cuda as wkv7
 
 SEQUENCES = (wkv7.FORM, head_mix.FORM, shift_mix.FORM)  # the slowest first
-TRAINING = (*SEQUENCES, squared_relu_product.FORM, linear_cross_entropy.FORM, adamw.FORM, rows.FORM)
+TRAINING = (*SEQUENCES, squared_relu_product.FORM, linear_cross_entropy.FORM, adamw.FORM, global_norm.FORM, rows.FORM)
 DECODING = (token_step.FORM, sample_rows.FORM, head_step.FORM, norm_mix.FORM, matvec.FORM, few_rows.FORM)
 TABLES, STREAMS, FP8 = rows.FORM, device_stream.FORM, fp8_linear.FORM
 ROSA = (rosa.FORM, soft.FORM)

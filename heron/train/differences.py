@@ -20,6 +20,7 @@ from heron.data.loader import Corpus
 from heron.data.sampling import magic_prime
 from heron.errors import ConfigError
 from heron.ops.adamw import adamw_choice
+from heron.ops.global_norm import global_norm_choice
 from heron.ops.head_mix import head_mix_choice
 from heron.ops.shift_mix import shift_mix_choice
 from heron.ops.wkv7 import wkv7_choice
@@ -104,6 +105,7 @@ def exact(config: TrainConfig, device: torch.device, corpus: Corpus, learner: Le
         "shift_mix": shift_mix_choice(device).impl,
         "head_mix": head_mix_choice(device).impl,
         "adamw": adamw_choice(device).impl,
+        "global_norm": global_norm_choice(device).impl,
         "compile": learner.compiled.value,
         "magic_prime": run_data.prime(config, corpus),
         "processes": learner.ranks.count,
@@ -122,7 +124,7 @@ def not_exact(
     # the only ones there were before they were written down
     before = {
         "magic_prime": largest, "processes": 1, "parallel": "none", "context_parallel": 1, "tbptt": "",
-        "adapter.tables": "frozen", **record["exact"],
+        "adapter.tables": "frozen", "global_norm": "reference", **record["exact"],
     }  # fmt: skip
     now = exact(config, device, corpus, learner)
     unknown = [f"{name} was not written down" for name in now if name not in before]

@@ -1,8 +1,8 @@
 """What happens to a step whose numbers are wrong: its update never lands, and then the run stops, skips or goes back.
 
-The verdict over a step is taken where its numbers are, so that a GPU is never waited for: :func:`is_bad` gives a flag
-that fused AdamW obeys (`found_inf`: weights, moments and its step counter stay as they were). The host reads the flag
-when it comes by anyway, and :class:`Guard` says what to do.
+The verdict over a step is taken where its numbers are, so that a GPU is never waited for:
+:func:`heron.ops.global_norm.verdict` gives a flag that fused AdamW obeys (`found_inf`: weights, moments and its step
+counter stay as they were). The host reads the flag when it comes by anyway, and :class:`Guard` says what to do.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import collections
 import math
 import statistics
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from heron.config import ON_NONFINITE
 
@@ -25,18 +22,6 @@ _SIGMA = 1.4826  # median absolute deviations in the standard deviation of a nor
 _LEAST_DEVIATION = 0.01  # of the median: a very even stretch makes no spike of a small bump
 _SKIPS, _AMONG = 10, 100  # more skips than this among so many batches: something is wrong with more than a batch
 _REWINDS = 3
-
-
-def is_bad(loss: Tensor, grad_norm: Tensor, limit: float) -> Tensor:
-    """1.0 if the loss or the gradient norm is not finite, or the loss is above `limit`, else 0.0.
-
-    Args:
-        loss, grad_norm: fp32 scalars on one device.
-
-    Returns:
-        An fp32 scalar there.
-    """
-    return (~(torch.isfinite(loss) & torch.isfinite(grad_norm) & (loss <= limit))).float()
 
 
 class Guard:

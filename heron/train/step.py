@@ -21,12 +21,12 @@ from heron.errors import ConfigError, HeronError
 from heron.model import RWKV
 from heron.model import compiled as compilation
 from heron.model.plain import hooks_of
+from heron.ops.global_norm import global_norm, verdict
 from heron.optim import build_optimizer, set_lr
 from heron.reduction import Reduction
 from heron.tables.rows import row_tables
 from heron.train import chunks, leaves, preference
 from heron.train.base_model import Base
-from heron.train.guard import is_bad
 from heron.train.passes import Means, Sample, WholePasses
 from heron.train.run_data import learns_ids
 
@@ -290,10 +290,9 @@ class Learner:
         gradients = [dist.local(leaf.grad) for leaf in trained if leaf.grad is not None]
         n_asked = torch.full((), float(asked), device=self.device)
         loss, grad_norm, n_asked, *figures = self._agreed(loss, gradients, of_rows, n_asked)
-        bad = is_bad(loss, grad_norm, limit)
+        bad, divisor = verdict(loss, grad_norm, limit, self.config.grad_clip)
         set_lr(self.optimizer, lr)
         if self.config.grad_clip:
-            divisor = ((grad_norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)
             self.optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]
         # AdamW's own means of holding back weights, moments and step counter
         self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
@@ -309,11 +308,11 @@ class Learner:
         """Loss, gradient norm, number of those asked and figures of all processes, from those of each, in one
         collective. The gradient of a row is with its owner alone."""
         if self.ranks.count == 1:
-            return loss, norm_of([*gradients, *of_rows]), n_asked, *self._figures
-        grad_norm, copies = norm_of(gradients), self.ranks.copies(self.parallel.value)
+            return loss, global_norm([*gradients, *of_rows]), n_asked, *self._figures
+        grad_norm, copies = global_norm(gradients), self.ranks.copies(self.parallel.value)
         squares = grad_norm.square() / copies  # of each gradient there are so many, which are added up
         if of_rows:
-            squares = squares + norm_of(of_rows).square()
+            squares = squares + global_norm(of_rows).square()
         numbers = torch.stack((loss, squares, n_asked, *self._figures))
         self.ranks.add_([numbers])
         loss, squares, n_asked, *figures = numbers
@@ -373,12 +372,3 @@ class Learner:
         for pair in self.leaves.pairs:
             for leaf in pair:
                 leaf.grad = None
-
-
-def norm_of(gradients: list[Tensor]) -> Tensor:
-    """The global norm of gradients of any dtypes, in fp32."""
-    norms = []
-    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
-        norms += torch._foreach_norm(alike, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack(norms))

@@ -12,12 +12,14 @@ import json
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 import heron
 from heron.data.loader import Batches
+from heron.ops.global_norm import verdict
 from heron.train import guard as guards
 from heron.train import loop as train
 from heron.train import step as learner
@@ -72,7 +74,11 @@ def run(trials: int, seed: int) -> Result:
                 failures.append(f"{value} stays in a weight from step {step} on: it was not taken back")
         controls = max(2, len(chosen) // 6)
         caught = 0
-        everything_passes = minute.replaced(learner, "is_bad", lambda loss, *_: torch.zeros_like(loss))
+
+        def passing(loss: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros_like(loss), verdict(loss, *rest)[1]
+
+        everything_passes = minute.replaced(learner, "verdict", passing)
         with everything_passes, minute.replaced(guards.Guard, "accept", lambda *_: None):
             for number, ((value, place, micro), step) in enumerate(chosen[:controls]):
                 settings = _settings(folder, f"control-{number}", 1 + micro)

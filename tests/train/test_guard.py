@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import heron
-from heron.train.guard import Guard, is_bad
+from heron.ops.global_norm import verdict
+from heron.train.guard import Guard
 from heron.train.stop import Preemption
 
 
@@ -30,7 +31,7 @@ from heron.train.stop import Preemption
     ],
 )
 def test_what_is_bad(loss, norm, limit, bad):
-    assert is_bad(torch.tensor(loss), torch.tensor(norm), limit).item() == bad
+    assert verdict(torch.tensor(loss), torch.tensor(norm), limit, 1.0)[0].item() == bad
 
 
 def test_an_update_of_a_bad_step_lands_nowhere(random_model):

@@ -12,10 +12,10 @@
 
 namespace {
 
-constexpr int kTensors = 64;  // of one launch: what it is told about them must fit in 4 KiB
+constexpr int kTensors = 512;  // of one launch: what it is told about them must fit in 32,764 bytes
 constexpr int kThreads = 256;
 constexpr int kWidth = 4, kAhead = 2;  // values in a piece; pieces that a thread reads before it writes the first
-constexpr int kChunk = 16384;          // values: enough to hide what a block does before its first piece
+constexpr int kChunk = 8192;           // values: few enough for the last blocks to end almost together
 
 struct Stepped {
     float *weight, *exp_avg, *exp_avg_sq, *step;
@@ -34,7 +34,7 @@ struct Rule {
 
     __device__ bool holds_back() const { return found_inf && *found_inf != 0; }
 };
-static_assert(sizeof(Table) + sizeof(Rule) <= 4096);
+static_assert(sizeof(Table) + sizeof(Rule) + sizeof(void*) <= 32764);
 
 // What the numbers of a tensor need beside themselves in its t-th step.
 struct Step {
@@ -97,9 +97,17 @@ __device__ __forceinline__ void step_chunk(const Stepped& tensor, int64_t begin,
 
 __device__ bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
+// Before the step of any chunk, with a thread for each tensor: its count goes up, and what goes by it is written down.
+__global__ void count(const __grid_constant__ Table table, const __grid_constant__ Rule rule, Step* steps) {
+    if (rule.holds_back() || threadIdx.x >= table.n) return;
+    const float t = *table.tensor[threadIdx.x].step + 1;
+    *table.tensor[threadIdx.x].step = t;
+    steps[threadIdx.x] = step_at(t, rule);
+}
+
 template <typename Gradient>
 __global__ void __launch_bounds__(kThreads, 4)
-    adamw(const __grid_constant__ Table table, const __grid_constant__ Rule rule) {
+    adamw(const __grid_constant__ Table table, const __grid_constant__ Rule rule, const Step* steps) {
     if (rule.holds_back()) return;
     const int block = static_cast<int>(blockIdx.x);
     int t = 0;
@@ -111,9 +119,7 @@ __global__ void __launch_bounds__(kThreads, 4)
             end = middle;
     }
     const Stepped& tensor = table.tensor[t];
-    __shared__ Step step;
-    if (threadIdx.x == 0) step = step_at(static_cast<double>(*tensor.step) + 1, rule);
-    __syncthreads();
+    const Step step = steps[t];
     const int64_t begin = static_cast<int64_t>(block - table.first_chunk[t]) * kChunk;
     const int size = static_cast<int>(tensor.size - begin < kChunk ? tensor.size - begin : kChunk);
     const bool whole = size % kWidth == 0 && aligned(tensor.gradient, kWidth * sizeof(Gradient)) &&
@@ -123,11 +129,6 @@ __global__ void __launch_bounds__(kThreads, 4)
         step_chunk<kWidth, Gradient>(tensor, begin, size, step);
     else
         step_chunk<1, Gradient>(tensor, begin, size, step);
-}
-
-// After the step of all chunks: each has read the count by then.
-__global__ void count(const __grid_constant__ Table table, const __grid_constant__ Rule rule) {
-    if (!rule.holds_back() && threadIdx.x < table.n) *table.tensor[threadIdx.x].step += 1;
 }
 
 // Calls `launch` with tables of these tensors, as many as one holds, and the number of their chunks.
@@ -189,13 +190,15 @@ void adamw_(const Tensors& weights, const Tensors& gradients, const Tensors& exp
     const Rule rule{lr, beta1, beta2, eps, weight_decay,
                     grad_scale ? scalar(*grad_scale, device, "grad_scale") : nullptr,
                     found_inf ? scalar(*found_inf, device, "found_inf") : nullptr};
+    const int64_t bytes = sizeof(Step) * kTensors;
+    const Tensor room = empty({bytes / static_cast<int64_t>(sizeof(float))}, weights[0], ScalarType::Float);
+    auto* rules = reinterpret_cast<Step*>(room.mutable_data_ptr<float>());
     for_tables(tensors, [&](const Table& table, int chunks) {
-        if (chunks > 0) {
-            in_half ? adamw<BFloat16><<<chunks, kThreads, 0, stream>>>(table, rule)
-                    : adamw<float><<<chunks, kThreads, 0, stream>>>(table, rule);
-            STD_CUDA_KERNEL_LAUNCH_CHECK();
-        }
-        count<<<1, kTensors, 0, stream>>>(table, rule);
+        count<<<1, kTensors, 0, stream>>>(table, rule, rules);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        if (chunks == 0) return;
+        in_half ? adamw<BFloat16><<<chunks, kThreads, 0, stream>>>(table, rule, rules)
+                : adamw<float><<<chunks, kThreads, 0, stream>>>(table, rule, rules);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
 }
