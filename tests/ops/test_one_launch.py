@@ -24,9 +24,7 @@ EMULATOR = Path(__file__).parent / "emulator"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 needs_compiler = pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 SMALL = dict(C=128, head_size=64, hidden=320, ranks=(5, 8, 32, 70), vocab=77)
-LONG = dict(
-    C=64, head_size=64, hidden=2304, ranks=(8, 8, 8, 300), vocab=301
-)  # rows, and a head's ranks, of several parts
+LONG = dict(C=64, head_size=64, hidden=2304, ranks=(8, 8, 8, 300), vocab=301)  # rows of several parts
 SHARED = 2**17  # bytes that there are
 TOKENS = 3
 
@@ -132,12 +130,15 @@ def test_the_kernels_source_on_a_cpu_steps(library, eights, gates):
 
 @needs_compiler
 @pytest.mark.parametrize("eights", [False, True], ids=["floating", "int8"])
-def test_the_kernels_source_on_a_cpu_reads_rows_of_several_parts(library, eights):
+@pytest.mark.parametrize("ranks", [(8, 8, 8, 300), (8, 8, 40, 600), (8, 300, 8, 900)], ids=["16", "8", "a matrix"])
+def test_the_kernels_source_on_a_cpu_reads_rows_of_several_parts(library, ranks, eights):
+    """And of upper low-rank matrices, 16 rows of all at once, or 8, or those of one."""
+
     def step(built, before):
         prepared = cuda.Prepared(built, before)
         return lambda x, rows: emulated(library, prepared, x, rows, 2, 0)
 
-    check(step, LONG, BF16, eights, None, layers=2)
+    check(step, dict(LONG, ranks=ranks), BF16, eights, None, layers=2)
 
 
 @needs_compiler

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ class Prepared:
         self.gates_hidden = first.deep_embed == "hidden"
         self.ranks = [_filled_up(len(part.down)) for part in first.low_rank]
         self.hidden, channels = first.ffn_key.shape
-        words = 3 * channels + channels // 2 + (sum(self.ranks) + self.hidden) // 2  # that blocks tell one another
+        words = 7 * channels + channels // 2 + (sum(self.ranks) + self.hidden) // 2  # that blocks tell one another
         words += channels // 4  # a token, normed
         self.scratch = torch.zeros(words, dtype=torch.int64, device=device)
         self.counters = torch.zeros(2, dtype=torch.int32, device=device)
@@ -120,30 +121,37 @@ def shared_bytes(network: Network, blocks: int) -> int:
     first, channels = network.layers[0], network.norm.weight.shape[0]
     hidden, ranks = first.ffn_key.shape[0], [_filled_up(len(part.down)) for part in first.low_rank]
     has_codes = isinstance(network.head, CodedMatrix)
-    in_codes, floats = _most_vectors([channels] * 3 + ranks, blocks, has_codes)
+    in_codes, floats = _most_vectors(channels, ranks, blocks, has_codes)
     scales = -(-max(in_codes * channels, hidden) // GROUP // 4) * 16 if has_codes else 0
     vectors = max(2 * (in_codes + floats) * channels + 4 * channels, 2 * hidden)  # and the residual
     own = -(-channels // 8 // blocks) * 8 * 4  # rows of it
     tables = 352 * len(network.layers)  # sizeof(Layer)
-    others = 3648 + 4608 + 128 + 256 + 48  # a head, sums of tiles and of the block, barriers, parts
+    others = 3648 + 4608 + 128 + 256 + 64  # a head, sums of tiles and of the block, barriers, parts
     rest = tables + own + scales + 2 * sum(ranks) + others
     slots = 3 * 8 * (2048 + (64 if has_codes else 0))
     return -(-(vectors + rest) // 128) * 128 + slots
 
 
-def _most_vectors(rows: list[int], blocks: int, has_codes: bool) -> tuple[int, int]:
-    """How many vectors a block needs for projections of so many rows, at most: for codes, and for floats."""
-    vectors = [vector for vector, n in zip((0, 1, 2, 2, 3, 4, 5), rows, strict=True) for _ in range(-(-n // 8))]
-    each, more = divmod(len(vectors), blocks)
-    in_codes = floats = 0
-    for block in range(blocks):
-        begin = block * each + min(block, more)
-        needed = vectors[begin : begin + each + (block < more)]
-        if needed:
-            span = range(needed[0], needed[-1] + 1)
-            in_codes = max(in_codes, sum(has_codes and vector < 3 for vector in span))
-            floats = max(floats, sum(not has_codes or vector >= 2 for vector in span))
-    return in_codes, floats
+def _most_vectors(channels: int, ranks: Sequence[int], blocks: int, has_codes: bool) -> tuple[int, int]:
+    """How many vectors a block multiplies by r, k, v and lower low-rank matrices, at most: by codes, and by floats."""
+    projected = _vectors(zip((0, 1, 2), [channels] * 3, strict=True), blocks)
+    # The lower low-rank matrices are for the last of the blocks that need one vector otherwise.
+    free = [block for block in reversed(range(blocks)) if projected[block] == 1] or [*reversed(range(blocks))]
+    squeezed = _vectors(zip((2, 3, 4, 5), ranks, strict=True), len(free))
+    if has_codes:
+        return max(projected), max(squeezed)
+    both = projected.copy()
+    for block, more in zip(free, squeezed, strict=True):
+        both[block] += more
+    return 0, max(both)
+
+
+def _vectors(rows: Iterable[tuple[int, int]], blocks: int) -> list[int]:
+    """How many vectors each block needs for so many rows of each, in tiles of 8 that lie side by side."""
+    tiles = [vector for vector, n in rows for _ in range(-(-n // 8))]
+    each, more = divmod(len(tiles), blocks)
+    begins = [block * each + min(block, more) for block in range(blocks + 1)]
+    return [len(set(tiles[begin:end])) for begin, end in itertools.pairwise(begins)]
 
 
 @functools.cache

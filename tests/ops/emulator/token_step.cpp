@@ -109,7 +109,6 @@ void multiply_bytes(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned
   memcpy(c, my_warp().c[my_lane()], sizeof c);
 }
 
-int unforeseen(int x) { return x; }
 void take_registers() {}
 void give_registers() {}
 void sync_multiplying();

@@ -30,12 +30,6 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Bar
         : "memory");
 }
 
-// The same number, of which the compiler then knows nothing.
-__device__ __forceinline__ int unforeseen(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // Barriers of the threads that multiply, and of those of a head.
 __device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
 __device__ __forceinline__ void sync_head() { asm volatile("bar.sync 2, %0;" ::"n"(2 * kHead) : "memory"); }

@@ -17,21 +17,25 @@ constexpr int kMostSlots = 16, kLeastSlots = 3;    // of the ring
 static_assert(kTeams == 2 && kLeastSlots >= kTeams, "teams take turns, and a slot is always the same team's");
 constexpr int kTiles = 8;                          // whose sums the warps exchange at once
 constexpr int kSumPitch = kTeams * kWarps * kRows + 8;  // from one tile's to the next one's
-constexpr int kHead = 64, kLowRank = 4, kMixes = 6;
+constexpr int kHead = 64, kLowRank = 4;
+constexpr int kMostEights = 2;                     // of rows of the upper low-rank matrices that come at once
+static_assert(kWarps == kLowRank && kAskers == kLowRank, "a warp for each of these");
 constexpr int kStateBytes = kHead * kHead * 4;
 static_assert(kStateBytes <= kRows * kWide, "a slot holds a state");
 constexpr int kGroup = 64;  // numbers that share a scale
 constexpr unsigned kAll = 0xffffffffu;
 
-enum Phase { kProject, kOutput, kKey, kValue, kLogits };
-// r, k, v and the lower low-rank matrices, of the values' gate, decay, iclr and gate, are one phase.
+// The lower low-rank matrices, of the values' gate, decay, iclr and gate, come before r, k and v: what the upper ones
+// multiply has come round by the time these are done.
+enum Phase { kSqueeze, kProject, kOutput, kKey, kValue, kLogits };
 enum Product { kR, kDown = 3, kOfOutput = kDown + kLowRank, kOfKey, kOfValue, kOfHead, kProducts };
-__device__ __forceinline__ int first_product(int phase) { return phase == kProject ? kR : kOfOutput + phase - kOutput; }
+__host__ __device__ inline int first_product(int phase) {
+    return phase == kSqueeze ? kDown : phase == kProject ? kR : kOfOutput + phase - kOutput;
+}
 // Which of its phase's vectors it multiplies: values and their gate have one.
 __host__ __device__ inline int vector_of(int product) {
     return product < kDown ? product : product < kOfOutput ? product - 1 : 0;
 }
-constexpr int kFirstOfDown = kDown - 1;  // of the vectors
 
 // Two numbers of 16 bits, or one of 32, and whose they are; written and read as one.
 struct alignas(8) Tagged {
@@ -65,9 +69,11 @@ static_assert(sizeof(Layer) % 16 == 0, "it is copied in pieces");
 // What is of one head, beside its state.
 struct HeadInputs {
     alignas(16) float vectors[4][kHead];  // r, k, v, layer 0's v
-    float ups[kLowRank][kHead];
+    float ups[kLowRank][kHead];  // what the upper low-rank matrices give
     HeadRoom<kHead> room;
 };
+
+constexpr int kUps = kLogits + 1;  // place of the part of the upper low-rank matrices, behind those of the phases
 
 // A block's share of so many tiles, one behind the other.
 struct Part {
@@ -88,10 +94,11 @@ struct Shared {
     int sums;      // of tiles, by warps, two times
     int norm;      // sums of warps
     int barriers;  // of slots that are filled, and of those that are free
-    int parts;     // of a block, by phase
+    int parts;     // of a block, by phase; then of the upper low-rank matrices
     int ring;
     int slot;      // bytes of one
     int slots;
+    int matrices, eights;  // of the upper low-rank ones, that come at once; 8 rows of each
     int bytes;
 };
 
@@ -103,6 +110,7 @@ struct Problem {
     const void* gates;  // (layers, C or hidden), DeepEmbed's; or null
     void* logits;
     Tagged* residual;                                     // (C,), fp32
+    Tagged* ups;                                          // (4, C), fp32, of the upper low-rank matrices
     Tagged *projected, *v_first, *squeezed, *y, *hidden;  // of r, k and v; v of layer 0; ...: two numbers in a word
     void* now;            // (C,), the token, normed, until all blocks have read the last one, if it is to lie there
     unsigned* counters;                                   // steps, and blocks that have ended this one
@@ -120,7 +128,8 @@ inline void size_up(Problem& p, int channels, int hidden_channels, int vocab, Ta
     for (int i = 0; i < kLowRank; ++i) p.rows[kDown + i] = p.ranks[i];
     p.rows[kOfKey] = hidden_channels, p.rows[kOfHead] = vocab;
     p.residual = scratch;
-    p.projected = p.residual + channels;
+    p.ups = p.residual + channels;
+    p.projected = p.ups + kLowRank * channels;
     p.v_first = p.projected + 3 * channels / 2;
     p.y = p.v_first + channels / 2;
     p.squeezed = p.y + channels / 2;
@@ -135,22 +144,52 @@ __host__ __device__ inline Part part_of(int all, int blocks, int block) {
 }
 __host__ __device__ inline int tiles_of(const Problem& p, int product) { return (p.rows[product] + kRows - 1) / kRows; }
 
-// Of the vectors that the projections multiply, those that a block needs.
+// A block's share of all tiles of the lower low-rank matrices. The last blocks, which have fewer of r, k and v, have
+// them; but a block whose tiles of r, k and v multiply two vectors has none, so that two are the most.
+__host__ __device__ inline Part part_of_squeeze(const Problem& p, int all, int blocks, int block) {
+    const int of_one = tiles_of(p, kR), projected = kDown * of_one;
+    const int each = projected / blocks, more = projected % blocks;
+    int with_two = -1;                                 // the last block found that multiplies two vectors
+    int without = blocks, place = blocks - 1 - block;  // the others, and which of them this is, from the last one on
+    bool has_two = false;
+    for (int tile = of_one; tile < projected; tile += of_one) {
+        const int of_longer = more * (each + 1);
+        const int its = tile < of_longer ? tile / (each + 1) : more + (tile - of_longer) / each;
+        if (part_of(projected, blocks, its).first == tile || its == with_two) continue;
+        with_two = its, --without;
+        if (its > block) --place;
+        has_two = has_two || its == block;
+    }
+    if (without == 0) return part_of(all, blocks, blocks - 1 - block);
+    return has_two ? Part{} : part_of(all, without, place);
+}
+// A block's tiles of a phase.
+__host__ __device__ inline Part part_of_tiles(const Problem& p, int phase, int blocks, int block) {
+    const int first = first_product(phase);
+    const int end = phase == kSqueeze ? kOfOutput : phase == kProject ? kDown : first + 1;
+    int all = 0;
+    for (int product = first; product < end; ++product) all += tiles_of(p, product);
+    return phase == kSqueeze ? part_of_squeeze(p, all, blocks, block) : part_of(all, blocks, block);
+}
+
+// Of the vectors that r, k and v multiply, or the lower low-rank matrices, those that a block needs.
 struct Span {
     int first, last;
+    __host__ __device__ int count() const { return last - first + 1; }
 };
-__host__ __device__ inline Span span_of(const Problem& p, int blocks, int block) {
-    int all = 0;
-    for (int product = kR; product < kOfOutput; ++product) all += tiles_of(p, product);
-    Part part = part_of(all, blocks, block);
-    Span span{kMixes, 0};
-    for (int product = kR; product < kOfOutput; ++product) {
+__host__ __device__ inline Span span_of(const Problem& p, int phase, int blocks, int block) {
+    Part part = part_of_tiles(p, phase, blocks, block);
+    Span span{0, -1};
+    for (int product = first_product(phase); part.count > 0; ++product) {
         const int tiles = tiles_of(p, product);
-        if (part.first < tiles && part.first + part.count > 0) {
-            if (span.first == kMixes) span.first = vector_of(product);
+        if (part.first < tiles) {
+            if (span.count() == 0) span.first = vector_of(product);
             span.last = vector_of(product);
+            part.count -= tiles - part.first;
+            part.first = 0;
+        } else {
+            part.first -= tiles;
         }
-        part.first -= tiles;
     }
     return span;
 }
@@ -160,11 +199,9 @@ inline Shared shared_of(const Problem& p, bool has_codes, int available, int blo
     Shared at{};
     int in_codes = 0, floats = 0;  // vectors, at most
     for (int block = 0; block < blocks; ++block) {
-        const Span span = span_of(p, blocks, block);
-        int n[2] = {};
-        for (int m = span.first; m <= span.last; ++m)
-            n[0] += has_codes && m < kDown, n[1] += !has_codes || m >= kFirstOfDown;
-        in_codes = n[0] > in_codes ? n[0] : in_codes, floats = n[1] > floats ? n[1] : floats;
+        const int projected = span_of(p, kProject, blocks, block).count();
+        const int here = span_of(p, kSqueeze, blocks, block).count() + (has_codes ? 0 : projected);
+        in_codes = has_codes && projected > in_codes ? projected : in_codes, floats = here > floats ? here : floats;
     }
     const int C = p.channels, F = p.hidden_channels;
     const auto larger = [](int a, int b) { return a > b ? a : b; };
@@ -181,12 +218,15 @@ inline Shared shared_of(const Problem& p, bool has_codes, int available, int blo
     at.residual = at.vectors + 2 * floats * C;
     at.scales = take(has_codes ? 4 * larger(in_codes * C, F) / kGroup : 0);
     at.own = take(4 * kRows * part_of(tiles_of(p, kOfValue), blocks, 0).count);
-    at.squeezed = take(2 * (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]));
+    const int of_ups = 2 * (p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3]);
+    at.squeezed = take(of_ups);
+    at.matrices = of_ups <= kWide ? kLowRank : 1;
+    at.eights = kMostEights * of_ups <= kWide ? kMostEights : 1;
     at.head = take(sizeof(HeadInputs));
     at.sums = take(4 * 2 * kTiles * kSumPitch);
     at.norm = take(4 * 4 * kTeams * kWarps);
     at.barriers = take(2 * 8 * kMostSlots);
-    at.parts = take((kLogits + 1) * static_cast<int>(sizeof(Part)));
+    at.parts = take((kUps + 1) * static_cast<int>(sizeof(Part)));
     at.ring = (end + 127) / 128 * 128;
     at.slot = kRows * (kWide + (has_codes ? kScales : 0));
     at.slots = (available - at.ring) / at.slot;

@@ -52,11 +52,12 @@ struct Tiles {
     // This block's tiles of a phase, which lie side by side.
     __device__ __forceinline__ Part part_of_phase(int phase) const { return there<const Part>(p.at.parts)[phase]; }
     __device__ __forceinline__ void find_parts() const {
-        if (thread > kLogits) return;
-        const int first = first_product(thread), end = thread == kProject ? kOfOutput : first + 1;
-        int all = 0;
-        for (int product = first; product < end; ++product) all += tiles_of(p, product);
-        there<Part>(p.at.parts)[thread] = part_of(all, blocks, block);
+        if (thread > kUps) return;
+        Part part{};
+        if (thread < kUps) part = part_of_tiles(p, thread, blocks, block);
+        // The first blocks have no rows of the lower low-rank matrices.
+        else if (const int of_ups = (blocks + 1) / 2; block < of_ups) part = part_of(p.channels / kRows, of_ups, block);
+        there<Part>(p.at.parts)[thread] = part;
     }
     // use(product, tile, whether it is the last one) for them.
     template <typename Use>
@@ -71,14 +72,16 @@ struct Tiles {
             part.first -= here;
         }
     }
-    // use(matrix, rows, bytes of each) for the parts of a head's upper low-rank matrices that come at once.
+    // use(row, rows, first matrix) for this block's rows of the upper low-rank matrices that come at once.
     template <typename Use>
     __device__ __forceinline__ void for_ups(const Use& use) const {
+        Part part = part_of_phase(kUps);
 #pragma unroll 1
-        for (int m = 0; m < kLowRank; ++m) {
-            const int bytes = 2 * p.ranks[m], most = kRows * kWide / bytes / kRows * kRows;
+        while (part.count > 0) {
+            const int eights = part.count < p.at.eights ? part.count : p.at.eights;
 #pragma unroll 1
-            for (int row = 0; row < kHead; row += most) use(m, row, most < kHead - row ? most : kHead - row, bytes);
+            for (int m = 0; m < kLowRank; m += p.at.matrices) use(kRows * part.first, kRows * eights, m);
+            part.first += eights, part.count -= eights;
         }
     }
 
@@ -131,11 +134,31 @@ struct Tiles {
             }
         });
     }
-    __device__ __forceinline__ void bring_whole(const void* from, int64_t begin, int bytes) {
-        const bool is_mine = thread / 32 == kMultiply / 32;
-        expect(is_mine ? bytes : 0);
-        if (is_mine && lane == 0)
-            bring(slot_at(place.slot), static_cast<const char*>(from) + begin, bytes, filled(place.slot));
+    // Rows of the upper low-rank matrices, one behind the other: a matrix a warp.
+    __device__ __forceinline__ void bring_ups(const Layer& w) {
+        for_ups([&](int row, int rows, int first) {
+            int begin = 0, mine = 0, bytes = 0;
+#pragma unroll 1
+            for (int m = first; m < first + p.at.matrices; ++m) {
+                if (m % kAskers == asker()) mine = m, bytes = 2 * p.ranks[m];
+                else if (bytes == 0) begin += rows * 2 * p.ranks[m];
+            }
+            expect(rows * bytes);
+            if (bytes != 0 && lane == 0) {
+                bring(slot_at(place.slot) + begin,
+                      static_cast<const char*>(w.up[mine]) + static_cast<int64_t>(row) * bytes, rows * bytes,
+                      filled(place.slot));
+            }
+            ask_on();
+        });
+    }
+    __device__ __forceinline__ void bring_state(const float* from) {
+        constexpr int kOfState = kStateBytes / kAskers;
+        expect(kOfState);
+        if (lane == 0) {
+            bring(slot_at(place.slot) + asker() * kOfState,
+                  reinterpret_cast<const char*>(from) + asker() * kOfState, kOfState, filled(place.slot));
+        }
         ask_on();
     }
     __device__ __forceinline__ void bring_all() {
@@ -143,16 +166,14 @@ struct Tiles {
         for (int layer = 0; layer < p.n_layers; ++layer) {
             const Layer& w = weights_of(layer);
 #pragma unroll 1
-            for (int phase = kProject; phase < kLogits; ++phase) {
+            for (int phase = kSqueeze; phase < kLogits; ++phase) {
                 bring_tiles(phase, w.of);
                 if (phase != kProject) continue;
+                bring_ups(w);
 #pragma unroll 1
                 for (int head = first_head; head < heads; head += blocks) {
-                    for_ups([&](int m, int row, int rows, int bytes) {
-                        bring_whole(w.up[m], static_cast<int64_t>(head * kHead + row) * bytes, rows * bytes);
-                    });
                     if (next != 0) take_turns();  // the threads of a head are of the first team
-                    bring_whole(w.wkv_before, static_cast<int64_t>(head) * kStateBytes, kStateBytes);
+                    bring_state(w.wkv_before + static_cast<int64_t>(head) * kHead * kHead);
                 }
             }
         }

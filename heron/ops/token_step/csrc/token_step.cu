@@ -38,12 +38,12 @@ template <typename T, bool kIsInt8>
 struct Step : Tiles {
     const unsigned first_tag;  // of this step
     int turn = 0;              // which of the two rooms for sums is next
-    const Span projected;      // of the projections' vectors
+    const Span projected, of_squeeze;  // vectors that r, k and v multiply; and the lower low-rank matrices
     const float one_of_channels;
 
     __device__ __forceinline__ explicit Step(const Problem& p)
-        : Tiles(p), first_tag(p.counters[0] * (2 * p.n_layers + 1) + 1), projected(span_of(p, blocks, block)),
-          one_of_channels(1.0f / static_cast<float>(p.channels)) {}
+        : Tiles(p), first_tag(p.counters[0] * (2 * p.n_layers + 1) + 1), projected(span_of(p, kProject, blocks, block)),
+          of_squeeze(span_of(p, kSqueeze, blocks, block)), one_of_channels(1.0f / static_cast<float>(p.channels)) {}
 
     // Of what a phase of a layer gives; the values change the residual a second time.
     __device__ __forceinline__ unsigned tag(int layer, bool is_of_values) const {
@@ -72,8 +72,15 @@ struct Step : Tiles {
             }
             const bool in_codes = kIsInt8 && has_codes(product);
             const int bytes = row_bytes(product);
-            const int which = vector_of(product) - first_kept(phase, in_codes);
+            const int which = place_of_vector(phase, vector_of(product));
             const int part = team ^ next;  // of the tile's slots, this team's
+            const int to = (turn * kTiles + count) * kSumPitch + (part * kWarps + warp) * kRows;
+            if (bytes <= kWide && team != next) {  // all of it is the other team's
+                leave_slot(false);
+                if (lane < kRows) there<float>(p.at.sums)[to + lane] = 0.0f;
+                if (++count == kTiles || is_last) finish();
+                return;
+            }
             Sums sums = {};
             float sum = 0.0f;
 #pragma unroll 1
@@ -97,10 +104,7 @@ struct Step : Tiles {
                 leave_slot(true);
             }
             sum = sum_over<1, 2>(in_codes ? sum : sum_of_row(sums));
-            if (lane % 4 == 0) {
-                float* to = there<float>(p.at.sums) + (turn * kTiles + count) * kSumPitch;
-                to[(part * kWarps + warp) * kRows + lane / 4] = sum;
-            }
+            if (lane % 4 == 0) there<float>(p.at.sums)[to + lane / 4] = sum;
             if (++count == kTiles || is_last) finish();
         });
     }
@@ -144,12 +148,13 @@ struct Step : Tiles {
         Tagged* to = p.hidden;
         int activation = kSquaredRelu;
         if (phase == kProject) {
-            const int m = product - kDown;
             to = product < 2 ? p.projected + product * C / 2 : layer == 0 ? p.v_first : p.projected + C;
-            if (m >= 0) {
-                to = p.squeezed;
-                for (int i = 0; i < m; ++i) to += p.ranks[i] / 2;
-            }
+            activation = kNone;
+        }
+        if (phase == kSqueeze) {
+            const int m = product - kDown;
+            to = p.squeezed;
+            for (int i = 0; i < m; ++i) to += p.ranks[i] / 2;
             activation = m == 1 ? kTanh : m == 3 ? kSigmoid : kNone;
         }
         const float mine = is_there ? gate * activated(sum, activation) : 0.0f;
@@ -244,19 +249,21 @@ struct Step : Tiles {
     __device__ __forceinline__ static Piece in_order(const Piece& x) {
         return {{x.words[0], x.words[2], x.words[1], x.words[3]}};
     }
-    // The first vector of a phase that is there, for products of codes or of floats.
-    __device__ __forceinline__ int first_kept(int phase, bool in_codes) const {
-        const int first = phase == kProject ? projected.first : 0;
-        return kIsInt8 && !in_codes && first < kFirstOfDown ? kFirstOfDown : first;
+    // Where among the vectors that are there, of codes or of floats, one of a phase lies.
+    __device__ __forceinline__ int place_of_vector(int phase, int which) const {
+        if (phase == kProject) return which - projected.first;
+        if (phase == kSqueeze) return which - of_squeeze.first + (kIsInt8 ? 0 : projected.count());
+        return 0;
     }
     // Eight numbers of a vector, from place 8 `at` on, as its products read them. All lanes come here.
     __device__ __forceinline__ void keep(int phase, int which, int at, bool is_there, const float (&x)[8]) const {
-        if (is_there && (!kIsInt8 || which >= kFirstOfDown))
-            there<Piece>(p.at.vectors + (which - first_kept(phase, false)) * 2 * p.channels)[at] = in_order(packed(x));
-        if constexpr (kIsInt8) {
-            const int first = (which - first_kept(phase, true)) * p.channels + 8 * at;
+        const int place = place_of_vector(phase, which);
+        if (kIsInt8 && phase != kSqueeze) {
+            const int first = place * p.channels + 8 * at;
             const float run[1][8] = {{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}};
-            if (which < kDown) keep_limbs(first, 0, is_there ? first + 8 : 0, run);
+            keep_limbs(first, 0, is_there ? first + 8 : 0, run);
+        } else if (is_there) {
+            there<Piece>(p.at.vectors + place * 2 * p.channels)[at] = in_order(packed(x));
         }
     }
 
@@ -299,8 +306,13 @@ struct Step : Tiles {
         for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(numbers[i]);
     }
 
-    __device__ __forceinline__ Span mixes_of(int phase) const {
-        return phase == kProject ? projected : phase == kKey ? Span{0, 0} : Span{0, -1};
+    // How many vectors the norm before a phase mixes, and which of its six the i-th is.
+    __device__ __forceinline__ int mixes_of(int phase) const {
+        return phase == kProject ? projected.count() + of_squeeze.count() : phase == kKey;
+    }
+    __device__ __forceinline__ int mix_of(int phase, int i) const {
+        if (phase == kKey) return 0;
+        return i < projected.count() ? projected.first + i : of_squeeze.first + i - projected.count();
     }
     __device__ __forceinline__ static Piece piece_at(const void* from, int i) {
         return static_cast<const Piece*>(from)[i];
@@ -322,10 +334,10 @@ struct Step : Tiles {
         pieces.weight = piece_at(is_first ? w.norm1_weight : w.norm2_weight, at);
         pieces.bias = piece_at(is_first ? w.norm1_bias : w.norm2_bias, at);
         pieces.last = piece_at(is_first ? w.att_before : w.ffn_before, at);
-        const Span mixes = mixes_of(phase);
+        const int mixes = mixes_of(phase);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
-            if (mixes.first + i <= mixes.last) pieces.mixes[i] = mix_at(phase, layer, mixes.first + i, at);
+            if (i < mixes) pieces.mixes[i] = mix_at(phase, layer, mix_of(phase, i), at);
         return pieces;
     }
 
@@ -389,7 +401,7 @@ struct Step : Tiles {
             if (row < p.channels) there<float>(p.at.own)[i] = residual[row];
         }
         const int n = p.channels / 8;
-        const Span mixes = mixes_of(phase);
+        const int mixes = mixes_of(phase);
 #pragma unroll 1
         for (int begin = 0; begin < n; begin += kMultiply) {
             const int at = begin + thread;
@@ -412,14 +424,15 @@ struct Step : Tiles {
             }
             unpack(pieces.last, past);
 #pragma unroll 1
-            for (int m = mixes.first; m <= mixes.last; ++m) {
-                Piece of = m == mixes.first ? pieces.mixes[0] : pieces.mixes[1];
-                if (m >= mixes.first + kAhead && is_there) of = mix_at(phase, layer, m, at);
+            for (int i = 0; i < mixes; ++i) {
+                const int m = mix_of(phase, i);
+                Piece of = i == 0 ? pieces.mixes[0] : pieces.mixes[1];
+                if (i >= kAhead && is_there) of = mix_at(phase, layer, m, at);
                 float mixed[8];
                 unpack(of, mix);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) mixed[i] = here[i] + (past[i] - here[i]) * mix[i];
-                keep(phase, m, at, is_there, mixed);
+                for (int j = 0; j < 8; ++j) mixed[j] = here[j] + (past[j] - here[j]) * mix[j];
+                keep(phase == kProject && i >= projected.count() ? kSqueeze : phase, m, at, is_there, mixed);
             }
         }
         sync_multiplying();
@@ -464,35 +477,33 @@ struct Step : Tiles {
             kk = two_at<T>(w.k_k, here), ka = two_at<T>(w.k_a, here), rk = two_at<T>(w.r_k, here);
             weight = head.own(two_at<T>(w.norm_weight, here)), bias = head.own(two_at<T>(w.norm_bias, here));
         }
-        const int C = p.channels, squeezed = p.ranks[0] + p.ranks[1] + p.ranks[2] + p.ranks[3];
+        const int C = p.channels;
         const Tagged *const v_first = p.v_first, *const v = layer == 0 ? v_first : p.projected + C;
         constexpr int kOfVector = kHead / 4;  // pairs of words
         const unsigned mine = tag(layer, false), first = tag(0, false);
         const auto of = [&](int i) -> Wanted {
-            if (i >= 4 * kOfVector) return {p.squeezed + 2 * (i - 4 * kOfVector), mine};
             const int vector = i / kOfVector;
+            if (vector >= 4) {
+                const int up = i - 4 * kOfVector, m = up / (kHead / 2);
+                return {p.ups + m * C + which * kHead + up % (kHead / 2) * 2, mine};
+            }
             const Tagged* from = vector == 3 ? v_first : vector == 2 ? v : p.projected + vector * C / 2;
             return {from + which * kHead / 2 + i % kOfVector * 2, vector == 3 ? first : mine};
         };
-        const int pairs = 4 * kOfVector + squeezed / 4;
-        constexpr int kLooks = 2;
-        get<kLooks>(pairs, of, [&](int begin, const Tagged (&found)[kLooks][2]) {
-#pragma unroll
-            for (int i = 0; i < kLooks; ++i) {
-                const int here = begin + kMultiply * i, of_squeezed = here - 4 * kOfVector;
-                if (here >= pairs) break;
-                if (of_squeezed >= 0) {
-                    keep_words(there<unsigned>(p.at.squeezed), of_squeezed, found[i]);
-                    continue;
-                }
-                float x[4];
-                unpack(found[i], x);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) in.vectors[here / kOfVector][here % kOfVector * 4 + j] = x[j];
+        constexpr int kPairs = 4 * kOfVector + kLowRank * kHead / 2, kLooks = 1;
+        static_assert(kPairs <= kMultiply * kLooks, "a thread looks for one pair");
+        get<kLooks>(kPairs, of, [&](int here, const Tagged (&found)[kLooks][2]) {
+            if (here >= kPairs) return;
+            if (const int up = here - 4 * kOfVector; up >= 0) {
+                float* to = &in.ups[0][0] + 2 * up;
+                to[0] = __uint_as_float(found[0][0].bits), to[1] = __uint_as_float(found[0][1].bits);
+                return;
             }
+            float x[4];
+            unpack(found[0], x);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) in.vectors[here / kOfVector][here % kOfVector * 4 + j] = x[j];
         });
-        sync_multiplying();
-        multiply_ups(in);
         sync_multiplying();
         if (is_of_head) {
             const Two of_sigmoid = *reinterpret_cast<const Two*>(&in.ups[head.by_kind(1, 2, 0, 3)][2 * head.pair]);
@@ -521,58 +532,73 @@ struct Step : Tiles {
             new_state[at] = {{state[row][i], state[row][i + 1], state[row][i + 2], state[row][i + 3]}};
         });
     }
-    // The upper low-rank products of a head, 8 channels a warp.
-    __device__ __forceinline__ void multiply_ups(HeadInputs& in) {
-        int before = 0;  // bytes of the vectors of the matrices before
-        int of = 0;
-        for_ups([&](int m, int row, int rows, int bytes) {
-            if (m != of) before += 2 * p.ranks[of], of = m;
+    // This block's rows of the upper low-rank products, a matrix by each warp of a team.
+    __device__ __forceinline__ void multiply_ups(int layer) {
+        if (part_of_phase(kUps).count == 0) return;
+        const unsigned wanted = tag(layer, false);
+        int squeezed = 0, before = 0, bytes = 0;  // in all; of the vectors before the warp's, and of that
+#pragma unroll
+        for (int m = 0; m < kLowRank; ++m) {
+            if (m < warp) before += 2 * p.ranks[m];
+            if (m == warp) bytes = 2 * p.ranks[m];
+            squeezed += p.ranks[m];
+        }
+        constexpr int kLooks = 1;
+        const auto of = [=](int i) { return Wanted{p.squeezed + 2 * i, wanted}; };
+        get<kLooks>(squeezed / 4, of, [&](int begin, const Tagged (&found)[kLooks][2]) {
+            if (begin < squeezed / 4) keep_words(there<unsigned>(p.at.squeezed), begin, found[0]);
+        });
+        sync_multiplying();
+        for_ups([&](int row, int rows, int first) {
             if (team == next) {
                 await(filled(place.slot), place.round);
-                constexpr int kOfWarp = kHead / kRows / kWarps;  // eights of channels
-                Sums sums[kOfWarp] = {};
-                const unsigned char *from = slot_at(place.slot), *x = shared + p.at.squeezed + before;
+                const bool is_mine = p.at.matrices == kLowRank || first == warp;
+                const unsigned char *from = slot_at(place.slot) + (p.at.matrices == kLowRank ? rows * before : 0);
+                const unsigned char* x = shared + p.at.squeezed + before;
+                Sums sums[kMostEights] = {};
 #pragma unroll 1
                 for (int begin = 0; begin < bytes; begin += kAtOnce * kUnit) {
 #pragma unroll
-                    for (int i = 0; i < kOfWarp; ++i) {
-                        const int mine = kRows * (warp + kWarps * i), units = mine < rows ? (bytes - begin) / kUnit : 0;
-                        multiply_units<T, kAtOnce>(from + mine * bytes + begin, bytes, x + begin, units, sums[i]);
+                    for (int i = 0; i < kMostEights; ++i) {
+                        const int units = is_mine && kRows * i < rows ? (bytes - begin) / kUnit : 0;
+                        multiply_units<T, kAtOnce>(from + i * kRows * bytes + begin, bytes, x + begin, units, sums[i]);
                     }
                 }
+                Tagged* to = p.ups + warp * p.channels + row + lane / 4;
 #pragma unroll
-                for (int i = 0; i < kOfWarp; ++i) {
-                    const int mine = kRows * (warp + kWarps * i);
+                for (int i = 0; i < kMostEights; ++i) {
                     const float sum = sum_over<1, 2>(sum_of_row(sums[i]));
-                    if (lane % 4 == 0 && mine < rows) in.ups[m][row + mine + lane / 4] = sum;
+                    if (is_mine && kRows * i < rows && lane % 4 == 0) put(to + kRows * i, __float_as_uint(sum), wanted);
                 }
             }
             leave_slot(team == next);
         });
     }
 
-    // Of the warps that multiply. All phases go through the same code: if the compiler knew which one it is, it would
-    // write the code out for each of them.
+    // Of the warps that multiply. The compiler writes the code out for each phase.
     __device__ __forceinline__ void compute_all() {
         NormPieces pieces = ask(kProject, 0, thread);
-        int layer = 0, phase = kProject;
 #pragma unroll 1
-        while (true) {
-            phase = unforeseen(phase);
-            if (phase == kOutput || phase == kValue) {
-                const bool is_output = phase == kOutput;
-                if (is_output) mix_heads(layer);
-                read_vector(is_output ? p.y : p.hidden, is_output ? p.channels : p.hidden_channels, tag(layer, false));
-                const bool is_last = !is_output && layer + 1 == p.n_layers;
-                pieces = ask(is_output ? kKey : is_last ? kLogits : kProject, is_output ? layer : layer + 1, thread);
-                keep_shift(phase - 1, layer);
-            } else {
-                norm_and_mix(phase, layer, pieces);
-            }
-            multiply(phase, layer);
-            if (phase == kLogits) return;
-            if (++phase == kLogits && ++layer < p.n_layers) phase = kProject;
+        for (int layer = 0; layer < p.n_layers; ++layer) {
+            const unsigned wanted = tag(layer, false);
+            norm_and_mix(kProject, layer, pieces);
+            multiply(kSqueeze, layer);
+            multiply(kProject, layer);
+            multiply_ups(layer);
+            mix_heads(layer);
+            read_vector(p.y, p.channels, wanted);
+            pieces = ask(kKey, layer, thread);
+            keep_shift(kProject, layer);
+            multiply(kOutput, layer);
+            norm_and_mix(kKey, layer, pieces);
+            multiply(kKey, layer);
+            read_vector(p.hidden, p.hidden_channels, wanted);
+            pieces = layer + 1 < p.n_layers ? ask(kProject, layer + 1, thread) : ask(kLogits, layer + 1, thread);
+            keep_shift(kKey, layer);
+            multiply(kValue, layer);
         }
+        norm_and_mix(kLogits, p.n_layers, pieces);
+        multiply(kLogits, p.n_layers);
     }
     __device__ __forceinline__ void mix_heads(int layer) {
 #pragma unroll 1
