@@ -175,6 +175,7 @@ def test_the_kernel_takes_the_shared_memory_that_the_choice_counts_with(library,
         (dict(hidden=90), (9, 0), "it takes a multiple of 64 hidden channels, not 90"),
         (dict(dtype=FP32), (9, 0), "it takes bf16 and fp16, not torch.float32"),
         (dict(gates="low-rank"), (9, 0), "it has no low-rank gate (v7a)"),
+        (dict(ranks=(5, 8, 32, 1025)), (9, 0), "it takes low ranks of at most 1024, not of 1025"),
         (dict(hidden=2**17), (9, 0), "bytes of shared memory, a block has 232448"),
     ],
 )

@@ -23,6 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZE = 64
 FEWEST_IN_8_BITS = 1024  # channels: an engine of 768 was 4 % slower than piece by piece, not measured since
 RANKS = 32  # ranks are filled up to a multiple of it with zeros
+HIGHEST_RANK = 1024  # a row of an upper low-rank matrix lies in a slot of the ring
 
 
 class Prepared:
@@ -103,6 +104,8 @@ def why_not(device: torch.device, network: Network | None) -> str | None:
         return f"it takes heads of {HEAD_SIZE}, not of {head_size}"
     if (hidden := first.ffn_key.shape[0]) % GROUP:
         return f"it takes a multiple of {GROUP} hidden channels, not {hidden}"
+    if (rank := max(len(part.down) for part in first.low_rank)) > HIGHEST_RANK:
+        return f"it takes low ranks of at most {HIGHEST_RANK}, not of {rank}"
     if states.wkv.dtype != torch.float32:
         return f"it takes states in fp32, not in {states.wkv.dtype}"
     if isinstance(first.key, CodedMatrix) and first.key.bits != 8:
