@@ -106,7 +106,7 @@ class Bus:
 
     @torch.no_grad()
     def prefetch(self, ahead: bool = False) -> None:
-        """Begin to copy the moments of the rows that were brought, or, where they are too many, of none.
+        """Begin to copy the moments of the rows that were brought. Where they take too much room, copy none.
 
         Args:
             ahead: whether they come ahead.

@@ -142,19 +142,18 @@ class RowTables:
         self._request = None if self.owners is None else self.owners.request(self.ids)
         if self._request is not None:
             self.ids, self._stepped = self._request.ids, self._request.owned
-        arrive, first = None, 0
+        arrive, first, in_place = None, 0, recorded and self._request is None
         if self._frozen is not None:
             self._there = self._onto_device(self.ids)
             brought, first = self._frozen.bring(self.ids, min(tokens.numel(), self.n_rows))
         elif self._bus is not None:
             self._there, brought = self._bus.bring(self._stepped, recorded)
             arrive = None if recorded else self._bus.arrive
-            if recorded and self._request is None:
+            if in_place:
                 brought = self._in_place(brought, None)
         else:
             self._there = self._onto_device(self._stepped)
-            alone = recorded and self._request is None
-            brought = self._in_place(self.weights, self._there) if alone else self._gathered()
+            brought = self._in_place(self.weights, self._there) if in_place else self._gathered()
         looked_up = self._there
         if self._request is not None:
             brought, arrive = self._fetched(self._request, brought, arrive, recorded)
@@ -267,7 +266,7 @@ class RowTables:
 
     @torch.no_grad()
     def _in_place(self, sources: Sequence[Tensor], at: Tensor | None) -> list[Tensor]:
-        """The leaves of :meth:`_room_in_place`, which rows `at` of `sources` fill, or all of theirs."""
+        """Copy rows `at` of `sources`, None: all rows, into the leaves of :meth:`_room_in_place`, and give these."""
         room = self._room_in_place()
         rows.copy_rows(sources, at, [part.detach()[: len(self.ids)] for part in room], None)
         return room

@@ -132,7 +132,7 @@ def test_the_kernels_source_on_a_cpu_steps(library, eights, gates):
 @pytest.mark.parametrize("eights", [False, True], ids=["floating", "int8"])
 @pytest.mark.parametrize("ranks", [(8, 8, 8, 300), (8, 8, 40, 600), (8, 300, 8, 900)], ids=["16", "8", "a matrix"])
 def test_the_kernels_source_on_a_cpu_reads_rows_of_several_parts(library, ranks, eights):
-    """And of upper low-rank matrices, 16 rows of all at once, or 8, or those of one."""
+    """Of upper low-rank matrices, 16 rows of all four come at once, or 8 of all, or rows of one matrix."""
 
     def step(built, before):
         prepared = cuda.Prepared(built, before)

@@ -38,8 +38,8 @@ def small_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.library.impl(_library, "small_products", "CUDA")
 def _on_cuda(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    # Nothing is allocated on the other streams: they begin when what is read here is there and its memory free, and
-    # what comes behind them here waits for them, so memory is used as if there were one stream.
+    # All memory is allocated on the current stream. The other streams wait for it before they begin, and it waits for
+    # them afterwards, so that memory is used again as if there were one stream.
     products = [one.new_empty(one.shape[0], other.shape[1]) for one, other in zip(a, b, strict=True)]
     device = a[0].device
     main = torch.cuda.current_stream(device)
