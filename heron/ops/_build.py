@@ -34,10 +34,10 @@ from heron.progress import progress
 
 LOCK_TIMEOUT_S = 1200
 _CSRC = Path(__file__).parent / "csrc"  # what some kernels include
-BARRIERS, BOXES, CLUSTER, COPIES, EARLY, HEAD, PRODUCTS, SHARED_ADDRESS, STRIPS = (
+BARRIERS, BOXES, CHUNKS, CLUSTER, COPIES, EARLY, HEAD, PRODUCTS, SHARED_ADDRESS, STRIPS = (
     _CSRC / f"{name}.cuh"
     for name in (
-        "barriers", "boxes", "cluster", "copies", "early", "head", "products", "shared_address", "strips",
+        "barriers", "boxes", "chunks", "cluster", "copies", "early", "head", "products", "shared_address", "strips",
     )
 )  # fmt: skip
 _OPERATOR = _CSRC / "operator.h"  # what all of them include

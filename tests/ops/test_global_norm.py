@@ -36,7 +36,8 @@ def exact(tensors):
 
 def emulated():
     """The kernels' source compiled for a CPU, as functions of what global_norm and verdict take."""
-    flags, depends = ("-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off"), [cuda.SOURCE, EMULATOR / "hardware.h"]
+    flags = ("-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
+    depends = [cuda.SOURCE, _build.CHUNKS, EMULATOR / "hardware.h"]
     library = _build.load_c_library("global_norm_emulated", [EMULATOR / "global_norm.cpp"], flags, depends)
     for function in (library.global_norm_emulated, library.verdict_emulated):
         function.restype = ctypes.c_char_p

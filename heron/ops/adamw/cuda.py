@@ -42,7 +42,7 @@ def adamw_cuda(
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernel for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "adamw", "adamw", [SOURCE])
+    _build.load_kernels_for(capability, "adamw", "adamw", [SOURCE], [_build.CHUNKS])
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -32,7 +32,7 @@ def verdict_cuda(loss: Tensor, norm: Tensor, limit: float, clip: float) -> tuple
 @functools.cache
 def library(capability: tuple[int, int]) -> None:
     """Build and load the kernels for devices of this compute capability; KernelError where that fails."""
-    _build.load_kernels_for(capability, "global_norm", "global_norm", [SOURCE])
+    _build.load_kernels_for(capability, "global_norm", "global_norm", [SOURCE], [_build.CHUNKS])
 
 
 def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:

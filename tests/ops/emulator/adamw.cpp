@@ -35,7 +35,7 @@ extern "C" const char* adamw_emulated(int n, void** pointers, const int64_t* siz
   const Rule rule{lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf};
   const char* error = nullptr;
   std::vector<Step> rules(kTensors);
-  for_tables(tensors, [&](const Table& table, int chunks) {
+  for_tables<Table>(tensors, kChunk, [&](const Table& table, int chunks, int) {
     const auto kernel = in_half ? adamw<BFloat16> : adamw<float>;
     if (!error) error = launch<Table, Rule, Step*>(count, dim3(1), kTensors, 0, nullptr, table, rule, rules.data());
     if (!error) {

@@ -23,8 +23,8 @@ extern "C" const char* global_norm_emulated(int n, void** pointers, const int64_
   const int chunks_of_all = chunks_of(tensors);
   std::vector<double> sums(chunks_of_all, NAN);
   const char* error = nullptr;
-  for_tables(tensors, [&](const Table& table, int chunks, int before) {
-    if (error) return;
+  for_tables<Table>(tensors, kChunk, [&](const Table& table, int chunks, int before) {
+    if (error || chunks == 0) return;
     error = launch<Table, double*>(sum_chunks, dim3(chunks), kThreads, 0, nullptr, table, sums.data() + before);
   });
   if (error) return error;

@@ -5,7 +5,8 @@
 #include "../../csrc/operator.h"
 #endif
 
-#include <algorithm>
+#include "../../csrc/chunks.cuh"
+
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -23,11 +24,7 @@ struct Stepped {
     BFloat16* copy;  // null: none
     int64_t size;
 };
-struct Table {
-    Stepped tensor[kTensors];
-    int first_chunk[kTensors];
-    int n;
-};
+using Table = Chunked<Stepped, kTensors>;
 struct Rule {
     double lr, beta1, beta2, eps, weight_decay;
     const float *grad_scale, *found_inf;  // null: none
@@ -110,14 +107,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     adamw(const __grid_constant__ Table table, const __grid_constant__ Rule rule, const Step* steps) {
     if (rule.holds_back()) return;
     const int block = static_cast<int>(blockIdx.x);
-    int t = 0;
-    for (int end = table.n; end - t > 1;) {
-        const int middle = (t + end) / 2;
-        if (table.first_chunk[middle] <= block)
-            t = middle;
-        else
-            end = middle;
-    }
+    const int t = table.of_block(block);
     const Stepped& tensor = table.tensor[t];
     const Step step = steps[t];
     const int64_t begin = static_cast<int64_t>(block - table.first_chunk[t]) * kChunk;
@@ -129,22 +119,6 @@ __global__ void __launch_bounds__(kThreads, 4)
         step_chunk<kWidth, Gradient>(tensor, begin, size, step);
     else
         step_chunk<1, Gradient>(tensor, begin, size, step);
-}
-
-// Calls `launch` with tables of these tensors, as many as one holds, and the number of their chunks.
-template <typename Launch>
-void for_tables(const std::vector<Stepped>& tensors, Launch launch) {
-    for (size_t first = 0; first < tensors.size(); first += kTensors) {
-        Table table;
-        table.n = static_cast<int>(std::min<size_t>(kTensors, tensors.size() - first));
-        int chunks = 0;
-        for (int t = 0; t < table.n; ++t) {
-            table.tensor[t] = tensors[first + t];
-            table.first_chunk[t] = chunks;
-            chunks += static_cast<int>((table.tensor[t].size + kChunk - 1) / kChunk);
-        }
-        launch(table, chunks);
-    }
 }
 
 }  // namespace
@@ -193,7 +167,7 @@ void adamw_(const Tensors& weights, const Tensors& gradients, const Tensors& exp
     const int64_t bytes = sizeof(Step) * kTensors;
     const Tensor room = empty({bytes / static_cast<int64_t>(sizeof(float))}, weights[0], ScalarType::Float);
     auto* rules = reinterpret_cast<Step*>(room.mutable_data_ptr<float>());
-    for_tables(tensors, [&](const Table& table, int chunks) {
+    for_tables<Table>(tensors, kChunk, [&](const Table& table, int chunks, int) {
         count<<<1, kTensors, 0, stream>>>(table, rule, rules);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
         if (chunks == 0) return;

@@ -5,6 +5,8 @@
 #include "../../csrc/operator.h"
 #endif
 
+#include "../../csrc/chunks.cuh"
+
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -22,11 +24,7 @@ struct Summed {
     int64_t size;
     bool in_half;  // bf16, else fp32
 };
-struct Table {
-    Summed tensor[kTensors];
-    int first_chunk[kTensors];
-    int n;
-};
+using Table = Chunked<Summed, kTensors>;
 static_assert(sizeof(Table) + sizeof(double*) <= 32764);
 
 template <typename T>
@@ -97,14 +95,7 @@ __device__ __forceinline__ double sum_of_block(double sum) {
 
 __global__ void __launch_bounds__(kThreads, 4) sum_chunks(const __grid_constant__ Table table, double* sums) {
     const int block = static_cast<int>(blockIdx.x);
-    int t = 0;
-    for (int end = table.n; end - t > 1;) {
-        const int middle = (t + end) / 2;
-        if (table.first_chunk[middle] <= block)
-            t = middle;
-        else
-            end = middle;
-    }
+    const int t = table.of_block(block);
     const Summed& tensor = table.tensor[t];
     const int64_t begin = static_cast<int64_t>(block - table.first_chunk[t]) * kChunk;
     const int size = static_cast<int>(tensor.size - begin < kChunk ? tensor.size - begin : kChunk);
@@ -128,25 +119,6 @@ __global__ void judge(const float* loss, const float* norm, double limit, double
     verdict[0] = difference == 0 && *loss <= static_cast<float>(limit) ? 0.0f : 1.0f;
     const float divisor = __fdiv_rn(__fadd_rn(*norm, 1e-6f), static_cast<float>(clip));
     verdict[1] = clip > 0 && !(divisor < 1) ? divisor : 1.0f;
-}
-
-// Calls `launch` with tables of these tensors, as many as one holds, the number of their chunks, and that of the chunks
-// of the tables before.
-template <typename Launch>
-void for_tables(const std::vector<Summed>& tensors, Launch launch) {
-    int before = 0;
-    for (size_t first = 0; first < tensors.size(); first += kTensors) {
-        Table table;
-        table.n = static_cast<int>(std::min<size_t>(kTensors, tensors.size() - first));
-        int chunks = 0;
-        for (int t = 0; t < table.n; ++t) {
-            table.tensor[t] = tensors[first + t];
-            table.first_chunk[t] = chunks;
-            chunks += static_cast<int>((table.tensor[t].size + kChunk - 1) / kChunk);
-        }
-        if (chunks > 0) launch(table, chunks, before);
-        before += chunks;
-    }
 }
 
 int chunks_of(const std::vector<Summed>& tensors) {
@@ -178,7 +150,8 @@ Tensor global_norm(const Tensors& tensors) {
     const int n = chunks_of(all);
     const Tensor sums = empty({std::max(n, 1)}, first, ScalarType::Double), norm = empty({}, first, ScalarType::Float);
     auto* of_chunks = sums.mutable_data_ptr<double>();
-    for_tables(all, [&](const Table& table, int chunks, int before) {
+    for_tables<Table>(all, kChunk, [&](const Table& table, int chunks, int before) {
+        if (chunks == 0) return;
         sum_chunks<<<chunks, kThreads, 0, stream>>>(table, of_chunks + before);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
