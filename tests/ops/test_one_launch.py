@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import types
 from pathlib import Path
 
@@ -91,6 +92,9 @@ def check(step, sizes, dtype, eights, gates, device="cpu", layers=3):
             [by_definition(one, [0], ids, None if rows is None else rows.to(kind)), *parts(one.states)]
             for one, kind in ((eager, dtype), (exact, FP64))
         ]
+        truth = others[1][0].flatten()
+        along = got.cpu().double().flatten() @ truth / (truth @ truth)
+        assert number > 0 or along == pytest.approx(1.0, abs=2.0**-9)  # rounding has no favourite side
         mine = [got.cpu(), *(part.cpu() for part in parts(places[number % 2 - 1]))]
         rounds.append(list(zip(mine, *others, strict=True)))
     check_distances(rounds)
@@ -136,9 +140,20 @@ def test_the_kernels_source_on_a_cpu_reads_rows_of_several_parts(library, ranks,
 
     def step(built, before):
         prepared = cuda.Prepared(built, before)
-        return lambda x, rows: emulated(library, prepared, x, rows, 2, 0)
+        return lambda x, rows: emulated(library, prepared, x, rows, 3, 0)  # two have an odd number of some tiles
 
     check(step, dict(LONG, ranks=ranks), BF16, eights, None, layers=2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("eights", [False, True], ids=["floating", "int8"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_seen_in_all_logits(library, eights, bad):
+    made = network(**SMALL, dtype=BF16, sequences=1, layers=2)
+    built = apart_from(of_codes(made, 8)[0] if eights else made)
+    x = torch.ones(1, SMALL["C"], dtype=BF16)
+    x[0, 3] = bad
+    assert emulated(library, cuda.Prepared(built, built.states), x, None, 2, 0).isnan().all()
 
 
 @needs_compiler
@@ -188,11 +203,11 @@ def test_networks_that_the_kernel_is_not_for_are_named(monkeypatch, change, capa
     assert said is None if reason is None else reason in said
 
 
-@pytest.mark.parametrize(
-    ("bits", "why"), [(8, "in 8 bits it is no faster below 1024 channels"), (4, "it takes codes of 8 bits, not of 4")]
-)
-def test_codes_that_are_not_the_kernels(bits, why, monkeypatch):
+@pytest.mark.parametrize(("bits", "why"), [(8, None), (4, "it takes codes of 8 bits, not of 4")])
+def test_codes_of_8_bits_are_the_kernels(bits, why, monkeypatch):
+    has = types.SimpleNamespace(shared_memory_per_block_optin=232448, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: has)
     made = of_codes(network(**SMALL, dtype=BF16, sequences=1, layers=1), bits)[0]
     assert cuda.why_not(torch.device("cuda"), made) == why
 

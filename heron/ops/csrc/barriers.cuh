@@ -28,7 +28,7 @@ __device__ __forceinline__ void await(Barrier* barrier, int round) {
             "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
             "selp.u32 %0, 1, 0, done;\n}"
             : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(round % 2)
+            : "r"(shared_address(barrier)), "r"(round & 1)
             : "memory");
     }
 }

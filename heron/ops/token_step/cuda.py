@@ -21,7 +21,6 @@ SHARED = (_build.BARRIERS, _build.HEAD, _build.PRODUCTS, _build.SHARED_ADDRESS) 
 INCLUDES = (*SHARED, *(_CSRC / f"{name}.cuh" for name in ("network", "instructions", "tiles")))
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZE = 64
-FEWEST_IN_8_BITS = 1024  # channels: an engine of 768 was 4 % slower than piece by piece, not measured since
 RANKS = 32  # ranks are filled up to a multiple of it with zeros
 HIGHEST_RANK = 1024  # a row of an upper low-rank matrix lies in a slot of the ring
 
@@ -110,8 +109,6 @@ def why_not(device: torch.device, network: Network | None) -> str | None:
         return f"it takes states in fp32, not in {states.wkv.dtype}"
     if isinstance(first.key, CodedMatrix) and first.key.bits != 8:
         return f"it takes codes of 8 bits, not of {first.key.bits}"
-    if isinstance(network.head, CodedMatrix) and network.head.shape[1] < FEWEST_IN_8_BITS:
-        return f"in 8 bits it is no faster below {FEWEST_IN_8_BITS} channels"
     properties = torch.cuda.get_device_properties(device)
     channels, has = network.norm.weight.shape[0], properties.shared_memory_per_block_optin
     blocks = min(properties.multi_processor_count, 3 * channels // 8, hidden // 8)  # as the launch has it

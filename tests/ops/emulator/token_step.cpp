@@ -9,7 +9,8 @@
 
 inline float divide_fast(float x, float y) { return x / y; }
 template <typename Part> Part read_once(const Part* from) { return *from; }
-inline int __float2int_rn(float x) { return x != x ? 0 : int(std::nearbyint(x)); }
+inline float larger(float a, float b) { return a != a || a > b ? a : b; }
+inline float reciprocal(float x) { return 1 / x; }
 
 namespace {
 

@@ -30,6 +30,19 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Bar
         : "memory");
 }
 
+// NaN where either is.
+__device__ __forceinline__ float larger(float a, float b) {
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+}
+// 1 / x, off by one in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Barriers of the threads that multiply, and of those of a head.
 __device__ __forceinline__ void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiply) : "memory"); }
 __device__ __forceinline__ void sync_head() { asm volatile("bar.sync 2, %0;" ::"n"(2 * kHead) : "memory"); }

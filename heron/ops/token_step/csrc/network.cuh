@@ -32,6 +32,10 @@ enum Product { kR, kDown = 3, kOfOutput = kDown + kLowRank, kOfKey, kOfValue, kO
 __host__ __device__ inline int first_product(int phase) {
     return phase == kSqueeze ? kDown : phase == kProject ? kR : kOfOutput + phase - kOutput;
 }
+__host__ __device__ inline int end_of_products(int phase) {
+    return phase == kSqueeze ? kOfOutput : phase == kProject ? kDown : first_product(phase) + 1;
+}
+__host__ __device__ inline bool has_many(int phase) { return end_of_products(phase) > first_product(phase) + 1; }
 // Which of its phase's vectors it multiplies: values and their gate have one.
 __host__ __device__ inline int vector_of(int product) {
     return product < kDown ? product : product < kOfOutput ? product - 1 : 0;
@@ -165,10 +169,8 @@ __host__ __device__ inline Part part_of_squeeze(const Problem& p, int all, int b
 }
 // A block's tiles of a phase.
 __host__ __device__ inline Part part_of_tiles(const Problem& p, int phase, int blocks, int block) {
-    const int first = first_product(phase);
-    const int end = phase == kSqueeze ? kOfOutput : phase == kProject ? kDown : first + 1;
     int all = 0;
-    for (int product = first; product < end; ++product) all += tiles_of(p, product);
+    for (int product = first_product(phase); product < end_of_products(phase); ++product) all += tiles_of(p, product);
     return phase == kSqueeze ? part_of_squeeze(p, all, blocks, block) : part_of(all, blocks, block);
 }
 

@@ -6,8 +6,8 @@ namespace {
 
 // Where in the ring a warp is. Every second slot is the other team's, and those of a team follow one another.
 struct Place {
-    int slot, round = 0;
-    __device__ __forceinline__ void go_on(int slots) {
+    unsigned slot, round = 0;
+    __device__ __forceinline__ void go_on(unsigned slots) {
         if ((slot += kTeams) >= slots) slot %= kTeams, ++round;
     }
 };
@@ -30,7 +30,7 @@ struct Tiles {
 
     __device__ __forceinline__ explicit Tiles(const Problem& p)
         : p(p), shared(shared_memory()), heads(p.channels / kHead), first_head(blocks - 1 - block),
-          place{team % kTeams} {}
+          place{static_cast<unsigned>(team) % kTeams} {}
 
     template <typename V>
     __device__ __forceinline__ V* there(int bytes) const { return reinterpret_cast<V*>(shared + bytes); }
@@ -59,7 +59,7 @@ struct Tiles {
         else if (const int of_ups = (blocks + 1) / 2; block < of_ups) part = part_of(p.channels / kRows, of_ups, block);
         there<Part>(p.at.parts)[thread] = part;
     }
-    // use(product, tile, whether it is the last one) for them.
+    // use(product, tile) for them.
     template <typename Use>
     __device__ __forceinline__ void for_tiles(int phase, const Use& use) const {
         Part part = part_of_phase(phase);
@@ -67,8 +67,7 @@ struct Tiles {
         for (int product = first_product(phase); part.count > 0; ++product) {
             const int here = tiles_of(p, product);
 #pragma unroll 1
-            for (; part.first < here && part.count > 0; ++part.first)
-                use(product, part.first, --part.count == 0);
+            for (; part.first < here && part.count > 0; ++part.first, --part.count) use(product, part.first);
             part.first -= here;
         }
     }
@@ -113,7 +112,7 @@ struct Tiles {
         }
     }
     __device__ __forceinline__ void bring_tiles(int phase, const Matrix* of) {
-        for_tiles(phase, [&](int product, int tile, bool) {
+        for_tiles(phase, [&](int product, int tile) {
             const Matrix matrix = phase == kLogits ? *of : of[product];
             const int64_t row = kRows * tile + kOfAsker * asker();
             const int left = p.rows[product] - static_cast<int>(row);
@@ -180,13 +179,14 @@ struct Tiles {
         bring_tiles(kLogits, &p.head);
     }
 
-    // This warp has done with a slot, or leaves it to the other team.
+    // This warp has done with a slot.
+    __device__ __forceinline__ void leave_slot() {
+        __syncwarp();
+        if (lane == 0) arrive(freed(place.slot));
+        place.go_on(p.at.slots);
+    }
     __device__ __forceinline__ void leave_slot(bool is_mine) {
-        if (is_mine) {
-            __syncwarp();
-            if (lane == 0) arrive(freed(place.slot));
-            place.go_on(p.at.slots);
-        }
+        if (is_mine) leave_slot();
         next ^= 1;
     }
 
@@ -231,50 +231,42 @@ struct Tiles {
         return turn < 2 ? (turn == 0 ? mine[0] : mine[1]) : (turn == 2 ? mine[2] : mine[3]);
     }
     // Where word i of a vector lies, so that words 0 and 2 of a piece are neighbours.
-    __device__ __forceinline__ static int place_of_word(int i) { return i - i % 4 + i % 2 * 2 + i / 2 % 2; }
-    // The same of codes, from a vector's first unit and their scales on. An instruction's first 8 rows are of one unit,
-    // the others of its neighbour; two columns of the vector are a unit's limbs. Lane 4 g + t has row g's units t,
-    // 4 + t, ...
+    __device__ __forceinline__ static unsigned place_of_word(unsigned i) { return i - i % 4 + i % 2 * 2 + i / 2 % 2; }
+    // The same of codes, from a vector's first unit and their scales on. Of two units, one of which rows of odd numbers
+    // have first, an instruction multiplies one of each row; four of its columns are a unit's: words 0 and 2 of the
+    // first limbs, words 1 and 3 of these, and both of the second limbs. Lane 4 g + t has row g's units t / 2, 2 + t / 2,
+    // ...: of these what the first limbs give where t is even, 256 times too little, else what the second ones do.
     __device__ __forceinline__ void multiply_codes(const unsigned char* rows, int pitch, const unsigned char* scales,
                                                    int scale_pitch, int unit, int count, float& sum) const {
-        constexpr int kTurns = kUnits / kAtOnce;
-        Piece codes[kUnits], limbs[kTurns];
-        unsigned scale[kTurns];
-        float by[kTurns];
-        const int odd = lane / 4 % 2;
+        constexpr int kPairs = kUnits / 2;
+        Piece codes[kUnits];
+        HalfPiece limbs[kPairs];
+        unsigned scale[kPairs];
+        float by[kPairs];
+        const int odd = lane / 4 % 2, mine = lane % 4 / 2;
         const unsigned char *row = rows + lane / 4 * pitch + lane % 4 * 16, *of_row = scales + lane / 4 * scale_pitch;
+        const auto* x = there<const unsigned char>(p.at.limbs) + (unit + lane / 16) * 2 * kUnit + lane / 8 % 2 * kUnit +
+                        lane % 4 * 16 + odd * 8;
 #pragma unroll
         for (int i = 0; i < kUnits; ++i)
             codes[i] = *reinterpret_cast<const Piece*>(row + (i % 2 == 0 ? i + odd : i - odd) * kUnit);
 #pragma unroll
-        for (int i = 0; i < kTurns; ++i) {
-            const int here = kAtOnce * i;
-            limbs[i] = there<const Piece>(p.at.limbs)[(unit + here) * 2 * kUnit / 16 + lane];
-            scale[i] = *reinterpret_cast<const uint16_t*>(of_row + (here + lane % 4) * 2);
-            by[i] = there<const float>(p.at.scales)[unit + here + lane % 4];
+        for (int i = 0; i < kPairs; ++i) {
+            limbs[i] = *reinterpret_cast<const HalfPiece*>(x + i * 4 * kUnit);
+            scale[i] = *reinterpret_cast<const uint16_t*>(of_row + (2 * i + mine) * 2);
+            by[i] = there<const float>(p.at.scales)[unit + 2 * i + mine];
         }
 #pragma unroll
-        for (int i = 0; i < kTurns; ++i) {
+        for (int i = 0; i < kPairs; ++i) {
             int c[2][4] = {};
 #pragma unroll
-            for (int word = 0; word < 4; word += 2) {
-#pragma unroll
-                for (int pair = 0; pair < 2; ++pair) {
-                    const auto& a = codes[kAtOnce * i + 2 * pair].words;
-                    const auto& b = codes[kAtOnce * i + 2 * pair + 1].words;
-                    multiply_bytes(c[pair], a[word], b[word], a[word + 1], b[word + 1], limbs[i].words[word],
-                                   limbs[i].words[word + 1]);
-                }
+            for (int j = 0; j < 2; ++j) {
+                const auto& a = codes[2 * i + j].words;
+                multiply_bytes(c[j], a[0], a[1], a[2], a[3], limbs[i].words[0], limbs[i].words[1]);
             }
-            int both[2];
-#pragma unroll
-            for (int limb = 0; limb < 2; ++limb) {
-                const int first = lane % 4 < 2 ? c[0][limb] : c[1][limb];
-                const int second = lane % 4 < 2 ? c[0][2 + limb] : c[1][2 + limb];
-                both[limb] = lane % 2 == odd ? first : second;
-            }
-            const float here = static_cast<float>(both[0] * 256 + both[1]) * (by[i] * __uint_as_float(scale[i] << 16));
-            if (kAtOnce * i + lane % 4 < count) sum += here;
+            const bool is_first = mine == odd;
+            const int whole = (is_first ? c[0][0] : c[1][0]) + (is_first ? c[0][3] : c[1][3]);
+            if (2 * i + mine < count) sum += static_cast<float>(whole) * (by[i] * __uint_as_float(scale[i] << 16));
         }
     }
 };

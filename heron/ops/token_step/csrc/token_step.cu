@@ -27,6 +27,7 @@
 
 namespace {
 
+constexpr float kSmallest = 0x1p-110f;  // whose scale is still a normal number
 constexpr int kAhead = 2;  // mixes that a norm has asked for before it begins
 
 // What a norm reads beside the residual, of eight channels.
@@ -50,63 +51,79 @@ struct Step : Tiles {
         return first_tag + 2 * layer + is_of_values;
     }
 
-    // This block's tiles of a phase, slot by slot by either team, a part of every row by each of its warps.
+    // This block's tiles of a phase: slot after slot by the teams in turn, a part of every row by each warp of a team.
     __device__ __forceinline__ void multiply(int phase, int layer) {
-        int count = 0, product_here = 0, row_here = 0;  // of the tiles so far; what this thread finishes
-        float gate = 1.0f;
-        const auto finish = [&] {
-            sync_multiplying();
-            if (thread < kTiles * kRows) {
-                const float* of_tile = there<const float>(p.at.sums) + (turn * kTiles + thread / kRows) * kSumPitch;
-                float sum = 0.0f;
-#pragma unroll
-                for (int i = 0; i < kTeams * kWarps; ++i) sum += of_tile[i * kRows + thread % kRows];
-                end(phase, layer, product_here, row_here, thread / kRows < count, sum, gate);
-            }
-            count = 0, turn ^= 1;
+        const Part part = part_of_phase(phase);
+        if (part.count == 0) return;
+        const bool in_codes = kIsInt8 && phase != kSqueeze;
+        const int bytes = row_bytes(first_product(phase)), slots = (bytes + kWide - 1) / kWide;  // of a row; of a tile
+        const int team_of_first = next;
+        next ^= part.count * slots & 1;
+        int tile = 0, slot = team ^ team_of_first;  // which tile and which of its slots is next for this team
+        const auto skip = [&](int n) {
+            for (slot += n; slot >= slots; ++tile) slot -= slots;
         };
-        for_tiles(phase, [&](int product, int tile, bool is_last) {
-            if (thread / kRows == count) {
-                product_here = product, row_here = kRows * tile + thread % kRows;
-                gate = gate_of(phase, layer, row_here);
-            }
-            const bool in_codes = kIsInt8 && has_codes(product);
-            const int bytes = row_bytes(product);
-            const int which = place_of_vector(phase, vector_of(product));
-            const int part = team ^ next;  // of the tile's slots, this team's
-            const int to = (turn * kTiles + count) * kSumPitch + (part * kWarps + warp) * kRows;
-            if (bytes <= kWide && team != next) {  // all of it is the other team's
-                leave_slot(false);
-                if (lane < kRows) there<float>(p.at.sums)[to + lane] = 0.0f;
-                if (++count == kTiles || is_last) finish();
-                return;
-            }
-            Sums sums = {};
-            float sum = 0.0f;
+        skip(0);
+        int product = first_product(phase), product_ends = tiles_of(p, product) - part.first;  // of the tile; before which
 #pragma unroll 1
-            for (int begin = 0; begin < bytes; begin += kWide) {
-                if (team != next) {
-                    leave_slot(false);
-                    continue;
+        for (int begin = 0; begin < part.count; begin += kTiles, turn ^= 1) {
+            const int end = part.count - begin < kTiles ? part.count : begin + kTiles;
+            const int finished = begin + thread / kRows;  // the tile of which this thread finishes a row
+            const auto [of_product, row] = row_of_tile(phase, part.first + (finished < end ? finished : begin));
+            const float gate = finished < end ? gate_of(phase, layer, row) : 1.0f;
+            float* all_sums = there<float>(p.at.sums) + turn * kTiles * kSumPitch;
+#pragma unroll 1
+            while (tile < end) {
+                for (; has_many(phase) && tile >= product_ends; product_ends += tiles_of(p, product)) ++product;
+                const int which = place_of_vector(phase, vector_of(product));
+                float* of_warp = all_sums + (tile - begin) * kSumPitch + (team * kWarps + warp) * kRows;
+                Sums sums = {};
+                float sum = 0.0f;
+#pragma unroll 1
+                for (const int here = tile; tile == here; skip(kTeams)) {
+                    const int from = slot * kWide;
+                    const unsigned wide = bytes - from < kWide ? bytes - from : kWide, units = wide / kUnit;
+                    const unsigned first = units * warp / kWarps, n = units * (warp + 1) / kWarps - first;
+                    const unsigned char* rows = slot_at(place.slot);
+                    await(filled(place.slot), place.round);
+                    if (in_codes) {
+                        const int unit = (which * p.channels + from) / kUnit + first;
+                        multiply_codes(rows + first * kUnit, wide, rows + kRows * kWide + 2 * first,
+                                       (units + 7) / 8 * 16, unit, n, sum);
+                    } else {
+                        const auto* vector = shared + p.at.vectors + which * 2 * p.channels + from + first * kUnit;
+                        multiply_units<T, kUnits>(rows + first * kUnit, wide, vector, n, sums);
+                    }
+                    leave_slot();
                 }
-                const int wide = bytes - begin < kWide ? bytes - begin : kWide, units = wide / kUnit;
-                const int first = units * warp / kWarps, n = units * (warp + 1) / kWarps - first;
-                const unsigned char* slot = slot_at(place.slot);
-                await(filled(place.slot), place.round);
-                if (in_codes) {
-                    const int unit = (which * p.channels + begin) / kUnit + first;
-                    multiply_codes(slot + first * kUnit, wide, slot + kRows * kWide + 2 * first, (units + 7) / 8 * 16,
-                                   unit, n, sum);
-                } else {
-                    const auto* vector = shared + p.at.vectors + which * 2 * p.channels + begin + first * kUnit;
-                    multiply_units<T, kUnits>(slot + first * kUnit, wide, vector, n, sums);
-                }
-                leave_slot(true);
+                if (in_codes) sum *= lane % 2 == 0 ? 256.0f : 1.0f;
+                sum = sum_over<1, 2>(in_codes ? sum : sum_of_row(sums));
+                if (lane % 4 == 0) of_warp[lane / 4] = sum;
             }
-            sum = sum_over<1, 2>(in_codes ? sum : sum_of_row(sums));
-            if (lane % 4 == 0) there<float>(p.at.sums)[to + lane / 4] = sum;
-            if (++count == kTiles || is_last) finish();
-        });
+            sync_multiplying();
+            if (thread >= kTiles * kRows) continue;
+            const bool by_both = slots > 1;  // else the team that had its slot
+            const int first_team = by_both ? 0 : finished % kTeams ^ team_of_first;
+            const float* of_tile = all_sums + thread / kRows * kSumPitch + first_team * kWarps * kRows + thread % kRows;
+            float total = 0.0f;
+#pragma unroll
+            for (int i = 0; i < kWarps; ++i) total += of_tile[i * kRows];
+            if (by_both) {
+#pragma unroll
+                for (int i = kWarps; i < kTeams * kWarps; ++i) total += of_tile[i * kRows];
+            }
+            this->end(phase, layer, of_product, row, finished < end, total, gate);
+        }
+    }
+
+    // A thread's row of a tile, and the product that it is of.
+    struct RowOf {
+        int product, row;
+    };
+    __device__ __forceinline__ RowOf row_of_tile(int phase, int tile) const {
+        int product = first_product(phase);
+        for (; has_many(phase) && tile >= tiles_of(p, product); ++product) tile -= tiles_of(p, product);
+        return {product, kRows * tile + thread % kRows};
     }
 
     __device__ __forceinline__ float gate_of(int phase, int layer, int row) const {
@@ -192,32 +209,30 @@ struct Step : Tiles {
         }
     }
 
-    // As integers of two bytes, 127 x 256 for the largest of each 64: their first limbs, and their second ones behind
-    // those of all 64. Of k runs of n numbers, which lie so far apart, those before `end` are there. All lanes come
-    // here.
+    // As integers of two bytes, 127 x 256 for the largest of each 64, all 0 where that is below kSmallest: their first
+    // limbs, and their second ones behind those of all 64. Of k runs of n numbers, which lie so far apart (a multiple
+    // of 64), those before `end` are there. All lanes come here.
     template <int k, int n>
     __device__ __forceinline__ void keep_limbs(int first, int apart, int end, const float (&x)[k][n]) const {
+        const unsigned group = static_cast<unsigned>(first) / kGroup, within = static_cast<unsigned>(first) % kGroup;
+        auto* to = there<unsigned>(p.at.limbs) + group * 2 * kGroup / 4;
         float largest[k] = {};
 #pragma unroll
         for (int i = 0; i < k; ++i) {
 #pragma unroll
-            for (int j = 0; j < n; ++j) {
-                const float size = fabsf(x[i][j]);
-                largest[i] = size <= largest[i] ? largest[i] : size;  // NaN stays
-            }
+            for (int j = 0; j < n; ++j) largest[i] = larger(largest[i], fabsf(x[i][j]));
         }
 #pragma unroll
         for (int mask = 1; mask < kGroup / n; mask *= 2) {
 #pragma unroll
-            for (int i = 0; i < k; ++i) {
-                const float other = __shfl_xor_sync(kAll, largest[i], mask);
-                largest[i] = other <= largest[i] ? largest[i] : other;
-            }
+            for (int i = 0; i < k; ++i) largest[i] = larger(largest[i], __shfl_xor_sync(kAll, largest[i], mask));
         }
         constexpr float kLargest = 127.0f * 256.0f;
+        constexpr float kWhole = 0x1.8p23f;  // what is added to it is rounded to an integer, in its last bits
 #pragma unroll
         for (int i = 0; i < k; ++i) {
-            const float by = largest[i] > 0.0f ? kLargest / largest[i] : 0.0f;
+            const float scale = largest[i] * (1.0f / kLargest);
+            const float by = largest[i] >= kSmallest ? reciprocal(scale) : 0.0f;
             unsigned limbs[2][n / 4];
 #pragma unroll
             for (int j = 0; j < n / 4; ++j) {
@@ -225,8 +240,8 @@ struct Step : Tiles {
                 unsigned whole[4], more[4];
 #pragma unroll
                 for (int l = 0; l < 4; ++l) {
-                    whole[l] = static_cast<unsigned>(__float2int_rn(x[i][4 * j + l] * by));
-                    more[l] = whole[l] + 128;
+                    whole[l] = __float_as_uint(fmaf(x[i][4 * j + l], by, kWhole));
+                    more[l] = __float_as_uint(fmaf(x[i][4 * j + l], by, kWhole + 128.0f));
                 }
                 const auto joined = [](const unsigned (&from)[4], unsigned bytes) {
                     const unsigned low = __byte_perm(from[0], from[1], bytes);
@@ -234,15 +249,13 @@ struct Step : Tiles {
                 };
                 limbs[0][j] = joined(more, 0x0051), limbs[1][j] = joined(whole, 0x0040);
             }
-            const int here = first + apart * i;
-            if (here >= end) continue;
+            if (first + apart * i >= end) continue;
 #pragma unroll
-            for (int limb = 0; limb < 2; ++limb) {
-                auto* to = there<unsigned>(p.at.limbs + (here / kGroup * 2 + limb) * kGroup + here % kGroup);
-#pragma unroll
-                for (int j = 0; j < n / 4; ++j) to[j] = limbs[limb][j];
+            for (int j = 0; j < n / 4; ++j) {
+                const int place = place_of_word(within / 4 + j);
+                to[2 * apart / 4 * i + place] = limbs[0][j], to[2 * apart / 4 * i + kGroup / 4 + place] = limbs[1][j];
             }
-            if (here % kGroup == 0) there<float>(p.at.scales)[here / kGroup] = largest[i] / kLargest;
+            if (within == 0) there<float>(p.at.scales)[group + apart / kGroup * i] = scale;
         }
     }
 
@@ -268,8 +281,8 @@ struct Step : Tiles {
     }
 
     // y, or the hidden channels, in pairs.
+    template <int kLooks>
     __device__ __forceinline__ void read_vector(const Tagged* from, int n, unsigned wanted) {
-        constexpr int kLooks = 4;
         auto* to = there<unsigned>(p.at.vectors);
         const auto of = [=](int i) { return Wanted{from + 2 * i, wanted}; };
         get<kLooks>(n / 4, of, [&](int begin, const Tagged (&found)[kLooks][2]) {
@@ -586,13 +599,13 @@ struct Step : Tiles {
             multiply(kProject, layer);
             multiply_ups(layer);
             mix_heads(layer);
-            read_vector(p.y, p.channels, wanted);
+            read_vector<2>(p.y, p.channels, wanted);
             pieces = ask(kKey, layer, thread);
             keep_shift(kProject, layer);
             multiply(kOutput, layer);
             norm_and_mix(kKey, layer, pieces);
             multiply(kKey, layer);
-            read_vector(p.hidden, p.hidden_channels, wanted);
+            read_vector<4>(p.hidden, p.hidden_channels, wanted);
             pieces = layer + 1 < p.n_layers ? ask(kProject, layer + 1, thread) : ask(kLogits, layer + 1, thread);
             keep_shift(kKey, layer);
             multiply(kValue, layer);
