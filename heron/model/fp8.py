@@ -10,26 +10,29 @@ from heron.model.rwkv import RWKV
 from heron.ops.fp8_linear import why_not_fp8
 
 MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # of a block
+Y_IN_BF16 = "ffn.value"  # its forward product in fp8 would cost nearly all the loss that fp8 costs (README of the op)
 
 
 class Fp8Linear(nn.Linear):
     """A linear layer without bias whose weight stays as it is; its products are :func:`heron.ops.fp8_linear`."""
 
+    y_in_bf16 = False
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), both bf16."""
-        return ops.fp8_linear(input, self.weight)
+        return ops.fp8_linear(input, self.weight, self.y_in_bf16)
 
 
 def multiply_in_fp8(network: RWKV) -> None:
     """Make the MATRICES of `network`, which are in bf16, multiply in fp8, except those of sizes that fp8 does not take.
 
-    Names and order of the parameters stay; each is the same object.
+    The forward product of Y_IN_BF16 stays in bf16. Names and order of the parameters stay; each is the same object.
     """
     for name, layer in _matrices(network).items():
         if why_not_fp8(layer.weight) is None:
             with torch.device("meta"):
                 new = Fp8Linear(layer.in_features, layer.out_features, bias=False)
-            new.weight = layer.weight
+            new.weight, new.y_in_bf16 = layer.weight, name.endswith(Y_IN_BF16)
             network.set_submodule(name, new)
 
 

@@ -80,6 +80,18 @@ def test_gradients_are_those_of_the_rounded_x_and_weight():
         assert error(got, wanted) < 0.75 * ROUNDED  # of d_y alone
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [480, 45])
+def test_y_may_be_the_product_in_bf16_and_the_gradients_stay(device, n):
+    given = inputs(n, 128, 192, device, 1.0)
+    y, *gradients = results(lambda *leaves: fp8_linear(*leaves, y_in_bf16=True), *given)
+    assert error(y, torch.nn.functional.linear(*in_fp64(*given[:2]))) < 2.0**-8
+    assert all(map(torch.equal, gradients, results(fp8_linear, *given)[1:]))
+    exact = results(lambda *leaves: fp8_linear_reference(*leaves, y_in_bf16=True), *in_fp64(*given))
+    for got, wanted in zip((y, *gradients), exact, strict=True):
+        assert error(got, wanted) < 0.75 * ROUNDED
+
+
 def test_a_small_loss_has_gradients_as_exact_as_a_large_one():
     x, weight, d_y = inputs()
     small = results(fp8_linear, x, weight, d_y * 2.0**-44)

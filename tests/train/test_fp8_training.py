@@ -51,6 +51,8 @@ def test_the_large_matrices_of_the_network_multiply_in_fp8_and_the_model_stays_a
     in_fp8 = {name for name, module in learner.network.named_modules() if type(module) is fp8.Fp8Linear}
     parts = fp8.MATRICES if model.config.has_time_mix else fp8.MATRICES[-2:]
     assert in_fp8 == {f"blocks.{layer}.{part}" for layer in range(2) for part in parts}
+    y_in_bf16 = {name for name in in_fp8 if learner.network.get_submodule(name).y_in_bf16}
+    assert y_in_bf16 == {f"blocks.{layer}.ffn.value" for layer in range(2)}
     assert not any(type(module) is fp8.Fp8Linear for module in learner.model.modules())
     assert list(dict(learner.network.named_parameters())) == list(dict(learner.model.named_parameters()))
     assert {weight.dtype for weight in learner.trained.parameters()} == {torch.float32}

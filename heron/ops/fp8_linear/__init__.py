@@ -20,7 +20,7 @@ def why_not_fp8(weight: Tensor) -> str | None:
     return None
 
 
-def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, y_in_bf16: bool = False) -> Tensor:
     """A linear layer without bias::
 
         y = x weight^T        x and weight rounded to 8 bits (e4m3), each row with a scale of its own
@@ -31,9 +31,11 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: (..., in), bf16.
         weight: (out, in), bf16; both multiples of 16.
+        y_in_bf16: whether y is the product of x and weight as they are, in bf16, and the gradients alone are in fp8.
 
     Returns:
-        y (..., out), bf16. A row of x or weight that holds inf or NaN makes a row or column of y that is NaN.
+        y (..., out), bf16. A row of x or weight that holds inf or NaN makes a row or column of y that is NaN,
+        or inf with `y_in_bf16`.
 
     Raises:
         KernelError: shapes, dtypes or devices that do not fit.
@@ -46,4 +48,4 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
         )
     if (against := why_not_fp8(weight)) is not None:
         raise KernelError(f"fp8_linear: {against}")
-    return fp8_linear_scaled(x, weight)
+    return fp8_linear_scaled(x, weight, y_in_bf16)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def fp8_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+def fp8_linear_reference(x: Tensor, weight: Tensor, y_in_bf16: bool = False) -> Tensor:
     """See :func:`heron.ops.fp8_linear`. Gradients pass through the rounding of x and weight; d_y is not rounded."""
-    return F.linear(x + (rounded(x) - x).detach(), weight + (rounded(weight) - weight).detach())
+    y = F.linear(x + (rounded(x) - x).detach(), weight + (rounded(weight) - weight).detach())
+    return y + (F.linear(x, weight) - y).detach() if y_in_bf16 else y
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ _IN_PYTORCH = _choice.Choice("scaled", "in PyTorch")
 _EXPONENT = 0x7F800000  # the bits of an fp32 number that are its power of two
 
 
-def fp8_linear_scaled(x: Tensor, weight: Tensor) -> Tensor:
+def fp8_linear_scaled(x: Tensor, weight: Tensor, y_in_bf16: bool = False) -> Tensor:
     """See :func:`heron.ops.fp8_linear`."""
     rows = x.reshape(-1, x.shape[-1])
     n = rows.shape[0]
     if n % MULTIPLE:  # tokens are the inner size of the weight's gradient
         rows = F.pad(rows, (0, 0, 0, -n % MULTIPLE))
-    y: Any = _Fp8Linear.apply(rows, weight)
+    y: Any = _Fp8Linear.apply(rows, weight, y_in_bf16)
     return y[:n].view(*x.shape[:-1], weight.shape[0])
 
 
@@ -33,14 +33,14 @@ class _Fp8Linear(torch.autograd.Function):
     """Of x (n, in) and weight (out, in). README.md has the derivation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, y_in_bf16: bool) -> Tensor:
         x8, of_x = quantized(x)
         w8, of_w = quantized(weight)
         ctx.save_for_backward(x8, of_x, w8, of_w)
-        return _product(x8, of_x, w8, of_w)
+        return x @ weight.t() if y_in_bf16 else _product(x8, of_x, w8, of_w)
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
         x8, of_x, w8, of_w = ctx.saved_tensors
         d8, of_d = quantized(d_y)
         # What is summed over are rows of the weight, and then tokens. Their scales have to go into the numbers.
@@ -48,7 +48,7 @@ class _Fp8Linear(torch.autograd.Function):
         d_x = _product(d8, of_d, w8, of_w)
         x8, of_both = _turned_with_one_scale(x8, of_x * of_d)
         d8 = turned(d8)
-        return d_x, _product(d8, torch.ones_like(of_d[:1]).expand(d8.shape[0], 1), x8, of_both)
+        return d_x, _product(d8, torch.ones_like(of_d[:1]).expand(d8.shape[0], 1), x8, of_both), None
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
