@@ -1,15 +1,19 @@
 """heron.ops.sample_rows on this GPU: the time to draw one token for each of many rows of logits.
 
-python benchmarks/sample_rows.py [--rows 256] [--vocab 65536]
+python benchmarks/sample_rows.py [--rows 256] [--vocab 65536] [--dtypes bfloat16]
+
+The kernel draws 20 times in a recorded graph, so its time is the GPU's alone; PyTorch's form is timed call by call.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import torch
 from timing import median_ms, need_gpu
+from torch import Tensor
 
 from heron.ops import sample_rows
 
@@ -21,12 +25,41 @@ SETTINGS = {  # temperature, top_p, top_k, presence_penalty, frequency_penalty
     "top_k 50": (1, 1, 50, 0, 0),
     "top_p 0.5, penalties": (1, 0.5, 0, 0.3, 0.3),
 }
+DTYPES = ["float16", "bfloat16", "float32"]
+DRAWS = 20  # in a graph
+
+
+def likely_few(n: int, vocab: int, device: torch.device) -> Tensor:
+    """Logits as a trained model has them: 200 tokens that may come, and the rest far away."""
+    logits = 1.5 * torch.randn(n, vocab, device=device) - 12
+    logits[:, :200] += 8 + 2 * torch.randn_like(logits[:, :200])
+    return logits
+
+
+LOGITS: dict[str, Callable[[int, int, torch.device], Tensor]] = {
+    "spread 0.3": lambda n, vocab, device: 0.3 * torch.randn(n, vocab, device=device),
+    "spread 2.5": lambda n, vocab, device: 2.5 * torch.randn(n, vocab, device=device),
+    "likely few": likely_few,
+    "all equal": lambda n, vocab, device: torch.zeros(n, vocab, device=device),
+}
+
+
+def recorded_us(draw: Callable[[], object]) -> float:
+    """Median time of a draw in a graph of DRAWS of them."""
+    draw()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(DRAWS):
+            draw()
+    return median_ms(graph.replay, 10) * 1000 / DRAWS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args()
     need_gpu(parser)
     n, vocab, device = arguments.rows, arguments.vocab, torch.device("cuda")
@@ -34,22 +67,17 @@ def main() -> None:
     uniforms = torch.rand(n, dtype=torch.float64, device=device)
     barred = torch.zeros(vocab, dtype=torch.bool, device=device)
     counts = (torch.rand(n, vocab, device=device) < 0.01).float()
-    print(f"{n} rows of {vocab} on {torch.cuda.get_device_name()}: milliseconds")
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for spread in (0.3, 2.5):
-            logits = (spread * torch.randn(n, vocab, device=device)).to(dtype)
+    print(f"{n} rows of {vocab} on {torch.cuda.get_device_name()}: microseconds")
+    for dtype in arguments.dtypes:
+        for kind, make in LOGITS.items():
+            logits = make(n, vocab, device).to(getattr(torch, dtype))
             for name, numbers in SETTINGS.items():
                 settings = torch.tensor([numbers], dtype=torch.float64, device=device).repeat(n, 1)
                 of_row = counts if numbers[3] else None
                 draw = functools.partial(sample_rows, logits, of_row, barred, settings, uniforms)
-                took = {
-                    impl: median_ms(functools.partial(draw, impl=impl), 20, warm_up=5) for impl in ("cuda", "reference")
-                }
-                print(
-                    f"{str(dtype)[6:]:9} spread {spread}  {name:21} kernel {took['cuda']:.3f}  "
-                    f"PyTorch {took['reference']:.2f}",
-                    flush=True,
-                )
+                kernel = recorded_us(functools.partial(draw, impl="cuda"))
+                pytorch = median_ms(functools.partial(draw, impl="reference"), 5, warm_up=1) * 1000
+                print(f"{dtype:9} {kind:11} {name:21} kernel {kernel:6.1f}  PyTorch {pytorch:7.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,20 +69,18 @@ def problem(n, vocab, dtype=torch.float32, seed=0):
 def emulated():
     """sample_rows, computed by the kernel's source on a CPU."""
     flags = ("-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
-    depends = [cuda.SOURCE, EMULATOR / "hardware.h", EMULATOR / "warp.h"]
+    depends = [cuda.SOURCE, *(EMULATOR / name for name in ("hardware.h", "warp.h", "together.h"))]
     library = _build.load_c_library("sample_rows_emulated", [EMULATOR / "sample_rows.cpp"], flags, depends)
-    library.sample_rows_emulated.restype = ctypes.c_char_p
 
-    def draw(logits, counts, barred, settings, uniforms, aligned=True):
+    def draw(logits, counts, barred, settings, uniforms, aligned=True, blocks=1, holds=False):
         n, vocab = logits.shape
         ids, logprobs = torch.full((n,), -7), torch.full((n,), math.nan)
         here = [None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (counts, barred, settings, uniforms)]
-        error = library.sample_rows_emulated(
-            int(logits.dtype == torch.bfloat16), ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(n),
-            ctypes.c_int64(logits.stride(0)), *here, vocab, int(aligned),
+        library.sample_rows_emulated(
+            int(logits.dtype == torch.bfloat16), blocks, int(holds), ctypes.c_void_p(logits.data_ptr()),
+            ctypes.c_int64(n), ctypes.c_int64(logits.stride(0)), *here, vocab, int(aligned),
             ctypes.c_void_p(ids.data_ptr()), ctypes.c_void_p(logprobs.data_ptr()),
         )  # fmt: skip
-        assert error is None, error.decode()
         return ids, logprobs
 
     return draw
@@ -95,12 +93,71 @@ def compare(got, want):
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize(("n", "vocab"), [(44, 7), (44, 300), (22, 1000), (22, 12001)])
+@pytest.mark.parametrize(
+    ("n", "vocab", "blocks", "holds"),
+    [
+        (44, 7, 1, False),
+        (44, 300, 1, False),
+        (22, 1000, 1, False),
+        (22, 12001, 1, False),
+        (4, 7, 8, True),
+        (13, 60001, 8, True),
+        (5, 70001, 8, False),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernels_source_on_a_cpu_draws_what_the_definition_draws(emulated, n, vocab, dtype):
+def test_the_kernels_source_on_a_cpu_draws_what_the_definition_draws(emulated, n, vocab, blocks, holds, dtype):
     logits, *rest = problem(n, vocab, dtype)
     want = sample_rows(logits, *rest, impl="reference")
-    compare(emulated(logits, *rest, aligned=vocab % 8 == 0), want)
+    compare(emulated(logits, *rest, aligned=vocab % 8 == 0, blocks=blocks, holds=holds), want)
+
+
+def edges(vocab, seed):
+    """Rows with distances that are hard for bins: at their edges, in one of them, equal, tiny, huge; any cut."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 1100, (vocab,), generator=generator) * 2**16 + 0x3D000000
+    bits += torch.randint(-1, 2, (vocab,), generator=generator)
+    at_edges = bits.int().view(torch.float32)
+    chosen = torch.rand(vocab, generator=generator)
+    distances = [
+        at_edges,
+        at_edges[:40][torch.randint(0, 40, (vocab,), generator=generator)],
+        torch.zeros(vocab),
+        torch.full((vocab,), 3.0),
+        1 + chosen * 2**-7,
+        chosen * 2**-30,
+        10 ** (38 * chosen),
+        torch.where(chosen < 0.1, chosen, 9 + 90 * chosen),
+        torch.where(chosen < 0.5, 1.0, 1 + 2**-20),
+        chosen * 2**-4,
+        torch.where(torch.arange(vocab) < 280, 1 + chosen * 2**-8, 20.0),
+    ]
+    rows = -torch.stack(distances)
+    rows[:, vocab // 3] = 0
+    order = rows.sort(dim=1, descending=True, stable=True).values
+    share = (order.double().exp().cumsum(1) / order.double().exp().sum(1, keepdim=True)).clamp(max=1)
+    n = len(rows)
+    most = torch.randint(2, vocab + 1, (n, 1), generator=generator)
+    top_p = share.gather(1, most - 1)[:, 0].clamp(0.01, 0.9999)
+    by_count = torch.rand(n, generator=generator) < 0.5
+    settings = torch.zeros(n, 5, dtype=torch.float64)
+    settings[:, 0] = 1e9
+    settings[:, 1] = torch.where(by_count, 1.0, top_p)
+    settings[:, 2] = torch.where(by_count, most[:, 0], 0)
+    uniforms = torch.rand(n, generator=generator, dtype=torch.float64)
+    return rows, None, torch.zeros(vocab, dtype=torch.bool), settings, uniforms
+
+
+@pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("vocab", "seed", "blocks", "holds"),
+    [(vocab, seed, 1, False) for vocab in (200, 3000) for seed in range(4)]
+    + [(20000, 4, 8, True), (20000, 5, 8, False)],
+)
+def test_cuts_at_the_edges_of_bins_and_among_equals_are_those_of_the_definition(emulated, vocab, seed, blocks, holds):
+    arguments = edges(vocab, seed)
+    want = sample_rows(*arguments, impl="reference")
+    compare(emulated(*arguments, aligned=False, blocks=blocks, holds=holds), want)
 
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
@@ -228,6 +285,15 @@ def test_the_largest_uniform_number_takes_the_last_token_and_0_the_first(by_kern
     assert ids.tolist() == [4999, 3]
 
 
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_top_p_a_little_above_what_tokens_sum_to_keeps_one_more(by_kernel, request):
+    draw = request.getfixturevalue("emulated") if by_kernel else sample_rows
+    settings = settings_of([Sampling(top_p=0.5), Sampling(top_p=0.5 + 2**-44)])  # of 2 x 2^42
+    uniforms = torch.full((2,), 1 - 2**-53, dtype=torch.float64)
+    ids, _ = draw(torch.zeros(2, 2), None, torch.zeros(2, dtype=torch.bool), settings, uniforms)
+    assert ids.tolist() == [0, 1]
+
+
 def test_weights_are_powers_of_two_to_seven_digits():
     distance = torch.cat([torch.linspace(0, 29, 20001), torch.tensor([math.inf, 1e30])])[None]
     got = weights(distance, torch.tensor([[LOG2_E]], dtype=torch.float64))[0]
@@ -327,6 +393,18 @@ def test_kernel_equals_the_definition(on_gpu, n, vocab, dtype):
     view = sample_rows(logits[:, : vocab - 1], None, barred[:-1], settings, uniforms, impl="cuda")
     whole = sample_rows(logits[:, : vocab - 1].contiguous(), None, barred[:-1].clone(), settings, uniforms, impl="cuda")
     assert torch.equal(view[0], whole[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_times", "vocab"), [(1, 65536), (1, 70001), (2, 65536)])  # once: clusters
+def test_kernel_cuts_at_the_edges_of_bins(on_gpu, n_times, vocab):
+    for seed in range(5):
+        arguments = edges(vocab, seed)
+        want = sample_rows(*arguments, impl="reference")
+        rows, _, barred, settings, uniforms = on_gpu(arguments)
+        again = [x.repeat(n_times, *[1] * (x.dim() - 1)) for x in (rows, settings, uniforms)]
+        got = sample_rows(again[0], None, barred, *again[1:], impl="cuda")
+        compare(got, [x.repeat(n_times) for x in want])
 
 
 @pytest.mark.gpu

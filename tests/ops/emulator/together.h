@@ -1,7 +1,7 @@
 // Blocks that run at the same time and wait for one another; hardware.h runs one block after another.
 //
-// A block goes on until none of its threads gets any further, all waiting for one another or for another block; then the
-// next block has its turn. All shared memory must be dynamic.
+// A block goes on until none of its threads gets any further, all waiting for one another or for another block; then
+// the next block has its turn. Shared memory is dynamic, or lies in a range that is given.
 #pragma once
 
 #include "hardware.h"
@@ -48,14 +48,17 @@ inline bool run_once(Block& block, unsigned turn) {
   return moved;
 }
 
-// `switches`: whether a block gives way to the others whenever all of its warps have run once.
-inline void run_together(unsigned blocks, unsigned threads, int shared_bytes, bool switches) {
-  std::vector<Block> all(blocks);
+inline std::vector<Block> all;  // that run together
+
+// `switches`: whether a block gives way to the others whenever all of its warps have run once. `fixed`: null, or the
+// shared memory of the block that has its turn, if that is not dynamic.
+inline void run_together(unsigned blocks, unsigned threads, int shared_bytes, bool switches, char* fixed = nullptr) {
+  all.assign(blocks, {});
   std::unique_ptr<char[]> own_stacks{new char[size_t(kStackBytes) * threads * blocks]};
   for (unsigned b = 0; b < blocks; b++) {
     all[b].fibers.resize(threads);
     all[b].warps.resize(kMaxThreads / 32);
-    all[b].words.assign(shared_bytes / 4, kNaN);
+    all[b].words.assign((shared_bytes + 3) / 4, kNaN);
     for (unsigned i = 0; i < threads; i++) {
       Fiber& fiber = all[b].fibers[i];
       getcontext(&fiber.entry);
@@ -74,16 +77,22 @@ inline void run_together(unsigned blocks, unsigned threads, int shared_bytes, bo
       Block& block = all[b];
       if (block.done) continue;
       block_index = dim3(b);
-      shared_words.swap(block.words);
-      std::swap_ranges(block.warps.begin(), block.warps.end(), warps);
+      const auto swap_memory = [&] {
+        if (fixed) {
+          std::swap_ranges(fixed, fixed + shared_bytes, reinterpret_cast<char*>(block.words.data()));
+        } else {
+          shared_words.swap(block.words);
+        }
+        std::swap_ranges(block.warps.begin(), block.warps.end(), warps);
+      };
+      swap_memory();
       for (bool goes_on = true; goes_on && !block.done;) {
         goes_on = run_once(block, turn);
         moved = moved || goes_on;
         if (switches) break;
       }
       left -= block.done;
-      shared_words.swap(block.words);
-      std::swap_ranges(block.warps.begin(), block.warps.end(), warps);
+      swap_memory();
     }
     stuck = moved ? 0 : stuck + 1;
     if (stuck > kPatience) fail("blocks wait for one another for ever");

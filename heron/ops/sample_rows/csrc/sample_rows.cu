@@ -1,11 +1,11 @@
-// One token for each row of logits, drawn on the GPU: a block for a row, which it reads several times, from the L2 cache.
-// Few rows would leave most of a GPU idle: from compute capability 9.0 on a row then has a cluster of blocks, which read
-// each other's shared memory.
+// One token for each row of logits, drawn on the GPU: a block for a row, which it reads several times, from the L2
+// cache. Few rows would leave most of a GPU idle: from compute capability 9.0 on a row then has a cluster of blocks,
+// which read and write each other's shared memory.
 //
 // Each warp works on one stretch of consecutive ids, its lanes side by side, so that sums in the order of ids are sums
 // over warps and then over lanes. A probability is an integer, 2^42 for the largest, made by exact operations (weight
 // below): sums of them do not depend on their order, and a draw is the same bit for bit on any device and in PyTorch
-// (reference.py). The cut of top_p and top_k is found by halving an interval of distances from the largest logit.
+// (reference.py). The cut of top_p and top_k is found by sums over bins of distances from the largest logit.
 
 #ifdef __CUDACC__  // the tests also compile the kernel for a CPU
 #include "../../csrc/operator.h"
@@ -17,24 +17,28 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 static_assert(kWarps == 32, "a warp sums what the warps bring, one a lane");
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kCluster = 8;    // blocks of a row, where rows are few
-constexpr int kFewRows = 16;   // clusters that a large GPU runs at once
-constexpr int kWidth = 8;      // ids of a lane that stand side by side
+constexpr int kCluster = 8;   // blocks of a row, where rows are few
+constexpr int kFewRows = 16;  // clusters that a large GPU runs at once
+constexpr int kWidth = 8;     // ids of a lane that stand side by side
 constexpr int kHeldByCluster = kCluster * kThreads * kWidth;  // ids
-constexpr int kBits = 42;                                     // of a weight below its point
-constexpr int kSettings = 5;   // numbers a row
-constexpr int kHalvings = 24;  // of the interval of distances; from then on of the interval of their bits
-constexpr int kNearby = 2;     // distances that a thread takes once few are left
-constexpr float kFar = 64.0f;  // no weight is above 0 at half this distance
+constexpr int kBits = 42;     // of a weight below its point
+constexpr int kSettings = 5;  // numbers a row
+constexpr int kIdBits = 20;   // of an id
+constexpr int kBinBits = 10;
+constexpr int kBins = 1 << kBinBits;
+static_assert(kBins == kThreads, "a thread has one bin");
+constexpr unsigned kNear = 0x3d800000u;  // the bits of 1/16: a nearer token is in the first bin
+constexpr int kFirstShift = 16;  // that is 128 bins each time a distance doubles; one of 16 or more is in the last bin
+constexpr int kFew = 256;        // tokens that each block takes once no more are left
 constexpr float kLargestFloat = 3.4028234663852886e38f;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr unsigned kInfinity = 0x7f800000u;
 
 // 2^(-distance scale), 2^42 for 1, rounded down. Operations that are rounded one by one, as PyTorch's are.
 __device__ __forceinline__ unsigned long long weight(float distance, float scale) {
-    const float exponent = __fmul_rn(distance, scale);
-    if (!(exponent < kBits + 1)) return 0;  // inf x 0 too
-    const float whole = floorf(exponent), part = exponent - whole;
+    const float exponent = fminf(__fmul_rn(distance, scale), kBits + 1);  // of inf x 0, too
+    const float rounded_down = __fadd_rd(exponent, 0x1p23f);  // as an integer in the last bits
+    const float part = __fsub_rn(exponent, __fsub_rn(rounded_down, 0x1p23f));
     float power = 0x1.c946cap-14f;
     power = __fadd_rn(__fmul_rn(power, part), -0x1.4e2ae8p-10f);
     power = __fadd_rn(__fmul_rn(power, part), 0x1.39e3fcp-7f);
@@ -42,7 +46,7 @@ __device__ __forceinline__ unsigned long long weight(float distance, float scale
     power = __fadd_rn(__fmul_rn(power, part), 0x1.ebfac0p-3f);
     power = __fadd_rn(__fmul_rn(power, part), -0x1.62e42cp-1f);
     power = __fadd_rn(__fmul_rn(power, part), 1.0f);
-    return static_cast<unsigned long long>(power * 4398046511104.0f) >> static_cast<int>(whole);
+    return static_cast<unsigned long long>(power * 4398046511104.0f) >> (__float_as_uint(rounded_down) & 63);
 }
 
 // An integer that is larger for a larger float, which is no NaN.
@@ -75,21 +79,36 @@ __device__ __forceinline__ void load_whole(const T* from, T (&to)[kWidth]) {
 template <int blocks>
 __device__ __forceinline__ int rank() { return static_cast<int>(blockIdx.x) % blocks; }
 
-template <int blocks>
-__device__ __forceinline__ void sync() {
-    if constexpr (blocks == 1) {
-        __syncthreads();
-    } else {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        __cluster_barrier_arrive();
-        __cluster_barrier_wait();
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // also where nvcc or a test compiles for the host
+#define HERON_CLUSTERS
 #endif
-    }
+
+// `publishes`: whether another block will read what this warp has written, or what another warp of its block had
+// written before a __syncthreads. A warp that publishes waits until all that has arrived, so few do.
+template <int blocks>
+__device__ __forceinline__ void arrive(bool publishes) {
+#ifdef HERON_CLUSTERS
+    if constexpr (blocks > 1) publishes ? __cluster_barrier_arrive() : __cluster_barrier_arrive_relaxed();
+#endif
+}
+
+template <int blocks>
+__device__ __forceinline__ void wait() {
+#ifdef HERON_CLUSTERS
+    if constexpr (blocks > 1) __cluster_barrier_wait();
+#endif
+    if constexpr (blocks == 1) __syncthreads();
+}
+
+template <int blocks>
+__device__ __forceinline__ void sync(bool publishes) {
+    arrive<blocks>(publishes);
+    wait<blocks>();
 }
 
 template <int blocks, typename X>
 __device__ __forceinline__ X* in_block(X* x, int rank) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef HERON_CLUSTERS
     if constexpr (blocks > 1) return static_cast<X*>(__cluster_map_shared_rank(x, static_cast<unsigned>(rank)));
 #endif
     return x;
@@ -103,7 +122,7 @@ struct Row {
     int vocab;
     bool aligned;  // all three on 16 bytes, so that whole packs can be read
     float presence, frequency;
-    // Allowed logits as a first reading finds them, then their distances; all that there is for this thread, if it `holds`.
+    // Allowed logits as a first reading finds them, then their distances; all that this thread has, if it `holds`.
     float held[kWidth];
 
     // Of the ids from `at` on: the logits as they are, and less the penalties, -inf where barred or behind the last id.
@@ -149,6 +168,16 @@ struct Row {
     __device__ __forceinline__ static unsigned distance_of(float allowed, float largest) {
         return allowed > -INFINITY ? __float_as_uint(largest - allowed) : kInfinity;
     }
+    // visit(distances, the first one's id) for all that this thread has.
+    template <typename Visit>
+    __device__ __forceinline__ void each(float largest, Visit visit) const {
+        for (int start = begin(); holds || start < end(); start += 32 * kWidth) {
+            unsigned distances[kWidth];
+            load_distances(start + of_lane(), largest, distances);
+            visit(distances, start + of_lane());
+            if (holds) break;
+        }
+    }
     __device__ __forceinline__ void hold_distances(float largest) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) held[j] = __uint_as_float(distance_of(held[j], largest));
@@ -166,10 +195,16 @@ struct Row {
     __device__ __forceinline__ static int of_lane() { return static_cast<int>(threadIdx.x % 32) * kWidth; }
 };
 
+// At most 2^63 in all.
 __device__ __forceinline__ unsigned long long warp_sum(unsigned long long x) {
+    constexpr int kPart = 26;  // bits, of which a warp's sums fit 32
+    unsigned long long sum = 0;
 #pragma unroll
-    for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(kAll, x, mask);
-    return x;
+    for (int shift = 0; shift < 64; shift += kPart) {
+        const auto part = static_cast<unsigned>(x >> shift) & ((1u << kPart) - 1);
+        sum += static_cast<unsigned long long>(__reduce_add_sync(kAll, part)) << shift;
+    }
+    return sum;
 }
 
 // What a first reading finds.
@@ -179,22 +214,17 @@ struct Summary {
     unsigned nan;
 };
 
-__device__ __forceinline__ Summary merge(const Summary& a, const Summary& b) {
-    const float larger = fmaxf(a.largest, b.largest);
-    const float of_a = exp2f((a.largest - larger) * static_cast<float>(kLog2E));
-    const float of_b = exp2f((b.largest - larger) * static_cast<float>(kLog2E));
-    const float sum = __fadd_rn(__fmul_rn(a.sum, of_a), __fmul_rn(b.sum, of_b));
-    return {larger, sum, a.best > b.best ? a.best : b.best, a.nan | b.nan};
-}
-
-// Over `lanes` neighbours.
-__device__ __forceinline__ Summary merge(Summary all, int lanes) {
+// Over the lanes of a warp, where each `lanes` neighbours bring what the first ones do.
+__device__ __forceinline__ Summary merge(const Summary& mine, int lanes) {
+    const float largest = float_of(__reduce_max_sync(kAll, ordered(mine.largest)));
+    float sum = __fmul_rn(mine.sum, exp2f((mine.largest - largest) * static_cast<float>(kLog2E)));
 #pragma unroll
-    for (int mask = lanes / 2; mask; mask /= 2) {
-        all = merge(all, Summary{__shfl_xor_sync(kAll, all.largest, mask), __shfl_xor_sync(kAll, all.sum, mask),
-                                 __shfl_xor_sync(kAll, all.best, mask), __shfl_xor_sync(kAll, all.nan, mask)});
-    }
-    return all;
+    for (int mask = lanes / 2; mask; mask /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(kAll, sum, mask));
+    const auto best = static_cast<unsigned>(mine.best >> 32);
+    const unsigned upper = __reduce_max_sync(kAll, best);
+    const unsigned lower = __reduce_max_sync(kAll, best == upper ? static_cast<unsigned>(mine.best) : 0);
+    const unsigned long long both = static_cast<unsigned long long>(upper) << 32 | lower;
+    return {largest, sum, both, __ballot_sync(kAll, mine.nan != 0)};
 }
 
 // Of the ids from `begin` to `end`, for all lanes of a warp.
@@ -229,7 +259,7 @@ __device__ __forceinline__ Summary summary_of(Row<T, blocks, holds>& row, int be
 // A block alone makes the sums of a cluster's blocks one after another, so that they are the same bit for bit.
 template <typename T, int blocks, bool holds>
 __device__ __forceinline__ Summary summary_of(Row<T, blocks, holds>& row) {
-    __shared__ Summary of_warp[kCluster / blocks][kWarps], of_part[kCluster / blocks];
+    __shared__ Summary of_warp[kCluster / blocks][kWarps], of_part[kCluster];
     const int stretch = row.stretch(kCluster), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int part = rank<blocks>(); part < kCluster; part += blocks) {
@@ -238,229 +268,280 @@ __device__ __forceinline__ Summary summary_of(Row<T, blocks, holds>& row) {
         if (lane == 0) of_warp[part / blocks][warp] = mine;
     }
     __syncthreads();
+    if (blocks > 1) wait<blocks>();  // until all blocks run: their memory is there from then on
     if (warp < kCluster / blocks) {
         const Summary all = merge(of_warp[warp][lane], 32);
-        if (lane == 0) of_part[warp] = all;
+        if (lane < blocks) *in_block<blocks>(&of_part[warp * blocks + rank<blocks>()], lane) = all;
     }
-    sync<blocks>();
-    const int part = lane % kCluster;
-    return merge(*in_block<blocks>(&of_part[part / blocks], part % blocks), kCluster);
+    sync<blocks>(warp == 0);
+    return merge(of_part[lane % kCluster], kCluster);
 }
 
-// Of an interval of distances, a part that ends somewhere inside it.
-struct Tally {
-    unsigned long long mass;      // of the part
-    unsigned count, last, after;  // tokens in the part, the largest distance there, and the smallest after it
+// The place of a token in the order in which top_p and top_k keep them: by distance, then by id.
+using Place = unsigned long long;
+__device__ __forceinline__ Place place_of(unsigned distance, int id) {
+    return static_cast<Place>(distance) << kIdBits | static_cast<unsigned>(id);
+}
+__device__ __forceinline__ unsigned long long mass_at(unsigned distance) {
+    return weight(__uint_as_float(distance), static_cast<float>(kLog2E));
+}
+
+struct alignas(16) Sums {
+    unsigned long long mass;
+    unsigned count;
+    __device__ __forceinline__ void add(const Sums& x) { mass += x.mass, count += x.count; }
+    __device__ __forceinline__ bool reach(const Sums& wanted) const {
+        return mass >= wanted.mass || count >= wanted.count;
+    }
 };
 
-// Of a warp's first `lanes`.
-__device__ __forceinline__ Tally merge(Tally all, int lanes) {
-    if (static_cast<int>(threadIdx.x % 32) >= lanes) all = {0, 0, 0, kAll};
-    constexpr int kPart = 26;  // bits, of which a warp's sums fit 32
-    unsigned long long mass = 0;
+__device__ __forceinline__ Sums warp_sum(const Sums& x) { return {warp_sum(x.mass), __reduce_add_sync(kAll, x.count)}; }
+
+// Sums of masses and numbers of tokens by bins, in shared memory, where an atomic sum has 32 bits.
+struct Bins {
+    unsigned lower[kBins], upper[kBins], count[kBins];  // the two halves of masses
+    __device__ __forceinline__ void clear(int bin) { lower[bin] = upper[bin] = count[bin] = 0; }
+    __device__ __forceinline__ Sums at(int bin) const {
+        return {static_cast<unsigned long long>(upper[bin]) << 32 | lower[bin], count[bin]};
+    }
+    // One token for each bin that is not negative.
+    template <int n>
+    __device__ __forceinline__ void add(const int (&bins)[n], const unsigned long long (&masses)[n]) {
+        unsigned low[n];
 #pragma unroll
-    for (int shift = 0; shift < 64; shift += kPart) {
-        const auto part = static_cast<unsigned>(all.mass >> shift) & ((1u << kPart) - 1);
-        mass += static_cast<unsigned long long>(__reduce_add_sync(kAll, part)) << shift;
-    }
-    return {mass, __reduce_add_sync(kAll, all.count), __reduce_max_sync(kAll, all.last), __reduce_min_sync(kAll, all.after)};
-}
-
-// The part up to `middle` of the distances from `low` to `high`; each(visit) shows `visit` this thread's share of them.
-// `turn` is another one, odd or even, than that of the call before: its results may still be being read.
-template <int blocks, typename Each>
-__device__ __forceinline__ Tally tally_of(Each each, unsigned low, unsigned middle, unsigned high, int turn) {
-    __shared__ Tally of_warp[kWarps], of_block[2];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Tally mine{0, 0, low, high};
-    each([&](unsigned distance, auto mass) {
-        if (distance < low || distance > high) return;
-        if (distance > middle) {
-            mine.after = min(mine.after, distance);
-        } else {
-            mine.last = max(mine.last, distance);
-            mine.mass += mass();
-            mine.count += 1;
+        for (int j = 0; j < n; ++j) {
+            low[j] = bins[j] < 0 ? 0 : atomicAdd(&lower[bins[j]], static_cast<unsigned>(masses[j]));
         }
-    });
-    mine = merge(mine, 32);
-    if (lane == 0) of_warp[warp] = mine;
-    __syncthreads();
-    if (warp == 0) {
-        mine = merge(of_warp[lane], 32);
-        if (lane == 0) of_block[turn % 2] = mine;
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+            if (bins[j] < 0) continue;
+            const unsigned overflows = low[j] + static_cast<unsigned>(masses[j]) < low[j];
+            const unsigned high = static_cast<unsigned>(masses[j] >> 32) + overflows;
+            if (high != 0) atomicAdd(&upper[bins[j]], high);
+            atomicAdd(&count[bins[j]], 1u);
+        }
     }
-    sync<blocks>();
-    return merge(*in_block<blocks>(&of_block[turn % 2], lane % blocks), blocks);
+    // What all lanes of a warp bring.
+    __device__ __forceinline__ void add_of_warp(int bin, const Sums& mine) {
+        const Sums sums = warp_sum(mine);
+        const auto low = static_cast<unsigned>(sums.mass);
+        if (threadIdx.x % 32 != 0 || sums.count == 0) return;
+        const unsigned overflows = atomicAdd(&lower[bin], low) + low < low;
+        atomicAdd(&upper[bin], static_cast<unsigned>(sums.mass >> 32) + overflows);
+        atomicAdd(&count[bin], sums.count);
+    }
+};
+
+// A search for the last token that is kept: it is one of those from `first` to `last`, which `inside` counts.
+struct Search {
+    Place first, last;
+    Place base;   // where the bins begin; what is below is in the first one
+    int shift;    // 2^shift places a bin
+    int inside;   // 0 after a reading: all tokens of the row are kept
+    Sums before, wanted;  // of the tokens before `first`, and up to the one that is searched for
+    double share;         // of the row's mass that is wanted; 1 or more as soon as wanted.mass says it
+};
+
+// For all lanes of a warp: the first one that, with `before` and what the lanes below it have, reaches `wanted`; 32 if
+// none does. `before` then includes those lanes.
+__device__ __forceinline__ int lane_reaching(const Sums& wanted, const Sums& mine, Sums& before) {
+    const int lane = threadIdx.x % 32;
+    Sums sums = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const Sums lower{__shfl_up_sync(kAll, sums.mass, step), __shfl_up_sync(kAll, sums.count, step)};
+        if (lane >= step) sums.add(lower);
+    }
+    sums.add(before);
+    const unsigned votes = __ballot_sync(kAll, sums.reach(wanted));
+    if (votes == 0) return 32;
+    const int found = __ffs(static_cast<int>(votes)) - 1;
+    before = {__shfl_sync(kAll, sums.mass - mine.mass, found), __shfl_sync(kAll, sums.count - mine.count, found)};
+    return found;
 }
 
-// Those from `low` to `high` of a row's distances, at most kNearby for each thread of a block: every block gets them all.
-// What a thread has less than that is kInfinity.
+// The last place that top_p and top_k keep.
 template <typename T, int blocks, bool holds>
-__device__ __forceinline__ void gather(const Row<T, blocks, holds>& row, float largest, unsigned low, unsigned high,
-                                       unsigned (&nearby)[kNearby]) {
-    __shared__ unsigned of_block[kNearby * kThreads];
-    __shared__ int n_of_block;
-    if (threadIdx.x == 0) n_of_block = 0;
+__device__ __forceinline__ Place cut_of(const Row<T, blocks, holds>& row, float largest, double top_p, unsigned most) {
+    __shared__ Bins bins[2];
+    __shared__ Sums of_warp[kWarps], of_group[2][blocks][kWarps];  // each of a group of 32 bins
+    __shared__ Sums of_bin[blocks][32];                            // of one group
+    __shared__ Search search;
+    __shared__ Place few_of_block[kFew], few[kFew], cut;
+    __shared__ unsigned long long masses[kFew];
+    __shared__ int n_of_block, n;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    bins[0].clear(thread);
+    if (thread == 0) {
+        n_of_block = n = 0;
+        const Place last = place_of(kInfinity, 0) - 1, base = place_of(kNear, 0);
+        search = {0, last, base, kIdBits + kFirstShift, 0, {0, 0}, {~0ull, most}, top_p};
+    }
     __syncthreads();
-    const int lane = threadIdx.x % 32;
-    for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
-        unsigned distances[kWidth];
-        row.load_distances(start + row.of_lane(), largest, distances);
+    for (int turn = 0; turn == 0 || search.inside > kFew; ++turn) {
+        Bins& here = bins[turn % 2];
+        const Place first = search.first, last = search.last, base = search.base;
+        const int shift = search.shift;
+        const auto bin_of = [&](unsigned distance, int id) {
+            if (turn == 0) {
+                const int bin = (static_cast<int>(distance) - static_cast<int>(kNear)) >> kFirstShift;
+                return distance == kInfinity ? -1 : max(0, min(bin, kBins - 1));
+            }
+            const Place place = place_of(distance, id);
+            if (place < first || place > last) return -1;
+            return static_cast<int>(min((place - base) >> shift, static_cast<Place>(kBins - 1)));
+        };
+        Sums nearer{0, 0}, farther{0, 0};  // in the first and the last bin, where many tokens may be
+        row.each(largest, [&](const unsigned (&distances)[kWidth], int at) {
+            int bin[kWidth];
+            unsigned long long masses[kWidth];
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                bin[j] = bin_of(distances[j], at + j);
+                masses[j] = mass_at(distances[j]);
+                if (bin[j] == 0) nearer.add({masses[j], 1});
+                if (bin[j] == kBins - 1) farther.add({masses[j], 1});
+                if (bin[j] == 0 || bin[j] == kBins - 1) bin[j] = -1;
+            }
+            here.add(bin, masses);
+        });
+        here.add_of_warp(0, nearer);
+        here.add_of_warp(kBins - 1, farther);
+        __syncthreads();
+        const Sums mine = warp_sum(here.at(thread));
+        if (lane == 0) of_warp[warp] = mine;
+        __syncthreads();
+        if (warp < blocks) in_block<blocks>(of_group[turn % 2][rank<blocks>()], warp)[lane] = of_warp[lane];
+        sync<blocks>(warp < blocks);
+        bins[(turn + 1) % 2].clear(thread);  // which all have read
+        Search next = search;
+        int group = 32;
+        if (warp < blocks) {
+            Sums sums{0, 0};
+#pragma unroll 2
+            for (int k = 0; k < blocks; ++k) sums.add(of_group[turn % 2][k][lane]);
+            if (next.share < 1.0) {
+                const double mass = static_cast<double>(warp_sum(sums.mass));
+                next.wanted.mass = static_cast<unsigned long long>(ceil(next.share * mass));
+                next.share = 1.0;
+            }
+            group = lane_reaching(next.wanted, sums, next.before);
+            if (group < 32) of_bin[warp][lane] = in_block<blocks>(&here, warp)->at(32 * group + lane);
+        }
+        __syncthreads();
+        if (warp == 0) {
+            next.inside = 0;
+            if (group < 32) {
+                Sums sums{0, 0};
+#pragma unroll 2
+                for (int k = 0; k < blocks; ++k) sums.add(of_bin[k][lane]);
+                const int found = lane_reaching(next.wanted, sums, next.before), bin = 32 * group + found;
+                next.inside = static_cast<int>(__shfl_sync(kAll, sums.count, found));
+                const Place from = next.base + (static_cast<Place>(bin) << next.shift);
+                if (bin > 0) next.first = from;
+                if (bin < kBins - 1) next.last = min(next.last, from + (static_cast<Place>(1) << next.shift) - 1);
+                next.base = next.first;
+                const int bits = 64 - __clzll(static_cast<long long>(next.last - next.first));
+                next.shift = min(next.shift, max(0, bits - kBinBits));  // the last bin may be wider than the others
+            }
+            if (lane == 0) search = next;
+        }
+        __syncthreads();
+    }
+    if (search.inside == 0) return ~0ull;  // all are kept
+
+    // Few are left. Each block gets them all and sums, for each one, those before it.
+    row.each(largest, [&, first = search.first, last = search.last](const unsigned (&distances)[kWidth], int at) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-            const bool inside = low <= distances[j] && distances[j] <= high;
-            const unsigned votes = __ballot_sync(kAll, inside);
-            if (votes == 0) continue;
-            const int first = __shfl_sync(kAll, lane == 0 ? atomicAdd(&n_of_block, __popc(votes)) : 0, 0);
-            if (inside) of_block[first + __popc(votes & ((1u << lane) - 1))] = distances[j];
+            const Place place = place_of(distances[j], at + j);
+            if (first <= place && place <= last) few_of_block[atomicAdd(&n_of_block, 1)] = place;
         }
-    }
-    sync<blocks>();
+    });
+    if (blocks > 1) __syncthreads();
+    sync<blocks>(warp == 0);
 #pragma unroll
-    for (int i = 0; i < kNearby; ++i) {
-        int at = static_cast<int>(threadIdx.x) + i * kThreads;
-        nearby[i] = kInfinity;
-#pragma unroll 1
-        for (int k = 0; k < blocks; ++k) {
-            const int count = *in_block<blocks>(&n_of_block, k);
-            if (0 <= at && at < count) nearby[i] = in_block<blocks>(of_block, k)[at];
-            at -= count;
+    for (int k = 0; k < blocks * kFew; k += kThreads) {
+        const int of = (thread + k) / kFew, i = thread % kFew;
+        if (of >= blocks) break;
+        const int count = *in_block<blocks>(&n_of_block, of);
+        const Place place = in_block<blocks>(few_of_block, of)[i];
+        if (i < count) {
+            const int at = atomicAdd(&n, 1);
+            few[at] = place;
+            masses[at] = mass_at(static_cast<unsigned>(place >> kIdBits));
         }
     }
+    __syncthreads();
+    for (int i = warp; i < n; i += kWarps) {
+        const Place place = few[i];
+        Sums before{0, 0};
+#pragma unroll 2
+        for (int j = lane; j < n; j += 32) {
+            if (few[j] < place) before.add({masses[j], 1});
+        }
+        before = warp_sum(before);
+        before.add(search.before);
+        const Sums reached{before.mass + masses[i], before.count + 1};
+        if (lane == 0 && !before.reach(search.wanted) && reached.reach(search.wanted)) cut = place;
+    }
+    __syncthreads();
+    return cut;
 }
 
-// The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all).
-template <typename T, int blocks, bool holds, typename Value, typename Point>
-__device__ __forceinline__ int locate(const Row<T, blocks, holds>& row, float largest, Value value, Point point) {
-    __shared__ unsigned long long of_warp[kWarps], of_block;
-    __shared__ int found;
+// The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all): one thread of the row
+// calls found(id).
+template <typename T, int blocks, bool holds, typename Value, typename Point, typename Found>
+__device__ __forceinline__ void locate(const Row<T, blocks, holds>& row, float largest, Value value, Point point,
+                                       Found found) {
+    __shared__ unsigned long long of_warp[kWarps], of_block[blocks];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unsigned long long mine = 0;
-    for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
-        unsigned distances[kWidth];
-        row.load_distances(at, largest, distances);
+    unsigned long long values[kWidth], own = 0;
+    const auto sum_of = [&](const unsigned (&distances)[kWidth], int at) {
+        unsigned long long sum = 0;
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) mine += value(distances[j], at + j);
-    }
-    mine = warp_sum(mine);
-    sync<blocks>();  // what a call before this one left has been read
+        for (int j = 0; j < kWidth; ++j) sum += values[j] = value(distances[j], at + j);
+        return sum;
+    };
+    row.each(largest, [&](const unsigned (&distances)[kWidth], int at) { own += sum_of(distances, at); });
+    const unsigned long long mine = warp_sum(own);
     if (lane == 0) of_warp[warp] = mine;
     __syncthreads();
     const unsigned long long beside = of_warp[lane];
     unsigned long long before = warp_sum(lane < warp ? beside : 0);
     if (warp == 0) {
         const unsigned long long sum = warp_sum(beside);
-        if (lane == 0) of_block = sum;
+        if (lane < blocks) *in_block<blocks>(&of_block[rank<blocks>()], lane) = sum;
     }
-    sync<blocks>();
-    const unsigned long long there = lane < blocks ? *in_block<blocks>(&of_block, lane) : 0;
-    before += warp_sum(lane < rank<blocks>() ? there : 0);
-    const unsigned long long wanted = point(warp_sum(there));
-    if (before <= wanted && wanted < before + mine) {  // the same in all lanes, and in one warp
-        for (int start = row.begin(); start < row.end(); start += 32 * kWidth) {
-            const int at = start + row.of_lane();
-            unsigned distances[kWidth];
-            row.load_distances(at, largest, distances);
-            unsigned long long sum = 0;
+    sync<blocks>(warp == 0);
+    unsigned long long all = 0;
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) sum += value(distances[j], at + j);
-            unsigned long long reached = sum;
+    for (int k = 0; k < blocks; ++k) {
+        if (k == rank<blocks>()) before += all;
+        all += of_block[k];
+    }
+    const unsigned long long wanted = point(all);
+    if (before > wanted || wanted >= before + mine) return;  // for all warps but one
+    row.each(largest, [&](const unsigned (&distances)[kWidth], int at) {
+        const unsigned long long sum = holds ? own : sum_of(distances, at);
+        unsigned long long reached = sum;
 #pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const unsigned long long lower = __shfl_up_sync(kAll, reached, step);
-                reached += lane >= step ? lower : 0;
+        for (int step = 1; step < 32; step *= 2) {
+            const unsigned long long lower = __shfl_up_sync(kAll, reached, step);
+            reached += lane >= step ? lower : 0;
+        }
+        unsigned long long here = before + reached - sum;
+        if (here <= wanted && wanted < here + sum) {
+            int not_yet = 0;
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                here += values[j];
+                not_yet += here <= wanted;
             }
-            unsigned long long here = before + reached - sum;
-            if (here <= wanted && wanted < here + sum) {
-#pragma unroll
-                for (int j = 0; j < kWidth; ++j) {
-                    const unsigned long long next = here + value(distances[j], at + j);
-                    if (here <= wanted && wanted < next) {
-#pragma unroll 1
-                        for (int k = 0; k < blocks; ++k) *in_block<blocks>(&found, k) = at + j;
-                    }
-                    here = next;
-                }
-            }
-            before += __shfl_sync(kAll, reached, 31);
+            found(at + not_yet);
         }
-    }
-    sync<blocks>();
-    return found;
-}
-
-// Tokens that top_p and top_k leave: those nearer than `distance`, and those at it up to the id `last`.
-struct Cut {
-    unsigned distance;
-    int last;
-};
-
-template <typename T, int blocks, bool holds>
-__device__ __forceinline__ Cut cut_of(const Row<T, blocks, holds>& row, float largest, double top_p, double top_k) {
-    const auto mass_at = [](unsigned distance) { return weight(__uint_as_float(distance), static_cast<float>(kLog2E)); };
-    unsigned long long masses[kWidth];  // of what is held
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) masses[j] = holds ? mass_at(__float_as_uint(row.held[j])) : 0;
-    const auto each_of_row = [&](auto visit) {
-        if constexpr (holds) {
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) visit(__float_as_uint(row.held[j]), [&] { return masses[j]; });
-            return;
-        }
-        for (int at = row.begin() + row.of_lane(); at < row.end(); at += 32 * kWidth) {
-            unsigned distances[kWidth];
-            row.load_distances(at, largest, distances);
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) visit(distances[j], [&] { return mass_at(distances[j]); });
-        }
-    };
-    unsigned nearby[kNearby];
-    bool is_gathered = false;
-    const auto each_nearby = [&](auto visit) {
-#pragma unroll
-        for (int i = 0; i < kNearby; ++i) visit(nearby[i], [&] { return mass_at(nearby[i]); });
-    };
-    const Tally all = tally_of<blocks>(each_of_row, 0, kInfinity - 1, kInfinity - 1, 1);
-    unsigned low = 0, high = all.last, inside = all.count;
-    const unsigned long long no_mass = ~0ull;
-    const auto wanted =
-        top_p < 1.0 ? static_cast<unsigned long long>(ceil(top_p * static_cast<double>(all.mass))) : no_mass;
-    const unsigned most = top_k > 0.0 ? static_cast<unsigned>(fmin(top_k, 4294967295.0)) : 4294967295u;
-    unsigned long long mass = 0;  // nearer than low
-    unsigned count = 0;
-    for (int round = 0; low < high; ++round) {
-        if (!is_gathered && inside <= kNearby * kThreads) {
-            gather(row, largest, low, high, nearby);
-            is_gathered = true;
-        }
-        const float nearest = __uint_as_float(low), farthest = __uint_as_float(high);
-        unsigned middle = low + (high - low) / 2;
-        if (farthest <= kFar && round < kHalvings) middle = __float_as_uint(0.5f * (nearest + farthest));
-        if (farthest > kFar && nearest < 0.5f * kFar) middle = __float_as_uint(0.5f * kFar);
-        middle = max(low, min(middle, high - 1));
-        const Tally part = is_gathered ? tally_of<1>(each_nearby, low, middle, high, round)
-                                       : tally_of<blocks>(each_of_row, low, middle, high, round);
-        if (mass + part.mass >= wanted || count + part.count >= most) {
-            high = part.last;
-            inside = part.count;
-        } else {
-            mass += part.mass;
-            count += part.count;
-            inside -= part.count;
-            low = part.after;
-        }
-    }
-    unsigned left = most - count;  // of those at the cut
-    const unsigned long long each = weight(__uint_as_float(low), static_cast<float>(kLog2E));
-    if (wanted != no_mass && each > 0 && mass < wanted) {
-        const unsigned long long enough = (wanted - mass + each - 1) / each;
-        left = enough < left ? static_cast<unsigned>(enough) : left;
-    }
-    if (left >= static_cast<unsigned>(row.vocab)) return {low, row.vocab};
-    if (inside <= left) return {low, row.vocab};
-    const auto is_equal = [=](unsigned distance, int) { return static_cast<unsigned long long>(distance == low); };
-    return {low, locate(row, largest, is_equal, [=](unsigned long long) { return static_cast<unsigned long long>(left - 1); })};
+        before += __shfl_sync(kAll, reached, 31);
+    });
 }
 
 // logits: (rows, vocab), `stride` apart. ids: -1 where the logits are not finite.
@@ -469,40 +550,44 @@ __global__ void __launch_bounds__(kThreads)
 sample_rows(const T* __restrict__ logits, int64_t stride, const float* __restrict__ counts,
             const bool* __restrict__ barred, const double* __restrict__ settings, const double* __restrict__ uniforms,
             int vocab, bool aligned, int64_t* __restrict__ ids, float* __restrict__ logprobs) {
+    arrive<blocks>(false);
     const unsigned number = blockIdx.x / blocks;
     const double* mine = settings + static_cast<int64_t>(number) * kSettings;
-    Row<T, blocks, holds> row{logits + number * stride,    nullptr, barred, vocab, aligned, static_cast<float>(mine[3]),
-                       static_cast<float>(mine[4]), {}};
+    Row<T, blocks, holds> row{logits + number * stride,     nullptr, barred, vocab, aligned,
+                              static_cast<float>(mine[3]), static_cast<float>(mine[4]), {}};
     if (counts != nullptr && (mine[3] != 0.0 || mine[4] != 0.0)) {
         row.counts = counts + static_cast<int64_t>(number) * vocab;
     }
-    const Summary summary = summary_of(row);
     const double temperature = mine[0], top_p = mine[1], top_k = mine[2];
-    const float best = float_of(static_cast<unsigned>(summary.best >> 32));
-    int id = static_cast<int>(kAll - static_cast<unsigned>(summary.best));
-    if (summary.nan || summary.largest == INFINITY || summary.best == 0 || best == INFINITY) {
-        id = -1;
-    } else if (temperature != 0.0 && top_p != 0.0 && top_k != 1.0) {
-        row.hold_distances(best);
-        const float scale = static_cast<float>(fmin(kLog2E / temperature, static_cast<double>(kLargestFloat)));
-        Cut cut{kInfinity, vocab};
-        if (top_p < 1.0 || top_k > 0.0) cut = cut_of(row, best, top_p, top_k);
-        const double uniform = uniforms[number];
-        const auto value = [=](unsigned distance, int i) -> unsigned long long {
-            const bool kept = distance < cut.distance || (distance == cut.distance && i <= cut.last);
-            return kept && distance != kInfinity ? weight(__uint_as_float(distance), scale) : 0;
-        };
-        id = locate(row, best, value, [=](unsigned long long sum) {
-            const auto point = static_cast<unsigned long long>(uniform * static_cast<double>(sum));
-            return point < sum ? point : sum - 1;
-        });
-    }
-    if (blocks > 1) sync<blocks>();  // no block ends while another one reads its memory
-    if (threadIdx.x == 0 && rank<blocks>() == 0) {
+    const bool greedy = temperature == 0.0 || top_p == 0.0 || top_k == 1.0;
+    const float scale =
+        greedy ? 0.0f : static_cast<float>(fmin(kLog2E / temperature, static_cast<double>(kLargestFloat)));
+    const unsigned most = top_k > 0.0 ? static_cast<unsigned>(fmin(top_k, 4294967295.0)) : kAll;
+    const Summary summary = summary_of(row);
+    const auto write = [&](int id) {
         ids[number] = id;
         logprobs[number] =
             id < 0 ? 0.0f : static_cast<float>(row.logits[id]) - summary.largest - logf(summary.sum);
+    };
+    const float best = float_of(static_cast<unsigned>(summary.best >> 32));
+    const bool bad = summary.nan || summary.largest == INFINITY || summary.best == 0 || best == INFINITY;
+    if (bad || greedy) {
+        const int likeliest = static_cast<int>(kAll - static_cast<unsigned>(summary.best));
+        if (threadIdx.x == 0 && rank<blocks>() == 0) write(bad ? -1 : likeliest);
+        return;
     }
+    row.hold_distances(best);
+    const Place cut = top_p < 1.0 || most < kAll ? cut_of(row, best, top_p, most) : ~0ull;
+    const double uniform = uniforms[number];
+    const auto value = [=](unsigned distance, int id) -> unsigned long long {
+        const bool kept = place_of(distance, id) <= cut && distance != kInfinity;
+        return kept ? weight(__uint_as_float(distance), scale) : 0;
+    };
+    const auto point = [=](unsigned long long sum) {
+        const auto at = static_cast<unsigned long long>(uniform * static_cast<double>(sum));
+        return at < sum ? at : sum - 1;
+    };
+    locate(row, best, value, point, write);
 }
 
 }  // namespace
@@ -521,7 +606,9 @@ void start(const Tensor& logits, const float* counts, const Tensor& barred, cons
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, logits.get_device_index()));
     const bool few = logits.size(0) <= kFewRows && major >= 9;
     const bool holds = logits.size(1) <= kHeldByCluster;
-    const auto kernel = !few ? sample_rows<T, 1, false> : holds ? sample_rows<T, kCluster, true> : sample_rows<T, kCluster, false>;
+    const auto kernel = !few    ? sample_rows<T, 1, false>
+                        : holds ? sample_rows<T, kCluster, true>
+                                : sample_rows<T, kCluster, false>;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = kCluster;
