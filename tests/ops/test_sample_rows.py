@@ -94,18 +94,15 @@ def compare(got, want):
 
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("n", "vocab", "blocks", "holds"),
+    ("n", "vocab", "blocks", "holds", "dtype"),
     [
-        (44, 7, 1, False),
-        (44, 300, 1, False),
-        (22, 1000, 1, False),
-        (22, 12001, 1, False),
-        (4, 7, 8, True),
-        (13, 60001, 8, True),
-        (5, 70001, 8, False),
+        *((*sizes, 1, False, torch.float32) for sizes in ((44, 7), (44, 300), (22, 1000), (22, 12001))),
+        *((*sizes, 1, False, torch.bfloat16) for sizes in ((44, 7), (44, 300), (22, 1000), (22, 12001))),
+        (4, 7, 8, True, torch.float32),
+        (13, 60001, 8, True, torch.bfloat16),
+        (5, 70001, 8, False, torch.float32),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_source_on_a_cpu_draws_what_the_definition_draws(emulated, n, vocab, blocks, holds, dtype):
     logits, *rest = problem(n, vocab, dtype)
     want = sample_rows(logits, *rest, impl="reference")
@@ -155,7 +152,9 @@ def edges(vocab, seed):
     + [(20000, 4, 8, True), (20000, 5, 8, False)],
 )
 def test_cuts_at_the_edges_of_bins_and_among_equals_are_those_of_the_definition(emulated, vocab, seed, blocks, holds):
-    arguments = edges(vocab, seed)
+    rows, counts, barred, settings, uniforms = edges(vocab, seed)
+    some = slice(seed % 3, None, 3) if blocks > 1 else slice(None)  # a cluster takes a second a row
+    arguments = (rows[some].contiguous(), counts, barred, settings[some].contiguous(), uniforms[some].contiguous())
     want = sample_rows(*arguments, impl="reference")
     compare(emulated(*arguments, aligned=False, blocks=blocks, holds=holds), want)
 
