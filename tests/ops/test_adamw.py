@@ -234,7 +234,7 @@ def test_a_learners_bad_step_leaves_no_trace(random_model):
 def emulated():
     """The kernels' source compiled for a CPU, as a function of what adamw_ takes."""
     flags = ("-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
-    depends = [cuda.SOURCE, _build.CHUNKS, EMULATOR / "hardware.h"]
+    depends = [cuda.SOURCE, _build.CHUNKS, EMULATOR / "hardware.h", EMULATOR / "numbers.h"]
     library = _build.load_c_library("adamw_emulated", [EMULATOR / "adamw.cpp"], flags, depends)
     library.adamw_emulated.restype = ctypes.c_char_p
 

@@ -37,7 +37,7 @@ def exact(tensors):
 def emulated():
     """The kernels' source compiled for a CPU, as functions of what global_norm and verdict take."""
     flags = ("-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
-    depends = [cuda.SOURCE, _build.CHUNKS, EMULATOR / "hardware.h"]
+    depends = [cuda.SOURCE, _build.CHUNKS, EMULATOR / "hardware.h", EMULATOR / "numbers.h"]
     library = _build.load_c_library("global_norm_emulated", [EMULATOR / "global_norm.cpp"], flags, depends)
     for function in (library.global_norm_emulated, library.verdict_emulated):
         function.restype = ctypes.c_char_p

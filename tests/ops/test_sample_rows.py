@@ -69,7 +69,7 @@ def problem(n, vocab, dtype=torch.float32, seed=0):
 def emulated():
     """sample_rows, computed by the kernel's source on a CPU."""
     flags = ("-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
-    depends = [cuda.SOURCE, *(EMULATOR / name for name in ("hardware.h", "warp.h", "together.h"))]
+    depends = [cuda.SOURCE, *(EMULATOR / name for name in ("hardware.h", "numbers.h", "together.h", "warp.h"))]
     library = _build.load_c_library("sample_rows_emulated", [EMULATOR / "sample_rows.cpp"], flags, depends)
 
     def draw(logits, counts, barred, settings, uniforms, aligned=True, blocks=1, holds=False):

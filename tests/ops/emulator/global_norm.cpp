@@ -1,18 +1,8 @@
 // The kernels of global_norm as a library for a CPU.
+#include "numbers.h"
 #include "warp.h"
 
 #define __shared__ static
-
-struct BFloat16 {
-  uint16_t bits;
-  BFloat16() = default;
-  explicit BFloat16(float x) : bits(uint16_t(round_to_bf16(x))) {}
-  operator float() const { return as_float(uint32_t(bits) << 16); }
-};
-
-inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
 
 #include "../../../heron/ops/global_norm/csrc/global_norm.cu"
 

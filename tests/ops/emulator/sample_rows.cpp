@@ -1,4 +1,5 @@
 // The kernel of sample_rows as a library for a CPU: a block for a row, or a cluster of blocks that run together.
+#include "numbers.h"
 #include "together.h"
 #include "warp.h"
 
@@ -12,14 +13,6 @@
 using std::max;
 using std::min;
 
-struct Brain {
-  uint16_t bits;
-  operator float() const { return as_float(uint32_t(bits) << 16); }
-};
-
-inline float __fmul_rn(float x, float y) { return x * y; }  // compiled without contraction
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fadd_rd(float x, float y) { return float(std::floor(double(x) + y)); }  // if y is 2^23
 inline uint32_t __float_as_uint(float x) { return as_bits(x); }
 inline float __uint_as_float(uint32_t bits) { return as_float(bits); }
@@ -102,6 +95,6 @@ template <typename T> void draw(int blocks, bool holds, const Arguments& argumen
 extern "C" void sample_rows_emulated(int dtype, int blocks, int holds, const void* logits, int64_t rows, int64_t stride,
                                      const float* counts, const bool* barred, const double* settings,
                                      const double* uniforms, int vocab, int aligned, int64_t* ids, float* logprobs) {
-  const auto run = dtype == 0 ? draw<float> : draw<Brain>;
+  const auto run = dtype == 0 ? draw<float> : draw<BFloat16>;
   run(blocks, holds, {logits, rows, stride, counts, barred, settings, uniforms, vocab, aligned, ids, logprobs});
 }
