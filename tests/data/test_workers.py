@@ -15,8 +15,8 @@ from heron.data.workers import Workers
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 with Workers(1) as workers:
-    print(workers.submit(os.getpid).result(), flush=True)
     try:
+        print(workers.submit(os.getpid).result(), flush=True)  # the signal may come as soon as this is read
         time.sleep(60)
     except KeyboardInterrupt:
         print(workers.submit(os.getpid).result(), flush=True)
