@@ -15,6 +15,7 @@ import torch
 from timing import median_ms, need_gpu
 from torch import Tensor
 
+from heron.generation.graphed import recorded
 from heron.ops import sample_rows
 
 SETTINGS = {  # temperature, top_p, top_k, presence_penalty, frequency_penalty
@@ -44,15 +45,9 @@ LOGITS: dict[str, Callable[[int, int, torch.device], Tensor]] = {
 }
 
 
-def recorded_us(draw: Callable[[], object]) -> float:
-    """Median time of a draw in a graph of DRAWS of them."""
-    draw()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(DRAWS):
-            draw()
-    return median_ms(graph.replay, 10) * 1000 / DRAWS
+def draw_often(draw: Callable[[], object]) -> None:
+    for _ in range(DRAWS):
+        draw()
 
 
 def main() -> None:
@@ -75,7 +70,8 @@ def main() -> None:
                 settings = torch.tensor([numbers], dtype=torch.float64, device=device).repeat(n, 1)
                 of_row = counts if numbers[3] else None
                 draw = functools.partial(sample_rows, logits, of_row, barred, settings, uniforms)
-                kernel = recorded_us(functools.partial(draw, impl="cuda"))
+                graph = recorded(functools.partial(draw_often, functools.partial(draw, impl="cuda")))
+                kernel = median_ms(graph.replay, 10) * 1000 / DRAWS
                 pytorch = median_ms(functools.partial(draw, impl="reference"), 5, warm_up=1) * 1000
                 print(f"{dtype:9} {kind:11} {name:21} kernel {kernel:6.1f}  PyTorch {pytorch:7.0f}", flush=True)
 

@@ -106,7 +106,7 @@ class Bus:
 
     @torch.no_grad()
     def prefetch(self, ahead: bool = False) -> None:
-        """Begin to copy the moments of the rows that were brought. Where they take too much room, copy none.
+        """Begin to copy the moments of the rows that were brought, or copy none if they take too much room.
 
         Args:
             ahead: whether they come ahead.

@@ -48,7 +48,7 @@ def global_norm(tensors: Sequence[Tensor], impl: str = "auto") -> Tensor:
 
 
 def verdict(loss: Tensor, norm: Tensor, limit: float, clip: float, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Whether a training step is bad, and what its gradients are divided by, where its numbers are::
+    """Say whether a training step is bad and what its gradients are divided by, on the device of its loss::
 
         bad      = 0 if loss and norm are finite and loss <= limit, else 1
         divisor  = max((norm + 1e-6) / clip, 1)                           1 where `clip` is 0; NaN of a norm that is NaN

@@ -1,6 +1,6 @@
-// One token for each row of logits, drawn on the GPU: a block for a row, which it reads several times, from the L2
-// cache. Few rows would leave most of a GPU idle: from compute capability 9.0 on a row then has a cluster of blocks,
-// which read and write each other's shared memory.
+// Draws one token for each row of logits. A block draws from a row and reads it several times, from the L2 cache. Few
+// rows would leave most of a GPU idle, so from compute capability 9.0 on each of them has a cluster of blocks, which
+// read and write each other's shared memory.
 //
 // Each warp works on one stretch of consecutive ids, its lanes side by side, so that sums in the order of ids are sums
 // over warps and then over lanes. A probability is an integer, 2^42 for the largest, made by exact operations (weight
@@ -342,8 +342,8 @@ struct Search {
     double share;         // of the row's mass that is wanted; 1 or more as soon as wanted.mass says it
 };
 
-// For all lanes of a warp: the first one that, with `before` and what the lanes below it have, reaches `wanted`; 32 if
-// none does. `before` then includes those lanes.
+// Finds the first lane of a warp at which `before`, plus the sums `mine` of that lane and all lower ones, reaches
+// `wanted`. Returns 32 if there is none; else `before` now includes the lanes below that one. All lanes must call this.
 __device__ __forceinline__ int lane_reaching(const Sums& wanted, const Sums& mine, Sums& before) {
     const int lane = threadIdx.x % 32;
     Sums sums = mine;
@@ -450,7 +450,7 @@ __device__ __forceinline__ Place cut_of(const Row<T, blocks, holds>& row, float 
     }
     if (search.inside == 0) return ~0ull;  // all are kept
 
-    // Few are left. Each block gets them all and sums, for each one, those before it.
+    // At most kFew tokens are left. Each block copies all of them and, for each one, sums those that come before it.
     row.each(largest, [&, first = search.first, last = search.last](const unsigned (&distances)[kWidth], int at) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
@@ -489,8 +489,8 @@ __device__ __forceinline__ Place cut_of(const Row<T, blocks, holds>& row, float 
     return cut;
 }
 
-// The id at which the sum of value(distance, id), in the order of ids, exceeds point(sum of all): one thread of the row
-// calls found(id).
+// Finds the id at which the sum of value(distance, id), in the order of ids, first exceeds point(sum of all). One
+// thread of the row calls found(id).
 template <typename T, int blocks, bool holds, typename Value, typename Point, typename Found>
 __device__ __forceinline__ void locate(const Row<T, blocks, holds>& row, float largest, Value value, Point point,
                                        Found found) {

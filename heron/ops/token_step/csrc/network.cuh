@@ -25,8 +25,8 @@ static_assert(kStateBytes <= kRows * kWide, "a slot holds a state");
 constexpr int kGroup = 64;  // numbers that share a scale
 constexpr unsigned kAll = 0xffffffffu;
 
-// The lower low-rank matrices, of the values' gate, decay, iclr and gate, come before r, k and v: what the upper ones
-// multiply has come round by the time these are done.
+// The lower low-rank matrices (of the values' gate, the decay, the iclr and the gate) are multiplied before r, k and v.
+// While those are multiplied, the results travel to all blocks, which need them for the upper low-rank matrices.
 enum Phase { kSqueeze, kProject, kOutput, kKey, kValue, kLogits };
 enum Product { kR, kDown = 3, kOfOutput = kDown + kLowRank, kOfKey, kOfValue, kOfHead, kProducts };
 __host__ __device__ inline int first_product(int phase) {
@@ -148,8 +148,8 @@ __host__ __device__ inline Part part_of(int all, int blocks, int block) {
 }
 __host__ __device__ inline int tiles_of(const Problem& p, int product) { return (p.rows[product] + kRows - 1) / kRows; }
 
-// A block's share of all tiles of the lower low-rank matrices. The last blocks, which have fewer of r, k and v, have
-// them; but a block whose tiles of r, k and v multiply two vectors has none, so that two are the most.
+// A block's share of the tiles of all lower low-rank matrices. They go to the last blocks, which have fewer tiles of r,
+// k and v. A block whose tiles of r, k and v multiply two vectors gets none, so no block needs more than two of those.
 __host__ __device__ inline Part part_of_squeeze(const Problem& p, int all, int blocks, int block) {
     const int of_one = tiles_of(p, kR), projected = kDown * of_one;
     const int each = projected / blocks, more = projected % blocks;

@@ -232,10 +232,11 @@ struct Tiles {
     }
     // Where word i of a vector lies, so that words 0 and 2 of a piece are neighbours.
     __device__ __forceinline__ static unsigned place_of_word(unsigned i) { return i - i % 4 + i % 2 * 2 + i / 2 % 2; }
-    // The same of codes, from a vector's first unit and their scales on. Of two units, one of which rows of odd numbers
-    // have first, an instruction multiplies one of each row; four of its columns are a unit's: words 0 and 2 of the
-    // first limbs, words 1 and 3 of these, and both of the second limbs. Lane 4 g + t has row g's units t / 2, 2 + t / 2,
-    // ...: of these what the first limbs give where t is even, 256 times too little, else what the second ones do.
+    // The same for codes: `unit` is the first unit of the vector, `scales` are those of the rows. An instruction
+    // multiplies one unit of each row, and two instructions a pair of units; rows with odd numbers take the second unit
+    // of a pair first. Each unit of the pair has four columns: words 0 and 2 of the vector's upper bytes, words 1 and 3
+    // of these, and the same of its lower bytes. Lane 4 g + t adds up units t / 2, 2 + t / 2, ... of row g: for even t
+    // their products with the upper bytes, which the caller multiplies by 256, for odd t those with the lower bytes.
     __device__ __forceinline__ void multiply_codes(const unsigned char* rows, int pitch, const unsigned char* scales,
                                                    int scale_pitch, int unit, int count, float& sum) const {
         constexpr int kPairs = kUnits / 2;

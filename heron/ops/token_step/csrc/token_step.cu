@@ -51,11 +51,15 @@ struct Step : Tiles {
         return first_tag + 2 * layer + is_of_values;
     }
 
-    // This block's tiles of a phase: slot after slot by the teams in turn, a part of every row by each warp of a team.
+    // The low-rank matrices stay in floating point.
+    __device__ __forceinline__ static bool multiplies_codes(int phase) { return kIsInt8 && phase != kSqueeze; }
+
+    // Multiplies this block's tiles of a phase. The teams take its slots in turn; each warp of a team multiplies a part
+    // of every row.
     __device__ __forceinline__ void multiply(int phase, int layer) {
         const Part part = part_of_phase(phase);
         if (part.count == 0) return;
-        const bool in_codes = kIsInt8 && phase != kSqueeze;
+        const bool in_codes = multiplies_codes(phase);
         const int bytes = row_bytes(first_product(phase)), slots = (bytes + kWide - 1) / kWide;  // of a row; of a tile
         const int team_of_first = next;
         next ^= part.count * slots & 1;
@@ -64,7 +68,7 @@ struct Step : Tiles {
             for (slot += n; slot >= slots; ++tile) slot -= slots;
         };
         skip(0);
-        int product = first_product(phase), product_ends = tiles_of(p, product) - part.first;  // of the tile; before which
+        int product = first_product(phase), product_ends = tiles_of(p, product) - part.first;  // of `tile`; at which
 #pragma unroll 1
         for (int begin = 0; begin < part.count; begin += kTiles, turn ^= 1) {
             const int end = part.count - begin < kTiles ? part.count : begin + kTiles;
@@ -209,9 +213,10 @@ struct Step : Tiles {
         }
     }
 
-    // As integers of two bytes, 127 x 256 for the largest of each 64, all 0 where that is below kSmallest: their first
-    // limbs, and their second ones behind those of all 64. Of k runs of n numbers, which lie so far apart (a multiple
-    // of 64), those before `end` are there. All lanes come here.
+    // Stores numbers as integers of two bytes. Each group of 64 has one scale, by which its largest number becomes
+    // 127 x 256; a group whose largest number is below kSmallest becomes 0. The upper bytes of a group lie before its
+    // lower ones. `x` are k runs of n numbers, and a run begins `apart` numbers behind the one before (a multiple of
+    // 64); runs that begin at `end` or later are not stored. All lanes of a warp must call this.
     template <int k, int n>
     __device__ __forceinline__ void keep_limbs(int first, int apart, int end, const float (&x)[k][n]) const {
         const unsigned group = static_cast<unsigned>(first) / kGroup, within = static_cast<unsigned>(first) % kGroup;
@@ -271,7 +276,7 @@ struct Step : Tiles {
     // Eight numbers of a vector, from place 8 `at` on, as its products read them. All lanes come here.
     __device__ __forceinline__ void keep(int phase, int which, int at, bool is_there, const float (&x)[8]) const {
         const int place = place_of_vector(phase, which);
-        if (kIsInt8 && phase != kSqueeze) {
+        if (multiplies_codes(phase)) {
             const int first = place * p.channels + 8 * at;
             const float run[1][8] = {{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}};
             keep_limbs(first, 0, is_there ? first + 8 : 0, run);
@@ -319,7 +324,7 @@ struct Step : Tiles {
         for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(numbers[i]);
     }
 
-    // How many vectors the norm before a phase mixes, and which of its six the i-th is.
+    // The norm before a phase mixes so many vectors. mix_of(phase, i) says which of the layer's six the i-th one is.
     __device__ __forceinline__ int mixes_of(int phase) const {
         return phase == kProject ? projected.count() + of_squeeze.count() : phase == kKey;
     }
