@@ -245,7 +245,8 @@ def test_a_span_maps_states_and_their_gradients(device, segments, dtype, size, m
 
 
 def test_only_few_long_sequences_are_split():
-    assert [cuda._segments(*x) for x in ((512, 4096), (192, 512), (768, 512), (32, 65536))] == [1, 1, 1, 16]
+    shapes = (512, 4096), (192, 512), (768, 512), (32, 65536), (96, 4096), (48, 4096)
+    assert [cuda._segments(*x) for x in shapes] == [1, 1, 1, 16, 1, 8]
     assert cuda._segments(1, 2047) == 1
 
 

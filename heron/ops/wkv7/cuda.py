@@ -168,10 +168,10 @@ def plan_of(r: Tensor, cu_seqlens: Tensor | None, tensor_cores: bool) -> _Plan:
 def _segments(n_heads: int, n_tokens: int) -> int:
     """In how many segments to cut each of `n_heads` sequences, so that few long ones fill a GPU too.
 
-    A cut sequence costs more than half the work again: that pays where a quarter of an H200's 132 multiprocessors would
+    A cut sequence costs more than half the work again: that pays where a third of an H200's 132 multiprocessors would
     have none.
     """
-    if 4 * n_heads > 3 * 132 or n_tokens < 2048:
+    if 3 * n_heads > 2 * 132 or n_tokens < 2048:
         return 1
     return min(max(8, 512 // n_heads), n_tokens // 512)
 
