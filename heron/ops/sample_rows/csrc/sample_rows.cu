@@ -1,5 +1,5 @@
 // Draws one token for each row of logits. A block draws from a row and reads it several times, from the L2 cache. Few
-// rows would leave most of a GPU idle, so from compute capability 9.0 on each of them has a cluster of blocks, which
+// rows would leave most of a GPU idle, so from compute capability 9.0 on a cluster of blocks draws from each row; they
 // read and write each other's shared memory.
 //
 // Each warp works on one stretch of consecutive ids, its lanes side by side, so that sums in the order of ids are sums

@@ -324,7 +324,7 @@ struct Step : Tiles {
         for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(numbers[i]);
     }
 
-    // The norm before a phase mixes so many vectors. mix_of(phase, i) says which of the layer's six the i-th one is.
+    // Returns how many vectors the norm before a phase mixes; mix_of(phase, i) says which of the layer's six is the i-th.
     __device__ __forceinline__ int mixes_of(int phase) const {
         return phase == kProject ? projected.count() + of_squeeze.count() : phase == kKey;
     }
